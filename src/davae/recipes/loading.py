@@ -1,0 +1,149 @@
+"""Read, override, resolve and save recipes. Every complaint is one line with the dotted path."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from davae.recipes.schema import BaseRecipe, Recipe
+
+AnyRecipe = Recipe | BaseRecipe
+KINDS: dict[str, type[Recipe] | type[BaseRecipe]] = {"upgrade": Recipe, "base": BaseRecipe}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message is one readable line."""
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Name -> YAML text of every recipe in the package."""
+    folder = files("davae.recipes")
+    entries = sorted((e for e in folder.iterdir() if e.name.endswith(".yaml")), key=lambda e: e.name)
+    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in entries}
+
+
+def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> AnyRecipe:
+    """A shipped recipe's name or a YAML file, with `a.b=c` overrides applied, validated.
+
+    Raises:
+        RecipeError: unknown name, unreadable YAML, unknown key, wrong type, impossible values.
+    """
+    shipped = shipped_recipes()
+    path = Path(name_or_path)
+    if name_or_path in shipped:
+        text = shipped[name_or_path]
+    elif path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise RecipeError(f"recipe file {path} does not exist")
+        text = path.read_text(encoding="utf-8")
+    else:
+        raise RecipeError(f"unknown recipe '{name_or_path}'{suggestion(name_or_path, shipped)}; `davae recipes` lists them")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {name_or_path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {name_or_path} must be a mapping of keys to values")
+    for override in overrides:
+        apply_override(values, override)
+    return validate(values, name_or_path)
+
+
+def validate(values: dict[str, Any], name: str) -> AnyRecipe:
+    """Mapping -> recipe of its `kind`; RecipeError names the first wrong field by its dotted path."""
+    kind = values.get("kind", "upgrade")
+    if kind not in KINDS:
+        raise RecipeError(f"recipe {name}: kind '{kind}' is unknown; use one of {', '.join(KINDS)}")
+    model = KINDS[kind]
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {name}: {describe(error, model)}") from error
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem of a validation, as `a.b.c: what is wrong (and the nearest valid key)`."""
+    first = error.errors()[0]
+    parts = [str(part) for part in first["loc"]]
+    path = ".".join(parts) or "recipe"
+    if first["type"] == "extra_forbidden":
+        return f"{path}: unknown key{suggestion(parts[-1], _fields_at(model, parts[:-1]))}"
+    message = first["msg"].removeprefix("Value error, ")
+    found = first.get("input")
+    shown = "" if isinstance(found, (dict, list, BaseModel)) else f" (found {found!r})"
+    more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    return f"{path}: {message}{shown}{more}"
+
+
+def _fields_at(model: type[BaseModel], parts: list[str]) -> list[str]:
+    for part in parts:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        for candidate in (annotation, *getattr(annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return list(model.model_fields)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' when something near is known, else ''."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c` (c is YAML) in place."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set takes a.b=value, found '{override}'")
+    node = values
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"--set {path}: '{key}' is a value, not a section")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {path}: cannot read the value '{text}'") from error
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    node[keys[-1]] = value
+
+
+def dump_recipe(recipe: AnyRecipe) -> str:
+    """The resolved recipe as YAML: every value, defaults included; reading it gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# What may change between two runs on one folder: how long and how often, never what is trained.
+RESUMABLE = ("max_steps", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "data.num_workers", "report", "sampling")
+
+
+def differences(old: AnyRecipe, new: AnyRecipe) -> list[str]:
+    """Dotted paths at which two recipes differ in what they train, `path: old -> new`."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in changed
+        if not any(key == free or key.startswith(f"{free}.") or key.endswith(f".{free}") for free in RESUMABLE)
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,93 @@
+"""What base pretraining and stage 1 share: the reconstruction loss with its discriminator (Eq. 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.losses.perceptual import perceptual_distance
+from davae.losses.reconstruction import adaptive_weight, discriminator_hinge, generator_hinge, reconstruction_loss
+from davae.models.discriminator import PatchDiscriminator
+from davae.recipes.schema import Reconstruction
+from davae.train.loop import Player
+
+
+class ReconstructionTrainer:
+    """L_rec with its GAN turn-taking. The discriminator reuses the reconstruction of the autoencoder's turn."""
+
+    def __init__(self, settings: Reconstruction, device: torch.device):
+        self.settings = settings
+        self.perceptual = (
+            perceptual_distance(settings.perceptual, settings.perceptual_weights).to(device)
+            if settings.lambda_lpips
+            else None
+        )
+        self.discriminator = (
+            PatchDiscriminator(settings.gan_channels, settings.gan_layers) if settings.lambda_adv else None
+        )
+        self._images: Tensor | None = None
+        self._reconstruction: Tensor | None = None
+
+    def players(self, autoencoder: Player) -> dict[str, Player]:
+        players = {"vae": autoencoder}
+        if self.discriminator is not None:
+            players["discriminator"] = Player(
+                self.discriminator,
+                [{"params": list(self.discriminator.parameters())}],
+                lr=self.settings.gan_lr,
+                ema=False,
+                clip=False,
+            )
+        return players
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"discriminator": self.discriminator} if self.discriminator is not None else {}
+
+    def adversarial(self, step: int) -> bool:
+        return self.discriminator is not None and step + 1 >= self.settings.gan_start
+
+    def active(self, step: int) -> list[str]:
+        return ["vae", "discriminator"] if self.adversarial(step) else ["vae"]
+
+    def autoencoder_loss(
+        self,
+        images: Tensor,
+        reconstruction: Tensor,
+        mean: Tensor,
+        logvar: Tensor,
+        last_layer: Tensor,
+        discriminator: nn.Module | None,
+        step: int,
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """(total of Eq. 5, the same without KL and GAN for adaptive weights, what to log)."""
+        s = self.settings
+        loss = reconstruction_loss(
+            reconstruction,
+            images,
+            mean,
+            logvar,
+            self.perceptual,
+            lambda_lpips=s.lambda_lpips,
+            lambda_l1=s.lambda_l1,
+            lambda_kl=s.lambda_kl,
+        )
+        total, pixel = loss.total, s.lambda_lpips * loss.lpips + s.lambda_l1 * loss.l1
+        logged: dict[str, Any] = {"l1": loss.l1.detach(), "lpips": loss.lpips.detach(), "kl": loss.kl.detach()}
+        if self.adversarial(step):
+            assert discriminator is not None
+            discriminator.requires_grad_(False)
+            adversarial = generator_hinge(discriminator(reconstruction))
+            weight = adaptive_weight(pixel, adversarial, last_layer)
+            total = total + s.lambda_adv * weight * adversarial
+            logged |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
+            self._images, self._reconstruction = images, reconstruction.detach()
+        return total, pixel, logged
+
+    def discriminator_loss(self, discriminator: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+        assert self._images is not None and self._reconstruction is not None, "the autoencoder plays first"
+        discriminator.requires_grad_(True)
+        loss = discriminator_hinge(discriminator(self._images), discriminator(self._reconstruction))
+        self._images = self._reconstruction = None
+        return loss, {"discriminator": loss.detach()}
