@@ -36,6 +36,7 @@ class Optim(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
     lr_schedule: Literal["constant", "cosine"] = "constant"
+    lr_cycles: PositiveInt = 1  # restarts of the cosine
     lr_warmup_steps: NonNegativeInt = 0
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Fraction = 0.999  # 0 keeps no average

@@ -59,6 +59,9 @@ class AutoencoderTask:
         self.players = self.trainer.players(player)
         self.modules: dict[str, nn.Module] = {"vae": AutoencoderPass(vae), **self.trainer.modules()}
 
+    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing to add."""
+
     def active(self, step: int) -> list[str]:
         return self.trainer.active(step)
 

@@ -52,6 +52,10 @@ class Task(Protocol):
         """Players whose turn it is at this step, in order."""
         ...
 
+    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """A chance to hook into a player's optimizer before training."""
+        ...
+
     def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """Scalar loss of one player, and what to log. Called in the order of `active` on the same batch."""
         ...
@@ -78,14 +82,14 @@ def step_generator(seed: int, stage: str, batch: int, rank: int) -> torch.Genera
 
 
 def learning_rate(settings: Optim, lr: float, step: int) -> float:
-    """Linear warm-up, then constant or cosine to zero; `step` counts from 0."""
+    """Linear warm-up, then constant or cosine to zero, `lr_cycles` times over; `step` counts from 0."""
     warmup = settings.lr_warmup_steps
     if step < warmup:
         return lr * (step + 1) / warmup
     if settings.lr_schedule == "constant":
         return lr
     progress = (step - warmup) / max(1, settings.max_steps - warmup)
-    return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return lr * 0.5 * (1 + math.cos(math.pi * (settings.lr_cycles * min(1.0, progress) % 1.0)))
 
 
 @contextmanager
@@ -124,6 +128,7 @@ class Trainer:
             self.optimizers[name] = torch.optim.AdamW(
                 groups, lr=player.lr, betas=settings.betas, weight_decay=settings.weight_decay
             )
+            task.prepare_optimizer(name, self.optimizers[name])
             if player.ema and settings.ema_decay:
                 self.ema[name] = EMAModel(player.parameters, decay=settings.ema_decay, foreach=True)
         self.step = self._resume()

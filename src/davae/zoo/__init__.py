@@ -1,0 +1,19 @@
+"""The embedded model `micro`: a small Stable Diffusion 3 and its shipped upgrade, inside the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+MODELS = {"micro": FOLDER / "micro" / "base"}
+UPGRADES = {"micro": FOLDER / "micro" / "upgrade"}
+
+
+def resolve(model: str) -> str:
+    """`micro` -> the embedded diffusers folder; every other name is returned as it is (a folder or a hub id)."""
+    return str(MODELS[model]) if model in MODELS else model
+
+
+def shipped_upgrade(model: str) -> Path | None:
+    """Folder of the upgrade that ships with an embedded model, None for every other model."""
+    return UPGRADES.get(model)

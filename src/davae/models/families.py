@@ -1,0 +1,72 @@
+"""One row per supported model: where its channels enter and leave, and in which order a token packs them.
+
+Adding a family is adding a row here and a test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TokenOrder = Literal["patch_channel", "channel_patch"]
+
+
+@dataclass(frozen=True)
+class TransformerFamily:
+    """How to widen a transformer of one diffusers class.
+
+    Attributes:
+        class_name: the diffusers class.
+        embedder: module path of P, a convolution or linear over the input channels.
+        head: module path of O, a linear over the output channels.
+        head_order: how a token's outputs are laid out: `patch_channel` (p,p,c), channels innermost, or
+            `channel_patch` (c,p,p).
+        attributes: instance attributes that hold the number of output channels.
+        pipeline: the stock pipeline that runs the model.
+        lora_targets: module names that LoRA adapts: attention and feed-forward, in both streams.
+    """
+
+    class_name: str
+    embedder: str
+    head: str
+    head_order: TokenOrder
+    attributes: tuple[str, ...]
+    pipeline: str
+    lora_targets: tuple[str, ...]
+
+
+TRANSFORMERS = {
+    row.class_name: row
+    for row in (
+        TransformerFamily(
+            class_name="SD3Transformer2DModel",
+            embedder="pos_embed.proj",
+            head="proj_out",
+            head_order="patch_channel",
+            attributes=("out_channels",),
+            pipeline="StableDiffusion3Pipeline",
+            lora_targets=(
+                *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+                *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+                *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+                *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+            ),
+        ),
+    )
+}
+
+
+def transformer_family(class_name: str) -> TransformerFamily:
+    """The row of a transformer class; ValueError names what is supported."""
+    if class_name not in TRANSFORMERS:
+        raise ValueError(f"transformer class {class_name} is not supported; davae knows {', '.join(TRANSFORMERS)}")
+    return TRANSFORMERS[class_name]
+
+
+AUTOENCODERS = ("AutoencoderKL",)
+
+
+def check_autoencoder(class_name: str) -> None:
+    """ValueError when a base autoencoder's class is not supported."""
+    if class_name not in AUTOENCODERS:
+        raise ValueError(f"autoencoder class {class_name} is not supported; davae knows {', '.join(AUTOENCODERS)}")

@@ -1,0 +1,133 @@
+"""Load the diffusers pipeline that a run starts from, and read its shapes before anything is built."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from davae.models.expand import MARK
+from davae.models.families import check_autoencoder, transformer_family
+
+
+class ModelError(ValueError):
+    """A pretrained model that cannot be used; the message is one readable line."""
+
+
+@dataclass(frozen=True)
+class BaseShapes:
+    """What an upgrade needs to know of a base pipeline, read from its configs alone."""
+
+    pipeline_class: str
+    transformer_class: str
+    vae_class: str
+    channels: int  # C
+    vae_factor: int  # f: pixels per latent position
+    patch_size: int  # p: latent positions per token, each way
+    transformer_config: dict[str, Any]
+    vae_config: dict[str, Any]
+
+
+def _read_config(model: str, part: str, filename: str = "config.json") -> dict[str, Any]:
+    local = Path(model)
+    if local.is_dir():
+        path = local / part / filename
+        if not path.is_file():
+            raise ModelError(f"model {model} has no {Path(part) / filename}: not a diffusers folder")
+        return json.loads(path.read_text(encoding="utf-8"))
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        fetched = hf_hub_download(model, filename, subfolder=part or None)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(f"model '{model}' is no folder here, and the hub did not give it: {reason}") from error
+    return json.loads(Path(fetched).read_text(encoding="utf-8"))
+
+
+def read_shapes(model: str) -> BaseShapes:
+    """Shapes of a diffusers folder or hub id.
+
+    Raises:
+        ModelError: not a diffusers pipeline, an unsupported class, or a model that was upgraded already.
+    """
+    index = _read_config(model, "", "model_index.json")
+    if "transformer" not in index or "vae" not in index:
+        raise ModelError(f"model {model} ({index.get('_class_name')}) has no transformer and vae to upgrade")
+    transformer_class, vae_class = index["transformer"][1], index["vae"][1]
+    transformer, vae = _read_config(model, "transformer"), _read_config(model, "vae")
+    if vae_class == "DetailVAE" or MARK in transformer:
+        raise ModelError(f"model {model} was upgraded already; start from its pretrained base")
+    try:
+        transformer_family(transformer_class)
+        check_autoencoder(vae_class)
+    except ValueError as error:
+        raise ModelError(f"model {model}: {error}") from error
+    channels = int(vae["latent_channels"])
+    if int(transformer["in_channels"]) != channels:
+        raise ModelError(
+            f"model {model}: the transformer takes {transformer['in_channels']} channels and the vae gives {channels}; "
+            "it was expanded already, or the parts do not belong together"
+        )
+    return BaseShapes(
+        pipeline_class=index["_class_name"],
+        transformer_class=transformer_class,
+        vae_class=vae_class,
+        channels=channels,
+        vae_factor=2 ** (len(vae["block_out_channels"]) - 1),
+        patch_size=int(transformer["patch_size"]),
+        transformer_config=transformer,
+        vae_config=vae,
+    )
+
+
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The stock diffusers pipeline of a folder or hub id, progress bars off.
+
+    Raises:
+        ModelError: when diffusers cannot load it.
+    """
+    import davae  # diffusers imports a component's library only if the caller has it imported
+
+    assert davae.__name__
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"model {model} cannot be loaded: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def silent_t5(pipeline: Any) -> bool:
+    """Whether Stable Diffusion 3 gets only zeros from its third text encoder: none there, or one scaled to zero."""
+    if not hasattr(pipeline, "text_encoder_3"):
+        return False
+    encoder = pipeline.text_encoder_3
+    return encoder is None or not bool(encoder.encoder.final_layer_norm.weight.any())
+
+
+def text_arguments(pipeline: Any) -> dict[str, Any]:
+    """Arguments that keep a prompt short where nothing is lost: one zero token instead of 256."""
+    return {"max_sequence_length": 1} if silent_t5(pipeline) else {}
+
+
+@torch.no_grad()
+def embed_captions(pipeline: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Prompt embeddings (B,L,d) and pooled embeddings (B,e), by the pipeline's own `encode_prompt`."""
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        prompt=captions,
+        prompt_2=None,
+        prompt_3=None,
+        do_classifier_free_guidance=False,
+        **text_arguments(pipeline),
+    )
+    return embeds, pooled
+
+

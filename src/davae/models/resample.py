@@ -1,0 +1,55 @@
+"""Down and up blocks between the latent grid and the base autoencoder's feature grid, with shortcuts."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DetailDown(nn.Module):
+    """Features (B,c,s*h,s*w) -> moments (B,out,h,w): 3x3 convolution and pixel-unshuffle, plus a shortcut.
+
+    The shortcut unshuffles the features and averages channels in groups. Where they do not divide into groups it is
+    a 1x1 convolution that starts at zero.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scale: int):
+        super().__init__()
+        self.out_channels, self.scale = out_channels, scale
+        # where s*s does not divide the outputs, the surplus of the last convolution channel is dropped
+        self.conv = nn.Conv2d(in_channels, -(-out_channels // scale**2), 3, padding=1)
+        self.shortcut: nn.Conv2d | None = None
+        if in_channels * scale**2 % out_channels:
+            self.shortcut = nn.Conv2d(in_channels * scale**2, out_channels, 1, bias=False)
+            nn.init.zeros_(self.shortcut.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        main = F.pixel_unshuffle(self.conv(features), self.scale)[:, : self.out_channels]  # (B,out,h,w)
+        folded = F.pixel_unshuffle(features, self.scale)  # (B,c*s*s,h,w)
+        if self.shortcut is not None:
+            return main + self.shortcut(folded)
+        return main + folded.unflatten(1, (self.out_channels, -1)).mean(2)
+
+
+class DetailUp(nn.Module):
+    """Latents (B,in,h,w) -> features (B,out,s*h,s*w): 3x3 convolution and pixel-shuffle, plus a shortcut.
+
+    The shortcut repeats channels and shuffles; where they do not divide it is a 1x1 convolution that starts at zero.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scale: int):
+        super().__init__()
+        self.in_channels, self.out_channels, self.scale = in_channels, out_channels, scale
+        self.conv = nn.Conv2d(in_channels, out_channels * scale**2, 3, padding=1)
+        self.shortcut: nn.Conv2d | None = None
+        if out_channels * scale**2 % in_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels * scale**2, 1, bias=False)
+            nn.init.zeros_(self.shortcut.weight)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        main = self.conv(latents)  # (B,out*s*s,h,w)
+        if self.shortcut is not None:
+            side = self.shortcut(latents)
+        else:
+            side = latents.repeat_interleave(self.conv.out_channels // self.in_channels, dim=1)
+        return F.pixel_shuffle(main + side, self.scale)  # (B,out,s*h,s*w)

@@ -1,0 +1,75 @@
+"""Run a network over overlapping tiles and blend the seams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """tile: side of a tile in pixels; overlap: shared fraction of neighbouring tiles, in [0, 0.5]."""
+
+    tile: int
+    overlap: float
+
+    def __post_init__(self) -> None:
+        if self.tile < 1 or not 0.0 <= self.overlap <= 0.5:
+            raise ValueError(f"a tile must be positive and overlap at most half, found {self.tile} and {self.overlap}")
+
+
+def tiled(network: Callable[[Tensor], Tensor], inputs: Tensor, tile: int, overlap: float, factor: float) -> Tensor:
+    """Apply `network` tile by tile; neighbouring outputs are cross-faded linearly over what they share.
+
+    Args:
+        inputs: (B,c,H,W).
+        tile: side of a tile on the input grid; overlap: fraction of it shared with the neighbour.
+        factor: output positions per input position (8 for a decoder, 1/8 for an encoder).
+    """
+    height, width = inputs.shape[-2:]
+    grain = max(1, round(1 / factor))  # tiles start where the output grid has a position
+    rows = _starts(height, tile, overlap, grain)
+    columns = _starts(width, tile, overlap, grain)
+    result: Tensor | None = None
+    total: Tensor | None = None
+    for top in rows:
+        for left in columns:
+            piece = inputs[..., top : top + tile, left : left + tile]
+            output = network(piece)  # (B,c',tile*factor,tile*factor)
+            if result is None or total is None:
+                result = output.new_zeros(*output.shape[:2], round(height * factor), round(width * factor))
+                total = output.new_zeros(1, 1, *result.shape[-2:])
+            shared = round(tile * overlap * factor)
+            ramp_y = _ramp(output.shape[-2], shared, top > 0, top + tile < height, output)
+            ramp_x = _ramp(output.shape[-1], shared, left > 0, left + tile < width, output)
+            weight = ramp_y[:, None] * ramp_x[None, :]
+            y, x = round(top * factor), round(left * factor)
+            window = (..., slice(y, y + output.shape[-2]), slice(x, x + output.shape[-1]))
+            result[window] += output * weight
+            total[window] += weight
+    assert result is not None and total is not None
+    return result / total
+
+
+def _starts(length: int, tile: int, overlap: float, grain: int) -> list[int]:
+    """First positions of tiles that cover `length`; the last one ends at the border."""
+    if length <= tile:
+        return [0]
+    stride = max(grain, int(tile * (1 - overlap)) // grain * grain)
+    starts = list(range(0, length - tile, stride))
+    return [*starts, length - tile]
+
+
+def _ramp(length: int, shared: int, fade_in: bool, fade_out: bool, like: Tensor) -> Tensor:
+    """Weights along one axis: 1, falling linearly over `shared` positions towards a neighbour; never 0."""
+    weights = torch.ones(length, device=like.device, dtype=like.dtype)
+    if shared:
+        slope = (torch.arange(shared, device=like.device, dtype=like.dtype) + 0.5) / shared
+        if fade_in:
+            weights[:shared] *= slope
+        if fade_out:
+            weights[-shared:] *= slope.flip(0)
+    return weights

@@ -1,0 +1,112 @@
+"""What a finished stage 2 leaves behind: a small upgrade file, and a stock diffusers pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from davae.models.detail_vae import DetailVAE
+from davae.models.expand import expand_transformer
+from davae.models.pipeline import ModelError
+from davae.recipes.schema import Lora
+from davae.train.stage2 import choose_trainable
+from davae.train.state import new_folder, saving
+
+UPGRADE_FILE = "upgrade.safetensors"
+
+
+def save_upgrade(transformer: nn.Module, path: Path, lora: Lora | None, dtype: torch.dtype) -> None:
+    """Everything stage 2 trained (P', O', changed P, O, LoRA or all), as one safetensors file, written atomically."""
+    tensors = {
+        name: parameter.detach().to("cpu", dtype).contiguous()
+        for name, parameter in transformer.named_parameters()
+        if parameter.requires_grad
+    }
+    config: Any = transformer.config
+    metadata = {
+        "format": "davae-upgrade-1",
+        "class": type(transformer).__name__,
+        "channels": json.dumps([config["_davae_base_channels"], config["in_channels"]]),
+        "lora": json.dumps(None if lora is None else lora.model_dump()),
+    }
+    partial = path.with_name(f".{path.name}.partial")
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata)
+        partial.replace(path)
+
+
+def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
+    """Pretrained transformer + upgrade file -> expanded transformer with LoRA fused; the input stays as it was.
+
+    Raises:
+        ModelError: not an upgrade file, or one for another transformer.
+    """
+    if not path.is_file():
+        raise ModelError(f"upgrade file {path} does not exist")
+    with safe_open(path, framework="pt") as stream:
+        metadata = stream.metadata() or {}
+        if metadata.get("format") != "davae-upgrade-1":
+            raise ModelError(f"{path} is not a davae upgrade file")
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    base_channels, channels = json.loads(metadata["channels"])
+    config: Any = transformer.config
+    if metadata["class"] != type(transformer).__name__ or config["in_channels"] != base_channels:
+        raise ModelError(
+            f"{path} upgrades a {metadata['class']} of {base_channels} channels, "
+            f"this is a {type(transformer).__name__} of {config['in_channels']}"
+        )
+    lora = json.loads(metadata["lora"])
+    expanded = expand_transformer(transformer, channels - base_channels)
+    choose_trainable(expanded, None if lora is None else Lora(**lora))
+    own = {name: p for name, p in expanded.named_parameters() if p.requires_grad}
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())[0]
+        raise ModelError(f"{path} does not fit this transformer: '{odd}' stands in only one of them")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if lora is None:  # the tensor is shared with the pretrained transformer: do not write into it
+                parameter.data = tensors[name].to(parameter)
+            else:
+                parameter.copy_(tensors[name])
+    return fuse(expanded)
+
+
+def fuse(transformer: nn.Module) -> nn.Module:
+    """Fold LoRA into the weights and remove it; weights shared with the pretrained transformer are copied first."""
+    model: Any = transformer
+    if getattr(model, "_hf_peft_config_loaded", False):
+        for module in transformer.modules():
+            if isinstance(module, BaseTunerLayer):
+                layer: Any = module.get_base_layer()
+                layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        model.fuse_lora()
+        model.unload_lora()
+    return transformer.requires_grad_(False).eval()
+
+
+def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
+    """The base's own pipeline class around the upgraded parts; scheduler and text encoders are the base's."""
+    components = {**pipeline.components, "vae": vae.eval(), "transformer": transformer}
+    upgraded = type(pipeline)(**components)
+    upgraded.set_progress_bar_config(disable=True)
+    return upgraded
+
+
+def save_pipeline(pipeline: Any, path: Path) -> None:
+    """Write a diffusers folder that appears only once it is whole."""
+    with new_folder(path) as partial:
+        pipeline.save_pretrained(partial)
+
+
+def load_upgraded(pipeline: Any, folder: Path) -> Any:
+    """A base pipeline + a folder with `vae/` and an upgrade file -> the upgraded pipeline."""
+    vae = DetailVAE.from_pretrained(folder / "vae", torch_dtype=pipeline.vae.dtype)
+    return assemble(pipeline, vae, apply_upgrade(pipeline.transformer, folder / UPGRADE_FILE))

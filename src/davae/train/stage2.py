@@ -1,0 +1,132 @@
+"""Stage 2: the warm-started transformer (Sec. 3.2, Eq. 7-13)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from davae.data.cache import CachedLatents, collate_latents
+from davae.latent import LatentLayout
+from davae.losses.detail_warmup import detail_weight, velocity_loss
+from davae.losses.flow_matching import interpolate, sample_timesteps, velocity_target
+from davae.models.expand import new_weight_masks
+from davae.models.families import transformer_family
+from davae.models.null_tokens import draw_count, repeat_last_token
+from davae.recipes.schema import Lora, Stage2
+from davae.train.loop import Player
+
+
+def choose_trainable(transformer: nn.Module, lora: Lora | None) -> list[nn.Parameter]:
+    """Mark what stage 2 trains: everything, or LoRA plus all of P, P', O, O'. Returns it in module order."""
+    family = transformer_family(type(transformer).__name__)
+    if lora is None:
+        transformer.requires_grad_(True)
+    else:
+        transformer.requires_grad_(False)
+        transformer.add_adapter(  # type: ignore[operator]
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
+                target_modules=list(family.lora_targets),
+            )
+        )
+        for path in (family.embedder, family.head):
+            transformer.get_submodule(path).requires_grad_(True)
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+class NewWeightBoost:
+    """A learning-rate multiplier for P' and O' alone, which share their tensors with P and O.
+
+    Adam's update is proportional to the learning rate, so scaling the update of the new entries is the same.
+    """
+
+    def __init__(self, transformer: nn.Module, multiplier: float):
+        parameters = dict(transformer.named_parameters())
+        self.entries = [(parameters[name], mask) for name, mask in new_weight_masks(transformer).items()]
+        self.multiplier = multiplier
+        self._before: list[Tensor] = []
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.register_step_pre_hook(self._remember)
+        optimizer.register_step_post_hook(self._boost)
+
+    def _remember(self, *_: Any) -> None:
+        self._before = [parameter.detach().clone() for parameter, _ in self.entries]
+
+    def _boost(self, *_: Any) -> None:
+        with torch.no_grad():
+            for (parameter, mask), before in zip(self.entries, self._before, strict=True):
+                parameter += (self.multiplier - 1) * mask.to(parameter) * (parameter - before)
+
+
+class Stage2Task:
+    """Flow matching on cached z_hr, detail faded in by w(n)."""
+
+    name = "stage2"
+
+    def __init__(
+        self,
+        settings: Stage2,
+        layout: LatentLayout,
+        transformer: nn.Module,
+        cache: CachedLatents,
+        normalise: tuple[Tensor, Tensor],
+        device: torch.device,
+        *,
+        null_text: bool,
+    ):
+        self.settings, self.layout, self.dataset, self.collate, self.device = (
+            settings,
+            layout,
+            cache,
+            collate_latents,
+            device,
+        )
+        self.cache = cache
+        self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
+        self.transformer = transformer.to(device)
+        parameters = choose_trainable(transformer, settings.lora)
+        if settings.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.processor = repeat_last_token(transformer) if null_text else None
+        self.players = {"transformer": Player(transformer, [{"params": parameters}], lr=settings.lr)}
+        self.modules: dict[str, nn.Module] = {"transformer": transformer}
+
+    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        if self.settings.new_weight_lr_multiplier != 1.0:
+            NewWeightBoost(self.transformer, self.settings.new_weight_lr_multiplier).attach(optimizer)
+
+    def active(self, step: int) -> list[str]:
+        return ["transformer"]
+
+    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        s = self.settings
+        latents = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C+D,h,w)
+        dropped = torch.rand(len(latents), generator=generator) < s.caption_dropout
+        captions = ["" if drop else text for text, drop in zip(batch["captions"], dropped, strict=True)]
+        prompt_embeds, pooled = (part.to(self.device) for part in self.cache.embed(captions))
+        t = sample_timesteps(
+            len(latents), generator, mean=s.timestep_mean, std=s.timestep_std, shift=s.timestep_shift, device=self.device
+        )
+        noise = torch.randn(latents.shape, generator=generator).to(self.device)
+        if self.processor is not None:
+            self.processor.count = draw_count(generator)
+        prediction = self.modules["transformer"](
+            hidden_states=interpolate(latents, noise, t),
+            timestep=t * 1000,
+            encoder_hidden_states=prompt_embeds,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+        weight = detail_weight(step, s.warmup_steps)
+        loss = velocity_loss(prediction, velocity_target(latents, noise), self.layout, weight)
+        return loss.total, {
+            "loss": loss.total.detach(),
+            "loss_base": loss.base.detach(),
+            "loss_detail": loss.detail.detach(),
+            "detail_weight": weight,
+        }

@@ -1,0 +1,192 @@
+"""The way from a pretrained pipeline to an upgraded one: stage 1, latent cache, stage 2, export."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from davae.data.cache import CachedLatents, CacheMeta, fingerprint, read_meta, write_latents, write_text
+from davae.data.pictures import Pictures
+from davae.latent import LatentLayout
+from davae.models.detail_vae import DetailVAE
+from davae.models.expand import expand_transformer
+from davae.models.pipeline import BaseShapes, embed_captions, load_pipeline, read_shapes, silent_t5
+from davae.recipes import RecipeError
+from davae.recipes.schema import Recipe
+from davae.train.export import UPGRADE_FILE, assemble, fuse, save_pipeline, save_upgrade
+from davae.train.loop import Observer, Progress, Trainer
+from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
+from davae.train.stage1 import Stage1Task
+from davae.train.stage2 import Stage2Task
+from davae.train.state import RunFolder, new_folder
+from davae.zoo import resolve
+
+logger = logging.getLogger(__name__)
+
+
+def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
+    """What a recipe can get wrong about its base model, before any weight is read.
+
+    Raises:
+        RecipeError: D not a multiple of C, or a size that does not divide, with the dotted path.
+    """
+    if recipe.detail_channels % shapes.channels:
+        raise RecipeError(
+            f"detail_channels: {recipe.detail_channels} is not a multiple of the {shapes.channels} latent channels of "
+            f"{recipe.base.model}; use {shapes.channels * max(1, round(recipe.detail_channels / shapes.channels))}"
+        )
+    if recipe.scale & (recipe.scale - 1):
+        raise RecipeError(f"scale: {recipe.scale} is not a power of two")
+    step = shapes.vae_factor * shapes.patch_size
+    if recipe.base.resolution % step:
+        below = recipe.base.resolution // step * step
+        raise RecipeError(
+            f"base.resolution: {recipe.base.resolution} is not divisible by {step} (autoencoder factor "
+            f"{shapes.vae_factor} x patch {shapes.patch_size}); use {below or step} or {below + step}"
+        )
+    return LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
+
+
+class Upgrade:
+    """One run of a recipe. Each step returns at once when it was finished before."""
+
+    def __init__(self, recipe: Recipe, out: Path, observer: Observer):
+        self.model = resolve(recipe.base.model)
+        self.shapes = read_shapes(self.model)
+        self.layout = check_recipe(recipe, self.shapes)
+        self.source, self.train, self.held_out = open_pictures(recipe.data, recipe.resolution)
+        self.recipe, self.out, self.observer = recipe, out, observer
+        self.folder = RunFolder(out, recipe)
+        self.accelerator = make_accelerator(recipe.run)
+
+    @cached_property
+    def base(self) -> Any:
+        """The pretrained pipeline."""
+        return load_pipeline(self.model).to(self.accelerator.device)
+
+    def pictures(self, indices: list[int]) -> Pictures:
+        recipe = self.recipe
+        return Pictures(self.source, indices, recipe.resolution, seed=recipe.run.seed, flip=recipe.data.flip)
+
+    # -- stage 1 -----------------------------------------------------------------------------------------------
+
+    def train_vae(self) -> Path:
+        """Stage 1; returns the folder of the DetailVAE."""
+        target = self.out / "vae"
+        if not self.folder.done("stage1"):
+            seed_initial_weights(self.recipe.run.seed)
+            vae = DetailVAE.from_base(
+                self.base.vae, self.recipe.detail_channels, self.recipe.scale, self.recipe.downsample
+            )
+            pictures = self.pictures(self.train)
+            task = Stage1Task(self.recipe.stage1, vae, pictures, self.accelerator.device)
+            trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
+            trainer.fit(self.recipe.data.num_workers)
+            trainer.use_average()
+            if pictures.skipped:
+                logger.warning("stage 1 skipped %d unreadable pictures", len(pictures.skipped))
+            with new_folder(target) as partial:
+                vae.eval().save_pretrained(partial)
+            self.folder.mark_done("stage1")
+        return target
+
+    def vae(self) -> DetailVAE:
+        return DetailVAE.from_pretrained(self.out / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
+
+    # -- cache -------------------------------------------------------------------------------------------------
+
+    def _key(self) -> str:
+        recipe = self.recipe
+        return fingerprint(
+            recipe.base.model_dump(),
+            recipe.scale,
+            recipe.detail_channels,
+            recipe.data.model_dump(exclude={"num_workers"}),
+            recipe.stage1.model_dump(),
+            recipe.cache.model_dump(),
+            recipe.run.seed,
+        )
+
+    def _watch(self, name: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.observer(Progress(name, done, total, 0.0))
+
+    def cache_latents(self) -> Path:
+        """Raw latents of the training set, detail statistics (written into the DetailVAE's config), and text."""
+        target = self.out / "cache"
+        if not self.folder.done("cache"):
+            vae, recipe = self.vae(), self.recipe
+
+            @torch.no_grad()
+            def encode(images: Tensor) -> Tensor:
+                raw = vae.encode_raw(images.to(self.accelerator.device, memory_format=torch.channels_last))
+                return vae.layout.join(raw.z, raw.mean)
+
+            with new_folder(target) as partial:
+                write_latents(
+                    partial,
+                    self.pictures(self.train),
+                    encode,
+                    key=self._key(),
+                    variants=recipe.cache.variants,
+                    batch_size=recipe.cache.batch_size,
+                    dtype=recipe.cache.dtype,
+                    on_batch=self._watch("latents"),
+                )
+                write_text(
+                    partial,
+                    CachedLatents(partial).captions,
+                    lambda captions: embed_captions(self.base, captions),
+                    batch_size=recipe.cache.batch_size,
+                    dtype=recipe.cache.dtype,
+                    on_batch=self._watch("captions"),
+                )
+            self._store_statistics(vae, read_meta(target, self._key()))
+            self.folder.mark_done("cache")
+        return target
+
+    def _store_statistics(self, vae: DetailVAE, meta: CacheMeta) -> None:
+        mean, std = torch.tensor(meta.mean).view(1, -1, 1, 1), torch.tensor(meta.std).view(1, -1, 1, 1)
+        vae.set_detail_statistics(vae.layout.split(mean)[1].flatten(), vae.layout.split(std)[1].flatten())
+        with new_folder(self.out / "vae") as partial:
+            vae.save_pretrained(partial)
+
+    # -- stage 2 -----------------------------------------------------------------------------------------------
+
+    def stage2_task(self) -> Stage2Task:
+        read_meta(self.out / "cache", self._key())
+        vae = self.vae()
+        seed_initial_weights(self.recipe.run.seed)
+        return Stage2Task(
+            self.recipe.stage2,
+            vae.layout,
+            expand_transformer(self.base.transformer, self.recipe.detail_channels),
+            CachedLatents(self.out / "cache"),
+            (vae.mean, vae.std),  # type: ignore[arg-type]
+            self.accelerator.device,
+            null_text=silent_t5(self.base),
+        )
+
+    def train_dit(self) -> Path:
+        """Stage 2 and the export; returns the pipeline's folder."""
+        target = self.out / "pipeline"
+        if not self.folder.done("stage2"):
+            task = self.stage2_task()
+            trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
+            trainer.fit(self.recipe.data.num_workers)
+            trainer.use_average()
+            save_upgrade(task.transformer, self.out / UPGRADE_FILE, self.recipe.stage2.lora, torch.float32)
+            save_pipeline(assemble(self.base, self.vae(), fuse(task.transformer)), target)
+            self.folder.mark_done("stage2")
+        return target
+
+    def run(self) -> Path:
+        """Every step in order."""
+        self.train_vae()
+        self.cache_latents()
+        return self.train_dit()
