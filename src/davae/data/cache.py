@@ -86,7 +86,8 @@ def write_latents(
         statistics.update(encoded)
         captions += batch["captions"]
         on_batch(start + len(encoded), len(order))
-    assert latents is not None and statistics is not None
+    assert latents is not None
+    assert statistics is not None
     latents.flush()
     (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
     meta = CacheMeta(key, len(order), statistics.mean.tolist(), statistics.std.tolist())
@@ -158,5 +159,3 @@ def collate_latents(items: list[tuple[np.ndarray, str]]) -> dict[str, Any]:
     """latents (B,c,h,w) float32, captions [str]."""
     latents = torch.from_numpy(np.stack([latent for latent, _ in items]).astype(np.float32))
     return {"latents": latents, "captions": [caption for _, caption in items]}
-
-

@@ -102,7 +102,15 @@ def colour_word(r: float, g: float, b: float) -> str:
         return "grey"
     if 12 <= degrees < 45 and lightness < 0.48:
         return "brown"
-    bounds = ((12, "red"), (42, "orange"), (68, "yellow"), (165, "green"), (255, "blue"), (300, "purple"), (345, "pink"))
+    bounds = (
+        (12, "red"),
+        (42, "orange"),
+        (68, "yellow"),
+        (165, "green"),
+        (255, "blue"),
+        (300, "purple"),
+        (345, "pink"),
+    )
     for bound, word in bounds:
         if degrees < bound:
             return word

@@ -97,10 +97,18 @@ class Pictures(Dataset):
     `skipped`, and replaced by its successor.
     """
 
-    def __init__(self, source: PictureSource, indices: list[int], resolution: int, *, seed: int = 0, flip: bool = False):
+    def __init__(
+        self, source: PictureSource, indices: list[int], resolution: int, *, seed: int = 0, flip: bool = False
+    ):
         if not indices:
             raise DataError("no pictures to train on")
-        self.source, self.indices, self.resolution, self.seed, self.flip = source, indices, resolution, seed, flip
+        self.source, self.indices, self.resolution, self.seed, self.flip = (
+            source,
+            indices,
+            resolution,
+            seed,
+            flip,
+        )
         self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -142,7 +150,9 @@ class Batches:
     slice of every global batch. Starting at batch k gives what an uninterrupted run would have seen.
     """
 
-    def __init__(self, length: int, batch_size: int, *, seed: int, start: int, stop: int, rank: int = 0, ranks: int = 1):
+    def __init__(
+        self, length: int, batch_size: int, *, seed: int, start: int, stop: int, rank: int = 0, ranks: int = 1
+    ):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.stop, self.rank, self.ranks = start, stop, rank, ranks
         self._epoch, self._order = -1, np.empty(0, np.int64)
@@ -150,7 +160,10 @@ class Batches:
     def _position(self, draw: int) -> int:
         epoch, place = divmod(draw, self.length)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            self._epoch, self._order = (
+                epoch,
+                np.random.default_rng((self.seed, epoch)).permutation(self.length),
+            )
         return int(self._order[place])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

@@ -65,7 +65,8 @@ def header_size(stream: Any) -> tuple[int, int]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(stream) as image:
                 turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-                return image.size[::-1] if turned else image.size
+                width, height = image.size
+                return (height, width) if turned else (width, height)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
         return 0, 0
 
@@ -168,13 +169,21 @@ class HubSource:
     def __init__(self, name: str, background: str, image_column: str, caption_column: str | None):
         try:
             import datasets
+            from datasets.exceptions import DatasetNotFoundError
         except ImportError as error:
             raise DataError(f"data.source '{name}': Hugging Face datasets need `pip install davae[hub]`") from error
         try:
             self.rows: Any = datasets.load_dataset(name, split="train")
-        except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as error:
+        except (
+            DatasetNotFoundError,
+            FileNotFoundError,
+            ConnectionError,
+            ValueError,
+        ) as error:
             reason = " ".join(str(error).split())[:200]
-            raise DataError(f"data.source '{name}' is no file or folder here, and the hub gave no dataset: {reason}") from error
+            raise DataError(
+                f"data.source '{name}' is no file or folder here, and the hub gave no dataset: {reason}"
+            ) from error
         if image_column not in self.rows.column_names:
             raise DataError(
                 f"data.image_column '{image_column}' is not in {name}; it has {', '.join(self.rows.column_names)}"
@@ -212,7 +221,9 @@ def expand_shards(pattern: str) -> list[Path]:
     if found := BRACES.search(pattern):
         first, last = found.groups()
         numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-        return [path for n in numbers for path in expand_shards(pattern[: found.start()] + n + pattern[found.end() :])]
+        return [
+            path for n in numbers for path in expand_shards(pattern[: found.start()] + n + pattern[found.end() :])
+        ]
     paths = [Path(p) for p in sorted(glob.glob(pattern))]
     if not paths:
         raise DataError(f"data.source: no shard matches {pattern}")
@@ -263,7 +274,10 @@ def usable(source: PictureSource, indices: list[int], resolution: int) -> list[i
     small = [i for i in indices if 0 < min(sizes[i]) < resolution]
     for index in small:
         logger.warning(
-            "left out %s: %dx%d is smaller than the target of %d pixels", source.key(index), *sizes[index], resolution
+            "left out %s: %dx%d is smaller than the target of %d pixels",
+            source.key(index),
+            *sizes[index],
+            resolution,
         )
     if indices and len(small) == len(indices):
         width, height = max((sizes[i] for i in indices), key=min)

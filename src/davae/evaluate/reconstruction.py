@@ -38,7 +38,9 @@ def psnr(images: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_reconstructions(
-    batches: Iterable[Tensor], reconstruct: Callable[[Tensor], Tensor], perceptual: Lite0Distance | None = None
+    batches: Iterable[Tensor],
+    reconstruct: Callable[[Tensor], Tensor],
+    perceptual: Lite0Distance | None = None,
 ) -> ReconstructionScores:
     """Scores of `reconstruct` over batches of pictures (B,3,H,W) in [-1,1]; independent of the batch size.
 

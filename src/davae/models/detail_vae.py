@@ -102,7 +102,10 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         widths = list(base.config["block_out_channels"])
         extra = int(math.log2(scale))
         self.register_to_config(
-            block_out_channels=[*widths, *widths[-1:] * extra],  # pipelines derive the spatial factor from its length
+            block_out_channels=[
+                *widths,
+                *widths[-1:] * extra,
+            ],  # pipelines derive the spatial factor from its length
             latent_channels=self.layout.channels,
             sample_size=int(base.config["sample_size"]) * scale,
         )
@@ -177,6 +180,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         blocks = {n: v for n, v in source.decoder.state_dict().items() if not n.startswith("conv_in.")}
         _load_all_but(model.decoder, blocks, "conv_in.")
         warm_start_up(model.decoder.conv_in, source.decoder.conv_in, source.post_quant_conv, model.layout)
+        narrow_posterior(model.detail_encoder.conv_out, model.layout)
         return model.to(source.device)
 
     # -- statistics --------------------------------------------------------------------------------------------
@@ -275,7 +279,9 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(latents, return_dict=return_dict)
 
-    def enable_tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None) -> None:
+    def enable_tiling(
+        self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None
+    ) -> None:
         """Encode and decode pictures larger than a tile piece by piece with blended seams; sizes in pixels."""
         tile = tile_sample_min_size or self.tiling.tile
         overlap = self.tiling.overlap if tile_overlap_factor is None else tile_overlap_factor
@@ -331,6 +337,14 @@ def warm_start_up(up: DetailUp, conv_in: nn.Conv2d, post_quant: nn.Conv2d | None
                     up.conv.weight[out, source, 1, 1] -= 1.0
         assert up.conv.bias is not None
         up.conv.bias.copy_(bias.repeat_interleave(scale**2))
+
+
+def narrow_posterior(down: DetailDown, layout: LatentLayout, logvar: float = -4.0) -> None:
+    """Start z_d's posterior near sigma = exp(logvar/2) = 0.14: unit noise would drown the new latent at first."""
+    first = -(-layout.detail_channels // layout.scale**2)  # first convolution channel that feeds log-variances only
+    assert down.conv.bias is not None
+    with torch.no_grad():
+        down.conv.bias[first:] = logvar
 
 
 def _load_all_but(module: nn.Module, state: dict[str, Tensor], new: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 
 
@@ -16,8 +18,11 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, channels: int = 64, layers: int = 3, in_channels: int = 3):
         super().__init__()
         widths = [channels * min(2**number, 8) for number in range(layers + 1)]
-        blocks: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for number, (before, after) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        blocks: list[nn.Module] = [
+            nn.Conv2d(in_channels, channels, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+        ]
+        for number, (before, after) in enumerate(itertools.pairwise(widths), start=1):
             stride = 1 if number == layers else 2
             blocks += [
                 nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def expand_transformer(transformer: Model, detail_channels: int) -> Model:
         ValueError: unsupported class, D not a multiple of C, or a transformer that was expanded already.
     """
     family = transformer_family(type(transformer).__name__)
-    config = transformer.config  # type: ignore[union-attr]
+    config: Any = transformer.config
     if MARK in config:
         raise ValueError(
             f"this {family.class_name} was expanded already ({config[MARK]} base channels of {config['in_channels']}); "
@@ -106,7 +106,7 @@ def new_weight_masks(transformer: nn.Module) -> dict[str, Tensor]:
         ValueError: when the transformer was not expanded.
     """
     family = transformer_family(type(transformer).__name__)
-    config = transformer.config  # type: ignore[union-attr]
+    config: Any = transformer.config
     if MARK not in config:
         raise ValueError(f"this {family.class_name} was not expanded; call expand_transformer first")
     layout = LatentLayout(config[MARK], config["in_channels"] - config[MARK])

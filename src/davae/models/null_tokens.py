@@ -9,6 +9,7 @@ its logit. Training with one such token and a drawn n costs a token instead of 2
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class RepeatedTokenAttnProcessor:
         self.count = 1
 
     def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: object
     ) -> tuple[Tensor, Tensor] | Tensor:
         def heads(x: Tensor, norm: nn.Module | None) -> Tensor:
             x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B,L,H*d) -> (B,H,L,d)

@@ -93,9 +93,6 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         ModelError: when diffusers cannot load it.
     """
-    import davae  # diffusers imports a component's library only if the caller has it imported
-
-    assert davae.__name__
     try:
         pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
     except (OSError, ValueError) as error:
@@ -129,5 +126,3 @@ def embed_captions(pipeline: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
         **text_arguments(pipeline),
     )
     return embeds, pooled
-
-

@@ -18,7 +18,9 @@ class Tiling:
 
     def __post_init__(self) -> None:
         if self.tile < 1 or not 0.0 <= self.overlap <= 0.5:
-            raise ValueError(f"a tile must be positive and overlap at most half, found {self.tile} and {self.overlap}")
+            raise ValueError(
+                f"a tile must be positive and overlap at most half, found {self.tile} and {self.overlap}"
+            )
 
 
 def tiled(network: Callable[[Tensor], Tensor], inputs: Tensor, tile: int, overlap: float, factor: float) -> Tensor:
@@ -50,7 +52,8 @@ def tiled(network: Callable[[Tensor], Tensor], inputs: Tensor, tile: int, overla
             window = (..., slice(y, y + output.shape[-2]), slice(x, x + output.shape[-1]))
             result[window] += output * weight
             total[window] += weight
-    assert result is not None and total is not None
+    assert result is not None
+    assert total is not None
     return result / total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable
 from importlib.resources import files
@@ -43,7 +44,9 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> AnyRecipe:
             raise RecipeError(f"recipe file {path} does not exist")
         text = path.read_text(encoding="utf-8")
     else:
-        raise RecipeError(f"unknown recipe '{name_or_path}'{suggestion(name_or_path, shipped)}; `davae recipes` lists them")
+        raise RecipeError(
+            f"unknown recipe '{name_or_path}'{suggestion(name_or_path, shipped)}; `davae recipes` lists them"
+        )
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -112,10 +115,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {path}: cannot read the value '{text}'") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     node[keys[-1]] = value
 
 
@@ -125,7 +126,15 @@ def dump_recipe(recipe: AnyRecipe) -> str:
 
 
 # What may change between two runs on one folder: how long and how often, never what is trained.
-RESUMABLE = ("max_steps", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "data.num_workers", "report", "sampling")
+RESUMABLE = (
+    "max_steps",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "data.num_workers",
+    "report",
+    "sampling",
+)
 
 
 def differences(old: AnyRecipe, new: AnyRecipe) -> list[str]:

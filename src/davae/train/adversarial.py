@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from davae.losses.perceptual import perceptual_distance
-from davae.losses.reconstruction import adaptive_weight, discriminator_hinge, generator_hinge, reconstruction_loss
+from davae.losses.reconstruction import (
+    adaptive_weight,
+    discriminator_hinge,
+    generator_hinge,
+    reconstruction_loss,
+)
 from davae.models.discriminator import PatchDiscriminator
 from davae.recipes.schema import Reconstruction
 from davae.train.loop import Player
@@ -74,7 +79,11 @@ class ReconstructionTrainer:
             lambda_kl=s.lambda_kl,
         )
         total, pixel = loss.total, s.lambda_lpips * loss.lpips + s.lambda_l1 * loss.l1
-        logged: dict[str, Any] = {"l1": loss.l1.detach(), "lpips": loss.lpips.detach(), "kl": loss.kl.detach()}
+        logged: dict[str, Any] = {
+            "l1": loss.l1.detach(),
+            "lpips": loss.lpips.detach(),
+            "kl": loss.kl.detach(),
+        }
         if self.adversarial(step):
             assert discriminator is not None
             discriminator.requires_grad_(False)
@@ -86,7 +95,8 @@ class ReconstructionTrainer:
         return total, pixel, logged
 
     def discriminator_loss(self, discriminator: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-        assert self._images is not None and self._reconstruction is not None, "the autoencoder plays first"
+        assert self._images is not None, "the autoencoder plays first"
+        assert self._reconstruction is not None
         discriminator.requires_grad_(True)
         loss = discriminator_hinge(discriminator(self._images), discriminator(self._reconstruction))
         self._images = self._reconstruction = None

@@ -41,9 +41,10 @@ class AutoencoderPass(nn.Module):
 
     def forward(self, images: Tensor, noise_seed: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(B,3,H,W) -> reconstruction (B,3,H,W), posterior mean and logvar (B,C,h,w)."""
-        posterior = self.vae.encode(images).latent_dist
+        vae: Any = self.vae
+        posterior = vae.encode(images).latent_dist
         z = posterior.sample(generator=noise_seed)
-        return self.vae.decode(z).sample, posterior.mean, posterior.logvar
+        return vae.decode(z).sample, posterior.mean, posterior.logvar
 
 
 class AutoencoderTask:

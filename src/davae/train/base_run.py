@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -74,7 +75,9 @@ def _train_autoencoder(
 ) -> AutoencoderKL:
     seed_initial_weights(recipe.run.seed)
     vae = build_autoencoder(recipe).to(accelerator.device)
-    trainer = Trainer(AutoencoderTask(recipe, vae, pictures, accelerator.device), recipe.run, folder, accelerator, observer)
+    trainer = Trainer(
+        AutoencoderTask(recipe, vae, pictures, accelerator.device), recipe.run, folder, accelerator, observer
+    )
     trainer.fit(recipe.data.num_workers)
     trainer.use_average()
     folder.mark_done("vae")
@@ -85,11 +88,13 @@ def _cache(
     recipe: BaseRecipe,
     folder: RunFolder,
     pictures: Pictures,
-    vae: AutoencoderKL,
+    vae: Any,
     accelerator: Accelerator,
     observer: Observer,
 ) -> CacheMeta:
-    key = fingerprint(recipe.vae.model_dump(), recipe.architecture.model_dump(), recipe.data.model_dump(), recipe.resolution)
+    key = fingerprint(
+        recipe.vae.model_dump(), recipe.architecture.model_dump(), recipe.data.model_dump(), recipe.resolution
+    )
     target = folder.path / "cache"
     if (target / "meta.json").is_file():
         return read_meta(target, key)
@@ -118,5 +123,3 @@ def whole_normalisation(meta: CacheMeta) -> tuple[float, float]:
     shift = float(mean.mean())
     variance = float((std.square() + (mean - shift).square()).mean())
     return shift, 1 / math.sqrt(variance)
-
-

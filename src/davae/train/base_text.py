@@ -39,13 +39,14 @@ def build_tokenizer(captions: list[str], vocabulary: int, tokens: int) -> CLIPTo
         show_progress=False,
     )
     backend.train_from_iterator(captions, trainer)
-    learnt = json.loads(backend.to_str())["model"]
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in learnt["merges"]]
+    learnt: Any = json.loads(backend.to_str())["model"]
+    merges: Any = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in learnt["merges"]]
     return CLIPTokenizer(vocab=learnt["vocab"], merges=merges, model_max_length=tokens)
 
 
 def build_text_encoder(recipe: BaseRecipe, tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     a = recipe.architecture
+    special: Any = tokenizer  # the ids are single numbers, typed more widely
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -55,9 +56,9 @@ def build_text_encoder(recipe: BaseRecipe, tokenizer: CLIPTokenizer) -> CLIPText
             num_hidden_layers=a.text_layers,
             num_attention_heads=max(1, a.text_width // 32),
             max_position_embeddings=a.text_tokens,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=special.bos_token_id,
+            eos_token_id=special.eos_token_id,
+            pad_token_id=special.pad_token_id,
         )
     )
 
@@ -159,10 +160,19 @@ class BaseFlowTask:
         dropped = torch.rand(len(z), generator=generator) < s.caption_dropout
         captions = ["" if drop else text for text, drop in zip(batch["captions"], dropped, strict=True)]
         tokens = self.tokenizer(
-            captions, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            captions,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids.to(self.device)
         t = sample_timesteps(
-            len(z), generator, mean=s.timestep_mean, std=s.timestep_std, shift=s.timestep_shift, device=self.device
+            len(z),
+            generator,
+            mean=s.timestep_mean,
+            std=s.timestep_std,
+            shift=s.timestep_shift,
+            device=self.device,
         )
         noise = torch.randn(z.shape, generator=generator).to(self.device)
         self.processor.count = draw_count(generator)

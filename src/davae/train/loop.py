@@ -42,11 +42,13 @@ class Task(Protocol):
     """What a stage brings to the loop."""
 
     name: str
-    settings: Optim
     players: dict[str, Player]
     modules: dict[str, nn.Module]  # called in `loss`; the loop replaces them by their accelerate-wrapped selves
     dataset: Any
     collate: Callable[[list[Any]], Any]
+
+    @property
+    def settings(self) -> Optim: ...
 
     def active(self, step: int) -> list[str]:
         """Players whose turn it is at this step, in order."""
@@ -97,7 +99,8 @@ def stop_on_signal() -> Iterator[list[int]]:
     """SIGINT and SIGTERM set a flag that the loop reads between steps."""
     received: list[int] = []
     previous = {
-        number: signal.signal(number, lambda got, _: received.append(got)) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, lambda got, _: received.append(got))
+        for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield received
@@ -116,7 +119,14 @@ class Trainer:
 
     MAX_SKIPPED = 10  # non-finite steps in a row
 
-    def __init__(self, task: Task, run: Run, folder: RunFolder, accelerator: Accelerator, observer: Observer | None = None):
+    def __init__(
+        self,
+        task: Task,
+        run: Run,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        observer: Observer | None = None,
+    ):
         self.task, self.run, self.folder, self.accelerator = task, run, folder, accelerator
         self.observer = observer or (lambda progress: None)
         self.optimizers: dict[str, Any] = {}
@@ -186,7 +196,9 @@ class Trainer:
             rank=accelerator.process_index,
             ranks=accelerator.num_processes,
         )
-        loader = iter(training_loader(self.task.dataset, batches, num_workers=num_workers, collate_fn=self.task.collate))
+        loader = iter(
+            training_loader(self.task.dataset, batches, num_workers=num_workers, collate_fn=self.task.collate)
+        )
         bad_in_a_row = 0
         try:
             with stop_on_signal() as received:
@@ -241,7 +253,10 @@ class Trainer:
                 finite = False
                 logger.warning(
                     "%s: step %d of %s skipped, its gradient is not finite (%d so far)",
-                    self.task.name, self.step + 1, name, self.skipped,
+                    self.task.name,
+                    self.step + 1,
+                    name,
+                    self.skipped,
                 )
                 continue
             optimizer.step()

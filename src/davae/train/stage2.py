@@ -110,7 +110,12 @@ class Stage2Task:
         captions = ["" if drop else text for text, drop in zip(batch["captions"], dropped, strict=True)]
         prompt_embeds, pooled = (part.to(self.device) for part in self.cache.embed(captions))
         t = sample_timesteps(
-            len(latents), generator, mean=s.timestep_mean, std=s.timestep_std, shift=s.timestep_shift, device=self.device
+            len(latents),
+            generator,
+            mean=s.timestep_mean,
+            std=s.timestep_std,
+            shift=s.timestep_shift,
+            device=self.device,
         )
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
         if self.processor is not None:

@@ -25,7 +25,7 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message is one readable line."""
 
 
-class Interrupted(Exception):
+class Interrupted(RuntimeError):
     """A signal asked the run to stop; everything is saved."""
 
 
@@ -41,7 +41,9 @@ class RunFolder:
             try:
                 previous = validate(yaml.safe_load(saved.read_text(encoding="utf-8")), str(saved))
             except RecipeError as error:
-                raise RunError(f"{saved} was written by another version of davae ({error}); use a new --out") from error
+                raise RunError(
+                    f"{saved} was written by another version of davae ({error}); use a new --out"
+                ) from error
             if type(previous) is not type(recipe):
                 raise RunError(f"{self.path} holds a run of recipe '{previous.name}'; use another --out")
             changed = differences(previous, recipe)
@@ -57,7 +59,9 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RunError(f"{self.path} is in use by another davae process; wait for it or use another --out") from error
+            raise RunError(
+                f"{self.path} is in use by another davae process; wait for it or use another --out"
+            ) from error
 
     def done(self, step: str) -> bool:
         """Whether a step of the run finished with the step count the recipe asks for."""
@@ -145,9 +149,7 @@ class Metrics:
 
     def __init__(self, path: Path, stage: str, resumed_step: int):
         self.path, self.stage = path, stage
-        kept = [
-            record for record in read_metrics(path) if record["stage"] != stage or record["step"] <= resumed_step
-        ]
+        kept = [record for record in read_metrics(path) if record["stage"] != stage or record["step"] <= resumed_step]
         replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._stream = path.open("a", encoding="utf-8")
 

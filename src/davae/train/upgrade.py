@@ -64,6 +64,7 @@ class Upgrade:
         self.recipe, self.out, self.observer = recipe, out, observer
         self.folder = RunFolder(out, recipe)
         self.accelerator = make_accelerator(recipe.run)
+        self.skipped: dict[str, str] = {}  # unreadable pictures met so far, and why
 
     @cached_property
     def base(self) -> Any:
@@ -72,7 +73,9 @@ class Upgrade:
 
     def pictures(self, indices: list[int]) -> Pictures:
         recipe = self.recipe
-        return Pictures(self.source, indices, recipe.resolution, seed=recipe.run.seed, flip=recipe.data.flip)
+        pictures = Pictures(self.source, indices, recipe.resolution, seed=recipe.run.seed, flip=recipe.data.flip)
+        pictures.skipped = self.skipped
+        return pictures
 
     # -- stage 1 -----------------------------------------------------------------------------------------------
 
@@ -89,8 +92,6 @@ class Upgrade:
             trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
             trainer.fit(self.recipe.data.num_workers)
             trainer.use_average()
-            if pictures.skipped:
-                logger.warning("stage 1 skipped %d unreadable pictures", len(pictures.skipped))
             with new_folder(target) as partial:
                 vae.eval().save_pretrained(partial)
             self.folder.mark_done("stage1")

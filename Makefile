@@ -1,0 +1,33 @@
+# `make demo` and `make test` set up everything they need in .venv; nothing has to be installed by hand.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= runs/demo
+
+.PHONY: demo test lint clean
+
+# torch first and on its own: the pinned build, before anything could ask for another one
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch torchvision
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The main job on the embedded model, shortened to minutes: the recipe's own values, fewer steps.
+demo: $(STAMP)
+	$(BIN)/davae upgrade micro --out $(OUT) \
+		--set stage1.max_steps=130 --set stage2.max_steps=150 --set stage2.warmup_steps=30 \
+		--set cache.variants=1 --set report.holdout_pictures=48
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) runs build src/*.egg-info

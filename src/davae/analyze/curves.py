@@ -1,0 +1,66 @@
+"""Loss curves of a run (Fig. S3: base and detail apart)."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SHOWN = {
+    "stage1": ("l1", "lpips", "align", "kl", "adversarial"),
+    "stage2": ("loss_base", "loss_detail", "detail_weight"),
+}
+TITLES = {
+    "l1": "L1",
+    "lpips": "perceptual",
+    "align": "alignment",
+    "kl": "KL",
+    "adversarial": "adversarial",
+    "loss_base": "base",
+    "loss_detail": "detail",
+    "detail_weight": "w(n)",
+}
+
+
+def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
+    """Running mean over a share of the points, as long as the input."""
+    width = max(1, int(len(values) * share))
+    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
+    return np.convolve(padded, np.ones(width) / width, mode="valid")
+
+
+def loss_curves(records: list[dict[str, Any]], stage: str) -> bytes | None:
+    """PNG of one stage's curves: faint points as logged, a running mean on top; None without records."""
+    records = [record for record in records if record["stage"] == stage]
+    names = [name for name in SHOWN[stage] if any(name in record for record in records)]
+    if len(records) < 2 or not names:
+        return None
+    apart = stage == "stage1"  # stage 1's terms have their own scales, stage 2's velocity losses share one
+    figure, axes = plt.subplots(1, len(names) if apart else 1, figsize=(3.1 * (len(names) if apart else 2.4), 2.6))
+    axes = np.atleast_1d(axes)
+    for number, name in enumerate(names):
+        axis = axes[number if apart else 0]
+        steps = np.array([r["step"] for r in records if name in r])
+        values = np.array([r[name] for r in records if name in r], dtype=float)
+        line = axis.plot(steps, smooth(values), label=TITLES[name], linewidth=1.6)[0]
+        axis.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
+        axis.set_xlabel("step")
+        if apart:
+            axis.set_title(TITLES[name], fontsize=9)
+    if not apart:
+        axes[0].legend(frameon=False)
+        axes[0].set_ylabel("mean squared error")
+        axes[0].set_ylim(bottom=0)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,340 @@
+"""The command line: one subcommand a verb. Exit status 0 done, 2 bad input, 130 interrupted after saving."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from davae.recipes import BaseRecipe, Recipe, RecipeError, dump_recipe, load_recipe, shipped_recipes
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Twice the resolution at the same token count for pretrained latent diffusion models (DA-VAE).\n\n"
+    "Start with `davae upgrade micro --out runs/micro`: it upgrades the embedded model and writes a report.",
+)
+evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a model on pictures.")
+app.add_typer(evaluate_app, name="evaluate")
+
+Name = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a YAML file.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder; the same command again resumes it.")]
+Source = Annotated[
+    str | None,
+    typer.Option("--data", help="A folder of pictures, a WebDataset .tar, a Hugging Face dataset id."),
+]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override one recipe value.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost, and stop.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+
+def _upgrade_recipe(name: str, data: str | None, overrides: list[str] | None) -> Recipe:
+    extra = [f"data.source={json.dumps(data)}"] if data else []
+    recipe = load_recipe(name, [*(overrides or []), *extra])
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe '{recipe.name}' pretrains a base model; use `davae train-base {name}`")
+    return recipe
+
+
+def _base_recipe(name: str, data: str | None, overrides: list[str] | None) -> BaseRecipe:
+    extra = [f"data.source={json.dumps(data)}"] if data else []
+    recipe = load_recipe(name, [*(overrides or []), *extra])
+    if not isinstance(recipe, BaseRecipe):
+        raise RecipeError(f"recipe '{recipe.name}' upgrades a model; use `davae upgrade {name}`")
+    return recipe
+
+
+def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _run_upgrade(
+    name: str, out: Path | None, data: str | None, overrides: list[str] | None, dry: bool, verb: str
+) -> None:
+    recipe = _upgrade_recipe(name, data, overrides)
+    from davae.display import console, progress_display, table
+    from davae.train.plan import plan
+    from davae.train.upgrade import Upgrade
+    from davae.workflow import upgrade
+
+    if dry:
+        console.print(dump_recipe(recipe), markup=False, highlight=False)
+        table(
+            "What it takes",
+            ["", recipe.name],
+            [[key.replace("_", " "), value] for key, value in plan(recipe).items()],
+        )
+        return
+    folder = out or Path("runs") / recipe.name
+    with progress_display() as observer:
+        run = Upgrade(recipe, folder, observer)
+        if verb == "train-vae":
+            done = run.train_vae()
+        elif verb == "cache-latents":
+            run.train_vae()
+            done = run.cache_latents()
+        elif verb == "train-dit":
+            done = run.run()
+        else:
+            done = upgrade(run, observer)
+    if verb == "upgrade":
+        _show_report(folder)
+    console.print(f"{done}", markup=False)
+
+
+def _show_report(folder: Path) -> None:
+    from davae.display import table
+
+    figures = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    table(
+        "Tokens and time of one picture",
+        ["model", "image tokens", "transformer, s", "whole, s", "against native"],
+        [
+            [row["name"], row["tokens"], f"{row['transformer_seconds']:.3f}", f"{row['whole_seconds']:.3f}",
+             f"{row['speedup_over_native']:.2f}x"]
+            for row in figures["speed"]
+        ],
+    )  # fmt: skip
+    table(
+        "Held-out pictures, encoded and decoded",
+        ["decoder input", "PSNR, dB", "SSIM", "perceptual"],
+        [
+            [row["name"], f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", f"{row['lite0']:.4f}"]
+            for row in figures["reconstruction"]
+        ],
+    )
+
+
+@app.command()
+def upgrade(
+    recipe: Name, out: Out = None, data: Source = None, set: Overrides = None, dry_run: DryRun = False
+) -> None:
+    """Upgrade a pretrained model: stage 1, latent cache, stage 2, export, report.
+
+    Finished steps are skipped when the command is run again. Examples:
+
+    `davae upgrade micro --out runs/micro`
+
+    `davae upgrade micro --data my_pictures/ --out runs/mine --set stage2.max_steps=300`
+    """
+    _run_upgrade(recipe, out, data, set, dry_run, "upgrade")
+
+
+@app.command("train-vae")
+def train_vae(
+    recipe: Name, out: Out = None, data: Source = None, set: Overrides = None, dry_run: DryRun = False
+) -> None:
+    """Stage 1 only: the detail-aligned VAE. Example: `davae train-vae micro --out runs/micro`"""
+    _run_upgrade(recipe, out, data, set, dry_run, "train-vae")
+
+
+@app.command("cache-latents")
+def cache_latents(
+    recipe: Name, out: Out = None, data: Source = None, set: Overrides = None, dry_run: DryRun = False
+) -> None:
+    """Up to the latent cache. Example: `davae cache-latents micro --out runs/micro`"""
+    _run_upgrade(recipe, out, data, set, dry_run, "cache-latents")
+
+
+@app.command("train-dit")
+def train_dit(
+    recipe: Name, out: Out = None, data: Source = None, set: Overrides = None, dry_run: DryRun = False
+) -> None:
+    """Up to the exported pipeline, without the report. Example: `davae train-dit micro --out runs/micro`"""
+    _run_upgrade(recipe, out, data, set, dry_run, "train-dit")
+
+
+@app.command("train-base")
+def train_base(recipe: Name, out: Out = None, data: Source = None, set: Overrides = None) -> None:
+    """Pretrain a small base model from scratch. Example: `davae train-base micro-base --out runs/micro-base`"""
+    resolved = _base_recipe(recipe, data, set)
+    from davae.display import console, progress_display
+    from davae.train.base_run import train_base as run
+
+    with progress_display() as observer:
+        done = run(resolved, out or Path("runs") / resolved.name, observer)
+    console.print(f"{done}", markup=False)
+
+
+@app.command()
+def sample(
+    run: Annotated[str, typer.Argument(help="A run folder, a pipeline folder, `micro`, or a hub id.")],
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    num: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
+    seed: int = 0,
+    steps: Annotated[int, typer.Option(min=1)] = 30,
+    guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures.")] = None,
+) -> None:
+    """Write pictures and a grid. Example: `davae sample runs/micro "a red rose" --num 8 --seed 1`"""
+    from davae.display import console, progress_display
+    from davae.train.loop import Progress
+    from davae.workflow import open_model, sample_to_folder
+
+    pipeline, default = open_model(run)
+    with progress_display() as observer:
+        done = sample_to_folder(
+            pipeline,
+            prompt,
+            out or default,
+            num=num,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+        )
+    console.print(f"{done}", markup=False)
+
+
+@evaluate_app.command()
+def reconstruction(
+    vae: Annotated[str, typer.Option(help="A DetailVAE folder, a run folder, or a diffusers autoencoder folder.")],
+    data: Annotated[str, typer.Option(help="Pictures, as `davae upgrade --data` takes them.")],
+    resolution: Annotated[int | None, typer.Option(help="Pixels; the autoencoder's own by default.")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="At most so many pictures.")] = None,
+    held_out: Annotated[float, typer.Option(min=0.0, max=0.99, help="Only this held-out share; 0 takes all.")] = 0.0,
+    json: Json = None,
+) -> None:
+    """PSNR, SSIM and a perceptual distance. Example:
+
+    `davae evaluate reconstruction --vae runs/micro/vae --data openmoji --held-out 0.1`
+    """
+    from davae.display import console
+    from davae.workflow import evaluate_reconstruction
+
+    figures = evaluate_reconstruction(vae, data, resolution, num, held_out)
+    _write_json(json, figures)
+    console.print_json(data=figures)
+
+
+@evaluate_app.command()
+def generation(
+    pipeline: Annotated[str, typer.Option(help="A run folder, a pipeline folder, `micro`, or a hub id.")],
+    data: Annotated[str, typer.Option(help="Real pictures with captions.")],
+    num: Annotated[int, typer.Option(min=2, help="Generated pictures.")] = 1000,
+    resolution: Annotated[int | None, typer.Option(help="Pixels to generate; the pipeline's own by default.")] = None,
+    compare_at: Annotated[
+        int | None, typer.Option(help="Pixels to compare at; samples are enlarged bilinearly.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 30,
+    guidance: Annotated[float, typer.Option(min=0.0)] = 2.5,
+    seed: int = 0,
+    json: Json = None,
+) -> None:
+    """Frechet distance on EfficientNet-Lite0 features (FD-lite0) to real pictures, prompts from their captions.
+
+    `davae evaluate generation --pipeline runs/micro --data openmoji --num 1000`
+    """
+    from davae.display import console, progress_display
+    from davae.train.loop import Progress
+    from davae.workflow import evaluate_generation
+
+    with progress_display() as observer:
+        figures = evaluate_generation(
+            pipeline,
+            data,
+            num=num,
+            resolution=resolution,
+            compare_at=compare_at,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+        )
+    _write_json(json, figures)
+    console.print_json(data=figures)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="`micro`, a diffusers folder, or a hub id.")],
+    resolution: Annotated[int, typer.Option(help="Pixels of the upgraded picture.")],
+    scale: Annotated[int, typer.Option(min=2)] = 2,
+    json: Json = None,
+) -> None:
+    """Tokens and FLOPs, native against upgraded. Example: `davae inspect micro --resolution 128`"""
+    from davae.display import table
+    from davae.models.pipeline import ModelError, read_shapes
+    from davae.train.plan import token_plan
+    from davae.zoo import resolve
+
+    try:
+        tokens = token_plan(read_shapes(resolve(model)), resolution, scale)
+    except ValueError as error:
+        raise ModelError(f"model {model}: {error}") from error
+    figures = tokens.as_dict()
+    _write_json(json, figures)
+    table(
+        f"{model} at {resolution} px",
+        ["", "value"],
+        [[key.replace("_", " "), value] for key, value in figures.items()],
+    )
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from rich.console import Console
+
+    for name, text in shipped_recipes().items():
+        first = next((line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")), "")
+        Console().print(f"{name:<14} {first}", markup=False, highlight=False)
+
+
+def main() -> None:
+    """Entry point: turns the errors that are a user's to mend into one line and exit status 2."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads that spin starve a second process
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        if len(sys.argv) > 1 and not {"--help", "-h", "recipes"} & set(sys.argv):
+            _quiet_libraries()
+        app()
+    except RecipeError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, RuntimeError) as error:
+        _fail_if_users(error)
+
+
+def _quiet_libraries() -> None:
+    """davae's own messages on standard error; libraries only when something is wrong."""
+    import diffusers
+    import transformers
+
+    from davae.display import log_handler
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log_handler()], force=True)
+    for name in ("accelerate", "diffusers", "transformers", "httpx", "PIL", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _fail_if_users(error: Exception) -> None:
+    from davae.data.pictures import DataError
+    from davae.models.pipeline import ModelError
+    from davae.train.state import Interrupted, RunError
+
+    if isinstance(error, Interrupted):
+        sys.stderr.write(f"davae: {error}\n")
+        sys.exit(130)
+    if isinstance(error, (DataError, ModelError, RunError)):
+        _fail(error)
+    raise error
+
+
+def _fail(error: Exception) -> None:
+    sys.stderr.write(f"davae: {' '.join(str(error).split())}\n")
+    sys.exit(2)

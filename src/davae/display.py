@@ -1,0 +1,68 @@
+"""What a person sees while davae works: progress on standard error, tables on standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from davae.train.loop import Observer
+from davae.train.loop import Progress as Step
+
+console = Console()
+status = Console(stderr=True)
+
+NAMES = {
+    "stage1": "stage 1: detail VAE",
+    "stage2": "stage 2: transformer",
+    "vae": "base autoencoder",
+    "dit": "base transformer",
+    "cache": "latent cache",
+    "latents": "latent cache",
+    "captions": "text cache",
+    "report": "report",
+}
+SHOWN = ("loss", "loss_base", "loss_detail", "l1", "align")
+
+
+def log_handler() -> RichHandler:
+    return RichHandler(console=status, show_path=False, show_time=False)
+
+
+@contextmanager
+def progress_display() -> Iterator[Observer]:
+    """Yields an observer that draws one line a task: done, time left, images/s, losses."""
+    bars = Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=status,
+    )
+    rows: dict[str, Any] = {}
+
+    def observe(step: Step) -> None:
+        if step.task not in rows:
+            rows[step.task] = bars.add_task(NAMES.get(step.task, step.task), total=step.max_steps, note="")
+        losses = [f"{name.removeprefix('loss_')} {step.values[name]:.3f}" for name in SHOWN if name in step.values]
+        speed = [f"{step.images_per_second:.1f} images/s"] if step.images_per_second else []
+        bars.update(rows[step.task], completed=step.step, total=step.max_steps, note="  ".join(speed + losses))
+
+    with bars:
+        yield observe
+
+
+def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """Print a table; numbers are right-aligned."""
+    view = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        view.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        view.add_row(*[str(cell) for cell in row])
+    console.print(view)

@@ -1,0 +1,51 @@
+"""What the decoder makes of the detail channels: full, zeroed, random (Fig. S2a), beside plain upsampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from davae.models.detail_vae import DetailVAE, downsample
+
+Reconstruct = Callable[[Tensor], Tensor]
+
+
+def reconstructions(vae: DetailVAE, base_vae: Any, seed: int = 0) -> dict[str, Reconstruct]:
+    """Name -> function from pictures I_hr (B,3,sH,sW) in [-1,1] to their reconstruction.
+
+    `base + bicubic`: the base autoencoder at its own resolution, enlarged. `zero detail`: z_d = 0.
+    `random detail`: z_d drawn from a normal with the channel means and deviations of the training set.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def base_bicubic(images: Tensor) -> Tensor:
+        small = downsample(images, vae.layout.scale, vae.config["downsample"])
+        small = base_vae.decode(base_vae.encode(small).latent_dist.mode()).sample
+        return F.interpolate(small, images.shape[-2:], mode="bicubic", align_corners=False)
+
+    def with_detail(change: Callable[[Tensor], Tensor], normalised: bool) -> Reconstruct:
+        @torch.no_grad()
+        def reconstruct(images: Tensor) -> Tensor:
+            latents = vae.encode(images).latent_dist.mode()  # type: ignore[union-attr]
+            if not normalised:
+                latents = vae.denormalise(latents)
+            z, z_d = vae.layout.split(latents)
+            latents = vae.layout.join(z, change(z_d))
+            return vae.decode(latents if normalised else vae.normalise(latents)).sample  # type: ignore[union-attr]
+
+        return reconstruct
+
+    def random(z_d: Tensor) -> Tensor:
+        return torch.randn(z_d.shape, generator=generator).to(z_d)
+
+    return {
+        "base + bicubic": base_bicubic,
+        "zero detail": with_detail(torch.zeros_like, normalised=False),
+        "random detail": with_detail(random, normalised=True),
+        "full": with_detail(lambda z_d: z_d, normalised=True),
+    }

@@ -1,0 +1,94 @@
+"""Tokens and time of one picture: transformer alone and whole, interleaved so that drift hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from davae.models.pipeline import text_arguments
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a picture, medians over repeats; `tokens` are the transformer's image tokens."""
+
+    name: str
+    tokens: int
+    transformer: float
+    whole: float
+
+
+def image_tokens(pipeline: Any, resolution: int) -> int:
+    """Image tokens of a square picture."""
+    side = resolution // pipeline.vae_scale_factor // pipeline.patch_size
+    return side * side
+
+
+class _Stopwatch:
+    """Sums the time a module spends in its forward passes."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.seconds, self._started = 0.0, 0.0
+        self._handles = [
+            module.register_forward_pre_hook(self._start),
+            module.register_forward_hook(self._stop),
+        ]
+
+    def _start(self, *_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def _stop(self, *_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._started
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def time_pipelines(
+    candidates: list[tuple[str, Any, int, Callable[[Any], Any]]],
+    prompt: str,
+    *,
+    steps: int,
+    guidance_scale: float,
+    repeats: int,
+) -> list[Timing]:
+    """Median time of one picture for each (name, pipeline, resolution, post-processing of the picture).
+
+    One warm-up each, then `repeats` rounds in which every candidate runs once.
+    """
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name, *_ in candidates}
+    for turn in range(repeats + 1):
+        for name, pipeline, resolution, finish in candidates:
+            watch = _Stopwatch(pipeline.transformer)
+            started = time.perf_counter()
+            result = pipeline(
+                prompt,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=torch.Generator().manual_seed(turn),
+                **text_arguments(pipeline),
+            )
+            finish(result.images[0])
+            whole = time.perf_counter() - started
+            watch.remove()
+            if turn:
+                rounds[name].append((watch.seconds, whole))
+    return [
+        Timing(
+            name,
+            image_tokens(pipeline, resolution),
+            statistics.median(t for t, _ in rounds[name]),
+            statistics.median(w for _, w in rounds[name]),
+        )
+        for name, pipeline, resolution, _ in candidates
+    ]

@@ -1,0 +1,119 @@
+"""What a run would do, worked out from configs on the meta device: shapes, tokens, parameters, FLOPs, memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from davae.models.detail_vae import DetailVAE
+from davae.models.expand import expand_transformer
+from davae.models.families import transformer_family
+from davae.models.pipeline import BaseShapes, read_shapes
+from davae.recipes.schema import Recipe
+from davae.train.stage2 import choose_trainable
+from davae.train.upgrade import check_recipe
+from davae.zoo import resolve
+
+TEXT_TOKENS = 333  # Stable Diffusion 3: 77 of CLIP and 256 of T5
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """One square picture: what a native and an upgraded transformer have to do."""
+
+    resolution: int
+    native_tokens: int
+    upgraded_tokens: int
+    native_flops: float  # one transformer pass, text included
+    upgraded_flops: float
+
+    @property
+    def bound(self) -> float:
+        """Upper bound of the transformer's speed-up."""
+        return self.native_flops / self.upgraded_flops
+
+    def as_dict(self) -> dict[str, float]:
+        return {**asdict(self), "bound": self.bound}
+
+
+def meta_transformer(shapes: BaseShapes) -> nn.Module:
+    """The transformer's modules without weights."""
+    with torch.device("meta"):
+        return getattr(diffusers, shapes.transformer_class).from_config(shapes.transformer_config)
+
+
+def transformer_flops(transformer: nn.Module, image_tokens: int, text_tokens: int) -> float:
+    """Multiply-adds times two of one pass: every linear layer on the tokens it sees, and the attention products."""
+    flops = 0.0
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear):
+            if "norm" in name or "time_text_embed" in name:
+                tokens = 1  # modulation: once a picture
+            elif any(part in name for part in ("add_", "context")):
+                tokens = text_tokens
+            else:
+                tokens = image_tokens
+            flops += 2.0 * module.in_features * module.out_features * tokens
+        elif hasattr(module, "to_q") and isinstance(module.to_q, nn.Linear):
+            length = image_tokens + (text_tokens if getattr(module, "add_q_proj", None) is not None else 0)
+            flops += 4.0 * length * length * module.to_q.out_features
+    return flops
+
+
+def token_plan(shapes: BaseShapes, resolution: int, scale: int, text_tokens: int = TEXT_TOKENS) -> TokenPlan:
+    """Native against upgraded at `resolution` pixels.
+
+    Raises:
+        ValueError: when the resolution does not divide into tokens.
+    """
+    step = shapes.vae_factor * shapes.patch_size * scale
+    if resolution % step:
+        raise ValueError(f"resolution {resolution} is not divisible by {step} (factor x patch x scale)")
+    native = (resolution // (shapes.vae_factor * shapes.patch_size)) ** 2
+    upgraded = native // scale**2
+    transformer = meta_transformer(shapes)
+    return TokenPlan(
+        resolution,
+        native,
+        upgraded,
+        transformer_flops(transformer, native, text_tokens),
+        transformer_flops(transformer, upgraded, text_tokens),
+    )
+
+
+def count(parameters: Any) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """Figures of a dry run. Memory counts weights, gradients, Adam moments and EMA, not activations."""
+    shapes = read_shapes(resolve(recipe.base.model))
+    layout = check_recipe(recipe, shapes)
+    with torch.device("meta"):
+        vae = DetailVAE(shapes.vae_class, shapes.vae_config, recipe.detail_channels, recipe.scale)
+    transformer = expand_transformer(meta_transformer(shapes), recipe.detail_channels)
+    trained_vae = count(p for p in vae.parameters() if p.requires_grad)
+    trained_dit = count(choose_trainable(transformer, recipe.stage2.lora))
+    tokens = token_plan(shapes, recipe.resolution, recipe.scale)
+    side = recipe.base.resolution // shapes.vae_factor
+    copies = 4  # gradient, two Adam moments, EMA: float32
+    return {
+        "image": f"{recipe.resolution}x{recipe.resolution}, base {recipe.base.resolution}x{recipe.base.resolution}",
+        "latents": f"z ({layout.base_channels},{side},{side}) + z_d ({layout.detail_channels},{side},{side})",
+        "patch": f"{shapes.patch_size}, head {transformer_family(shapes.transformer_class).head_order}",
+        "tokens_upgraded": tokens.upgraded_tokens,
+        "tokens_native": tokens.native_tokens,
+        "transformer_gflops_upgraded": round(tokens.upgraded_flops / 1e9, 3),
+        "transformer_gflops_native": round(tokens.native_flops / 1e9, 3),
+        "speedup_bound": round(tokens.bound, 2),
+        "stage1_trainable_parameters": trained_vae,
+        "stage1_parameters": count(vae.parameters()),
+        "stage1_state_gib": round((count(vae.parameters()) + copies * trained_vae) * 4 / 2**30, 3),
+        "stage2_trainable_parameters": trained_dit,
+        "stage2_parameters": count(transformer.parameters()),
+        "stage2_state_gib": round((count(transformer.parameters()) + copies * trained_dit) * 4 / 2**30, 3),
+    }
