@@ -27,7 +27,7 @@ NAMES = {
     "captions": "text cache",
     "report": "report",
 }
-SHOWN = ("loss", "loss_base", "loss_detail", "l1", "align")
+SHOWN = ("loss_base", "loss_detail", "l1", "align")
 
 
 def log_handler() -> RichHandler:
@@ -38,10 +38,10 @@ def log_handler() -> RichHandler:
 def progress_display() -> Iterator[Observer]:
     """Yields an observer that draws one line a task: done, time left, images/s, losses."""
     bars = Progress(
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description:<21}"),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
         console=status,
     )
@@ -51,7 +51,7 @@ def progress_display() -> Iterator[Observer]:
         if step.task not in rows:
             rows[step.task] = bars.add_task(NAMES.get(step.task, step.task), total=step.max_steps, note="")
         losses = [f"{name.removeprefix('loss_')} {step.values[name]:.3f}" for name in SHOWN if name in step.values]
-        speed = [f"{step.images_per_second:.1f} images/s"] if step.images_per_second else []
+        speed = [f"{step.images_per_second:.0f} images/s"] if step.images_per_second else []
         bars.update(rows[step.task], completed=step.step, total=step.max_steps, note="  ".join(speed + losses))
 
     with bars:

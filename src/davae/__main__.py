@@ -1,0 +1,5 @@
+"""`python -m davae` is the same as `davae`."""
+
+from davae.cli import main
+
+main()

@@ -1,0 +1,134 @@
+"""Equations 3-6, 12, 13 against closed forms in float64, and flow matching against diffusers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from davae import LatentLayout, alignment_loss, detail_weight, group_mean, velocity_loss
+from davae.losses.flow_matching import interpolate, sample_timesteps, shift_timestep, velocity_target
+from davae.losses.reconstruction import adaptive_weight, discriminator_hinge, kl_loss, reconstruction_loss
+
+F64 = torch.float64
+
+
+def test_group_mean_averages_neighbouring_channels():
+    z_d = torch.randn(2, 12, 3, 5, dtype=F64)
+    expected = torch.stack([z_d[:, 3 * i : 3 * i + 3].mean(1) for i in range(4)], dim=1)
+    torch.testing.assert_close(group_mean(z_d, 4), expected, rtol=0, atol=1e-15)
+    with pytest.raises(ValueError, match="12 channels, not a multiple of 5"):
+        group_mean(z_d, 5)
+
+
+def test_alignment_loss_value_and_where_its_gradient_goes():
+    z = torch.randn(2, 2, 3, 3, dtype=F64, requires_grad=True)
+    z_d = torch.randn(2, 6, 3, 3, dtype=F64, requires_grad=True)
+    loss = alignment_loss(z_d, z)
+    difference = group_mean(z_d, 2) - z
+    torch.testing.assert_close(loss, difference.square().mean())
+    loss.backward()
+    assert z.grad is None
+    expected = (2 * difference / difference.numel() / 3).repeat_interleave(3, dim=1)
+    torch.testing.assert_close(z_d.grad, expected.detach())
+
+
+def test_detail_weight_is_the_cosine_of_eq_12():
+    assert detail_weight(0, 100) == 0.0
+    assert detail_weight(25, 100) == pytest.approx((1 - math.cos(math.pi / 4)) / 2, abs=1e-15)
+    assert detail_weight(50, 100) == pytest.approx(0.5, abs=1e-15)
+    assert detail_weight(100, 100) == detail_weight(10_000, 100) == detail_weight(0, 0) == 1.0
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_velocity_loss_is_eq_13(weight: float):
+    layout = LatentLayout(2, 6)
+    prediction, target = torch.randn(2, 3, 8, 4, 5, dtype=F64)
+    loss = velocity_loss(prediction, target, layout, weight)
+    error = (prediction - target).square()
+    per_position = (error[:, :2].sum(1) + weight * error[:, 2:].sum(1)) / (2 + weight * 6)
+    torch.testing.assert_close(loss.total, per_position.mean())
+    torch.testing.assert_close(loss.base, error[:, :2].mean())
+    torch.testing.assert_close(loss.detail, error[:, 2:].mean())
+
+
+def test_velocity_loss_sums_half_precision_in_float32():
+    prediction = torch.full((1, 4, 2, 2), 1e-4, dtype=torch.float16)
+    loss = velocity_loss(prediction, torch.zeros_like(prediction), LatentLayout(2, 2), 1.0)
+    assert loss.total.dtype == torch.float32
+    assert float(loss.total) > 0  # 1e-8 is zero in float16
+
+
+def test_velocity_loss_refuses_wrong_shapes():
+    x = torch.zeros(1, 8, 2, 2)
+    with pytest.raises(ValueError, match="differ in shape"):
+        velocity_loss(x, x[:, :4], LatentLayout(2, 6), 1.0)
+    with pytest.raises(ValueError, match="2 base \\+ 4 detail = 6"):
+        velocity_loss(x, x, LatentLayout(2, 4), 1.0)
+
+
+def test_layout_splits_base_first_and_joins_back():
+    layout = LatentLayout(2, 6)
+    x = torch.randn(1, 8, 2, 2)
+    z, z_d = layout.split(x)
+    assert torch.equal(z, x[:, :2])
+    assert torch.equal(z_d, x[:, 2:])
+    assert torch.equal(layout.join(z, z_d), x)
+    assert (layout.channels, layout.group_size) == (8, 3)
+    with pytest.raises(ValueError, match="multiple of the base's 4 channels, found 6"):
+        LatentLayout(4, 6)
+
+
+def test_flow_matching_equals_diffusers():
+    """x_t as FlowMatchEulerDiscreteScheduler noises it, and its shift as ours."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    x, noise = torch.randn(2, 4, 3, 2, 2, dtype=F64)
+    t = scheduler.timesteps[[10, 200, 500, 990]]
+    expected = scheduler.scale_noise(x, t, noise)
+    torch.testing.assert_close(interpolate(x, noise, t.double() / 1000), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(velocity_target(x, noise), noise - x)
+    plain = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    torch.testing.assert_close(shift_timestep(plain.sigmas[:1000], 3.0), scheduler.sigmas[:1000])
+
+
+def test_timesteps_are_logit_normal():
+    t = sample_timesteps(20_000, torch.Generator().manual_seed(0), mean=0.5, std=0.8)
+    logits = torch.logit(t.double())
+    assert float(logits.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(logits.std()) == pytest.approx(0.8, abs=0.02)
+
+
+def test_kl_of_a_gaussian():
+    mean, logvar = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, math.log(4.0)]])
+    assert float(kl_loss(mean, logvar)) == pytest.approx(0.5 * (1 + 4 - 1 - math.log(4.0)))
+
+
+def test_reconstruction_loss_is_float32_under_autocast():
+    images = torch.rand(1, 3, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen: list[torch.dtype] = []
+
+        class Spy(torch.nn.Module):
+            def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+                seen.append((a @ b.transpose(-1, -2)).dtype)
+                return (a - b).abs().flatten(1).mean(1)
+
+        loss = reconstruction_loss(
+            images.bfloat16(), images, torch.zeros(1, 1), torch.zeros(1, 1), Spy(), lambda_lpips=1, lambda_l1=2, lambda_kl=3
+        )
+    assert seen == [torch.float32]
+    torch.testing.assert_close(loss.total, loss.lpips + 2 * loss.l1 + 3 * loss.kl)
+
+
+def test_adaptive_weight_is_the_ratio_of_gradient_norms():
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert float(adaptive_weight((3 * w).sum(), (w * w).sum(), w)) == pytest.approx(
+        (3 * 2**0.5) / (2 * 5**0.5), rel=1e-5
+    )
+
+
+def test_discriminator_hinge_is_zero_beyond_the_margin():
+    assert float(discriminator_hinge(torch.full((2,), 1.5), torch.full((2,), -1.5))) == 0.0
+    assert float(discriminator_hinge(torch.zeros(2), torch.zeros(2))) == 1.0

@@ -1,0 +1,64 @@
+"""Recipes: every shipped one is valid; every mistake is one line with its dotted path."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from davae.recipes import RecipeError, differences, dump_recipe, load_recipe, shipped_recipes, validate
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_is_valid_and_survives_dumping(name: str):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert validate(yaml.safe_load(dump_recipe(recipe)), name) == recipe
+    assert shipped_recipes()[name].startswith("# ")  # `davae recipes` shows the first comment
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage1.max_step=5", "stage1.max_step: unknown key; did you mean 'max_steps'?"),
+        ("stag1.max_steps=5", "stag1: unknown key; did you mean 'stage1'?"),
+        ("stage1.lr=fast", "stage1.lr: .*valid number.*'fast'"),
+        ("stage2.max_steps=0", "stage2.max_steps: .*greater than 0"),
+        ("stage2.warmup_steps=999999", "stage2: warmup_steps \\(N_warm\\) is 999999, more than max_steps"),
+        ("run.mixed_precision=float8", "run.mixed_precision: .*'no', 'fp16' or 'bf16'"),
+        ("detail_channels=-16", "detail_channels: .*greater than 0"),
+        ("kind=upgrad", "kind 'upgrad' is unknown"),
+        ("stage1", "--set takes a.b=value, found 'stage1'"),
+        ("name.x=1", "'name' is a value, not a section"),
+    ],
+)
+def test_mistakes_are_named(override: str, message: str):
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe("micro", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipe_suggests_the_nearest():
+    with pytest.raises(RecipeError, match="unknown recipe 'mikro'; did you mean 'micro'?"):
+        load_recipe("mikro")
+
+
+def test_overrides_are_typed():
+    recipe = load_recipe("micro", ["stage1.lr=1e-4", "stage2.lora=null", "sampling.prompts=[a, b]"])
+    assert recipe.stage1.lr == 1e-4
+    assert recipe.stage2.lora is None
+    assert recipe.sampling.prompts == ("a", "b")
+
+
+def test_differences_leave_out_what_a_resumed_run_may_change():
+    old = load_recipe("micro")
+    assert differences(old, load_recipe("micro", ["stage1.max_steps=7", "run.log_every=3"])) == []
+    changed = differences(old, load_recipe("micro", ["stage1.lr=0.5"]))
+    assert changed == [f"stage1.lr: {old.stage1.lr} -> 0.5"]
+
+
+def test_recipes_are_read_without_torch():
+    code = "import sys, davae.recipes, davae.cli; davae.recipes.load_recipe('micro'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,305 @@
+"""Whole runs of a tiny pipeline: resume to the bit after SIGKILL, a frozen base, a stock pipeline at the end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import picture, tiny_upgrade_recipe
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+
+from davae import DetailVAE
+from davae.cli import main
+from davae.recipes import validate
+from davae.train import state
+from davae.train.loop import learning_rate
+from davae.train.state import RunError, RunFolder, new_folder, read_metrics
+from davae.train.upgrade import Upgrade
+
+CHANGES = {"stage1__max_steps": 8, "stage2__max_steps": 8, "run__checkpoint_every": 1}
+
+
+def quiet(progress: object) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def recipe_values(tiny_base: Path, picture_folder: Path) -> dict:
+    return tiny_upgrade_recipe(tiny_base, picture_folder, **CHANGES)
+
+
+@pytest.fixture(scope="module")
+def recipe_file(recipe_values: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe_values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted `davae upgrade`, through the command line's own entry point."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    run_cli("upgrade", str(recipe_file), "--out", str(out))
+    return out
+
+
+def run_cli(*arguments: str) -> None:
+    before, sys.argv = sys.argv, ["davae", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, f"davae {' '.join(arguments)} exited with {stop.code}"
+    finally:
+        sys.argv = before
+
+
+def training_records(folder: Path) -> list[dict]:
+    return [
+        {key: value for key, value in record.items() if key != "images_per_second"}
+        for record in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def kill_when(recipe_file: Path, out: Path, stage: str, step: int) -> None:
+    """Start the run in a process of its own and SIGKILL it once `stage` has logged `step`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "davae", "upgrade", str(recipe_file), "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums depend on it,
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        path = out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        if any(f'"stage": "{stage}", "step": {step},' in line for line in lines):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, process.stderr.read().decode()[-2000:]  # type: ignore[union-attr]
+
+
+def test_killed_runs_resume_to_the_bit(recipe_file: Path, finished: Path, tmp_path: Path):
+    out = tmp_path / "killed"
+    kill_when(recipe_file, out, "stage1", 3)
+    assert not (out / "vae").exists()
+    kill_when(recipe_file, out, "stage2", 3)
+    assert not (out / "pipeline").exists()
+    run_cli("upgrade", str(recipe_file), "--out", str(out))
+    assert training_records(out) == training_records(finished)
+    for file in ("vae/diffusion_pytorch_model.safetensors", "upgrade.safetensors"):
+        mine, theirs = load_file(out / file), load_file(finished / file)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine), file
+    assert json.loads((out / "vae/config.json").read_text()) == json.loads((finished / "vae/config.json").read_text())
+
+
+def test_every_step_is_logged_once_with_the_contract_s_keys(finished: Path):
+    records = read_metrics(finished / "metrics.jsonl")
+    for stage in ("stage1", "stage2"):
+        assert [r["step"] for r in records if r["stage"] == stage] == list(range(1, 9))
+    first, last = records[0], records[-1]
+    assert {"loss", "l1", "lpips", "kl", "align", "lr", "images_per_second"} <= first.keys()
+    assert {"loss", "loss_base", "loss_detail", "detail_weight", "lr", "images_per_second"} <= last.keys()
+    stage1 = [r for r in records if r["stage"] == "stage1"]
+    assert ["adversarial" in r for r in stage1] == [False, *[True] * 7]  # gan_start: 2
+    stage2 = [r["detail_weight"] for r in records if r["stage"] == "stage2"]
+    assert stage2[:3] == [0.0, 0.5, 1.0]  # warmup_steps: 2
+
+
+def test_the_base_encoder_never_changes_by_a_bit(finished: Path, tiny_base: Path):
+    base = load_file(tiny_base / "vae/diffusion_pytorch_model.safetensors")
+    vae = load_file(finished / "vae/diffusion_pytorch_model.safetensors")
+    frozen = {n.removeprefix("base_"): t for n, t in vae.items() if n.startswith("base_encoder.")}
+    assert frozen
+    assert all(torch.equal(tensor, base[name]) for name, tensor in frozen.items())
+    moved = [n for n in vae if n.startswith(("detail_encoder.conv_in", "decoder.conv_out"))]
+    assert all(not torch.equal(vae[n], base[n.removeprefix("detail_")]) for n in moved)
+
+
+def test_statistics_of_the_cache_stand_in_the_autoencoder(finished: Path):
+    meta = json.loads((finished / "cache" / "meta.json").read_text())
+    vae = DetailVAE.from_pretrained(finished / "pipeline" / "vae")
+    assert vae.config.detail_mean == pytest.approx(meta["mean"][4:])
+    assert vae.config.detail_std == pytest.approx(meta["std"][4:])
+
+
+def test_the_export_is_a_stock_pipeline(finished: Path):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(finished / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red square", num_inference_steps=2).images[0]
+    assert image.size == (32, 32)
+    assert pipeline.transformer.config.in_channels == 12
+    assert not any("lora" in name for name, _ in pipeline.transformer.named_parameters())
+
+
+def test_the_report_holds_its_figures(finished: Path):
+    figures = json.loads((finished / "report.json").read_text())
+    page = (finished / "report.html").read_text()
+    assert [row["tokens"] for row in figures["speed"]] == [16, 64, 16]
+    assert [row["name"] for row in figures["reconstruction"]] == ["base + bicubic", "zero detail", "random detail", "full"]
+    assert f"{figures['reconstruction'][-1]['psnr']:.2f}" in page
+    assert page.count("data:image/png;base64,") >= 5
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "<script src" not in page
+
+
+def test_a_finished_run_does_nothing_again(recipe_file: Path, finished: Path, capsys: pytest.CaptureFixture):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name not in ("recipe.yaml", ".lock")}
+    run_cli("upgrade", str(recipe_file), "--out", str(finished))
+    after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name not in ("recipe.yaml", ".lock")}
+    assert before == after
+    assert "Held-out pictures" in capsys.readouterr().out
+
+
+def test_sample_writes_pictures_and_a_grid(finished: Path):
+    run_cli("sample", str(finished), "a red square", "--num", "3", "--seed", "1", "--steps", "2")
+    names = sorted(path.name for path in (finished / "samples").iterdir())
+    assert names == ["a-red-square-seed1-000.png", "a-red-square-seed1-001.png", "a-red-square-seed1-002.png", "grid-seed1.png"]
+
+
+def test_evaluate_writes_plain_numbers(finished: Path, picture_folder: Path, tmp_path: Path):
+    file = tmp_path / "r.json"
+    run_cli("evaluate", "reconstruction", "--vae", str(finished / "vae"), "--data", str(picture_folder), "--json", str(file))
+    assert json.loads(file.read_text())["pictures"] == 12
+    run_cli(
+        *("evaluate", "generation", "--pipeline", str(finished), "--data", str(picture_folder)),
+        *("--num", "4", "--steps", "2", "--json", str(file)),
+    )
+    assert json.loads(file.read_text())["fd_lite0"] > 0
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------
+
+
+def fails(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """Run the command line in this process; it must exit with 2 and one line on standard error."""
+    before, sys.argv = sys.argv, ["davae", *arguments]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+    finally:
+        sys.argv = before
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("davae: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_another_recipe_in_the_run_folder(recipe_file: Path, finished: Path, capsys: pytest.CaptureFixture):
+    line = fails(capsys, "upgrade", str(recipe_file), "--out", str(finished), "--set", "stage1.lr=0.5")
+    assert "stage1.lr: 0.0001 -> 0.5" in line
+    assert "use another --out" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("detail_channels=6", "6 is not a multiple of the 4 latent channels"),
+        ("base.resolution=18", "base.resolution: 18 is not divisible by 4"),
+        ("base.model=/no/model", "/no/model"),
+        ("run.mixed_precision=float8", "run.mixed_precision"),
+        ("stage1.max_step=3", "stage1.max_step: unknown key; did you mean 'max_steps'"),
+        ("data.source=/no/folder", "/no/folder does not exist"),
+        ("base.resolution=64", "every picture is smaller than the target of 128 pixels"),
+    ],
+)
+def test_bad_recipes(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture, override: str, message: str):
+    out = tmp_path / "out"
+    assert message in fails(capsys, "upgrade", str(recipe_file), "--out", str(out), "--set", override)
+    assert not out.exists()  # nothing is written before everything that can be checked is checked
+
+
+def test_an_upgraded_model_cannot_be_upgraded_again(recipe_file: Path, finished: Path, capsys: pytest.CaptureFixture, tmp_path):
+    model = f"base.model={finished / 'pipeline'}"
+    assert "upgraded already" in fails(capsys, "upgrade", str(recipe_file), "--out", str(tmp_path / "x"), "--set", model)
+
+
+def test_empty_folder(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "empty").mkdir()
+    line = fails(capsys, "upgrade", str(recipe_file), "--data", str(tmp_path / "empty"), "--out", str(tmp_path / "o"))
+    assert "holds no pictures" in line
+
+
+def test_dry_run_builds_nothing(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    out = tmp_path / "dry"
+    run_cli("upgrade", str(recipe_file), "--out", str(out), "--dry-run")
+    shown = capsys.readouterr().out
+    assert "tokens native" in shown
+    assert "stage2 trainable parameters" in shown
+    assert not out.exists()
+
+
+def test_own_pictures_with_a_broken_one_among_them(recipe_values: dict, tmp_path: Path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for number, (suffix, mode) in enumerate([("jpg", "RGB"), ("png", "RGBA"), ("webp", "RGB"), ("jpg", "L"), ("jpg", "CMYK")]):
+        picture(number, 50 + number, 40).convert(mode).save(folder / f"{number}.{suffix}")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff but no picture")
+    values = {**recipe_values, "data": {"source": str(folder), "holdout": 0.0}, "sampling": {"steps": 1}}
+    recipe = validate(values, "mine")
+    run = Upgrade(recipe, tmp_path / "out", quiet)  # type: ignore[arg-type]
+    run.run()
+    assert set(run.skipped) == {"broken.jpg"}
+    assert (tmp_path / "out" / "pipeline" / "model_index.json").is_file()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(recipe_values: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = validate(recipe_values, "tiny")
+    run = Upgrade(recipe, tmp_path / "out", quiet)  # type: ignore[arg-type]
+    real, calls = torch.save, []
+
+    def full(state: object, path: Path) -> None:
+        calls.append(path)
+        if len(calls) > 3:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(state, path)
+
+    monkeypatch.setattr(state.torch, "save", full)
+    with pytest.raises(RunError, match="No space left on device; the last checkpoint is whole"):
+        run.train_vae()
+    assert [path.name for path in run.folder.checkpoints("stage1")] == ["stage1-00000002", "stage1-00000003"]
+    assert not list((tmp_path / "out" / "checkpoints").glob(".*partial"))
+    state.load_checkpoint(run.folder.checkpoints("stage1")[-1])
+
+
+def test_a_run_folder_serves_one_process(recipe_values: dict, tmp_path: Path):
+    recipe = validate(recipe_values, "tiny")
+    first = RunFolder(tmp_path, recipe)
+    with pytest.raises(RunError, match="in use by another davae process"):
+        RunFolder(tmp_path, recipe)
+    assert first.path == tmp_path
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
+    with new_folder(tmp_path / "a") as partial:
+        (partial / "x").write_text("1")
+        assert not (tmp_path / "a").exists()
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a") as partial:
+        (partial / "x").write_text("2")
+        raise ZeroDivisionError
+    assert (tmp_path / "a" / "x").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_learning_rate_schedule(recipe_values: dict):
+    settings = validate(
+        {**recipe_values, "stage1": {"max_steps": 110, "batch_size": 1, "lr_warmup_steps": 10, "lr_schedule": "cosine"}}, "x"
+    ).stage1  # type: ignore[union-attr]
+    rates = [learning_rate(settings, 1.0, step) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[109] < 0.001
