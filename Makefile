@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/davae upgrade micro --out $(OUT) \
 		--set stage1.max_steps=130 --set stage2.max_steps=150 --set stage2.warmup_steps=30 \
-		--set cache.variants=1 --set report.holdout_pictures=48
+		--set cache.variants=2 --set report.holdout_pictures=48
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest

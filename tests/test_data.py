@@ -53,7 +53,9 @@ def test_grey_alpha_and_16_bit(tmp_path: Path):
     assert abs(on_white.load(2)[0].getpixel((4, 4))[0] - 128) <= 1
 
 
-def test_corrupt_and_truncated_pictures_are_skipped_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_corrupt_and_truncated_pictures_are_skipped_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     picture(0).save(tmp_path / "good.png")
     (tmp_path / "text.jpg").write_text("not a picture")
     buffer = io.BytesIO()
@@ -79,7 +81,9 @@ def test_small_pictures_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING):
         assert [source.key(i) for i in usable(source, [0, 1], 32)] == ["big.png"]
     assert "left out low.png: 40x20 is smaller than the target of 32 pixels" in caplog.text
-    with pytest.raises(DataError, match="every picture is smaller than the target of 64 pixels \\(the largest is 40x40\\)"):
+    with pytest.raises(
+        DataError, match="every picture is smaller than the target of 64 pixels \\(the largest is 40x40\\)"
+    ):
         usable(source, [0, 1], 64)
 
 
@@ -101,7 +105,11 @@ def test_shards_with_captions_and_classes(tmp_path: Path):
             for number in range(2):
                 buffer = io.BytesIO()
                 picture(shard * 2 + number).save(buffer, "PNG")
-                parts = {"png": buffer.getvalue(), "txt": f"text {shard}{number}".encode(), "cls": str(number).encode()}
+                parts = {
+                    "png": buffer.getvalue(),
+                    "txt": f"text {shard}{number}".encode(),
+                    "cls": str(number).encode(),
+                }
                 for extension, data in parts.items():
                     info = tarfile.TarInfo(f"{number:04d}.{extension}")
                     info.size = len(data)
@@ -183,7 +191,9 @@ def test_cache_round_trip_and_stale_key(tmp_path: Path, picture_folder: Path):
     pictures = Pictures(open_source(str(picture_folder), 32), list(range(12)), 32)
     encode = lambda images: images[:, :, ::8, ::8]  # noqa: E731
     write_latents(tmp_path, pictures, encode, key="k", variants=2, batch_size=5, dtype="float32")
-    write_text(tmp_path, ["a", "b", "a"], lambda c: (torch.tensor([[len(t)] for t in c]),), batch_size=2, dtype="float32")
+    write_text(
+        tmp_path, ["a", "b", "a"], lambda c: (torch.tensor([[len(t)] for t in c]),), batch_size=2, dtype="float32"
+    )
     cache = CachedLatents(tmp_path)
     assert len(cache) == 24
     latent, text = cache[(3, 0)]

@@ -116,7 +116,14 @@ def test_reconstruction_loss_is_float32_under_autocast():
                 return (a - b).abs().flatten(1).mean(1)
 
         loss = reconstruction_loss(
-            images.bfloat16(), images, torch.zeros(1, 1), torch.zeros(1, 1), Spy(), lambda_lpips=1, lambda_l1=2, lambda_kl=3
+            images.bfloat16(),
+            images,
+            torch.zeros(1, 1),
+            torch.zeros(1, 1),
+            Spy(),
+            lambda_lpips=1,
+            lambda_l1=2,
+            lambda_kl=3,
         )
     assert seen == [torch.float32]
     torch.testing.assert_close(loss.total, loss.lpips + 2 * loss.l1 + 3 * loss.kl)

@@ -41,7 +41,7 @@ def test_mistakes_are_named(override: str, message: str):
 
 
 def test_unknown_recipe_suggests_the_nearest():
-    with pytest.raises(RecipeError, match="unknown recipe 'mikro'; did you mean 'micro'?"):
+    with pytest.raises(RecipeError, match=r"unknown recipe 'mikro'; did you mean 'micro'\?"):
         load_recipe("mikro")
 
 
@@ -60,5 +60,7 @@ def test_differences_leave_out_what_a_resumed_run_may_change():
 
 
 def test_recipes_are_read_without_torch():
-    code = "import sys, davae.recipes, davae.cli; davae.recipes.load_recipe('micro'); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, davae.recipes, davae.cli; davae.recipes.load_recipe('micro'); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -55,12 +55,14 @@ def finished(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def run_cli(*arguments: str) -> None:
     before, sys.argv = sys.argv, ["davae", *arguments]
+    code: object = 0
     try:
         main()
     except SystemExit as stop:
-        assert not stop.code, f"davae {' '.join(arguments)} exited with {stop.code}"
+        code = stop.code
     finally:
         sys.argv = before
+    assert not code, f"davae {' '.join(arguments)} exited with {code}"
 
 
 def training_records(folder: Path) -> list[dict]:
@@ -148,7 +150,12 @@ def test_the_report_holds_its_figures(finished: Path):
     figures = json.loads((finished / "report.json").read_text())
     page = (finished / "report.html").read_text()
     assert [row["tokens"] for row in figures["speed"]] == [16, 64, 16]
-    assert [row["name"] for row in figures["reconstruction"]] == ["base + bicubic", "zero detail", "random detail", "full"]
+    assert [row["name"] for row in figures["reconstruction"]] == [
+        "base + bicubic",
+        "zero detail",
+        "random detail",
+        "full",
+    ]
     assert f"{figures['reconstruction'][-1]['psnr']:.2f}" in page
     assert page.count("data:image/png;base64,") >= 5
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -156,9 +163,13 @@ def test_the_report_holds_its_figures(finished: Path):
 
 
 def test_a_finished_run_does_nothing_again(recipe_file: Path, finished: Path, capsys: pytest.CaptureFixture):
-    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name not in ("recipe.yaml", ".lock")}
+    before = {
+        p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name not in ("recipe.yaml", ".lock")
+    }
     run_cli("upgrade", str(recipe_file), "--out", str(finished))
-    after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name not in ("recipe.yaml", ".lock")}
+    after = {
+        p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name not in ("recipe.yaml", ".lock")
+    }
     assert before == after
     assert "Held-out pictures" in capsys.readouterr().out
 
@@ -166,12 +177,26 @@ def test_a_finished_run_does_nothing_again(recipe_file: Path, finished: Path, ca
 def test_sample_writes_pictures_and_a_grid(finished: Path):
     run_cli("sample", str(finished), "a red square", "--num", "3", "--seed", "1", "--steps", "2")
     names = sorted(path.name for path in (finished / "samples").iterdir())
-    assert names == ["a-red-square-seed1-000.png", "a-red-square-seed1-001.png", "a-red-square-seed1-002.png", "grid-seed1.png"]
+    assert names == [
+        "a-red-square-seed1-000.png",
+        "a-red-square-seed1-001.png",
+        "a-red-square-seed1-002.png",
+        "grid-seed1.png",
+    ]
 
 
 def test_evaluate_writes_plain_numbers(finished: Path, picture_folder: Path, tmp_path: Path):
     file = tmp_path / "r.json"
-    run_cli("evaluate", "reconstruction", "--vae", str(finished / "vae"), "--data", str(picture_folder), "--json", str(file))
+    run_cli(
+        "evaluate",
+        "reconstruction",
+        "--vae",
+        str(finished / "vae"),
+        "--data",
+        str(picture_folder),
+        "--json",
+        str(file),
+    )
     assert json.loads(file.read_text())["pictures"] == 12
     run_cli(
         *("evaluate", "generation", "--pipeline", str(finished), "--data", str(picture_folder)),
@@ -221,9 +246,13 @@ def test_bad_recipes(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert not out.exists()  # nothing is written before everything that can be checked is checked
 
 
-def test_an_upgraded_model_cannot_be_upgraded_again(recipe_file: Path, finished: Path, capsys: pytest.CaptureFixture, tmp_path):
+def test_an_upgraded_model_cannot_be_upgraded_again(
+    recipe_file: Path, finished: Path, capsys: pytest.CaptureFixture, tmp_path
+):
     model = f"base.model={finished / 'pipeline'}"
-    assert "upgraded already" in fails(capsys, "upgrade", str(recipe_file), "--out", str(tmp_path / "x"), "--set", model)
+    assert "upgraded already" in fails(
+        capsys, "upgrade", str(recipe_file), "--out", str(tmp_path / "x"), "--set", model
+    )
 
 
 def test_empty_folder(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -244,7 +273,9 @@ def test_dry_run_builds_nothing(recipe_file: Path, tmp_path: Path, capsys: pytes
 def test_own_pictures_with_a_broken_one_among_them(recipe_values: dict, tmp_path: Path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    for number, (suffix, mode) in enumerate([("jpg", "RGB"), ("png", "RGBA"), ("webp", "RGB"), ("jpg", "L"), ("jpg", "CMYK")]):
+    for number, (suffix, mode) in enumerate(
+        [("jpg", "RGB"), ("png", "RGBA"), ("webp", "RGB"), ("jpg", "L"), ("jpg", "CMYK")]
+    ):
         picture(number, 50 + number, 40).convert(mode).save(folder / f"{number}.{suffix}")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff but no picture")
     values = {**recipe_values, "data": {"source": str(folder), "holdout": 0.0}, "sampling": {"steps": 1}}
@@ -287,16 +318,25 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
     with new_folder(tmp_path / "a") as partial:
         (partial / "x").write_text("1")
         assert not (tmp_path / "a").exists()
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a") as partial:
-        (partial / "x").write_text("2")
-        raise ZeroDivisionError
+
+    def broken() -> None:
+        with new_folder(tmp_path / "a") as partial:
+            (partial / "x").write_text("2")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
     assert (tmp_path / "a" / "x").read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_learning_rate_schedule(recipe_values: dict):
     settings = validate(
-        {**recipe_values, "stage1": {"max_steps": 110, "batch_size": 1, "lr_warmup_steps": 10, "lr_schedule": "cosine"}}, "x"
+        {
+            **recipe_values,
+            "stage1": {"max_steps": 110, "batch_size": 1, "lr_warmup_steps": 10, "lr_schedule": "cosine"},
+        },
+        "x",
     ).stage1  # type: ignore[union-attr]
     rates = [learning_rate(settings, 1.0, step) for step in range(111)]
     assert rates[0] == pytest.approx(0.1)

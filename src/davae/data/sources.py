@@ -241,7 +241,7 @@ def open_source(
     """The source that a recipe's `data.source` names.
 
     Args:
-        name: `openmoji`, a folder, a .tar or shard pattern, or a Hugging Face dataset id.
+        name: `openmoji` or `openmoji-all`, a folder, a .tar or shard pattern, or a Hugging Face dataset id.
         resolution: pixels that will be asked for; OpenMoji is rendered large enough.
         background: what alpha is composited on.
         image_column, caption_column: Hugging Face datasets only.
@@ -249,10 +249,10 @@ def open_source(
     Raises:
         DataError: when there is nothing there, in one line that says what was looked for.
     """
-    if name == "openmoji":
+    if name in ("openmoji", "openmoji-all"):
         from davae.data.openmoji import OpenMoji
 
-        return OpenMoji(resolution)
+        return OpenMoji(resolution, everything=name == "openmoji-all")
     if Path(name).is_dir():
         return FolderSource(Path(name), background)
     if name.endswith(".tar"):

@@ -66,8 +66,8 @@ class Lpips(nn.Module):
 
     Args:
         network: 'vgg' or 'alex'.
-        weights: safetensors with the trunk and the heads under the package's names, or None to let torchvision
-            load (or download) the trunk.
+        weights: safetensors with the trunk (torchvision's names, `features.0.weight`) and the heads (the package's,
+            `lin0.model.1.weight`), or None to let torchvision load (or download) the trunk.
 
     Raises:
         ValueError: when the file is missing or does not hold this network.
@@ -85,10 +85,16 @@ class Lpips(nn.Module):
             if not Path(weights).is_file():
                 raise ValueError(f"perceptual weights {weights} do not exist")
             self.model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
-            absent = self.model.load_state_dict(_lpips_names(load_file(weights)), strict=False).missing_keys
-            absent = [name for name in absent if not name.startswith(("scaling_layer", "lins."))]
-            if absent:
-                raise ValueError(f"perceptual weights {weights} lack '{absent[0]}' of LPIPS {network}")
+            given = load_file(weights)
+            state = {}
+            for name, own in self.model.state_dict().items():
+                if name.startswith("scaling_layer"):  # constants of the package
+                    continue
+                tensor = given.get(_file_name(name))
+                if tensor is None or tensor.shape != own.shape:
+                    raise ValueError(f"perceptual weights {weights} lack '{_file_name(name)}' of LPIPS {network}")
+                state[name] = tensor
+            self.model.load_state_dict(state, strict=False)
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Lpips:
@@ -99,8 +105,13 @@ class Lpips(nn.Module):
         return self.model(images, target).flatten()
 
 
-def _lpips_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+def _file_name(name: str) -> str:
+    """The package's name of a tensor -> its name in a weights file: torchvision's trunk, the package's heads."""
+    if name.startswith("net.slice"):  # net.slice2.3.weight is features.3.weight
+        return "features." + name.split(".", 2)[2]
+    if name.startswith("lins."):  # lins.0 and lin0 are one module
+        return "lin" + name.removeprefix("lins.")
+    return name
 
 
 def perceptual_distance(name: str, weights: str | None = None) -> nn.Module:

@@ -7,6 +7,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 MODELS = {"micro": FOLDER / "micro" / "base"}
 UPGRADES = {"micro": FOLDER / "micro" / "upgrade"}
+SHIPPED = {f"{name}-upgraded": name for name in UPGRADES}  # names of embedded models with their upgrade applied
 
 
 def resolve(model: str) -> str:

@@ -1,0 +1,70 @@
+"""What the README tells people to type works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import finished, recipe_file, recipe_values, run_cli
+
+__all__ = ["finished", "recipe_file", "recipe_values"]  # fixtures
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_python_examples_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert blocks("python")
+    for block in blocks("python"):
+        code = block.replace("runs/demo/pipeline", str(finished / "pipeline")).replace("steps=30", "steps=2")
+        exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "rose.png").is_file()
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = [words[1] for words in commands() if words[0] == "make"]
+    assert {"demo", "test"} <= set(targets)
+    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
+
+
+@pytest.mark.parametrize("words", [c for c in commands() if c[0] == "davae"], ids=" ".join)
+def test_commands_run_on_a_tiny_model(
+    words: list[str], finished: Path, tiny_base: Path, picture_folder: Path, tmp_path, capsys
+):
+    """Every command as written, with the tiny model, pictures and sizes in the place of the big ones."""
+    swaps = {
+        "path/to/sd3.5-medium": str(tiny_base),
+        "path/to/pictures": str(picture_folder),
+        "runs/sd35": str(finished),
+    }
+    swapped = words[1:]
+    for old, new in swaps.items():
+        swapped = [word.replace(old, new) for word in swapped]
+    if words[1] == "upgrade":
+        swapped += ["--set", "base.resolution=16", "--dry-run"]
+    elif words[1] == "sample":
+        swapped += ["--steps", "1", "--out", str(tmp_path)]
+    swapped = ["32" if word == "1024" else word for word in swapped]
+    run_cli(*swapped)
+    assert capsys.readouterr().out.strip()
+
+
+def test_every_verb_has_help(capsys: pytest.CaptureFixture):
+    for verb in ("upgrade", "train-vae", "cache-latents", "train-dit", "train-base", "sample", "inspect", "recipes"):
+        run_cli(verb, "--help")
+        assert "Usage" in capsys.readouterr().out
+    assert sys.argv
