@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -281,6 +281,26 @@ def inspect(
         ["", "value"],
         [[key.replace("_", " "), value] for key, value in figures.items()],
     )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for vae/ and upgrade.safetensors.")],
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"], typer.Option(help="Precision of the weights.")
+    ] = "float16",
+) -> None:
+    """Write an upgrade without its base: the detail VAE and what stage 2 trained, a few megabytes.
+
+    The whole pipeline is already in RUN/pipeline. Example: `davae export runs/micro --out micro-upgrade`
+    """
+    import torch
+
+    from davae.display import console
+    from davae.train.export import export_upgrade
+
+    console.print(f"{export_upgrade(run, out, getattr(torch, dtype))}", markup=False)
 
 
 @app.command()

@@ -106,6 +106,26 @@ def save_pipeline(pipeline: Any, path: Path) -> None:
         pipeline.save_pretrained(partial)
 
 
+def export_upgrade(run: Path, out: Path, dtype: torch.dtype) -> Path:
+    """A finished run's upgrade without its base: `vae/` and the upgrade file, in `dtype`; returns `out`.
+
+    Raises:
+        ModelError: when the run did not finish stage 2.
+    """
+    source = run / UPGRADE_FILE
+    if not source.is_file():
+        raise ModelError(f"run {run} has no {UPGRADE_FILE}; run its `davae upgrade` command to the end")
+    with safe_open(source, framework="pt") as stream:
+        metadata = stream.metadata()
+        tensors = {name: stream.get_tensor(name).to(dtype) for name in stream.keys()}  # noqa: SIM118
+    with new_folder(out) as partial:
+        vae = DetailVAE.from_pretrained(run / "vae", torch_dtype=dtype)
+        vae.register_to_config(_name_or_path="")  # the run's path means nothing elsewhere
+        vae.save_pretrained(partial / "vae")
+        save_file(tensors, partial / UPGRADE_FILE, metadata)
+    return out
+
+
 def load_upgraded(pipeline: Any, folder: Path) -> Any:
     """A base pipeline + a folder with `vae/` and an upgrade file -> the upgraded pipeline."""
     vae = DetailVAE.from_pretrained(folder / "vae", torch_dtype=pipeline.vae.dtype)

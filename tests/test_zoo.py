@@ -1,0 +1,87 @@
+"""The embedded model and its shipped upgrade: sizes, figures of their card, and what they are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from davae.data.openmoji import OpenMoji, emoji_names
+from davae.data.pictures import Pictures, split
+from davae.evaluate.detail_use import reconstructions
+from davae.evaluate.reconstruction import score_reconstructions
+from davae.losses.perceptual import Lite0Distance
+from davae.measure import open_autoencoder, open_model
+from davae.sample.generate import generate
+from davae.train.plan import count
+from davae.zoo import FOLDER, resolve
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[torch.Tensor]:
+    """The held-out emoji at 128 px, white background."""
+    source = OpenMoji(128)
+    pictures = Pictures(source, split(source, 0.1).held_out, 128)
+    return list(torch.stack([pictures[(i, -1)]["image"] for i in range(len(pictures))]).split(16))
+
+
+@pytest.fixture(scope="module")
+def upgraded():
+    return open_model("micro-upgraded")[0]
+
+
+def test_all_shipped_weights_stay_under_40_mb():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 40e6
+    assert not list(FOLDER.rglob("*.bin")) + list(FOLDER.rglob("*.pt"))
+
+
+def test_micro_is_a_plain_stable_diffusion_3():
+    pipeline = StableDiffusion3Pipeline.from_pretrained(resolve("micro"))
+    pipeline.set_progress_bar_config(disable=True)
+    assert count(pipeline.transformer.parameters()) < 10e6
+    image = pipeline("a red rose", num_inference_steps=2, max_sequence_length=1).images[0]
+    assert image.size == (64, 64)
+
+
+def test_base_autoencoder_reaches_26_db_on_held_out_emoji(held_out: list[torch.Tensor]):
+    vae = open_autoencoder("micro")
+    small = [
+        torch.nn.functional.interpolate(x, (64, 64), mode="bicubic", antialias=True).clamp(-1, 1) for x in held_out
+    ]
+    with torch.no_grad():
+        scores = score_reconstructions(small, lambda x: vae.decode(vae.encode(x).latent_dist.mode()).sample)
+    assert scores.psnr > 26
+
+
+def test_shipped_detail_vae_on_held_out_emoji(held_out: list[torch.Tensor], upgraded):
+    """At least 4 dB above base + bicubic; zero or random detail at least 2.5 dB below the full latent (Fig. S2a)."""
+    perceptual = Lite0Distance()
+    psnr = {
+        name: score_reconstructions(held_out, reconstruct, perceptual).psnr
+        for name, reconstruct in reconstructions(upgraded.vae, open_autoencoder("micro")).items()
+    }
+    assert psnr["full"] > psnr["base + bicubic"] + 4
+    assert psnr["full"] > psnr["zero detail"] + 2.5
+    assert psnr["zero detail"] > psnr["random detail"]
+
+
+def test_shipped_upgrade_draws_at_128_with_the_tokens_of_64(upgraded):
+    options = {"steps": 8, "guidance_scale": 4.0, "seed": 0}
+    base = generate(open_model("micro")[0], ["a red rose"], **options)[0]
+    picture = generate(upgraded, ["a red rose"], **options)[0]
+    assert (base.size, picture.size) == ((64, 64), (128, 128))
+    small = np.asarray(picture.resize((64, 64)), dtype=float)
+    similarity = np.corrcoef(small.ravel(), np.asarray(base, dtype=float).ravel())[0, 1]
+    assert similarity > 0.5  # same base noise, same prompt: the same composition
+
+
+def test_openmoji_sets():
+    chosen, everything = emoji_names(), emoji_names(everything=True)
+    assert chosen.items() <= everything.items()
+    assert (len(chosen), len(everything)) == (314, 1918)
+    assert everything["1F1EF-1F1F5"] == "flag of japan"
+    assert {"rose", "pizza", "cat face"} <= set(chosen.values())
+    assert Path(FOLDER).is_dir()
