@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -338,6 +339,7 @@ def _quiet_libraries() -> None:
     from davae.display import log_handler
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log_handler()], force=True)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, nothing a user can mend
     for name in ("accelerate", "diffusers", "transformers", "httpx", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     diffusers.utils.logging.set_verbosity_error()
