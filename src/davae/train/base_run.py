@@ -64,8 +64,12 @@ def train_base(recipe: BaseRecipe, out: Path, observer: Observer) -> Path:
         text_encoder_3=build_silent_t5(recipe),
         tokenizer_3=build_silent_tokenizer(),  # type: ignore[arg-type]
     )
+    # Text encoders stay float32: transformers loads what the file holds, diffusers' models load as float32, and a
+    # pipeline opened without a dtype would mix both.
+    model.transformer.half()
+    vae.half()
     with new_folder(out / "pipeline") as partial:
-        pipeline.to(dtype=torch.float16).save_pretrained(partial)
+        pipeline.save_pretrained(partial)
     folder.mark_done("dit")
     return out / "pipeline"
 
