@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from davae.data.pictures import Pictures, collate
 from davae.losses.perceptual import perceptual_distance
 from davae.losses.reconstruction import (
     adaptive_weight,
@@ -101,3 +102,33 @@ class ReconstructionTrainer:
         loss = discriminator_hinge(discriminator(self._images), discriminator(self._reconstruction))
         self._images = self._reconstruction = None
         return loss, {"discriminator": loss.detach()}
+
+
+class ReconstructionTask:
+    """A task of the loop whose players are an autoencoder and, where lambda_adv is not 0, a discriminator."""
+
+    def __init__(
+        self, settings: Reconstruction, pictures: Pictures, player: Player, forward: nn.Module, device: torch.device
+    ):
+        self.settings, self.dataset, self.collate, self.device = settings, pictures, collate, device
+        self.trainer = ReconstructionTrainer(settings, device)
+        self.players = self.trainer.players(player)
+        self.modules: dict[str, nn.Module] = {"vae": forward, **self.trainer.modules()}
+
+    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing to add."""
+
+    def active(self, step: int) -> list[str]:
+        return self.trainer.active(step)
+
+    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        if player == "discriminator":
+            return self.trainer.discriminator_loss(self.modules["discriminator"])
+        images = batch["images"].to(self.device, memory_format=torch.channels_last)
+        return self.autoencoder_turn(images, step, generator)
+
+    def autoencoder_turn(
+        self, images: Tensor, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Scalar loss of the autoencoder on images (B,3,H,W), and what to log."""
+        raise AssertionError("each task brings its own")

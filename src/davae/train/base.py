@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from davae.data.pictures import Pictures, collate
+from davae.data.pictures import Pictures
 from davae.recipes.schema import BaseRecipe
-from davae.train.adversarial import ReconstructionTrainer
+from davae.train.adversarial import ReconstructionTask
 from davae.train.loop import Player
 
 
@@ -47,37 +47,22 @@ class AutoencoderPass(nn.Module):
         return vae.decode(z).sample, posterior.mean, posterior.logvar
 
 
-class AutoencoderTask:
+class AutoencoderTask(ReconstructionTask):
     """The base autoencoder: Eq. 5 on plain pictures."""
 
     name = "vae"
 
     def __init__(self, recipe: BaseRecipe, vae: AutoencoderKL, pictures: Pictures, device: torch.device):
-        self.settings, self.dataset, self.collate, self.device = recipe.vae, pictures, collate, device
         self.vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.trainer = ReconstructionTrainer(recipe.vae, device)
         player = Player(vae, [{"params": list(vae.parameters())}], lr=recipe.vae.lr)
-        self.players = self.trainer.players(player)
-        self.modules: dict[str, nn.Module] = {"vae": AutoencoderPass(vae), **self.trainer.modules()}
+        super().__init__(recipe.vae, pictures, player, AutoencoderPass(vae), device)
 
-    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing to add."""
-
-    def active(self, step: int) -> list[str]:
-        return self.trainer.active(step)
-
-    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        if player == "discriminator":
-            return self.trainer.discriminator_loss(self.modules["discriminator"])
-        images = batch["images"].to(self.device, memory_format=torch.channels_last)
+    def autoencoder_turn(
+        self, images: Tensor, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Any]]:
         reconstruction, mean, logvar = self.modules["vae"](images, generator)
+        last = self.vae.decoder.conv_out.weight
         total, _, logged = self.trainer.autoencoder_loss(
-            images,
-            reconstruction,
-            mean,
-            logvar,
-            self.vae.decoder.conv_out.weight,
-            self.modules.get("discriminator"),
-            step,
+            images, reconstruction, mean, logvar, last, self.modules.get("discriminator"), step
         )
         return total, {"loss": total.detach(), **logged}

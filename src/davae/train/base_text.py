@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from davae.data.cache import CachedLatents, collate_latents
-from davae.losses.flow_matching import interpolate, sample_timesteps, velocity_target
 from davae.models.null_tokens import draw_count, repeat_last_token
 from davae.recipes.schema import BaseRecipe
+from davae.train.flow import noise_batch
 from davae.train.loop import Player
 
 
@@ -157,25 +157,15 @@ class BaseFlowTask:
     def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         z = (batch["latents"].to(self.device) - self.shift_factor) * self.scaling_factor  # (B,C,h,w)
-        dropped = torch.rand(len(z), generator=generator) < s.caption_dropout
-        captions = ["" if drop else text for text, drop in zip(batch["captions"], dropped, strict=True)]
+        flow = noise_batch(z, batch["captions"], s, generator)
         tokens = self.tokenizer(
-            captions,
+            flow.captions,
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids.to(self.device)
-        t = sample_timesteps(
-            len(z),
-            generator,
-            mean=s.timestep_mean,
-            std=s.timestep_std,
-            shift=s.timestep_shift,
-            device=self.device,
-        )
-        noise = torch.randn(z.shape, generator=generator).to(self.device)
         self.processor.count = draw_count(generator)
-        velocity = self.modules["dit"](interpolate(z, noise, t), t * 1000, tokens)
-        loss = (velocity - velocity_target(z, noise)).square().mean()
+        velocity = self.modules["dit"](flow.x_t, flow.t * 1000, tokens)
+        loss = (velocity - flow.target).square().mean()
         return loss, {"loss": loss.detach()}

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.data.pictures import Pictures, collate
+from davae.data.pictures import Pictures
 from davae.losses.alignment import alignment_loss
 from davae.losses.reconstruction import adaptive_weight
 from davae.models.detail_vae import DetailVAE, RawLatents
 from davae.recipes.schema import Stage1
-from davae.train.adversarial import ReconstructionTrainer
+from davae.train.adversarial import ReconstructionTask
 from davae.train.loop import Player
 
 
@@ -34,45 +34,28 @@ class DetailVAEPass(nn.Module):
         return self.vae.decode_raw(self.vae.layout.join(raw.z, z_d)), raw
 
 
-class Stage1Task:
+class Stage1Task(ReconstructionTask):
     """Trains detail encoder and decoder; the base encoder never changes."""
 
     name = "stage1"
 
     def __init__(self, settings: Stage1, vae: DetailVAE, pictures: Pictures, device: torch.device):
-        self.settings, self.dataset, self.collate, self.device = settings, pictures, collate, device
-        self.vae = vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.stage, self.vae = settings, vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.vae.train()
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
-        self.trainer = ReconstructionTrainer(settings, device)
         parameters = [*vae.detail_encoder.parameters(), *vae.decoder.parameters()]
-        self.players = self.trainer.players(Player(vae, [{"params": parameters}], lr=settings.lr))
-        self.modules: dict[str, nn.Module] = {
-            "vae": DetailVAEPass(vae, settings.detail_dropout),
-            **self.trainer.modules(),
-        }
+        player = Player(vae, [{"params": parameters}], lr=settings.lr)
+        super().__init__(settings, pictures, player, DetailVAEPass(vae, settings.detail_dropout), device)
 
-    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing to add."""
-
-    def active(self, step: int) -> list[str]:
-        return self.trainer.active(step)
-
-    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        if player == "discriminator":
-            return self.trainer.discriminator_loss(self.modules["discriminator"])
-        s = self.settings
-        images = batch["images"].to(self.device, memory_format=torch.channels_last)
+    def autoencoder_turn(
+        self, images: Tensor, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Any]]:
+        s = self.stage
         reconstruction, raw = self.modules["vae"](images, generator)
+        last = self.vae.decoder.conv_out.weight
         total, pixel, logged = self.trainer.autoencoder_loss(
-            images,
-            reconstruction,
-            raw.mean,
-            raw.logvar,
-            self.vae.decoder.conv_out.weight,
-            self.modules.get("discriminator"),
-            step,
+            images, reconstruction, raw.mean, raw.logvar, last, self.modules.get("discriminator"), step
         )
         align = alignment_loss(raw.mean.float(), raw.z.float())
         weight: Tensor | float = s.lambda_align

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from davae.data.cache import CachedLatents, collate_latents
 from davae.latent import LatentLayout
 from davae.losses.detail_warmup import detail_weight, velocity_loss
-from davae.losses.flow_matching import interpolate, sample_timesteps, velocity_target
 from davae.models.expand import new_weight_masks
 from davae.models.families import transformer_family
 from davae.models.null_tokens import draw_count, repeat_last_token
 from davae.recipes.schema import Lora, Stage2
+from davae.train.flow import noise_batch
 from davae.train.loop import Player
 
 
@@ -106,29 +106,19 @@ class Stage2Task:
     def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         latents = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C+D,h,w)
-        dropped = torch.rand(len(latents), generator=generator) < s.caption_dropout
-        captions = ["" if drop else text for text, drop in zip(batch["captions"], dropped, strict=True)]
-        prompt_embeds, pooled = (part.to(self.device) for part in self.cache.embed(captions))
-        t = sample_timesteps(
-            len(latents),
-            generator,
-            mean=s.timestep_mean,
-            std=s.timestep_std,
-            shift=s.timestep_shift,
-            device=self.device,
-        )
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
+        flow = noise_batch(latents, batch["captions"], s, generator)
+        prompt_embeds, pooled = (part.to(self.device) for part in self.cache.embed(flow.captions))
         if self.processor is not None:
             self.processor.count = draw_count(generator)
         prediction = self.modules["transformer"](
-            hidden_states=interpolate(latents, noise, t),
-            timestep=t * 1000,
+            hidden_states=flow.x_t,
+            timestep=flow.t * 1000,
             encoder_hidden_states=prompt_embeds,
             pooled_projections=pooled,
             return_dict=False,
         )[0]
         weight = detail_weight(step, s.warmup_steps)
-        loss = velocity_loss(prediction, velocity_target(latents, noise), self.layout, weight)
+        loss = velocity_loss(prediction, flow.target, self.layout, weight)
         return loss.total, {
             "loss": loss.total.detach(),
             "loss_base": loss.base.detach(),
