@@ -35,17 +35,21 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved reci
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 
 
-def _upgrade_recipe(name: str, data: str | None, overrides: list[str] | None) -> Recipe:
+def _load(name: str, data: str | None, overrides: list[str] | None) -> Recipe | BaseRecipe:
+    """`--data` is an override like any other."""
     extra = [f"data.source={json.dumps(data)}"] if data else []
-    recipe = load_recipe(name, [*(overrides or []), *extra])
+    return load_recipe(name, [*(overrides or []), *extra])
+
+
+def _upgrade_recipe(name: str, data: str | None, overrides: list[str] | None) -> Recipe:
+    recipe = _load(name, data, overrides)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe '{recipe.name}' pretrains a base model; use `davae train-base {name}`")
     return recipe
 
 
 def _base_recipe(name: str, data: str | None, overrides: list[str] | None) -> BaseRecipe:
-    extra = [f"data.source={json.dumps(data)}"] if data else []
-    recipe = load_recipe(name, [*(overrides or []), *extra])
+    recipe = _load(name, data, overrides)
     if not isinstance(recipe, BaseRecipe):
         raise RecipeError(f"recipe '{recipe.name}' upgrades a model; use `davae upgrade {name}`")
     return recipe

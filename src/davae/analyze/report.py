@@ -13,6 +13,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from davae.train.state import replace_text
+
 
 @dataclass
 class Column:
@@ -66,11 +68,6 @@ def write_report(content: ReportContent, folder: Path) -> Path:
         "skipped": content.skipped,
     }
     page = folder / "report.html"
-    for path, text in (
-        (folder / "report.json", json.dumps(figures, indent=2)),
-        (page, template.render(c=content)),
-    ):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+    replace_text(folder / "report.json", json.dumps(figures, indent=2))
+    replace_text(page, template.render(c=content))
     return page

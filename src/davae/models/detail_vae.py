@@ -28,10 +28,14 @@ Downsample = Literal["antialias", "bicubic"]
 class StructuredPosterior(DiagonalGaussianDistribution):
     """Posterior of [z, z_d]: z is certain (the base's mode), z_d a diagonal Gaussian. Normalised, (B,C+D,h,w)."""
 
-    def __init__(self, parameters: Tensor, base_channels: int):
+    def __init__(self, parameters: Tensor, layout: LatentLayout):
         super().__init__(parameters)
-        self.std[:, :base_channels] = 0.0
-        self.var[:, :base_channels] = 0.0
+        self.std, self.var = (self._certain_base(spread, layout) for spread in (self.std, self.var))
+
+    @staticmethod
+    def _certain_base(spread: Tensor, layout: LatentLayout) -> Tensor:
+        z, z_d = layout.split(spread)
+        return layout.join(torch.zeros_like(z), z_d)
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         widths = list(base.config["block_out_channels"])
         extra = int(math.log2(scale))
         self.register_to_config(
-            block_out_channels=[
-                *widths,
-                *widths[-1:] * extra,
-            ],  # pipelines derive the spatial factor from its length
+            block_out_channels=[*widths, *widths[-1:] * extra],  # its length gives pipelines the spatial factor
             latent_channels=self.layout.channels,
             sample_size=int(base.config["sample_size"]) * scale,
         )
@@ -234,7 +235,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """I_hr (B,3,s*H,s*W) in [-1,1] -> posterior of the normalised z_hr (B,C+D,h,w)."""
         parts = x.split(1) if self.use_slicing and len(x) > 1 else [x]
         posterior = torch.cat([self._posterior(part) for part in parts])
-        distribution = StructuredPosterior(posterior, self.layout.base_channels)
+        distribution = StructuredPosterior(posterior, self.layout)
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
 
     def _posterior(self, images: Tensor) -> Tensor:

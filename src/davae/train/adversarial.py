@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -104,8 +105,10 @@ class ReconstructionTrainer:
         return loss, {"discriminator": loss.detach()}
 
 
-class ReconstructionTask:
+class ReconstructionTask(ABC):
     """A task of the loop whose players are an autoencoder and, where lambda_adv is not 0, a discriminator."""
+
+    name: str
 
     def __init__(
         self, settings: Reconstruction, pictures: Pictures, player: Player, forward: nn.Module, device: torch.device
@@ -115,8 +118,8 @@ class ReconstructionTask:
         self.players = self.trainer.players(player)
         self.modules: dict[str, nn.Module] = {"vae": forward, **self.trainer.modules()}
 
-    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing to add."""
+    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
+        """Nothing to add; a task may."""
 
     def active(self, step: int) -> list[str]:
         return self.trainer.active(step)
@@ -127,8 +130,8 @@ class ReconstructionTask:
         images = batch["images"].to(self.device, memory_format=torch.channels_last)
         return self.autoencoder_turn(images, step, generator)
 
+    @abstractmethod
     def autoencoder_turn(
         self, images: Tensor, step: int, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Any]]:
         """Scalar loss of the autoencoder on images (B,3,H,W), and what to log."""
-        raise AssertionError("each task brings its own")

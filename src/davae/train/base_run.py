@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ from davae.train.base_text import (
 from davae.train.loop import Observer, Progress, Trainer
 from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
 from davae.train.state import RunFolder, new_folder
-
-logger = logging.getLogger(__name__)
 
 
 def train_base(recipe: BaseRecipe, out: Path, observer: Observer) -> Path:

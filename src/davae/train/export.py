@@ -10,16 +10,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from davae.models.detail_vae import DetailVAE
-from davae.models.expand import expand_transformer
+from davae.models.expand import MARK, expand_transformer
 from davae.models.pipeline import ModelError
 from davae.recipes.schema import Lora
 from davae.train.stage2 import choose_trainable
 from davae.train.state import new_folder, saving
 
 UPGRADE_FILE = "upgrade.safetensors"
+FORMAT = "davae-upgrade-1"
 
 
 def save_upgrade(transformer: nn.Module, path: Path, lora: Lora | None, dtype: torch.dtype) -> None:
@@ -31,9 +32,9 @@ def save_upgrade(transformer: nn.Module, path: Path, lora: Lora | None, dtype: t
     }
     config: Any = transformer.config
     metadata = {
-        "format": "davae-upgrade-1",
+        "format": FORMAT,
         "class": type(transformer).__name__,
-        "channels": json.dumps([config["_davae_base_channels"], config["in_channels"]]),
+        "channels": json.dumps([config[MARK], config["in_channels"]]),
         "lora": json.dumps(None if lora is None else lora.model_dump()),
     }
     partial = path.with_name(f".{path.name}.partial")
@@ -43,19 +44,24 @@ def save_upgrade(transformer: nn.Module, path: Path, lora: Lora | None, dtype: t
         partial.replace(path)
 
 
+def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors) of an upgrade file; ModelError when it is none."""
+    if not path.is_file():
+        raise ModelError(f"upgrade file {path} does not exist")
+    with safe_open(path, framework="pt") as stream:
+        metadata = stream.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ModelError(f"{path} is not a davae upgrade file")
+        return metadata, {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+
+
 def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
     """Pretrained transformer + upgrade file -> expanded transformer with LoRA fused; the input stays as it was.
 
     Raises:
         ModelError: not an upgrade file, or one for another transformer.
     """
-    if not path.is_file():
-        raise ModelError(f"upgrade file {path} does not exist")
-    with safe_open(path, framework="pt") as stream:
-        metadata = stream.metadata() or {}
-        if metadata.get("format") != "davae-upgrade-1":
-            raise ModelError(f"{path} is not a davae upgrade file")
-        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    metadata, tensors = read_upgrade(path)
     base_channels, channels = json.loads(metadata["channels"])
     config: Any = transformer.config
     if metadata["class"] != type(transformer).__name__ or config["in_channels"] != base_channels:
@@ -115,14 +121,12 @@ def export_upgrade(run: Path, out: Path, dtype: torch.dtype) -> Path:
     source = run / UPGRADE_FILE
     if not source.is_file():
         raise ModelError(f"run {run} has no {UPGRADE_FILE}; run its `davae upgrade` command to the end")
-    with safe_open(source, framework="pt") as stream:
-        metadata = stream.metadata()
-        tensors = {name: stream.get_tensor(name).to(dtype) for name in stream.keys()}  # noqa: SIM118
+    metadata, tensors = read_upgrade(source)
     with new_folder(out) as partial:
         vae = DetailVAE.from_pretrained(run / "vae", torch_dtype=dtype)
         vae.register_to_config(_name_or_path="")  # the run's path means nothing elsewhere
         vae.save_pretrained(partial / "vae")
-        save_file(tensors, partial / UPGRADE_FILE, metadata)
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, partial / UPGRADE_FILE, metadata)
     return out
 
 

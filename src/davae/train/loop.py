@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from davae.data.pictures import Batches, collate, training_loader
+from davae.data.pictures import Batches, training_loader
 from davae.recipes.schema import Optim, Run
 from davae.train.state import Interrupted, Metrics, RunError, RunFolder, load_checkpoint, save_checkpoint
 
@@ -293,6 +293,3 @@ def restore(player: Player, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
-
-
-__all__ = ["Interrupted", "Observer", "Player", "Progress", "Task", "Trainer", "collate", "learning_rate"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +25,6 @@ from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
 from davae.train.state import RunFolder, new_folder
 from davae.zoo import resolve
-
-logger = logging.getLogger(__name__)
 
 
 def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
