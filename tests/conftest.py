@@ -35,10 +35,9 @@ def tiny_recipe():
             "kind": "base",
             "name": "tiny",
             "resolution": 16,
+            "autoencoder": {"channels": [8, 8], "norm_groups": 4, "latent_channels": 4},
             "architecture": {
-                "vae_channels": [8, 8],
-                "norm_groups": 4,
-                "latent_channels": 4,
+                "family": "sd3",
                 "text_width": 16,
                 "text_layers": 1,
                 "vocabulary": 600,
@@ -125,18 +124,19 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tokenizer(["a red square", "a blue disc on a white background"], 600, 8)
     vae = build_autoencoder(recipe)
     vae.register_to_config(scaling_factor=0.8, shift_factor=0.05)
-    transformer = build_transformer(recipe)
+    architecture = recipe.architecture
+    transformer = build_transformer(architecture, 4, 8)
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.05)
     folder = tmp_path_factory.mktemp("tiny") / "base"
     StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
-        text_encoder=build_text_encoder(recipe, tokenizer),
+        text_encoder=build_text_encoder(architecture, tokenizer),
         tokenizer=tokenizer,
-        text_encoder_2=build_text_encoder(recipe, tokenizer),
+        text_encoder_2=build_text_encoder(architecture, tokenizer),
         tokenizer_2=tokenizer,
-        text_encoder_3=build_silent_t5(recipe),
+        text_encoder_3=build_silent_t5(architecture),
         tokenizer_3=build_silent_tokenizer(),
     ).save_pretrained(folder)
     return folder

@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "LatentLayout": "davae.latent",
     "DetailVAE": "davae.models.detail_vae",
+    "LightningDiT": "davae.models.lightning_dit",
+    "ClassConditionalPipeline": "davae.sample.class_conditional",
     "expand_transformer": "davae.models.expand",
     "group_mean": "davae.losses.alignment",
     "alignment_loss": "davae.losses.alignment",
@@ -23,8 +25,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "ClassConditionalPipeline",
     "DetailVAE",
     "LatentLayout",
+    "LightningDiT",
     "alignment_loss",
     "detail_weight",
     "expand_transformer",
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
     from davae.losses.detail_warmup import detail_weight, velocity_loss
     from davae.models.detail_vae import DetailVAE
     from davae.models.expand import expand_transformer
+    from davae.models.lightning_dit import LightningDiT
+    from davae.sample.class_conditional import ClassConditionalPipeline
 
 
 def __getattr__(name: str) -> Any:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
-from davae.data.pictures import Pictures, split, to_tensor
+from davae.data.pictures import DataError, Pictures, split, to_tensor
 from davae.data.sources import open_source, usable
 from davae.evaluate.generation import GaussianFit, Lite0Features, fit, frechet_distance
 from davae.evaluate.reconstruction import score_reconstructions
-from davae.models.detail_vae import DetailVAE
-from davae.models.families import check_autoencoder
+from davae.models.autoencoders import load_autoencoder
 from davae.models.pipeline import ModelError, load_pipeline
+from davae.sample.adm import Labels, class_schedule, write_samples
+from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.generate import generate, grid
 from davae.train.export import load_upgraded
 from davae.train.state import saving
@@ -42,6 +42,16 @@ def open_model(name: str) -> tuple[Any, Path]:
     return load_pipeline(resolve(name)), Path("samples") / folder.name
 
 
+def check_classes(pipeline: Any, prompts: list[str]) -> None:
+    """ModelError when a class-conditional pipeline is asked for a class it does not have."""
+    if isinstance(pipeline, ClassConditionalPipeline):
+        for prompt in prompts:
+            try:
+                pipeline.class_number(prompt)
+            except ValueError as error:
+                raise ModelError(str(error)) from error
+
+
 def sample_to_folder(
     pipeline: Any,
     prompts: list[str],
@@ -54,6 +64,7 @@ def sample_to_folder(
     on_batch: Callable[[int, int], None],
 ) -> Path:
     """Write `num` pictures of every prompt and one grid, a row a prompt; returns the grid's path."""
+    check_classes(pipeline, prompts)
     wanted = [prompt for prompt in prompts for _ in range(num)]
     pictures = generate(pipeline, wanted, steps=steps, guidance_scale=guidance, seed=seed, on_batch=on_batch)
     with saving(folder):
@@ -68,19 +79,7 @@ def sample_to_folder(
 
 def open_autoencoder(name: str) -> Any:
     """A DetailVAE or any supported diffusers autoencoder, from its folder, a run folder or an embedded model."""
-    folder = Path(resolve(name))
-    for candidate in (folder, folder / "vae"):
-        config = candidate / "config.json"
-        if config.is_file():
-            kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-            if kind == "DetailVAE":
-                return DetailVAE.from_pretrained(candidate).eval()
-            try:
-                check_autoencoder(str(kind))
-            except ValueError as error:
-                raise ModelError(f"{candidate}: {error}") from error
-            return getattr(diffusers, str(kind)).from_pretrained(candidate, torch_dtype=torch.float32).eval()
-    raise ModelError(f"{name} is no autoencoder folder (no config.json there or in vae/)")
+    return load_autoencoder(resolve(name))
 
 
 def real_pictures(data: str, resolution: int, held_out: float, side: Literal["train", "held_out"]) -> Pictures:
@@ -112,6 +111,17 @@ def evaluate_reconstruction(
     return {"vae": vae, "data": data, "resolution": size, **scores.as_dict()}
 
 
+def condition_of(picture: dict[str, Any], pipeline: Any) -> str:
+    """What a model is asked for to get a picture like this one: its class where the pipeline goes by classes."""
+    if not isinstance(pipeline, ClassConditionalPipeline):
+        return picture["caption"]
+    if picture["label"] is None:
+        raise DataError(
+            "a class-conditional model is measured on pictures with classes: sub-folders, or `.cls` files"
+        )
+    return str(picture["label"])
+
+
 def evaluate_generation(
     pipeline: str,
     data: str,
@@ -131,7 +141,8 @@ def evaluate_generation(
     size = compare_at or resolution or own
     pictures = real_pictures(data, size, held_in, "train")
     order = np.random.default_rng(seed).permutation(max(num, len(pictures)))[:num] % len(pictures)
-    prompts = [pictures[(int(i), -1)]["caption"] for i in order]
+    prompts = [condition_of(pictures[(int(i), -1)], model) for i in order]
+    check_classes(model, prompts)
     network = Lite0Features()
     real = fit(batches(pictures), network)
     generated = GaussianFit()
@@ -161,3 +172,50 @@ def evaluate_generation(
         "guidance_scale": guidance,
         "seed": seed,
     }
+
+
+def write_sample_file(
+    pipeline: str,
+    target: Path,
+    *,
+    num: int,
+    labels: Labels,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch_size: int,
+    on_part: Callable[[int, int], None],
+) -> bool:
+    """`davae evaluate samples`: whether the `.npz` is whole (False: other processes still draw their parts)."""
+    model, _ = open_model(pipeline)
+    if not isinstance(model, ClassConditionalPipeline):
+        raise ModelError(f"{pipeline} is no class-conditional model; sample files follow the ImageNet protocol")
+    state = PartialState()
+    model.to(state.device)
+    schedule = class_schedule(num, int(model.transformer.config["num_classes"]), labels, seed)
+
+    def draw(classes: list[int], first: int) -> Tensor:
+        prompts = [str(number) for number in classes]
+        pictures = generate(
+            model,
+            prompts,
+            output_type="pt",
+            steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            first=first,
+            batch_size=batch_size,
+        )
+        return torch.stack(pictures)
+
+    settings = {"pipeline": pipeline, "labels": labels, "steps": steps, "guidance": guidance, "seed": seed}
+    with saving(target):
+        return write_samples(
+            target,
+            schedule,
+            draw,
+            settings=settings,
+            rank=state.process_index,
+            ranks=state.num_processes,
+            on_part=on_part,
+        )

@@ -18,6 +18,7 @@ from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.throughput import Timing, time_pipelines
 from davae.losses.perceptual import Lite0Distance
 from davae.models.pipeline import load_pipeline
+from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.generate import generate
 from davae.train.export import load_upgraded
 from davae.train.loop import Observer, Progress
@@ -47,9 +48,12 @@ def enlarge(picture: Image.Image, size: int) -> Image.Image:
 
 
 def default_prompts(run: Upgrade) -> list[str]:
-    """The recipe's prompts, else captions of the first training pictures."""
+    """The recipe's prompts, else the model's classes, else captions of the first training pictures."""
     if run.recipe.sampling.prompts:
         return list(run.recipe.sampling.prompts)
+    if isinstance(run.base, ClassConditionalPipeline):
+        count = min(8, int(run.base.transformer.config["num_classes"]))
+        return [run.base.class_names[number] if run.base.class_names else str(number) for number in range(count)]
     pictures = run.pictures(run.train)
     return [pictures[(i, -1)]["caption"] for i in range(min(8, len(pictures)))]
 
@@ -58,7 +62,7 @@ def report(run: Upgrade, observer: Observer) -> Path:
     """Sample, reconstruct, time, plot, and write the page of a finished run."""
     recipe = run.recipe
     upgraded = load_pipeline(str(run.out / "pipeline"))
-    shipped = shipped_upgrade(recipe.base.model)
+    shipped = shipped_upgrade(recipe.base.name)
     shipped_pipeline = load_upgraded(run.base, shipped) if shipped is not None and shipped.is_dir() else None
 
     prompts = default_prompts(run)
@@ -97,7 +101,7 @@ def report(run: Upgrade, observer: Observer) -> Path:
 def lead(run: Upgrade, shipped: bool) -> str:
     recipe = run.recipe
     text = (
-        f"{run.shapes.transformer_class} of {recipe.base.model}: {run.layout.detail_channels} detail channels joined its "
+        f"{run.shapes.transformer_class} of {recipe.base.name}: {run.layout.detail_channels} detail channels joined its "
         f"{run.layout.base_channels} base channels. Stage 1 ran {recipe.stage1.max_steps} steps of "
         f"{recipe.stage1.batch_size}, stage 2 {recipe.stage2.max_steps} steps of {recipe.stage2.batch_size}, here."
     )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from davae.data.pictures import DataError, Pictures, collate
+
+Condition = Literal["text", "class"]
 
 
 class ChannelStatistics:
@@ -64,7 +66,8 @@ def write_latents(
     dtype: str,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> CacheMeta:
-    """Encode every picture `variants` times (other flip, background, caption) into `latents.npy` + `captions.json`.
+    """Encode every picture `variants` times (other flip, background, caption) into `latents.npy` + `captions.json`,
+    and `labels.npy` where every picture has a class.
 
     Args:
         encode: images (B,3,H,W) in [-1,1] -> latents (B,c,h,w).
@@ -75,6 +78,7 @@ def write_latents(
     latents: np.memmap | None = None
     statistics: ChannelStatistics | None = None
     captions: list[str] = []
+    labels: list[int | None] = []
     for start in range(0, len(order), batch_size):
         batch = collate([pictures[item] for item in order[start : start + batch_size]])
         encoded = encode(batch["images"])
@@ -85,11 +89,14 @@ def write_latents(
         latents[start : start + len(encoded)] = encoded.float().cpu().numpy()
         statistics.update(encoded)
         captions += batch["captions"]
+        labels += batch["labels"]
         on_batch(start + len(encoded), len(order))
     assert latents is not None
     assert statistics is not None
     latents.flush()
     (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+    if None not in labels:
+        np.save(folder / "labels.npy", np.asarray(labels, dtype=np.int64))
     meta = CacheMeta(key, len(order), statistics.mean.tolist(), statistics.std.tolist())
     (folder / "meta.json").write_text(json.dumps(meta.__dict__), encoding="utf-8")
     return meta
@@ -133,11 +140,26 @@ def write_text(
 
 
 class CachedLatents(Dataset):
-    """Items of a cache by (index, draw): latent (c,h,w) and the caption or its number in the text cache."""
+    """Items of a cache by (index, draw): latent (c,h,w), and its caption or its class number.
 
-    def __init__(self, folder: Path):
+    Args:
+        condition: `text` gives captions, `class` gives class numbers.
+
+    Raises:
+        DataError: class numbers are asked for and some picture has none.
+    """
+
+    def __init__(self, folder: Path, condition: Condition = "text"):
         self.latents = np.load(folder / "latents.npy", mmap_mode="r")
         self.captions: list[str] = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        self.conditions: list[Any] = self.captions
+        if condition == "class":
+            if not (folder / "labels.npy").is_file():
+                raise DataError(
+                    "a class-conditional model needs a class for every picture: one sub-folder a class, or `.cls` files "
+                    "in the shards"
+                )
+            self.conditions = np.load(folder / "labels.npy").tolist()
         self.text = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("text_*.npy"))]
         distinct = json.loads((folder / "text.json").read_text(encoding="utf-8")) if self.text else []
         self.number = {caption: n for n, caption in enumerate(distinct)}
@@ -145,9 +167,9 @@ class CachedLatents(Dataset):
     def __len__(self) -> int:
         return len(self.latents)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, str]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, Any]:
         index, _ = item
-        return self.latents[index], self.captions[index]
+        return self.latents[index], self.conditions[index]
 
     def embed(self, captions: list[str]) -> tuple[Tensor, ...]:
         """Cached text embeddings of captions, one tensor per output of the encoder; '' is the empty caption."""
@@ -155,7 +177,7 @@ class CachedLatents(Dataset):
         return tuple(torch.from_numpy(np.asarray(array[rows], dtype=np.float32)) for array in self.text)
 
 
-def collate_latents(items: list[tuple[np.ndarray, str]]) -> dict[str, Any]:
-    """latents (B,c,h,w) float32, captions [str]."""
+def collate_latents(items: list[tuple[np.ndarray, Any]]) -> dict[str, Any]:
+    """latents (B,c,h,w) float32, conditions [str] or [int]."""
     latents = torch.from_numpy(np.stack([latent for latent, _ in items]).astype(np.float32))
-    return {"latents": latents, "captions": [caption for _, caption in items]}
+    return {"latents": latents, "conditions": [condition for _, condition in items]}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from davae.latent import LatentLayout
+from davae.losses.flow_matching import direction_loss
 
 
 def detail_weight(step: int, warmup_steps: int) -> float:
@@ -46,3 +47,18 @@ def velocity_loss(prediction: Tensor, target: Tensor, layout: LatentLayout, weig
     n_base, n_detail = layout.base_channels, layout.detail_channels  # |B|, |R| per position
     total = (n_base * base + weight * n_detail * detail) / (n_base + weight * n_detail)
     return VelocityLoss(total, base, detail)
+
+
+def detail_direction_loss(prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float) -> Tensor:
+    """1 - cosine of predicted and true velocity over the channels, detail channels weighing `weight` in every product.
+
+    LightningDiT's second term, with the fade-in of Eq. 12: 0 looks at the base alone, 1 at all channels alike.
+    prediction, target (B,C+D,h,w) -> scalar in [0,2].
+    """
+    root = math.sqrt(weight)
+
+    def weighed(velocity: Tensor) -> Tensor:
+        base, detail = layout.split(velocity.float())
+        return layout.join(base, root * detail)
+
+    return direction_loss(weighed(prediction), weighed(target))

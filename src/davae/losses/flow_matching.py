@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,6 +16,14 @@ def interpolate(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     """dx_t/dt = noise - x_0, (B,c,h,w)."""
     return noise - latents
+
+
+def direction_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine of predicted and true velocity along the channel axis, averaged: LightningDiT's second term.
+
+    prediction, target (B,c,h,w) -> scalar in [0,2].
+    """
+    return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=1).mean()
 
 
 def shift_timestep(t: Tensor, shift: float) -> Tensor:

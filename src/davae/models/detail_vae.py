@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -18,7 +17,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from davae.latent import LatentLayout
-from davae.models.families import check_autoencoder
+from davae.models.families import check_autoencoder, model_class
 from davae.models.resample import DetailDown, DetailUp
 from davae.models.tiling import Tiling, tiled
 
@@ -100,7 +99,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         check_autoencoder(base_class)
         if scale < 2 or scale & (scale - 1):
             raise ValueError(f"scale must be a power of two, at least 2, found {scale}")
-        base = getattr(diffusers, base_class).from_config(base_config)
+        base = model_class(base_class).from_config(base_config)
         base_channels = int(base.config["latent_channels"])
         self.layout = LatentLayout(base_channels, detail_channels, scale)
         widths = list(base.config["block_out_channels"])

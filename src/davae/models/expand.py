@@ -43,8 +43,9 @@ def expand_transformer(transformer: Model, detail_channels: int) -> Model:
     expanded = _shared_copy(transformer)
     _replace(expanded, family.embedder, widen_embedder(expanded.get_submodule(family.embedder), layout))
     _replace(expanded, family.head, widen_head(expanded.get_submodule(family.head), layout, family))
+    groups = (config["out_channels"] or base_channels) // base_channels  # 2 where a variance is returned
     expanded.register_to_config(  # type: ignore[operator]
-        in_channels=layout.channels, out_channels=layout.channels, **{MARK: base_channels}
+        in_channels=layout.channels, out_channels=groups * layout.channels, **{MARK: base_channels}
     )
     for attribute in family.attributes:
         setattr(expanded, attribute, layout.channels)
@@ -74,9 +75,12 @@ def widen_embedder(embedder: nn.Module, layout: LatentLayout) -> nn.Conv2d:
 
 
 def widen_head(head: nn.Module, layout: LatentLayout, family: TransformerFamily) -> nn.Linear:
-    """[O, O']: the pretrained head with D more output channels per patch position, zero (Eq. 10)."""
+    """[O, O']: the pretrained head with D more output channels per patch position, zero (Eq. 10).
+
+    A head that also predicts a variance has two groups of channels per position; both grow.
+    """
     assert isinstance(head, nn.Linear)
-    positions = head.out_features // layout.base_channels  # p*p
+    positions = head.out_features // layout.base_channels  # p*p, times two with a variance
     wide = nn.Linear(
         head.in_features,
         positions * layout.channels,

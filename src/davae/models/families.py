@@ -6,9 +6,12 @@ Adding a family is adding a row here and a test.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import diffusers
 
 TokenOrder = Literal["patch_channel", "channel_patch"]
+Condition = Literal["text", "class"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class TransformerFamily:
         attributes: instance attributes that hold the number of output channels.
         pipeline: the stock pipeline that runs the model.
         lora_targets: module names that LoRA adapts: attention and feed-forward, in both streams.
+        condition: what a picture is asked for by: a prompt or a class number.
+        text_tokens: tokens beside the image's in every attention.
+        fixed: parameters that are tables, never trained.
     """
 
     class_name: str
@@ -33,6 +39,9 @@ class TransformerFamily:
     attributes: tuple[str, ...]
     pipeline: str
     lora_targets: tuple[str, ...]
+    condition: Condition
+    text_tokens: int = 0
+    fixed: tuple[str, ...] = ()
 
 
 TRANSFORMERS = {
@@ -51,6 +60,19 @@ TRANSFORMERS = {
                 *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
                 *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
             ),
+            condition="text",
+            text_tokens=333,  # 77 of CLIP and 256 of T5
+        ),
+        TransformerFamily(
+            class_name="LightningDiT",
+            embedder="x_embedder.proj",
+            head="final_layer.linear",
+            head_order="patch_channel",
+            attributes=(),
+            pipeline="ClassConditionalPipeline",
+            lora_targets=("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3", "mlp.fc1", "mlp.fc2"),
+            condition="class",
+            fixed=("pos_embed",),
         ),
     )
 }
@@ -61,6 +83,16 @@ def transformer_family(class_name: str) -> TransformerFamily:
     if class_name not in TRANSFORMERS:
         raise ValueError(f"transformer class {class_name} is not supported; davae knows {', '.join(TRANSFORMERS)}")
     return TRANSFORMERS[class_name]
+
+
+def model_class(name: str) -> Any:
+    """A model or pipeline class by the name that configs give it: diffusers' own, or one of davae's."""
+    import davae  # its public names; imported late, they live in this package's layers
+
+    home = diffusers if hasattr(diffusers, name) else davae
+    if not hasattr(home, name):
+        raise ValueError(f"neither diffusers nor davae has a class {name}")
+    return getattr(home, name)
 
 
 AUTOENCODERS = ("AutoencoderKL",)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from davae.models.expand import MARK
-from davae.models.families import check_autoencoder, transformer_family
+from davae.models.families import check_autoencoder, model_class, transformer_family
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ModelError(ValueError):
     """A pretrained model that cannot be used; the message is one readable line."""
+
+
+class MissingPart(ModelError):
+    """A folder or hub model that exists, without the file that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +39,32 @@ class BaseShapes:
     vae_config: dict[str, Any]
 
 
-def _read_config(model: str, part: str, filename: str = "config.json") -> dict[str, Any]:
+def read_config(model: str, part: str, filename: str = "config.json") -> dict[str, Any]:
+    """One JSON file of a diffusers folder or hub id; ModelError when it is not there."""
     local = Path(model)
     if local.is_dir():
         path = local / part / filename
         if not path.is_file():
-            raise ModelError(f"model {model} has no {Path(part) / filename}: not a diffusers folder")
+            raise MissingPart(f"model {model} has no {Path(part) / filename}: not a diffusers folder")
         return json.loads(path.read_text(encoding="utf-8"))
+    if not HUB_ID.fullmatch(model):
+        raise ModelError(f"model '{model}' is no folder here, and no hub id (ORGANISATION/NAME)")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         fetched = hf_hub_download(model, filename, subfolder=part or None)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"model '{model}' is no folder here, and the hub did not give it: {reason}") from error
+        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        raise (MissingPart if absent else ModelError)(
+            f"model '{model}' is no folder here, and the hub did not give it: {reason}"
+        ) from error
     return json.loads(Path(fetched).read_text(encoding="utf-8"))
 
 
@@ -57,11 +74,11 @@ def read_shapes(model: str) -> BaseShapes:
     Raises:
         ModelError: not a diffusers pipeline, an unsupported class, or a model that was upgraded already.
     """
-    index = _read_config(model, "", "model_index.json")
+    index = read_config(model, "", "model_index.json")
     if "transformer" not in index or "vae" not in index:
         raise ModelError(f"model {model} ({index.get('_class_name')}) has no transformer and vae to upgrade")
     transformer_class, vae_class = index["transformer"][1], index["vae"][1]
-    transformer, vae = _read_config(model, "transformer"), _read_config(model, "vae")
+    transformer, vae = read_config(model, "transformer"), read_config(model, "vae")
     if vae_class == "DetailVAE" or MARK in transformer:
         raise ModelError(f"model {model} was upgraded already; start from its pretrained base")
     try:
@@ -93,8 +110,9 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         ModelError: when diffusers cannot load it.
     """
+    name = read_config(model, "", "model_index.json").get("_class_name", "DiffusionPipeline")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+        pipeline = model_class(name).from_pretrained(model, torch_dtype=dtype)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model {model} cannot be loaded: {reason}") from error

@@ -18,6 +18,9 @@ AnyRecipe = Recipe | BaseRecipe
 KINDS: dict[str, type[Recipe] | type[BaseRecipe]] = {"upgrade": Recipe, "base": BaseRecipe}
 
 
+FAMILIES = ("sd3", "lightningdit")  # tags that pydantic puts into the path of an architecture's fields
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message is one readable line."""
 
@@ -74,7 +77,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem of a validation, as `a.b.c: what is wrong (and the nearest valid key)`."""
     first = error.errors()[0]
     parts = [str(part) for part in first["loc"]]
-    path = ".".join(parts) or "recipe"
+    path = ".".join(part for part in parts if part not in FAMILIES) or "recipe"
     if first["type"] == "extra_forbidden":
         return f"{path}: unknown key{suggestion(parts[-1], _fields_at(model, parts[:-1]))}"
     message = first["msg"].removeprefix("Value error, ")
@@ -85,12 +88,18 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _fields_at(model: type[BaseModel], parts: list[str]) -> list[str]:
+    """Keys of the section at a path; a part that names an architecture's family picks it among the alternatives."""
+    alternatives = [model]
     for part in parts:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        for candidate in (annotation, *getattr(annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                model = candidate
-    return list(model.model_fields)
+        if part in FAMILIES:
+            alternatives = [
+                m for m in alternatives if part in getattr(m.model_fields["family"].annotation, "__args__", ())
+            ]
+            continue
+        annotations = [m.model_fields[part].annotation for m in alternatives if part in m.model_fields]
+        candidates = [c for a in annotations for c in (a, *getattr(a, "__args__", ()))]
+        alternatives = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+    return [name for m in alternatives for name in m.model_fields]
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

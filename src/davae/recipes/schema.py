@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -82,7 +82,8 @@ class Lora(Section):
 class FlowOptim(Optim):
     """Flow matching for a transformer."""
 
-    caption_dropout: Fraction = 0.1
+    caption_dropout: Fraction = 0.1  # share of captions, or of class labels, replaced by none, for guidance
+    cosine_loss: Literal["off", "all", "faded"] = "off"  # direction of the velocity; `faded` weighs detail by w(n)
     timestep_mean: float = 0.0
     timestep_std: PositiveFloat = 1.0
     timestep_shift: PositiveFloat = 1.0
@@ -111,6 +112,7 @@ class Cache(Section):
     batch_size: PositiveInt = 16
     variants: PositiveInt = 1  # augmented draws (flip, background, caption) kept of every picture
     dtype: Literal["float32", "float16"] = "float16"
+    shards: str | None = None  # LightningDiT's latent shards to train on, instead of encoding data.source
 
 
 class Sampling(Section):
@@ -133,11 +135,97 @@ class Run(Section):
     keep_checkpoints: PositiveInt = 2
 
 
-class Base(Section):
-    """The pretrained model: a diffusers folder, a hub id, or `micro`, the embedded one."""
+class Autoencoder(Section):
+    """Sizes of a small AutoencoderKL, trained from scratch."""
 
-    model: str
+    channels: tuple[PositiveInt, ...]
+    layers: PositiveInt = 1
+    norm_groups: PositiveInt = 8
+    latent_channels: PositiveInt
+
+
+class TextArchitecture(Section):
+    """Sizes of a small Stable Diffusion 3."""
+
+    family: Literal["sd3"] = "sd3"
+    text_width: PositiveInt
+    text_layers: PositiveInt = 2
+    vocabulary: PositiveInt
+    text_tokens: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    head_width: PositiveInt
+    patch_size: PositiveInt = 2
+    max_grid: PositiveInt  # side of the position table, in patches
+
+
+class ClassArchitecture(Section):
+    """Sizes of a LightningDiT."""
+
+    family: Literal["lightningdit"]
+    hidden_size: PositiveInt
+    depth: PositiveInt
+    num_heads: PositiveInt
+    patch_size: PositiveInt = 1
+    num_classes: PositiveInt
+    use_qknorm: bool = True
+
+
+class BaseRecipe(Section):
+    """Train a base model on plain latents, from scratch or from a pretrained transformer: `davae train-base`."""
+
+    kind: Literal["base"] = "base"
+    name: str
+    resolution: PositiveInt
+    autoencoder: Autoencoder | str  # trained by `vae`, or a pretrained one: a diffusers folder or hub id
+    architecture: Annotated[TextArchitecture | ClassArchitecture, Field(discriminator="family")]
+    init: str | None = None  # a LightningDiT to start from: a pipeline's folder or hub id
+    data: Data = Data()
+    vae: Reconstruction | None = None
+    dit: FlowOptim
+    cache: Cache = Cache()
+    sampling: Sampling = Sampling()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> BaseRecipe:
+        if isinstance(self.autoencoder, str):
+            if self.vae is not None:
+                raise ValueError(
+                    f"the autoencoder is a pretrained one ({self.autoencoder}); leave out the section vae"
+                )
+            return self
+        if self.vae is None:
+            raise ValueError("the section vae, which trains the autoencoder, is missing")
+        factor = 2 ** (len(self.autoencoder.channels) - 1)
+        step = factor * self.architecture.patch_size
+        if self.resolution % step:
+            raise ValueError(
+                f"resolution {self.resolution} is not divisible by {step} "
+                f"(autoencoder factor {factor} x patch {self.architecture.patch_size})"
+            )
+        return self
+
+
+class Base(Section):
+    """The pretrained model: a diffusers folder, a hub id, or `micro`, the embedded one; or how to train one first."""
+
+    model: str | None = None
+    train: BaseRecipe | None = None  # trained into the run folder before anything else
     resolution: PositiveInt  # pixels of I, the image whose token count is kept
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Base:
+        if (self.model is None) == (self.train is None):
+            raise ValueError("give either model, a pretrained one, or train, the recipe of one to train first")
+        if self.train is not None and self.train.resolution != self.resolution:
+            raise ValueError(f"resolution is {self.resolution}, base.train.resolution {self.train.resolution}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What to call the base model."""
+        return self.model if self.model is not None else cast(BaseRecipe, self.train).name
 
 
 class Recipe(Section):
@@ -157,54 +245,16 @@ class Recipe(Section):
     report: Report = Report()
     run: Run = Run()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _same_pictures(cls, values: Any) -> Any:
+        """A base that is trained first sees the upgrade's pictures, unless it names its own."""
+        train = values.get("base", {}).get("train") if isinstance(values.get("base"), dict) else None
+        if isinstance(train, dict) and "data" not in train and "data" in values:
+            values = {**values, "base": {**values["base"], "train": {**train, "data": values["data"]}}}
+        return values
+
     @property
     def resolution(self) -> int:
         """Pixels of I_hr."""
         return self.base.resolution * self.scale
-
-
-class Architecture(Section):
-    """Sizes of a small Stable Diffusion 3."""
-
-    vae_channels: tuple[PositiveInt, ...]
-    vae_layers: PositiveInt = 1
-    norm_groups: PositiveInt = 8
-    latent_channels: PositiveInt
-    text_width: PositiveInt
-    text_layers: PositiveInt = 2
-    vocabulary: PositiveInt
-    text_tokens: PositiveInt
-    layers: PositiveInt
-    heads: PositiveInt
-    head_width: PositiveInt
-    patch_size: PositiveInt = 2
-    max_grid: PositiveInt  # side of the position table, in patches
-
-
-class BaseRecipe(Section):
-    """Pretrain a small base model from scratch: `davae train-base`."""
-
-    kind: Literal["base"] = "base"
-    name: str
-    resolution: PositiveInt
-    architecture: Architecture
-    data: Data = Data()
-    vae: Reconstruction
-    dit: FlowOptim
-    cache: Cache = Cache()
-    sampling: Sampling = Sampling()
-    run: Run = Run()
-
-    @property
-    def vae_factor(self) -> int:
-        return 2 ** (len(self.architecture.vae_channels) - 1)
-
-    @model_validator(mode="after")
-    def _sizes_divide(self) -> BaseRecipe:
-        step = self.vae_factor * self.architecture.patch_size
-        if self.resolution % step:
-            raise ValueError(
-                f"resolution {self.resolution} is not divisible by {step} "
-                f"(autoencoder factor {self.vae_factor} x patch {self.architecture.patch_size})"
-            )
-        return self

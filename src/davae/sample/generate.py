@@ -13,21 +13,23 @@ from davae.latent import LatentLayout
 from davae.models.detail_vae import DetailVAE
 from davae.models.pipeline import text_arguments
 
+BASE, DETAIL, STEPS = 0, 1, 1 << 62  # what noise is for
+
 
 def base_noise(seed: int, index: int, channels: int, height: int, width: int) -> Tensor:
     """Standard normal (1,C,h,w) of picture `index`: the same for a base model and for its upgrade."""
-    return torch.randn(1, channels, height, width, generator=_generator(seed, index, 0))
+    return torch.randn(1, channels, height, width, generator=_generator(seed, index, BASE))
 
 
 def structured_noise(seed: int, index: int, layout: LatentLayout, height: int, width: int) -> Tensor:
     """(1,C+D,h,w) whose base part is `base_noise` of the same seed and index."""
     z = base_noise(seed, index, layout.base_channels, height, width)
-    z_d = torch.randn(1, layout.detail_channels, height, width, generator=_generator(seed, index, 1))
+    z_d = torch.randn(1, layout.detail_channels, height, width, generator=_generator(seed, index, DETAIL))
     return layout.join(z, z_d)
 
 
-def _generator(seed: int, index: int, group: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + group)
+def _generator(seed: int, index: int, purpose: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + purpose)
 
 
 def start_noise(pipeline: Any, seed: int, index: int, resolution: int) -> Tensor:
@@ -43,6 +45,7 @@ def generate(
     pipeline: Any,
     prompts: list[str],
     *,
+    output_type: str = "pil",
     resolution: int | None = None,
     steps: int = 30,
     guidance_scale: float = 2.5,
@@ -50,15 +53,17 @@ def generate(
     first: int = 0,
     batch_size: int = 16,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Image.Image]:
+) -> list[Any]:
     """One picture a prompt. Picture number first+i depends on the seed and its number, not on the batch.
 
     Args:
-        pipeline: a stock diffusers text-to-image pipeline, base or upgraded.
+        pipeline: a stock diffusers text-to-image pipeline, or a ClassConditionalPipeline whose prompts are classes by name
+            or number; base or upgraded.
+        output_type: `pil` for pictures, `pt` for tensors (3,H,W) in [0,1].
         resolution: pixels; None is the pipeline's own size.
     """
     size = resolution or pipeline.transformer.config["sample_size"] * pipeline.vae_scale_factor
-    pictures: list[Image.Image] = []
+    pictures: list[Any] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         noise = [start_noise(pipeline, seed, first + start + i, size) for i in range(len(part))]
@@ -69,6 +74,9 @@ def generate(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             latents=torch.cat(noise).to(pipeline.transformer.device, pipeline.transformer.dtype),
+            # only stochastic schedulers draw from these
+            generator=[_generator(seed, first + start + i, STEPS) for i in range(len(part))],
+            output_type=output_type,
             **text_arguments(pipeline),
         )
         pictures += result.images

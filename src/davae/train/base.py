@@ -9,20 +9,21 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from davae.data.pictures import Pictures
-from davae.recipes.schema import BaseRecipe
+from davae.recipes.schema import BaseRecipe, Reconstruction
 from davae.train.adversarial import ReconstructionTask
 from davae.train.loop import Player
 
 
 def build_autoencoder(recipe: BaseRecipe) -> AutoencoderKL:
     """An AutoencoderKL of the recipe's sizes, random weights."""
-    a = recipe.architecture
-    levels = len(a.vae_channels)
+    a = recipe.autoencoder
+    assert not isinstance(a, str)
+    levels = len(a.channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,  # type: ignore[arg-type]
         up_block_types=("UpDecoderBlock2D",) * levels,  # type: ignore[arg-type]
-        block_out_channels=a.vae_channels,  # type: ignore[arg-type]
-        layers_per_block=a.vae_layers,
+        block_out_channels=a.channels,  # type: ignore[arg-type]
+        layers_per_block=a.layers,
         latent_channels=a.latent_channels,
         norm_num_groups=a.norm_groups,
         sample_size=recipe.resolution,
@@ -52,10 +53,10 @@ class AutoencoderTask(ReconstructionTask):
 
     name = "vae"
 
-    def __init__(self, recipe: BaseRecipe, vae: AutoencoderKL, pictures: Pictures, device: torch.device):
+    def __init__(self, settings: Reconstruction, vae: AutoencoderKL, pictures: Pictures, device: torch.device):
         self.vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        player = Player(vae, [{"params": list(vae.parameters())}], lr=recipe.vae.lr)
-        super().__init__(recipe.vae, pictures, player, AutoencoderPass(vae), device)
+        player = Player(vae, [{"params": list(vae.parameters())}], lr=settings.lr)
+        super().__init__(settings, pictures, player, AutoencoderPass(vae), device)
 
     def autoencoder_turn(
         self, images: Tensor, step: int, generator: torch.Generator

@@ -1,19 +1,27 @@
-"""Pretraining a base model from start to a diffusers folder: autoencoder, cache, transformer, export."""
+"""Training a base model from start to a diffusers folder: autoencoder, cache, transformer, export."""
 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from torch import Tensor
 
 from davae.data.cache import CachedLatents, CacheMeta, fingerprint, read_meta, write_latents
-from davae.data.pictures import Pictures
-from davae.recipes.schema import BaseRecipe
+from davae.data.latent_shards import import_shards
+from davae.data.pictures import DataError, Pictures
+from davae.models.autoencoders import load_autoencoder
+from davae.models.detail_vae import base_statistics
+from davae.models.families import model_class, transformer_family
+from davae.models.pipeline import BaseShapes, read_config
+from davae.recipes import RecipeError
+from davae.recipes.schema import BaseRecipe, ClassArchitecture, TextArchitecture
 from davae.train.base import AutoencoderTask, build_autoencoder
+from davae.train.base_class import ClassFlowTask, build_class_transformer
 from davae.train.base_text import (
     BaseFlowTask,
     TextToImage,
@@ -29,93 +37,191 @@ from davae.train.state import RunFolder, new_folder
 
 
 def train_base(recipe: BaseRecipe, out: Path, observer: Observer) -> Path:
-    """Pretrain the recipe's model; returns the folder of its pipeline. Resumes what is already there."""
-    folder = RunFolder(out, recipe)
-    accelerator = make_accelerator(recipe.run)
-    source, train, _ = open_pictures(recipe.data, recipe.resolution)
-    pictures = Pictures(source, train, recipe.resolution, seed=recipe.run.seed, flip=recipe.data.flip)
+    """Train the recipe's model; returns the folder of its pipeline. Resumes what is already there."""
+    return BaseRun(recipe, out, observer).run()
 
-    vae = _train_autoencoder(recipe, folder, pictures, accelerator, observer)
-    meta = _cache(recipe, folder, pictures, vae, accelerator, observer)
-    shift, scaling = whole_normalisation(meta)
-    vae.register_to_config(shift_factor=shift, scaling_factor=scaling)
 
-    cache = CachedLatents(out / "cache")
-    tokenizer = build_tokenizer(cache.captions, recipe.architecture.vocabulary, recipe.architecture.text_tokens)
-    seed_initial_weights(recipe.run.seed)
-    encoders = [build_text_encoder(recipe, tokenizer) for _ in range(2)]
-    model = TextToImage(encoders, build_transformer(recipe)).to(accelerator.device)
-    task = BaseFlowTask(recipe, model, tokenizer, cache, (shift, scaling), accelerator.device)
-    trainer = Trainer(task, recipe.run, folder, accelerator, observer)
-    trainer.fit(recipe.data.num_workers)
-    trainer.use_average()
-
-    pipeline = StableDiffusion3Pipeline(
-        transformer=model.transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=recipe.dit.timestep_shift),
-        vae=vae,
-        text_encoder=encoders[0],
-        tokenizer=tokenizer,  # type: ignore[arg-type]
-        text_encoder_2=encoders[1],
-        tokenizer_2=tokenizer,  # type: ignore[arg-type]
-        text_encoder_3=build_silent_t5(recipe),
-        tokenizer_3=build_silent_tokenizer(),  # type: ignore[arg-type]
+def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
+    """Shapes of the model that a recipe would train, without a weight."""
+    with torch.device("meta"):
+        own = build_autoencoder(recipe).config if not isinstance(recipe.autoencoder, str) else None
+    config = dict(own) if own is not None else read_config(cast(str, recipe.autoencoder), "")
+    factor, channels = 2 ** (len(config["block_out_channels"]) - 1), int(config["latent_channels"])
+    with torch.device("meta"):
+        if isinstance(recipe.architecture, ClassArchitecture):
+            transformer = build_class_transformer(recipe, channels, recipe.resolution // factor)
+        else:
+            transformer = build_transformer(recipe.architecture, channels, recipe.resolution // factor)
+    kind = type(transformer).__name__
+    return BaseShapes(
+        pipeline_class=transformer_family(kind).pipeline,
+        transformer_class=kind,
+        vae_class="AutoencoderKL" if own is not None else config["_class_name"],
+        channels=channels,
+        vae_factor=factor,
+        patch_size=recipe.architecture.patch_size,
+        transformer_config=dict(transformer.config),
+        vae_config=config,
     )
-    # Text encoders stay float32: transformers loads what the file holds, diffusers' models load as float32, and a
-    # pipeline opened without a dtype would mix both.
-    model.transformer.half()
-    vae.half()
-    with new_folder(out / "pipeline") as partial:
-        pipeline.save_pretrained(partial)
-    folder.mark_done("dit")
-    return out / "pipeline"
 
 
-def _train_autoencoder(
-    recipe: BaseRecipe, folder: RunFolder, pictures: Pictures, accelerator: Accelerator, observer: Observer
-) -> AutoencoderKL:
-    seed_initial_weights(recipe.run.seed)
-    vae = build_autoencoder(recipe).to(accelerator.device)
-    trainer = Trainer(
-        AutoencoderTask(recipe, vae, pictures, accelerator.device), recipe.run, folder, accelerator, observer
-    )
-    trainer.fit(recipe.data.num_workers)
-    trainer.use_average()
-    folder.mark_done("vae")
-    return vae.eval()
+class BaseRun:
+    """One run of a base recipe. Each step returns at once when it was finished before."""
 
+    def __init__(self, recipe: BaseRecipe, out: Path, observer: Observer):
+        self.recipe, self.out, self.observer = recipe, out, observer
+        self.folder = RunFolder(out, recipe)
+        self.accelerator = make_accelerator(recipe.run)
 
-def _cache(
-    recipe: BaseRecipe,
-    folder: RunFolder,
-    pictures: Pictures,
-    vae: Any,
-    accelerator: Accelerator,
-    observer: Observer,
-) -> CacheMeta:
-    key = fingerprint(
-        recipe.vae.model_dump(), recipe.architecture.model_dump(), recipe.data.model_dump(), recipe.resolution
-    )
-    target = folder.path / "cache"
-    if (target / "meta.json").is_file():
-        return read_meta(target, key)
+    @cached_property
+    def pictures(self) -> Pictures:
+        recipe = self.recipe
+        source, train, _ = open_pictures(recipe.data, recipe.resolution)
+        return Pictures(source, train, recipe.resolution, seed=recipe.run.seed, flip=recipe.data.flip)
 
-    @torch.no_grad()
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        images = images.to(accelerator.device, memory_format=torch.channels_last)
-        return vae.encode(images).latent_dist.mode()
+    def run(self) -> Path:
+        recipe = self.recipe
+        vae = self.autoencoder()
+        config = vae.config
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        if recipe.resolution % (factor * recipe.architecture.patch_size):
+            raise RecipeError(
+                f"resolution: {recipe.resolution} is not divisible by {factor * recipe.architecture.patch_size} "
+                f"(autoencoder factor {factor} x patch {recipe.architecture.patch_size})"
+            )
+        side, channels = recipe.resolution // factor, int(config["latent_channels"])
+        meta = self.cache(vae, channels)
+        if not isinstance(recipe.autoencoder, str):
+            vae.register_to_config(**self._normalisation(meta))
+        train = self.train_class if isinstance(recipe.architecture, ClassArchitecture) else self.train_text
+        pipeline = train(vae, channels, side)
+        with new_folder(self.out / "pipeline") as partial:
+            pipeline.save_pretrained(partial)
+        self.folder.mark_done("dit")
+        return self.out / "pipeline"
 
-    with new_folder(target) as partial:
-        return write_latents(
-            partial,
-            pictures,
-            encode,
-            key=key,
-            variants=recipe.cache.variants,
-            batch_size=recipe.cache.batch_size,
-            dtype=recipe.cache.dtype,
-            on_batch=lambda done, total: observer(Progress("cache", done, total, 0.0)),
+    # -- autoencoder -------------------------------------------------------------------------------------------
+
+    def autoencoder(self) -> Any:
+        """The trained or pretrained autoencoder, in eval mode."""
+        recipe = self.recipe
+        if isinstance(recipe.autoencoder, str):
+            return load_autoencoder(recipe.autoencoder).to(self.accelerator.device)
+        assert recipe.vae is not None
+        seed_initial_weights(recipe.run.seed)
+        vae: Any = build_autoencoder(recipe).to(self.accelerator.device)
+        task = AutoencoderTask(recipe.vae, vae, self.pictures, self.accelerator.device)
+        trainer = Trainer(task, recipe.run, self.folder, self.accelerator, self.observer)
+        trainer.fit(recipe.data.num_workers)
+        trainer.use_average()
+        self.folder.mark_done("vae")
+        return vae.eval()
+
+    def _normalisation(self, meta: CacheMeta) -> dict[str, Any]:
+        """Config entries by which the new autoencoder's latents are normalised: SD3 has one shift and scale."""
+        if isinstance(self.recipe.architecture, ClassArchitecture):
+            return {"latents_mean": meta.mean, "latents_std": meta.std, "scaling_factor": 1.0, "shift_factor": None}
+        shift, scaling = whole_normalisation(meta)
+        return {"shift_factor": shift, "scaling_factor": scaling}
+
+    # -- cache -------------------------------------------------------------------------------------------------
+
+    def cache(self, vae: Any, channels: int) -> CacheMeta:
+        recipe, target = self.recipe, self.out / "cache"
+        values = recipe.model_dump(include={"autoencoder", "vae", "data", "resolution", "cache"})
+        key = fingerprint(values, recipe.run.seed)
+        if (target / "meta.json").is_file():
+            return read_meta(target, key)
+
+        def watch(done: int, total: int) -> None:
+            self.observer(Progress("cache", done, total, 0.0))
+
+        with new_folder(target) as partial:
+            if recipe.cache.shards is not None:
+                if not isinstance(recipe.architecture, ClassArchitecture):
+                    raise DataError(
+                        "cache.shards: latent shards hold class labels; they train class-conditional models"
+                    )
+                return import_shards(
+                    Path(recipe.cache.shards),
+                    partial,
+                    channels=channels,
+                    num_classes=recipe.architecture.num_classes,
+                    key=key,
+                    dtype=recipe.cache.dtype,
+                    on_batch=watch,
+                )
+
+            @torch.no_grad()
+            def encode(images: Tensor) -> Tensor:
+                images = images.to(self.accelerator.device, memory_format=torch.channels_last)
+                return vae.encode(images).latent_dist.mode()
+
+            return write_latents(
+                partial,
+                self.pictures,
+                encode,
+                key=key,
+                variants=recipe.cache.variants,
+                batch_size=recipe.cache.batch_size,
+                dtype=recipe.cache.dtype,
+                on_batch=watch,
+            )
+
+    # -- transformer -------------------------------------------------------------------------------------------
+
+    def fit(self, task: Any) -> None:
+        trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
+        trainer.fit(self.recipe.data.num_workers)
+        trainer.use_average()
+
+    def train_text(self, vae: Any, channels: int, side: int) -> Any:
+        recipe, architecture = self.recipe, self.recipe.architecture
+        assert isinstance(architecture, TextArchitecture)
+        cache = CachedLatents(self.out / "cache")
+        tokenizer = build_tokenizer(cache.captions, architecture.vocabulary, architecture.text_tokens)
+        seed_initial_weights(recipe.run.seed)
+        encoders = [build_text_encoder(architecture, tokenizer) for _ in range(2)]
+        model = TextToImage(encoders, build_transformer(architecture, channels, side)).to(self.accelerator.device)
+        self.fit(BaseFlowTask(recipe.dit, model, tokenizer, cache, latent_scale(vae), self.accelerator.device))
+        # Text encoders stay float32: transformers loads what the file holds, diffusers' models load as float32, and a
+        # pipeline opened without a dtype would mix both.
+        return StableDiffusion3Pipeline(
+            transformer=model.transformer.half(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=recipe.dit.timestep_shift),
+            vae=vae.half(),
+            text_encoder=encoders[0],
+            tokenizer=tokenizer,  # type: ignore[arg-type]
+            text_encoder_2=encoders[1],
+            tokenizer_2=tokenizer,  # type: ignore[arg-type]
+            text_encoder_3=build_silent_t5(architecture),
+            tokenizer_3=build_silent_tokenizer(),  # type: ignore[arg-type]
         )
+
+    def train_class(self, vae: Any, channels: int, side: int) -> Any:
+        recipe = self.recipe
+        cache = CachedLatents(self.out / "cache", "class")
+        seed_initial_weights(recipe.run.seed)
+        transformer = build_class_transformer(recipe, channels, side)
+        self.fit(ClassFlowTask(recipe, transformer, cache, latent_scale(vae), self.accelerator.device))
+        return model_class("ClassConditionalPipeline")(
+            vae=vae.half(), transformer=transformer.half(), class_names=class_names(cache, recipe)
+        )
+
+
+def latent_scale(vae: Any) -> tuple[Tensor, Tensor]:
+    """(mean, std), each (1,C,1,1), by which pipelines normalise this autoencoder's latents."""
+    mean, std = base_statistics(vae.config)
+    return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
+
+
+def class_names(cache: CachedLatents, recipe: BaseRecipe) -> list[str] | None:
+    """A name per class: the first caption seen with it; None where the data has no captions."""
+    assert isinstance(recipe.architecture, ClassArchitecture)
+    names = [""] * recipe.architecture.num_classes
+    for label, caption in zip(cache.conditions, cache.captions, strict=True):
+        names[label] = names[label] or caption
+    return names if any(names) else None
 
 
 def whole_normalisation(meta: CacheMeta) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from transformers import (
 
 from davae.data.cache import CachedLatents, collate_latents
 from davae.models.null_tokens import draw_count, repeat_last_token
-from davae.recipes.schema import BaseRecipe
+from davae.recipes.schema import FlowOptim, TextArchitecture
 from davae.train.flow import noise_batch
 from davae.train.loop import Player
 
@@ -29,7 +29,9 @@ from davae.train.loop import Player
 def build_tokenizer(captions: list[str], vocabulary: int, tokens: int) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges are learnt from `captions`."""
     tokenizer = CLIPTokenizer()
-    specials = [tokenizer.bos_token, tokenizer.eos_token]
+    # as in CLIP, every byte also with the end-of-word mark; left to the trainer, their order differs in every process
+    ends = [f"{byte}</w>" for byte in sorted(pre_tokenizers.ByteLevel.alphabet())]
+    specials = [tokenizer.bos_token, tokenizer.eos_token, *ends]
     backend = tokenizer.backend_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -44,8 +46,8 @@ def build_tokenizer(captions: list[str], vocabulary: int, tokens: int) -> CLIPTo
     return CLIPTokenizer(vocab=learnt["vocab"], merges=merges, model_max_length=tokens)
 
 
-def build_text_encoder(recipe: BaseRecipe, tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    a = recipe.architecture
+def build_text_encoder(architecture: TextArchitecture, tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    a = architecture
     special: Any = tokenizer  # the ids are single numbers, typed more widely
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
@@ -63,15 +65,13 @@ def build_text_encoder(recipe: BaseRecipe, tokenizer: CLIPTokenizer) -> CLIPText
     )
 
 
-def build_silent_t5(recipe: BaseRecipe) -> T5EncoderModel:
+def build_silent_t5(architecture: TextArchitecture) -> T5EncoderModel:
     """A T5 of a few thousand parameters whose output is zero for every prompt.
 
     Zero embeddings are what the pipeline puts in the place of an absent T5; but it cannot reload a folder that has
     none unless told so in every call. This stands in for it.
     """
-    config = T5Config(
-        vocab_size=4, d_model=2 * recipe.architecture.text_width, d_kv=8, d_ff=8, num_layers=1, num_heads=1
-    )
+    config = T5Config(vocab_size=4, d_model=2 * architecture.text_width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     encoder = T5EncoderModel(config)
     torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
     return encoder.eval()
@@ -84,13 +84,12 @@ def build_silent_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def build_transformer(recipe: BaseRecipe) -> SD3Transformer2DModel:
-    a = recipe.architecture
+def build_transformer(a: TextArchitecture, channels: int, latent_side: int) -> SD3Transformer2DModel:
     return SD3Transformer2DModel(
-        sample_size=recipe.resolution // recipe.vae_factor,
+        sample_size=latent_side,
         patch_size=a.patch_size,
-        in_channels=a.latent_channels,
-        out_channels=a.latent_channels,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=a.layers,
         attention_head_dim=a.head_width,
         num_attention_heads=a.heads,
@@ -132,20 +131,21 @@ class BaseFlowTask:
 
     def __init__(
         self,
-        recipe: BaseRecipe,
+        settings: FlowOptim,
         model: TextToImage,
         tokenizer: CLIPTokenizer,
         cache: CachedLatents,
-        normalise: tuple[float, float],
+        normalise: tuple[Tensor, Tensor],
         device: torch.device,
     ):
-        self.settings, self.dataset, self.collate, self.device = recipe.dit, cache, collate_latents, device
-        self.tokenizer, (self.shift_factor, self.scaling_factor) = tokenizer, normalise
+        self.settings, self.dataset, self.collate, self.device = settings, cache, collate_latents, device
+        self.tokenizer = tokenizer
+        self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
         self.processor = repeat_last_token(model.transformer)
         decay = [p for p in model.parameters() if p.ndim >= 2]
         plain = [p for p in model.parameters() if p.ndim < 2]
         groups = [{"params": decay}, {"params": plain, "weight_decay": 0.0}]
-        self.players = {"dit": Player(model, groups, lr=recipe.dit.lr)}
+        self.players = {"dit": Player(model, groups, lr=settings.lr)}
         self.modules: dict[str, nn.Module] = {"dit": model}
 
     def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
@@ -156,10 +156,10 @@ class BaseFlowTask:
 
     def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
-        z = (batch["latents"].to(self.device) - self.shift_factor) * self.scaling_factor  # (B,C,h,w)
-        flow = noise_batch(z, batch["captions"], s, generator)
+        z = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C,h,w)
+        flow = noise_batch(z, batch["conditions"], "", s, generator)
         tokens = self.tokenizer(
-            flow.captions,
+            flow.conditions,
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,12 @@ def fuse(transformer: nn.Module) -> nn.Module:
 def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
     """The base's own pipeline class around the upgraded parts; scheduler and text encoders are the base's."""
     components = {**pipeline.components, "vae": vae.eval(), "transformer": transformer}
-    upgraded = type(pipeline)(**components)
+    options = {
+        name: pipeline.config[name]
+        for name in inspect.signature(type(pipeline).__init__).parameters
+        if name not in components and name in pipeline.config
+    }
+    upgraded = type(pipeline)(**components, **options)
     upgraded.set_progress_bar_config(disable=True)
     return upgraded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +14,18 @@ from davae.recipes.schema import FlowOptim
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """x_t and its velocity target (B,c,h,w), t (B,) in (0,1), and the captions, some dropped for guidance."""
+    """x_t and its velocity target (B,c,h,w), t (B,) in (0,1), and the conditions, some dropped for guidance."""
 
-    captions: list[str]
+    conditions: list[Any]
     t: Tensor
     x_t: Tensor
     target: Tensor
 
 
-def noise_batch(latents: Tensor, captions: list[str], settings: FlowOptim, generator: torch.Generator) -> FlowBatch:
-    """Draw caption dropout, timesteps and noise from `generator`, in that order."""
+def noise_batch(
+    latents: Tensor, conditions: list[Any], null: Any, settings: FlowOptim, generator: torch.Generator
+) -> FlowBatch:
+    """Draw condition dropout, timesteps and noise from `generator`, in that order. `null` replaces what is dropped."""
     dropped = torch.rand(len(latents), generator=generator) < settings.caption_dropout
     t = sample_timesteps(
         len(latents),
@@ -34,7 +37,7 @@ def noise_batch(latents: Tensor, captions: list[str], settings: FlowOptim, gener
     )
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     return FlowBatch(
-        captions=["" if drop else text for text, drop in zip(captions, dropped, strict=True)],
+        conditions=[null if drop else value for value, drop in zip(conditions, dropped, strict=True)],
         t=t,
         x_t=interpolate(latents, noise, t),
         target=velocity_target(latents, noise),

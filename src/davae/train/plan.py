@@ -5,20 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
-from davae.models.families import transformer_family
-from davae.models.pipeline import BaseShapes, read_shapes
+from davae.models.families import model_class, transformer_family
+from davae.models.pipeline import BaseShapes
 from davae.recipes.schema import Recipe
 from davae.train.stage2 import choose_trainable
-from davae.train.upgrade import check_recipe
-from davae.zoo import resolve
-
-TEXT_TOKENS = 333  # Stable Diffusion 3: 77 of CLIP and 256 of T5
+from davae.train.upgrade import base_shapes, check_recipe
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class TokenPlan:
 def meta_transformer(shapes: BaseShapes) -> nn.Module:
     """The transformer's modules without weights."""
     with torch.device("meta"):
-        return getattr(diffusers, shapes.transformer_class).from_config(shapes.transformer_config)
+        return model_class(shapes.transformer_class).from_config(shapes.transformer_config)
 
 
 def transformer_flops(transformer: nn.Module, image_tokens: int, text_tokens: int) -> float:
@@ -51,20 +47,22 @@ def transformer_flops(transformer: nn.Module, image_tokens: int, text_tokens: in
     flops = 0.0
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
-            if "norm" in name or "time_text_embed" in name:
+            if any(part in name for part in ("norm", "time_text_embed", "adaLN", "t_embedder")):
                 tokens = 1  # modulation: once a picture
             elif any(part in name for part in ("add_", "context")):
                 tokens = text_tokens
             else:
                 tokens = image_tokens
             flops += 2.0 * module.in_features * module.out_features * tokens
+        elif hasattr(module, "qkv") and isinstance(module.qkv, nn.Linear):
+            flops += 4.0 * image_tokens * image_tokens * module.qkv.in_features
         elif hasattr(module, "to_q") and isinstance(module.to_q, nn.Linear):
             length = image_tokens + (text_tokens if getattr(module, "add_q_proj", None) is not None else 0)
             flops += 4.0 * length * length * module.to_q.out_features
     return flops
 
 
-def token_plan(shapes: BaseShapes, resolution: int, scale: int, text_tokens: int = TEXT_TOKENS) -> TokenPlan:
+def token_plan(shapes: BaseShapes, resolution: int, scale: int) -> TokenPlan:
     """Native against upgraded at `resolution` pixels.
 
     Raises:
@@ -76,6 +74,7 @@ def token_plan(shapes: BaseShapes, resolution: int, scale: int, text_tokens: int
     native = (resolution // (shapes.vae_factor * shapes.patch_size)) ** 2
     upgraded = native // scale**2
     transformer = meta_transformer(shapes)
+    text_tokens = transformer_family(shapes.transformer_class).text_tokens
     return TokenPlan(
         resolution,
         native,
@@ -91,7 +90,7 @@ def count(parameters: Any) -> int:
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Figures of a dry run. Memory counts weights, gradients, Adam moments and EMA, not activations."""
-    shapes = read_shapes(resolve(recipe.base.model))
+    shapes = base_shapes(recipe)
     layout = check_recipe(recipe, shapes)
     with torch.device("meta"):
         vae = DetailVAE(shapes.vae_class, shapes.vae_config, recipe.detail_channels, recipe.scale)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from davae.data.cache import CachedLatents, collate_latents
 from davae.latent import LatentLayout
-from davae.losses.detail_warmup import detail_weight, velocity_loss
+from davae.losses.detail_warmup import detail_direction_loss, detail_weight, velocity_loss
 from davae.models.expand import new_weight_masks
 from davae.models.families import transformer_family
-from davae.models.null_tokens import draw_count, repeat_last_token
 from davae.recipes.schema import Lora, Stage2
+from davae.train.conditioning import Conditioning
 from davae.train.flow import noise_batch
 from davae.train.loop import Player
 
@@ -24,6 +24,8 @@ def choose_trainable(transformer: nn.Module, lora: Lora | None) -> list[nn.Param
     family = transformer_family(type(transformer).__name__)
     if lora is None:
         transformer.requires_grad_(True)
+        for name in family.fixed:
+            transformer.get_parameter(name).requires_grad_(False)
     else:
         transformer.requires_grad_(False)
         transformer.add_adapter(  # type: ignore[operator]
@@ -75,9 +77,8 @@ class Stage2Task:
         transformer: nn.Module,
         cache: CachedLatents,
         normalise: tuple[Tensor, Tensor],
+        conditioning: Conditioning,
         device: torch.device,
-        *,
-        null_text: bool,
     ):
         self.settings, self.layout, self.dataset, self.collate, self.device = (
             settings,
@@ -86,13 +87,12 @@ class Stage2Task:
             collate_latents,
             device,
         )
-        self.cache = cache
+        self.conditioning = conditioning
         self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
         self.transformer = transformer.to(device)
         parameters = choose_trainable(transformer, settings.lora)
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()  # type: ignore[operator]
-        self.processor = repeat_last_token(transformer) if null_text else None
         self.players = {"transformer": Player(transformer, [{"params": parameters}], lr=settings.lr)}
         self.modules: dict[str, nn.Module] = {"transformer": transformer}
 
@@ -106,21 +106,19 @@ class Stage2Task:
     def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         latents = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C+D,h,w)
-        flow = noise_batch(latents, batch["captions"], s, generator)
-        prompt_embeds, pooled = (part.to(self.device) for part in self.cache.embed(flow.captions))
-        if self.processor is not None:
-            self.processor.count = draw_count(generator)
-        prediction = self.modules["transformer"](
-            hidden_states=flow.x_t,
-            timestep=flow.t * 1000,
-            encoder_hidden_states=prompt_embeds,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
+        flow = noise_batch(latents, batch["conditions"], self.conditioning.null, s, generator)
+        self.conditioning.draw(generator)
+        prediction = self.conditioning.velocity(self.modules["transformer"], flow.x_t, flow.t, flow.conditions)
         weight = detail_weight(step, s.warmup_steps)
         loss = velocity_loss(prediction, flow.target, self.layout, weight)
-        return loss.total, {
-            "loss": loss.total.detach(),
+        total, direction = loss.total, {}
+        if s.cosine_loss != "off":
+            shared = weight if s.cosine_loss == "faded" else 1.0
+            term = detail_direction_loss(prediction, flow.target, self.layout, shared)
+            total, direction = total + term, {"loss_direction": term.detach()}
+        return total, {
+            "loss": total.detach(),
+            **direction,
             "loss_base": loss.base.detach(),
             "loss_detail": loss.detail.detach(),
             "detail_weight": weight,

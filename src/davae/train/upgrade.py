@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from davae.data.cache import CachedLatents, CacheMeta, fingerprint, read_meta, write_latents, write_text
+from davae.data.latent_shards import import_shards
 from davae.data.pictures import Pictures
 from davae.latent import LatentLayout
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
+from davae.models.families import transformer_family
 from davae.models.pipeline import BaseShapes, embed_captions, load_pipeline, read_shapes, silent_t5
 from davae.recipes import RecipeError
 from davae.recipes.schema import Recipe
+from davae.train.base_run import planned_shapes, train_base
+from davae.train.conditioning import conditioning
 from davae.train.export import UPGRADE_FILE, assemble, fuse, save_pipeline, save_upgrade
 from davae.train.loop import Observer, Progress, Trainer
 from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
@@ -36,7 +40,7 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
     if recipe.detail_channels % shapes.channels:
         raise RecipeError(
             f"detail_channels: {recipe.detail_channels} is not a multiple of the {shapes.channels} latent channels of "
-            f"{recipe.base.model}; use {shapes.channels * max(1, round(recipe.detail_channels / shapes.channels))}"
+            f"{recipe.base.name}; use {shapes.channels * max(1, round(recipe.detail_channels / shapes.channels))}"
         )
     if recipe.scale & (recipe.scale - 1):
         raise RecipeError(f"scale: {recipe.scale} is not a power of two")
@@ -50,12 +54,25 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
     return LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
 
 
+def base_shapes(recipe: Recipe) -> BaseShapes:
+    """Shapes of the recipe's base model, trained already or not."""
+    if recipe.base.train is not None:
+        return planned_shapes(recipe.base.train)
+    assert recipe.base.model is not None
+    return read_shapes(resolve(recipe.base.model))
+
+
 class Upgrade:
     """One run of a recipe. Each step returns at once when it was finished before."""
 
     def __init__(self, recipe: Recipe, out: Path, observer: Observer):
-        self.model = resolve(recipe.base.model)
-        self.shapes = read_shapes(self.model)
+        if recipe.base.train is None:
+            assert recipe.base.model is not None
+            self.model = resolve(recipe.base.model)
+        else:
+            self.model = str(out / "base" / "pipeline")
+        self.shapes = base_shapes(recipe)
+        self.family = transformer_family(self.shapes.transformer_class)
         self.layout = check_recipe(recipe, self.shapes)
         self.source, self.train, self.held_out = open_pictures(recipe.data, recipe.resolution)
         self.recipe, self.out, self.observer = recipe, out, observer
@@ -74,10 +91,20 @@ class Upgrade:
         pictures.skipped = self.skipped
         return pictures
 
+    # -- base --------------------------------------------------------------------------------------------------
+
+    def train_base_model(self) -> None:
+        """The pretrained model, where the recipe has it trained here."""
+        train = self.recipe.base.train
+        if train is not None and not self.folder.done("base"):
+            train_base(train, self.out / "base", self.observer)
+            self.folder.mark_done("base")
+
     # -- stage 1 -----------------------------------------------------------------------------------------------
 
     def train_vae(self) -> Path:
         """Stage 1; returns the folder of the DetailVAE."""
+        self.train_base_model()
         target = self.out / "vae"
         if not self.folder.done("stage1"):
             seed_initial_weights(self.recipe.run.seed)
@@ -118,35 +145,58 @@ class Upgrade:
         """Raw latents of the training set, detail statistics (written into the DetailVAE's config), and text."""
         target = self.out / "cache"
         if not self.folder.done("cache"):
-            vae, recipe = self.vae(), self.recipe
-
-            @torch.no_grad()
-            def encode(images: Tensor) -> Tensor:
-                raw = vae.encode_raw(images.to(self.accelerator.device, memory_format=torch.channels_last))
-                return vae.layout.join(raw.z, raw.mean)
-
+            vae = self.vae()
             with new_folder(target) as partial:
-                write_latents(
-                    partial,
-                    self.pictures(self.train),
-                    encode,
-                    key=self._key(),
-                    variants=recipe.cache.variants,
-                    batch_size=recipe.cache.batch_size,
-                    dtype=recipe.cache.dtype,
-                    on_batch=self._watch("latents"),
-                )
-                write_text(
-                    partial,
-                    CachedLatents(partial).captions,
-                    lambda captions: embed_captions(self.base, captions),
-                    batch_size=recipe.cache.batch_size,
-                    dtype=recipe.cache.dtype,
-                    on_batch=self._watch("captions"),
-                )
+                if self.recipe.cache.shards is None:
+                    self._cache_pictures(vae, partial)
+                else:
+                    self._cache_shards(partial)
             self._store_statistics(vae, read_meta(target, self._key()))
             self.folder.mark_done("cache")
         return target
+
+    def _cache_shards(self, folder: Path) -> None:
+        """Latents [z, z_d] that the official extraction wrote, instead of encoding pictures."""
+        if self.family.condition != "class":
+            raise RecipeError("cache.shards: latent shards hold class labels; they train class-conditional models")
+        assert self.recipe.cache.shards is not None
+        import_shards(
+            Path(self.recipe.cache.shards),
+            folder,
+            channels=self.layout.channels,
+            num_classes=int(self.shapes.transformer_config["num_classes"]),
+            key=self._key(),
+            dtype=self.recipe.cache.dtype,
+            on_batch=self._watch("latents"),
+        )
+
+    def _cache_pictures(self, vae: DetailVAE, folder: Path) -> None:
+        recipe = self.recipe
+
+        @torch.no_grad()
+        def encode(images: Tensor) -> Tensor:
+            raw = vae.encode_raw(images.to(self.accelerator.device, memory_format=torch.channels_last))
+            return vae.layout.join(raw.z, raw.mean)
+
+        write_latents(
+            folder,
+            self.pictures(self.train),
+            encode,
+            key=self._key(),
+            variants=recipe.cache.variants,
+            batch_size=recipe.cache.batch_size,
+            dtype=recipe.cache.dtype,
+            on_batch=self._watch("latents"),
+        )
+        if self.family.condition == "text":
+            write_text(
+                folder,
+                CachedLatents(folder).captions,
+                lambda captions: embed_captions(self.base, captions),
+                batch_size=recipe.cache.batch_size,
+                dtype=recipe.cache.dtype,
+                on_batch=self._watch("captions"),
+            )
 
     def _store_statistics(self, vae: DetailVAE, meta: CacheMeta) -> None:
         mean, std = torch.tensor(meta.mean).view(1, -1, 1, 1), torch.tensor(meta.std).view(1, -1, 1, 1)
@@ -160,14 +210,17 @@ class Upgrade:
         read_meta(self.out / "cache", self._key())
         vae = self.vae()
         seed_initial_weights(self.recipe.run.seed)
+        device = self.accelerator.device
+        transformer = expand_transformer(self.base.transformer, self.recipe.detail_channels)
+        cache = CachedLatents(self.out / "cache", self.family.condition)
         return Stage2Task(
             self.recipe.stage2,
             vae.layout,
-            expand_transformer(self.base.transformer, self.recipe.detail_channels),
-            CachedLatents(self.out / "cache"),
+            transformer,
+            cache,
             (vae.mean, vae.std),  # type: ignore[arg-type]
-            self.accelerator.device,
-            null_text=silent_t5(self.base),
+            conditioning(transformer, cache, device, null_text=silent_t5(self.base)),
+            device,
         )
 
     def train_dit(self) -> Path:

@@ -8,10 +8,13 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from davae.cli.convert import convert_app
+from davae.cli.evaluate import evaluate_app
+from davae.cli.options import DryRun, Json, Name, Out, Overrides, Source, write_json
 from davae.recipes import BaseRecipe, Recipe, RecipeError, dump_recipe, load_recipe, shipped_recipes
 
 app = typer.Typer(
@@ -21,18 +24,8 @@ app = typer.Typer(
     help="Twice the resolution at the same token count for pretrained latent diffusion models (DA-VAE).\n\n"
     "Start with `davae upgrade micro --out runs/micro`: it upgrades the embedded model and writes a report.",
 )
-evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a model on pictures.")
 app.add_typer(evaluate_app, name="evaluate")
-
-Name = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a YAML file.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Run folder; the same command again resumes it.")]
-Source = Annotated[
-    str | None,
-    typer.Option("--data", help="A folder of pictures, a WebDataset .tar, a Hugging Face dataset id."),
-]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override one recipe value.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost, and stop.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+app.add_typer(convert_app, name="convert")
 
 
 def _load(name: str, data: str | None, overrides: list[str] | None) -> Recipe | BaseRecipe:
@@ -53,12 +46,6 @@ def _base_recipe(name: str, data: str | None, overrides: list[str] | None) -> Ba
     if not isinstance(recipe, BaseRecipe):
         raise RecipeError(f"recipe '{recipe.name}' upgrades a model; use `davae upgrade {name}`")
     return recipe
-
-
-def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _run_upgrade(
@@ -199,69 +186,6 @@ def sample(
     console.print(f"{done}", markup=False)
 
 
-@evaluate_app.command()
-def reconstruction(
-    vae: Annotated[str, typer.Option(help="A DetailVAE folder, a run folder, or a diffusers autoencoder folder.")],
-    data: Annotated[str, typer.Option(help="Pictures, as `davae upgrade --data` takes them.")],
-    resolution: Annotated[int | None, typer.Option(help="Pixels; the autoencoder's own by default.")] = None,
-    num: Annotated[int | None, typer.Option(min=1, help="At most so many pictures.")] = None,
-    held_out: Annotated[float, typer.Option(min=0.0, max=0.99, help="Only this held-out share; 0 takes all.")] = 0.0,
-    json: Json = None,
-) -> None:
-    """PSNR, SSIM and a perceptual distance. Example:
-
-    `davae evaluate reconstruction --vae runs/micro/vae --data openmoji --held-out 0.1`
-    """
-    from davae.display import console
-    from davae.measure import evaluate_reconstruction
-
-    figures = evaluate_reconstruction(vae, data, resolution, num, held_out)
-    _write_json(json, figures)
-    console.print_json(data=figures)
-
-
-@evaluate_app.command()
-def generation(
-    pipeline: Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")],
-    data: Annotated[str, typer.Option(help="Real pictures with captions.")],
-    num: Annotated[int, typer.Option(min=2, help="Generated pictures.")] = 1000,
-    resolution: Annotated[int | None, typer.Option(help="Pixels to generate; the pipeline's own by default.")] = None,
-    compare_at: Annotated[
-        int | None, typer.Option(help="Pixels to compare at; samples are enlarged bilinearly.")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 30,
-    guidance: Annotated[float, typer.Option(min=0.0)] = 2.5,
-    seed: int = 0,
-    held_in: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="Only the training side of a split that holds out this share.")
-    ] = 0.0,
-    json: Json = None,
-) -> None:
-    """Frechet distance on EfficientNet-Lite0 features (FD-lite0) to real pictures, prompts from their captions.
-
-    `davae evaluate generation --pipeline runs/micro --data openmoji --num 1000`
-    """
-    from davae.display import console, progress_display
-    from davae.measure import evaluate_generation
-    from davae.train.loop import Progress
-
-    with progress_display() as observer:
-        figures = evaluate_generation(
-            pipeline,
-            data,
-            num=num,
-            resolution=resolution,
-            compare_at=compare_at,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            held_in=held_in,
-            on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
-        )
-    _write_json(json, figures)
-    console.print_json(data=figures)
-
-
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="`micro`, a diffusers folder, or a hub id.")],
@@ -280,7 +204,7 @@ def inspect(
     except ValueError as error:
         raise ModelError(f"model {model}: {error}") from error
     figures = tokens.as_dict()
-    _write_json(json, figures)
+    write_json(json, figures)
     table(
         f"{model} at {resolution} px",
         ["", "value"],
@@ -344,7 +268,7 @@ def _quiet_libraries() -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log_handler()], force=True)
     warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, nothing a user can mend
-    for name in ("accelerate", "diffusers", "transformers", "httpx", "PIL", "matplotlib"):
+    for name in ("accelerate", "diffusers", "transformers", "huggingface_hub", "httpx", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()

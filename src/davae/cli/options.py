@@ -1,0 +1,25 @@
+"""Options that several subcommands share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Name = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a YAML file.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder; the same command again resumes it.")]
+Source = Annotated[
+    str | None,
+    typer.Option("--data", help="A folder of pictures, a WebDataset .tar, a Hugging Face dataset id."),
+]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override one recipe value.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost, and stop.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,80 @@
+"""Reads official checkpoint files without running their code, and says by name what does not fit."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from davae.models.pipeline import ModelError
+
+State = dict[str, Tensor]
+WRAPPERS = ("ema", "model", "state_dict")  # where training scripts keep the weights, the average first
+PREFIXES = ("module.", "_orig_mod.")  # left behind by data-parallel and compiled models
+
+
+def load_state(path: Path) -> State:
+    """Tensors of a `.safetensors`, `.pt`, `.pth` or `.ckpt` file: the averaged weights where it has them.
+
+    Raises:
+        ModelError: no such file, not readable without running code, or no tensors inside.
+    """
+    if not path.is_file():
+        raise ModelError(f"checkpoint {path} does not exist")
+    if path.suffix == ".safetensors":
+        try:
+            return strip_prefixes(load_file(path))
+        except SafetensorError as error:
+            raise ModelError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = str(error).split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL" in str(error) else "unknown objects"
+        raise ModelError(
+            f"checkpoint {path} holds more than tensors ({wanted}): reading it would run its code, which davae never "
+            "does; save its state dict alone and try again"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ModelError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())[:160]}") from error
+    for name in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            break
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise ModelError(f"checkpoint {path} holds no state dict")
+    return strip_prefixes({name: value for name, value in content.items() if isinstance(value, Tensor)})
+
+
+def strip_prefixes(state: State) -> State:
+    """Names without what wrappers put before them."""
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def load_strictly(model: nn.Module, state: State, what: str) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises:
+        ModelError: names the keys that are missing, left over, or of another shape.
+    """
+    own = model.state_dict()
+    problems = [
+        *(f"missing {name}" for name in own if name not in state),
+        *(f"unknown {name}" for name in state if name not in own),
+        *(
+            f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ),
+    ]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ModelError(f"the weights do not fit {what}: {'; '.join(problems[:4])}{more}")
+    model.load_state_dict(state)

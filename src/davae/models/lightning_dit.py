@@ -1,0 +1,368 @@
+"""LightningDiT, the class-conditional transformer of the paper's ImageNet half, as a diffusers model.
+
+Module names are those of the official checkpoints, so their weights load as they are. The same class with its
+extras switched off is the architecture of DiT and SiT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+Prediction = Literal["velocity", "epsilon"]
+FREQUENCIES = 256  # width of the sinusoidal timestep embedding
+
+
+def grid_positions(grid: int, pretrained_grid: int) -> Tensor:
+    """Coordinates of a grid's rows, in units of the pretrained grid: a finer grid spans the same range. (grid,)"""
+    return torch.arange(grid, dtype=torch.float64) * pretrained_grid / grid
+
+
+def sinusoidal_positions(positions: Tensor, width: int) -> Tensor:
+    """Fixed 2D position embedding of a square grid, column half first: (grid,) -> (1,grid*grid,width)."""
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = positions[:, None] * frequencies  # (grid,width/4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid,width/2)
+    grid = len(positions)
+    columns = line[None].expand(grid, -1, -1)  # (row,column,width/2)
+    rows = line[:, None].expand(-1, grid, -1)
+    return torch.cat([columns, rows], dim=2).reshape(1, grid * grid, width).float()
+
+
+def rotary_angles(positions: Tensor, head_width: int) -> Tensor:
+    """Angles of the 2D rotary embedding: rows turn the first half of a head, columns the second. (grid*grid,head)"""
+    quarter = head_width // 4
+    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    line = (positions[:, None] * frequencies).repeat_interleave(2, dim=1)  # (grid,head/2)
+    grid = len(positions)
+    rows = line[:, None].expand(-1, grid, -1)
+    columns = line[None].expand(grid, -1, -1)
+    return torch.cat([rows, columns], dim=2).reshape(grid * grid, head_width)
+
+
+class RotaryEmbedding(nn.Module):
+    """Turns neighbouring pairs of each head by an angle that depends on the token's place in the grid."""
+
+    def __init__(self, positions: Tensor, head_width: int):
+        super().__init__()
+        angles = rotary_angles(positions, head_width)
+        self.register_buffer("freqs_cos", angles.cos().float())
+        self.register_buffer("freqs_sin", angles.sin().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,H,L,d) -> (B,H,L,d)."""
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+        return x * cast(Tensor, self.freqs_cos).to(x) + turned * cast(Tensor, self.freqs_sin).to(x)
+
+
+class PatchEmbed(nn.Module):
+    """P: (B,C,h,w) -> (B,L,width), tokens in row order."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.proj(latents).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) -> (B,width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        half = FREQUENCIES // 2
+        steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
+        angles = timestep.float()[:, None] * torch.exp(-math.log(10000.0) * steps / half)  # (B,128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class number (B,) -> (B,width); the last row is the null class of guidance."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, class_labels: Tensor) -> Tensor:
+        return self.embedding_table(class_labels)
+
+
+class Attention(nn.Module):
+    """Self-attention with optional per-head normalisation of queries and keys, and rotary positions."""
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool, rms_norm: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        head_width = width // num_heads
+        norm: Any = (lambda: nn.RMSNorm(head_width, eps=1e-6)) if rms_norm else (lambda: nn.LayerNorm(head_width))
+        self.q_norm = norm() if qk_norm else nn.Identity()
+        self.k_norm = norm() if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, rotary: nn.Module | None) -> Tensor:
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B,H,L,d)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotary(q), rotary(k)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).flatten(2))  # (B,L,width)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x), w1 and w2 in one matrix."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        gate, value = self.w12(tokens).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class GeluMLP(nn.Module):
+    """fc2(gelu(fc1 x)), the tanh form: the feed-forward of DiT and SiT."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens), approximate="tanh"))
+
+
+def make_norm(width: int, rms_norm: bool) -> nn.Module:
+    return nn.RMSNorm(width, eps=1e-6) if rms_norm else nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+
+
+def modulate(tokens: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    """Adaptive layer norm: (B,L,w) by shift and scale (B,w)."""
+    scaled = tokens * (1 + scale[:, None])
+    return scaled if shift is None else scaled + shift[:, None]
+
+
+class LightningDiTBlock(nn.Module):
+    """Attention and feed-forward, each modulated and gated by time and class (adaLN-zero)."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        width = config.hidden_size
+        self.norm1 = make_norm(width, config.use_rmsnorm)
+        self.attn = Attention(width, config.num_heads, config.use_qknorm, config.use_rmsnorm)
+        self.norm2 = make_norm(width, config.use_rmsnorm)
+        hidden = int(width * config.mlp_ratio)
+        self.mlp = SwiGLU(width, int(2 / 3 * hidden)) if config.use_swiglu else GeluMLP(width, hidden)
+        self.without_shift = config.wo_shift
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if config.wo_shift else 6) * width))
+
+    def forward(self, tokens: Tensor, condition: Tensor, rotary: nn.Module | None) -> Tensor:
+        """tokens (B,L,w), condition (B,w) -> (B,L,w)."""
+        parts = self.adaLN_modulation(condition)
+        shift1 = shift2 = None
+        if self.without_shift:
+            scale1, gate1, scale2, gate2 = parts.chunk(4, dim=1)
+        else:
+            shift1, scale1, gate1, shift2, scale2, gate2 = parts.chunk(6, dim=1)
+        tokens = tokens + gate1[:, None] * self.attn(modulate(self.norm1(tokens), shift1, scale1), rotary)
+        return tokens + gate2[:, None] * self.mlp(modulate(self.norm2(tokens), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """O: (B,L,w) -> (B,L,p*p*c), channels innermost."""
+
+    def __init__(self, config: Any, channels: int):
+        super().__init__()
+        width = config.hidden_size
+        self.norm_final = make_norm(width, config.use_rmsnorm)
+        self.linear = nn.Linear(width, config.patch_size**2 * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(tokens), shift, scale))
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Positions of one grid: its side, the embedding (1,L,w) that is added, and the rotary one."""
+
+    input_size: int
+    embedding: Tensor
+    rotary: nn.Module | None
+
+
+class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Class-conditional transformer on latents (B,C,g,g).
+
+    The defaults are LightningDiT-XL/1 on VA-VAE at 256 pixels. Time runs from 0 (noise) to 1 (data) and the velocity
+    is data - noise, the convention of the official weights.
+
+    Args:
+        input_size: g, side of the latent grid.
+        patch_size: p, latent positions per token, each way.
+        in_channels: C.
+        num_classes: the null class of guidance is number `num_classes`.
+        learn_sigma: the head predicts C more channels, a variance: dropped for velocity, returned for epsilon.
+        use_qknorm, use_swiglu, use_rope, use_rmsnorm, wo_shift: the architecture's switches, under their official names.
+        prediction_type: what the output means. `epsilon` is DiT's, whose timestep runs over 0..999.
+        reversed_time: the weights were trained with t = 1 as noise (REPA): time and velocity are turned round.
+        out_channels: C, or 2C where a variance is returned; worked out when not given.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("LightningDiTBlock",)
+    _repeated_blocks = ("LightningDiTBlock",)
+
+    @register_to_config
+    def __init__(
+        self,
+        input_size: int = 16,
+        patch_size: int = 1,
+        in_channels: int = 32,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        learn_sigma: bool = False,
+        use_qknorm: bool = False,
+        use_swiglu: bool = True,
+        use_rope: bool = True,
+        use_rmsnorm: bool = True,
+        wo_shift: bool = False,
+        prediction_type: Prediction = "velocity",
+        reversed_time: bool = False,
+        out_channels: int | None = None,
+        sample_size: int | None = None,
+    ):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
+        if hidden_size % num_heads or hidden_size // num_heads % 4 or hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {hidden_size} over {num_heads} heads gives no head width that is a multiple of 4"
+            )
+        config = cast(Any, self.config)
+        returned = 2 if learn_sigma and prediction_type == "epsilon" else 1
+        self.register_to_config(out_channels=out_channels or returned * in_channels, sample_size=input_size)
+        self._tables: Tables | None = None
+        self.gradient_checkpointing = False
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        grid = input_size // patch_size
+        positions = grid_positions(grid, grid)
+        self.pos_embed = nn.Parameter(sinusoidal_positions(positions, hidden_size), requires_grad=False)
+        self.feat_rope = RotaryEmbedding(positions, hidden_size // num_heads) if use_rope else None
+        self.blocks = nn.ModuleList([LightningDiTBlock(config) for _ in range(depth)])
+        self.final_layer = FinalLayer(config, (2 if learn_sigma else 1) * in_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier for every matrix, zero for every gate and for the head: the network starts as the identity, output 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02)
+        gates = [cast(LightningDiTBlock, block).adaLN_modulation[1] for block in self.blocks]
+        for module in (*gates, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Velocity (or epsilon) of noisy latents.
+
+        Args:
+            hidden_states: latents (B,C,g,g).
+            timestep: (B,) in [0,1], 0 noise and 1 data; 0..999 for epsilon models.
+            class_labels: (B,) in 0..num_classes, `num_classes` meaning none.
+
+        Returns:
+            `.sample` (B,C,g,g), or (B,2C,g,g) for an epsilon model that learns its variance.
+
+        Raises:
+            ValueError: another grid or number of channels than the model's.
+        """
+        config = cast(Any, self.config)
+        tables = self._tables or Tables(config.input_size, self.pos_embed, self.feat_rope)
+        size = tables.input_size
+        if hidden_states.shape[1:] != (config.in_channels, size, size):
+            raise ValueError(
+                f"latents are {tuple(hidden_states.shape[1:])}, this LightningDiT takes "
+                f"({config.in_channels}, {size}, {size})"
+            )
+        if config.reversed_time:
+            timestep = 1 - timestep
+        dtype = self.pos_embed.dtype
+        tokens = self.x_embedder(hidden_states) + tables.embedding  # (B,L,w)
+        condition = self.t_embedder(timestep, dtype) + self.y_embedder(class_labels)  # (B,w)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, condition, tables.rotary)  # type: ignore[operator]
+            else:
+                tokens = block(tokens, condition, tables.rotary)
+        output = self._unpatchify(self.final_layer(tokens, condition), size // config.patch_size)
+        if config.learn_sigma and config.prediction_type == "velocity":
+            output, _ = output.chunk(2, dim=1)
+        if config.reversed_time:
+            output = -output
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _unpatchify(self, tokens: Tensor, grid: int) -> Tensor:
+        """(B,grid*grid,p*p*c) -> (B,c,g,g)."""
+        p = cast(Any, self.config).patch_size
+        x = tokens.unflatten(1, (grid, grid)).unflatten(3, (p, p, -1))  # (B,gh,gw,p,p,c)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    @contextmanager
+    def at_grid(self, input_size: int) -> Iterator[LightningDiT]:
+        """Within this context the model takes another latent grid, its positions interpolated to the same range.
+
+        Raises:
+            ValueError: a size that does not divide into patches.
+        """
+        config = cast(Any, self.config)
+        if input_size % config.patch_size:
+            raise ValueError(f"input_size {input_size} is not divisible by patch_size {config.patch_size}")
+        own = config.input_size // config.patch_size
+        positions = grid_positions(input_size // config.patch_size, own)
+        like = self.pos_embed
+        rotary = RotaryEmbedding(positions, config.hidden_size // config.num_heads).to(like.device)
+        self._tables = Tables(
+            input_size,
+            sinusoidal_positions(positions, config.hidden_size).to(like),
+            rotary if config.use_rope else None,
+        )
+        try:
+            yield self
+        finally:
+            self._tables = None

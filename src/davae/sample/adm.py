@@ -1,0 +1,114 @@
+"""The field's sample files: N pictures as uint8 in one `.npz`, as ADM's evaluation suite reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from davae.models.pipeline import ModelError
+
+Labels = Literal["balanced", "random"]
+PART = 250  # pictures a part: what an interruption can cost
+
+
+def class_schedule(num: int, num_classes: int, labels: Labels, seed: int) -> np.ndarray:
+    """(num,) class numbers: `balanced` gives every class num / num_classes pictures, `random` draws each by seed.
+
+    Raises:
+        ModelError: a balanced number that does not divide.
+    """
+    if labels == "random":
+        return np.random.default_rng(seed).integers(0, num_classes, num)
+    if num % num_classes:
+        raise ModelError(f"{num} pictures do not divide into {num_classes} classes; use a multiple, or random labels")
+    return np.arange(num) % num_classes
+
+
+def field_uint8(images: Tensor) -> np.ndarray:
+    """(B,3,H,W) in [0,1] -> (B,H,W,3) uint8, rounded half up as published evaluations do: floor(255 x + 0.5)."""
+    pixels = (images.float() * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def write_samples(
+    target: Path,
+    labels: np.ndarray,
+    draw: Callable[[list[int], int], Tensor],
+    *,
+    settings: dict[str, object],
+    rank: int = 0,
+    ranks: int = 1,
+    on_part: Callable[[int, int], None] = lambda done, total: None,
+) -> bool:
+    """Draw what is missing of this rank's parts, and join all parts into `target` once none is missing.
+
+    Parts lie in `<target>.parts`, each written whole or not at all. Picture i depends on the settings and i alone.
+
+    Args:
+        labels: (N,) class of every picture.
+        draw: (classes, number of the first) -> pictures (B,3,H,W) in [0,1].
+        settings: what determines the pictures; parts of other settings are refused.
+
+    Returns:
+        Whether `target` was written (False while other ranks still draw).
+
+    Raises:
+        ModelError: the parts folder belongs to other settings.
+    """
+    folder = target.with_name(f"{target.name}.parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder / "settings.json", {**settings, "num": len(labels)})
+    starts = range(0, len(labels), PART)
+    for number, start in enumerate(starts):
+        part = folder / f"part-{start:08d}.npy"
+        if number % ranks == rank and not part.is_file():
+            classes = [int(label) for label in labels[start : start + PART]]
+            _replace(part, lambda path, c=classes, s=start: np.save(path, field_uint8(draw(c, s))))
+        on_part(min(start + PART, len(labels)), len(labels))
+    parts = [folder / f"part-{start:08d}.npy" for start in starts]
+    if not all(part.is_file() for part in parts):
+        return False
+    _replace(target, lambda path: _join(path, parts, labels))
+    return True
+
+
+def _claim(path: Path, settings: dict[str, object]) -> None:
+    text = json.dumps(settings, sort_keys=True)
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        odd = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))[0]
+        raise ModelError(
+            f"{path.parent} holds pictures of other settings ({odd}: {old.get(odd)}, now {settings.get(odd)}); "
+            "use another file, or remove that folder"
+        )
+    _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _join(path: Path, parts: list[Path], labels: np.ndarray) -> None:
+    """One uncompressed `.npz` with `arr_0` (N,H,W,3) uint8 and `arr_1` (N,) labels; a part in memory at a time."""
+    shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for part in parts:
+                stream.write(np.load(part).tobytes())
+        with archive.open("arr_1.npy", "w") as stream:
+            np.lib.format.write_array(stream, np.asarray(labels, dtype=np.int64))

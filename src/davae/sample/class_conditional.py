@@ -1,0 +1,203 @@
+"""A diffusers pipeline for class-conditional models: LightningDiT, SiT and DiT, base or upgraded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from davae.models.detail_vae import base_statistics
+from davae.models.lightning_dit import LightningDiT
+from davae.sample.ode import GuidedModel, solve_ode
+
+OnStepEnd = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Pictures of a class. Load a folder with `ClassConditionalPipeline.from_pretrained`.
+
+    Args:
+        vae: a diffusers autoencoder; its latents are normalised by its own statistics.
+        transformer: a LightningDiT, or the same class with the weights of SiT or DiT.
+        scheduler: for models that predict epsilon (DiT), a diffusers scheduler; velocity models need none.
+        class_names: a name per class; classes can then be asked for by name.
+        timestep_shift, cfg_interval_start, cfg_channels: how these weights are meant to be sampled; see
+            `davae.sample.euler_ode`. A call may override them.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components: ClassVar[list[str]] = ["scheduler"]
+
+    def __init__(
+        self,
+        vae: Any,
+        transformer: LightningDiT,
+        scheduler: Any = None,
+        class_names: list[str] | None = None,
+        timestep_shift: float = 1.0,
+        cfg_interval_start: float = 0.0,
+        cfg_channels: int | None = None,
+    ):
+        super().__init__()
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
+        self.register_to_config(
+            class_names=class_names,
+            timestep_shift=timestep_shift,
+            cfg_interval_start=cfg_interval_start,
+            cfg_channels=cfg_channels,
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.patch_size = transformer.config["patch_size"]
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def class_names(self) -> list[str]:
+        """A name per class, or nothing."""
+        return list(self.config["class_names"] or [])
+
+    def class_number(self, label: int | str) -> int:
+        """Number of a class given by number, or by name or a part of it.
+
+        Raises:
+            ValueError: no such class, or several.
+        """
+        count = int(self.transformer.config["num_classes"])
+        if isinstance(label, int) or label.isdecimal():
+            number = int(label)
+            if not 0 <= number < count:
+                raise ValueError(f"class label {number} is out of range: the model has classes 0 to {count - 1}")
+            return number
+        names = [name.lower() for name in self.class_names]
+        wanted = label.lower()
+        if wanted in names:
+            return names.index(wanted)
+        found = [number for number, name in enumerate(names) if wanted in name]
+        if len(found) == 1:
+            return found[0]
+        known = (
+            f"its classes are {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+            if names
+            else ("it has no class names")
+        )
+        problem = f"fits {len(found)} classes" if found else "is no class of this model"
+        raise ValueError(f"'{label}' {problem}; {known}; numbers 0 to {count - 1} work too")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: int | str | list[int | str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 250,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        solver: str = "euler",
+        timestep_shift: float | None = None,
+        cfg_interval_start: float | None = None,
+        cfg_channels: int | None = None,
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw pictures.
+
+        Args:
+            prompt: one or more classes, by number or name.
+            height, width: pixels, equal; another size than the model's own runs the weights on an interpolated grid.
+            num_inference_steps: updates of the ODE (the official `num_steps` minus one).
+            guidance_scale: 1 is no guidance.
+            generator: for the starting noise; a list gives one per picture.
+            latents: starting noise (B,c,h,w) instead.
+            output_type: `pil`, `np`, `pt` (in [0,1]), or `latent`.
+            solver: `euler` or `heun`; a pipeline with a scheduler uses that.
+            callback_on_step_end: called as diffusers does, with `latents`; what it returns is not read back.
+
+        Raises:
+            ValueError: unknown class, a size that does not divide, an unknown solver.
+        """
+        config: Any = self.config
+        wanted = prompt if isinstance(prompt, list) else [prompt]
+        numbers = [self.class_number(label) for label in wanted for _ in range(num_images_per_prompt)]
+        side = self._latent_side(height, width)
+        shape = (len(numbers), self.transformer.config["in_channels"], side, side)
+        device, dtype = self._execution_device, self.transformer.dtype
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents are {tuple(latents.shape)}, expected {shape}")
+        bar: Any = self.progress_bar(total=num_inference_steps)  # type: ignore[call-arg]  # decorated wrongly upstream
+        with self.transformer.at_grid(side), bar:
+
+            def on_step(step: int, x: Tensor) -> None:
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, step, (step + 1) / num_inference_steps, {"latents": x})
+                bar.update()
+
+            noise, labels = latents.to(device, dtype), torch.tensor(numbers, device=device)
+            channels = config.cfg_channels if cfg_channels is None else cfg_channels
+            if self.transformer.config["prediction_type"] == "epsilon":
+                guided = GuidedModel(self.transformer, labels, cfg_scale=guidance_scale, cfg_channels=channels)
+                x = self._denoise(guided, noise, num_inference_steps, generator, on_step)
+            else:
+                x = solve_ode(
+                    self.transformer,
+                    noise,
+                    labels,
+                    num_inference_steps + 1,
+                    solver=solver,
+                    timestep_shift=config.timestep_shift if timestep_shift is None else timestep_shift,
+                    on_step=on_step,
+                    cfg_scale=guidance_scale,
+                    cfg_interval_start=config.cfg_interval_start
+                    if cfg_interval_start is None
+                    else cfg_interval_start,
+                    cfg_channels=channels,
+                )
+        images: Any = x if output_type == "latent" else self._decode(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _latent_side(self, height: int | None, width: int | None) -> int:
+        size = self.transformer.config["input_size"] * self.vae_scale_factor
+        height, width = height or width or size, width or height or size
+        step = self.vae_scale_factor * self.patch_size
+        if height != width or height % step:
+            raise ValueError(f"{width}x{height} pixels: this model draws squares whose side is divisible by {step}")
+        return height // self.vae_scale_factor
+
+    def _denoise(
+        self, guided: GuidedModel, x: Tensor, steps: int, generator: Any, on_step: Callable[[int, Tensor], None]
+    ) -> Tensor:
+        """An epsilon model under its diffusers scheduler, as DiT is sampled."""
+        if self.scheduler is None:
+            raise ValueError("this model predicts epsilon: the pipeline needs a scheduler, e.g. DDIMScheduler")
+        options: dict[str, Any] = {"generator": generator} if _takes(self.scheduler.step, "generator") else {}
+        learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
+        self.scheduler.set_timesteps(steps, device=x.device)
+        for step, t in enumerate(self.scheduler.timesteps):
+            output = guided(self.scheduler.scale_model_input(x, t), float(t))
+            if not learned:
+                output = output[:, : x.shape[1]]  # the scheduler sets its own variance
+            x = self.scheduler.step(output, t, x, **options).prev_sample
+            on_step(step, x)
+        return x
+
+    def _decode(self, x: Tensor, output_type: str) -> Any:
+        """Normalised latents (B,c,h,w) -> pictures."""
+        mean, std = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in base_statistics(self.vae.config))
+        raw = x.float() * std.to(x.device) + mean.to(x.device)
+        pixels = self.vae.decode(raw.to(self.vae.dtype)).sample  # (B,3,H,W)
+        return self.image_processor.postprocess(pixels.float(), output_type=output_type)
+
+
+def _takes(function: Callable[..., Any], parameter: str) -> bool:
+    return parameter in inspect.signature(function).parameters

@@ -1,0 +1,163 @@
+"""Sampling class-conditional velocity models: an ODE from noise (t = 0) to data (t = 1), guided within an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from davae.losses.flow_matching import shift_timestep
+
+Field = Callable[[Tensor, float], Tensor]
+OnStep = Callable[[int, Tensor], None]
+
+
+def time_grid(num_steps: int, timestep_shift: float) -> Tensor:
+    """`num_steps` points from 0 to 1 inclusive, shifted by s*t / (1 + (s-1)*t); float32 (num_steps,).
+
+    Raises:
+        ValueError: fewer than two points, or a shift that is not positive.
+    """
+    if num_steps < 2:
+        raise ValueError(f"num_steps counts grid points and must be at least 2, found {num_steps}")
+    if timestep_shift <= 0:
+        raise ValueError(f"timestep_shift must be positive, found {timestep_shift}")
+    return shift_timestep(torch.linspace(0, 1, num_steps), timestep_shift)
+
+
+def check_labels(class_labels: Tensor, num_classes: int) -> None:
+    """ValueError when a label is no class of the model (the null class included: it is for guidance)."""
+    if class_labels.numel() and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < num_classes:
+        odd = class_labels[(class_labels < 0) | (class_labels >= num_classes)][0]
+        raise ValueError(f"class label {int(odd)} is out of range: the model has classes 0 to {num_classes - 1}")
+
+
+class GuidedModel:
+    """A class-conditional model under classifier-free guidance.
+
+    v = v_null + scale (v_class - v_null) where t >= interval_start, v_class elsewhere; there the null half of the batch is
+    not computed. `cfg_channels` guides only the first k channels, as the official LightningDiT and DiT do with 3.
+    A learned variance is never guided.
+
+    Raises:
+        ValueError: a label that is no class of the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        class_labels: Tensor,
+        *,
+        cfg_scale: float = 1.0,
+        cfg_interval_start: float = 0.0,
+        cfg_channels: int | None = None,
+    ):
+        self.num_classes = int(model.config["num_classes"])
+        check_labels(class_labels, self.num_classes)
+        self.model, self.labels, self.scale = model, class_labels, cfg_scale
+        self.start, self.channels = cfg_interval_start, cfg_channels
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """x (B,c,h,w) at time t -> the model's output (B,c,h,w), or (B,2c,h,w) with a variance."""
+        if self.scale == 1.0 or t < self.start:
+            return self._output(x, t, self.labels)
+        null = torch.full_like(self.labels, self.num_classes)
+        both = self._output(torch.cat([x, x]), t, torch.cat([self.labels, null]))  # (2B,c,h,w)
+        conditional, unconditional = both.chunk(2)
+        k = x.shape[1] if self.channels is None else self.channels
+        mixed = conditional.clone()
+        mixed[:, :k] = unconditional[:, :k] + self.scale * (conditional[:, :k] - unconditional[:, :k])
+        return mixed
+
+    def _output(self, x: Tensor, t: float, labels: Tensor) -> Tensor:
+        times = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
+        return self.model(x, times, labels, return_dict=False)[0]
+
+
+def euler(field: Field, x: Tensor, times: Tensor, on_step: OnStep = lambda step, x: None) -> Tensor:
+    """x(t+h) = x + h v(x,t) along `times`."""
+    grid = times.tolist()
+    for step, (t, t_next) in enumerate(pairwise(grid)):
+        x = x + (t_next - t) * field(x, t)
+        on_step(step, x)
+    return x
+
+
+def heun(field: Field, x: Tensor, times: Tensor, on_step: OnStep = lambda step, x: None) -> Tensor:
+    """The trapezoid rule with an Euler predictor: second order, two evaluations a step."""
+    grid = times.tolist()
+    for step, (t, t_next) in enumerate(pairwise(grid)):
+        slope = field(x, t)
+        predicted = x + (t_next - t) * slope
+        x = x + (t_next - t) * (slope + field(predicted, t_next)) / 2
+        on_step(step, x)
+    return x
+
+
+SOLVERS: dict[str, Callable[..., Tensor]] = {"euler": euler, "heun": heun}
+
+
+@torch.no_grad()
+def solve_ode(
+    model: Any,
+    noise: Tensor,
+    class_labels: Tensor,
+    num_steps: int,
+    *,
+    solver: str = "euler",
+    timestep_shift: float = 1.0,
+    on_step: OnStep = lambda step, x: None,
+    **guidance: Any,
+) -> Tensor:
+    """Latents (B,c,h,w) from noise (B,c,h,w) by a named solver; `guidance` goes to `GuidedModel`.
+
+    Raises:
+        ValueError: unknown solver, labels out of range, a model that predicts no velocity.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver '{solver}' is unknown; use one of {', '.join(SOLVERS)}")
+    predicts = model.config["prediction_type"]
+    if predicts != "velocity":
+        raise ValueError(f"this model predicts {predicts}, an ODE needs a velocity; use ClassConditionalPipeline")
+    field = GuidedModel(model, class_labels.to(noise.device), **guidance)
+    return SOLVERS[solver](field, noise, time_grid(num_steps, timestep_shift), on_step)
+
+
+def euler_ode(
+    model: Any,
+    noise: Tensor,
+    class_labels: Tensor,
+    num_steps: int,
+    cfg_scale: float = 1.0,
+    cfg_interval_start: float = 0.0,
+    timestep_shift: float = 1.0,
+    cfg_channels: int | None = None,
+) -> Tensor:
+    """Sample latents with Euler's method (Sec. 4: 250 steps, CFG 4.0, interval from 0.2, shift 0.3).
+
+    Args:
+        model: velocity model called as (latents, timestep, class_labels), with `num_classes` in its config.
+        noise: standard normal (B,c,h,w).
+        class_labels: (B,) in 0..num_classes-1.
+        num_steps: grid points, so num_steps - 1 updates.
+        cfg_scale: 1 is no guidance.
+        cfg_interval_start: guidance is on where t >= this; t runs 0 (noise) -> 1 (data).
+        timestep_shift: s of s*t / (1 + (s-1)*t).
+        cfg_channels: guide the first k channels only; None guides all.
+
+    Returns:
+        (B,c,h,w).
+    """
+    return solve_ode(
+        model,
+        noise,
+        class_labels,
+        num_steps,
+        timestep_shift=timestep_shift,
+        cfg_scale=cfg_scale,
+        cfg_interval_start=cfg_interval_start,
+        cfg_channels=cfg_channels,
+    )

@@ -1,0 +1,83 @@
+"""A class-conditional transformer on plain latents: from scratch, or fine-tuned from a pretrained one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.data.cache import CachedLatents, collate_latents
+from davae.losses.flow_matching import direction_loss
+from davae.models.lightning_dit import LightningDiT
+from davae.models.pipeline import ModelError, load_pipeline
+from davae.models.repatch import change_patch
+from davae.recipes.schema import BaseRecipe, ClassArchitecture
+from davae.train.conditioning import conditioning
+from davae.train.flow import noise_batch
+from davae.train.loop import Player
+from davae.train.stage2 import choose_trainable
+
+
+def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int) -> LightningDiT:
+    """The recipe's LightningDiT: new, or the weights of `init` on the recipe's patch size and grid.
+
+    Raises:
+        ModelError: `init` has another width, depth, number of channels or classes than the recipe.
+    """
+    a = recipe.architecture
+    assert isinstance(a, ClassArchitecture)
+    sizes = a.model_dump(exclude={"family", "patch_size"})
+    if recipe.init is None:
+        return LightningDiT(input_size=latent_side, patch_size=a.patch_size, in_channels=channels, **sizes)
+    start = load_pipeline(recipe.init).transformer
+    wanted = {**sizes, "in_channels": channels}
+    for name, value in wanted.items():
+        if start.config[name] != value:
+            raise ModelError(
+                f"init {recipe.init} has {name} {start.config[name]}, the recipe asks for {value}; "
+                "set the recipe's architecture to the pretrained one's"
+            )
+    return change_patch(start, a.patch_size, latent_side)
+
+
+class ClassFlowTask:
+    """Flow matching on cached latents with class labels; velocity error, and its direction where the recipe says so."""
+
+    name = "dit"
+
+    def __init__(
+        self,
+        recipe: BaseRecipe,
+        transformer: LightningDiT,
+        cache: CachedLatents,
+        normalise: tuple[Tensor, Tensor],
+        device: torch.device,
+    ):
+        self.settings, self.dataset, self.collate, self.device = recipe.dit, cache, collate_latents, device
+        self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
+        transformer.to(device)  # type: ignore[arg-type]
+        if recipe.dit.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self.conditioning = conditioning(transformer, cache, device)
+        parameters = choose_trainable(transformer, None)
+        self.players = {"dit": Player(transformer, [{"params": parameters}], lr=recipe.dit.lr)}
+        self.modules: dict[str, nn.Module] = {"dit": transformer}
+
+    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing to add."""
+
+    def active(self, step: int) -> list[str]:
+        return ["dit"]
+
+    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        s = self.settings
+        z = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C,h,w)
+        flow = noise_batch(z, batch["conditions"], self.conditioning.null, s, generator)
+        velocity = self.conditioning.velocity(self.modules["dit"], flow.x_t, flow.t, flow.conditions)
+        error = (velocity.float() - flow.target).square().mean()
+        if s.cosine_loss == "off":
+            return error, {"loss": error.detach()}
+        direction = direction_loss(velocity, flow.target)
+        total = error + direction
+        return total, {"loss": total.detach(), "loss_velocity": error.detach(), "loss_direction": direction.detach()}

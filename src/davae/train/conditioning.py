@@ -1,0 +1,94 @@
+"""What a family's transformer is told beside the noisy latents: prompts for Stable Diffusion 3, classes for LightningDiT.
+
+The flow of `davae.losses.flow_matching` runs from data (t = 0) to noise (t = 1); models that count time the other way
+are turned round here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from davae.data.cache import CachedLatents
+from davae.data.pictures import DataError
+from davae.models.families import transformer_family
+from davae.models.null_tokens import draw_count, repeat_last_token
+
+
+class Conditioning(Protocol):
+    """How one family is called."""
+
+    null: Any  # the condition that stands for none, in guidance
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Whatever else is random in a training step."""
+        ...
+
+    def velocity(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[Any]) -> Tensor:
+        """noise - data as the model sees it: x_t (B,c,h,w), t (B,) in (0,1) with 1 noise -> (B,c,h,w)."""
+        ...
+
+
+class TextConditioning:
+    """Prompts, embedded once in the cache."""
+
+    null = ""
+
+    def __init__(self, transformer: nn.Module, cache: CachedLatents, device: torch.device, *, null_text: bool):
+        self.cache, self.device = cache, device
+        self.processor = repeat_last_token(transformer) if null_text else None
+
+    def draw(self, generator: torch.Generator) -> None:
+        if self.processor is not None:
+            self.processor.count = draw_count(generator)
+
+    def velocity(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[str]) -> Tensor:
+        prompt_embeds, pooled = (part.to(self.device) for part in self.cache.embed(conditions))
+        return model(
+            hidden_states=x_t,
+            timestep=t * 1000,
+            encoder_hidden_states=prompt_embeds,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+
+
+class ClassConditioning:
+    """Class numbers; the null class is number `num_classes`. LightningDiT counts t from noise to data."""
+
+    def __init__(self, num_classes: int, device: torch.device):
+        self.null, self.device = num_classes, device
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Nothing else is random."""
+
+    def velocity(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[int]) -> Tensor:
+        labels = torch.tensor(conditions, device=self.device)
+        return -model(x_t, 1 - t, labels, return_dict=False)[0]
+
+
+def check_classes(labels: list[int], num_classes: int, where: str) -> None:
+    """DataError when a label is no class of the model."""
+    odd = [label for label in labels if not 0 <= label < num_classes]
+    if odd:
+        raise DataError(
+            f"{where} has class label {odd[0]}, the model has classes 0 to {num_classes - 1}; "
+            "use pictures of its classes, or a model with more"
+        )
+
+
+def conditioning(
+    transformer: nn.Module, cache: CachedLatents, device: torch.device, *, null_text: bool = False
+) -> Conditioning:
+    """The conditioning of a transformer's family.
+
+    Raises:
+        DataError: a class-conditional transformer, and labels that are none of its classes.
+    """
+    if transformer_family(type(transformer).__name__).condition == "text":
+        return TextConditioning(transformer, cache, device, null_text=null_text)
+    num_classes = int(transformer.config["num_classes"])  # type: ignore[index]
+    check_classes(cache.conditions, num_classes, "the training set")
+    return ClassConditioning(num_classes, device)
