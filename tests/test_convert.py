@@ -26,12 +26,27 @@ from davae.models.pipeline import ModelError, load_pipeline
 
 @pytest.fixture(scope="module")
 def official(shared: Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return read_official(shared)
+
+
+def read_official(shared: Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(config, weights, inputs and outputs) of the authors' DA-VAE."""
     with safe_open(shared / "fixtures/davae_official_a.safetensors", framework="pt") as stream:
         tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         config = json.loads(stream.metadata()["config"])
     weights = {n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")}
     return config, weights, {n.removeprefix("io."): v for n, v in tensors.items() if n.startswith("io.")}
+
+
+def tiny_vavae(shared: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(ddconfig, weights): the fixture's base encoder and decoder as a VA-VAE, with what its training adds."""
+    config, weights, _ = read_official(shared)
+    state = {n.replace("base_encoder.", "encoder."): v for n, v in weights.items() if n.startswith("base_encoder.")}
+    state |= {n.removeprefix("da."): v for n, v in weights.items() if n.startswith("da.decoder.")}
+    state |= {n.removeprefix("base_"): v for n, v in weights.items() if n.startswith("base_quant_conv.")}
+    state |= {"post_quant_conv.weight": torch.eye(4).view(4, 4, 1, 1), "post_quant_conv.bias": torch.zeros(4)}
+    state |= {"foundation_model.x": torch.zeros(1), "linear_proj.weight": torch.zeros(1)}
+    return config["ddconfig_base"], state
 
 
 def near(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -83,15 +98,9 @@ def test_other_davae_configurations_are_refused(official, change: dict, message:
         official_davae(weights, {**config, **change})
 
 
-def test_vavae(official, tmp_path: Path) -> None:
-    """The base encoder and the decoder of the fixture put together as a VA-VAE, with what its training adds."""
-    config, weights, io = official
-    ddconfig = config["ddconfig_base"]
-    state = {n.replace("base_encoder.", "encoder."): v for n, v in weights.items() if n.startswith("base_encoder.")}
-    state |= {n.removeprefix("da."): v for n, v in weights.items() if n.startswith("da.decoder.")}
-    state |= {n.removeprefix("base_"): v for n, v in weights.items() if n.startswith("base_quant_conv.")}
-    state |= {"post_quant_conv.weight": torch.eye(4).view(4, 4, 1, 1), "post_quant_conv.bias": torch.zeros(4)}
-    state |= {"foundation_model.x": torch.zeros(1), "linear_proj.weight": torch.zeros(1)}
+def test_vavae(official, shared: Path, tmp_path: Path) -> None:
+    _, _, io = official
+    ddconfig, state = tiny_vavae(shared)
     torch.save({"state_dict": state}, tmp_path / "vavae.ckpt")
     (tmp_path / "v.yaml").write_text(yaml.safe_dump({"model": {"params": {"ddconfig": ddconfig}}}))
     torch.save({"mean": torch.ones(1, 4, 1, 1), "std": torch.full((1, 4, 1, 1), 3.0)}, tmp_path / "latents_stats.pt")

@@ -18,8 +18,11 @@ from davae.losses.detail_warmup import detail_direction_loss
 from davae.losses.flow_matching import direction_loss
 from davae.models.pipeline import load_pipeline
 from davae.models.repatch import change_patch
+from davae.recipes.schema import Lora
 from davae.sample import euler_ode
 from davae.sample.ode import SOLVERS, solve_ode, time_grid
+from davae.train.export import apply_upgrade, save_upgrade
+from davae.train.stage2 import choose_trainable
 
 FIXTURE = "fixtures/lightningdit_a.safetensors"
 CONFIGS = {
@@ -202,6 +205,37 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         model(x, t, y).sample.square().mean().backward()
         found.append(model.blocks[0].attn.qkv.weight.grad.clone())
     torch.testing.assert_close(*found)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    model = random_model(use_qknorm=True)
+    x, t, y = inputs()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, t, y).sample, model(x, t, y).sample)
+
+
+def test_lora_trains_adapters_and_both_ends(tmp_path: Path) -> None:
+    base = random_model(torch.float32)
+    expanded = expand_transformer(base, 8)
+    trained = choose_trainable(expanded, Lora(rank=2))
+    names = {n for n, p in expanded.named_parameters() if p.requires_grad}
+    assert len(trained) == len(names)
+    ends = {f"{path}.{part}" for path in ("x_embedder.proj", "final_layer.linear") for part in ("weight", "bias")}
+    targets = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
+    adapters = {
+        f"blocks.{n}.{target}.lora_{side}.default.weight" for n in range(2) for target in targets for side in "AB"
+    }
+    assert names == ends | adapters
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t, y = inputs(channels=12, dtype=torch.float32)
+    with torch.no_grad():
+        expected = expanded(x, t, y).sample
+    save_upgrade(expanded, tmp_path / "upgrade.safetensors", Lora(rank=2), torch.float32)
+    with torch.no_grad():
+        found = apply_upgrade(base, tmp_path / "upgrade.safetensors")(x, t, y).sample
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 class Counting(torch.nn.Module):

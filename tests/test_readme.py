@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from test_class_conditional import classes
+from test_convert import tiny_vavae
+from test_lightning_dit import random_model
 from test_training import finished, recipe_file, recipe_values, run_cli
 
-__all__ = ["finished", "recipe_file", "recipe_values"]  # fixtures
+__all__ = ["classes", "finished", "recipe_file", "recipe_values"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,12 +31,12 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def test_python_examples_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
+def test_python_examples_run(finished: Path, tmp_path: Path):
+    """Each in a fresh interpreter: nothing is imported but what the example imports."""
     assert blocks("python")
     for block in blocks("python"):
         code = block.replace("runs/demo/pipeline", str(finished / "pipeline")).replace("steps=30", "steps=2")
-        exec(compile(code, "README.md", "exec"), {})
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert (tmp_path / "rose.png").is_file()
 
 
@@ -41,7 +47,11 @@ def test_make_targets_exist():
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
-@pytest.mark.parametrize("words", [c for c in commands() if c[0] == "davae"], ids=" ".join)
+OFFICIAL = "path/to/vavae.pt", "path/to/lightningdit-xl.pt", "models/lightningdit-xl", "imagenet512-lightningdit-xl"
+COMMANDS = [c for c in commands() if c[0] == "davae"]
+
+
+@pytest.mark.parametrize("words", [c for c in COMMANDS if not set(OFFICIAL) & set(c)], ids=" ".join)
 def test_commands_run_on_a_tiny_model(
     words: list[str], finished: Path, tiny_base: Path, picture_folder: Path, tmp_path, capsys
 ):
@@ -61,6 +71,29 @@ def test_commands_run_on_a_tiny_model(
     swapped = ["32" if word == "1024" else word for word in swapped]
     run_cli(*swapped)
     assert capsys.readouterr().out.strip()
+
+
+def test_official_weights_from_files_to_an_upgrade(shared: Path, classes: Path, tmp_path: Path, monkeypatch):
+    """The class-conditional commands as written, in order, on official files of tiny models."""
+    monkeypatch.chdir(tmp_path)
+    Path("path/to").mkdir(parents=True)
+    ddconfig, state = tiny_vavae(shared)
+    torch.save({"state_dict": state}, "path/to/vavae.pt")
+    torch.save({"mean": torch.zeros(1, 4, 1, 1), "std": torch.ones(1, 4, 1, 1)}, "path/to/latents_stats.pt")
+    Path("vavae.yaml").write_text(yaml.safe_dump({"ddconfig": ddconfig}))
+    torch.save({"ema": random_model(torch.float32, num_classes=2).state_dict()}, "path/to/lightningdit-xl.pt")
+    extra = {
+        "vavae": ["--config", "vavae.yaml"],
+        "imagenet512-lightningdit-xl": ["--dry-run", "--set", "base.resolution=32", "--set", "detail_channels=8"],
+        "samples": ["--num", "4", "--steps", "2"],
+        "sample": ["--steps", "1"],
+    }
+    run = [words for words in COMMANDS if set(OFFICIAL) & set(words)]
+    assert len(run) == 5
+    for words in run:
+        more = next((extra[word] for word in reversed(words[1:4]) if word in extra), [])
+        run_cli(*[word.replace("path/to/imagenet", str(classes)) for word in words[1:]], *more)
+    assert Path("samples.npz").is_file()
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture):

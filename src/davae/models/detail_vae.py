@@ -295,6 +295,11 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self
 
 
+# A pipeline's model_index.json names a component's home; diffusers takes a name only if that module is imported, and
+# `import davae` is what people write.
+DetailVAE.__module__ = "davae"
+
+
 def base_statistics(config: Any) -> tuple[list[float], list[float]]:
     """Per-channel mean and std by which pipelines normalise a base autoencoder's latents: (z - mean) / std."""
     channels = int(config["latent_channels"])

@@ -366,3 +366,8 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             yield self
         finally:
             self._tables = None
+
+
+# A pipeline's model_index.json names a component's home; diffusers takes a name only if that module is imported, and
+# `import davae` is what people write.
+LightningDiT.__module__ = "davae"

@@ -161,6 +161,7 @@ class Trainer:
             self.optimizers[name].load_state_dict(state["optimizers"][name])
         for name, average in self.ema.items():
             average.load_state_dict(state["ema"][name])
+        self.skipped = state["skipped"]
         logger.info("%s: resumed at step %d from %s", self.task.name, state["step"], checkpoints[-1])
         return state["step"]
 
@@ -168,6 +169,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {
                 "step": self.step,
+                "skipped": self.skipped,
                 "players": {name: snapshot(player) for name, player in self.task.players.items()},
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                 "ema": {name: average.state_dict() for name, average in self.ema.items()},
