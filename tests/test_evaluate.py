@@ -2,61 +2,185 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import lpips
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from safetensors.torch import load_file
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from test_training import run_cli
 
 from davae import LatentLayout
 from davae.analyze.curves import loss_curves, smooth
-from davae.data.pictures import to_images, to_tensor
-from davae.evaluate.generation import GaussianFit, frechet_distance
-from davae.evaluate.reconstruction import psnr, score_reconstructions
+from davae.data.pictures import DataError, to_images, to_tensor
+from davae.evaluate.distribution import compare, frechet_distance
+from davae.evaluate.features import Features, InceptionFeatures, Lite0Features, extract
+from davae.evaluate.reconstruction import psnr, score_reconstructions, ssim
 from davae.losses.perceptual import Lite0Distance, Lpips
+from davae.models.pipeline import ModelError
 from davae.sample.generate import base_noise, structured_noise
 from davae.train.plan import plan, token_plan
 
 
-def gaussian(samples: np.ndarray) -> GaussianFit:
-    fit = GaussianFit(samples.shape[1])
-    for part in np.array_split(samples, 3):
-        fit.update(torch.from_numpy(part))
-    return fit
+def whitened(rows: int, seed: int) -> np.ndarray:
+    """Samples whose mean is exactly 0 and covariance exactly 1."""
+    x = np.random.default_rng(seed).normal(size=(rows, 4))
+    x -= x.mean(0)
+    values, vectors = np.linalg.eigh(np.cov(x.T))
+    return x @ vectors / np.sqrt(values)
 
 
-def test_frechet_distance_of_commuting_gaussians_is_closed_form():
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=(500, 4))
-    b = a * np.array([1.0, 2.0, 0.5, 3.0]) + np.array([0.0, 1.0, 0.0, -2.0])
-    fit_a, fit_b = gaussian(a), gaussian(b)
-    values, vectors = np.linalg.eigh(np.cov(a.T))
-    whitened = (a - a.mean(0)) @ vectors / np.sqrt(values)  # covariance exactly 1: any other one commutes with it
-    fit_w, fit_d = gaussian(whitened), gaussian(whitened * [1.0, 2.0, 3.0, 4.0] + 1.0)
-    assert frechet_distance(fit_w, fit_d) == pytest.approx(4 + (0 + 1 + 4 + 9), rel=1e-9)
-    assert frechet_distance(fit_a, fit_a) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(fit_a, fit_b) == pytest.approx(frechet_distance(fit_b, fit_a), rel=1e-9)
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    one, other = whitened(500, 0), whitened(300, 1) * [1.0, 2.0, 3.0, 4.0] + 1.0
+    a, b = torch.from_numpy(one), torch.from_numpy(other)
+    assert frechet_distance(a, b) == pytest.approx(4 + (0 + 1 + 4 + 9), rel=1e-9)  # |mu|^2 + sum (sigma - 1)^2
+    turn = np.linalg.qr(np.random.default_rng(2).normal(size=(4, 4)))[0]
+    stretched = torch.from_numpy(one * [3.0, 1.0, 0.5, 2.0] @ turn)
+    cov_a, cov_b = np.cov(stretched.T.numpy()), np.cov(b.T.numpy())
+    direct = np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real) + 4
+    assert frechet_distance(stretched, b) == pytest.approx(direct, rel=1e-8)
+    assert frechet_distance(stretched, b) == pytest.approx(frechet_distance(b, stretched), rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="at least 2 pictures"):
-        frechet_distance(fit_a, GaussianFit(4))
+        frechet_distance(a, b[:1])
     with pytest.raises(ValueError, match="not finite"):
-        gaussian(np.full((3, 4), np.nan))
+        frechet_distance(a, torch.full((3, 4), torch.nan))
 
 
-def test_psnr_equals_torchmetrics():
-    a, b = torch.rand(2, 3, 3, 8, 8)
-    expected = [float(peak_signal_noise_ratio(x, y, data_range=1.0)) for x, y in zip(a, b, strict=True)]
-    torch.testing.assert_close(psnr(a, b), torch.tensor(expected))
+def test_set_distances_tell_near_from_far():
+    real, same, far = (Features(torch.randn(60, 8) + shift) for shift in (0.0, 0.0, 4.0))
+    near, away = compare(same, real, subset=30, subsets=5), compare(far, real, subset=30, subsets=5)
+    assert near.frechet < away.frechet
+    assert abs(near.kernel) < away.kernel
+    assert near.precision > 0.8 > away.precision
+    assert near.recall > 0.8 > away.recall
+    assert compare(same, real).subset == 60
+    assert near.inception is None
+    sure = Features(torch.randn(600, 8), 20 * torch.nn.functional.one_hot(torch.arange(600) % 5).float())
+    assert compare(sure, real).inception[0] == pytest.approx(5, rel=0.1)  # type: ignore[index]
+    assert set(near.as_dict("fd_lite0")) >= {"fd_lite0", "kid_lite0", "precision_lite0", "recall_lite0"}
+    assert {"fid", "kid", "inception_score"} <= set(compare(sure, real).as_dict("fid"))
+    with pytest.raises(ValueError, match="at least 4 pictures a side are needed, found 3 and 60"):
+        compare(Features(torch.randn(3, 8)), real)
+
+
+def test_features_do_not_depend_on_the_batch_size():
+    images, network = torch.rand(64, 3, 24, 24) * 2 - 1, Lite0Features()
+    found = [extract(images.split(size), network).features for size in (1, 7, 64)]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="not finite"):
+        extract([torch.full((1, 3, 24, 24), torch.nan)], network)
+    with pytest.raises(ValueError, match="no pictures"):
+        extract([], network)
+
+
+def test_inception_from_a_file(tmp_path: Path):
+    """Random weights under the published names; no file runs code."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path / "inception.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        torch.save({}, path)
+        state = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], path).state_dict()
+    torch.save(state, path)
+    found = InceptionFeatures(path)(torch.rand(2, 3, 32, 32) * 2 - 1)
+    assert found.features.shape == (2, 2048)
+    assert found.logits is not None
+    with pytest.raises(ModelError, match=r"Inception weights .*none\.pth"):
+        InceptionFeatures(tmp_path / "none.pth")
+    torch.save({"x": print}, path)
+    with pytest.raises(ModelError, match=r"Inception weights .*inception\.pth"):
+        InceptionFeatures(path)
+
+
+def photo_pair() -> tuple[torch.Tensor, torch.Tensor]:
+    """A smooth random picture and the same with noise, uint8 steps, (1,3,48,64) in [0,1]."""
+    small = torch.rand(1, 3, 6, 8)
+    picture = torch.nn.functional.interpolate(small, (48, 64), mode="bicubic").clamp(0, 1)
+    noisy = (picture + 0.1 * torch.randn_like(picture)).clamp(0, 1)
+    return (picture * 255).round() / 255, (noisy * 255).round() / 255
+
+
+def test_psnr_and_ssim_equal_scikit_image():
+    a, b = photo_pair()
+    x, y = (image[0].permute(1, 2, 0).double().numpy() for image in (a, b))
+    assert float(psnr(a, b)) == pytest.approx(peak_signal_noise_ratio(x, y, data_range=1.0), rel=1e-5)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    assert float(ssim(a, b)) == pytest.approx(structural_similarity(x, y, channel_axis=2, **options), rel=1e-4)
 
 
 def test_scores_do_not_depend_on_the_batch_size():
-    images = torch.rand(5, 3, 32, 32) * 2 - 1
-    blur = lambda x: x.mean((-1, -2), keepdim=True).expand_as(x)  # noqa: E731
-    one, five = (score_reconstructions(images.split(n), blur) for n in (1, 5))
-    assert one.as_dict() == pytest.approx(five.as_dict(), rel=1e-4)
-    assert score_reconstructions([images], lambda x: x).psnr == 100.0
+    images = torch.rand(64, 3, 24, 24) * 2 - 1
+    blur = lambda x: (x + x.mean((-1, -2), keepdim=True)) / 2  # noqa: E731
+    network = Lite0Features()
+    one, seven, all_ = (score_reconstructions(images.split(n), blur, extractor=network) for n in (1, 7, 64))
+    for other in (seven, all_):
+        assert one.as_dict() == pytest.approx(other.as_dict(), rel=1e-3, abs=1e-6)
+    assert set(one.as_dict()) == {"psnr", "ssim", "lite0", "rfd_lite0", "pictures"}
+    assert one.frechet["rfd_lite0"] > 0
+    assert score_reconstructions([images[:2]], lambda x: x).psnr == 100.0
     with pytest.raises(ValueError, match="no pictures"):
         score_reconstructions([], blur)
+
+
+def test_lpips_equals_the_published_formula(shared: Path):
+    """On two fixed pairs, from the file's trunk and heads alone: unit-normalised features, squared, weighed, averaged."""
+    weights = load_file(shared / "weights/lpips/alex.safetensors")
+    package = torch.load(Path(lpips.__file__).parent / "weights/v0.1/alex.pth", "cpu", weights_only=True)
+    assert all(torch.equal(package[name], weights[name]) for name in package), "the heads are the published ones"
+    shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
+    layers = [(0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1)]
+
+    def taps(x: torch.Tensor) -> list[torch.Tensor]:
+        x, found = (x - shift) / scale, []
+        for depth, (number, stride, padding) in enumerate(layers):
+            if depth in (1, 2):
+                x = torch.nn.functional.max_pool2d(x, 3, 2)
+            kernel, bias = (weights[f"features.{number}.{part}"] for part in ("weight", "bias"))
+            x = torch.nn.functional.conv2d(x, kernel, bias, stride=stride, padding=padding).relu()
+            found.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return found
+
+    distance = Lpips("alex", str(shared / "weights/lpips/alex.safetensors"))
+    for _ in range(2):
+        a, b = (image * 2 - 1 for image in photo_pair())
+        heads = [weights[f"lin{n}.model.1.weight"] for n in range(5)]
+        squares = [(x - y).square() for x, y in zip(taps(a), taps(b), strict=True)]
+        expected = sum((square * head).sum(1).mean() for square, head in zip(squares, heads, strict=True))
+        assert float(distance(a, b)) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_measuring_sets_on_disk(shared: Path, picture_folder: Path, tmp_path: Path):
+    """A folder and an ADM file of the same pictures are at distance 0; LPIPS and rFD through the command line."""
+    from davae.data.pictures import fit_square
+    from davae.data.sources import open_source
+
+    source = open_source(str(picture_folder), 32)
+    pictures = np.stack([np.asarray(fit_square(source.load(i)[0], 32)) for i in range(len(source))])
+    np.savez(tmp_path / "stored.npz", arr_0=pictures, arr_1=np.arange(12))
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=pictures)
+    for name in ("stored", "packed"):
+        assert np.array_equal(np.asarray(open_source(f"{tmp_path}/{name}.npz", 32).load(3)[0]), pictures[3])
+    assert open_source(f"{tmp_path}/stored.npz", 32).label(5) == 5
+    run_cli("evaluate", "pictures", "--generated", f"{tmp_path}/stored.npz", "--data", str(picture_folder), "--resolution",
+            "32", "--features", "lite0", "--json", f"{tmp_path}/p.json")  # fmt: skip
+    figures = json.loads((tmp_path / "p.json").read_text())
+    assert figures["fd_lite0"] == pytest.approx(0, abs=1e-6)
+    assert figures["precision_lite0"] == figures["recall_lite0"] == 1.0
+    np.savez(tmp_path / "wrong.npz", arr_0=np.zeros((3, 4)))
+    with pytest.raises(DataError, match=r"arr_0 is \(3, 4\) float64, expected \(N,H,W,3\) uint8"):
+        open_source(f"{tmp_path}/wrong.npz", 32)
+    run_cli("evaluate", "reconstruction", "--vae", "micro", "--data", str(picture_folder), "--resolution", "32", "--lpips",
+            "alex", "--lpips-weights", str(shared / "weights/lpips/alex.safetensors"), "--features", "lite0",
+            "--json", f"{tmp_path}/r.json")  # fmt: skip
+    assert {"psnr", "ssim", "lite0", "lpips_alex", "rfd_lite0"} <= set(json.loads((tmp_path / "r.json").read_text()))
 
 
 def test_lite0_distance_is_zero_for_equal_pictures_and_carries_a_gradient():

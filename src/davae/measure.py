@@ -15,8 +15,10 @@ from torch import Tensor
 
 from davae.data.pictures import DataError, Pictures, split, to_tensor
 from davae.data.sources import open_source, usable
-from davae.evaluate.generation import GaussianFit, Lite0Features, fit, frechet_distance
+from davae.evaluate.distribution import compare
+from davae.evaluate.features import extract, make_extractor
 from davae.evaluate.reconstruction import score_reconstructions
+from davae.losses.perceptual import Lite0Distance, Lpips
 from davae.models.autoencoders import load_autoencoder
 from davae.models.pipeline import ModelError, load_pipeline
 from davae.sample.adm import Labels, class_schedule, write_samples
@@ -89,26 +91,62 @@ def real_pictures(data: str, resolution: int, held_out: float, side: Literal["tr
     return Pictures(source, usable(source, indices, resolution), resolution)
 
 
-def batches(pictures: Pictures, num: int | None = None, size: int = 16) -> Iterator[Tensor]:
-    """Plain pictures in order, (B,3,R,R)."""
+def batches(pictures: Pictures, num: int | None = None, size: int = 16, *, shared: bool = False) -> Iterator[Tensor]:
+    """Plain pictures in order, (B,3,R,R); `shared` gives each process its part."""
     count = len(pictures) if num is None else min(num, len(pictures))
-    for start in range(0, count, size):
-        yield torch.stack([pictures[(i, -1)]["image"] for i in range(start, min(start + size, count))])
+    state = PartialState()
+    indices = range(state.process_index, count, state.num_processes) if shared else range(count)
+    for start in range(0, len(indices), size):
+        yield torch.stack([pictures[(i, -1)]["image"] for i in indices[start : start + size]])
 
 
 def evaluate_reconstruction(
-    vae: str, data: str, resolution: int | None, num: int | None, held_out: float
+    vae: str,
+    data: str,
+    resolution: int | None,
+    num: int | None,
+    held_out: float,
+    *,
+    lpips: str | None = None,
+    lpips_weights: str | None = None,
+    features: str | None = None,
+    feature_weights: Path | None = None,
 ) -> dict[str, Any]:
     """Figures of `davae evaluate reconstruction`."""
     model = open_autoencoder(vae)
     size = resolution or int(model.config["sample_size"])
+    distances: dict[str, Any] = {"lite0": Lite0Distance()}
+    if lpips is not None:
+        try:
+            distances[f"lpips_{lpips}"] = Lpips(lpips, lpips_weights)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+    device = PartialState().device
+    model.to(device)
+    extractor = None if features is None else make_extractor(features, feature_weights)
 
     @torch.no_grad()
     def reconstruct(images: Tensor) -> Tensor:
-        return model.decode(model.encode(images).latent_dist.mode()).sample
+        encoded = model.encode(images.to(device))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+        return model.decode(latents).sample.cpu()
 
-    scores = score_reconstructions(batches(real_pictures(data, size, held_out, "held_out"), num), reconstruct)
+    pictures = real_pictures(data, size, held_out, "held_out")
+    scores = score_reconstructions(batches(pictures, num, shared=True), reconstruct, distances, extractor)
     return {"vae": vae, "data": data, "resolution": size, **scores.as_dict()}
+
+
+def evaluate_pictures(
+    generated: str, data: str, resolution: int, *, num: int | None, features: str, feature_weights: Path | None
+) -> dict[str, Any]:
+    """Figures of `davae evaluate pictures`: two sets of pictures that lie on disk."""
+    extractor = make_extractor(features, feature_weights)
+    sides = [
+        extract(batches(real_pictures(source, resolution, 0.0, "train"), num), extractor)
+        for source in (generated, data)
+    ]
+    scores = compare(*sides)
+    return {"pictures": generated, "data": data, "resolution": resolution, **scores.as_dict(extractor.name)}
 
 
 def condition_of(picture: dict[str, Any], pipeline: Any) -> str:
@@ -133,9 +171,11 @@ def evaluate_generation(
     guidance: float,
     seed: int,
     held_in: float,
+    features: str,
+    feature_weights: Path | None,
     on_batch: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Figures of `davae evaluate generation`: FD-lite0 between samples and real pictures of the same captions."""
+    """Figures of `davae evaluate generation`: samples against real pictures of the same captions or classes."""
     model, _ = open_model(pipeline)
     own = model.transformer.config["sample_size"] * model.vae_scale_factor
     size = compare_at or resolution or own
@@ -143,29 +183,29 @@ def evaluate_generation(
     order = np.random.default_rng(seed).permutation(max(num, len(pictures)))[:num] % len(pictures)
     prompts = [condition_of(pictures[(int(i), -1)], model) for i in order]
     check_classes(model, prompts)
-    network = Lite0Features()
-    real = fit(batches(pictures), network)
-    generated = GaussianFit()
-    for start in range(0, num, 64):
-        samples = generate(
-            model,
-            prompts[start : start + 64],
-            resolution=resolution,
-            steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
-            first=start,
-            batch_size=32,
-        )
-        enlarged = [sample.resize((size, size), Image.Resampling.BILINEAR) for sample in samples]
-        generated.update(network(torch.stack([to_tensor(sample) for sample in enlarged])))
-        on_batch(min(start + 64, num), num)
+    extractor = make_extractor(features, feature_weights)
+
+    def drawn() -> Iterator[Tensor]:
+        for start in range(0, num, 64):
+            samples = generate(
+                model,
+                prompts[start : start + 64],
+                resolution=resolution,
+                steps=steps,
+                guidance_scale=guidance,
+                seed=seed,
+                first=start,
+                batch_size=32,
+            )
+            enlarged = [sample.resize((size, size), Image.Resampling.BILINEAR) for sample in samples]
+            yield torch.stack([to_tensor(sample) for sample in enlarged])
+            on_batch(min(start + 64, num), num)
+
+    scores = compare(extract(drawn(), extractor), extract(batches(pictures), extractor))
     return {
         "pipeline": pipeline,
         "data": data,
-        "fd_lite0": frechet_distance(generated, real),
-        "generated": num,
-        "real": real.count,
+        **scores.as_dict(extractor.name),
         "resolution": resolution or own,
         "compared_at": size,
         "steps": steps,

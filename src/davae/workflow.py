@@ -169,7 +169,7 @@ def reconstruction_section(run: Upgrade, upgraded: Any, shipped: Any) -> tuple[l
     rows: list[dict[str, Any]] = []
     for name, reconstruct in methods.items():
         columns.append(Column(name, to_images(reconstruct(images[:SHOWN_RECONSTRUCTIONS]))))
-        scores = score_reconstructions(images.split(16), reconstruct, perceptual)
+        scores = score_reconstructions(images.split(16), reconstruct, {"lite0": perceptual})
         rows.append({"name": name, **scores.as_dict(), "best": name.startswith("full")})
     return columns, rows
 

@@ -9,6 +9,15 @@ import typer
 
 from davae.cli.options import Json, write_json
 
+FeatureNetwork = Annotated[
+    Literal["lite0", "inception"],
+    typer.Option(help="lite0 works offline and is never called FID; inception gives FID, KID and IS."),
+]
+OptionalFeatures = Annotated[
+    Literal["lite0", "inception"] | None, typer.Option(help="Features for the distance between the two sets (rFID).")
+]
+Weights = Annotated[Path | None, typer.Option(help="Inception weights of torch-fidelity, where there is no network.")]
+
 evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a model on pictures.")
 
 
@@ -19,16 +28,32 @@ def reconstruction(
     resolution: Annotated[int | None, typer.Option(help="Pixels; the autoencoder's own by default.")] = None,
     num: Annotated[int | None, typer.Option(min=1, help="At most so many pictures.")] = None,
     held_out: Annotated[float, typer.Option(min=0.0, max=0.99, help="Only this held-out share; 0 takes all.")] = 0.0,
+    lpips: Annotated[Literal["alex", "vgg"] | None, typer.Option(help="LPIPS too, on this network.")] = None,
+    lpips_weights: Annotated[
+        str | None, typer.Option(help="Its safetensors (trunk and heads), where torchvision cannot download.")
+    ] = None,
+    features: OptionalFeatures = None,
+    feature_weights: Weights = None,
     json: Json = None,
 ) -> None:
-    """PSNR, SSIM and a perceptual distance. Example:
+    """PSNR, SSIM, perceptual distances, and rFID with `--features`. `accelerate launch` shares the work. Example:
 
     `davae evaluate reconstruction --vae runs/micro/vae --data openmoji --held-out 0.1`
     """
     from davae.display import console
     from davae.measure import evaluate_reconstruction
 
-    figures = evaluate_reconstruction(vae, data, resolution, num, held_out)
+    figures = evaluate_reconstruction(
+        vae,
+        data,
+        resolution,
+        num,
+        held_out,
+        lpips=lpips,
+        lpips_weights=lpips_weights,
+        features=features,
+        feature_weights=feature_weights,
+    )
     write_json(json, figures)
     console.print_json(data=figures)
 
@@ -48,9 +73,11 @@ def generation(
     held_in: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Only the training side of a split that holds out this share.")
     ] = 0.0,
+    features: FeatureNetwork = "lite0",
+    feature_weights: Weights = None,
     json: Json = None,
 ) -> None:
-    """Frechet distance on EfficientNet-Lite0 features (FD-lite0) to real pictures, prompts from their captions.
+    """Frechet and kernel distance, precision and recall against real pictures, prompted by their captions or classes.
 
     `davae evaluate generation --pipeline runs/micro --data openmoji --num 1000`
     """
@@ -69,8 +96,34 @@ def generation(
             guidance=guidance,
             seed=seed,
             held_in=held_in,
+            features=features,
+            feature_weights=feature_weights,
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         )
+    write_json(json, figures)
+    console.print_json(data=figures)
+
+
+@evaluate_app.command()
+def pictures(
+    generated: Annotated[str, typer.Option(help="Pictures: a folder, a .tar, an .npz of ADM.")],
+    data: Annotated[str, typer.Option(help="Real pictures, likewise.")],
+    resolution: Annotated[int, typer.Option(help="Pixels to compare at; larger pictures are reduced and cropped.")],
+    num: Annotated[int | None, typer.Option(min=4, help="At most so many of each.")] = None,
+    features: FeatureNetwork = "inception",
+    feature_weights: Weights = None,
+    json: Json = None,
+) -> None:
+    """Two sets of pictures on disk: Frechet and kernel distance, precision, recall, Inception score.
+
+    `davae evaluate pictures --generated samples.npz --data reference.npz --resolution 256`
+    """
+    from davae.display import console
+    from davae.measure import evaluate_pictures
+
+    figures = evaluate_pictures(
+        generated, data, resolution, num=num, features=features, feature_weights=feature_weights
+    )
     write_json(json, figures)
     console.print_json(data=figures)
 

@@ -8,6 +8,7 @@ import logging
 import re
 import tarfile
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -163,6 +164,58 @@ class TarSource:
         return decode(io.BytesIO(self._read(*self.members[index][:3])), self.background), text
 
 
+class NpzSource:
+    """Pictures of an ADM sample file: `arr_0` (N,H,W,3) uint8 and, where it has them, classes in `arr_1`."""
+
+    def __init__(self, path: Path):
+        try:
+            with np.load(path) as file:
+                self.labels = file["arr_1"] if "arr_1" in file.files else None
+            self.pictures = map_npz(path, "arr_0.npy")
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path} is no .npz with pictures in arr_0: {error}") from error
+        if self.pictures.ndim != 4 or self.pictures.shape[-1] != 3 or self.pictures.dtype != np.uint8:
+            raise DataError(f"{path}: arr_0 is {self.pictures.shape} {self.pictures.dtype}, expected (N,H,W,3) uint8")
+        self.name = path.name
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def key(self, index: int) -> str:
+        return f"{self.name}/{index}"
+
+    def size(self, index: int) -> tuple[int, int]:
+        height, width = self.pictures.shape[1:3]
+        return width, height
+
+    def label(self, index: int) -> int | None:
+        return None if self.labels is None else int(self.labels[index])
+
+    def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
+        return Image.fromarray(np.ascontiguousarray(self.pictures[index])), ""
+
+
+def map_npz(path: Path, member: str) -> np.ndarray:
+    """One array of an `.npz`, mapped from disk where it is stored uncompressed (50,000 pictures fill gigabytes)."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(member)
+        if info.compress_type != zipfile.ZIP_STORED:
+            with archive.open(member) as stream:
+                return np.lib.format.read_array(stream, allow_pickle=False)
+    with path.open("rb") as stream:
+        stream.seek(info.header_offset + 26)
+        name, extra = np.frombuffer(stream.read(4), "<u2")
+        stream.seek(info.header_offset + 30 + int(name) + int(extra))
+        version = np.lib.format.read_magic(stream)
+        read_header = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran, dtype = read_header(stream)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        return np.memmap(path, dtype, "r", offset=stream.tell(), shape=shape, order="F" if fortran else "C")
+
+
 class HubSource:
     """A Hugging Face dataset with an image column (the `hub` extra)."""
 
@@ -241,7 +294,7 @@ def open_source(
     """The source that a recipe's `data.source` names.
 
     Args:
-        name: `openmoji` or `openmoji-all`, a folder, a .tar or shard pattern, or a Hugging Face dataset id.
+        name: `openmoji` or `openmoji-all`, a folder, a .tar or shard pattern, an ADM .npz, or a Hugging Face dataset id.
         resolution: pixels that will be asked for; OpenMoji is rendered large enough.
         background: what alpha is composited on.
         image_column, caption_column: Hugging Face datasets only.
@@ -257,6 +310,8 @@ def open_source(
         return FolderSource(Path(name), background)
     if name.endswith(".tar"):
         return TarSource(expand_shards(name), background)
+    if name.endswith(".npz") and Path(name).is_file():
+        return NpzSource(Path(name))
     if name.startswith((".", "/", "~")) or Path(name).suffix:
         raise DataError(f"data.source: {name} does not exist")
     return HubSource(name, background, image_column, caption_column)

@@ -1,28 +1,38 @@
-"""Reconstruction of held-out pictures: PSNR, SSIM and a perceptual distance, per picture, then averaged."""
+"""Reconstruction of held-out pictures: PSNR, SSIM, perceptual distances per picture, Frechet distance of the sets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from davae.evaluate.distribution import frechet_distance
+from davae.evaluate.features import Extractor
 from davae.losses.perceptual import Lite0Distance
+
+
+WINDOW = 11  # pixels: SSIM's Gaussian
 
 
 @dataclass(frozen=True)
 class ReconstructionScores:
-    """Means over pictures. psnr in dB and ssim on uint8-rounded pixels in [0,1]; lite0 is `Lite0Distance`."""
+    """Means over pictures. psnr in dB and ssim on uint8-rounded pixels in [0,1]; `distances` by name, e.g. lpips_alex.
+
+    `frechet`, by the name of its features, is the distance between the set of reconstructions and the set of originals.
+    """
 
     psnr: float
     ssim: float
-    lite0: float
     pictures: int
+    distances: dict[str, float] = field(default_factory=dict)
+    frechet: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return {"psnr": self.psnr, "ssim": self.ssim, **self.distances, **self.frechet, "pictures": self.pictures}
 
 
 def to_uint8_range(images: Tensor) -> Tensor:
@@ -36,28 +46,51 @@ def psnr(images: Tensor, target: Tensor) -> Tensor:
     return -10 * torch.log10(error.clamp(min=1e-10))
 
 
+def ssim(images: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity of each picture, (B,3,H,W) in [0,1] twice -> (B,).
+
+    Gaussian window of 11 with sigma 1.5, averaged where the window fits, as published and as scikit-image has it;
+    torchmetrics' own mean includes a mirrored border.
+    """
+    _, whole = structural_similarity_index_measure(images, target, data_range=1.0, return_full_image=True)
+    border = WINDOW // 2
+    return whole[..., border:-border, border:-border].flatten(1).mean(1)
+
+
 @torch.no_grad()
 def score_reconstructions(
     batches: Iterable[Tensor],
     reconstruct: Callable[[Tensor], Tensor],
-    perceptual: Lite0Distance | None = None,
+    distances: Mapping[str, nn.Module] | None = None,
+    extractor: Extractor | None = None,
 ) -> ReconstructionScores:
     """Scores of `reconstruct` over batches of pictures (B,3,H,W) in [-1,1]; independent of the batch size.
+
+    Under several processes each passes its own pictures, and all get the scores of the whole set.
+
+    Args:
+        distances: modules (images, target) -> (B,), by the name to report; lite0 by default.
+        extractor: features for the Frechet distance between reconstructions and originals (rFID); None leaves it out.
 
     Raises:
         ValueError: when there are no pictures.
     """
-    perceptual = perceptual or Lite0Distance()
-    sums = torch.zeros(3, dtype=torch.float64)
-    count = 0
+    distances = {"lite0": Lite0Distance()} if distances is None else distances
+    rows: list[Tensor] = []
+    features: list[tuple[Tensor, Tensor]] = []
     for images in batches:
         found, wanted = to_uint8_range(reconstruct(images)), to_uint8_range(images)
-        ssim = structural_similarity_index_measure(found, wanted, data_range=1.0, reduction="none")
-        assert isinstance(ssim, Tensor)
-        values = torch.stack([psnr(found, wanted), ssim.flatten(), perceptual(found * 2 - 1, wanted * 2 - 1)])
-        sums += values.double().sum(1).cpu()
-        count += len(images)
-    if not count:
+        signed = found * 2 - 1, wanted * 2 - 1
+        scores = [psnr(found, wanted), ssim(found, wanted), *(d(*signed) for d in distances.values())]
+        rows.append(torch.stack([score.double().cpu() for score in scores], dim=1))  # (B,2+distances)
+        if extractor is not None:
+            features.append((extractor(signed[0]).features.cpu(), extractor(signed[1]).features.cpu()))
+    rows, features = gather_object(rows), gather_object(features)
+    if not rows:
         raise ValueError("no pictures to reconstruct")
-    mean = (sums / count).tolist()
-    return ReconstructionScores(*mean, pictures=count)
+    table = torch.cat(rows)
+    means = table.mean(0).tolist()
+    frechet = {}
+    if extractor is not None:
+        frechet[f"r{extractor.name}"] = frechet_distance(*(torch.cat(side) for side in zip(*features, strict=True)))
+    return ReconstructionScores(means[0], means[1], len(table), dict(zip(distances, means[2:], strict=True)), frechet)

@@ -1,0 +1,105 @@
+"""How near one set of pictures is to another: Frechet and kernel distance, precision and recall, Inception score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from davae.evaluate.features import Features
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of features (N,F), by eigenvalues in float64.
+
+    Raises:
+        ValueError: fewer than two rows on a side, or rows that are not finite.
+    """
+    if len(a) < 2 or len(b) < 2:
+        raise ValueError(f"a Frechet distance needs at least 2 pictures a side, found {len(a)} and {len(b)}")
+    x, y = a.double().numpy(), b.double().numpy()
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("features are not finite: the pictures hold NaN or infinite pixels")
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    values, vectors = np.linalg.eigh(cov_x)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    middle = root @ cov_y @ root
+    cross = np.sqrt(np.linalg.eigvalsh((middle + middle.T) / 2).clip(min=0)).sum()
+    distance = np.square(mean_x - mean_y).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * cross
+    return float(max(distance, 0.0))
+
+
+@dataclass(frozen=True)
+class DistributionScores:
+    """Generated against real. `kernel` is KID's polynomial MMD (mean and spread over subsets of `subset` pictures).
+
+    `inception` is (score, spread) over ten splits, where the features come with logits.
+    """
+
+    frechet: float
+    kernel: float
+    kernel_std: float
+    subset: int
+    precision: float
+    recall: float
+    inception: tuple[float, float] | None
+    generated: int
+    real: int
+
+    def as_dict(self, frechet_name: str) -> dict[str, float]:
+        """Plain numbers; distances on other features than Inception's carry those features' name."""
+        suffix = frechet_name.removeprefix("fd")  # '_lite0', or 'fid'
+        own = "" if frechet_name == "fid" else suffix
+        figures = {
+            frechet_name: self.frechet,
+            f"kid{own}": self.kernel,
+            f"kid{own}_std": self.kernel_std,
+            "kid_subset": self.subset,
+            f"precision{own}": self.precision,
+            f"recall{own}": self.recall,
+            "generated": self.generated,
+            "real": self.real,
+        }
+        if self.inception is not None:
+            figures |= {"inception_score": self.inception[0], "inception_score_std": self.inception[1]}
+        return figures
+
+
+def compare(generated: Features, real: Features, *, subset: int = 1000, subsets: int = 100) -> DistributionScores:
+    """Every distance between two sets of pictures, given their features.
+
+    Args:
+        subset, subsets: KID's subset size (lowered to the smaller set where that has fewer) and their number.
+
+    Raises:
+        ValueError: fewer than four pictures on a side (precision and recall look at three neighbours).
+    """
+    few = min(len(generated), len(real))
+    if few < 4:
+        raise ValueError(f"at least 4 pictures a side are needed, found {len(generated)} and {len(real)}")
+    size = min(subset, few)
+    kid = kid_features_to_metric(
+        generated.features, real.features, kid_subset_size=size, kid_subsets=subsets, verbose=False
+    )
+    near = prc_features_to_metric(generated.features, real.features, verbose=False)
+    score = None
+    if generated.logits is not None and len(generated) >= 10:
+        found = isc_features_to_metric(generated.logits)
+        score = (found["inception_score_mean"], found["inception_score_std"])
+    return DistributionScores(
+        frechet_distance(generated.features, real.features),
+        kid["kernel_inception_distance_mean"],
+        kid["kernel_inception_distance_std"],
+        size,
+        float(torch.as_tensor(near["precision"])),
+        float(torch.as_tensor(near["recall"])),
+        score,
+        len(generated),
+        len(real),
+    )

@@ -1,0 +1,120 @@
+"""Networks whose features pictures are compared by: Inception-v3 for FID and its kin, EfficientNet-Lite0 offline."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from davae.losses.perceptual import lite0_input, lite0_network
+from davae.models.pipeline import ModelError
+
+
+@dataclass(frozen=True)
+class Features:
+    """features (N,F) float32 and, where the network classifies as Inception does, logits (N,K)."""
+
+    features: Tensor
+    logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+class Extractor(Protocol):
+    """`name` says what a Frechet distance on these features is called."""
+
+    name: str
+
+    def __call__(self, images: Tensor) -> Features:
+        """images (B,3,H,W) in [-1,1], rounded to uint8 by the caller's files or by `to_uint8`."""
+        ...
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1,1] -> uint8 as a saved picture would be."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class Lite0Features(nn.Module):
+    """Pooled EfficientNet-Lite0 features (1,280) of pictures resized to 224 px: offline, and never called FID."""
+
+    name = "fd_lite0"
+    size = 224
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = lite0_network()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        """(B,3,H,W) in [-1,1] -> (B,1280)."""
+        size = (self.size, self.size)
+        resized = F.interpolate(images.float(), size, mode="bicubic", align_corners=False, antialias=True)
+        maps = self.network.extract_features(lite0_input(resized.clamp(-1, 1)))  # type: ignore[operator]
+        return Features(maps.mean((2, 3)))
+
+
+class InceptionFeatures(nn.Module):
+    """torch-fidelity's Inception-v3 with the TensorFlow weights of published FIDs (2,048 features and logits).
+
+    Args:
+        weights: their `.pth` file; None takes torch.hub's cache, or downloads them.
+
+    Raises:
+        ModelError: a file that is not these weights, or no way to get them.
+    """
+
+    name = "fid"
+
+    def __init__(self, weights: Path | None = None):
+        super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        if weights is not None:
+            try:  # torch-fidelity would run a pickle's code; this does not
+                torch.load(weights, map_location="cpu", weights_only=True)
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise ModelError(f"Inception weights {weights}: {' '.join(str(error).split())[:160]}") from error
+        try:
+            self.network: Any = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
+            )
+        except (OSError, RuntimeError) as error:
+            raise ModelError(
+                "FID needs the Inception weights of torch-fidelity (pt_inception-2015-12-05-6726825d.pth): give their "
+                f"file, or use the features lite0. {' '.join(str(error).split())[:120]}"
+            ) from error
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        """(B,3,H,W) in [-1,1] -> (B,2048) and logits (B,1008)."""
+        features, logits = self.network(to_uint8(images))
+        return Features(features.float(), logits.float())
+
+
+def make_extractor(name: str, weights: Path | None = None) -> Extractor:
+    """`lite0` or `inception`."""
+    return InceptionFeatures(weights) if name == "inception" else Lite0Features()
+
+
+def extract(batches: Iterable[Tensor], extractor: Extractor) -> Features:
+    """Features of all pictures of batches (B,3,H,W).
+
+    Raises:
+        ValueError: no pictures, or features that are not finite.
+    """
+    parts = [extractor(images) for images in batches]
+    if not parts:
+        raise ValueError("there are no pictures to measure")
+    features = torch.cat([part.features.cpu() for part in parts])
+    if not torch.isfinite(features).all():
+        raise ValueError("features are not finite: the pictures hold NaN or infinite pixels")
+    logits = [part.logits.cpu() for part in parts if part.logits is not None]
+    return Features(features, torch.cat(logits) if logits else None)
