@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from davae.cli.analyze import analyze_app
 from davae.cli.convert import convert_app
 from davae.cli.evaluate import evaluate_app
 from davae.cli.options import DryRun, Json, Name, Out, Overrides, Source, write_json
@@ -25,6 +26,7 @@ app = typer.Typer(
     "Start with `davae upgrade micro --out runs/micro`: it upgrades the embedded model and writes a report.",
 )
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(analyze_app, name="analyze")
 app.add_typer(convert_app, name="convert")
 
 

@@ -14,7 +14,6 @@ from davae.evaluate.distribution import frechet_distance
 from davae.evaluate.features import Extractor
 from davae.losses.perceptual import Lite0Distance
 
-
 WINDOW = 11  # pixels: SSIM's Gaussian
 
 

@@ -236,6 +236,7 @@ class Recipe(Section):
     base: Base
     scale: Annotated[int, Field(ge=2)] = 2
     detail_channels: PositiveInt
+    init: str | None = None  # an upgrade to go on from, as `davae export` writes it, or an embedded one's name
     downsample: Literal["antialias", "bicubic"] = "antialias"
     data: Data = Data()
     stage1: Stage1

@@ -62,7 +62,7 @@ def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
     Raises:
         ModelError: not an upgrade file, or one for another transformer.
     """
-    metadata, tensors = read_upgrade(path)
+    metadata, _ = read_upgrade(path)
     base_channels, channels = json.loads(metadata["channels"])
     config: Any = transformer.config
     if metadata["class"] != type(transformer).__name__ or config["in_channels"] != base_channels:
@@ -73,17 +73,30 @@ def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
     lora = json.loads(metadata["lora"])
     expanded = expand_transformer(transformer, channels - base_channels)
     choose_trainable(expanded, None if lora is None else Lora(**lora))
-    own = {name: p for name, p in expanded.named_parameters() if p.requires_grad}
+    load_trained(expanded, path)
+    return fuse(expanded)
+
+
+def load_trained(transformer: nn.Module, path: Path) -> None:
+    """Copy an upgrade file into the trainable parameters of an expanded transformer.
+
+    Raises:
+        ModelError: not an upgrade file, or one whose parameters are not these (another model, D, or LoRA rank).
+    """
+    _, tensors = read_upgrade(path)
+    own = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())[0]
         raise ModelError(f"{path} does not fit this transformer: '{odd}' stands in only one of them")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            raise ModelError(
+                f"{path} does not fit this transformer: '{name}' has shape {tuple(tensors[name].shape)}, "
+                f"needed is {tuple(parameter.shape)}"
+            )
     with torch.no_grad():
         for name, parameter in own.items():
-            if lora is None:  # the tensor is shared with the pretrained transformer: do not write into it
-                parameter.data = tensors[name].to(parameter)
-            else:
-                parameter.copy_(tensors[name])
-    return fuse(expanded)
+            parameter.copy_(tensors[name])
 
 
 def fuse(transformer: nn.Module) -> nn.Module:

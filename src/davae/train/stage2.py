@@ -20,7 +20,10 @@ from davae.train.loop import Player
 
 
 def choose_trainable(transformer: nn.Module, lora: Lora | None) -> list[nn.Parameter]:
-    """Mark what stage 2 trains: everything, or LoRA plus all of P, P', O, O'. Returns it in module order."""
+    """Mark what stage 2 trains: everything, or LoRA plus all of P, P', O, O'. Returns it in module order.
+
+    An expanded transformer shares its tensors with the pretrained one; those that are trained get storage of their own.
+    """
     family = transformer_family(type(transformer).__name__)
     if lora is None:
         transformer.requires_grad_(True)
@@ -37,7 +40,10 @@ def choose_trainable(transformer: nn.Module, lora: Lora | None) -> list[nn.Param
         )
         for path in (family.embedder, family.head):
             transformer.get_submodule(path).requires_grad_(True)
-    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.data = parameter.data.clone()
+    return trainable
 
 
 class NewWeightBoost:

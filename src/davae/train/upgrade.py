@@ -22,13 +22,13 @@ from davae.recipes import RecipeError
 from davae.recipes.schema import Recipe
 from davae.train.base_run import planned_shapes, train_base
 from davae.train.conditioning import conditioning
-from davae.train.export import UPGRADE_FILE, assemble, fuse, save_pipeline, save_upgrade
+from davae.train.export import UPGRADE_FILE, assemble, fuse, load_trained, read_upgrade, save_pipeline, save_upgrade
 from davae.train.loop import Observer, Progress, Trainer
 from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
 from davae.train.state import RunFolder, new_folder
-from davae.zoo import resolve
+from davae.zoo import resolve, resolve_upgrade
 
 
 def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
@@ -75,6 +75,9 @@ class Upgrade:
         self.family = transformer_family(self.shapes.transformer_class)
         self.layout = check_recipe(recipe, self.shapes)
         self.source, self.train, self.held_out = open_pictures(recipe.data, recipe.resolution)
+        self.init = None if recipe.init is None else resolve_upgrade(recipe.init)
+        if self.init is not None:
+            read_upgrade(self.init / UPGRADE_FILE)  # a wrong folder is told now, not after the cache is written
         self.recipe, self.out, self.observer = recipe, out, observer
         self.folder = RunFolder(out, recipe)
         self.accelerator = make_accelerator(recipe.run)
@@ -103,9 +106,16 @@ class Upgrade:
     # -- stage 1 -----------------------------------------------------------------------------------------------
 
     def train_vae(self) -> Path:
-        """Stage 1; returns the folder of the DetailVAE."""
+        """Stage 1; returns the folder of the DetailVAE. A recipe with `init` takes that upgrade's as it is."""
         self.train_base_model()
         target = self.out / "vae"
+        if self.init is not None and not self.folder.done("stage1"):
+            vae = DetailVAE.from_pretrained(self.init / "vae", torch_dtype=torch.float32)
+            if vae.layout != self.layout:
+                raise RecipeError(f"init: {self.init} has {vae.layout}, this recipe {self.layout}")
+            with new_folder(target) as partial:
+                vae.save_pretrained(partial)
+            self.folder.mark_done("stage1")
         if not self.folder.done("stage1"):
             seed_initial_weights(self.recipe.run.seed)
             vae = DetailVAE.from_base(
@@ -132,6 +142,7 @@ class Upgrade:
             recipe.base.model_dump(),
             recipe.scale,
             recipe.detail_channels,
+            recipe.init,
             recipe.data.model_dump(exclude={"num_workers"}),
             recipe.stage1.model_dump(),
             recipe.cache.model_dump(),
@@ -151,7 +162,8 @@ class Upgrade:
                     self._cache_pictures(vae, partial)
                 else:
                     self._cache_shards(partial)
-            self._store_statistics(vae, read_meta(target, self._key()))
+            if self.init is None:  # weights to go on from were trained on the statistics they came with
+                self._store_statistics(vae, read_meta(target, self._key()))
             self.folder.mark_done("cache")
         return target
 
@@ -213,7 +225,7 @@ class Upgrade:
         device = self.accelerator.device
         transformer = expand_transformer(self.base.transformer, self.recipe.detail_channels)
         cache = CachedLatents(self.out / "cache", self.family.condition)
-        return Stage2Task(
+        task = Stage2Task(
             self.recipe.stage2,
             vae.layout,
             transformer,
@@ -222,6 +234,9 @@ class Upgrade:
             conditioning(transformer, cache, device, null_text=silent_t5(self.base)),
             device,
         )
+        if self.init is not None:
+            load_trained(task.transformer, self.init / UPGRADE_FILE)
+        return task
 
     def train_dit(self) -> Path:
         """Stage 2 and the export; returns the pipeline's folder."""

@@ -15,6 +15,11 @@ def resolve(model: str) -> str:
     return str(MODELS[model]) if model in MODELS else model
 
 
+def resolve_upgrade(name: str) -> Path:
+    """`micro-upgraded` -> the embedded upgrade's folder; every other name is a folder."""
+    return UPGRADES[SHIPPED[name]] if name in SHIPPED else Path(name)
+
+
 def shipped_upgrade(model: str) -> Path | None:
     """Folder of the upgrade that ships with an embedded model, None for every other model."""
     return UPGRADES.get(model)

@@ -1,0 +1,138 @@
+"""What `davae analyze` does: figures of the paper for any run, each a PNG to look at and a JSON of its numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from davae.analyze.curves import loss_curves
+from davae.analyze.latent_maps import class_knowledge, pca_pictures
+from davae.analyze.spectra import radial_power, spectra_plot
+from davae.data.pictures import DataError, Pictures, to_images
+from davae.evaluate.detail_use import reconstructions
+from davae.evaluate.reconstruction import score_reconstructions
+from davae.losses.alignment import group_mean
+from davae.losses.perceptual import Lite0Distance
+from davae.measure import batches, open_autoencoder, real_pictures
+from davae.models.detail_vae import DetailVAE
+from davae.models.pipeline import ModelError
+from davae.train.state import read_metrics, replace_text, saving
+
+SHOWN = 8  # pictures in a figure
+
+
+def open_detail_vae(name: str) -> DetailVAE:
+    """A DetailVAE's folder, or a run's; ModelError for any other autoencoder."""
+    vae = open_autoencoder(name)
+    if not isinstance(vae, DetailVAE):
+        raise ModelError(
+            f"{name} is a {type(vae).__name__}; this analysis needs a DetailVAE (a run's folder or its vae/)"
+        )
+    return vae
+
+
+def write_figure(out: Path, name: str, picture: bytes | Image.Image, figures: dict[str, Any]) -> Path:
+    """`name.png` and `name.json` in a folder; returns the picture's path."""
+    with saving(out):
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{name}.png"
+        if isinstance(picture, bytes):
+            path.write_bytes(picture)
+        else:
+            picture.save(path)
+    replace_text(out / f"{name}.json", json.dumps(figures, indent=2) + "\n")
+    return path
+
+
+def contact_sheet(rows: dict[str, list[Image.Image]], cell: int) -> Image.Image:
+    """Pictures in named rows, on white."""
+    label, gap = 120, 4
+    columns = max(len(pictures) for pictures in rows.values())
+    sheet = Image.new("RGB", (label + columns * (cell + gap), len(rows) * (cell + gap)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for line, (name, pictures) in enumerate(rows.items()):
+        top = line * (cell + gap)
+        draw.text((6, top + cell // 2 - 8), name, fill="black", font=font)
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (label + column * (cell + gap), top))
+    return sheet
+
+
+def sensitivity(vae: str, base: str, data: str, out: Path, *, num: int, held_out: float) -> Path:
+    """Decoder sensitivity (Tab. S2a, S3): what full, zeroed and random detail decode to, beside base + bicubic."""
+    model, base_vae = open_detail_vae(vae), open_autoencoder(base)
+    pictures = real_pictures(data, int(model.config["sample_size"]), held_out, "held_out")
+    perceptual = {"lite0": Lite0Distance()}
+    shown = next(batches(pictures, SHOWN, SHOWN))
+    rows, figures = {"original": to_images(shown)}, {}
+    for name, reconstruct in reconstructions(model, base_vae).items():
+        rows[name] = to_images(reconstruct(shown))
+        figures[name] = score_reconstructions(batches(pictures, num), reconstruct, perceptual).as_dict()
+    return write_figure(out, "sensitivity", contact_sheet(rows, 128), {"vae": vae, "data": data, "rows": figures})
+
+
+@torch.no_grad()
+def raw_latents(vae: DetailVAE, pictures: Pictures, num: int) -> tuple[Tensor, Tensor, list[int | None]]:
+    """(z (N,C,h,w), z_d (N,D,h,w), labels) of pictures."""
+    parts = [vae.encode_raw(images) for images in batches(pictures, num)]
+    count = min(num, len(pictures))
+    labels = [pictures.source.label(pictures.indices[i]) for i in range(count)]
+    return torch.cat([part.z for part in parts]), torch.cat([part.mean for part in parts]), labels
+
+
+def spectra(vae: str, data: str, out: Path, *, num: int, held_out: float) -> Path:
+    """Radial power spectra of z, z_d and the grouped mean of z_d (Fig. S5)."""
+    model = open_detail_vae(vae)
+    pictures = real_pictures(data, int(model.config["sample_size"]), held_out, "held_out")
+    z, z_d, _ = raw_latents(model, pictures, num)
+    groups = {"z": z, "z_d": z_d, "group mean of z_d": group_mean(z_d, z.shape[1])}
+    found = {name: radial_power(latents) for name, latents in groups.items()}
+    figures = {
+        name: {"frequency": s.frequency.tolist(), "power": s.power.tolist(), "high_share": s.high_share}
+        for name, s in found.items()
+    }
+    return write_figure(out, "spectra", spectra_plot(found), {"vae": vae, "data": data, "groups": figures})
+
+
+def latents(vae: str, unaligned: str | None, data: str, out: Path, *, num: int, held_out: float) -> Path:
+    """Latent maps and class separability (Fig. 3): z, aligned z_d and, from a second run, unaligned z_d."""
+    models = {"z_d": open_detail_vae(vae)}
+    if unaligned is not None:
+        models = {"aligned z_d": models["z_d"], "unaligned z_d": open_detail_vae(unaligned)}
+    first = next(iter(models.values()))
+    pictures = real_pictures(data, int(first.config["sample_size"]), held_out, "held_out")
+    groups: dict[str, Tensor] = {}
+    labels: list[int | None] = []
+    for name, model in models.items():
+        z, z_d, labels = raw_latents(model, pictures, num)
+        groups |= {"z": z, name: z_d}
+    known = [label for label in labels if label is not None]
+    if len(known) < len(labels):
+        raise DataError(
+            "class separability needs a class for every picture: sub-folders, or `.cls` files in the shards"
+        )
+    rows = {"original": to_images(next(batches(pictures, SHOWN, SHOWN)))}
+    figures = {}
+    for name, group in groups.items():
+        rows[name] = pca_pictures(group, 128)[:SHOWN]
+        z = groups["z"]
+        alignment = None if name == "z" else float((group_mean(group, z.shape[1]) - z).square().mean() / z.var())
+        figures[name] = {**asdict(class_knowledge(group, known)), "alignment_error_over_variance": alignment}
+    return write_figure(
+        out, "latents", contact_sheet(rows, 128), {"data": data, "pictures": len(known), "rows": figures}
+    )
+
+
+def curves(run: Path, out: Path) -> Path:
+    """Loss curves of a run's stage 2 (Fig. S3)."""
+    picture = loss_curves(read_metrics(run / "metrics.jsonl"), "stage2")
+    if picture is None:
+        raise ModelError(f"run {run} has logged no steps of stage 2")
+    records = [r for r in read_metrics(run / "metrics.jsonl") if r["stage"] == "stage2"]
+    return write_figure(out, "curves", picture, {"run": str(run), "last": records[-1]})

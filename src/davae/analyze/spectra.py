@@ -1,0 +1,71 @@
+"""Radial power spectra of latents (Fig. S5): how much of z and z_d lies at which spatial frequency."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Mean power per Fourier coefficient in rings of spatial frequency (cycles per latent position, up to 0.5)."""
+
+    frequency: np.ndarray
+    power: np.ndarray
+
+    @property
+    def high_share(self) -> float:
+        """Share of the power (mean left out) in frequencies above a quarter cycle per position: half of Nyquist."""
+        inside = self.frequency > 0
+        weight = self.power[inside] * self.frequency[inside]  # a ring's number of coefficients grows with its radius
+        return float(weight[self.frequency[inside] > 0.25].sum() / weight.sum())
+
+
+def radial_power(latents: Tensor) -> Spectrum:
+    """Spectrum of latents (N,c,h,w), each channel standardised over the set first, averaged over N and c.
+
+    White noise of variance 1 has power 1 everywhere.
+
+    Raises:
+        ValueError: latents that are not square, or smaller than 4 positions.
+    """
+    side = latents.shape[-1]
+    if latents.shape[-2] != side or side < 4:
+        raise ValueError(f"spectra need square latents of at least 4 positions, found {tuple(latents.shape[-2:])}")
+    x = latents.double()
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), unbiased=False, keepdim=True).clamp(min=1e-8)
+    power = torch.fft.fft2(x, norm="ortho").abs().square().mean((0, 1)).numpy()  # (h,w)
+    axis = np.fft.fftfreq(side)
+    radius = np.hypot(axis[:, None], axis[None])
+    rings = np.round(radius * side).astype(int)
+    kept = np.arange(side // 2 + 1)  # corners beyond Nyquist have few coefficients
+    means = np.array([power[rings == ring].mean() for ring in kept])
+    return Spectrum(kept / side, means)
+
+
+def spectra_plot(spectra: dict[str, Spectrum]) -> bytes:
+    """PNG: power against frequency, one line a group, both axes logarithmic; the mean is left out."""
+    figure, axis = plt.subplots(figsize=(4.6, 3.4))
+    for name, spectrum in spectra.items():
+        axis.plot(spectrum.frequency[1:], spectrum.power[1:], marker="o", markersize=3, linewidth=1.4, label=name)
+    axis.axhline(1.0, color="0.6", linewidth=0.8, linestyle=":", label="white noise")
+    axis.set(xscale="log", yscale="log", xlabel="cycles per latent position", ylabel="power (channels standardised)")
+    axis.legend(frameon=False, fontsize=8)
+    return to_png(figure)
+
+
+def to_png(figure: plt.Figure) -> bytes:
+    """PNG bytes of a figure, which is closed."""
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,75 @@
+"""`davae analyze`: the paper's figures for any run, as PNG and JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+analyze_app = typer.Typer(no_args_is_help=True, help="Figures of the paper for any run: a PNG and a JSON each.")
+
+Vae = Annotated[str, typer.Option(help="A DetailVAE's folder, or a run's.")]
+Data = Annotated[str, typer.Option(help="Pictures, as `davae upgrade --data` takes them.")]
+Folder = Annotated[Path, typer.Option("--out", help="Folder for the PNG and the JSON.")]
+Num = Annotated[int, typer.Option(min=8, help="At most so many pictures.")]
+HeldOut = Annotated[float, typer.Option(min=0.0, max=0.99, help="Only this held-out share; 0 takes all.")]
+
+
+@analyze_app.command()
+def sensitivity(
+    vae: Vae,
+    base: Annotated[str, typer.Option(help="The base autoencoder, or its pipeline's folder.")],
+    data: Data,
+    out: Folder = Path("figures"),
+    num: Num = 256,
+    held_out: HeldOut = 0.0,
+) -> None:
+    """Full, zeroed and random detail, decoded (Tab. S2a, S3).
+
+    `davae analyze sensitivity --vae runs/micro --base micro --data openmoji --held-out 0.1`
+    """
+    from davae import analysis
+    from davae.display import console
+
+    console.print(f"{analysis.sensitivity(vae, base, data, out, num=num, held_out=held_out)}", markup=False)
+
+
+@analyze_app.command()
+def spectra(vae: Vae, data: Data, out: Folder = Path("figures"), num: Num = 256, held_out: HeldOut = 0.0) -> None:
+    """Radial power spectra of z and z_d (Fig. S5).
+
+    `davae analyze spectra --vae runs/micro --data openmoji --held-out 0.1`
+    """
+    from davae import analysis
+    from davae.display import console
+
+    console.print(f"{analysis.spectra(vae, data, out, num=num, held_out=held_out)}", markup=False)
+
+
+@analyze_app.command()
+def latents(
+    vae: Vae,
+    data: Data,
+    unaligned: Annotated[str | None, typer.Option(help="The same trained with lambda_align 0.")] = None,
+    out: Folder = Path("figures"),
+    num: Num = 1000,
+    held_out: HeldOut = 0.0,
+) -> None:
+    """Latent maps by PCA, a linear probe and silhouettes by class (Fig. 3).
+
+    `davae analyze latents --vae runs/aligned --unaligned runs/unaligned --data photos/`
+    """
+    from davae import analysis
+    from davae.display import console
+
+    console.print(f"{analysis.latents(vae, unaligned, data, out, num=num, held_out=held_out)}", markup=False)
+
+
+@analyze_app.command()
+def curves(run: Annotated[Path, typer.Argument(help="A run folder.")], out: Folder = Path("figures")) -> None:
+    """Base and detail loss of stage 2 (Fig. S3). Example: `davae analyze curves runs/micro`"""
+    from davae import analysis
+    from davae.display import console
+
+    console.print(f"{analysis.curves(run, out)}", markup=False)
