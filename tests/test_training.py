@@ -219,6 +219,30 @@ def test_export_writes_a_small_upgrade_that_gives_the_same_model(finished: Path,
     assert np.abs(np.asarray(mine, dtype=int) - np.asarray(theirs, dtype=int)).max() <= 1
 
 
+def test_an_exported_upgrade_can_be_gone_on_from(finished: Path, recipe_values: dict, tmp_path: Path):
+    run_cli("export", str(finished), "--out", str(tmp_path / "up"), "--dtype", "float32")
+    recipe = validate({**recipe_values, "init": str(tmp_path / "up")}, "more")
+    run = Upgrade(recipe, tmp_path / "more", quiet)  # type: ignore[arg-type]
+    run.train_vae()
+    run.cache_latents()
+    before, after = (load_file(folder / "vae/diffusion_pytorch_model.safetensors") for folder in (finished, run.out))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(run.vae().std, DetailVAE.from_pretrained(finished / "vae").std)
+    upgrade = load_file(finished / "upgrade.safetensors")
+    start = dict(run.stage2_task().transformer.named_parameters())
+    assert upgrade and all(torch.equal(start[name], upgrade[name]) for name in upgrade)
+    run.train_dit()
+    assert len([r for r in read_metrics(run.out / "metrics.jsonl") if r["stage"] == "stage2"]) == 8
+
+
+def test_full_fine_tuning_leaves_the_pretrained_model_alone(recipe_values: dict, tiny_base: Path, tmp_path: Path):
+    recipe = validate({**recipe_values, "stage2": {**recipe_values["stage2"], "lora": None}}, "full")
+    run = Upgrade(recipe, tmp_path / "full", quiet)  # type: ignore[arg-type]
+    run.run()
+    fresh = load_pipeline(str(tiny_base)).transformer.state_dict()
+    assert all(torch.equal(fresh[name], value) for name, value in run.base.transformer.state_dict().items())
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +291,22 @@ def test_an_upgraded_model_cannot_be_upgraded_again(
     assert "upgraded already" in fails(
         capsys, "upgrade", str(recipe_file), "--out", str(tmp_path / "x"), "--set", model
     )
+
+
+def test_an_upgrade_of_another_shape_cannot_be_gone_on_from(
+    recipe_file: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    run_cli("export", str(finished), "--out", str(tmp_path / "up"))
+    start = ("upgrade", str(recipe_file), "--set", f"init={tmp_path / 'up'}", "--out")
+    assert "upgrade.safetensors does not exist" in fails(
+        capsys, "upgrade", str(recipe_file), "--set", f"init={tmp_path}", "--out", str(tmp_path / "none")
+    )
+    line = fails(capsys, *start, str(tmp_path / "rank"), "--set", "stage2.lora.rank=3")
+    assert "has shape (2, " in line
+    assert "needed is (3, " in line
+    line = fails(capsys, *start, str(tmp_path / "channels"), "--set", "detail_channels=4")
+    assert "detail_channels=8" in line
+    assert "detail_channels=4" in line
 
 
 def test_empty_folder(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
