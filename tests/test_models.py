@@ -242,6 +242,20 @@ def test_lora_trains_exactly_adapters_embedder_and_head():
     assert len(choose_trainable(full, None)) == len(list(full.parameters()))
 
 
+def test_random_new_weights_are_those_of_fresh_layers_and_spare_the_pretrained_ones():
+    base = tiny_transformer()
+    zero, drawn = expand_transformer(base, 8), expand_transformer(base, 8, "random")
+    parameters = dict(drawn.named_parameters())
+    for name, mask in new_weight_masks(drawn).items():
+        weight = parameters[name].detach()
+        assert torch.equal(weight * (1 - mask), dict(zero.named_parameters())[name])
+        if mask.any():
+            fan_in = drawn.pos_embed.proj.weight[0].numel() if name.startswith("pos_embed") else 16
+            new = weight[mask.bool()]
+            assert new.abs().max() <= fan_in**-0.5
+            assert new.std() == pytest.approx((3 * fan_in) ** -0.5, rel=0.3)
+
+
 @pytest.mark.parametrize("lora", [Lora(rank=2), None])
 def test_upgrade_file_gives_the_trained_model_and_leaves_the_base_alone(tmp_path: Path, lora: Lora | None):
     base = tiny_transformer()

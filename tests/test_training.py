@@ -230,9 +230,25 @@ def test_an_exported_upgrade_can_be_gone_on_from(finished: Path, recipe_values: 
     assert torch.equal(run.vae().std, DetailVAE.from_pretrained(finished / "vae").std)
     upgrade = load_file(finished / "upgrade.safetensors")
     start = dict(run.stage2_task().transformer.named_parameters())
-    assert upgrade and all(torch.equal(start[name], upgrade[name]) for name in upgrade)
+    assert upgrade
+    assert all(torch.equal(start[name], upgrade[name]) for name in upgrade)
     run.train_dit()
     assert len([r for r in read_metrics(run.out / "metrics.jsonl") if r["stage"] == "stage2"]) == 8
+
+
+def test_another_stage_2_on_the_same_detail_vae(
+    recipe_file: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    other = ("--stage1", str(finished), "--out", str(tmp_path / "other"))
+    run_cli("train-dit", str(recipe_file), *other, "--set", "stage2.seed=5", "--set", "stage2.new_weights=random")
+    assert not (tmp_path / "other" / "vae").exists()
+    first, second = (read_metrics(folder / "metrics.jsonl") for folder in (finished, tmp_path / "other"))
+    assert {record["stage"] for record in second} == {"stage2"}
+    assert [r["loss"] for r in second] != [r["loss"] for r in first if r["stage"] == "stage2"]
+    line = fails(
+        capsys, "train-dit", str(recipe_file), *other[:2], "--set", "stage1.lr=0.5", "--out", str(tmp_path / "x")
+    )
+    assert "was made from another autoencoder or data" in line
 
 
 def test_full_fine_tuning_leaves_the_pretrained_model_alone(recipe_values: dict, tiny_base: Path, tmp_path: Path):

@@ -51,7 +51,13 @@ def _base_recipe(name: str, data: str | None, overrides: list[str] | None) -> Ba
 
 
 def _run_upgrade(
-    name: str, out: Path | None, data: str | None, overrides: list[str] | None, dry: bool, verb: str
+    name: str,
+    out: Path | None,
+    data: str | None,
+    overrides: list[str] | None,
+    dry: bool,
+    verb: str,
+    stage1: Path | None = None,
 ) -> None:
     recipe = _upgrade_recipe(name, data, overrides)
     from davae.display import console, progress_display, table
@@ -69,7 +75,7 @@ def _run_upgrade(
         return
     folder = out or Path("runs") / recipe.name
     with progress_display() as observer:
-        run = Upgrade(recipe, folder, observer)
+        run = Upgrade(recipe, folder, observer, stage1=stage1)
         if verb == "train-vae":
             done = run.train_vae()
         elif verb == "cache-latents":
@@ -140,10 +146,22 @@ def cache_latents(
 
 @app.command("train-dit")
 def train_dit(
-    recipe: Name, out: Out = None, data: Source = None, set: Overrides = None, dry_run: DryRun = False
+    recipe: Name,
+    out: Out = None,
+    data: Source = None,
+    set: Overrides = None,
+    dry_run: DryRun = False,
+    stage1: Annotated[
+        Path | None, typer.Option(help="Another run's folder: its detail VAE and cache serve here too.")
+    ] = None,
 ) -> None:
-    """Up to the exported pipeline, without the report. Example: `davae train-dit micro --out runs/micro`"""
-    _run_upgrade(recipe, out, data, set, dry_run, "train-dit")
+    """Up to the exported pipeline, without the report. Examples:
+
+    `davae train-dit micro --out runs/micro`
+
+    `davae train-dit micro --out runs/other --stage1 runs/micro --set stage2.lr=0.0005`
+    """
+    _run_upgrade(recipe, out, data, set, dry_run, "train-dit", stage1)
 
 
 @app.command("train-base")

@@ -103,8 +103,11 @@ def write_latents(
 
 
 def read_meta(folder: Path, key: str) -> CacheMeta:
-    """Raises DataError when the cache was made from something else."""
-    meta = CacheMeta(**json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+    """Raises DataError when there is no cache, or one made from something else."""
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise DataError(f"{folder} holds no latent cache; make one with `davae cache-latents`")
+    meta = CacheMeta(**json.loads(path.read_text(encoding="utf-8")))
     if meta.key != key:
         raise DataError(f"cache {folder} was made from another autoencoder or data; delete it to make it again")
     return meta

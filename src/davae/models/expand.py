@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,11 @@ from davae.latent import LatentLayout
 from davae.models.families import TransformerFamily, transformer_family
 
 Model = TypeVar("Model", bound=nn.Module)
+NewWeights = Literal["zero", "random"]
 MARK = "_davae_base_channels"  # config key of an expanded transformer; diffusers keeps private keys silently
 
 
-def expand_transformer(transformer: Model, detail_channels: int) -> Model:
+def expand_transformer(transformer: Model, detail_channels: int, new_weights: NewWeights = "zero") -> Model:
     """Widen a pretrained transformer from C to C+D latent channels.
 
     At step 0 the base velocity equals the pretrained one whatever the detail input (Eq. 9), and the detail velocity is zero
@@ -24,6 +25,7 @@ def expand_transformer(transformer: Model, detail_channels: int) -> Model:
     Args:
         transformer: a supported diffusers transformer with C input and C output channels.
         detail_channels: D, a multiple of C.
+        new_weights: `random` gives P' and O' the initial values of a fresh layer instead: the ablation of Fig. 4.
 
     Returns:
         A module of the same class, `in_channels` and `out_channels` of its config raised by D.
@@ -41,8 +43,8 @@ def expand_transformer(transformer: Model, detail_channels: int) -> Model:
     base_channels = int(config["in_channels"])
     layout = LatentLayout(base_channels, detail_channels)
     expanded = _shared_copy(transformer)
-    _replace(expanded, family.embedder, widen_embedder(expanded.get_submodule(family.embedder), layout))
-    _replace(expanded, family.head, widen_head(expanded.get_submodule(family.head), layout, family))
+    _replace(expanded, family.embedder, widen_embedder(expanded.get_submodule(family.embedder), layout, new_weights))
+    _replace(expanded, family.head, widen_head(expanded.get_submodule(family.head), layout, family, new_weights))
     groups = (config["out_channels"] or base_channels) // base_channels  # 2 where a variance is returned
     expanded.register_to_config(  # type: ignore[operator]
         in_channels=layout.channels, out_channels=groups * layout.channels, **{MARK: base_channels}
@@ -52,8 +54,8 @@ def expand_transformer(transformer: Model, detail_channels: int) -> Model:
     return expanded
 
 
-def widen_embedder(embedder: nn.Module, layout: LatentLayout) -> nn.Conv2d:
-    """[P, P']: the pretrained patch convolution with D more input channels, zero (Eq. 8)."""
+def widen_embedder(embedder: nn.Module, layout: LatentLayout, new_weights: NewWeights) -> nn.Conv2d:
+    """[P, P']: the pretrained patch convolution with D more input channels (Eq. 8)."""
     assert isinstance(embedder, nn.Conv2d)
     wide = nn.Conv2d(
         layout.channels,
@@ -66,7 +68,8 @@ def widen_embedder(embedder: nn.Module, layout: LatentLayout) -> nn.Conv2d:
         dtype=embedder.weight.dtype,
     )
     with torch.no_grad():
-        wide.weight.zero_()
+        if new_weights == "zero":
+            wide.weight.zero_()
         z, _ = layout.split(wide.weight)  # (width,C,p,p), a view
         z.copy_(embedder.weight)
         if embedder.bias is not None:
@@ -74,8 +77,10 @@ def widen_embedder(embedder: nn.Module, layout: LatentLayout) -> nn.Conv2d:
     return wide
 
 
-def widen_head(head: nn.Module, layout: LatentLayout, family: TransformerFamily) -> nn.Linear:
-    """[O, O']: the pretrained head with D more output channels per patch position, zero (Eq. 10).
+def widen_head(
+    head: nn.Module, layout: LatentLayout, family: TransformerFamily, new_weights: NewWeights
+) -> nn.Linear:
+    """[O, O']: the pretrained head with D more output channels per patch position (Eq. 10).
 
     A head that also predicts a variance has two groups of channels per position; both grow.
     """
@@ -90,7 +95,8 @@ def widen_head(head: nn.Module, layout: LatentLayout, family: TransformerFamily)
     )
     with torch.no_grad():
         for name, parameter in wide.named_parameters():
-            parameter.zero_()
+            if new_weights == "zero":
+                parameter.zero_()
             z, _ = layout.split(by_channel(parameter, positions, layout.channels, family.head_order))
             z.copy_(by_channel(head.get_parameter(name), positions, layout.base_channels, family.head_order))
     return wide

@@ -48,6 +48,7 @@ class Optim(Section):
     lr_warmup_steps: NonNegativeInt = 0
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Fraction = 0.999  # 0 keeps no average
+    seed: int | None = None  # of this training alone; None takes run.seed
     gradient_checkpointing: bool = False
 
 
@@ -94,6 +95,7 @@ class Stage2(FlowOptim):
 
     warmup_steps: NonNegativeInt = 0  # N_warm of Eq. 12
     lora: Lora | None = None  # None trains every parameter
+    new_weights: Literal["zero", "random"] = "zero"  # P' and O' at the start; `random` is the ablation of Fig. 4
     new_weight_lr_multiplier: PositiveFloat = 1.0  # learning rate of P' and O' relative to the rest
 
     @model_validator(mode="after")

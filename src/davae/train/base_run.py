@@ -31,7 +31,7 @@ from davae.train.base_text import (
     build_tokenizer,
     build_transformer,
 )
-from davae.train.loop import Observer, Progress, Trainer
+from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
 from davae.train.state import RunFolder, new_folder
 
@@ -108,7 +108,7 @@ class BaseRun:
         if isinstance(recipe.autoencoder, str):
             return load_autoencoder(recipe.autoencoder).to(self.accelerator.device)
         assert recipe.vae is not None
-        seed_initial_weights(recipe.run.seed)
+        seed_initial_weights(training_seed(recipe.vae, recipe.run))
         vae: Any = build_autoencoder(recipe).to(self.accelerator.device)
         task = AutoencoderTask(recipe.vae, vae, self.pictures, self.accelerator.device)
         trainer = Trainer(task, recipe.run, self.folder, self.accelerator, self.observer)
@@ -180,7 +180,7 @@ class BaseRun:
         assert isinstance(architecture, TextArchitecture)
         cache = CachedLatents(self.out / "cache")
         tokenizer = build_tokenizer(cache.captions, architecture.vocabulary, architecture.text_tokens)
-        seed_initial_weights(recipe.run.seed)
+        seed_initial_weights(training_seed(recipe.dit, recipe.run))
         encoders = [build_text_encoder(architecture, tokenizer) for _ in range(2)]
         model = TextToImage(encoders, build_transformer(architecture, channels, side)).to(self.accelerator.device)
         self.fit(BaseFlowTask(recipe.dit, model, tokenizer, cache, latent_scale(vae), self.accelerator.device))
@@ -201,7 +201,7 @@ class BaseRun:
     def train_class(self, vae: Any, channels: int, side: int) -> Any:
         recipe = self.recipe
         cache = CachedLatents(self.out / "cache", "class")
-        seed_initial_weights(recipe.run.seed)
+        seed_initial_weights(training_seed(recipe.dit, recipe.run))
         transformer = build_class_transformer(recipe, channels, side)
         self.fit(ClassFlowTask(recipe, transformer, cache, latent_scale(vae), self.accelerator.device))
         return model_class("ClassConditionalPipeline")(

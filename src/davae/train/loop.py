@@ -83,6 +83,11 @@ def step_generator(seed: int, stage: str, batch: int, rank: int) -> torch.Genera
     return torch.Generator().manual_seed(mixed)
 
 
+def training_seed(settings: Optim, run: Run) -> int:
+    """The seed of one training: its own, else the run's."""
+    return run.seed if settings.seed is None else settings.seed
+
+
 def learning_rate(settings: Optim, lr: float, step: int) -> float:
     """Linear warm-up, then constant or cosine to zero, `lr_cycles` times over; `step` counts from 0."""
     warmup = settings.lr_warmup_steps
@@ -133,6 +138,7 @@ class Trainer:
         self.ema: dict[str, EMAModel] = {}
         self.skipped = 0
         settings = task.settings
+        self.seed = training_seed(settings, run)
         for name, player in task.players.items():
             groups = [{"lr_multiplier": 1.0, **group} for group in player.groups]
             self.optimizers[name] = torch.optim.AdamW(
@@ -192,7 +198,7 @@ class Trainer:
         batches = Batches(
             len(self.task.dataset),
             settings.batch_size,
-            seed=self.run.seed,
+            seed=self.seed,
             start=self.step * settings.accumulation,
             stop=settings.max_steps * settings.accumulation,
             rank=accelerator.process_index,
@@ -236,7 +242,7 @@ class Trainer:
         for part in range(settings.accumulation):
             batch = next(loader)
             number = self.step * settings.accumulation + part
-            generator = step_generator(self.run.seed, self.task.name, number, accelerator.process_index)
+            generator = step_generator(self.seed, self.task.name, number, accelerator.process_index)
             for name in active:
                 loss, logged = self.task.loss(name, batch, self.step, generator)
                 accelerator.backward(loss / settings.accumulation)

@@ -23,7 +23,7 @@ from davae.recipes.schema import Recipe
 from davae.train.base_run import planned_shapes, train_base
 from davae.train.conditioning import conditioning
 from davae.train.export import UPGRADE_FILE, assemble, fuse, load_trained, read_upgrade, save_pipeline, save_upgrade
-from davae.train.loop import Observer, Progress, Trainer
+from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
@@ -63,14 +63,22 @@ def base_shapes(recipe: Recipe) -> BaseShapes:
 
 
 class Upgrade:
-    """One run of a recipe. Each step returns at once when it was finished before."""
+    """One run of a recipe. Each step returns at once when it was finished before.
 
-    def __init__(self, recipe: Recipe, out: Path, observer: Observer):
+    Args:
+        recipe: what to do.
+        out: the run's folder.
+        observer: told of every step.
+        stage1: the folder of another run, equal up to the cache, whose DetailVAE and cache to use.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, observer: Observer, *, stage1: Path | None = None):
+        self.first = out if stage1 is None else stage1  # where vae/ and cache/ lie
         if recipe.base.train is None:
             assert recipe.base.model is not None
             self.model = resolve(recipe.base.model)
         else:
-            self.model = str(out / "base" / "pipeline")
+            self.model = str(self.first / "base" / "pipeline")
         self.shapes = base_shapes(recipe)
         self.family = transformer_family(self.shapes.transformer_class)
         self.layout = check_recipe(recipe, self.shapes)
@@ -79,6 +87,8 @@ class Upgrade:
         if self.init is not None:
             read_upgrade(self.init / UPGRADE_FILE)  # a wrong folder is told now, not after the cache is written
         self.recipe, self.out, self.observer = recipe, out, observer
+        if stage1 is not None:
+            read_meta(stage1 / "cache", self._key())
         self.folder = RunFolder(out, recipe)
         self.accelerator = make_accelerator(recipe.run)
         self.skipped: dict[str, str] = {}  # unreadable pictures met so far, and why
@@ -107,8 +117,10 @@ class Upgrade:
 
     def train_vae(self) -> Path:
         """Stage 1; returns the folder of the DetailVAE. A recipe with `init` takes that upgrade's as it is."""
+        target = self.first / "vae"
+        if self.first != self.out:
+            return target
         self.train_base_model()
-        target = self.out / "vae"
         if self.init is not None and not self.folder.done("stage1"):
             vae = DetailVAE.from_pretrained(self.init / "vae", torch_dtype=torch.float32)
             if vae.layout != self.layout:
@@ -117,7 +129,7 @@ class Upgrade:
                 vae.save_pretrained(partial)
             self.folder.mark_done("stage1")
         if not self.folder.done("stage1"):
-            seed_initial_weights(self.recipe.run.seed)
+            seed_initial_weights(training_seed(self.recipe.stage1, self.recipe.run))
             vae = DetailVAE.from_base(
                 self.base.vae, self.recipe.detail_channels, self.recipe.scale, self.recipe.downsample
             )
@@ -132,7 +144,7 @@ class Upgrade:
         return target
 
     def vae(self) -> DetailVAE:
-        return DetailVAE.from_pretrained(self.out / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
+        return DetailVAE.from_pretrained(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
 
     # -- cache -------------------------------------------------------------------------------------------------
 
@@ -154,8 +166,8 @@ class Upgrade:
 
     def cache_latents(self) -> Path:
         """Raw latents of the training set, detail statistics (written into the DetailVAE's config), and text."""
-        target = self.out / "cache"
-        if not self.folder.done("cache"):
+        target = self.first / "cache"
+        if self.first == self.out and not self.folder.done("cache"):
             vae = self.vae()
             with new_folder(target) as partial:
                 if self.recipe.cache.shards is None:
@@ -219,12 +231,14 @@ class Upgrade:
     # -- stage 2 -----------------------------------------------------------------------------------------------
 
     def stage2_task(self) -> Stage2Task:
-        read_meta(self.out / "cache", self._key())
+        read_meta(self.first / "cache", self._key())
         vae = self.vae()
-        seed_initial_weights(self.recipe.run.seed)
+        seed_initial_weights(training_seed(self.recipe.stage2, self.recipe.run))
         device = self.accelerator.device
-        transformer = expand_transformer(self.base.transformer, self.recipe.detail_channels)
-        cache = CachedLatents(self.out / "cache", self.family.condition)
+        transformer = expand_transformer(
+            self.base.transformer, self.recipe.detail_channels, self.recipe.stage2.new_weights
+        )
+        cache = CachedLatents(self.first / "cache", self.family.condition)
         task = Stage2Task(
             self.recipe.stage2,
             vae.layout,
