@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from davae.data.pictures import DataError, Pictures, split, to_tensor
 from davae.data.sources import open_source, usable
 from davae.evaluate.distribution import compare
-from davae.evaluate.features import extract, make_extractor
+from davae.evaluate.features import Features, extract, make_extractor
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.losses.perceptual import Lite0Distance, Lpips
 from davae.models.autoencoders import load_autoencoder
@@ -160,6 +161,12 @@ def condition_of(picture: dict[str, Any], pipeline: Any) -> str:
     return str(picture["label"])
 
 
+@cache
+def real_features(data: str, size: int, held_in: float, features: str, weights: Path | None) -> Features:
+    """Features of a set of real pictures, kept for the next model that is compared with it."""
+    return extract(batches(real_pictures(data, size, held_in, "train")), make_extractor(features, weights))
+
+
 def evaluate_generation(
     pipeline: str,
     data: str,
@@ -201,7 +208,8 @@ def evaluate_generation(
             yield torch.stack([to_tensor(sample) for sample in enlarged])
             on_batch(min(start + 64, num), num)
 
-    scores = compare(extract(drawn(), extractor), extract(batches(pictures), extractor))
+    real = real_features(data, size, held_in, features, feature_weights)
+    scores = compare(extract(drawn(), extractor), real)
     return {
         "pipeline": pipeline,
         "data": data,

@@ -16,6 +16,7 @@ from davae.cli.analyze import analyze_app
 from davae.cli.convert import convert_app
 from davae.cli.evaluate import evaluate_app
 from davae.cli.options import DryRun, Json, Name, Out, Overrides, Source, write_json
+from davae.cli.reproduce import reproduce
 from davae.recipes import BaseRecipe, Recipe, RecipeError, dump_recipe, load_recipe, shipped_recipes
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(analyze_app, name="analyze")
 app.add_typer(convert_app, name="convert")
+app.command()(reproduce)
 
 
 def _load(name: str, data: str | None, overrides: list[str] | None) -> Recipe | BaseRecipe:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
@@ -82,6 +83,32 @@ def token_plan(shapes: BaseShapes, resolution: int, scale: int) -> TokenPlan:
         transformer_flops(transformer, native, text_tokens),
         transformer_flops(transformer, upgraded, text_tokens),
     )
+
+
+H100_FLOPS = 0.4 * 989e12  # dense bf16 peak of an H100, at the share of it that training usually reaches
+
+
+def vae_flops(vae: DetailVAE, resolution: int) -> float:
+    """FLOPs of one picture, encoded and decoded, counted by torch on the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae(torch.empty(1, 3, resolution, resolution, device="meta"))
+    return float(counter.get_total_flops())
+
+
+def gpu_days(recipe: Recipe) -> float:
+    """H100-days of both stages at 40 % of its bf16 peak; a backward pass counts twice a forward one.
+
+    Encoding the cache, losses' own networks, loading and evaluation come on top.
+    """
+    shapes = base_shapes(recipe)
+    with torch.device("meta"):
+        vae = DetailVAE(shapes.vae_class, shapes.vae_config, recipe.detail_channels, recipe.scale)
+    each = (
+        (recipe.stage1, vae_flops(vae, recipe.resolution)),
+        (recipe.stage2, token_plan(shapes, recipe.resolution, recipe.scale).upgraded_flops),
+    )
+    total = sum(3 * flops * s.batch_size * s.accumulation * s.max_steps for s, flops in each)
+    return total / H100_FLOPS / 86400
 
 
 def count(parameters: Any) -> int:

@@ -63,6 +63,10 @@ class RunFolder:
                 f"{self.path} is in use by another davae process; wait for it or use another --out"
             ) from error
 
+    def close(self) -> None:
+        """Let another run have the folder."""
+        self._lock.close()
+
     def done(self, step: str) -> bool:
         """Whether a step of the run finished with the step count the recipe asks for."""
         marker = self.path / "checkpoints" / f"{step}.done"

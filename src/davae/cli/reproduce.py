@@ -1,0 +1,57 @@
+"""`davae reproduce`: a table of the paper, from training to figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from davae.cli.options import DryRun, Overrides
+
+
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="TABLE", help="table4, table5")],
+    scale: Annotated[
+        Literal["micro", "paper"], typer.Option(help="micro: real photos, two cores. paper: ImageNet, GPUs.")
+    ] = "micro",
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of stage 2; the scale's own by default.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the runs; the same command resumes.")] = Path(
+        "runs/reproduce"
+    ),
+    results: Annotated[
+        Path, typer.Option(help="Folder of finished runs' figures, one JSON a run; those found are not run again.")
+    ] = Path("docs/results/reproduce"),
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of what has been run, and stop.")
+    ] = False,
+    set: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train, measure and tabulate. Every run is kept under the hash of its recipe, and done once. Examples:
+
+    `davae reproduce table5 --scale micro`
+
+    `davae reproduce table5 --scale paper --dry-run`
+    """
+    from davae import reproduction
+    from davae.display import console, progress_display, table
+    from davae.recipes.tables import load_table
+
+    todo = reproduction.jobs(name, scale, seeds, set or [])
+    if markdown:
+        console.print(reproduction.markdown(*reproduction.table_rows(todo, results)), markup=False, soft_wrap=True)
+        return
+    missing = reproduction.missing_parts(todo) if scale == "paper" else []
+    if dry_run or missing:
+        for job in todo:
+            state = "done" if reproduction.finished(job, results) else reproduction.cost(job)
+            console.print(f"# {job.row}, seed {job.seed}: {state}\n{job.command}", markup=False, soft_wrap=True)
+        if missing:
+            console.print(f"Not run here: {'; '.join(missing)}.", markup=False, soft_wrap=True)
+        return
+    for job in todo:
+        with progress_display() as observer:
+            reproduction.run_job(job, out, results, observer)
+    shown = load_table(name)
+    table(f"{shown.title}\nThe paper: {shown.claim}", *reproduction.table_rows(todo, results))

@@ -1,0 +1,209 @@
+"""`davae reproduce`: the runs of one of the paper's tables, each done once, and the table they make."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from davae.data.cache import fingerprint
+from davae.measure import evaluate_generation, evaluate_reconstruction
+from davae.recipes.schema import Recipe, Stage2
+from davae.recipes.tables import ScaleName, load_scale, load_table, row_overrides, row_recipe
+from davae.train.loop import Observer, Progress
+from davae.train.plan import gpu_days
+from davae.train.state import replace_text, saving
+from davae.train.upgrade import Upgrade
+
+SHOWN = (  # key, heading, decimals
+    ("generation.fd_lite0", "FD-lite0", 2),
+    ("generation.fid", "FID", 2),
+    ("reconstruction.psnr", "PSNR, dB", 2),
+    ("reconstruction.ssim", "SSIM", 4),
+    ("reconstruction.lite0", "perceptual", 4),
+    ("training.loss_base", "base loss", 3),
+    ("training.loss_detail", "detail loss", 3),
+)
+UNUSED = Stage2(max_steps=1, batch_size=1)  # a folder of stage 1 alone serves every stage 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one row. Two rows with the same recipe are the same job."""
+
+    row: str
+    seed: int
+    recipe: Recipe
+    measures: dict[str, Any]
+    command: str
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that its figures hang on; defaults are left out, so that new options change no hash."""
+        values = self.recipe.model_dump(
+            mode="json", exclude_defaults=True, exclude={"name", "run", "report", "sampling"}
+        )
+        return fingerprint(values, self.recipe.run.seed, self.measures)
+
+    @cached_property
+    def stage1_key(self) -> str:
+        """Hash of what stage 1 and the cache hang on."""
+        fields = {"base", "scale", "detail_channels", "downsample", "data", "stage1", "cache", "init"}
+        return fingerprint(
+            self.recipe.model_dump(mode="json", exclude_defaults=True, include=fields), self.recipe.run.seed
+        )
+
+
+def jobs(table: str, scale: ScaleName, seeds: int | None, overrides: list[str]) -> list[Job]:
+    """Every run a table needs, one seed of all rows before the next seed.
+
+    Raises:
+        RecipeError: unknown table, or an override that does not fit the recipe.
+    """
+    chosen, settings = load_table(table), load_scale(scale)
+    measures = {
+        "generation": settings.generation.model_dump(),
+        "reconstruction": settings.reconstruction.model_dump(),
+    }
+    found: list[Job] = []
+    for seed in range(seeds or settings.seeds):
+        for row in chosen.rows:
+            recipe = row_recipe(settings, chosen, row, seed, overrides)
+            assert isinstance(recipe, Recipe)
+            changes = [*row_overrides(settings, chosen, row, seed), *overrides]
+            words = ["davae", "train-dit", settings.recipe, *(w for change in changes for w in ("--set", change))]
+            found.append(Job(row.name, seed, recipe, measures, shlex.join(words)))
+    return found
+
+
+def finished(job: Job, results: Path) -> dict[str, Any] | None:
+    """The figures of a job that was run before, here or elsewhere."""
+    path = results / f"{job.key}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def run_job(job: Job, out: Path, results: Path, observer: Observer) -> dict[str, Any]:
+    """Train and measure; stage 1 and the cache are shared by all jobs that agree up to there. Resumes."""
+    known = finished(job, results)
+    if known is not None:
+        return known
+    with saving(results):  # before hours of training, not after
+        results.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    first = out / "stage1" / job.stage1_key
+    shared = Upgrade(job.recipe.model_copy(update={"stage2": UNUSED}), first, observer)
+    shared.train_vae()
+    shared.cache_latents()
+    shared.folder.close()
+    folder = out / "runs" / job.key
+    run = Upgrade(job.recipe, folder, observer, stage1=first)
+    run.train_dit()
+    run.folder.close()
+    losses = last_losses(folder)
+    generation = evaluate_generation(
+        str(folder),
+        job.measures["generation"]["data"],
+        num=job.measures["generation"]["num"],
+        resolution=None,
+        compare_at=None,
+        steps=job.measures["generation"]["steps"],
+        guidance=job.measures["generation"]["guidance"],
+        seed=0,
+        held_in=0.0,
+        features=job.measures["generation"]["features"],
+        feature_weights=None,
+        on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+    )
+    reconstruction = reconstruction_once(first, job.measures["reconstruction"])
+    figures = {
+        "row": job.row,
+        "seed": job.seed,
+        "command": job.command,
+        "generation": generation | {"pipeline": "of this run"},
+        "reconstruction": reconstruction | {"vae": "of this run"},
+        "training": losses,
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "recipe": job.recipe.model_dump(mode="json", exclude_defaults=True),
+    }
+    replace_text(results / f"{job.key}.json", json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def reconstruction_once(first: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Reconstruction figures of a shared stage 1, measured once and kept beside it."""
+    path = first / f"reconstruction-{fingerprint(settings)}.json"
+    if not path.is_file():
+        figures = evaluate_reconstruction(str(first / "vae"), settings["data"], None, settings["num"], 0.0)
+        replace_text(path, json.dumps(figures) + "\n")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def last_losses(folder: Path, points: int = 10) -> dict[str, float]:
+    """Base and detail loss of stage 2, averaged over the last logged points."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [record for record in map(json.loads, lines) if record["stage"] == "stage2"][-points:]
+    return {name: mean(record[name] for record in records) for name in ("loss_base", "loss_detail")}
+
+
+def spread(values: list[float], decimals: int) -> str:
+    """`mean ± standard deviation` over seeds; the mean alone where there is one."""
+    text = f"{mean(values):.{decimals}f}"
+    return text if len(values) < 2 else f"{text} ± {stdev(values):.{decimals}f}"
+
+
+def table_rows(todo: list[Job], results: Path) -> tuple[list[str], list[list[str]]]:
+    """(headings, a line a row) of what has been run: mean and spread over seeds, and how many there are."""
+    done: dict[str, list[dict[str, Any]]] = {job.row: [] for job in todo}
+    for job in todo:
+        figures = finished(job, results)
+        if figures is not None:
+            done[job.row].append(figures)
+    seen = [f for rows in done.values() for f in rows]
+    shown = [s for s in SHOWN if any(look_up(f, s[0]) is not None for f in seen)]
+    lines = []
+    for row, runs in done.items():
+        cells = [[value for f in runs if (value := look_up(f, key)) is not None] for key, _, _ in shown]
+        lines.append(
+            [row, *(spread(v, s[2]) if v else "-" for v, s in zip(cells, shown, strict=True)), str(len(runs))]
+        )
+    return ["", *(heading for _, heading, _ in shown), "seeds"], lines
+
+
+def look_up(figures: dict[str, Any], path: str) -> float | None:
+    section, key = path.split(".")
+    return figures.get(section, {}).get(key)
+
+
+def markdown(headings: list[str], lines: list[list[str]]) -> str:
+    """The table for a document."""
+    rule = ["---"] * len(headings)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *lines)) + "\n"
+
+
+def missing_parts(todo: list[Job]) -> list[str]:
+    """What a table at the paper's scale needs and this machine lacks."""
+    needed = {
+        path
+        for job in todo
+        for path in (job.recipe.base.model, job.recipe.data.source, job.measures["generation"]["data"])
+        if path is not None
+    }
+    lacking = [f"{path} does not exist" for path in sorted(needed) if not Path(path).exists()]
+    return lacking if torch.cuda.is_available() else [*lacking, "there is no GPU"]
+
+
+def cost(job: Job) -> str:
+    """H100-days of a run, where the base model's configs are at hand."""
+    model = job.recipe.base.model
+    if model is None or not Path(model).exists():
+        return f"cost unknown until {model} is there"
+    return f"about {gpu_days(job.recipe):.2g} H100-days"
