@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from davae.cli.options import Json, write_json
+from davae.cli.prompts import geneval, geneval_score, prompts
 
 FeatureNetwork = Annotated[
     Literal["lite0", "inception"],
@@ -19,6 +20,9 @@ OptionalFeatures = Annotated[
 Weights = Annotated[Path | None, typer.Option(help="Inception weights of torch-fidelity, where there is no network.")]
 
 evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a model on pictures.")
+evaluate_app.command()(prompts)
+evaluate_app.command()(geneval)
+evaluate_app.command("geneval-score")(geneval_score)
 
 
 @evaluate_app.command()

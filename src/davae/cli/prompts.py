@@ -1,0 +1,108 @@
+"""`davae evaluate prompts`, `geneval` and `geneval-score`: how well pictures follow their prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from davae.cli.options import Json, write_json
+
+Pipeline = Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")]
+Folder = Annotated[Path, typer.Option(help="Folder for the pictures; those already there are kept.")]
+Steps = Annotated[int, typer.Option(min=1)]
+Guidance = Annotated[float, typer.Option(min=0.0)]
+ClipModel = Annotated[str | None, typer.Option(help="A CLIP model of transformers: folder or hub id.")]
+
+
+def prompts(
+    pipeline: Pipeline,
+    prompts: Annotated[
+        Path,
+        typer.Option(help=".txt, PartiPrompts .tsv, MJHQ-30K meta_data.json, DiffusionDB .parquet or .json, .jsonl"),
+    ],
+    out: Folder,
+    num: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    steps: Steps = 30,
+    guidance: Guidance = 2.5,
+    seed: int = 0,
+    clip: ClipModel = None,
+    json: Json = None,
+) -> None:
+    """A picture a prompt, and their CLIP score with `--clip`. FID of the folder: `davae evaluate pictures`. Example:
+
+    `davae evaluate prompts --pipeline runs/sd35 --prompts MJHQ-30K/meta_data.json --out mjhq --clip clip-vit-large-patch14`
+    """
+    from davae.display import console, progress_display
+    from davae.prompting import evaluate_prompts
+    from davae.train.loop import Progress
+
+    with progress_display() as observer:
+        figures = evaluate_prompts(
+            pipeline,
+            prompts,
+            out,
+            num=num,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            clip=clip,
+            on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+        )
+    write_json(json, figures)
+    console.print_json(data=figures)
+
+
+def geneval(
+    pipeline: Pipeline,
+    prompts: Annotated[Path, typer.Option(help="GenEval's evaluation_metadata.jsonl.")],
+    out: Folder,
+    num: Annotated[int, typer.Option(min=1, help="Pictures a prompt; 4 in published tables.")] = 4,
+    steps: Steps = 30,
+    guidance: Guidance = 2.5,
+    seed: int = 0,
+    detector: Annotated[
+        str | None, typer.Option(help="A COCO object detector of transformers, to judge the pictures here.")
+    ] = None,
+    clip: ClipModel = None,
+    json: Json = None,
+) -> None:
+    """GenEval's folder layout, for the official evaluation; judged here too with `--detector` and `--clip`.
+
+    The rules are GenEval's, the detector is another than the official Mask2Former: compare such scores only with each other.
+
+    `davae evaluate geneval --pipeline runs/sd35 --prompts evaluation_metadata.jsonl --out geneval`
+    """
+    from davae.display import console, progress_display
+    from davae.prompting import evaluate_geneval
+    from davae.train.loop import Progress
+
+    with progress_display() as observer:
+        figures = evaluate_geneval(
+            pipeline,
+            prompts,
+            out,
+            num=num,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            detector=detector,
+            clip=clip,
+            on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+        )
+    write_json(json, figures)
+    console.print_json(data=figures)
+
+
+def geneval_score(
+    results: Annotated[Path, typer.Argument(help="results.jsonl of the official evaluation, or of ours.")],
+    json: Json = None,
+) -> None:
+    """Scores by task and overall. Example: `davae evaluate geneval-score results.jsonl`"""
+    from davae.display import console
+    from davae.evaluate.geneval import read_results, scores
+
+    figures = scores(read_results(results))
+    write_json(json, figures)
+    console.print_json(data=figures)

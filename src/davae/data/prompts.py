@@ -1,0 +1,96 @@
+"""Prompts from the files in which benchmarks keep them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from davae.data.pictures import DataError
+
+COLUMNS = ("prompt", "Prompt", "p", "caption", "text")  # what benchmarks call it; `p` is DiffusionDB's
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`name` is its key in the file (MJHQ's picture id, a line's number); `record` is the whole entry."""
+
+    text: str
+    name: str
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """All prompts of a file, in its order.
+
+    `.txt`: one a line. `.tsv`, `.csv` (PartiPrompts): a column. `.jsonl` (GenEval): an object a line. `.json`
+    (MJHQ-30K's `meta_data.json`, DiffusionDB's `part-*.json`): an object per name. `.parquet` (DiffusionDB's
+    `metadata.parquet`): a column, through pyarrow.
+
+    Raises:
+        DataError: no such file, another format, no prompts in it.
+    """
+    if not path.is_file():
+        raise DataError(f"prompt file {path} does not exist")
+    readers = {
+        ".txt": _lines,
+        ".tsv": _table,
+        ".csv": _table,
+        ".jsonl": _json_lines,
+        ".json": _json,
+        ".parquet": _parquet,
+    }
+    if path.suffix not in readers:
+        raise DataError(f"prompt file {path}: unknown format '{path.suffix}'; there are {', '.join(readers)}")
+    try:
+        entries = readers[path.suffix](path)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"prompt file {path} cannot be read: {' '.join(str(error).split())[:120]}") from error
+    prompts = [Prompt(_text(record, path), name, record) for name, record in entries]
+    prompts = [prompt for prompt in prompts if prompt.text.strip()]
+    if not prompts:
+        raise DataError(f"prompt file {path} holds no prompts")
+    return prompts
+
+
+def _text(record: dict[str, Any], path: Path) -> str:
+    for column in COLUMNS:
+        if column in record:
+            return str(record[column])
+    raise DataError(f"prompt file {path}: no column {' or '.join(COLUMNS)}, found {', '.join(record) or 'none'}")
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [(str(number), {"prompt": line}) for number, line in enumerate(lines)]
+
+
+def _table(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
+        return [(str(number), dict(row)) for number, row in enumerate(rows)]
+
+
+def _json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [(str(number), json.loads(line)) for number, line in enumerate(lines) if line.strip()]
+
+
+def _json(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(values, dict):
+        return list(values.items())
+    return [(str(number), value) for number, value in enumerate(values)]
+
+
+def _parquet(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise DataError(f"prompt file {path}: reading .parquet needs `pip install 'davae[hub]'`") from error
+    file = ParquetFile(path)
+    wanted = [name for name in file.schema_arrow.names if name in (*COLUMNS, "image_name")]
+    rows = file.read(columns=wanted).to_pylist()
+    return [(str(row.get("image_name", number)), row) for number, row in enumerate(rows)]

@@ -1,0 +1,49 @@
+"""How well pictures fit their prompts: CLIP score, and colours of crops by zero-shot classification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+
+from davae.models.pipeline import ModelError
+
+
+class Clip:
+    """A CLIP model of transformers, from a folder or hub id.
+
+    Raises:
+        ModelError: when there is none.
+    """
+
+    def __init__(self, model: str):
+        from transformers import CLIPModel, CLIPProcessor
+
+        try:
+            self.processor: Any = CLIPProcessor.from_pretrained(model)
+            self.model: Any = CLIPModel.from_pretrained(model).eval()
+        except (OSError, ValueError) as error:
+            raise ModelError(f"CLIP model {model}: {' '.join(str(error).split())[:160]}") from error
+        self.device = PartialState().device
+        self.model.to(self.device)
+
+    @torch.no_grad()
+    def similarity(self, images: list[Image.Image], texts: list[str]) -> Tensor:
+        """Cosines (images, texts)."""
+        inputs = self.processor(text=texts, images=images, return_tensors="pt", padding=True, truncation=True)
+        output = self.model(**inputs.to(self.device))
+        return (output.image_embeds @ output.text_embeds.T).cpu()  # both of length one
+
+    def score(self, images: list[Image.Image], texts: list[str]) -> Tensor:
+        """CLIP score of each picture with its own text: 100 max(cosine, 0), (N,)."""
+        return 100 * self.similarity(images, texts).diagonal().clamp(min=0)
+
+    def colour(self, crop: Image.Image, thing: str, colours: tuple[str, ...]) -> str:
+        """Which colour a crop of a thing has: three templates a colour, averaged as in zero-shot classification."""
+        templates = ("a photo of a {} " + thing, "a photo of a {}-colored " + thing, "a photo of a {} object")
+        texts = [template.format(colour) for colour in colours for template in templates]
+        cosines = self.similarity([crop], texts)[0].unflatten(0, (len(colours), len(templates)))
+        return colours[int(cosines.mean(1).argmax())]

@@ -1,0 +1,202 @@
+"""GenEval: its folder layout, its rules for count, colour and position, and its scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from davae.evaluate.clip import Clip
+from davae.models.pipeline import ModelError
+
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection's confidence; counting asks for more
+MOST = 16  # detections kept of one class
+OVERLAP = 0.1  # share of both sizes by which a position must exceed mere touching
+
+
+@dataclass(frozen=True)
+class Found:
+    """One detection: class name, confidence, box (left, top, right, bottom) in pixels."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    correct: bool
+    reason: str
+
+
+def relations(a: Found, b: Found) -> set[str]:
+    """Where `a` lies relative to `b`: of 'left of', 'right of', 'above', 'below'; none when they overlap too much."""
+    centre_a, centre_b = (torch.tensor([(f.box[0] + f.box[2]) / 2, (f.box[1] + f.box[3]) / 2]) for f in (a, b))
+    size_a, size_b = (torch.tensor([f.box[2] - f.box[0], f.box[3] - f.box[1]]) for f in (a, b))
+    offset = centre_a - centre_b
+    beyond = (offset.abs() - OVERLAP * (size_a + size_b)).clamp(min=0) * offset.sign()
+    if bool((beyond.abs() < 1e-3).all()):
+        return set()
+    dx, dy = (beyond / offset.norm()).tolist()
+    found = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, holds in found.items() if holds}
+
+
+def judge(detections: list[Found], request: dict[str, Any], colour_of: Callable[[Found, str], str]) -> Verdict:
+    """Whether a picture's detections meet a prompt's request (an entry of `evaluation_metadata.jsonl`).
+
+    Args:
+        detections: of the picture.
+        request: `tag`, `include` (class, count, and where asked color and position), `exclude`.
+        colour_of: (detection, class) -> one of COLOURS.
+    """
+    threshold = COUNTING_THRESHOLD if request["tag"] == "counting" else THRESHOLD
+    by_class: dict[str, list[Found]] = {}
+    for found in sorted(detections, key=lambda f: -f.score):
+        group = by_class.setdefault(found.label, [])
+        if found.score > threshold and len(group) < MOST:
+            group.append(found)
+    reasons: list[str] = []
+    groups: list[list[Found] | None] = []
+    for wanted in request.get("include", []):
+        label, count = wanted["class"], wanted["count"]
+        group = by_class.get(label, [])[:count]
+        met = len(group) == count
+        if not met:
+            reasons.append(f"expected {label}>={count}, found {len(group)}")
+        elif "color" in wanted:
+            colours = [colour_of(found, label) for found in group]
+            met = colours.count(wanted["color"]) == count
+            if not met:
+                reasons.append(f"expected {wanted['color']} {label}>={count}, found {', '.join(colours)}")
+        if met and "position" in wanted:
+            relation, target = wanted["position"]
+            others = groups[target]
+            if others is None:
+                met = False
+                reasons.append(f"no target for {label} to be {relation}")
+            else:
+                met = all(relation in relations(found, other) for found in group for other in others)
+                if not met:
+                    reasons.append(f"expected {label} {relation} target")
+        groups.append(group if met else None)
+    for unwanted in request.get("exclude", []):
+        label, count = unwanted["class"], unwanted["count"]
+        found_count = len(by_class.get(label, []))
+        if found_count >= count:
+            reasons.append(f"expected {label}<{count}, found {found_count}")
+    return Verdict(not reasons, "\n".join(reasons))
+
+
+class Detector:
+    """An object detector of transformers with COCO's class names, from a folder or hub id.
+
+    Raises:
+        ModelError: when there is none.
+    """
+
+    def __init__(self, model: str):
+        from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+        try:
+            self.processor: Any = AutoImageProcessor.from_pretrained(model)
+            self.model: Any = AutoModelForObjectDetection.from_pretrained(model).eval()
+        except (OSError, ValueError) as error:
+            raise ModelError(f"detector {model}: {' '.join(str(error).split())[:160]}") from error
+        self.device = PartialState().device
+        self.model.to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, picture: Image.Image) -> list[Found]:
+        """Everything above the rules' lower threshold."""
+        inputs = self.processor(images=picture, return_tensors="pt").to(self.device)
+        sizes = torch.tensor([[picture.height, picture.width]])
+        result = self.processor.post_process_object_detection(
+            self.model(**inputs), threshold=THRESHOLD, target_sizes=sizes
+        )[0]
+        names = self.model.config.id2label
+        return [
+            Found(names[int(label)], float(score), tuple(float(x) for x in box))  # type: ignore[arg-type]
+            for label, score, box in zip(result["labels"], result["scores"], result["boxes"], strict=True)
+        ]
+
+
+def prompt_folder(out: Path, number: int) -> Path:
+    """The official layout: `00000/metadata.jsonl` and `00000/samples/00000.png`."""
+    return out / f"{number:05d}"
+
+
+def write_request(out: Path, number: int, request: dict[str, Any]) -> Path:
+    """Folder of one prompt with its metadata; returns the folder for its pictures."""
+    folder = prompt_folder(out, number)
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text(json.dumps(request), encoding="utf-8")
+    return folder / "samples"
+
+
+def judge_folder(out: Path, detector: Callable[[Image.Image], list[Found]], clip: Clip) -> list[dict[str, Any]]:
+    """Judge every picture of a layout; one record a picture, with the keys of the official results.
+
+    Raises:
+        ModelError: a folder without pictures.
+    """
+    records: list[dict[str, Any]] = []
+    for folder in sorted(path for path in out.iterdir() if (path / "metadata.jsonl").is_file()):
+        request = json.loads((folder / "metadata.jsonl").read_text(encoding="utf-8"))
+        for path in sorted((folder / "samples").glob("*.png")):
+            picture = Image.open(path).convert("RGB")
+            verdict = judge(
+                detector(picture),
+                request,
+                lambda found, label, whole=picture: clip.colour(whole.crop(_pixels(found, whole)), label, COLOURS),
+            )
+            records.append(
+                {
+                    "filename": str(path),
+                    "tag": request["tag"],
+                    "prompt": request["prompt"],
+                    **asdict(verdict),
+                    "metadata": json.dumps(request),
+                }
+            )
+    if not records:
+        raise ModelError(f"{out} holds no pictures in GenEval's layout")
+    return records
+
+
+def _pixels(found: Found, picture: Image.Image) -> tuple[int, int, int, int]:
+    left, top, right, bottom = (round(x) for x in found.box)
+    left, top = min(max(left, 0), picture.width - 1), min(max(top, 0), picture.height - 1)
+    return left, top, min(max(right, left + 1), picture.width), min(max(bottom, top + 1), picture.height)
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Records of an official results file, or of ours.
+
+    Raises:
+        ModelError: no such file, or lines that are no results.
+    """
+    if not path.is_file():
+        raise ModelError(f"GenEval results {path} do not exist")
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise ModelError(f"GenEval results {path}: not one JSON object a line") from error
+    if not records or any("tag" not in r or "correct" not in r for r in records):
+        raise ModelError(f"GenEval results {path}: every line needs `tag` and `correct`")
+    return records
+
+
+def scores(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Share of correct pictures of each task, and `overall`, the mean over tasks."""
+    tags = sorted({record["tag"] for record in records})
+    tasks = {tag: mean(float(record["correct"]) for record in records if record["tag"] == tag) for tag in tags}
+    return {**tasks, "overall": mean(tasks.values())}

@@ -1,0 +1,156 @@
+"""Prompt following: pictures for benchmark prompts, CLIP score, GenEval."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from davae.data.pictures import DataError
+from davae.data.prompts import Prompt, read_prompts
+from davae.evaluate.clip import Clip
+from davae.evaluate.geneval import Detector, judge_folder, scores, write_request
+from davae.measure import open_model
+from davae.models.pipeline import ModelError
+from davae.sample.class_conditional import ClassConditionalPipeline
+from davae.sample.generate import generate
+from davae.train.state import replace_text, saving
+
+Watch = Callable[[int, int], None]
+PART = 32  # pictures between two writes to disk
+
+
+def open_text_model(name: str) -> Any:
+    """A text-to-image pipeline by name; ModelError for a class-conditional one."""
+    model, _ = open_model(name)
+    if isinstance(model, ClassConditionalPipeline):
+        raise ModelError(f"{name} draws classes, not prompts")
+    return model
+
+
+def draw_missing(
+    pipeline: str, wanted: list[tuple[str, Path]], *, steps: int, guidance: float, seed: int, on_batch: Watch
+) -> None:
+    """Draw (prompt, file) pairs whose file is not there yet. Picture i depends on the settings and i alone."""
+    missing = [number for number, (_, path) in enumerate(wanted) if not path.is_file()]
+    if not missing:
+        return
+    model = open_text_model(pipeline).to(PartialState().device)
+    done = len(wanted) - len(missing)
+    for start, stop in stretches(missing, PART):
+        texts = [prompt for prompt, _ in wanted[start:stop]]
+        pictures = generate(model, texts, steps=steps, guidance_scale=guidance, seed=seed, first=start)
+        for (_, path), picture in zip(wanted[start:stop], pictures, strict=True):
+            with saving(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_suffix(".partial")
+                picture.save(partial, format="PNG")
+                partial.replace(path)
+        done += stop - start
+        on_batch(done, len(wanted))
+
+
+def stretches(numbers: list[int], longest: int) -> list[tuple[int, int]]:
+    """Rising numbers as (first, one past the last) of stretches without a gap."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number and number - found[-1][0] < longest:
+            found[-1] = (found[-1][0], number + 1)
+        else:
+            found.append((number, number + 1))
+    return found
+
+
+def settings_of(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep what pictures depend on beside them; ModelError when those there were drawn otherwise."""
+    path = folder / "settings.json"
+    text = json.dumps(settings, indent=2) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ModelError(f"{folder} holds pictures of other settings (see {path}); use another --out")
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(path, text)
+
+
+def evaluate_prompts(
+    pipeline: str,
+    prompts: Path,
+    out: Path,
+    *,
+    num: int | None,
+    steps: int,
+    guidance: float,
+    seed: int,
+    clip: str | None,
+    on_batch: Watch,
+) -> dict[str, Any]:
+    """Figures of `davae evaluate prompts`: a picture a prompt in `out`, by the prompt's name, and their CLIP score."""
+    chosen = read_prompts(prompts)[:num]
+    scorer = None if clip is None else Clip(clip)  # a wrong folder is told before drawing
+    settings = {"pipeline": pipeline, "prompts": str(prompts), "steps": steps, "guidance": guidance, "seed": seed}
+    settings_of(out, settings)
+    wanted = [(prompt.text, out / f"{file_name(prompt)}.png") for prompt in chosen]
+    if len({path for _, path in wanted}) < len(wanted):
+        raise DataError(f"prompt file {prompts}: two prompts have the same name")
+    draw_missing(pipeline, wanted, steps=steps, guidance=guidance, seed=seed, on_batch=on_batch)
+    figures: dict[str, Any] = {**settings, "pictures": len(wanted), "folder": str(out)}
+    if scorer is not None:
+        parts = []
+        for start in range(0, len(wanted), PART):
+            part = wanted[start : start + PART]
+            images = [Image.open(path).convert("RGB") for _, path in part]
+            parts.append(scorer.score(images, [text for text, _ in part]))
+        values = torch.cat(parts)
+        figures |= {
+            "clip": clip,
+            "clip_score": float(values.mean()),
+            "clip_score_std": float(values.std(correction=0)),
+        }
+    return figures
+
+
+def file_name(prompt: Prompt) -> str:
+    """A prompt's own name without its suffix, numbers in five digits; MJHQ sorts into categories."""
+    stem = Path(prompt.name).stem
+    return f"{int(stem):05d}" if stem.isdigit() else stem
+
+
+def evaluate_geneval(
+    pipeline: str,
+    prompts: Path,
+    out: Path,
+    *,
+    num: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    detector: str | None,
+    clip: str | None,
+    on_batch: Watch,
+) -> dict[str, Any]:
+    """Figures of `davae evaluate geneval`: the official layout in `out`, judged where a detector and CLIP are given."""
+    if (detector is None) != (clip is None):
+        raise ModelError("judging pictures needs both a detector and a CLIP model (for colours)")
+    requests = read_prompts(prompts)
+    odd = next((r for r in requests if "tag" not in r.record or "include" not in r.record), None)
+    if odd is not None:
+        raise DataError(f"{prompts} is not GenEval's metadata: the prompt '{odd.text}' has no `tag` and `include`")
+    judge = None if detector is None or clip is None else (Detector(detector), Clip(clip))
+    settings = {"pipeline": pipeline, "num": num, "steps": steps, "guidance": guidance, "seed": seed}
+    settings_of(out, settings)
+    wanted = []
+    for number, request in enumerate(requests):
+        folder = write_request(out, number, request.record)
+        wanted += [(request.text, folder / f"{sample:05d}.png") for sample in range(num)]
+    draw_missing(pipeline, wanted, steps=steps, guidance=guidance, seed=seed, on_batch=on_batch)
+    figures: dict[str, Any] = {**settings, "pictures": len(wanted), "folder": str(out)}
+    if judge is not None:
+        records = judge_folder(out, *judge)
+        replace_text(out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        figures |= {"detector": detector, "clip": clip, "geneval_with_this_detector": scores(records)}
+    return figures

@@ -1,0 +1,222 @@
+"""Prompt files, CLIP score, and GenEval's rules on boxes drawn by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import picture
+
+from davae.data.pictures import DataError
+from davae.data.prompts import read_prompts
+from davae.evaluate.clip import Clip
+from davae.evaluate.geneval import Detector, Found, judge, read_results, relations, scores
+from davae.models.pipeline import ModelError
+from davae.prompting import evaluate_geneval, evaluate_prompts, stretches
+
+
+def test_prompt_files_of_the_benchmarks(shared: Path, tmp_path: Path):
+    parti = read_prompts(shared / "prompts/PartiPrompts.tsv")
+    assert len(parti) == 1632
+    assert parti[0].record["Category"] == "Abstract"
+    geneval = read_prompts(shared / "prompts/geneval_evaluation_metadata.jsonl")
+    assert len(geneval) == 553
+    assert geneval[0].text == "a photo of a bench"
+
+    mjhq = tmp_path / "meta_data.json"
+    mjhq.write_text(json.dumps({"abc": {"category": "animals", "prompt": "a cat"}, "def": {"prompt": "a dog"}}))
+    assert [(p.name, p.text) for p in read_prompts(mjhq)] == [("abc", "a cat"), ("def", "a dog")]
+    part = tmp_path / "part-000001.json"  # DiffusionDB
+    part.write_text(json.dumps({"x.png": {"p": "a tree", "se": 1, "st": 50}}))
+    assert read_prompts(part)[0].text == "a tree"
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = tmp_path / "metadata.parquet"
+    table = pyarrow.table({"image_name": ["y.png"], "prompt": ["a lake"], "seed": [3]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, parquet)
+    assert [(p.name, p.text) for p in read_prompts(parquet)] == [("y.png", "a lake")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "\n\n", "holds no prompts"),
+        ("a.tsv", "Words\tKind\nx\ty\n", "no column prompt"),
+        ("a.jsonl", "{", "cannot be read"),
+        ("a.doc", "x", "unknown format"),
+    ],
+)
+def test_bad_prompt_files(tmp_path: Path, name: str, text: str, message: str):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def box(label: str, x: float, y: float, score: float = 0.95, side: float = 10) -> Found:
+    return Found(label, score, (x, y, x + side, y + side))
+
+
+def test_relations_need_a_clear_distance():
+    assert relations(box("a", 50, 0), box("b", 0, 0)) == {"right of"}
+    assert relations(box("a", 0, 0), box("b", 50, 0)) == {"left of"}
+    assert relations(box("a", 0, 0), box("b", 0, 50)) == {"above"}
+    assert relations(box("a", 0, 50), box("b", 0, 0)) == {"below"}
+    assert relations(box("a", 1.5, 0), box("b", 0, 0)) == set()  # within a tenth of both sizes
+    assert relations(box("a", 50, 50), box("b", 0, 0)) == {"right of", "below"}
+
+
+def colour_by_place(found: Found, label: str) -> str:
+    return "red" if found.box[0] < 20 else "blue"
+
+
+@pytest.mark.parametrize(
+    ("tag", "include", "exclude", "found", "correct"),
+    [
+        ("single_object", [{"class": "dog", "count": 1}], [], [box("dog", 0, 0, 0.31)], True),
+        ("single_object", [{"class": "dog", "count": 1}], [], [box("dog", 0, 0, 0.29)], False),
+        ("two_object", [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}], [], [box("dog", 0, 0)], False),
+        # counting asks for more confidence, and for no more than the number
+        ("counting", [{"class": "dog", "count": 2}], [{"class": "dog", "count": 3}], [box("dog", 0, 0)] * 2, True),
+        ("counting", [{"class": "dog", "count": 2}], [{"class": "dog", "count": 3}], [box("dog", 0, 0)] * 3, False),
+        ("counting", [{"class": "dog", "count": 2}], [], [box("dog", 0, 0, 0.8)] * 2, False),
+        ("colors", [{"class": "dog", "count": 1, "color": "red"}], [], [box("dog", 0, 0)], True),
+        ("colors", [{"class": "dog", "count": 1, "color": "red"}], [], [box("dog", 30, 0)], False),
+        (
+            "position",
+            [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}],
+            [],
+            [box("cat", 0, 0), box("dog", 60, 0)],
+            True,
+        ),
+        (
+            "position",
+            [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}],
+            [],
+            [box("cat", 0, 0), box("dog", 60, 0)],
+            False,
+        ),
+        (
+            "position",
+            [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}],
+            [],
+            [box("dog", 60, 0)],
+            False,
+        ),
+    ],
+)
+def test_geneval_rules(tag: str, include: list, exclude: list, found: list, correct: bool):
+    verdict = judge(found, {"tag": tag, "include": include, "exclude": exclude}, colour_by_place)
+    assert verdict.correct is correct
+    assert bool(verdict.reason) is not correct
+
+
+def test_scores_of_an_official_results_file(tmp_path: Path):
+    path = tmp_path / "results.jsonl"
+    lines = [("colors", True), ("colors", False), ("counting", True)]
+    path.write_text("\n".join(json.dumps({"tag": tag, "correct": right}) for tag, right in lines))
+    assert scores(read_results(path)) == {"colors": 0.5, "counting": 1.0, "overall": 0.75}
+    path.write_text(json.dumps({"tag": "colors"}))
+    with pytest.raises(ModelError, match="needs `tag` and `correct`"):
+        read_results(path)
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    from davae.train.base_text import build_tokenizer
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**size, "vocab_size": 600, "max_position_embeddings": 16, "eos_token_id": 1, "bos_token_id": 0}
+    vision = {**size, "image_size": 16, "patch_size": 8}
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    tokenizer = build_tokenizer(["a photo of a red dog", "a blue colored object"], 600, 16)
+    CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
+
+    torch.manual_seed(0)
+    config = YolosConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=[32, 32],
+        patch_size=16,
+        num_detection_tokens=5,
+        id2label={0: "bench", 1: "cow"},
+        label2id={"bench": 0, "cow": 1},
+    )
+    folder = tmp_path_factory.mktemp("detector")
+    YolosForObjectDetection(config).save_pretrained(folder)
+    YolosImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}).save_pretrained(folder)
+    return folder
+
+
+def test_clip_score_is_a_hundred_cosines(tiny_clip: Path):
+    clip = Clip(str(tiny_clip))
+    images, texts = [picture(0), picture(1)], ["a red dog", "a blue object"]
+    inputs = clip.processor(text=texts, images=images, return_tensors="pt", padding=True)
+    logits = clip.model(**inputs).logits_per_image / clip.model.logit_scale.exp()
+    assert torch.allclose(clip.score(images, texts), 100 * logits.diagonal().clamp(min=0), atol=1e-4)
+    assert clip.colour(picture(0), "dog", ("red", "blue")) in {"red", "blue"}
+
+
+def test_a_detector_of_transformers(tiny_detector: Path):
+    found = Detector(str(tiny_detector))(picture(3, 40, 30))
+    assert found, "a random head of three classes is above 0.3 somewhere"
+    assert {f.label for f in found} <= {"bench", "cow"}
+    with pytest.raises(ModelError, match="detector /nowhere"):
+        Detector("/nowhere")
+
+
+def test_pictures_for_prompts_resume_and_are_scored(tiny_base: Path, tiny_clip: Path, tmp_path: Path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a red square\na blue disc\na red disc\n")
+    options = {"num": None, "steps": 1, "guidance": 1.0, "seed": 0, "on_batch": lambda done, total: None}
+    figures = evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=str(tiny_clip), **options)
+    files = sorted((tmp_path / "out").glob("*.png"))
+    assert [f.name for f in files] == ["00000.png", "00001.png", "00002.png"]
+    assert 0 <= figures["clip_score"] <= 100
+    before = files[1].read_bytes()
+    files[1].unlink()
+    again = evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=str(tiny_clip), **options)
+    assert files[1].read_bytes() == before
+    assert again == figures
+    with pytest.raises(ModelError, match="other settings"):
+        evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=None, **{**options, "steps": 2})
+
+
+def test_geneval_layout_and_judgement(tiny_base: Path, tiny_clip: Path, tiny_detector: Path, tmp_path: Path):
+    requests = [
+        {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+        {
+            "tag": "colors",
+            "include": [{"class": "cow", "count": 1, "color": "red"}],
+            "prompt": "a photo of a red cow",
+        },
+    ]
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text("\n".join(map(json.dumps, requests)))
+    options = {"num": 2, "steps": 1, "guidance": 1.0, "seed": 0, "on_batch": lambda done, total: None}
+    models = {"detector": str(tiny_detector), "clip": str(tiny_clip)}
+    figures = evaluate_geneval(str(tiny_base), metadata, tmp_path / "out", **models, **options)
+    assert sorted(p.name for p in (tmp_path / "out/00001/samples").iterdir()) == ["00000.png", "00001.png"]
+    assert json.loads((tmp_path / "out/00001/metadata.jsonl").read_text()) == requests[1]
+    records = read_results(tmp_path / "out/results.jsonl")
+    assert len(records) == 4
+    assert scores(records) == figures["geneval_with_this_detector"]
+    with pytest.raises(ModelError, match="both a detector and a CLIP"):
+        evaluate_geneval(str(tiny_base), metadata, tmp_path / "x", detector="d", clip=None, **options)
+
+
+def test_stretches():
+    assert stretches([0, 1, 2, 5, 6, 9], 2) == [(0, 2), (2, 3), (5, 7), (9, 10)]
