@@ -22,6 +22,7 @@ NAMES = {
     "stage2": "stage 2: transformer",
     "vae": "base autoencoder",
     "dit": "base transformer",
+    "network": "super-resolution",
     "cache": "latent cache",
     "latents": "latent cache",
     "captions": "text cache",

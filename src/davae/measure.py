@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image
 from torch import Tensor
 
 from davae.data.pictures import DataError, Pictures, split, to_tensor
@@ -19,6 +18,7 @@ from davae.data.sources import open_source, usable
 from davae.evaluate.distribution import compare
 from davae.evaluate.features import Features, extract, make_extractor
 from davae.evaluate.reconstruction import score_reconstructions
+from davae.evaluate.upscale import make_upscaler
 from davae.losses.perceptual import Lite0Distance, Lpips
 from davae.models.autoencoders import load_autoencoder
 from davae.models.pipeline import ModelError, load_pipeline
@@ -181,6 +181,7 @@ def evaluate_generation(
     features: str,
     feature_weights: Path | None,
     on_batch: Callable[[int, int], None],
+    upscale: str = "bilinear",
 ) -> dict[str, Any]:
     """Figures of `davae evaluate generation`: samples against real pictures of the same captions or classes."""
     model, _ = open_model(pipeline)
@@ -191,6 +192,7 @@ def evaluate_generation(
     prompts = [condition_of(pictures[(int(i), -1)], model) for i in order]
     check_classes(model, prompts)
     extractor = make_extractor(features, feature_weights)
+    enlarge = make_upscaler(upscale, size) if size != (resolution or own) else None
 
     def drawn() -> Iterator[Tensor]:
         for start in range(0, num, 64):
@@ -204,8 +206,7 @@ def evaluate_generation(
                 first=start,
                 batch_size=32,
             )
-            enlarged = [sample.resize((size, size), Image.Resampling.BILINEAR) for sample in samples]
-            yield torch.stack([to_tensor(sample) for sample in enlarged])
+            yield torch.stack([to_tensor(sample) for sample in (enlarge(samples) if enlarge else samples)])
             on_batch(min(start + 64, num), num)
 
     real = real_features(data, size, held_in, features, feature_weights)
@@ -216,6 +217,7 @@ def evaluate_generation(
         **scores.as_dict(extractor.name),
         "resolution": resolution or own,
         "compared_at": size,
+        "upscale": upscale if enlarge else None,
         "steps": steps,
         "guidance_scale": guidance,
         "seed": seed,

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -17,7 +17,18 @@ from davae.cli.convert import convert_app
 from davae.cli.evaluate import evaluate_app
 from davae.cli.options import DryRun, Json, Name, Out, Overrides, Source, write_json
 from davae.cli.reproduce import reproduce
-from davae.recipes import BaseRecipe, Recipe, RecipeError, dump_recipe, load_recipe, shipped_recipes
+from davae.recipes import (
+    AnyRecipe,
+    BaseRecipe,
+    Recipe,
+    RecipeError,
+    SuperResolutionRecipe,
+    dump_recipe,
+    load_recipe,
+    shipped_recipes,
+)
+
+Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,23 +43,20 @@ app.add_typer(convert_app, name="convert")
 app.command()(reproduce)
 
 
-def _load(name: str, data: str | None, overrides: list[str] | None) -> Recipe | BaseRecipe:
+def _load(name: str, data: str | None, overrides: list[str] | None) -> AnyRecipe:
     """`--data` is an override like any other."""
     extra = [f"data.source={json.dumps(data)}"] if data else []
     return load_recipe(name, [*(overrides or []), *extra])
 
 
-def _upgrade_recipe(name: str, data: str | None, overrides: list[str] | None) -> Recipe:
-    recipe = _load(name, data, overrides)
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(f"recipe '{recipe.name}' pretrains a base model; use `davae train-base {name}`")
-    return recipe
+VERBS = {Recipe: "upgrade", BaseRecipe: "train-base", SuperResolutionRecipe: "train-sr"}
 
 
-def _base_recipe(name: str, data: str | None, overrides: list[str] | None) -> BaseRecipe:
+def _recipe(kind: type[Kind], name: str, data: str | None, overrides: list[str] | None) -> Kind:
+    """A recipe of the kind that a verb works on; RecipeError names the verb for any other."""
     recipe = _load(name, data, overrides)
-    if not isinstance(recipe, BaseRecipe):
-        raise RecipeError(f"recipe '{recipe.name}' upgrades a model; use `davae upgrade {name}`")
+    if not isinstance(recipe, kind):
+        raise RecipeError(f"recipe '{recipe.name}' is for another verb; use `davae {VERBS[type(recipe)]} {name}`")
     return recipe
 
 
@@ -61,7 +69,7 @@ def _run_upgrade(
     verb: str,
     stage1: Path | None = None,
 ) -> None:
-    recipe = _upgrade_recipe(name, data, overrides)
+    recipe = _recipe(Recipe, name, data, overrides)
     from davae.display import console, progress_display, table
     from davae.train.plan import plan
     from davae.train.upgrade import Upgrade
@@ -169,9 +177,24 @@ def train_dit(
 @app.command("train-base")
 def train_base(recipe: Name, out: Out = None, data: Source = None, set: Overrides = None) -> None:
     """Pretrain a small base model from scratch. Example: `davae train-base micro-base --out runs/micro-base`"""
-    resolved = _base_recipe(recipe, data, set)
+    resolved = _recipe(BaseRecipe, recipe, data, set)
     from davae.display import console, progress_display
     from davae.train.base_run import train_base as run
+
+    with progress_display() as observer:
+        done = run(resolved, out or Path("runs") / resolved.name, observer)
+    console.print(f"{done}", markup=False)
+
+
+@app.command("train-sr")
+def train_sr(recipe: Name, out: Out = None, data: Source = None, set: Overrides = None) -> None:
+    """Train a super-resolution network, the baseline of Tab. S2: weights for `davae evaluate generation --upscale`.
+
+    `davae train-sr imagenette128-sr --out runs/sr`
+    """
+    resolved = _recipe(SuperResolutionRecipe, recipe, data, set)
+    from davae.display import console, progress_display
+    from davae.train.super_resolution import train_super_resolution as run
 
     with progress_display() as observer:
         done = run(resolved, out or Path("runs") / resolved.name, observer)

@@ -69,8 +69,15 @@ def generation(
     num: Annotated[int, typer.Option(min=2, help="Generated pictures.")] = 1000,
     resolution: Annotated[int | None, typer.Option(help="Pixels to generate; the pipeline's own by default.")] = None,
     compare_at: Annotated[
-        int | None, typer.Option(help="Pixels to compare at; samples are enlarged bilinearly.")
+        int | None, typer.Option(help="Pixels to compare at; samples of another size are brought to it.")
     ] = None,
+    upscale: Annotated[
+        str,
+        typer.Option(
+            help="How: bilinear, bicubic, lanczos, weights of a super-resolution network (spandrel), or a command "
+            "with {input} and {output} folders."
+        ),
+    ] = "bilinear",
     steps: Annotated[int, typer.Option(min=1)] = 30,
     guidance: Annotated[float, typer.Option(min=0.0)] = 2.5,
     seed: int = 0,
@@ -84,6 +91,8 @@ def generation(
     """Frechet and kernel distance, precision and recall against real pictures, prompted by their captions or classes.
 
     `davae evaluate generation --pipeline runs/micro --data openmoji --num 1000`
+
+    The base, enlarged: `davae evaluate generation --pipeline micro --compare-at 128 --upscale lanczos --data openmoji`
     """
     from davae.display import console, progress_display
     from davae.measure import evaluate_generation
@@ -103,6 +112,7 @@ def generation(
             features=features,
             feature_weights=feature_weights,
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+            upscale=upscale,
         )
     write_json(json, figures)
     console.print_json(data=figures)

@@ -1,6 +1,7 @@
 """Recipes: YAML in, frozen pydantic models out."""
 
 from davae.recipes.loading import (
+    AnyRecipe,
     RecipeError,
     differences,
     dump_recipe,
@@ -8,12 +9,14 @@ from davae.recipes.loading import (
     shipped_recipes,
     validate,
 )
-from davae.recipes.schema import BaseRecipe, Recipe
+from davae.recipes.schema import BaseRecipe, Recipe, SuperResolutionRecipe
 
 __all__ = [
+    "AnyRecipe",
     "BaseRecipe",
     "Recipe",
     "RecipeError",
+    "SuperResolutionRecipe",
     "differences",
     "dump_recipe",
     "load_recipe",

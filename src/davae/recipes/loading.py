@@ -12,11 +12,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from davae.recipes.schema import BaseRecipe, Recipe
+from davae.recipes.schema import BaseRecipe, Recipe, SuperResolutionRecipe
 
-AnyRecipe = Recipe | BaseRecipe
-KINDS: dict[str, type[Recipe] | type[BaseRecipe]] = {"upgrade": Recipe, "base": BaseRecipe}
-
+AnyRecipe = Recipe | BaseRecipe | SuperResolutionRecipe
+KINDS: dict[str, type[Recipe] | type[BaseRecipe] | type[SuperResolutionRecipe]] = {
+    "upgrade": Recipe,
+    "base": BaseRecipe,
+    "super-resolution": SuperResolutionRecipe,
+}
 
 FAMILIES = ("sd3", "lightningdit")  # tags that pydantic puts into the path of an architecture's fields
 

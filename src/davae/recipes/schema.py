@@ -209,6 +209,34 @@ class BaseRecipe(Section):
         return self
 
 
+class SuperResolution(Optim):
+    """A small network that enlarges pictures, the baseline of Tab. S2."""
+
+    channels: PositiveInt = 64
+    layers: PositiveInt = 16
+    lambda_lpips: NonNegativeFloat = 0.1
+    perceptual: Literal["lpips-vgg", "lpips-alex", "lite0"] = "lite0"
+    perceptual_weights: str | None = None
+
+
+class SuperResolutionRecipe(Section):
+    """Train a super-resolution network on pictures alone: `davae train-sr`."""
+
+    kind: Literal["super-resolution"] = "super-resolution"
+    name: str
+    resolution: PositiveInt  # pixels of the enlarged picture
+    scale: Annotated[int, Field(ge=2)] = 2
+    data: Data = Data()
+    network: SuperResolution
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _divides(self) -> SuperResolutionRecipe:
+        if self.resolution % self.scale:
+            raise ValueError(f"resolution {self.resolution} is not divisible by scale {self.scale}")
+        return self
+
+
 class Base(Section):
     """The pretrained model: a diffusers folder, a hub id, or `micro`, the embedded one; or how to train one first."""
 

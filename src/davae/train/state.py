@@ -77,7 +77,7 @@ class RunFolder:
 
     def _goal(self, step: str) -> str:
         """What the step was asked to do: a longer training makes it, and what follows from it, due again."""
-        sections = [getattr(self.recipe, name, None) for name in ("vae", "dit", "stage1", "stage2")]
+        sections = [getattr(self.recipe, name, None) for name in ("vae", "dit", "stage1", "stage2", "network")]
         goals = [str(section.max_steps) for section in sections if section is not None]
         return "/".join(goals[:1] if step in {"stage1", "cache", "vae"} else goals)
 

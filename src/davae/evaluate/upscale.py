@@ -1,0 +1,105 @@
+"""Baselines that enlarge a base model's pictures: filters, a super-resolution network, any command."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+from davae.data.pictures import to_images, to_tensor
+from davae.models.pipeline import ModelError
+
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+Upscaler = Callable[[list[Image.Image]], list[Image.Image]]
+
+
+def make_upscaler(method: str, size: int) -> Upscaler:
+    """What brings pictures to `size` pixels.
+
+    Args:
+        method: `bilinear`, `bicubic` or `lanczos`; a weights file of a super-resolution network that spandrel knows; or
+            a command with `{input}` and `{output}`, two folders, that leaves each picture in the second under its name.
+        size: pixels; what a network or command gives in another size is brought to it by Lanczos.
+
+    Raises:
+        ModelError: none of these.
+    """
+    if method in FILTERS:
+        return lambda pictures: [picture.resize((size, size), FILTERS[method]) for picture in pictures]
+    if "{input}" in method and "{output}" in method:
+        return lambda pictures: fitted(run_command(method, pictures), size)
+    if Path(method).is_file():
+        network = load_network(Path(method))
+        return lambda pictures: fitted(enlarge(network, pictures), size)
+    raise ModelError(
+        f"--upscale {method}: neither {', '.join(FILTERS)}, nor a weights file, nor a command with {{input}} and {{output}}"
+    )
+
+
+def fitted(pictures: list[Image.Image], size: int) -> list[Image.Image]:
+    """Pictures at `size`, untouched where they have it."""
+    wanted = (size, size)
+    return [p if p.size == wanted else p.resize(wanted, Image.Resampling.LANCZOS) for p in pictures]
+
+
+def load_network(path: Path) -> Any:
+    """A super-resolution network from its weights (ESRGAN, SwinIR, HAT, DAT, Compact and the other ones spandrel reads).
+
+    Raises:
+        ModelError: spandrel is not installed, or does not know the file.
+    """
+    try:
+        from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
+    except ImportError as error:
+        raise ModelError("super-resolution networks need `pip install 'davae[sr]'`") from error
+    try:
+        model = ModelLoader().load_from_file(path)
+    except (UnsupportedModelError, SafetensorError, UnpicklingError, ValueError, RuntimeError, OSError) as error:
+        raise ModelError(f"--upscale {path}: {' '.join(str(error).split())[:160] or type(error).__name__}") from error
+    if not isinstance(model, ImageModelDescriptor) or model.input_channels != 3:
+        raise ModelError(f"--upscale {path}: not a network from colour pictures to colour pictures")
+    return model.eval()
+
+
+@torch.no_grad()
+def enlarge(network: Any, pictures: list[Image.Image]) -> list[Image.Image]:
+    """Through a network that takes and gives [0,1]."""
+    images = torch.stack([to_tensor(picture) for picture in pictures])  # (B,3,H,W) in [-1,1]
+    return to_images(network(images / 2 + 0.5).clamp(0, 1) * 2 - 1)
+
+
+def run_command(command: str, pictures: list[Image.Image]) -> list[Image.Image]:
+    """Through files: how SeedVR2, FMBoost or any other program takes part.
+
+    Raises:
+        ModelError: the command fails, or leaves a picture out.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "input", Path(folder) / "output"
+        source.mkdir()
+        target.mkdir()
+        names = [f"{number:05d}.png" for number in range(len(pictures))]
+        for name, picture in zip(names, pictures, strict=True):
+            picture.save(source / name)
+        words = [word.format(input=source, output=target) for word in shlex.split(command)]
+        try:
+            subprocess.run(words, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            told = getattr(error, "stderr", None) or str(error)
+            raise ModelError(f"--upscale command failed: {' '.join(told.split())[-200:]}") from error
+        missing = [name for name in names if not (target / name).is_file()]
+        if missing:
+            raise ModelError(f"--upscale command left no {missing[0]} in its output folder ({len(missing)} missing)")
+        return [Image.open(target / name).convert("RGB") for name in names]

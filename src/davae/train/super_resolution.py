@@ -1,0 +1,88 @@
+"""A learned super-resolution network, trained on the same photos: the baseline of Tab. S2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from davae.data.pictures import Pictures, collate
+from davae.losses.perceptual import perceptual_distance
+from davae.models.detail_vae import downsample
+from davae.models.pipeline import ModelError
+from davae.recipes.schema import SuperResolution, SuperResolutionRecipe
+from davae.train.loop import Observer, Player, Trainer, training_seed
+from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
+from davae.train.state import RunFolder, saving
+
+WEIGHTS = "network.safetensors"
+
+
+def build_network(settings: SuperResolution, scale: int) -> nn.Module:
+    """Spandrel's Compact network (Real-ESRGAN's small one): convolutions at low resolution, then a pixel shuffle."""
+    try:
+        from spandrel.architectures.Compact import Compact
+    except ImportError as error:
+        raise ModelError("super-resolution networks need `pip install 'davae[sr]'`") from error
+    return Compact(num_feat=settings.channels, num_conv=settings.layers, upscale=scale)
+
+
+class SuperResolutionTask:
+    """L1 and a perceptual distance between the enlarged and the true picture."""
+
+    name = "network"
+
+    def __init__(self, recipe: SuperResolutionRecipe, network: nn.Module, pictures: Pictures, device: torch.device):
+        self.settings, self.scale, self.dataset, self.device = recipe.network, recipe.scale, pictures, device
+        self.collate = collate
+        s = recipe.network
+        self.perceptual = (
+            perceptual_distance(s.perceptual, s.perceptual_weights).to(device) if s.lambda_lpips else None
+        )
+        network.to(device)
+        self.players = {"network": Player(network, [{"params": list(network.parameters())}], lr=s.lr)}
+        self.modules: dict[str, nn.Module] = {"network": network}
+
+    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def active(self, step: int) -> list[str]:
+        return ["network"]
+
+    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        images = batch["images"].to(self.device)  # (B,3,sH,sW) in [-1,1]
+        small = downsample(images, self.scale, "antialias") / 2 + 0.5  # the network speaks [0,1]
+        enlarged = self.modules["network"](small) * 2 - 1
+        total = l1 = F.l1_loss(enlarged, images)
+        logged = {"l1": l1.detach()}
+        if self.perceptual is not None:
+            distance = self.perceptual(enlarged, images).mean()
+            total = l1 + self.settings.lambda_lpips * distance
+            logged["lpips"] = distance.detach()
+        return total, {"loss": total.detach(), **logged}
+
+
+def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: Observer) -> Path:
+    """Train the recipe's network; returns its weights file, which `--upscale` takes. Resumes."""
+    folder = RunFolder(out, recipe)
+    target = out / WEIGHTS
+    if not (folder.done("network") and target.is_file()):
+        accelerator = make_accelerator(recipe.run)
+        source, train, _ = open_pictures(recipe.data, recipe.resolution)
+        pictures = Pictures(source, train, recipe.resolution, seed=recipe.run.seed, flip=recipe.data.flip)
+        seed_initial_weights(training_seed(recipe.network, recipe.run))
+        network = build_network(recipe.network, recipe.scale)
+        task = SuperResolutionTask(recipe, network, pictures, accelerator.device)
+        trainer = Trainer(task, recipe.run, folder, accelerator, observer)
+        trainer.fit(recipe.data.num_workers)
+        trainer.use_average()
+        partial = target.with_name(f".{WEIGHTS}.partial")
+        with saving(target):
+            save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, partial)
+            partial.replace(target)
+        folder.mark_done("network")
+    return target
