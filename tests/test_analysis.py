@@ -11,7 +11,7 @@ import torch
 from conftest import picture, tiny_upgrade_recipe
 from PIL import Image
 
-from davae.analysis import curves, latents, sensitivity, spectra
+from davae.analysis import compare, curves, latents, sensitivity, spectra
 from davae.analyze.latent_maps import class_knowledge, pca_pictures
 from davae.analyze.spectra import radial_power
 from davae.data.pictures import DataError
@@ -104,6 +104,8 @@ def test_every_figure_of_a_run(run: Path, tiny_base: Path, by_class: Path, pictu
     assert found["aligned z_d"]["alignment_error_over_variance"] > 0
 
     assert numbers(curves(run, tmp_path))["last"]["step"] == 4
+    side_by_side = numbers(compare({"this": run, "again": run}, tmp_path))
+    assert side_by_side["this"]["last"] == side_by_side["again"]["last"]
     with pytest.raises(DataError, match="a class for every picture"):
         latents(vae, None, str(picture_folder), tmp_path, num=12, held_out=0.0)
     with pytest.raises(ModelError, match="needs a DetailVAE"):

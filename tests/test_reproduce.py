@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import tiny_upgrade_recipe
+from safetensors.torch import load_file, save_file
 
 from davae import reproduction
 from davae.recipes.tables import Scale, Table, load_table, table_names
@@ -18,10 +20,12 @@ from davae.reproduction import finished, jobs, markdown, run_job, table_rows
 @pytest.mark.parametrize("name", table_names())
 def test_every_row_of_every_table_is_a_valid_recipe(name: str, scale: str):
     todo = jobs(name, scale, 2, [])  # type: ignore[arg-type]
-    assert len(todo) == 2 * len(load_table(name).rows)
+    rows = load_table(name).rows
+    networks = 0 if scale == "micro" else sum(row.upscale == "network" for row in rows)  # none trained at that scale
+    assert len(todo) == sum(1 if row.upscale else 2 for row in rows) - networks
     assert len({job.key for job in todo}) == len(todo)
     for job in todo:
-        for path, value in load_table(name).rows[[r.name for r in load_table(name).rows].index(job.row)].set.items():
+        for path, value in next(row for row in rows if row.name == job.row).set.items():
             section, field = path.split(".")
             assert getattr(getattr(job.recipe, section), field) == value
 
@@ -47,13 +51,18 @@ def tiny_scale(tiny_base: Path, picture_folder: Path, tmp_path: Path, monkeypatc
             "seeds": 2,
             "generation": {"data": str(picture_folder), "num": 4, "steps": 1, "guidance": 1.0, "features": "lite0"},
             "reconstruction": {"data": str(picture_folder), "num": 4},
+            "super_resolution": None,
         }
     )
     table = Table.model_validate(
         {
             "title": "Tiny",
             "claim": "none",
-            "rows": [{"name": "full"}, {"name": "no fade", "set": {"stage2.warmup_steps": 0}}],
+            "rows": [
+                {"name": "full"},
+                {"name": "no fade", "set": {"stage2.warmup_steps": 0}},
+                {"name": "enlarged", "upscale": "bilinear"},
+            ],
         }
     )
     monkeypatch.setattr(reproduction, "load_scale", lambda name: scale)
@@ -65,7 +74,7 @@ def test_runs_are_done_once_and_make_the_table(tiny_scale: Path):
     results = tiny_scale / "results"
     todo = jobs("tiny", "micro", 2, [])
     told: list[str] = []
-    for job in todo[:3]:
+    for job in todo[:4]:
         run_job(job, tiny_scale / "out", results, lambda progress: told.append(progress.task))
     assert len(list((tiny_scale / "out" / "stage1").iterdir())) == 1
     assert told.count("stage1") == 4  # once, not once a row
@@ -79,10 +88,11 @@ def test_runs_are_done_once_and_make_the_table(tiny_scale: Path):
     assert len(told) == before
 
     headings, lines = table_rows(todo, results)
-    assert [line[0] for line in lines] == ["full", "no fade"]
-    assert [line[-1] for line in lines] == ["2", "1"]
+    assert [line[0] for line in lines] == ["full", "no fade", "enlarged"]
+    assert [line[-1] for line in lines] == ["2", "1", "1"]
+    assert lines[2][headings.index("PSNR, dB")] == "-"  # enlarging encodes nothing
     column = headings.index("FD-lite0")
-    distances = [json.loads((results / f"{todo[n].key}.json").read_text())["generation"]["fd_lite0"] for n in (0, 2)]
+    distances = [json.loads((results / f"{todo[n].key}.json").read_text())["generation"]["fd_lite0"] for n in (0, 3)]
     assert lines[0][column].startswith(f"{sum(distances) / 2:.2f} ± ")
     assert "±" not in lines[1][column]
     assert markdown(headings, lines).splitlines()[1] == "|" + " --- |" * len(headings)
@@ -94,3 +104,15 @@ def test_a_new_default_changes_no_hash():
     assert reproduction.Job(job.row, 0, plain, job.measures, "").key == job.key
     longer = job.recipe.model_copy(update={"stage2": job.recipe.stage2.model_copy(update={"max_steps": 7})})
     assert reproduction.Job(job.row, 0, longer, job.measures, "").key != job.key
+
+
+def test_new_weights_of_the_base_make_figures_due_again(tiny_scale: Path, tiny_base: Path, tmp_path: Path):
+    copy = shutil.copytree(tiny_base, tmp_path / "copy")
+    before = jobs("tiny", "micro", 1, [f"base.model={copy}"])
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    keys = [job.key for job in before]
+    state = load_file(weights)
+    save_file({name: tensor + 1 for name, tensor in state.items()}, weights)
+    reproduction.model_digest.cache_clear()
+    after = jobs("tiny", "micro", 1, [f"base.model={copy}"])
+    assert all(old != new.key for old, new in zip(keys, after, strict=True))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from davae.analyze.curves import loss_curves
+from davae.analyze.curves import compared_curves, loss_curves
 from davae.analyze.latent_maps import class_knowledge, pca_pictures
 from davae.analyze.spectra import radial_power, spectra_plot
 from davae.data.pictures import DataError, Pictures, to_images
@@ -129,10 +129,25 @@ def latents(vae: str, unaligned: str | None, data: str, out: Path, *, num: int, 
     )
 
 
+def stage2_records(run: Path) -> list[dict[str, Any]]:
+    """What stage 2 of a run logged; ModelError when it is less than two steps."""
+    records = [r for r in read_metrics(run / "metrics.jsonl") if r["stage"] == "stage2"]
+    if len(records) < 2:
+        raise ModelError(f"run {run} has logged no steps of stage 2")
+    return records
+
+
 def curves(run: Path, out: Path) -> Path:
     """Loss curves of a run's stage 2 (Fig. S3)."""
-    picture = loss_curves(read_metrics(run / "metrics.jsonl"), "stage2")
-    if picture is None:
-        raise ModelError(f"run {run} has logged no steps of stage 2")
-    records = [r for r in read_metrics(run / "metrics.jsonl") if r["stage"] == "stage2"]
+    records = stage2_records(run)
+    picture = loss_curves(records, "stage2")
+    assert picture is not None
     return write_figure(out, "curves", picture, {"run": str(run), "last": records[-1]})
+
+
+def compare(runs: dict[str, Path], out: Path) -> Path:
+    """Base and detail loss of several runs side by side: zero against random new weights (Fig. 4), or any others."""
+    records = {name: stage2_records(run) for name, run in runs.items()}
+    picture = compared_curves(records, ("loss_base", "loss_detail"))
+    figures = {name: {"run": str(runs[name]), "first": r[0], "last": r[-1]} for name, r in records.items()}
+    return write_figure(out, "compare", picture, figures)

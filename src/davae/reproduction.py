@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shlex
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 
+from davae import analysis
 from davae.data.cache import fingerprint
 from davae.measure import evaluate_generation, evaluate_reconstruction
-from davae.recipes.schema import Recipe, Stage2
-from davae.recipes.tables import ScaleName, load_scale, load_table, row_overrides, row_recipe
+from davae.recipes import RecipeError, load_recipe
+from davae.recipes.schema import Recipe, Stage2, SuperResolutionRecipe
+from davae.recipes.tables import Row, Scale, ScaleName, load_scale, load_table, row_overrides, row_recipe
 from davae.train.loop import Observer, Progress
 from davae.train.plan import gpu_days
 from davae.train.state import replace_text, saving
+from davae.train.super_resolution import WEIGHTS, train_super_resolution
 from davae.train.upgrade import Upgrade
 
 SHOWN = (  # key, heading, decimals
@@ -44,22 +48,38 @@ class Job:
     recipe: Recipe
     measures: dict[str, Any]
     command: str
+    upscale: str | None = None  # the base model's pictures, enlarged, instead of a trained upgrade
+    super_resolution: SuperResolutionRecipe | None = None  # the network that enlarges them, where one is trained
 
     @cached_property
     def key(self) -> str:
         """Hash of all that its figures hang on; defaults are left out, so that new options change no hash."""
+        if self.upscale is not None:
+            network = None if self.super_resolution is None else self.super_resolution.model_dump(mode="json")
+            return fingerprint(
+                self.upscale, model_digest(self.recipe.base.model), network, self.measures["generation"]
+            )
         values = self.recipe.model_dump(
             mode="json", exclude_defaults=True, exclude={"name", "run", "report", "sampling"}
         )
-        return fingerprint(values, self.recipe.run.seed, self.measures)
+        return fingerprint(values, model_digest(self.recipe.base.model), self.recipe.run.seed, self.measures)
 
     @cached_property
     def stage1_key(self) -> str:
         """Hash of what stage 1 and the cache hang on."""
         fields = {"base", "scale", "detail_channels", "downsample", "data", "stage1", "cache", "init"}
-        return fingerprint(
-            self.recipe.model_dump(mode="json", exclude_defaults=True, include=fields), self.recipe.run.seed
-        )
+        values = self.recipe.model_dump(mode="json", exclude_defaults=True, include=fields)
+        return fingerprint(values, model_digest(self.recipe.base.model), self.recipe.run.seed)
+
+
+@cache
+def model_digest(model: str | None) -> str:
+    """Hash of a model folder's weights, so that figures of older weights are not taken for those of new ones."""
+    files = sorted(Path(model).rglob("*.safetensors")) if model is not None else []
+    digest = hashlib.sha256(str(model).encode() if not files else b"")
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def jobs(table: str, scale: ScaleName, seeds: int | None, overrides: list[str]) -> list[Job]:
@@ -78,10 +98,32 @@ def jobs(table: str, scale: ScaleName, seeds: int | None, overrides: list[str]) 
         for row in chosen.rows:
             recipe = row_recipe(settings, chosen, row, seed, overrides)
             assert isinstance(recipe, Recipe)
+            if row.upscale is not None:
+                if seed == 0 and (row.upscale != "network" or settings.super_resolution is not None):
+                    found.append(enlarged_job(row, recipe, measures, settings))
+                continue
             changes = [*row_overrides(settings, chosen, row, seed), *overrides]
             words = ["davae", "train-dit", settings.recipe, *(w for change in changes for w in ("--set", change))]
             found.append(Job(row.name, seed, recipe, measures, shlex.join(words)))
     return found
+
+
+def enlarged_job(row: Row, recipe: Recipe, measures: dict[str, Any], settings: Scale) -> Job:
+    """A row of enlarged pictures. Nothing hangs on stage 2's seed, so there is one."""
+    if recipe.base.model is None:
+        raise RecipeError("tables need a base model that is trained already: --set base.model=FOLDER")
+    sr, words = None, []
+    method = str(row.upscale)
+    if method == "network":
+        sr = load_recipe(str(settings.super_resolution))
+        assert isinstance(sr, SuperResolutionRecipe)
+        words = ["davae", "train-sr", str(settings.super_resolution), "--out", "runs/sr", "&&"]
+        method = f"runs/sr/{WEIGHTS}"
+    chosen = settings.generation
+    words += ["davae", "evaluate", "generation", "--pipeline", recipe.base.model, "--data", chosen.data]
+    words += ["--compare-at", str(recipe.resolution), "--upscale", method, "--num", str(chosen.num)]
+    words += ["--steps", str(chosen.steps), "--guidance", str(chosen.guidance), "--features", chosen.features]
+    return Job(row.name, 0, recipe, measures, " ".join(words), row.upscale, sr)
 
 
 def finished(job: Job, results: Path) -> dict[str, Any] | None:
@@ -98,44 +140,77 @@ def run_job(job: Job, out: Path, results: Path, observer: Observer) -> dict[str,
     with saving(results):  # before hours of training, not after
         results.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    first = out / "stage1" / job.stage1_key
-    shared = Upgrade(job.recipe.model_copy(update={"stage2": UNUSED}), first, observer)
-    shared.train_vae()
-    shared.cache_latents()
-    shared.folder.close()
-    folder = out / "runs" / job.key
-    run = Upgrade(job.recipe, folder, observer, stage1=first)
-    run.train_dit()
-    run.folder.close()
-    losses = last_losses(folder)
-    generation = evaluate_generation(
-        str(folder),
-        job.measures["generation"]["data"],
-        num=job.measures["generation"]["num"],
-        resolution=None,
-        compare_at=None,
-        steps=job.measures["generation"]["steps"],
-        guidance=job.measures["generation"]["guidance"],
-        seed=0,
-        held_in=0.0,
-        features=job.measures["generation"]["features"],
-        feature_weights=None,
-        on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
-    )
-    reconstruction = reconstruction_once(first, job.measures["reconstruction"])
+    figures = enlarged_figures(job, out, observer) if job.upscale else upgraded_figures(job, out, observer)
     figures = {
         "row": job.row,
         "seed": job.seed,
         "command": job.command,
-        "generation": generation | {"pipeline": "of this run"},
-        "reconstruction": reconstruction | {"vae": "of this run"},
-        "training": losses,
+        **figures,
         "minutes": round((time.monotonic() - started) / 60, 1),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "recipe": job.recipe.model_dump(mode="json", exclude_defaults=True),
     }
     replace_text(results / f"{job.key}.json", json.dumps(figures, indent=2) + "\n")
     return figures
+
+
+def trained_stage1(job: Job, out: Path, observer: Observer) -> Path:
+    """Folder of the DetailVAE and cache that a job shares with others; trained if it is not there."""
+    first = out / "stage1" / job.stage1_key
+    run = Upgrade(job.recipe.model_copy(update={"stage2": UNUSED}), first, observer)
+    run.train_vae()
+    run.cache_latents()
+    run.folder.close()
+    return first
+
+
+def trained_run(job: Job, out: Path, observer: Observer) -> Path:
+    """A job's run folder; trained if it is not there."""
+    first, folder = trained_stage1(job, out, observer), out / "runs" / job.key
+    run = Upgrade(job.recipe, folder, observer, stage1=first)
+    run.train_dit()
+    run.folder.close()
+    return folder
+
+
+def upgraded_figures(job: Job, out: Path, observer: Observer) -> dict[str, Any]:
+    """Train an upgrade, and measure it."""
+    folder = trained_run(job, out, observer)
+    return {
+        "generation": measured_generation(str(folder), job, observer) | {"pipeline": "of this run"},
+        "reconstruction": reconstruction_once(out / "stage1" / job.stage1_key, job.measures["reconstruction"]),
+        "training": last_losses(folder),
+        "recipe": job.recipe.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def enlarged_figures(job: Job, out: Path, observer: Observer) -> dict[str, Any]:
+    """Measure the base model's pictures, enlarged."""
+    method = str(job.upscale)
+    if job.super_resolution is not None:
+        folder = out / "networks" / fingerprint(job.super_resolution.model_dump(mode="json"))
+        method = str(train_super_resolution(job.super_resolution, folder, observer))
+    figures = measured_generation(str(job.recipe.base.model), job, observer, method)
+    return {"generation": figures | {"upscale": job.upscale}}
+
+
+def measured_generation(pipeline: str, job: Job, observer: Observer, upscale: str = "bilinear") -> dict[str, Any]:
+    """FD or FID of samples at the upgraded size, as the table's scale says."""
+    chosen = job.measures["generation"]
+    return evaluate_generation(
+        pipeline,
+        chosen["data"],
+        num=chosen["num"],
+        resolution=None,
+        compare_at=job.recipe.resolution,
+        steps=chosen["steps"],
+        guidance=chosen["guidance"],
+        seed=0,
+        held_in=0.0,
+        features=chosen["features"],
+        feature_weights=None,
+        on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+        upscale=upscale,
+    )
 
 
 def reconstruction_once(first: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +218,7 @@ def reconstruction_once(first: Path, settings: dict[str, Any]) -> dict[str, Any]
     path = first / f"reconstruction-{fingerprint(settings)}.json"
     if not path.is_file():
         figures = evaluate_reconstruction(str(first / "vae"), settings["data"], None, settings["num"], 0.0)
-        replace_text(path, json.dumps(figures) + "\n")
+        replace_text(path, json.dumps({**figures, "vae": "of this run"}) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -207,3 +282,27 @@ def cost(job: Job) -> str:
     if model is None or not Path(model).exists():
         return f"cost unknown until {model} is there"
     return f"about {gpu_days(job.recipe):.2g} H100-days"
+
+
+# -- figures -----------------------------------------------------------------------------------------------------
+
+FIGURES = ("fig3", "fig4", "figS3", "figS5", "tableS2a")
+
+
+def figure(name: str, scale: ScaleName, overrides: list[str], out: Path, target: Path, observer: Observer) -> Path:
+    """A figure of the paper, from the runs of Table 5 that it needs; returns its PNG."""
+    full, _, unaligned, drawn = jobs("table5", scale, 1, overrides)
+    data = full.measures["reconstruction"]["data"]
+    base = str(full.recipe.base.model)
+    if name == "figS3":
+        return analysis.curves(trained_run(full, out, observer), target)
+    if name == "fig4":
+        runs = {"zero": trained_run(full, out, observer), "random": trained_run(drawn, out, observer)}
+        return analysis.compare(runs, target)
+    vae = str(trained_stage1(full, out, observer) / "vae")
+    if name == "figS5":
+        return analysis.spectra(vae, data, target, num=1000, held_out=0.0)
+    if name == "tableS2a":
+        return analysis.sensitivity(vae, base, data, target, num=500, held_out=0.0)
+    other = str(trained_stage1(unaligned, out, observer) / "vae")
+    return analysis.latents(vae, other, data, target, num=2000, held_out=0.0)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from davae.analyze.figure import to_png
 
 SHOWN = {
     "stage1": ("l1", "lpips", "align", "kl", "adversarial"),
@@ -59,8 +57,20 @@ def loss_curves(records: list[dict[str, Any]], stage: str) -> bytes | None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return to_png(figure)
+
+
+def compared_curves(runs: dict[str, list[dict[str, Any]]], names: tuple[str, ...]) -> bytes:
+    """PNG of several runs' curves, a panel a quantity and a line a run: running means of what was logged."""
+    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), squeeze=False)
+    for name, axis in zip(names, axes[0], strict=True):
+        for run, records in runs.items():
+            steps = np.array([r["step"] for r in records if name in r])
+            values = np.array([r[name] for r in records if name in r], dtype=float)
+            axis.plot(steps, smooth(values), label=run, linewidth=1.6)
+        axis.set_title(TITLES[name], fontsize=9)
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    return to_png(figure)

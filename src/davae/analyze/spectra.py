@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from davae.analyze.figure import to_png
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,3 @@ def spectra_plot(spectra: dict[str, Spectrum]) -> bytes:
     axis.set(xscale="log", yscale="log", xlabel="cycles per latent position", ylabel="power (channels standardised)")
     axis.legend(frameon=False, fontsize=8)
     return to_png(figure)
-
-
-def to_png(figure: plt.Figure) -> bytes:
-    """PNG bytes of a figure, which is closed."""
-    buffer = io.BytesIO()
-    figure.tight_layout()
-    figure.savefig(buffer, format="png", dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()

@@ -73,3 +73,18 @@ def curves(run: Annotated[Path, typer.Argument(help="A run folder.")], out: Fold
     from davae.display import console
 
     console.print(f"{analysis.curves(run, out)}", markup=False)
+
+
+@analyze_app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; a line each, named by its folder.")],
+    out: Folder = Path("figures"),
+) -> None:
+    """Stage 2 of several runs side by side, zero against random new weights for example (Fig. 4).
+
+    `davae analyze compare runs/zero runs/random`
+    """
+    from davae import analysis
+    from davae.display import console
+
+    console.print(f"{analysis.compare({run.name: run for run in runs}, out)}", markup=False)

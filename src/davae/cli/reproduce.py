@@ -11,7 +11,9 @@ from davae.cli.options import DryRun, Overrides
 
 
 def reproduce(
-    name: Annotated[str, typer.Argument(metavar="TABLE", help="table4, table5")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="table4, table5, tableS2, tableS2a, fig3, fig4, figS3, figS5")
+    ],
     scale: Annotated[
         Literal["micro", "paper"], typer.Option(help="micro: real photos, two cores. paper: ImageNet, GPUs.")
     ] = "micro",
@@ -38,6 +40,11 @@ def reproduce(
     from davae.display import console, progress_display, table
     from davae.recipes.tables import load_table
 
+    if name in reproduction.FIGURES:
+        with progress_display() as observer:
+            done = reproduction.figure(name, scale, set or [], out, results / name, observer)
+        console.print(f"{done}", markup=False)
+        return
     todo = reproduction.jobs(name, scale, seeds, set or [])
     if markdown:
         console.print(reproduction.markdown(*reproduction.table_rows(todo, results)), markup=False, soft_wrap=True)

@@ -39,10 +39,14 @@ class Scale(Section):
     seeds: PositiveInt  # of stage 2
     generation: Generation
     reconstruction: Reconstructed
+    super_resolution: str | None  # recipe of the learned baseline of Tab. S2
 
 
 class Row(Section):
+    """`upscale` makes a row of the base model's pictures, enlarged; `network` is a trained super-resolution network."""
+
     name: str
+    upscale: Literal["bilinear", "bicubic", "lanczos", "network"] | None = None
     set: dict[str, Any] = Field(default={})
 
 
