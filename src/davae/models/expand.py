@@ -37,73 +37,96 @@ def expand_transformer(transformer: Model, detail_channels: int, new_weights: Ne
     config: Any = transformer.config
     if MARK in config:
         raise ValueError(
-            f"this {family.class_name} was expanded already ({config[MARK]} base channels of {config['in_channels']}); "
-            "start from the pretrained transformer"
+            f"this {family.class_name} was expanded already ({config[MARK]} base channels of "
+            f"{latent_channels(transformer)}); start from the pretrained transformer"
         )
-    base_channels = int(config["in_channels"])
+    base_channels = latent_channels(transformer)
     layout = LatentLayout(base_channels, detail_channels)
     expanded = _shared_copy(transformer)
-    _replace(expanded, family.embedder, widen_embedder(expanded.get_submodule(family.embedder), layout, new_weights))
-    _replace(expanded, family.head, widen_head(expanded.get_submodule(family.head), layout, family, new_weights))
-    groups = (config["out_channels"] or base_channels) // base_channels  # 2 where a variance is returned
-    expanded.register_to_config(  # type: ignore[operator]
-        in_channels=layout.channels, out_channels=groups * layout.channels, **{MARK: base_channels}
-    )
+    for path, widen in ((family.embedder, widen_embedder), (family.head, widen_head)):
+        _replace(expanded, path, widen(expanded.get_submodule(path), layout, family, new_weights))
+
+    def widened(values: int) -> int:
+        """As many values a channel as before: 2 where a variance is returned, 4 where a token packs 2x2 positions."""
+        return values // base_channels * layout.channels
+
+    changes = {family.in_key: widened(config[family.in_key])}
+    if config.get(family.out_key) is not None:
+        changes[family.out_key] = widened(config[family.out_key])
+    expanded.register_to_config(**changes, **{MARK: base_channels})  # type: ignore[operator]
     for attribute in family.attributes:
-        setattr(expanded, attribute, layout.channels)
+        setattr(expanded, attribute, widened(getattr(expanded, attribute)))
     return expanded
 
 
-def widen_embedder(embedder: nn.Module, layout: LatentLayout, new_weights: NewWeights) -> nn.Conv2d:
-    """[P, P']: the pretrained patch convolution with D more input channels (Eq. 8)."""
-    assert isinstance(embedder, nn.Conv2d)
-    wide = nn.Conv2d(
-        layout.channels,
-        embedder.out_channels,
-        kernel_size=embedder.kernel_size,  # type: ignore[arg-type]
-        stride=embedder.stride,  # type: ignore[arg-type]
-        padding=embedder.padding,  # type: ignore[arg-type]
-        bias=embedder.bias is not None,
-        device=embedder.weight.device,
-        dtype=embedder.weight.dtype,
-    )
+def latent_channels(transformer: nn.Module) -> int:
+    """Channels of the latents that a transformer takes, however its pipeline packs them."""
+    family = transformer_family(type(transformer).__name__)
+    return int(transformer.config[family.in_key]) // family.packed  # type: ignore[index]
+
+
+def widen_embedder(
+    embedder: nn.Module, layout: LatentLayout, family: TransformerFamily, new_weights: NewWeights
+) -> nn.Module:
+    """[P, P']: the pretrained patch convolution or linear with D more input channels (Eq. 8)."""
+    wide = _like(embedder, layout.channels / layout.base_channels, 1)
     with torch.no_grad():
         if new_weights == "zero":
             wide.weight.zero_()
-        z, _ = layout.split(wide.weight)  # (width,C,p,p), a view
-        z.copy_(embedder.weight)
+        z, _ = layout.split(inputs_by_channel(wide.weight, layout.channels, family))
+        z.copy_(inputs_by_channel(embedder.get_parameter("weight"), layout.base_channels, family))
         if embedder.bias is not None:
-            wide.bias.copy_(embedder.bias)  # type: ignore[union-attr]
+            wide.bias.copy_(embedder.bias)
     return wide
 
 
 def widen_head(
     head: nn.Module, layout: LatentLayout, family: TransformerFamily, new_weights: NewWeights
-) -> nn.Linear:
+) -> nn.Module:
     """[O, O']: the pretrained head with D more output channels per patch position (Eq. 10).
 
     A head that also predicts a variance has two groups of channels per position; both grow.
     """
-    assert isinstance(head, nn.Linear)
-    positions = head.out_features // layout.base_channels  # p*p, times two with a variance
-    wide = nn.Linear(
-        head.in_features,
-        positions * layout.channels,
-        bias=head.bias is not None,
-        device=head.weight.device,
-        dtype=head.weight.dtype,
-    )
+    wide = _like(head, 1, layout.channels / layout.base_channels)
     with torch.no_grad():
         for name, parameter in wide.named_parameters():
             if new_weights == "zero":
                 parameter.zero_()
-            z, _ = layout.split(by_channel(parameter, positions, layout.channels, family.head_order))
-            z.copy_(by_channel(head.get_parameter(name), positions, layout.base_channels, family.head_order))
+            z, _ = layout.split(outputs_by_channel(parameter, layout.channels, family))
+            z.copy_(outputs_by_channel(head.get_parameter(name), layout.base_channels, family))
     return wide
 
 
+def _like(layer: nn.Module, inputs: float, outputs: float) -> Any:
+    """A fresh layer of the same kind with so many times the input and output channels."""
+    kept = {"bias": layer.bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(round(layer.in_features * inputs), round(layer.out_features * outputs), **kept)
+    assert isinstance(layer, nn.Conv2d)
+    return nn.Conv2d(
+        round(layer.in_channels * inputs),
+        round(layer.out_channels * outputs),
+        kernel_size=layer.kernel_size,  # type: ignore[arg-type]
+        stride=layer.stride,  # type: ignore[arg-type]
+        padding=layer.padding,  # type: ignore[arg-type]
+        **kept,
+    )
+
+
+def inputs_by_channel(weight: Tensor, channels: int, family: TransformerFamily) -> Tensor:
+    """View of an embedder's weight with the latent channels on axis 1: (width,c,p,p), or (p*p,c,width) of a linear."""
+    if weight.ndim == 4:
+        return weight
+    return by_channel(weight.T, weight.shape[1] // channels, channels, family.embedder_order)
+
+
+def outputs_by_channel(parameter: Tensor, channels: int, family: TransformerFamily) -> Tensor:
+    """View of a head's weight or bias with the latent channels on axis 1: (p*p,c,...); p*p twice with a variance."""
+    return by_channel(parameter, parameter.shape[0] // channels, channels, family.head_order)
+
+
 def by_channel(rows: Tensor, positions: int, channels: int, order: str) -> Tensor:
-    """View of a head's rows as (p*p, channels, ...), whatever order its family packs them in."""
+    """View of a token's values as (p*p, channels, ...), whatever order its family packs them in."""
     if order == "patch_channel":
         return rows.unflatten(0, (positions, channels))
     return rows.unflatten(0, (channels, positions)).transpose(0, 1)
@@ -119,17 +142,16 @@ def new_weight_masks(transformer: nn.Module) -> dict[str, Tensor]:
     config: Any = transformer.config
     if MARK not in config:
         raise ValueError(f"this {family.class_name} was not expanded; call expand_transformer first")
-    layout = LatentLayout(config[MARK], config["in_channels"] - config[MARK])
+    layout = LatentLayout(config[MARK], latent_channels(transformer) - config[MARK])
     masks: dict[str, Tensor] = {}
     for path in (family.embedder, family.head):
         for name, parameter in transformer.get_submodule(path).named_parameters():
             mask = torch.zeros_like(parameter, requires_grad=False)
             if path == family.head:
-                positions = parameter.shape[0] // layout.channels
-                _, detail = layout.split(by_channel(mask, positions, layout.channels, family.head_order))
+                _, detail = layout.split(outputs_by_channel(mask, layout.channels, family))
                 detail.fill_(1)
             elif parameter.ndim > 1:  # the embedder's bias belongs to P
-                _, detail = layout.split(mask)
+                _, detail = layout.split(inputs_by_channel(mask, layout.channels, family))
                 detail.fill_(1)
             masks[f"{path}.{name}"] = mask
     return masks

@@ -21,10 +21,13 @@ class TransformerFamily:
     Attributes:
         class_name: the diffusers class.
         embedder: module path of P, a convolution or linear over the input channels.
-        head: module path of O, a linear over the output channels.
+        head: module path of O, a linear or convolution over the output channels.
         head_order: how a token's outputs are laid out: `patch_channel` (p,p,c), channels innermost, or
             `channel_patch` (c,p,p).
-        attributes: instance attributes that hold the number of output channels.
+        embedder_order: the same for a linear embedder's inputs.
+        packed: latent positions that the pipeline packs into the channels of one token before the transformer sees them.
+        in_key, out_key: config keys of the channels that go in and come out.
+        attributes: instance attributes that hold the number of channels, in or out.
         pipeline: the stock pipeline that runs the model.
         lora_targets: module names that LoRA adapts: attention and feed-forward, in both streams.
         condition: what a picture is asked for by: a prompt or a class number.
@@ -40,6 +43,10 @@ class TransformerFamily:
     pipeline: str
     lora_targets: tuple[str, ...]
     condition: Condition
+    embedder_order: TokenOrder = "channel_patch"
+    packed: int = 1
+    in_key: str = "in_channels"
+    out_key: str = "out_channels"
     text_tokens: int = 0
     fixed: tuple[str, ...] = ()
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from davae.models.detail_vae import DetailVAE
-from davae.models.expand import MARK, expand_transformer
+from davae.models.expand import MARK, expand_transformer, latent_channels
 from davae.models.pipeline import ModelError
 from davae.recipes.schema import Lora
 from davae.train.stage2 import choose_trainable
@@ -35,7 +35,7 @@ def save_upgrade(transformer: nn.Module, path: Path, lora: Lora | None, dtype: t
     metadata = {
         "format": FORMAT,
         "class": type(transformer).__name__,
-        "channels": json.dumps([config[MARK], config["in_channels"]]),
+        "channels": json.dumps([config[MARK], latent_channels(transformer)]),
         "lora": json.dumps(None if lora is None else lora.model_dump()),
     }
     partial = path.with_name(f".{path.name}.partial")
@@ -64,11 +64,10 @@ def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
     """
     metadata, _ = read_upgrade(path)
     base_channels, channels = json.loads(metadata["channels"])
-    config: Any = transformer.config
-    if metadata["class"] != type(transformer).__name__ or config["in_channels"] != base_channels:
+    if metadata["class"] != type(transformer).__name__ or latent_channels(transformer) != base_channels:
         raise ModelError(
             f"{path} upgrades a {metadata['class']} of {base_channels} channels, "
-            f"this is a {type(transformer).__name__} of {config['in_channels']}"
+            f"this is a {type(transformer).__name__} of {latent_channels(transformer)}"
         )
     lora = json.loads(metadata["lora"])
     expanded = expand_transformer(transformer, channels - base_channels)
