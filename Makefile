@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 # The main job on the embedded model, shortened to minutes: the recipe's own values, fewer steps.
 demo: $(STAMP)
 	$(BIN)/davae upgrade micro --out $(OUT) \
-		--set stage1.max_steps=130 --set stage2.max_steps=150 --set stage2.warmup_steps=30 \
+		--set stage1.max_steps=130 --set stage2.max_steps=150 --set stage2.warmup_steps=30 --set stage2.lr_cycles=1 \
 		--set cache.variants=2 --set report.holdout_pictures=48
 
 test: $(STAMP) lint

@@ -54,8 +54,10 @@ def expand_transformer(transformer: Model, detail_channels: int, new_weights: Ne
     if config.get(family.out_key) is not None:
         changes[family.out_key] = widened(config[family.out_key])
     expanded.register_to_config(**changes, **{MARK: base_channels})  # type: ignore[operator]
-    for attribute in family.attributes:
-        setattr(expanded, attribute, widened(getattr(expanded, attribute)))
+    for path in family.attributes:
+        parent, _, attribute = path.rpartition(".")
+        module = expanded.get_submodule(parent)
+        setattr(module, attribute, widened(getattr(module, attribute)))
     return expanded
 
 
@@ -114,9 +116,9 @@ def _like(layer: nn.Module, inputs: float, outputs: float) -> Any:
 
 
 def inputs_by_channel(weight: Tensor, channels: int, family: TransformerFamily) -> Tensor:
-    """View of an embedder's weight with the latent channels on axis 1: (width,c,p,p), or (p*p,c,width) of a linear."""
+    """View of an embedder's weight with the latent channels on axis 1: (width,c,...), or (p*p,c,width) of a linear."""
     if weight.ndim == 4:
-        return weight
+        return weight.unflatten(1, (channels, family.packed))
     return by_channel(weight.T, weight.shape[1] // channels, channels, family.embedder_order)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from davae.models.expand import MARK
-from davae.models.families import check_autoencoder, model_class, transformer_family
+from davae.models.families import TRANSFORMERS, check_autoencoder, model_class, transformer_family
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -82,10 +82,15 @@ def read_shapes(model: str) -> BaseShapes:
     if vae_class == "DetailVAE" or MARK in transformer:
         raise ModelError(f"model {model} was upgraded already; start from its pretrained base")
     try:
-        transformer_family(transformer_class)
+        family = transformer_family(transformer_class)
         check_autoencoder(vae_class)
     except ValueError as error:
         raise ModelError(f"model {model}: {error}") from error
+    if not family.trains:
+        raise ModelError(
+            f"model {model}: expand_transformer widens a {transformer_class}, but davae cannot inspect or train one yet; "
+            f"it can train {', '.join(row.class_name for row in TRANSFORMERS.values() if row.trains)}"
+        )
     channels = int(vae["latent_channels"])
     if int(transformer["in_channels"]) != channels:
         raise ModelError(

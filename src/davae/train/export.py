@@ -100,14 +100,12 @@ def load_trained(transformer: nn.Module, path: Path) -> None:
 
 def fuse(transformer: nn.Module) -> nn.Module:
     """Fold LoRA into the weights and remove it; weights shared with the pretrained transformer are copied first."""
-    model: Any = transformer
-    if getattr(model, "_hf_peft_config_loaded", False):
-        for module in transformer.modules():
-            if isinstance(module, BaseTunerLayer):
-                layer: Any = module.get_base_layer()
-                layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-        model.fuse_lora()
-        model.unload_lora()
+    for name, module in list(transformer.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            layer: Any = module.get_base_layer()
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+            module.merge()
+            transformer.set_submodule(name, layer)
     return transformer.requires_grad_(False).eval()
 
 

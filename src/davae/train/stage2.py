@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from davae.data.cache import CachedLatents, collate_latents
@@ -31,13 +31,12 @@ def choose_trainable(transformer: nn.Module, lora: Lora | None) -> list[nn.Param
             transformer.get_parameter(name).requires_grad_(False)
     else:
         transformer.requires_grad_(False)
-        transformer.add_adapter(  # type: ignore[operator]
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
-                target_modules=list(family.lora_targets),
-            )
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
+            target_modules=rf"(?:.*\.)?(?:{'|'.join(family.lora_targets)})",
         )
+        inject_adapter_in_model(config, transformer)  # not add_adapter, which DiT and Hunyuan-DiT lack
         for path in (family.embedder, family.head):
             transformer.get_submodule(path).requires_grad_(True)
     trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
