@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import text_inputs, tiny_autoencoder, tiny_transformer
-from diffusers import AutoencoderTiny, SD3Transformer2DModel
+from diffusers import AutoencoderOobleck, SD3Transformer2DModel
 
 from davae import DetailVAE, expand_transformer
 from davae.models.detail_vae import downsample
@@ -157,9 +157,8 @@ def test_wrong_inputs_name_what_was_found():
         vae.encode(torch.zeros(1, 3, 32, 30))
     with pytest.raises(ValueError, match="takes 4 base \\+ 8 detail"):
         vae.decode(torch.zeros(1, 4, 8, 8))
-    tiny = AutoencoderTiny()
-    with pytest.raises(ValueError, match="AutoencoderTiny is not supported"):
-        DetailVAE.from_base(tiny, 8)
+    with pytest.raises(ValueError, match="AutoencoderOobleck is not supported"):
+        DetailVAE.from_base(AutoencoderOobleck(encoder_hidden_size=8, decoder_channels=8), 8)
 
 
 # -- expand_transformer ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ _HOMES = {
     "LatentLayout": "davae.latent",
     "DetailVAE": "davae.models.detail_vae",
     "LightningDiT": "davae.models.lightning_dit",
+    "PooledAutoencoderTiny": "davae.models.pooled_tiny",
     "ClassConditionalPipeline": "davae.sample.class_conditional",
     "expand_transformer": "davae.models.expand",
     "group_mean": "davae.losses.alignment",
@@ -29,6 +30,7 @@ __all__ = [
     "DetailVAE",
     "LatentLayout",
     "LightningDiT",
+    "PooledAutoencoderTiny",
     "alignment_loss",
     "detail_weight",
     "expand_transformer",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from davae.models.detail_vae import DetailVAE
     from davae.models.expand import expand_transformer
     from davae.models.lightning_dit import LightningDiT
+    from davae.models.pooled_tiny import PooledAutoencoderTiny
     from davae.sample.class_conditional import ClassConditionalPipeline
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from diffusers import DDPMScheduler
 
-from davae.convert import dit, lightningdit, official_davae, sit, vavae
+from davae.convert import dit, lightningdit, official_davae, sit, tiny_autoencoder, vavae
 from davae.convert.checkpoints import load_state
 from davae.data.latent_shards import read_statistics
 from davae.models.autoencoders import load_autoencoder
@@ -100,6 +100,14 @@ def convert_davae(checkpoint: Path, out: Path, config: Path, statistics: Path | 
         (base_mean, detail_mean), (base_std, detail_std) = model.layout.split(mean), model.layout.split(std)
         model.register_to_config(base_mean=base_mean.flatten().tolist(), base_std=base_std.flatten().tolist())
         model.set_detail_statistics(detail_mean.flatten(), detail_std.flatten())
+    with new_folder(out) as partial:
+        model.save_pretrained(partial)
+    return out
+
+
+def convert_tiny(encoder: Path, decoder: Path, out: Path) -> Path:
+    """`davae convert tiny`: TAESD's, TAEF1's or TAEF2's two files as one diffusers autoencoder."""
+    model = tiny_autoencoder(load_state(encoder), load_state(decoder))
     with new_folder(out) as partial:
         model.save_pretrained(partial)
     return out

@@ -20,6 +20,7 @@ from davae.evaluate.features import Features, extract, make_extractor
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.upscale import make_upscaler
 from davae.losses.perceptual import Lite0Distance, Lpips
+from davae.models.autoencoder_families import encode_mode
 from davae.models.autoencoders import load_autoencoder
 from davae.models.pipeline import ModelError, load_pipeline
 from davae.sample.adm import Labels, class_schedule, write_samples
@@ -128,9 +129,7 @@ def evaluate_reconstruction(
 
     @torch.no_grad()
     def reconstruct(images: Tensor) -> Tensor:
-        encoded = model.encode(images.to(device))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-        return model.decode(latents).sample.cpu()
+        return model.decode(encode_mode(model, images.to(device))).sample.cpu()
 
     pictures = real_pictures(data, size, held_out, "held_out")
     scores = score_reconstructions(batches(pictures, num, shared=True), reconstruct, distances, extractor)

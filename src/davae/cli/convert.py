@@ -107,3 +107,21 @@ def davae(
     from davae.display import console
 
     console.print(f"{convert_davae(file, out, config, statistics)}", markup=False)
+
+
+@convert_app.command()
+def tiny(
+    encoder: Annotated[
+        Path, typer.Argument(help="taesd_encoder, taef1_encoder or taef2_encoder, .pth or .safetensors.")
+    ],
+    decoder: Annotated[Path, typer.Argument(help="The decoder of the same.")],
+    out: Target,
+) -> None:
+    """The tiny autoencoders' own files (TAESD, TAEF1, TAEF2) as a diffusers autoencoder.
+
+    `davae convert tiny taef2_encoder.pth taef2_decoder.pth --out taef2`
+    """
+    from davae.conversion import convert_tiny
+    from davae.display import console
+
+    console.print(f"{convert_tiny(encoder, decoder, out)}", markup=False)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from davae.models.families import check_autoencoder, model_class
+from davae.models.autoencoder_families import autoencoder_family
+from davae.models.families import model_class
 from davae.models.pipeline import MissingPart, ModelError, read_config
 
 
@@ -28,7 +29,7 @@ def load_autoencoder(name: str) -> Any:
     kind = str(config.get("_class_name"))
     if kind != "DetailVAE":
         try:
-            check_autoencoder(kind)
+            autoencoder_family(kind)
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from error
     options = {"subfolder": part} if part else {}

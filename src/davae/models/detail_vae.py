@@ -17,9 +17,11 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from davae.latent import LatentLayout
-from davae.models.families import check_autoencoder, model_class
+from davae.models.autoencoder_families import autoencoder_family, first_convolution, layer_path, spatial_factor
+from davae.models.families import model_class
 from davae.models.resample import DetailDown, DetailUp
 from davae.models.tiling import Tiling, tiled
+from davae.models.warm_start import load_all_but, narrow_posterior, warm_start_up
 
 Downsample = Literal["antialias", "bicubic"]
 
@@ -87,6 +89,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         detail_mean: list[float] | None = None,
         detail_std: list[float] | None = None,
         block_out_channels: list[int] | None = None,
+        encoder_block_out_channels: list[int] | None = None,
         latent_channels: int | None = None,
         in_channels: int = 3,
         out_channels: int = 3,
@@ -96,28 +99,34 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         force_upcast: bool = False,
     ):
         super().__init__()
-        check_autoencoder(base_class)
+        family = autoencoder_family(base_class)
         if scale < 2 or scale & (scale - 1):
             raise ValueError(f"scale must be a power of two, at least 2, found {scale}")
         base = model_class(base_class).from_config(base_config)
         base_channels = int(base.config["latent_channels"])
         self.layout = LatentLayout(base_channels, detail_channels, scale)
-        widths = list(base.config["block_out_channels"])
-        extra = int(math.log2(scale))
+        widths = list(base.config[family.widths])
+        self.spatial_factor = spatial_factor(base.config, base_class) * scale  # pixels per latent position, each way
         self.register_to_config(
-            block_out_channels=[*widths, *widths[-1:] * extra],  # its length gives pipelines the spatial factor
+            # pipelines take the spatial factor from the length of either list
+            block_out_channels=[*widths, *widths[-1:] * int(math.log2(scale))],
+            encoder_block_out_channels=[*widths, *widths[-1:] * int(math.log2(scale))],
             latent_channels=self.layout.channels,
-            sample_size=int(base.config["sample_size"]) * scale,
+            sample_size=int(base.config.get("sample_size") or 32 * self.spatial_factor // scale) * scale,
         )
-        self.spatial_factor = 2 ** (len(widths) - 1) * scale  # pixels per latent position, each way
 
         self.base_encoder = base.encoder
-        self.base_quant_conv = base.quant_conv if base.quant_conv is not None else nn.Identity()
+        self.base_quant_conv = base.quant_conv if family.quant and base.quant_conv is not None else nn.Identity()
         self.detail_encoder = copy.deepcopy(base.encoder)
-        width = self.detail_encoder.conv_out.in_channels
-        self.detail_encoder.conv_out = DetailDown(width, 2 * detail_channels, scale)
         self.decoder = base.decoder
-        self.decoder.conv_in = DetailUp(self.layout.channels, self.decoder.conv_in.out_channels, scale)
+        self._last, self._first = layer_path(base.encoder, family.last), layer_path(base.decoder, family.first)
+        width = self.detail_encoder.get_submodule(self._last).in_channels
+        self.detail_encoder.set_submodule(self._last, DetailDown(width, 2 * detail_channels, scale))
+        width = self.decoder.get_submodule(self._first).out_channels
+        self.decoder.set_submodule(self._first, DetailUp(self.layout.channels, width, scale))
+        if family.shortcut is not None:  # the new layers have their own
+            for module, name in zip((self.detail_encoder, self.decoder), family.shortcut, strict=True):
+                setattr(module, name, False)
 
         # Order of channels is the layout's: base first. Not saved with the weights: the config holds them.
         self.register_buffer("mean", torch.zeros(1, self.layout.channels, 1, 1), persistent=False)
@@ -155,7 +164,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: unsupported autoencoder, D not a multiple of C, scale not a power of two.
         """
         class_name = type(base_vae).__name__
-        check_autoencoder(class_name)
+        family = autoencoder_family(class_name)
         config = cast(Any, base_vae).config
         base_mean, base_std = base_statistics(config)
         model = cls(
@@ -173,14 +182,15 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             model._fill_statistics()
         encoder = source.encoder.state_dict()
         model.base_encoder.load_state_dict(encoder)
-        if source.quant_conv is not None:
+        if family.quant and source.quant_conv is not None:
             model.base_quant_conv.load_state_dict(source.quant_conv.state_dict())
-        trunk = {name: value for name, value in encoder.items() if not name.startswith("conv_out.")}
-        _load_all_but(model.detail_encoder, trunk, "conv_out.")
-        blocks = {n: v for n, v in source.decoder.state_dict().items() if not n.startswith("conv_in.")}
-        _load_all_but(model.decoder, blocks, "conv_in.")
-        warm_start_up(model.decoder.conv_in, source.decoder.conv_in, source.post_quant_conv, model.layout)
-        narrow_posterior(model.detail_encoder.conv_out, model.layout)
+        last, first = f"{model._last}.", f"{model._first}."
+        load_all_but(model.detail_encoder, {n: v for n, v in encoder.items() if not n.startswith(last)}, last)
+        blocks = {n: v for n, v in source.decoder.state_dict().items() if not n.startswith(first)}
+        load_all_but(model.decoder, blocks, first)
+        up, down = model.decoder.get_submodule(model._first), model.detail_encoder.get_submodule(model._last)
+        warm_start_up(cast(DetailUp, up), *first_convolution(source, family), model.layout)
+        narrow_posterior(cast(DetailDown, down), model.layout)
         return model.to(source.device)
 
     # -- statistics --------------------------------------------------------------------------------------------
@@ -279,6 +289,25 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(latents, return_dict=return_dict)
 
+    @property
+    def last_encoder_weight(self) -> Tensor:
+        """Weight of the detail encoder's last convolution: where adaptive alignment compares gradients."""
+        return cast(DetailDown, self.detail_encoder.get_submodule(self._last)).conv.weight
+
+    @property
+    def last_decoder_weight(self) -> Tensor:
+        """Weight of the decoder's last convolution: where the adaptive GAN weight compares gradients."""
+        return [module for module in self.decoder.modules() if isinstance(module, nn.Conv2d)][-1].weight
+
+    def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        """As every diffusers model; ValueError for a base class that computes something else under checkpointing."""
+        if not autoencoder_family(self.config["base_class"]).checkpointing:
+            raise ValueError(
+                f"diffusers' {self.config['base_class']} does not scale its input under gradient checkpointing; "
+                "set stage1.gradient_checkpointing to false"
+            )
+        super().enable_gradient_checkpointing(*args, **kwargs)
+
     def enable_tiling(
         self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None
     ) -> None:
@@ -308,52 +337,3 @@ def base_statistics(config: Any) -> tuple[list[float], list[float]]:
         return list(config["latents_mean"]), [float(std) / factor for std in config["latents_std"]]
     scaling, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
     return [shift] * channels, [1 / scaling] * channels
-
-
-def warm_start_up(up: DetailUp, conv_in: nn.Conv2d, post_quant: nn.Conv2d | None, layout: LatentLayout) -> None:
-    """Make DetailUp([z, 0]) equal conv_in of z enlarged s times (nearest), away from the border's zero padding.
-
-    A 3x3 convolution on the enlarged grid reads, at sub-position a, the coarse neighbours floor((a+k-1)/s): its taps
-    collapse onto a coarse 3x3 kernel. The shortcut's share is subtracted. Detail columns keep their random start.
-    """
-    scale, width = layout.scale, conv_in.out_channels
-    weight, bias = conv_in.weight.detach(), conv_in.bias.detach()  # type: ignore[union-attr]
-    if post_quant is not None:  # a 1x1 convolution before conv_in: fold it in
-        mix = post_quant.weight.detach()[:, :, 0, 0]
-        if post_quant.bias is not None:
-            bias = bias + torch.einsum("oikl,i->o", weight, post_quant.bias.detach())
-        weight = torch.einsum("oikl,ij->ojkl", weight, mix)
-    with torch.no_grad():
-        kernel = up.conv.weight.unflatten(0, (width, scale, scale))  # view (c,s,s,C+D,3,3)
-        z, _ = layout.split(kernel.flatten(0, 2))  # view (c*s*s,C,3,3); the detail columns stay
-        z = z.unflatten(0, (width, scale, scale))
-        z.zero_()
-        for a in range(scale):
-            for b in range(scale):
-                for k in range(3):
-                    for m in range(3):
-                        row, column = (a + k - 1) // scale + 1, (b + m - 1) // scale + 1
-                        z[:, a, b, :, row, column] += weight[:, :, k, m]
-        if up.shortcut is None:
-            repeats = up.conv.out_channels // layout.channels
-            for out in range(up.conv.out_channels):
-                source = out // repeats
-                if source < layout.base_channels:
-                    up.conv.weight[out, source, 1, 1] -= 1.0
-        assert up.conv.bias is not None
-        up.conv.bias.copy_(bias.repeat_interleave(scale**2))
-
-
-def narrow_posterior(down: DetailDown, layout: LatentLayout, logvar: float = -4.0) -> None:
-    """Start z_d's posterior near sigma = exp(logvar/2) = 0.14: unit noise would drown the new latent at first."""
-    first = -(-layout.detail_channels // layout.scale**2)  # first convolution channel that feeds log-variances only
-    assert down.conv.bias is not None
-    with torch.no_grad():
-        down.conv.bias[first:] = logvar
-
-
-def _load_all_but(module: nn.Module, state: dict[str, Tensor], new: str) -> None:
-    """Load `state`, which must hold everything except the new parts named by the prefix."""
-    result = module.load_state_dict(state, strict=False)
-    odd = [name for name in result.missing_keys if not name.startswith(new)] + result.unexpected_keys
-    assert not odd, f"weights do not fit: {odd}"

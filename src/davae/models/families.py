@@ -386,12 +386,3 @@ def model_class(name: str) -> Any:
     if not hasattr(home, name):
         raise ValueError(f"neither diffusers nor davae has a class {name}")
     return getattr(home, name)
-
-
-AUTOENCODERS = ("AutoencoderKL",)
-
-
-def check_autoencoder(class_name: str) -> None:
-    """ValueError when a base autoencoder's class is not supported."""
-    if class_name not in AUTOENCODERS:
-        raise ValueError(f"autoencoder class {class_name} is not supported; davae knows {', '.join(AUTOENCODERS)}")

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from davae.models.autoencoder_families import autoencoder_family, spatial_factor
 from davae.models.expand import MARK
-from davae.models.families import TRANSFORMERS, check_autoencoder, model_class, transformer_family
+from davae.models.families import TRANSFORMERS, model_class, transformer_family
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -83,7 +84,7 @@ def read_shapes(model: str) -> BaseShapes:
         raise ModelError(f"model {model} was upgraded already; start from its pretrained base")
     try:
         family = transformer_family(transformer_class)
-        check_autoencoder(vae_class)
+        autoencoder_family(vae_class)
     except ValueError as error:
         raise ModelError(f"model {model}: {error}") from error
     if not family.trains:
@@ -102,7 +103,7 @@ def read_shapes(model: str) -> BaseShapes:
         transformer_class=transformer_class,
         vae_class=vae_class,
         channels=channels,
-        vae_factor=2 ** (len(vae["block_out_channels"]) - 1),
+        vae_factor=spatial_factor(vae, vae_class),
         patch_size=int(transformer["patch_size"]),
         transformer_config=transformer,
         vae_config=vae,

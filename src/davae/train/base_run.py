@@ -14,6 +14,7 @@ from torch import Tensor
 from davae.data.cache import CachedLatents, CacheMeta, fingerprint, read_meta, write_latents
 from davae.data.latent_shards import import_shards
 from davae.data.pictures import DataError, Pictures
+from davae.models.autoencoder_families import encode_mode
 from davae.models.autoencoders import load_autoencoder
 from davae.models.detail_vae import base_statistics
 from davae.models.families import model_class, transformer_family
@@ -155,7 +156,7 @@ class BaseRun:
             @torch.no_grad()
             def encode(images: Tensor) -> Tensor:
                 images = images.to(self.accelerator.device, memory_format=torch.channels_last)
-                return vae.encode(images).latent_dist.mode()
+                return encode_mode(vae, images)
 
             return write_latents(
                 partial,

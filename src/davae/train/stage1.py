@@ -53,13 +53,13 @@ class Stage1Task(ReconstructionTask):
     ) -> tuple[Tensor, dict[str, Any]]:
         s = self.stage
         reconstruction, raw = self.modules["vae"](images, generator)
-        last = self.vae.decoder.conv_out.weight
+        last = self.vae.last_decoder_weight
         total, pixel, logged = self.trainer.autoencoder_loss(
             images, reconstruction, raw.mean, raw.logvar, last, self.modules.get("discriminator"), step
         )
         align = alignment_loss(raw.mean.float(), raw.z.float())
         weight: Tensor | float = s.lambda_align
         if s.alignment == "adaptive" and s.lambda_align:
-            weight = s.lambda_align * adaptive_weight(pixel, align, self.vae.detail_encoder.conv_out.conv.weight)
+            weight = s.lambda_align * adaptive_weight(pixel, align, self.vae.last_encoder_weight)
         total = total + weight * align  # Eq. 6
         return total, {"loss": total.detach(), **logged, "align": align.detach()}

@@ -1,0 +1,184 @@
+"""Every base autoencoder that a DetailVAE can be built on, and the tiny autoencoders' own files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_autoencoder
+from diffusers import AutoencoderDC, AutoencoderTiny, SanaPipeline
+
+from davae import DetailVAE
+from davae.conversion import convert_tiny
+from davae.data.pictures import Pictures
+from davae.data.sources import open_source
+from davae.evaluate.reconstruction import score_reconstructions
+from davae.models.autoencoder_families import (
+    AUTOENCODERS,
+    autoencoder_family,
+    encode_mode,
+    first_convolution,
+    spatial_factor,
+)
+from davae.models.autoencoders import load_autoencoder
+from davae.models.detail_vae import base_statistics, downsample
+from davae.models.pipeline import ModelError
+from davae.models.pooled_tiny import PooledAutoencoderTiny
+
+F64 = torch.float64
+
+
+def deep_compression(shortcuts: bool = True) -> AutoencoderDC:
+    return AutoencoderDC(
+        latent_channels=4,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        attention_head_dim=4,
+        encoder_block_out_channels=(8, 8, 16),
+        decoder_block_out_channels=(8, 8, 16),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        encoder_out_shortcut=shortcuts,
+        decoder_in_shortcut=shortcuts,
+        scaling_factor=0.4,
+    ).eval()
+
+
+TINY = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 2),
+    "num_decoder_blocks": (2, 1),
+    "latent_channels": 4,
+}
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "AutoencoderKL": lambda: tiny_autoencoder(quant=False),
+    "AutoencoderKL with quant convolutions": lambda: tiny_autoencoder(quant=True),
+    "AutoencoderDC": deep_compression,
+    "AutoencoderDC without shortcuts": lambda: deep_compression(False),
+    "AutoencoderTiny": lambda: AutoencoderTiny(**TINY, scaling_factor=0.5).eval(),
+    "PooledAutoencoderTiny": lambda: PooledAutoencoderTiny(**TINY, pooled_blocks=2).eval(),
+}
+
+
+def test_every_supported_class_has_a_case():
+    assert {name.split(" ")[0] for name in BUILDERS} == set(AUTOENCODERS)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_detail_vae_on_any_base(name: str, scale: int, tmp_path: Path):
+    base = BUILDERS[name]().to(F64)
+    vae = DetailVAE.from_base(base, 8, scale)
+    factor = spatial_factor(base.config, type(base).__name__)
+    assert vae.spatial_factor == scale * factor
+    images = torch.rand(2, 3, 8 * vae.spatial_factor, 8 * vae.spatial_factor, dtype=F64) * 2 - 1
+
+    # z is the base's own latent of the small picture, normalised as pipelines do it
+    mean, std = (torch.tensor(values, dtype=F64).view(1, -1, 1, 1) for values in base_statistics(base.config))
+    with torch.no_grad():
+        expected = (encode_mode(base, downsample(images, scale)) - mean) / std
+        latents = vae.encode(images).latent_dist.mode()
+    z, z_d = vae.layout.split(latents)
+    assert float((z - expected).abs().max()) < 1e-12
+    assert z_d.shape[1] == 8
+
+    # the decoder starts as the base's: its first layer on [z, 0] is the base's first layer on z enlarged, inside the border
+    weight, bias = first_convolution(base, autoencoder_family(type(base).__name__))
+    raw = vae.denormalise(vae.layout.join(z, torch.zeros_like(z_d)))
+    raw_z, _ = vae.layout.split(raw)
+    up = vae.decoder.get_submodule(vae._first)
+    with torch.no_grad():
+        started = up(vae.layout.join(raw_z, torch.zeros_like(z_d)))
+        wanted = F.conv2d(F.interpolate(raw_z, scale_factor=scale), weight, bias, padding=1)
+    inside = (..., slice(scale, -scale), slice(scale, -scale))
+    assert float((started - wanted)[inside].abs().max()) < 1e-10
+
+    # the folded weights are what the base decoder does first
+    with torch.no_grad():
+        decoded = vae.decode(latents).sample
+    assert decoded.shape == images.shape
+    trained = {n.split(".")[0] for n, p in vae.named_parameters() if p.requires_grad}
+    assert trained == {"detail_encoder", "decoder"}
+    decoded = vae.decode(latents).sample
+    gradients = torch.autograd.grad(decoded.sum(), [vae.last_decoder_weight])
+    assert float(gradients[0].abs().max()) > 0
+
+    vae.save_pretrained(tmp_path)
+    again = DetailVAE.from_pretrained(tmp_path, torch_dtype=F64)
+    with torch.no_grad():
+        assert float((again.decode(latents).sample - decoded).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["AutoencoderDC", "AutoencoderKL with quant convolutions"])
+def test_the_folded_first_convolution_is_the_base_decoder_s(name: str):
+    base = BUILDERS[name]().to(F64)
+    weight, bias = first_convolution(base, autoencoder_family(type(base).__name__))
+    z = torch.randn(1, 4, 6, 6, dtype=F64)
+    seen: list[torch.Tensor] = []
+    if name == "AutoencoderDC":  # the shortcut is added outside of the convolution: look at what the first block gets
+        base.decoder.up_blocks[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    else:
+        base.decoder.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        base.decode(z)
+        mine = F.conv2d(z, weight, bias, padding=1)
+    inside = (..., slice(1, -1), slice(1, -1))  # a post-quant bias meets the zero padding at the border
+    assert float((mine - seen[0])[inside].abs().max()) < 1e-12
+
+
+def test_sana_s_pipeline_gets_the_doubled_factor():
+    vae = DetailVAE.from_base(deep_compression(), 8)
+    pipeline = SanaPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=None, scheduler=None)  # type: ignore[arg-type]
+    assert pipeline.vae_scale_factor == vae.spatial_factor == 8
+    assert vae.config.scaling_factor == 1.0
+
+
+def test_tiny_autoencoders_refuse_checkpointing_that_would_change_them():
+    vae = DetailVAE.from_base(BUILDERS["AutoencoderTiny"](), 8)
+    with pytest.raises(ValueError, match="does not scale its input under gradient checkpointing"):
+        vae.enable_gradient_checkpointing()
+
+
+def test_an_unknown_autoencoder_names_the_nearest_ones():
+    with pytest.raises(ValueError, match=r"AutoencoderKLX is not supported; the nearest that are: AutoencoderKL"):
+        autoencoder_family("AutoencoderKLX")
+
+
+@pytest.fixture(scope="module")
+def taef2(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    files = [shared / "weights/taef2" / f"taef2_{part}.pth" for part in ("encoder", "decoder")]
+    return convert_tiny(*files, tmp_path_factory.mktemp("taef2") / "vae")
+
+
+def photos(shared: Path, count: int) -> torch.Tensor:
+    source = open_source(str(shared / "data/clothing128.tar"), 128)
+    pictures = Pictures(source, list(range(count)), 128)
+    return torch.stack([pictures[(i, -1)]["image"] for i in range(count)])
+
+
+def test_taef2_s_real_weights_reconstruct_photos(taef2: Path, shared: Path):
+    model = load_autoencoder(str(taef2))
+    assert type(model) is PooledAutoencoderTiny
+    assert model.config.latent_channels == 32
+
+    @torch.no_grad()
+    def reconstruct(images: torch.Tensor) -> torch.Tensor:
+        return model.decode(encode_mode(model, images)).sample
+
+    scores = score_reconstructions([photos(shared, 8)], reconstruct)
+    assert scores.psnr > 28  # a wrong pooled block gives 20 and less
+
+
+def test_tiny_files_that_do_not_fit_are_refused_by_key(taef2: Path, shared: Path, tmp_path: Path):
+    encoder = torch.load(shared / "weights/taef2/taef2_encoder.pth", weights_only=True)
+    del encoder["3.conv.2.bias"]
+    torch.save(encoder, tmp_path / "short.pth")
+    with pytest.raises(ModelError, match=r"missing encoder\.layers\.3\.conv\.2\.bias"):
+        convert_tiny(tmp_path / "short.pth", shared / "weights/taef2/taef2_decoder.pth", tmp_path / "out")
