@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from davae.analyze.figure import to_png
@@ -50,11 +51,19 @@ def radial_power(latents: Tensor) -> Spectrum:
 
 
 def spectra_plot(spectra: dict[str, Spectrum]) -> bytes:
-    """PNG: power against frequency, one line a group, both axes logarithmic; the mean is left out."""
+    """PNG: power (logarithmic) against frequency, one line a group; the mean is left out."""
     figure, axis = plt.subplots(figsize=(4.6, 3.4))
     for name, spectrum in spectra.items():
         axis.plot(spectrum.frequency[1:], spectrum.power[1:], marker="o", markersize=3, linewidth=1.4, label=name)
     axis.axhline(1.0, color="0.6", linewidth=0.8, linestyle=":", label="white noise")
-    axis.set(xscale="log", yscale="log", xlabel="cycles per latent position", ylabel="power (channels standardised)")
+    axis.set(yscale="log", xlabel="cycles per latent position", ylabel="power (channels standardised)")
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_yticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if _within(axis.get_ylim(), tick)])
+    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     return to_png(figure)
+
+
+def _within(limits: tuple[float, float], value: float) -> bool:
+    return limits[0] <= value <= limits[1]
