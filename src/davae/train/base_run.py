@@ -129,7 +129,8 @@ class BaseRun:
 
     def cache(self, vae: Any, channels: int) -> CacheMeta:
         recipe, target = self.recipe, self.out / "cache"
-        values = recipe.model_dump(include={"autoencoder", "vae", "data", "resolution", "cache"})
+        hang_on = {"autoencoder", "vae", "data", "resolution", "cache"}
+        values = recipe.model_dump(mode="json", exclude_defaults=True, include=hang_on)
         key = fingerprint(values, recipe.run.seed)
         if (target / "meta.json").is_file():
             return read_meta(target, key)

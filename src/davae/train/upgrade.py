@@ -149,17 +149,11 @@ class Upgrade:
     # -- cache -------------------------------------------------------------------------------------------------
 
     def _key(self) -> str:
-        recipe = self.recipe
-        return fingerprint(
-            recipe.base.model_dump(),
-            recipe.scale,
-            recipe.detail_channels,
-            recipe.init,
-            recipe.data.model_dump(exclude={"num_workers"}),
-            recipe.stage1.model_dump(),
-            recipe.cache.model_dump(),
-            recipe.run.seed,
-        )
+        """Hash of all that vae/ and cache/ hang on. Defaults are left out, so that new options make no cache stale."""
+        fields = {"base", "scale", "detail_channels", "downsample", "init", "data", "stage1", "cache"}
+        values = self.recipe.model_dump(mode="json", exclude_defaults=True, include=fields)
+        values.get("data", {}).pop("num_workers", None)
+        return fingerprint(values, self.recipe.run.seed)
 
     def _watch(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self.observer(Progress(name, done, total, 0.0))
