@@ -231,30 +231,51 @@ def test_curves_are_drawn_only_from_what_was_logged():
     assert len(smooth(np.arange(40.0))) == 40
 
 
-def test_flops_of_sd35_medium_give_the_known_bound():
-    """SD3.5-M at 1K: 4,096 native tokens against 1,024, a bound of about 4.6 at 333 text tokens."""
-    from davae.models.pipeline import BaseShapes
+SD35_MEDIUM = {
+    "_class_name": "SD3Transformer2DModel",
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": tuple(range(13)),
+}
+FLUX1_DEV = {
+    "_class_name": "FluxTransformer2DModel",
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
 
-    config = {
-        "_class_name": "SD3Transformer2DModel",
-        "sample_size": 128,
-        "patch_size": 2,
-        "in_channels": 16,
-        "out_channels": 16,
-        "num_layers": 24,
-        "attention_head_dim": 64,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "caption_projection_dim": 1536,
-        "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 384,
-        "qk_norm": "rms_norm",
-        "dual_attention_layers": tuple(range(13)),
-    }
-    shapes = BaseShapes("StableDiffusion3Pipeline", "SD3Transformer2DModel", "AutoencoderKL", 16, 8, 2, config, {})
-    tokens = token_plan(shapes, 1024, 2)
-    assert (tokens.native_tokens, tokens.upgraded_tokens) == (4096, 1024)
-    assert 4.3 < tokens.bound < 4.9
+
+@pytest.mark.parametrize(
+    ("config", "resolution", "low", "high"),
+    [(SD35_MEDIUM, 1024, 4.4, 4.8), (SD35_MEDIUM, 2048, 7.5, 8.2), (FLUX1_DEV, 1024, 3.3, 3.7)],
+)
+def test_flops_of_known_models_give_the_known_bounds(config: dict, resolution: int, low: float, high: float):
+    """SD3.5-M at 1K: 4,096 native tokens against 1,024, a bound of about 4.6 at 333 text tokens; 7.9 at 2K; FLUX.1 3.5."""
+    from davae.models.families import transformer_family
+    from davae.models.pipeline import BaseShapes, patch_size
+
+    name = config["_class_name"]
+    family = transformer_family(name)
+    shapes = BaseShapes(family.pipeline, name, "AutoencoderKL", 16, 8, patch_size(config, family), config, {})
+    tokens = token_plan(shapes, resolution, 2)
+    assert (tokens.native_tokens, tokens.upgraded_tokens) == ((resolution // 16) ** 2, (resolution // 32) ** 2)
+    assert low < tokens.bound < high
 
 
 def test_plan_counts_what_training_will_train(tiny_base: Path, picture_folder: Path):

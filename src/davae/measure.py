@@ -22,7 +22,7 @@ from davae.evaluate.upscale import make_upscaler
 from davae.losses.perceptual import Lite0Distance, Lpips
 from davae.models.autoencoder_families import encode_mode
 from davae.models.autoencoders import load_autoencoder
-from davae.models.pipeline import ModelError, load_pipeline
+from davae.models.pipeline import ModelError, default_resolution, load_pipeline
 from davae.sample.adm import Labels, class_schedule, write_samples
 from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.generate import generate, grid
@@ -184,7 +184,7 @@ def evaluate_generation(
 ) -> dict[str, Any]:
     """Figures of `davae evaluate generation`: samples against real pictures of the same captions or classes."""
     model, _ = open_model(pipeline)
-    own = model.transformer.config["sample_size"] * model.vae_scale_factor
+    own = default_resolution(model)
     size = compare_at or resolution or own
     pictures = real_pictures(data, size, held_in, "train")
     order = np.random.default_rng(seed).permutation(max(num, len(pictures)))[:num] % len(pictures)

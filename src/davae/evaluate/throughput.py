@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from davae.models.pipeline import text_arguments
+from davae.models.families import transformer_family
+from davae.models.pipeline import patch_size, text_arguments
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Timing:
 
 def image_tokens(pipeline: Any, resolution: int) -> int:
     """Image tokens of a square picture."""
-    side = resolution // pipeline.vae_scale_factor // pipeline.patch_size
+    transformer = pipeline.transformer
+    patch = patch_size(transformer.config, transformer_family(type(transformer).__name__))
+    side = resolution // pipeline.vae_scale_factor // patch
     return side * side
 
 

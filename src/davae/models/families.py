@@ -35,7 +35,6 @@ class TransformerFamily:
         condition: what a picture is asked for by: a prompt or a class number.
         component: the model's name in its pipeline.
         trains: whether stage 2 knows how to call the model; the other ones can be expanded.
-        text_tokens: tokens beside the image's in every attention.
         fixed: parameters that are tables, never trained.
     """
 
@@ -53,7 +52,6 @@ class TransformerFamily:
     packed: int = 1
     in_key: str = "in_channels"
     out_key: str = "out_channels"
-    text_tokens: int = 0
     fixed: tuple[str, ...] = ()
 
 
@@ -82,7 +80,6 @@ TRANSFORMERS = {
             (*ATTENTION, *JOINT, *MLP, *TEXT_MLP),
             attributes=OUT,
             trains=True,
-            text_tokens=333,  # 77 of CLIP and 256 of T5
         ),
         TransformerFamily(
             "LightningDiT",
@@ -104,6 +101,7 @@ TRANSFORMERS = {
             FLUX,
             packed=4,
             attributes=OUT,
+            trains=True,
         ),
         TransformerFamily(
             "Flux2Transformer2DModel",

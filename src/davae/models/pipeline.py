@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from davae.models.autoencoder_families import autoencoder_family, spatial_factor
+from davae.models.calls import CALLS
 from davae.models.expand import MARK
-from davae.models.families import TRANSFORMERS, model_class, transformer_family
+from davae.models.families import TRANSFORMERS, TransformerFamily, model_class, transformer_family
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -93,9 +95,10 @@ def read_shapes(model: str) -> BaseShapes:
             f"it can train {', '.join(row.class_name for row in TRANSFORMERS.values() if row.trains)}"
         )
     channels = int(vae["latent_channels"])
-    if int(transformer["in_channels"]) != channels:
+    taken = int(transformer[family.in_key]) // family.packed
+    if taken != channels:
         raise ModelError(
-            f"model {model}: the transformer takes {transformer['in_channels']} channels and the vae gives {channels}; "
+            f"model {model}: the transformer takes {taken} channels and the vae gives {channels}; "
             "it was expanded already, or the parts do not belong together"
         )
     return BaseShapes(
@@ -104,10 +107,21 @@ def read_shapes(model: str) -> BaseShapes:
         vae_class=vae_class,
         channels=channels,
         vae_factor=spatial_factor(vae, vae_class),
-        patch_size=int(transformer["patch_size"]),
+        patch_size=patch_size(transformer, family),
         transformer_config=transformer,
         vae_config=vae,
     )
+
+
+def patch_size(config: Any, family: TransformerFamily) -> int:
+    """p: latent positions per token, each way, whether the model or its pipeline packs them."""
+    return int(config["patch_size"]) * math.isqrt(family.packed)
+
+
+def default_resolution(pipeline: Any) -> int:
+    """Pixels of the picture that a pipeline draws when it is not told: its own default, or its transformer's."""
+    side = getattr(pipeline, "default_sample_size", None) or pipeline.transformer.config["sample_size"]
+    return int(side) * pipeline.vae_scale_factor
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -140,13 +154,6 @@ def text_arguments(pipeline: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def embed_captions(pipeline: Any, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Prompt embeddings (B,L,d) and pooled embeddings (B,e), by the pipeline's own `encode_prompt`."""
-    embeds, _, pooled, _ = pipeline.encode_prompt(
-        prompt=captions,
-        prompt_2=None,
-        prompt_3=None,
-        do_classifier_free_guidance=False,
-        **text_arguments(pipeline),
-    )
-    return embeds, pooled
+def embed_captions(pipeline: Any, captions: list[str]) -> tuple[Tensor, ...]:
+    """What the pipeline's text encoders say of captions, one tensor per kind, each (B,...)."""
+    return CALLS[type(pipeline.transformer).__name__].embed(pipeline, captions, text_arguments(pipeline))

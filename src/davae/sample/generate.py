@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from davae.latent import LatentLayout
+from davae.models.calls import CALLS
 from davae.models.detail_vae import DetailVAE
-from davae.models.pipeline import text_arguments
+from davae.models.pipeline import default_resolution, text_arguments
 
 BASE, DETAIL, STEPS = 0, 1, 1 << 62  # what noise is for
 
@@ -62,18 +63,20 @@ def generate(
         output_type: `pil` for pictures, `pt` for tensors (3,H,W) in [0,1].
         resolution: pixels; None is the pipeline's own size.
     """
-    size = resolution or pipeline.transformer.config["sample_size"] * pipeline.vae_scale_factor
+    size = resolution or default_resolution(pipeline)
+    call = CALLS.get(type(pipeline.transformer).__name__)  # none: classes, and latents as they are
     pictures: list[Any] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         noise = [start_noise(pipeline, seed, first + start + i, size) for i in range(len(part))]
+        latents = torch.cat(noise).to(pipeline.transformer.device, pipeline.transformer.dtype)
         result = pipeline(
             part,
             height=size,
             width=size,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            latents=torch.cat(noise).to(pipeline.transformer.device, pipeline.transformer.dtype),
+            latents=(call.pack(latents) if call else latents),
             # only stochastic schedulers draw from these
             generator=[_generator(seed, first + start + i, STEPS) for i in range(len(part))],
             output_type=output_type,

@@ -1,4 +1,4 @@
-"""What a family's transformer is told beside the noisy latents: prompts for Stable Diffusion 3, classes for LightningDiT.
+"""What a family's transformer is told beside the noisy latents: prompts, or classes for LightningDiT.
 
 The flow of `davae.losses.flow_matching` runs from data (t = 0) to noise (t = 1); models that count time the other way
 are turned round here, and nowhere else.
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from davae.data.cache import CachedLatents
 from davae.data.pictures import DataError
+from davae.models.calls import CALLS
 from davae.models.families import transformer_family
 from davae.models.null_tokens import draw_count, repeat_last_token
 
@@ -38,6 +39,7 @@ class TextConditioning:
 
     def __init__(self, transformer: nn.Module, cache: CachedLatents, device: torch.device, *, null_text: bool):
         self.cache, self.device = cache, device
+        self.call, self.config = CALLS[type(transformer).__name__], transformer.config
         self.processor = repeat_last_token(transformer) if null_text else None
 
     def draw(self, generator: torch.Generator) -> None:
@@ -45,14 +47,8 @@ class TextConditioning:
             self.processor.count = draw_count(generator)
 
     def velocity(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[str]) -> Tensor:
-        prompt_embeds, pooled = (part.to(self.device) for part in self.cache.embed(conditions))
-        return model(
-            hidden_states=x_t,
-            timestep=t * 1000,
-            encoder_hidden_states=prompt_embeds,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
+        parts = tuple(part.to(self.device) for part in self.cache.embed(conditions))
+        return self.call.velocity(model, self.config, x_t, t, parts)
 
 
 class ClassConditioning:

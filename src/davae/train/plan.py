@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from davae.models.calls import CALLS
 from davae.models.detail_vae import DetailVAE
-from davae.models.expand import expand_transformer
+from davae.models.expand import expand_transformer, latent_channels
 from davae.models.families import model_class, transformer_family
+from davae.models.lightning_dit import LightningDiT
 from davae.models.pipeline import BaseShapes
 from davae.recipes.schema import Recipe
 from davae.train.stage2 import choose_trainable
@@ -43,24 +45,18 @@ def meta_transformer(shapes: BaseShapes) -> nn.Module:
         return model_class(shapes.transformer_class).from_config(shapes.transformer_config)
 
 
-def transformer_flops(transformer: nn.Module, image_tokens: int, text_tokens: int) -> float:
-    """Multiply-adds times two of one pass: every linear layer on the tokens it sees, and the attention products."""
-    flops = 0.0
-    for name, module in transformer.named_modules():
-        if isinstance(module, nn.Linear):
-            if any(part in name for part in ("norm", "time_text_embed", "adaLN", "t_embedder")):
-                tokens = 1  # modulation: once a picture
-            elif any(part in name for part in ("add_", "context")):
-                tokens = text_tokens
-            else:
-                tokens = image_tokens
-            flops += 2.0 * module.in_features * module.out_features * tokens
-        elif hasattr(module, "qkv") and isinstance(module.qkv, nn.Linear):
-            flops += 4.0 * image_tokens * image_tokens * module.qkv.in_features
-        elif hasattr(module, "to_q") and isinstance(module.to_q, nn.Linear):
-            length = image_tokens + (text_tokens if getattr(module, "add_q_proj", None) is not None else 0)
-            flops += 4.0 * length * length * module.to_q.out_features
-    return flops
+def transformer_flops(transformer: nn.Module, side: int) -> float:
+    """FLOPs of one pass on side x side latents and one prompt, counted by torch on the meta device."""
+    config: Any = transformer.config
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        x_t, t = torch.empty(1, latent_channels(transformer), side, side), torch.empty(1)
+        if isinstance(transformer, LightningDiT):
+            with transformer.at_grid(side):
+                transformer(x_t, t, torch.zeros(1, dtype=torch.long))
+        else:
+            call = CALLS[type(transformer).__name__]
+            call.velocity(transformer, config, x_t, t, call.blank(config))
+    return float(counter.get_total_flops())
 
 
 def token_plan(shapes: BaseShapes, resolution: int, scale: int) -> TokenPlan:
@@ -74,15 +70,9 @@ def token_plan(shapes: BaseShapes, resolution: int, scale: int) -> TokenPlan:
         raise ValueError(f"resolution {resolution} is not divisible by {step} (factor x patch x scale)")
     native = (resolution // (shapes.vae_factor * shapes.patch_size)) ** 2
     upgraded = native // scale**2
-    transformer = meta_transformer(shapes)
-    text_tokens = transformer_family(shapes.transformer_class).text_tokens
-    return TokenPlan(
-        resolution,
-        native,
-        upgraded,
-        transformer_flops(transformer, native, text_tokens),
-        transformer_flops(transformer, upgraded, text_tokens),
-    )
+    transformer, side = meta_transformer(shapes), resolution // shapes.vae_factor
+    flops = [transformer_flops(transformer, side), transformer_flops(transformer, side // scale)]
+    return TokenPlan(resolution, native, upgraded, *flops)
 
 
 H100_FLOPS = 0.4 * 989e12  # dense bf16 peak of an H100, at the share of it that training usually reaches
