@@ -23,7 +23,7 @@ from davae.recipes.schema import Recipe, Stage2, SuperResolutionRecipe
 from davae.recipes.tables import Row, Scale, ScaleName, load_scale, load_table, row_overrides, row_recipe
 from davae.train.loop import Observer, Progress
 from davae.train.plan import gpu_days
-from davae.train.state import replace_text, saving
+from davae.train.state import read_metrics, replace_text, saving
 from davae.train.super_resolution import WEIGHTS, train_super_resolution
 from davae.train.upgrade import Upgrade
 
@@ -224,8 +224,7 @@ def reconstruction_once(first: Path, settings: dict[str, Any]) -> dict[str, Any]
 
 def last_losses(folder: Path, points: int = 10) -> dict[str, float]:
     """Base and detail loss of stage 2, averaged over the last logged points."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [record for record in map(json.loads, lines) if record["stage"] == "stage2"][-points:]
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if r["stage"] == "stage2"][-points:]
     return {name: mean(record[name] for record in records) for name in ("loss_base", "loss_detail")}
 
 

@@ -35,7 +35,19 @@ class TextCall(Protocol):
         ...
 
 
-class StableDiffusion3Call:
+class JointAndPooled:
+    """Prompts as joint embeddings (B,L,d) and pooled ones (B,e)."""
+
+    TEXT_TOKENS: int
+
+    def blank(self, config: Any) -> Parts:
+        return (
+            torch.empty(1, self.TEXT_TOKENS, config["joint_attention_dim"]),
+            torch.empty(1, config["pooled_projection_dim"]),
+        )
+
+
+class StableDiffusion3Call(JointAndPooled):
     """Latents as they are; joint embeddings and pooled ones; timesteps to 1000."""
 
     TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
@@ -45,12 +57,6 @@ class StableDiffusion3Call:
             prompt=captions, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, **options
         )
         return embeds, pooled  # (B,L,d), (B,e)
-
-    def blank(self, config: Any) -> Parts:
-        return (
-            torch.empty(1, self.TEXT_TOKENS, config["joint_attention_dim"]),
-            torch.empty(1, config["pooled_projection_dim"]),
-        )
 
     def velocity(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, pooled = parts
@@ -66,7 +72,7 @@ class StableDiffusion3Call:
         return latents
 
 
-class FluxCall:
+class FluxCall(JointAndPooled):
     """Tokens of 2x2 positions packed (c,2,2); the model scales timesteps itself; a distilled one takes guidance as input."""
 
     TEXT_TOKENS = 512
@@ -75,12 +81,6 @@ class FluxCall:
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         embeds, pooled, _ = pipeline.encode_prompt(prompt=captions, prompt_2=None, **options)
         return embeds, pooled  # (B,L,d), (B,e)
-
-    def blank(self, config: Any) -> Parts:
-        return (
-            torch.empty(1, self.TEXT_TOKENS, config["joint_attention_dim"]),
-            torch.empty(1, config["pooled_projection_dim"]),
-        )
 
     def velocity(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, pooled = parts

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from davae.models.detail_vae import DetailVAE
@@ -45,15 +45,20 @@ def save_upgrade(transformer: nn.Module, path: Path, lora: Lora | None, dtype: t
         partial.replace(path)
 
 
-def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """(metadata, tensors) of an upgrade file; ModelError when it is none."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """What an upgrade file says of itself, without its tensors; ModelError when it is none."""
     if not path.is_file():
         raise ModelError(f"upgrade file {path} does not exist")
     with safe_open(path, framework="pt") as stream:
         metadata = stream.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ModelError(f"{path} is not a davae upgrade file")
-        return metadata, {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    if metadata.get("format") != FORMAT:
+        raise ModelError(f"{path} is not a davae upgrade file")
+    return metadata
+
+
+def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors) of an upgrade file; ModelError when it is none."""
+    return read_metadata(path), load_file(path)
 
 
 def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
@@ -62,7 +67,7 @@ def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
     Raises:
         ModelError: not an upgrade file, or one for another transformer.
     """
-    metadata, _ = read_upgrade(path)
+    metadata = read_metadata(path)
     base_channels, channels = json.loads(metadata["channels"])
     if metadata["class"] != type(transformer).__name__ or latent_channels(transformer) != base_channels:
         raise ModelError(

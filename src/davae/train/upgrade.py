@@ -22,7 +22,7 @@ from davae.recipes import RecipeError
 from davae.recipes.schema import Recipe
 from davae.train.base_run import planned_shapes, train_base
 from davae.train.conditioning import conditioning
-from davae.train.export import UPGRADE_FILE, assemble, fuse, load_trained, read_upgrade, save_pipeline, save_upgrade
+from davae.train.export import UPGRADE_FILE, assemble, fuse, load_trained, read_metadata, save_pipeline, save_upgrade
 from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
 from davae.train.stage1 import Stage1Task
@@ -85,7 +85,7 @@ class Upgrade:
         self.source, self.train, self.held_out = open_pictures(recipe.data, recipe.resolution)
         self.init = None if recipe.init is None else resolve_upgrade(recipe.init)
         if self.init is not None:
-            read_upgrade(self.init / UPGRADE_FILE)  # a wrong folder is told now, not after the cache is written
+            read_metadata(self.init / UPGRADE_FILE)  # a wrong folder is told now, not after the cache is written
         self.recipe, self.out, self.observer = recipe, out, observer
         if stage1 is not None:
             read_meta(stage1 / "cache", self._key())
