@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 
 import davae
 from davae.measure import evaluate_generation
-from davae.models.calls import FluxCall
+from davae.models.calls.flux import FluxCall
 from davae.models.pipeline import load_pipeline, read_shapes
 from davae.recipes import validate
 from davae.sample.generate import base_noise, generate
@@ -60,7 +60,7 @@ def test_velocity_is_the_pipeline_s_call(tiny_flux: Path):
         torch.randn(1, model.config.pooled_projection_dim),
     )
     with torch.no_grad():
-        mine = FluxCall().velocity(model, model.config, x, t, (embeds, pooled))
+        mine = FluxCall().predict(model, model.config, x, t, (embeds, pooled))
         tokens = model(
             hidden_states=FluxPipeline._pack_latents(x, 1, 4, 8, 8),
             timestep=t,

@@ -74,7 +74,7 @@ class ClassFlowTask:
         s = self.settings
         z = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C,h,w)
         flow = noise_batch(z, batch["conditions"], self.conditioning.null, s, generator)
-        velocity = self.conditioning.velocity(self.modules["dit"], flow.x_t, flow.t, flow.conditions)
+        velocity = self.conditioning.predict(self.modules["dit"], flow.x_t, flow.t, flow.conditions)
         error = (velocity.float() - flow.target).square().mean()
         if s.cosine_loss == "off":
             return error, {"loss": error.detach()}

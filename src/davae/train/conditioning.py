@@ -27,7 +27,7 @@ class Conditioning(Protocol):
         """Whatever else is random in a training step."""
         ...
 
-    def velocity(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[Any]) -> Tensor:
+    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[Any]) -> Tensor:
         """noise - data as the model sees it: x_t (B,c,h,w), t (B,) in (0,1) with 1 noise -> (B,c,h,w)."""
         ...
 
@@ -46,9 +46,9 @@ class TextConditioning:
         if self.processor is not None:
             self.processor.count = draw_count(generator)
 
-    def velocity(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[str]) -> Tensor:
+    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[str]) -> Tensor:
         parts = tuple(part.to(self.device) for part in self.cache.embed(conditions))
-        return self.call.velocity(model, self.config, x_t, t, parts)
+        return self.call.predict(model, self.config, x_t, t, parts)
 
 
 class ClassConditioning:
@@ -60,7 +60,7 @@ class ClassConditioning:
     def draw(self, generator: torch.Generator) -> None:
         """Nothing else is random."""
 
-    def velocity(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[int]) -> Tensor:
+    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[int]) -> Tensor:
         labels = torch.tensor(conditions, device=self.device)
         return -model(x_t, 1 - t, labels, return_dict=False)[0]
 

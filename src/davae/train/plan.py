@@ -55,7 +55,7 @@ def transformer_flops(transformer: nn.Module, side: int) -> float:
                 transformer(x_t, t, torch.zeros(1, dtype=torch.long))
         else:
             call = CALLS[type(transformer).__name__]
-            call.velocity(transformer, config, x_t, t, call.blank(config))
+            call.predict(transformer, config, x_t, t, call.blank(config))
     return float(counter.get_total_flops())
 
 

@@ -113,7 +113,7 @@ class Stage2Task:
         latents = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C+D,h,w)
         flow = noise_batch(latents, batch["conditions"], self.conditioning.null, s, generator)
         self.conditioning.draw(generator)
-        prediction = self.conditioning.velocity(self.modules["transformer"], flow.x_t, flow.t, flow.conditions)
+        prediction = self.conditioning.predict(self.modules["transformer"], flow.x_t, flow.t, flow.conditions)
         weight = detail_weight(step, s.warmup_steps)
         loss = velocity_loss(prediction, flow.target, self.layout, weight)
         total, direction = loss.total, {}

@@ -1,0 +1,48 @@
+"""What every family's way to be called has in common."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Parts = tuple[Tensor, ...]
+
+
+class TextCall(Protocol):
+    """One family's way to be called."""
+
+    def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
+        """Prompt embeddings by the pipeline's own `encode_prompt`, one tensor per kind, each (B,...)."""
+        ...
+
+    def blank(self, config: Any) -> Parts:
+        """Embeddings of one prompt of the usual length, uninitialised: what counting and planning need."""
+        ...
+
+    def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
+        """x_t (B,c,h,w), t (B,) -> velocity noise - data (B,c,h,w). `config` is the transformer's own: wrappers hide it."""
+        ...
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents (B,c,h,w) as the pipeline's `latents` argument takes them."""
+        ...
+
+
+class JointAndPooled:
+    """Prompts as joint embeddings (B,L,d) and pooled ones (B,e)."""
+
+    TEXT_TOKENS: int
+
+    def blank(self, config: Any) -> Parts:
+        return (
+            torch.empty(1, self.TEXT_TOKENS, config["joint_attention_dim"]),
+            torch.empty(1, config["pooled_projection_dim"]),
+        )
+
+
+def positions(height: int, width: int) -> Tensor:
+    """(height*width,3): 0, row, column of every token, row by row."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
