@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_autoencoder, tiny_recipe, tiny_upgrade_recipe
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from family_models import CASES
-from transformers import CLIPTextModel
+from conftest import tiny_upgrade_recipe
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from family_pipelines import BUILDERS
 
 import davae
 from davae.measure import evaluate_generation
@@ -17,33 +16,14 @@ from davae.models.calls.flux import FluxCall
 from davae.models.pipeline import load_pipeline, read_shapes
 from davae.recipes import validate
 from davae.sample.generate import base_noise, generate
-from davae.train.base_text import build_silent_t5, build_silent_tokenizer, build_text_encoder, build_tokenizer
 from davae.train.upgrade import Upgrade
 
 
 @pytest.fixture(scope="module")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    architecture = tiny_recipe().architecture
-    tokenizer = build_tokenizer(["a red square", "a blue square"], 600, 8)
-    clip = build_text_encoder(architecture, tokenizer)
-    t5 = build_silent_t5(architecture)
-    transformer = CASES["FluxTransformer2DModel"].build(
-        "FluxTransformer2DModel",
-        joint_attention_dim=t5.config.d_model,
-        pooled_projection_dim=clip.config.hidden_size,
-        guidance_embeds=True,
-    )
     folder = tmp_path_factory.mktemp("flux") / "base"
-    FluxPipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=tiny_autoencoder(),
-        text_encoder=CLIPTextModel(clip.config),
-        tokenizer=tokenizer,
-        text_encoder_2=t5,
-        tokenizer_2=build_silent_tokenizer(),
-    ).save_pretrained(folder)
+    BUILDERS["FluxTransformer2DModel"](folder)
     return folder
 
 

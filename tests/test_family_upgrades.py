@@ -1,0 +1,52 @@
+"""One line a family: from a tiny pipeline of the real classes, through `davae upgrade`, to the unmodified stock pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_upgrade_recipe
+from family_pipelines import BUILDERS
+
+import davae
+from davae.models.families import TRANSFORMERS, model_class
+from davae.models.pipeline import default_resolution, load_pipeline, read_shapes
+from davae.recipes import validate
+from davae.sample.generate import generate
+from davae.train.upgrade import Upgrade
+
+
+def test_every_family_that_trains_has_a_builder():
+    trains = {row.class_name for row in TRANSFORMERS.values() if row.trains}
+    # these two have test files of their own
+    assert set(BUILDERS) == trains - {"SD3Transformer2DModel", "LightningDiT"}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_upgrade_gives_a_stock_pipeline_at_the_doubled_size(name: str, picture_folder: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    BUILDERS[name](tmp_path / "base")
+    shapes = read_shapes(str(tmp_path / "base"))
+    base = load_pipeline(str(tmp_path / "base"))
+    size = 2 * shapes.vae_factor * shapes.patch_size
+    detail = shapes.channels * 2
+    recipe = validate(
+        tiny_upgrade_recipe(
+            tmp_path / "base", picture_folder, base__resolution=size, detail_channels=detail, stage2__max_steps=2
+        ),
+        name,
+    )
+    pipeline = Upgrade(recipe, tmp_path / "run", lambda progress: None).run()  # type: ignore[arg-type]
+    losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all("loss_detail" in record for record in losses if record["stage"] == "stage2")
+
+    kind = json.loads((pipeline / "model_index.json").read_text())["_class_name"]
+    upgraded = model_class(kind).from_pretrained(pipeline)
+    upgraded.set_progress_bar_config(disable=True)
+    assert isinstance(upgraded.vae, davae.DetailVAE)
+    # the same tokens draw a picture twice as wide, and that is the size when none is asked for
+    assert default_resolution(upgraded) == 2 * default_resolution(base)
+    assert generate(base, ["a red square"], resolution=size, steps=2)[0].size == (size, size)
+    assert generate(upgraded, ["a red square"], resolution=2 * size, steps=2)[0].size == (2 * size, 2 * size)
