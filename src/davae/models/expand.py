@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from davae.latent import LatentLayout
-from davae.models.families import TransformerFamily, transformer_family
+from davae.models.families import transformer_family
+from davae.models.family import TransformerFamily
 
 Model = TypeVar("Model", bound=nn.Module)
 NewWeights = Literal["zero", "random"]

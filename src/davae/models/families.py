@@ -6,67 +6,24 @@ Adding a family is adding a row here and a test.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 
-TokenOrder = Literal["patch_channel", "channel_patch"]
-Condition = Literal["text", "class"]
-
-
-@dataclass(frozen=True)
-class TransformerFamily:
-    """How to widen a transformer of one diffusers class.
-
-    Attributes:
-        class_name: the diffusers class.
-        embedder: module path of P, a convolution or linear over the input channels.
-        head: module path of O, a linear or convolution over the output channels.
-        head_order: how a token's outputs are laid out: `patch_channel` (p,p,c), channels innermost, or
-            `channel_patch` (c,p,p).
-        embedder_order: the same for a linear embedder's inputs.
-        packed: latent positions that the pipeline packs into the channels of one token before the transformer sees them.
-        in_key, out_key: config keys of the channels that go in and come out.
-        attributes: instance attributes that hold the number of channels, in or out.
-        pipeline: the stock pipeline that runs the model.
-        lora_targets: ends of the names of the layers that LoRA adapts, as regular expressions: attention and feed-forward, in
-            both streams.
-        condition: what a picture is asked for by: a prompt or a class number.
-        component: the model's name in its pipeline.
-        trains: whether stage 2 knows how to call the model; the other ones can be expanded.
-        fixed: parameters that are tables, never trained.
-    """
-
-    class_name: str
-    pipeline: str
-    embedder: str
-    head: str
-    head_order: TokenOrder
-    lora_targets: tuple[str, ...]
-    condition: Condition = "text"
-    attributes: tuple[str, ...] = ()
-    component: str = "transformer"
-    trains: bool = False
-    embedder_order: TokenOrder = "channel_patch"
-    packed: int = 1
-    in_key: str = "in_channels"
-    out_key: str = "out_channels"
-    fixed: tuple[str, ...] = ()
-
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # the text's side of a joint attention
-MLP = ("ff.net.0.proj", "ff.net.2")
-TEXT_MLP = ("ff_context.net.0.proj", "ff_context.net.2")
-FLUX = (*ATTENTION, *JOINT, *MLP, *TEXT_MLP, "proj_mlp", r"single_transformer_blocks.\d+.proj_out")
-GATED = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-SWIGLU = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
-
-PC: TokenOrder = "patch_channel"
-CP: TokenOrder = "channel_patch"
-OUT = ("out_channels",)
-BOTH = ("in_channels", "out_channels")
+from davae.models.family import (
+    ATTENTION,
+    BOTH,
+    CP,
+    FLUX,
+    GATED,
+    JOINT,
+    MLP,
+    OUT,
+    PC,
+    SWIGLU,
+    TEXT_MLP,
+    TransformerFamily,
+)
 
 TRANSFORMERS = {
     row.class_name: row

@@ -15,7 +15,8 @@ from torch import Tensor
 from davae.models.autoencoder_families import autoencoder_family, spatial_factor
 from davae.models.calls import CALLS
 from davae.models.expand import MARK
-from davae.models.families import TRANSFORMERS, TransformerFamily, model_class, transformer_family
+from davae.models.families import TRANSFORMERS, model_class, transformer_family
+from davae.models.family import TransformerFamily
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
