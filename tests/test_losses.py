@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from davae import LatentLayout, alignment_loss, detail_weight, group_mean, velocity_loss
 from davae.losses.flow_matching import interpolate, sample_timesteps, shift_timestep, velocity_target
-from davae.losses.reconstruction import adaptive_weight, discriminator_hinge, kl_loss, reconstruction_loss
+from davae.losses.reconstruction import adaptive_weight, carry, discriminator_hinge, kl_loss, reconstruction_loss
 
 F64 = torch.float64
 
@@ -131,9 +131,18 @@ def test_reconstruction_loss_is_float32_under_autocast():
 
 def test_adaptive_weight_is_the_ratio_of_gradient_norms():
     w = torch.tensor([1.0, 2.0], requires_grad=True)
-    assert float(adaptive_weight((3 * w).sum(), (w * w).sum(), w)) == pytest.approx(
-        (3 * 2**0.5) / (2 * 5**0.5), rel=1e-5
-    )
+    gradients = [torch.autograd.grad(loss, w)[0] for loss in ((3 * w).sum(), (w * w).sum())]
+    assert float(adaptive_weight(*gradients)) == pytest.approx((3 * 2**0.5) / (2 * 5**0.5), rel=1e-5)
+
+
+def test_a_carried_gradient_is_that_of_the_loss_behind_it():
+    w = torch.randn(3, dtype=F64, requires_grad=True)
+    leaf = (w**3).detach().requires_grad_()
+    loss = leaf.sin().sum()
+    carried = carry(w**3, torch.autograd.grad(loss, leaf)[0], loss)
+    assert float(carried) == float(loss)
+    (2 * carried).backward()
+    torch.testing.assert_close(w.grad, 2 * torch.autograd.grad((w**3).sin().sum(), w)[0])
 
 
 def test_discriminator_hinge_is_zero_beyond_the_margin():

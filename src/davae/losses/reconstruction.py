@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,12 +63,33 @@ def discriminator_hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
 
 
-def adaptive_weight(numerator: Tensor, denominator: Tensor, parameter: Tensor, maximum: float = 1e4) -> Tensor:
-    """||grad numerator|| / ||grad denominator|| at one parameter: puts two losses on one scale, in float32.
+def adaptive_weight(above: Tensor, below: Tensor, maximum: float = 1e4) -> Tensor:
+    """||above|| / ||below||, the gradients of two losses at one parameter: puts both on one scale, in float32.
 
-    Used for the GAN (numerator: reconstruction, denominator: adversarial, at the decoder's last layer) and for
-    `alignment: adaptive` (numerator: reconstruction, denominator: alignment, at the encoder's last layer).
+    Used for the GAN (above: reconstruction, below: adversarial, at the decoder's last layer) and for
+    `alignment: adaptive` (above: reconstruction, below: alignment, at the encoder's last layer).
     """
-    above = torch.autograd.grad(numerator, parameter, retain_graph=True)[0].float().norm()
-    below = torch.autograd.grad(denominator, parameter, retain_graph=True)[0].float().norm()
-    return (above / (below + 1e-6)).clamp(max=maximum).detach()
+    return (above.float().norm() / (below.float().norm() + 1e-6)).clamp(max=maximum).detach()
+
+
+class _Carried(torch.autograd.Function):
+    """A scalar whose gradient with respect to a tensor is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return upstream[0].to(gradient.dtype) * gradient, None, None
+
+
+def carry(tensor: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+    """A scalar worth `value` that hands `gradient` to `tensor` on its way back.
+
+    What stands behind `value` (LPIPS, a discriminator) is differentiated once; adaptive weights and the training step share
+    the result.
+    """
+    return _Carried.apply(tensor, gradient.to(tensor.dtype), value.detach())  # type: ignore[return-value]

@@ -12,6 +12,7 @@ from davae.data.pictures import Pictures, collate
 from davae.losses.perceptual import perceptual_distance
 from davae.losses.reconstruction import (
     adaptive_weight,
+    carry,
     discriminator_hinge,
     generator_hinge,
     reconstruction_loss,
@@ -68,10 +69,15 @@ class ReconstructionTrainer:
         discriminator: nn.Module | None,
         step: int,
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """(total of Eq. 5, the same without KL and GAN for adaptive weights, what to log)."""
+        """(total of Eq. 5, gradient of its pixel terms at the reconstruction, what to log).
+
+        The perceptual network and the discriminator run backward once, down to the reconstruction; what the adaptive weights
+        need besides is the decoder's last layer.
+        """
         s = self.settings
+        pixels = reconstruction.detach().requires_grad_()  # (B,3,H,W): the losses' graphs end here
         loss = reconstruction_loss(
-            reconstruction,
+            pixels,
             images,
             mean,
             logvar,
@@ -80,21 +86,32 @@ class ReconstructionTrainer:
             lambda_l1=s.lambda_l1,
             lambda_kl=s.lambda_kl,
         )
-        total, pixel = loss.total, s.lambda_lpips * loss.lpips + s.lambda_l1 * loss.l1
+        pixel = s.lambda_lpips * loss.lpips + s.lambda_l1 * loss.l1
         logged: dict[str, Any] = {
             "l1": loss.l1.detach(),
             "lpips": loss.lpips.detach(),
             "kl": loss.kl.detach(),
         }
+        value = pixel.detach()
+        pull = gradient = torch.autograd.grad(pixel, pixels)[0]  # (B,3,H,W)
         if self.adversarial(step):
             assert discriminator is not None
             discriminator.requires_grad_(False)
-            adversarial = generator_hinge(discriminator(reconstruction))
-            weight = adaptive_weight(pixel, adversarial, last_layer)
-            total = total + s.lambda_adv * weight * adversarial
+            logits = discriminator(pixels)
+            adversarial = generator_hinge(logits)
+            # the mean over so many logits would underflow in half precision
+            push = torch.autograd.grad(adversarial * logits.numel(), pixels)[0].float() / logits.numel()
+            at_last = [
+                torch.autograd.grad(reconstruction, last_layer, g.to(reconstruction.dtype), retain_graph=True)[0]
+                for g in (pull, push)
+            ]
+            weight = adaptive_weight(*at_last)
+            value = value + s.lambda_adv * weight * adversarial.detach()
+            gradient = pull + s.lambda_adv * weight * push
             logged |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
             self._images, self._reconstruction = images, reconstruction.detach()
-        return total, pixel, logged
+        total = carry(reconstruction, gradient, value) + s.lambda_kl * loss.kl
+        return total, pull, logged
 
     def discriminator_loss(self, discriminator: nn.Module) -> tuple[Tensor, dict[str, Any]]:
         assert self._images is not None, "the autoencoder plays first"

@@ -54,12 +54,14 @@ class Stage1Task(ReconstructionTask):
         s = self.stage
         reconstruction, raw = self.modules["vae"](images, generator)
         last = self.vae.last_decoder_weight
-        total, pixel, logged = self.trainer.autoencoder_loss(
+        total, pull, logged = self.trainer.autoencoder_loss(
             images, reconstruction, raw.mean, raw.logvar, last, self.modules.get("discriminator"), step
         )
         align = alignment_loss(raw.mean.float(), raw.z.float())
         weight: Tensor | float = s.lambda_align
         if s.alignment == "adaptive" and s.lambda_align:
-            weight = s.lambda_align * adaptive_weight(pixel, align, self.vae.last_encoder_weight)
+            last = self.vae.last_encoder_weight
+            above = torch.autograd.grad(reconstruction, last, pull.to(reconstruction.dtype), retain_graph=True)[0]
+            weight = s.lambda_align * adaptive_weight(above, torch.autograd.grad(align, last, retain_graph=True)[0])
         total = total + weight * align  # Eq. 6
         return total, {"loss": total.detach(), **logged, "align": align.detach()}
