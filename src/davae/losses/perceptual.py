@@ -114,6 +114,15 @@ def _file_name(name: str) -> str:
     return name
 
 
+def random_lpips(network: str) -> dict[str, Tensor]:
+    """Random weights in the form that `Lpips` reads from a file: for measuring its time where no trained ones are at hand."""
+    import lpips
+
+    state = lpips.LPIPS(net=network, pnet_rand=True, verbose=False).state_dict()
+    own = {_file_name(name): tensor for name, tensor in state.items() if not name.startswith("scaling_layer")}
+    return {name: tensor.clone().contiguous() for name, tensor in own.items()}
+
+
 def perceptual_distance(name: str, weights: str | None = None) -> nn.Module:
     """'lpips-vgg', 'lpips-alex' or 'lite0' -> module (images, target) -> (B,)."""
     if name == "lite0":

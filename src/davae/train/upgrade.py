@@ -129,19 +129,21 @@ class Upgrade:
                 vae.save_pretrained(partial)
             self.folder.mark_done("stage1")
         if not self.folder.done("stage1"):
-            seed_initial_weights(training_seed(self.recipe.stage1, self.recipe.run))
-            vae = DetailVAE.from_base(
-                self.base.vae, self.recipe.detail_channels, self.recipe.scale, self.recipe.downsample
-            )
-            pictures = self.pictures(self.train)
-            task = Stage1Task(self.recipe.stage1, vae, pictures, self.accelerator.device)
+            task = self.stage1_task()
             trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
             trainer.fit(self.recipe.data.num_workers)
             trainer.use_average()
             with new_folder(target) as partial:
-                vae.eval().save_pretrained(partial)
+                task.vae.eval().save_pretrained(partial)
             self.folder.mark_done("stage1")
         return target
+
+    def stage1_task(self) -> Stage1Task:
+        """Stage 1 at its first step."""
+        recipe = self.recipe
+        seed_initial_weights(training_seed(recipe.stage1, recipe.run))
+        vae = DetailVAE.from_base(self.base.vae, recipe.detail_channels, recipe.scale, recipe.downsample)
+        return Stage1Task(recipe.stage1, vae, self.pictures(self.train), self.accelerator.device)
 
     def vae(self) -> DetailVAE:
         return DetailVAE.from_pretrained(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]

@@ -1,0 +1,117 @@
+"""Timing rivals side by side, peak memory, and what machine it was."""
+
+from __future__ import annotations
+
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of one contender: the median of its repeats, the fastest and the slowest."""
+
+    median: float
+    fastest: float
+    slowest: float
+    repeats: int
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def spread(seconds: list[float]) -> Spread:
+    return Spread(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+def synchronise() -> None:
+    """Wait for the accelerator, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def race(contenders: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Spread]:
+    """Time each contender `repeats` times, one after the other in every round, so that drift hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(-warmup, repeats):
+        for name, work in contenders.items():
+            synchronise()
+            started = time.perf_counter()
+            work()
+            synchronise()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: spread(values) for name, values in seconds.items()}
+
+
+def ratio(slow: Spread, fast: Spread) -> float:
+    """How many times faster, by the medians."""
+    return slow.median / fast.median
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
+    """Bytes that work needs on top of what was there before it, in a process of its own.
+
+    Args:
+        prepare: a module's function; called with `arguments`, it returns the work to be measured.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(sender, torch.get_num_threads(), prepare, arguments))
+    process.start()
+    sender.close()
+    try:
+        grown = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process that measures memory ended with status {process.exitcode}") from None
+    process.join()
+    return int(grown)
+
+
+def _measure(
+    sender: Any, threads: int, prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(threads)
+    work = prepare(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        sender.send(torch.cuda.max_memory_allocated() - before)
+        return
+    before = _resident()
+    work()
+    sender.send(max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+
+
+def _resident() -> int:
+    """Resident bytes now; where the system does not say, the peak until now."""
+    status = Path("/proc/self/statm")
+    if status.is_file():
+        return int(status.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

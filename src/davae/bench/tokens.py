@@ -1,0 +1,113 @@
+"""`davae bench tokens`: a transformer at its true width, native against upgraded, beside the bound from FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from davae.bench.clock import machine, race, ratio
+from davae.models.calls import CALLS
+from davae.models.expand import expand_transformer
+from davae.models.families import model_class
+from davae.models.lightning_dit import LightningDiT
+from davae.models.pipeline import BaseShapes
+from davae.train.plan import transformer_flops
+
+DEPTHS = ("num_layers", "num_single_layers", "depth")  # config keys that count blocks
+LISTS = ("dual_attention_layers",)  # config keys that name blocks by number
+
+
+def shallow(config: dict[str, Any], blocks: int) -> dict[str, Any]:
+    """The config with about so many blocks in all, each kind in its share and at least one; widths stay.
+
+    Raises:
+        ValueError: a config that does not say how many blocks it has.
+    """
+    depths = {key: int(config[key]) for key in DEPTHS if config.get(key)}
+    if not depths:
+        raise ValueError(f"none of {', '.join(DEPTHS)} is in the config, so its blocks cannot be counted")
+    share = min(1.0, blocks / sum(depths.values()))
+    changes: dict[str, Any] = {key: max(1, round(value * share)) for key, value in depths.items()}
+    for key in LISTS:
+        if config.get(key):
+            changes[key] = tuple(range(round(len(config[key]) * share)))
+    return {**config, **changes}
+
+
+def random_transformer(shapes: BaseShapes, blocks: int) -> nn.Module:
+    """A transformer of the true width with a few blocks of random weights, in eval mode."""
+    torch.manual_seed(0)
+    config = {k: v for k, v in shallow(shapes.transformer_config, blocks).items() if not k.startswith("_")}
+    return model_class(shapes.transformer_class).from_config(config).eval()
+
+
+def one_pass(transformer: nn.Module, channels: int, side: int) -> Callable[[], object]:
+    """One forward pass on random latents (1,c,side,side) and a prompt of the usual length, or a class."""
+    config: Any = transformer.config
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randn(1, channels, side, side, generator=generator), torch.tensor([0.5])
+    if isinstance(transformer, LightningDiT):
+        labels = torch.zeros(1, dtype=torch.long)
+
+        def by_class() -> object:
+            with torch.no_grad(), transformer.at_grid(side):
+                return transformer(x, t, labels)
+
+        return by_class
+    call = CALLS[type(transformer).__name__]
+    parts = tuple(torch.randn(part.shape, generator=generator) for part in call.blank(config))
+
+    def by_prompt() -> object:
+        with torch.no_grad():
+            return call.predict(transformer, config, x, t, parts)
+
+    return by_prompt
+
+
+def bench_tokens(
+    shapes: BaseShapes, *, resolution: int, scale: int, detail_channels: int, blocks: int, repeats: int
+) -> dict[str, Any]:
+    """Seconds of one pass, native and upgraded, their ratio, and the ratio of their FLOPs.
+
+    Raises:
+        ValueError: the resolution does not divide into tokens.
+    """
+    step = shapes.vae_factor * shapes.patch_size * scale
+    if resolution % step:
+        raise ValueError(f"resolution {resolution} is not divisible by {step} (factor x patch x scale)")
+    native = random_transformer(shapes, blocks)
+    upgraded = expand_transformer(native, detail_channels)
+    side = resolution // shapes.vae_factor
+    sides = {"native": side, "upgraded": side // scale}
+    models = {"native": (native, shapes.channels), "upgraded": (upgraded, shapes.channels + detail_channels)}
+    times = race({name: one_pass(*models[name], sides[name]) for name in models}, repeats)
+    with torch.device("meta"):
+        empty = model_class(shapes.transformer_class).from_config(shallow(shapes.transformer_config, blocks))
+        wide = expand_transformer(empty, detail_channels)
+    flops = {
+        "native": transformer_flops(empty, sides["native"]),
+        "upgraded": transformer_flops(wide, sides["upgraded"]),
+    }
+    bound, speedup = flops["native"] / flops["upgraded"], ratio(times["native"], times["upgraded"])
+    config: Any = native.config
+    return {
+        "transformer": shapes.transformer_class,
+        "resolution": resolution,
+        "scale": scale,
+        "detail_channels": detail_channels,
+        "blocks": sum(int(config[key]) for key in DEPTHS if config.get(key)),
+        "parameters": sum(p.numel() for p in native.parameters()),
+        "native_tokens": (sides["native"] // shapes.patch_size) ** 2,
+        "upgraded_tokens": (sides["upgraded"] // shapes.patch_size) ** 2,
+        "native_seconds": times["native"].as_dict(),
+        "upgraded_seconds": times["upgraded"].as_dict(),
+        "speedup": speedup,
+        "bound": bound,
+        "share_of_bound": speedup / bound,
+        "native_gflops_per_second": flops["native"] / times["native"].median / 1e9,
+        "upgraded_gflops_per_second": flops["upgraded"] / times["upgraded"].median / 1e9,
+        "machine": machine(),
+    }
