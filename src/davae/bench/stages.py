@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -197,13 +197,14 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
             run = Upgrade(recipe, Path(scratch) / f"run-{repeat}", lambda progress: None, stage1=first.out)
             task, rival = run.stage2_task(), run.stage2_task()
             recorder, watch = Recorder(task), Watch()
-            task.dataset = Indexed(task.dataset)
+            noted = Indexed(task.dataset)
+            task.dataset = cast(Any, noted)
             Trainer(task, recipe.run, run.folder, run.accelerator, watch).fit()
             run.folder.close()
             opponent = plain_stage2(run, rival)
             pictures = run.pictures(run.train)
             batch = settings.batch_size
-            given = [task.dataset.given[n * batch : (n + 1) * batch] for n in range(len(recorder.turns))]
+            given = [noted.given[n * batch : (n + 1) * batch] for n in range(len(recorder.turns))]
 
             def turn(
                 one: Turn, items: list[int], opponent: PlainStage2 = opponent, pictures: Any = pictures

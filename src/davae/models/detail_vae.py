@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import (
+    AutoencoderMixin,
+    Decoder,
+    DecoderOutput,
+    DiagonalGaussianDistribution,
+    Encoder,
+)
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from davae.latent import LatentLayout
+from davae.models import by_rows
 from davae.models.autoencoder_families import autoencoder_family, first_convolution, layer_path, spatial_factor
 from davae.models.families import model_class
 from davae.models.resample import DetailDown, DetailUp
@@ -24,6 +32,7 @@ from davae.models.tiling import Tiling, tiled
 from davae.models.warm_start import load_all_but, narrow_posterior, warm_start_up
 
 Downsample = Literal["antialias", "bicubic"]
+Encode = Callable[[Tensor], Tensor]
 
 
 class StructuredPosterior(DiagonalGaussianDistribution):
@@ -226,18 +235,32 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if height % self.spatial_factor or width % self.spatial_factor:
             raise ValueError(f"images are {width}x{height}; both sides must be divisible by {self.spatial_factor}")
         if self.use_tiling and max(height, width) > self.tiling.tile:
-            moments = tiled(self._moments, images, self.tiling.tile, self.tiling.overlap, 1 / self.spatial_factor)
+            moments = self._tiled_moments(images)
         else:
-            moments = self._moments(images)
+            moments = self._moments(images, self.base_encoder, self.detail_encoder)
         z, mean, logvar = moments.split([self.layout.base_channels, *[self.layout.detail_channels] * 2], dim=1)
         return RawLatents(z, mean, logvar.clamp(-30.0, 20.0))
 
-    def _moments(self, images: Tensor) -> Tensor:
+    def _moments(self, images: Tensor, base_encoder: Encode, detail_encoder: Encode) -> Tensor:
         """(B,3,s*H,s*W) -> z, mean and logvar of z_d stacked, (B,C+2D,h,w)."""
         with torch.no_grad():
             base_images = downsample(images, self.layout.scale, self.config["downsample"])
-            z = self.base_quant_conv(self.base_encoder(base_images))[:, : self.layout.base_channels]  # mode
-        return torch.cat([z, self.detail_encoder(images)], dim=1)
+            z = self.base_quant_conv(base_encoder(base_images))[:, : self.layout.base_channels]  # mode
+        return torch.cat([z, detail_encoder(images)], dim=1)
+
+    def _tiled_moments(self, images: Tensor) -> Tensor:
+        base, detail, tile = self.base_encoder, self.detail_encoder, self.tiling.tile
+        if isinstance(base, Encoder) and isinstance(detail, Encoder) and not torch.is_grad_enabled():
+            return self._moments(
+                images,
+                lambda x: by_rows.encode(base, x, (tile // self.layout.scale) ** 2),
+                lambda x: by_rows.encode(detail, x, tile**2),
+            )
+
+        def whole(x: Tensor) -> Tensor:
+            return self._moments(x, base, detail)
+
+        return tiled(whole, images, tile, self.tiling.overlap, 1 / self.spatial_factor)
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[StructuredPosterior]:
@@ -260,6 +283,8 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Raw [z, z_d] (B,C+D,h,w) -> (B,3,s*H,s*W)."""
         tile = self.tiling.tile // self.spatial_factor
         if self.use_tiling and max(latents.shape[-2:]) > tile:
+            if isinstance(self.decoder, Decoder) and not torch.is_grad_enabled():
+                return by_rows.decode(self.decoder, latents, self.tiling.tile**2)
             return tiled(self.decoder, latents, tile, self.tiling.overlap, self.spatial_factor)
         return self.decoder(latents)
 
@@ -311,7 +336,11 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def enable_tiling(
         self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None
     ) -> None:
-        """Encode and decode pictures larger than a tile piece by piece with blended seams; sizes in pixels."""
+        """Encode and decode pictures larger than a tile with less memory; sizes in pixels.
+
+        Where no gradient is asked for, KL autoencoders work in strips of as many positions as a tile has, which gives the
+        untiled result but for half-precision rounding (`by_rows`). All others run on overlapping tiles with blended seams.
+        """
         tile = tile_sample_min_size or self.tiling.tile
         overlap = self.tiling.overlap if tile_overlap_factor is None else tile_overlap_factor
         self.tiling = Tiling(tile - tile % self.spatial_factor, overlap)

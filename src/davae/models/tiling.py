@@ -33,20 +33,21 @@ def tiled(network: Callable[[Tensor], Tensor], inputs: Tensor, tile: int, overla
     """
     height, width = inputs.shape[-2:]
     grain = max(1, round(1 / factor))  # tiles start where the output grid has a position
-    rows = _starts(height, tile, overlap, grain)
-    columns = _starts(width, tile, overlap, grain)
+    shared = round(tile * overlap)
+    tile_height, rows = spans(height, tile, shared, grain)
+    tile_width, columns = spans(width, tile, shared, grain)
     result: Tensor | None = None
     total: Tensor | None = None
     for top in rows:
         for left in columns:
-            piece = inputs[..., top : top + tile, left : left + tile]
+            piece = inputs[..., top : top + tile_height, left : left + tile_width]
             output = network(piece)  # (B,c',tile*factor,tile*factor)
             if result is None or total is None:
                 result = output.new_zeros(*output.shape[:2], round(height * factor), round(width * factor))
                 total = output.new_zeros(1, 1, *result.shape[-2:])
-            shared = round(tile * overlap * factor)
-            ramp_y = _ramp(output.shape[-2], shared, top > 0, top + tile < height, output)
-            ramp_x = _ramp(output.shape[-1], shared, left > 0, left + tile < width, output)
+            fade = round(shared * factor)
+            ramp_y = _ramp(output.shape[-2], fade, top > 0, top + tile_height < height, output)
+            ramp_x = _ramp(output.shape[-1], fade, left > 0, left + tile_width < width, output)
             weight = ramp_y[:, None] * ramp_x[None, :]
             y, x = round(top * factor), round(left * factor)
             window = (..., slice(y, y + output.shape[-2]), slice(x, x + output.shape[-1]))
@@ -54,16 +55,21 @@ def tiled(network: Callable[[Tensor], Tensor], inputs: Tensor, tile: int, overla
             total[window] += weight
     assert result is not None
     assert total is not None
-    return result / total
+    return result.div_(total)
 
 
-def _starts(length: int, tile: int, overlap: float, grain: int) -> list[int]:
-    """First positions of tiles that cover `length`; the last one ends at the border."""
+def spans(length: int, tile: int, shared: int, grain: int) -> tuple[int, list[int]]:
+    """(side of a tile, first positions) of the fewest tiles of at most `tile` that cover `length` and overlap by `shared`.
+
+    They are as small as that many allow, so that little is computed twice; sides and positions are multiples of `grain`.
+    """
     if length <= tile:
-        return [0]
-    stride = max(grain, int(tile * (1 - overlap)) // grain * grain)
-    starts = list(range(0, length - tile, stride))
-    return [*starts, length - tile]
+        return length, [0]
+    tile = max(grain, tile // grain * grain)
+    shared = min(shared, tile - grain)
+    count = -(-(length - shared) // (tile - shared))
+    side = min(tile, -(-(length + (count - 1) * shared) // (count * grain)) * grain)
+    return side, [round((length - side) * n / (count - 1) / grain) * grain for n in range(count)]
 
 
 def _ramp(length: int, shared: int, fade_in: bool, fade_out: bool, like: Tensor) -> Tensor:

@@ -101,11 +101,11 @@ class ReconstructionTrainer:
             adversarial = generator_hinge(logits)
             # the mean over so many logits would underflow in half precision
             push = torch.autograd.grad(adversarial * logits.numel(), pixels)[0].float() / logits.numel()
-            at_last = [
+            above, below = (
                 torch.autograd.grad(reconstruction, last_layer, g.to(reconstruction.dtype), retain_graph=True)[0]
                 for g in (pull, push)
-            ]
-            weight = adaptive_weight(*at_last)
+            )
+            weight = adaptive_weight(above, below)
             value = value + s.lambda_adv * weight * adversarial.detach()
             gradient = pull + s.lambda_adv * weight * push
             logged |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}

@@ -1,0 +1,79 @@
+"""`davae bench vae`: encoding and decoding one picture, whole and tiled: time, peak memory, and how much they differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from davae.bench.clock import machine, peak_memory, race, ratio
+from davae.models.autoencoder_families import encode_mode
+from davae.models.autoencoders import load_autoencoder
+
+
+def synthetic_picture(resolution: int) -> Tensor:
+    """(1,3,R,R) in [-1,1]: gradients, waves of many lengths and some noise, the same each time."""
+    along = torch.linspace(0, 1, resolution)
+    y, x = torch.meshgrid(along, along, indexing="ij")
+    waves = [torch.sin(2 * math.pi * (k * x + (5 - k) * y * k + k / 3)) / k for k in (1, 2, 3, 7, 23, 61)]
+    picture = torch.stack([sum(waves[i::3], torch.zeros_like(x)) + (x, y, 1 - x)[i] - 0.5 for i in range(3)])
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
+    return (0.6 * picture + 0.05 * noise).clamp(-1, 1)[None]
+
+
+def opened(model: str, tile: int | None) -> Any:
+    """The autoencoder, tiled where a tile's side is given."""
+    vae = load_autoencoder(model)
+    if tile is not None:
+        vae.enable_tiling(tile)
+    return vae
+
+
+def encoding(model: str, resolution: int, tile: int | None) -> Callable[[], Tensor]:
+    """Work for `peak_memory`: one picture encoded."""
+    vae, picture = opened(model, tile), synthetic_picture(resolution)
+    return torch.no_grad()(lambda: encode_mode(vae, picture))
+
+
+def decoding(model: str, resolution: int, tile: int | None) -> Callable[[], Tensor]:
+    """Work for `peak_memory`: one picture's latents decoded. Latents are made tile by tile, to leave no peak behind."""
+    vae = opened(model, min(256, resolution))
+    with torch.no_grad():
+        latents = encode_mode(vae, synthetic_picture(resolution))
+    vae = opened(model, tile)
+    return torch.no_grad()(lambda: vae.decode(latents).sample)
+
+
+def psnr(a: Tensor, b: Tensor, span: float) -> float:
+    """10 log10(span^2 / MSE), dB; infinite where nothing differs."""
+    error = float((a - b).square().mean())
+    return math.inf if error == 0 else 10 * math.log10(span**2 / error)
+
+
+def bench_vae(model: str, *, resolution: int, tile: int, repeats: int) -> dict[str, Any]:
+    """Whole against tiled, both ways.
+
+    Raises:
+        ValueError: a size that the autoencoder cannot encode.
+    """
+    figures: dict[str, Any] = {"vae": model, "resolution": resolution, "tile": tile}
+    for name, prepare, span in (("encode", encoding, None), ("decode", decoding, 2.0)):
+        works = {"whole": prepare(model, resolution, None), "tiled": prepare(model, resolution, tile)}
+        times = race(works, repeats, warmup=0)
+        whole, tiled = (work().float() for work in works.values())
+        memory = {key: peak_memory(prepare, model, resolution, None if key == "whole" else tile) for key in works}
+        figures[name] = {
+            "whole_seconds": times["whole"].as_dict(),
+            "tiled_seconds": times["tiled"].as_dict(),
+            "time_ratio": ratio(times["tiled"], times["whole"]),
+            "whole_peak_mib": memory["whole"] / 2**20,
+            "tiled_peak_mib": memory["tiled"] / 2**20,
+            "memory_ratio": memory["tiled"] / memory["whole"],
+            "psnr": psnr(tiled.clamp(-1, 1), whole.clamp(-1, 1), span)
+            if span
+            else psnr(tiled, whole, float(whole.max() - whole.min())),
+        }
+    return {**figures, "machine": machine()}

@@ -1,0 +1,185 @@
+"""`davae bench tokens | vae | stage1 | stage2 | sample | guidance`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from davae.cli.bench import bench_app
+from davae.cli.options import Json, Overrides, write_json
+
+Repeats = Annotated[int, typer.Option(min=1, help="Timed repeats; rivals take turns.")]
+Steps = Annotated[int, typer.Option(min=1, help="Timed steps a repeat.")]
+Tile = Annotated[int, typer.Option(help="Side of a tile, pixels.")]
+
+
+def _show(json: Any, figures: dict[str, Any]) -> None:
+    from davae.display import console
+
+    write_json(json, figures)
+    console.print_json(data=figures)
+
+
+@bench_app.command()
+def tokens(
+    model: Annotated[str, typer.Argument(help="A preset (`davae inspect` lists them), a folder or a hub id.")],
+    resolution: Annotated[int, typer.Option(help="Pixels of the picture.")] = 1024,
+    scale: Annotated[int, typer.Option(min=2)] = 2,
+    detail_channels: Annotated[int | None, typer.Option(help="D; C unless given.")] = None,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of the true width, random weights.")] = 2,
+    repeats: Repeats = 5,
+    json: Json = None,
+) -> None:
+    """A transformer pass, native against upgraded, beside the bound from FLOPs.
+
+    `davae bench tokens sd35-medium --resolution 1024 --blocks 2`
+    """
+    from davae.bench.tokens import bench_tokens
+    from davae.models.pipeline import ModelError, read_shapes
+    from davae.zoo import resolve
+
+    shapes = read_shapes(resolve(model))
+    try:
+        figures = bench_tokens(
+            shapes,
+            resolution=resolution,
+            scale=scale,
+            detail_channels=detail_channels or shapes.channels,
+            blocks=blocks,
+            repeats=repeats,
+        )
+    except ValueError as error:
+        raise ModelError(f"model {model}: {error}") from error
+    _show(json, {"model": model, **figures})
+
+
+@bench_app.command()
+def vae(
+    model: Annotated[str, typer.Argument(help="An autoencoder's folder, a pipeline's, or `micro-upgraded`.")],
+    resolution: Annotated[int, typer.Option(help="Pixels of the picture.")] = 1024,
+    tile: Tile = 512,
+    repeats: Repeats = 3,
+    json: Json = None,
+) -> None:
+    """Encoding and decoding, whole and tiled: time, peak memory, difference.
+
+    `davae bench vae micro-upgraded --resolution 2048 --tile 512`
+    """
+    from davae.bench.vae import bench_vae
+    from davae.models.pipeline import ModelError
+    from davae.zoo import SHIPPED, resolve, resolve_upgrade
+
+    folder = str(resolve_upgrade(model)) if model in SHIPPED else resolve(model)
+    try:
+        figures = bench_vae(folder, resolution=resolution, tile=tile, repeats=repeats)
+    except ValueError as error:
+        raise ModelError(f"{model}: {error}") from error
+    _show(json, {**figures, "vae": model})
+
+
+def _upgrade_recipe(name: str, overrides: list[str] | None) -> Any:
+    from davae.recipes import Recipe, RecipeError, load_recipe
+
+    recipe = load_recipe(name, overrides or [])
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe '{recipe.name}' is no upgrade recipe")
+    return recipe
+
+
+@bench_app.command()
+def stage1(
+    recipe: Annotated[str, typer.Argument(help="An upgrade recipe.")] = "micro",
+    steps: Steps = 4,
+    repeats: Repeats = 2,
+    set: Overrides = None,
+    json: Json = None,
+) -> None:
+    """A step of the detail VAE with all of the paper's losses, against a plain implementation of them.
+
+    `davae bench stage1 micro --set stage1.batch_size=4`
+    """
+    from davae.bench.stages import bench_stage1
+
+    _show(json, bench_stage1(_upgrade_recipe(recipe, set), steps=steps, repeats=repeats))
+
+
+@bench_app.command()
+def stage2(
+    recipe: Annotated[str, typer.Argument(help="An upgrade recipe.")] = "micro",
+    steps: Steps = 4,
+    repeats: Repeats = 2,
+    set: Overrides = None,
+    json: Json = None,
+) -> None:
+    """A step of the transformer from the cache, against a plain implementation. Example: `davae bench stage2 micro`"""
+    from davae.bench.stages import bench_stage2
+
+    _show(json, bench_stage2(_upgrade_recipe(recipe, set), steps=steps, repeats=repeats))
+
+
+@bench_app.command()
+def sample(
+    base: Annotated[str, typer.Argument(help="`micro`, a folder or a hub id.")] = "micro",
+    upgraded: Annotated[
+        str, typer.Argument(help="Its upgrade: a run or pipeline folder, or `micro-upgraded`.")
+    ] = "micro-upgraded",
+    prompt: Annotated[str, typer.Option(help="A prompt, or a class.")] = "a red rose",
+    steps: Annotated[int, typer.Option(min=1)] = 30,
+    guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
+    repeats: Repeats = 3,
+    helper: Annotated[
+        list[Literal["first-block-cache", "compiled"]] | None,
+        typer.Option(help="Measure with this too; may be repeated."),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Whole pictures: native against upgraded, and what multiplies with the token saving.
+
+    `davae bench sample micro micro-upgraded --helper first-block-cache --helper compiled`
+    """
+    from davae.bench.sampling import bench_sample
+    from davae.measure import open_model
+    from davae.models.pipeline import default_resolution
+
+    native, (better, _) = open_model(base)[0], open_model(upgraded)
+    figures = bench_sample(
+        native,
+        better,
+        resolution=default_resolution(better),
+        prompt=prompt,
+        steps=steps,
+        guidance=guidance,
+        repeats=repeats,
+        helpers=["plain", *(helper or [])],
+    )
+    _show(json, {"base": base, "upgraded": upgraded, **figures})
+
+
+@bench_app.command()
+def guidance(
+    hidden_size: int = 384,
+    depth: int = 6,
+    grid: int = 16,
+    channels: int = 32,
+    num_steps: Annotated[int, typer.Option(min=2, help="Grid points.")] = 250,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    repeats: Repeats = 2,
+    json: Json = None,
+) -> None:
+    """Guided LightningDiT sampling within the paper's interval, against computing both halves in every step.
+
+    `davae bench guidance --num-steps 250`
+    """
+    from davae.bench.sampling import bench_guidance
+
+    figures = bench_guidance(
+        hidden_size=hidden_size,
+        depth=depth,
+        grid=grid,
+        channels=channels,
+        num_steps=num_steps,
+        batch=batch,
+        repeats=repeats,
+    )
+    _show(json, figures)

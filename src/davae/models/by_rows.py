@@ -1,0 +1,185 @@
+"""An AutoencoderKL's encoder or decoder with little memory and nothing lost: layer by layer, each layer in strips of rows.
+
+Tiles that are decoded on their own differ from the whole picture, as group normalisation sees another mean and variance in
+each and attention another neighbourhood. Here every layer sees the whole picture: statistics are summed over all strips
+before a strip is normalised, convolutions read the rows they need from their neighbours, and the middle block, which works
+on the smallest grid, runs whole. Two activations are kept at a time, in half precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UpDecoderBlock2D
+from torch import Tensor, nn
+
+Change = Callable[[Tensor], Tensor]
+LARGEST = 2.0**15  # what a stored value may reach, half of float16's maximum
+
+
+class Rows:
+    """An activation (B,c,H,W) kept in half precision, each row with a power of two that keeps it from overflowing.
+
+    Activations of 16-bit models are kept as they are.
+    """
+
+    def __init__(self, batch: int, channels: int, height: int, width: int, like: Tensor):
+        self.dtype = like.dtype
+        kept = torch.float16 if like.dtype.itemsize > 2 else like.dtype
+        self.data = torch.empty(batch, channels, height, width, dtype=kept, device=like.device)
+        self.scale = torch.ones(height, 1, dtype=torch.float32, device=like.device)
+
+    @classmethod
+    def of(cls, whole: Tensor, step: int) -> Rows:
+        rows = cls(*whole.shape, like=whole)
+        for top, bottom in strips(whole.shape[2], step):
+            rows.write(top, whole[:, :, top:bottom])
+        return rows
+
+    @property
+    def height(self) -> int:
+        return self.data.shape[2]
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        """Rows top..bottom-1 (B,c,bottom-top,W) in the model's precision."""
+        piece = self.data[:, :, top:bottom].to(self.dtype)
+        return piece if self.data.dtype == self.dtype else piece.mul_(self.scale[top:bottom].to(piece))
+
+    def write(self, top: int, piece: Tensor) -> None:
+        bottom = top + piece.shape[2]
+        if self.data.dtype != self.dtype:
+            highest = piece.abs().amax(dim=(0, 1, 3)).clamp(min=LARGEST)  # (rows,)
+            self.scale[top:bottom, 0] = torch.exp2(torch.log2(highest / LARGEST).ceil())
+            piece = piece / self.scale[top:bottom].to(piece)
+        self.data[:, :, top:bottom] = piece
+
+    def whole(self) -> Tensor:
+        return self.read(0, self.height)
+
+
+def strips(height: int, step: int) -> Iterator[tuple[int, int]]:
+    """(top, bottom) of strips of at most `step` rows."""
+    for top in range(0, height, step):
+        yield top, min(top + step, height)
+
+
+def normalised(x: Rows, norm: nn.GroupNorm, step: int) -> Change:
+    """Group normalisation by the statistics of all rows, for one strip at a time; summed in float64."""
+    batch, channels = x.data.shape[:2]
+    total = torch.zeros(batch, norm.num_groups, dtype=torch.float64, device=x.data.device)
+    squares = torch.zeros_like(total)
+    for top, bottom in strips(x.height, step):
+        grouped = x.read(top, bottom).reshape(batch, norm.num_groups, -1)
+        total += grouped.sum(-1, dtype=torch.float64)
+        squares += grouped.square().sum(-1, dtype=torch.float64)
+    count = channels // norm.num_groups * x.data.shape[2] * x.data.shape[3]
+    mean = total / count
+    inverse = (squares / count - mean.square() + norm.eps).rsqrt()
+    per_channel = channels // norm.num_groups
+    mean, inverse = mean.repeat_interleave(per_channel, 1), inverse.repeat_interleave(per_channel, 1)  # (B,c)
+    gain = inverse * norm.weight.double()
+    offset = norm.bias.double() - mean * gain
+    gain, offset = gain[..., None, None].to(x.dtype), offset[..., None, None].to(x.dtype)
+    return lambda piece: piece * gain + offset
+
+
+def convolve(
+    x: Rows,
+    conv: nn.Conv2d,
+    step: int,
+    *,
+    before: Change = lambda piece: piece,
+    enlarge: int = 1,
+    padding: tuple[int, int, int, int] | None = None,
+    onto: Rows | None = None,
+) -> Rows:
+    """conv(before(x)) strip by strip of `step` output rows.
+
+    Args:
+        before: what happens to every position first; the convolution's zero padding comes after it.
+        enlarge: nearest-neighbour enlargement before the convolution.
+        padding: left, right, top, bottom, where it is not the convolution's own.
+        onto: an activation to add the result to, in place, instead of a new one.
+    """
+    own = cast(tuple[int, int], conv.padding)
+    left, right, above, below = padding or (own[1], own[1], own[0], own[0])
+    stride, kernel = conv.stride[0], conv.kernel_size[0]
+    height, width = x.height * enlarge, x.data.shape[3] * enlarge
+    size = ((height + above + below - kernel) // stride + 1, (width + left + right - kernel) // stride + 1)
+    target = onto or Rows(
+        len(x.data), conv.out_channels, *size, like=torch.empty(0, dtype=x.dtype, device=x.data.device)
+    )
+    for top, bottom in strips(size[0], step):
+        first, last = top * stride - above, (bottom - 1) * stride - above + kernel  # rows of the enlarged input
+        inside, beyond = max(first, 0), min(last, height)
+        piece = before(x.read(inside // enlarge, -(-beyond // enlarge)))
+        if enlarge > 1:
+            piece = F.interpolate(piece, scale_factor=float(enlarge), mode="nearest")
+            skip = inside - inside // enlarge * enlarge
+            piece = piece[:, :, skip : skip + beyond - inside]
+        piece = F.pad(piece, (left, right, inside - first, last - beyond))
+        result = F.conv2d(piece, conv.weight, conv.bias, stride=conv.stride)
+        target.write(top, result if onto is None else onto.read(top, bottom) + result)
+    return target
+
+
+def residual(x: Rows, block: Any, step: int) -> Rows:
+    """A ResnetBlock2D without time embedding; `x` is used up."""
+    act = block.nonlinearity
+    first = normalised(x, block.norm1, step)
+    hidden = convolve(x, block.conv1, step, before=lambda piece: act(first(piece)))
+    second = normalised(hidden, block.norm2, step)
+    out = x if block.conv_shortcut is None else convolve(x, block.conv_shortcut, step)
+    return convolve(hidden, block.conv2, step, before=lambda piece: act(second(piece)), onto=out)
+
+
+def decode(decoder: Decoder, latents: Tensor, pixels: int) -> Tensor:
+    """A diffusers KL decoder: latents (B,c,h,w) -> (B,3,H,W); strips hold at most `pixels` positions."""
+    network = cast(Any, decoder)
+    features = network.mid_block(network.conv_in(latents))
+    x = Rows.of(features, step_for(features.shape[3], pixels))
+    del features
+    for block in network.up_blocks:
+        if type(block) is not UpDecoderBlock2D:  # attention sees the whole picture
+            x = Rows.of(block(x.whole()), step_for(x.data.shape[3], pixels))
+            continue
+        stage = cast(Any, block)
+        for resnet in stage.resnets:
+            x = residual(x, resnet, step_for(x.data.shape[3], pixels))
+        for up in stage.upsamplers or []:
+            x = convolve(x, up.conv, step_for(2 * x.data.shape[3], pixels), enlarge=2)
+    return finish(x, network, network.conv_out, pixels)
+
+
+def encode(encoder: Encoder, images: Tensor, pixels: int) -> Tensor:
+    """A diffusers KL encoder: images (B,3,H,W) -> its last layer's output (B,c,h,w); strips as in `decode`."""
+    network = cast(Any, encoder)
+    step = step_for(images.shape[3], pixels)
+    x = convolve(Rows.of(images, step), network.conv_in, step)
+    for block in network.down_blocks:
+        if type(block) is not DownEncoderBlock2D:
+            x = Rows.of(block(x.whole()), step_for(x.data.shape[3], pixels))
+            continue
+        stage = cast(Any, block)
+        for resnet in stage.resnets:
+            x = residual(x, resnet, step_for(x.data.shape[3], pixels))
+        for down in stage.downsamplers or []:
+            uneven = (0, 1, 0, 1) if down.padding == 0 else None
+            x = convolve(x, down.conv, step_for(x.data.shape[3] // 2, pixels // 4), padding=uneven)
+    features = network.mid_block(x.whole())
+    return network.conv_out(network.conv_act(network.conv_norm_out(features)))
+
+
+def finish(x: Rows, network: Any, last: nn.Conv2d, pixels: int) -> Tensor:
+    step = step_for(x.data.shape[3], pixels)
+    norm = normalised(x, network.conv_norm_out, step)
+    return convolve(x, last, step, before=lambda piece: network.conv_act(norm(piece))).whole()
+
+
+def step_for(width: int, pixels: int) -> int:
+    """Rows of a strip that holds at most `pixels` positions; at least 8, as neighbours share two."""
+    return max(8, pixels // width)
