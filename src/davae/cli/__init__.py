@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 import typer
 
 from davae.cli.analyze import analyze_app
+from davae.cli.bench_models import bench_app
 from davae.cli.convert import convert_app
 from davae.cli.evaluate import evaluate_app
 from davae.cli.options import DryRun, Json, Name, Out, Overrides, Source, write_json
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(analyze_app, name="analyze")
 app.add_typer(convert_app, name="convert")
+app.add_typer(bench_app, name="bench")
 app.command()(reproduce)
 
 
