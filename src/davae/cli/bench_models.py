@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -129,8 +129,8 @@ def sample(
     guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
     repeats: Repeats = 3,
     helper: Annotated[
-        list[Literal["first-block-cache", "compiled"]] | None,
-        typer.Option(help="Measure with this too; may be repeated."),
+        list[str] | None,
+        typer.Option(help="Measure with `first-block-cache` or `compiled` too; may be repeated."),
     ] = None,
     json: Json = None,
 ) -> None:
@@ -138,10 +138,16 @@ def sample(
 
     `davae bench sample micro micro-upgraded --helper first-block-cache --helper compiled`
     """
-    from davae.bench.sampling import bench_sample
+    from davae.bench.sampling import HELPERS, bench_sample
     from davae.measure import open_model
+    from davae.recipes import RecipeError
     from davae.models.pipeline import default_resolution
 
+    odd = [name for name in helper or [] if name not in HELPERS]
+    if odd:
+        raise RecipeError(
+            f"--helper '{odd[0]}' is unknown; use {', '.join(name for name in HELPERS if name != 'plain')}"
+        )
     native, (better, _) = open_model(base)[0], open_model(upgraded)
     figures = bench_sample(
         native,
