@@ -140,8 +140,8 @@ def sample(
     """
     from davae.bench.sampling import HELPERS, bench_sample
     from davae.measure import open_model
-    from davae.recipes import RecipeError
     from davae.models.pipeline import default_resolution
+    from davae.recipes import RecipeError
 
     odd = [name for name in helper or [] if name not in HELPERS]
     if odd:
