@@ -1,0 +1,72 @@
+"""Every family's call is the one that its stock pipeline makes: an Euler loop over it walks the pipeline's own path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_pipelines import BUILDERS
+from torch import Tensor
+
+from davae.models.calls import CALLS
+from davae.models.pipeline import load_pipeline, read_shapes, text_arguments
+
+PROMPTS = ["a red square", "a blue square of another length"]
+
+
+def like_the_sample(values: Tensor, sample: Tensor) -> Tensor:
+    """Pipelines pack latents before their loop, or take them packed: values (B,c,h,w) or (B,L,c) in the loop's form."""
+    return values.flatten(2).transpose(1, 2) if values.ndim == 4 and sample.ndim == 3 else values
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BUILDERS)
+def test_an_euler_loop_over_the_call_is_the_pipeline_s(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    BUILDERS[name](tmp_path)
+    pipeline = load_pipeline(str(tmp_path))
+    if not hasattr(pipeline.scheduler, "sigmas"):
+        pytest.skip("no flow-matching scheduler: compared with its own scheduler in the family's tests")
+    shapes, transformer = read_shapes(str(tmp_path)), pipeline.transformer
+    call, config = CALLS[type(transformer).__name__], transformer.config
+    steps: list[tuple[Tensor, Tensor]] = []
+    stock_step = pipeline.scheduler.step
+
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any:
+        steps.append((sample.clone(), model_output.clone()))
+        return stock_step(model_output, timestep, sample, **options)
+
+    monkeypatch.setattr(pipeline.scheduler, "step", step)
+    side = 4 * shapes.patch_size
+    x = torch.randn(2, shapes.channels, side, side + shapes.patch_size * 2)
+    parts = call.embed(pipeline, list(PROMPTS), text_arguments(pipeline))
+    assert all(len(part) == len(PROMPTS) for part in parts)
+    pipeline(
+        prompt=list(PROMPTS),
+        height=side * shapes.vae_factor,
+        width=(side + shapes.patch_size * 2) * shapes.vae_factor,
+        num_inference_steps=3,
+        latents=call.pack(x),
+        output_type="latent",
+        **unguided(pipeline, call),
+        **text_arguments(pipeline),
+    )
+    sigmas = pipeline.scheduler.sigmas
+    assert len(steps) == 3
+    for (sample, output), now, then in zip(steps, sigmas[:-1], sigmas[1:], strict=True):
+        assert float((like_the_sample(call.pack(x), sample) - sample).abs().max()) < 1e-4
+        velocity = call.predict(transformer, config, x, now.expand(len(x)), parts)
+        assert velocity.shape == x.shape
+        assert float(output.abs().max()) > 1e-3
+        difference = like_the_sample(call.pack(velocity), output) - output
+        assert float(difference.abs().max()) < 1e-4 * float(output.abs().max())
+        x = x + (then - now) * velocity
+
+
+def unguided(pipeline: Any, call: Any) -> dict[str, Any]:
+    """Arguments without classifier-free guidance; a distilled model is asked for what its call trains it at."""
+    if pipeline.transformer.config.get("guidance_embeds"):
+        return {"guidance_scale": call.GUIDANCE}
+    return {"guidance_scale": 0.0 if type(pipeline).__name__ == "ZImagePipeline" else 1.0}
