@@ -10,7 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_autoencoder
-from diffusers import AutoencoderDC, AutoencoderTiny, SanaPipeline
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    Flux2KleinPipeline,
+    QwenImagePipeline,
+    SanaPipeline,
+)
 
 from davae import DetailVAE
 from davae.conversion import convert_tiny
@@ -20,12 +30,13 @@ from davae.evaluate.reconstruction import score_reconstructions
 from davae.models.autoencoder_families import (
     AUTOENCODERS,
     autoencoder_family,
-    encode_mode,
+    base_statistics,
     first_convolution,
     spatial_factor,
 )
 from davae.models.autoencoders import load_autoencoder
-from davae.models.detail_vae import base_statistics, downsample
+from davae.models.detail_vae import downsample
+from davae.models.one_frame import decode_latents, encode_mode, frames_of
 from davae.models.pipeline import ModelError
 from davae.models.pooled_tiny import PooledAutoencoderTiny
 
@@ -57,18 +68,83 @@ TINY = {
     "num_decoder_blocks": (2, 1),
     "latent_channels": 4,
 }
+VIDEO = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "num_res_blocks": 1,
+    "latents_mean": [0.1, -0.2, 0.3, 0.0],
+    "latents_std": [1.5, 0.7, 1.0, 2.0],
+}
+
+
+def shaken(model: Any) -> Any:
+    """Every weight random: several classes start at ones and zeros."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def packed_batch_norm() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 3.0)
+    return vae.eval()
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "AutoencoderKL": lambda: tiny_autoencoder(quant=False),
     "AutoencoderKL with quant convolutions": lambda: tiny_autoencoder(quant=True),
     "AutoencoderDC": deep_compression,
     "AutoencoderDC without shortcuts": lambda: deep_compression(False),
     "AutoencoderTiny": lambda: AutoencoderTiny(**TINY, scaling_factor=0.5).eval(),
+    "AutoencoderKLFlux2": packed_batch_norm,
+    "AutoencoderKLQwenImage": lambda: shaken(
+        AutoencoderKLQwenImage(**VIDEO, dim_mult=[1, 2, 2], temperal_downsample=[False, True])
+    ),
+    "AutoencoderKLQwenImage21 with alpha": lambda: shaken(
+        AutoencoderKLQwenImage21(
+            **VIDEO, decoder_base_dim=8, dim_mult=[1, 2, 2], temperal_downsample=[True, False], scale_factor_spatial=4
+        )
+    ),
+    "AutoencoderKLWan": lambda: shaken(
+        AutoencoderKLWan(**VIDEO, dim_mult=[1, 2, 2], temperal_downsample=[False, True])
+    ),
+    "AutoencoderKLWan in patches, residual": lambda: shaken(
+        AutoencoderKLWan(
+            **VIDEO,
+            dim_mult=[1, 1],
+            temperal_downsample=[True],
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            scale_factor_spatial=4,
+        )
+    ),
     "PooledAutoencoderTiny": lambda: PooledAutoencoderTiny(**TINY, pooled_blocks=2).eval(),
 }
 
 
 def test_every_supported_class_has_a_case():
     assert {name.split(" ")[0] for name in BUILDERS} == set(AUTOENCODERS)
+
+
+def normalised(base: Any, z: torch.Tensor) -> torch.Tensor:
+    """Raw latents as stock pipelines hand them to the transformer."""
+    if isinstance(base, AutoencoderKLFlux2):
+        packed = Flux2KleinPipeline._patchify_latents(z)
+        mean, std = base.bn.running_mean, torch.sqrt(base.bn.running_var + base.config.batch_norm_eps)
+        return Flux2KleinPipeline._unpatchify_latents((packed - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1))
+    mean, std = (torch.tensor(values, dtype=F64).view(1, -1, 1, 1) for values in base_statistics(base.config))
+    return (z - mean) / std
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -81,9 +157,8 @@ def test_a_detail_vae_on_any_base(name: str, scale: int, tmp_path: Path):
     images = torch.rand(2, 3, 8 * vae.spatial_factor, 8 * vae.spatial_factor, dtype=F64) * 2 - 1
 
     # z is the base's own latent of the small picture, normalised as pipelines do it
-    mean, std = (torch.tensor(values, dtype=F64).view(1, -1, 1, 1) for values in base_statistics(base.config))
     with torch.no_grad():
-        expected = (encode_mode(base, downsample(images, scale)) - mean) / std
+        expected = normalised(base, encode_mode(base, downsample(images, scale)))
         latents = vae.encode(images).latent_dist.mode()
     z, z_d = vae.layout.split(latents)
     assert float((z - expected).abs().max()) < 1e-12
@@ -116,7 +191,10 @@ def test_a_detail_vae_on_any_base(name: str, scale: int, tmp_path: Path):
         assert float((again.decode(latents).sample - decoded).abs().max()) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["AutoencoderDC", "AutoencoderKL with quant convolutions"])
+@pytest.mark.parametrize(
+    "name",
+    ["AutoencoderDC", "AutoencoderKL with quant convolutions", "AutoencoderKLFlux2", "AutoencoderKLQwenImage"],
+)
 def test_the_folded_first_convolution_is_the_base_decoder_s(name: str):
     base = BUILDERS[name]().to(F64)
     weight, bias = first_convolution(base, autoencoder_family(type(base).__name__))
@@ -125,9 +203,11 @@ def test_the_folded_first_convolution_is_the_base_decoder_s(name: str):
     if name == "AutoencoderDC":  # the shortcut is added outside of the convolution: look at what the first block gets
         base.decoder.up_blocks[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     else:
-        base.decoder.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        base.decoder.conv_in.register_forward_hook(
+            lambda module, inputs, output: seen.append(output[:, :, 0] if output.ndim == 5 else output)
+        )
     with torch.no_grad():
-        base.decode(z)
+        decode_latents(base, z)
         mine = F.conv2d(z, weight, bias, padding=1)
     inside = (..., slice(1, -1), slice(1, -1))  # a post-quant bias meets the zero padding at the border
     assert float((mine - seen[0])[inside].abs().max()) < 1e-12
@@ -138,6 +218,46 @@ def test_sana_s_pipeline_gets_the_doubled_factor():
     pipeline = SanaPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=None, scheduler=None)  # type: ignore[arg-type]
     assert pipeline.vae_scale_factor == vae.spatial_factor == 8
     assert vae.config.scaling_factor == 1.0
+
+
+def test_flux2_s_pipeline_finds_an_identity_batch_norm_of_all_channels(tmp_path: Path):
+    base = packed_batch_norm()
+    vae = DetailVAE.from_base(base, 8)
+    vae.save_pretrained(tmp_path)
+    vae = DetailVAE.from_pretrained(tmp_path)
+    assert vae.bn.running_mean.shape == (4 * 12,)
+    for epsilon in (vae.config.batch_norm_eps, 1e-5):  # Ernie-Image's pipeline writes its own
+        assert torch.allclose(torch.sqrt(vae.bn.running_var + epsilon), torch.ones(48), rtol=1e-6, atol=0)
+    assert torch.equal(vae.bn.running_mean, torch.zeros(48))
+    # an odd grid starts at the first position of a cell
+    odd = torch.randn(1, 12, 3, 5)
+    even = torch.nn.functional.pad(odd, (0, 1, 0, 1))
+    assert torch.equal(vae.normalise(odd), vae.normalise(even)[..., :3, :5])
+
+
+def test_a_video_autoencoder_s_pipeline_hands_over_one_frame():
+    vae = DetailVAE.from_base(BUILDERS["AutoencoderKLQwenImage"](), 8, 4)
+    pipeline = QwenImagePipeline(scheduler=None, vae=vae, text_encoder=None, tokenizer=None, transformer=None)  # type: ignore[arg-type]
+    assert pipeline.vae_scale_factor == vae.spatial_factor == 16
+    assert (vae.config.z_dim, vae.config.latents_mean, vae.config.latents_std) == (12, [0.0] * 12, [1.0] * 12)
+    images = torch.rand(1, 3, 32, 48) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mode()
+        framed = vae.encode(images[:, :, None]).latent_dist.mode()
+        assert torch.equal(framed, latents[:, :, None])
+        assert torch.equal(vae.decode(framed).sample, vae.decode(latents).sample[:, :, None])
+    with pytest.raises(ValueError, match="found 2 frames; a DetailVAE takes pictures"):
+        vae.decode(framed.repeat(1, 1, 2, 1, 1))
+
+
+def test_a_frame_is_decoded_as_the_base_decodes_it():
+    for name in ("AutoencoderKLQwenImage21 with alpha", "AutoencoderKLWan in patches, residual"):
+        base = BUILDERS[name]().to(F64)
+        z = torch.randn(1, 4, 4, 4, dtype=F64)
+        frames = frames_of(type(base).__name__, base.config)
+        with torch.no_grad():
+            mine = frames.decode(base.decoder, base.post_quant_conv(z[:, :, None])[:, :, 0])
+            assert torch.equal(mine.clamp(-1, 1), decode_latents(base, z))
 
 
 def test_tiny_autoencoders_refuse_checkpointing_that_would_change_them():

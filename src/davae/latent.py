@@ -67,3 +67,12 @@ class LatentLayout:
                 f"{z.shape[1]} and {z_d.shape[1]}"
             )
         return torch.cat([z, z_d], dim=1)
+
+
+def over_grid(statistics: Tensor, latents: Tensor) -> Tensor:
+    """Statistics (1,c,k,k) of the positions of a k x k cell, repeated over the grid of latents (B,c,h,w)."""
+    side = statistics.shape[-1]
+    if side == 1:
+        return statistics
+    height, width = latents.shape[-2:]
+    return statistics.repeat(1, 1, -(-height // side), -(-width // side))[..., :height, :width]

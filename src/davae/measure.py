@@ -20,8 +20,8 @@ from davae.evaluate.features import Features, extract, make_extractor
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.upscale import make_upscaler
 from davae.losses.perceptual import Lite0Distance, Lpips
-from davae.models.autoencoder_families import encode_mode
 from davae.models.autoencoders import load_autoencoder
+from davae.models.one_frame import decode_latents, encode_mode
 from davae.models.pipeline import ModelError, default_resolution, load_pipeline
 from davae.sample.adm import Labels, class_schedule, write_samples
 from davae.sample.class_conditional import ClassConditionalPipeline
@@ -129,7 +129,7 @@ def evaluate_reconstruction(
 
     @torch.no_grad()
     def reconstruct(images: Tensor) -> Tensor:
-        return model.decode(encode_mode(model, images.to(device))).sample.cpu()
+        return decode_latents(model, encode_mode(model, images.to(device))).cpu()
 
     pictures = real_pictures(data, size, held_out, "held_out")
     scores = score_reconstructions(batches(pictures, num, shared=True), reconstruct, distances, extractor)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from davae.models.autoencoder_families import encode_mode
 from davae.models.detail_vae import DetailVAE, downsample
+from davae.models.one_frame import decode_latents, encode_mode
 
 Reconstruct = Callable[[Tensor], Tensor]
 
@@ -26,7 +26,7 @@ def reconstructions(vae: DetailVAE, base_vae: Any, seed: int = 0) -> dict[str, R
     @torch.no_grad()
     def base_bicubic(images: Tensor) -> Tensor:
         small = downsample(images, vae.layout.scale, vae.config["downsample"])
-        small = base_vae.decode(encode_mode(base_vae, small)).sample
+        small = decode_latents(base_vae, encode_mode(base_vae, small))
         return F.interpolate(small, images.shape[-2:], mode="bicubic", align_corners=False)
 
     def with_detail(change: Callable[[Tensor], Tensor], normalised: bool) -> Reconstruct:

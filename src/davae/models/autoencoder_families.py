@@ -20,26 +20,41 @@ class AutoencoderFamily:
     Attributes:
         class_name: the diffusers class.
         widths: config key of the encoder's widths, whose number tells the spatial factor.
+        channels: config key of C.
         last: path of the encoder's last convolution; -1 is the last of a sequence.
         first: path of the decoder's first convolution.
         quant: whether 1x1 convolutions may stand around the latent.
         shortcut: attributes by which encoder and decoder add the latent past those convolutions, where they do.
         checkpointing: whether gradient checkpointing leaves its results alone.
+        cell: side of the cells of latent positions that have statistics of their own: 2 where the pipeline normalises
+            2x2 packed positions.
+        video: whether it is a video autoencoder, which sees a picture as one frame (B,c,1,h,w).
+        first_chunk: whether its decoder must be told that a frame is the first one.
     """
 
     class_name: str
     widths: str = "block_out_channels"
+    channels: str = "latent_channels"
     last: str = "conv_out"
     first: str = "conv_in"
     quant: bool = False
     shortcut: tuple[str, str] | None = None
     checkpointing: bool = True
+    cell: int = 1
+    video: bool = False
+    first_chunk: bool = False
 
+
+VIDEO: dict[str, Any] = {"widths": "dim_mult", "channels": "z_dim", "quant": True, "video": True}
 
 AUTOENCODERS = {
     row.class_name: row
     for row in (
         AutoencoderFamily("AutoencoderKL", quant=True),
+        AutoencoderFamily("AutoencoderKLFlux2", quant=True, cell=2),
+        AutoencoderFamily("AutoencoderKLQwenImage", **VIDEO),
+        AutoencoderFamily("AutoencoderKLQwenImage21", **VIDEO, first_chunk=True),
+        AutoencoderFamily("AutoencoderKLWan", **VIDEO, first_chunk=True),
         AutoencoderFamily(
             "AutoencoderDC", widths="encoder_block_out_channels", shortcut=("out_shortcut", "in_shortcut")
         ),
@@ -83,29 +98,47 @@ def layer_path(module: nn.Module, path: str) -> str:
 
 def spatial_factor(config: Any, class_name: str) -> int:
     """Pixels per latent position, each way."""
-    return 2 ** (len(config[autoencoder_family(class_name).widths]) - 1)
+    family = autoencoder_family(class_name)
+    patch = (config.get("patch_size") or 1) if family.video else 1
+    return 2 ** (len(config[family.widths]) - 1) * patch
 
 
-def encode_mode(vae: Any, images: Tensor) -> Tensor:
-    """Latents without noise of any supported autoencoder, or of a DetailVAE: (B,3,H,W) in [-1,1] -> (B,C,h,w), raw."""
-    encoded = vae.encode(images)
-    if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mode()
-    return encoded.latent if hasattr(encoded, "latent") else encoded.latents
+def base_channels(config: Any, class_name: str) -> int:
+    """C."""
+    return int(config[autoencoder_family(class_name).channels])
+
+
+def base_statistics(config: Any) -> tuple[list[float], list[float]]:
+    """Per-channel mean and std by which pipelines normalise a base autoencoder's latents: (z - mean) / std."""
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        factor = float(config.get("scaling_factor") or 1.0)
+        return list(config["latents_mean"]), [float(std) / factor for std in config["latents_std"]]
+    scaling, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
+    channels = int(config["latent_channels"])
+    return [shift] * channels, [1 / scaling] * channels
+
+
+def packed_statistics(base_vae: Any) -> tuple[list[float], list[float]]:
+    """The same of an autoencoder whose pipelines normalise 2x2 packed positions by its batch norm: 4C values, (c,2,2)."""
+    variance = base_vae.bn.running_var.double() + base_vae.config["batch_norm_eps"]
+    return base_vae.bn.running_mean.tolist(), variance.sqrt().tolist()
 
 
 def first_convolution(base: Any, family: AutoencoderFamily) -> tuple[Tensor, Tensor]:
     """Weight (width,C,3,3) and bias (width,) of what a base decoder does first: its convolution with all that can be
-    folded into it, a 1x1 convolution before it and a shortcut that repeats channels past it."""
+    folded into it, a 1x1 convolution before it and a shortcut that repeats channels past it. Of a causal convolution over
+    time, a single frame meets the last slice alone."""
     conv: Any = base.decoder.get_submodule(layer_path(base.decoder, family.first))
     weight, bias = conv.weight.detach().clone(), conv.bias.detach().clone()
+    if weight.ndim == 5:  # (width,C,t,3,3)
+        weight = weight[:, :, -1]
     if family.shortcut is not None and getattr(base.decoder, family.shortcut[1]):
         repeats = weight.shape[0] // weight.shape[1]
         for out in range(weight.shape[0]):
             weight[out, out // repeats, 1, 1] += 1
     post_quant = base.post_quant_conv if family.quant else None
     if post_quant is not None:
-        mix = post_quant.weight.detach()[:, :, 0, 0]
+        mix = post_quant.weight.detach().flatten(1)  # (C,C) of a 1x1 convolution
         if post_quant.bias is not None:
             bias = bias + torch.einsum("oikl,i->o", weight, post_quant.bias.detach())
         weight = torch.einsum("oikl,ij->ojkl", weight, mix)

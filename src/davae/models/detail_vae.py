@@ -23,16 +23,27 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from davae.latent import LatentLayout
+from davae.latent import LatentLayout, over_grid
 from davae.models import by_rows
-from davae.models.autoencoder_families import autoencoder_family, first_convolution, layer_path, spatial_factor
+from davae.models.autoencoder_families import (
+    autoencoder_family,
+    base_channels,
+    base_statistics,
+    first_convolution,
+    layer_path,
+    packed_statistics,
+    spatial_factor,
+)
 from davae.models.families import model_class
+from davae.models.one_frame import frames_of, only_frame
 from davae.models.resample import DetailDown, DetailUp
 from davae.models.tiling import Tiling, tiled
 from davae.models.warm_start import load_all_but, narrow_posterior, warm_start_up
 
 Downsample = Literal["antialias", "bicubic"]
 Encode = Callable[[Tensor], Tensor]
+# of the identity batch norm that pipelines with packed statistics find: some write this value, others read it here
+EPSILON = 1e-5
 
 
 class StructuredPosterior(DiagonalGaussianDistribution):
@@ -75,7 +86,8 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         detail_channels: D, a multiple of the base's C.
         scale: s, ratio of the high resolution to the base resolution; a power of two.
         downsample: how I is made from I_hr.
-        base_mean, base_std: per channel; z is normalised as the pretrained transformer expects it.
+        base_mean, base_std: per channel, or per channel and position of a 2x2 cell, (c,2,2); z is normalised as the
+            pretrained transformer expects it.
         detail_mean, detail_std: per channel, measured over the training set.
 
     Raises:
@@ -106,14 +118,19 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
         force_upcast: bool = False,
+        z_dim: int | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        temperal_downsample: list[bool] | None = None,
+        batch_norm_eps: float | None = None,
     ):
         super().__init__()
         family = autoencoder_family(base_class)
         if scale < 2 or scale & (scale - 1):
             raise ValueError(f"scale must be a power of two, at least 2, found {scale}")
         base = model_class(base_class).from_config(base_config)
-        base_channels = int(base.config["latent_channels"])
-        self.layout = LatentLayout(base_channels, detail_channels, scale)
+        self.layout = LatentLayout(base_channels(base.config, base_class), detail_channels, scale)
+        self.frames = frames_of(base_class, base.config)
         widths = list(base.config[family.widths])
         self.spatial_factor = spatial_factor(base.config, base_class) * scale  # pixels per latent position, each way
         self.register_to_config(
@@ -122,6 +139,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             encoder_block_out_channels=[*widths, *widths[-1:] * int(math.log2(scale))],
             latent_channels=self.layout.channels,
             sample_size=int(base.config.get("sample_size") or 32 * self.spatial_factor // scale) * scale,
+            **self._read_by_pipelines(),
         )
 
         self.base_encoder = base.encoder
@@ -138,8 +156,9 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 setattr(module, name, False)
 
         # Order of channels is the layout's: base first. Not saved with the weights: the config holds them.
-        self.register_buffer("mean", torch.zeros(1, self.layout.channels, 1, 1), persistent=False)
-        self.register_buffer("std", torch.ones(1, self.layout.channels, 1, 1), persistent=False)
+        cell = (1, self.layout.channels, family.cell, family.cell)
+        self.register_buffer("mean", torch.zeros(cell), persistent=False)
+        self.register_buffer("std", torch.ones(cell), persistent=False)
         self._fill_statistics()
 
         self.base_encoder.requires_grad_(False)
@@ -149,6 +168,24 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.tiling = Tiling(tile=self.config["sample_size"], overlap=0.25)
         self.train(False)
 
+    def _read_by_pipelines(self) -> dict[str, Any]:
+        """What pipelines of this base's kind read of an autoencoder beside the usual, said of normalised latents.
+
+        Those for video autoencoders want their attributes and a mean and std per channel; those that pack 2x2 positions a
+        batch norm `bn` over them in (c,2,2) order, here the identity.
+        """
+        channels, family = self.layout.channels, autoencoder_family(self.config["base_class"])
+        entries: dict[str, Any] = {}
+        if family.cell > 1:
+            self.bn = nn.BatchNorm2d(family.cell**2 * channels, eps=EPSILON, affine=False)
+            cast(Tensor, self.bn.running_var).fill_(1 - EPSILON)
+            entries["batch_norm_eps"] = EPSILON
+        if family.video:
+            self.temperal_downsample = [False] * int(math.log2(self.spatial_factor))  # their number tells the factor
+            entries["temperal_downsample"] = self.temperal_downsample
+            entries |= {"z_dim": channels, "latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+        return entries
+
     def _fill_statistics(self) -> None:
         """Put the config's per-channel statistics into the buffers, at their precision."""
         for buffer, group, default in ((self.mean, "mean", 0.0), (self.std, "std", 1.0)):
@@ -156,9 +193,10 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 values = self.config[f"{name}_{group}"]
                 if values is None:
                     values = [default] * part.shape[1]
-                if len(values) != part.shape[1]:
+                if len(values) not in (part.shape[1], part[0].numel()):
                     raise ValueError(f"{name}_{group} has {len(values)} values for {part.shape[1]} channels")
-                part.copy_(torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1))
+                side = math.isqrt(len(values) // part.shape[1])
+                part.copy_(torch.tensor(values, dtype=torch.float64).view(1, -1, side, side))
 
     @classmethod
     def from_base(
@@ -175,7 +213,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         class_name = type(base_vae).__name__
         family = autoencoder_family(class_name)
         config = cast(Any, base_vae).config
-        base_mean, base_std = base_statistics(config)
+        base_mean, base_std = packed_statistics(base_vae) if family.cell > 1 else base_statistics(config)
         model = cls(
             base_class=class_name,
             base_config={key: value for key, value in config.items() if not key.startswith("_")},
@@ -214,11 +252,11 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Raw [z, z_d] -> what the transformer sees."""
-        return (latents - cast(Tensor, self.mean)) / cast(Tensor, self.std)
+        return (latents - over_grid(cast(Tensor, self.mean), latents)) / over_grid(cast(Tensor, self.std), latents)
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """What the transformer sees -> raw [z, z_d]."""
-        return latents * cast(Tensor, self.std) + cast(Tensor, self.mean)
+        return latents * over_grid(cast(Tensor, self.std), latents) + over_grid(cast(Tensor, self.mean), latents)
 
     # -- encode ------------------------------------------------------------------------------------------------
 
@@ -245,8 +283,9 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """(B,3,s*H,s*W) -> z, mean and logvar of z_d stacked, (B,C+2D,h,w)."""
         with torch.no_grad():
             base_images = downsample(images, self.layout.scale, self.config["downsample"])
-            z = self.base_quant_conv(base_encoder(base_images))[:, : self.layout.base_channels]  # mode
-        return torch.cat([z, detail_encoder(images)], dim=1)
+            moments = self.frames.encode(lambda x: self.base_quant_conv(base_encoder(x)), base_images)
+            z = moments[:, : self.layout.base_channels]  # mode
+        return torch.cat([z, self.frames.encode(detail_encoder, images)], dim=1)
 
     def _tiled_moments(self, images: Tensor) -> Tensor:
         base, detail, tile = self.base_encoder, self.detail_encoder, self.tiling.tile
@@ -264,16 +303,24 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[StructuredPosterior]:
-        """I_hr (B,3,s*H,s*W) in [-1,1] -> posterior of the normalised z_hr (B,C+D,h,w)."""
+        """I_hr (B,3,s*H,s*W) in [-1,1] -> posterior of the normalised z_hr (B,C+D,h,w).
+
+        Pipelines for video autoencoders hand over one frame, (B,3,1,s*H,s*W), and get (B,C+D,1,h,w).
+
+        Raises:
+            ValueError: a size that is not divisible, or several frames.
+        """
+        framed = x.ndim == 5
+        x = only_frame(x) if framed else x
         parts = x.split(1) if self.use_slicing and len(x) > 1 else [x]
         posterior = torch.cat([self._posterior(part) for part in parts])
-        distribution = StructuredPosterior(posterior, self.layout)
+        distribution = StructuredPosterior(posterior[:, :, None] if framed else posterior, self.layout)
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
 
     def _posterior(self, images: Tensor) -> Tensor:
         raw = self.encode_raw(images)
         mean = self.normalise(self.layout.join(raw.z, raw.mean))
-        _, detail_std = self.layout.split(cast(Tensor, self.std))
+        _, detail_std = self.layout.split(over_grid(cast(Tensor, self.std), mean))
         logvar = self.layout.join(torch.full_like(raw.z, -30.0), raw.logvar - 2 * detail_std.log())
         return torch.cat([mean, logvar], dim=1)  # (B,2(C+D),h,w)
 
@@ -285,21 +332,34 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if self.use_tiling and max(latents.shape[-2:]) > tile:
             if isinstance(self.decoder, Decoder) and not torch.is_grad_enabled():
                 return by_rows.decode(self.decoder, latents, self.tiling.tile**2)
-            return tiled(self.decoder, latents, tile, self.tiling.overlap, self.spatial_factor)
-        return self.decoder(latents)
+            return tiled(self._decode, latents, tile, self.tiling.overlap, self.spatial_factor)
+        return self._decode(latents)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.frames.decode(self.decoder, latents)
 
     @apply_forward_hook
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Normalised z_hr (B,C+D,h,w) -> I_hr (B,3,s*H,s*W) in about [-1,1]. `generator` is diffusers' signature."""
+        """Normalised z_hr (B,C+D,h,w) -> I_hr (B,3,s*H,s*W) in about [-1,1]; one frame (B,C+D,1,h,w) -> (B,3,1,s*H,s*W).
+
+        `generator` is diffusers' signature.
+
+        Raises:
+            ValueError: another number of channels, or several frames.
+        """
         if z.shape[1] != self.layout.channels:
             raise ValueError(
                 f"latents have {z.shape[1]} channels, this autoencoder takes {self.layout.base_channels} base + "
                 f"{self.layout.detail_channels} detail = {self.layout.channels}"
             )
+        framed = z.ndim == 5
+        z = only_frame(z) if framed else z
         parts = z.split(1) if self.use_slicing and len(z) > 1 else [z]
         sample = torch.cat([self.decode_raw(self.denormalise(part)) for part in parts])
+        if framed:
+            sample = sample[:, :, None]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -322,7 +382,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     @property
     def last_decoder_weight(self) -> Tensor:
         """Weight of the decoder's last convolution: where the adaptive GAN weight compares gradients."""
-        return [module for module in self.decoder.modules() if isinstance(module, nn.Conv2d)][-1].weight
+        return [module for module in self.decoder.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d))][-1].weight
 
     def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         """As every diffusers model; ValueError for a base class that computes something else under checkpointing."""
@@ -356,13 +416,3 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 # A pipeline's model_index.json names a component's home; diffusers takes a name only if that module is imported, and
 # `import davae` is what people write.
 DetailVAE.__module__ = "davae"
-
-
-def base_statistics(config: Any) -> tuple[list[float], list[float]]:
-    """Per-channel mean and std by which pipelines normalise a base autoencoder's latents: (z - mean) / std."""
-    channels = int(config["latent_channels"])
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        factor = float(config.get("scaling_factor") or 1.0)
-        return list(config["latents_mean"]), [float(std) / factor for std in config["latents_std"]]
-    scaling, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
-    return [shift] * channels, [1 / scaling] * channels

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.models.autoencoder_families import autoencoder_family, spatial_factor
+from davae.models.autoencoder_families import autoencoder_family, base_channels, spatial_factor
 from davae.models.calls import CALLS
 from davae.models.expand import MARK
 from davae.models.families import TRANSFORMERS, model_class, transformer_family
@@ -95,7 +95,7 @@ def read_shapes(model: str) -> BaseShapes:
             f"model {model}: expand_transformer widens a {transformer_class}, but davae cannot inspect or train one yet; "
             f"it can train {', '.join(row.class_name for row in TRANSFORMERS.values() if row.trains)}"
         )
-    channels = int(vae["latent_channels"])
+    channels = base_channels(vae, vae_class)
     taken = int(transformer[family.in_key]) // family.packed
     if taken != channels:
         raise ModelError(

@@ -10,7 +10,7 @@ class DetailDown(nn.Module):
     """Features (B,c,s*h,s*w) -> moments (B,out,h,w): 3x3 convolution and pixel-unshuffle, plus a shortcut.
 
     The shortcut unshuffles the features and averages channels in groups. Where they do not divide into groups it is
-    a 1x1 convolution that starts at zero.
+    a 1x1 convolution that starts at zero. A video encoder's only frame, (B,c,1,s*h,s*w), stays one.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scale: int):
@@ -24,6 +24,8 @@ class DetailDown(nn.Module):
             nn.init.zeros_(self.shortcut.weight)
 
     def forward(self, features: Tensor) -> Tensor:
+        if features.ndim == 5:
+            return self(features[:, :, 0])[:, :, None]
         main = F.pixel_unshuffle(self.conv(features), self.scale)[:, : self.out_channels]  # (B,out,h,w)
         folded = F.pixel_unshuffle(features, self.scale)  # (B,c*s*s,h,w)
         if self.shortcut is not None:
@@ -34,7 +36,8 @@ class DetailDown(nn.Module):
 class DetailUp(nn.Module):
     """Latents (B,in,h,w) -> features (B,out,s*h,s*w): 3x3 convolution and pixel-shuffle, plus a shortcut.
 
-    The shortcut repeats channels and shuffles; where they do not divide it is a 1x1 convolution that starts at zero.
+    The shortcut repeats channels and shuffles; where they do not divide it is a 1x1 convolution that starts at zero. A
+    video decoder's only frame, (B,in,1,h,w), stays one.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scale: int):
@@ -47,6 +50,8 @@ class DetailUp(nn.Module):
             nn.init.zeros_(self.shortcut.weight)
 
     def forward(self, latents: Tensor) -> Tensor:
+        if latents.ndim == 5:
+            return self(latents[:, :, 0])[:, :, None]
         main = self.conv(latents)  # (B,out*s*s,h,w)
         if self.shortcut is not None:
             side = self.shortcut(latents)

@@ -13,7 +13,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from davae.models.detail_vae import base_statistics
+from davae.models.autoencoder_families import base_statistics
 from davae.models.lightning_dit import LightningDiT
 from davae.sample.ode import GuidedModel, solve_ode
 

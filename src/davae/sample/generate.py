@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from davae.latent import LatentLayout
+from davae.models.autoencoder_families import base_channels
 from davae.models.calls import CALLS
 from davae.models.detail_vae import DetailVAE
 from davae.models.pipeline import default_resolution, text_arguments
@@ -36,9 +37,10 @@ def _generator(seed: int, index: int, purpose: int) -> torch.Generator:
 def start_noise(pipeline: Any, seed: int, index: int, resolution: int) -> Tensor:
     """Noise for one picture of `resolution` pixels, structured where the pipeline is an upgraded one."""
     side = resolution // pipeline.vae_scale_factor
-    if isinstance(pipeline.vae, DetailVAE):
-        return structured_noise(seed, index, pipeline.vae.layout, side, side)
-    return base_noise(seed, index, int(pipeline.vae.config["latent_channels"]), side, side)
+    vae = pipeline.vae
+    if isinstance(vae, DetailVAE):
+        return structured_noise(seed, index, vae.layout, side, side)
+    return base_noise(seed, index, base_channels(vae.config, type(vae).__name__), side, side)
 
 
 @torch.no_grad()

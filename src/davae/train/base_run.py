@@ -14,10 +14,10 @@ from torch import Tensor
 from davae.data.cache import CachedLatents, CacheMeta, fingerprint, read_meta, write_latents
 from davae.data.latent_shards import import_shards
 from davae.data.pictures import DataError, Pictures
-from davae.models.autoencoder_families import encode_mode
+from davae.models.autoencoder_families import base_statistics
 from davae.models.autoencoders import load_autoencoder
-from davae.models.detail_vae import base_statistics
 from davae.models.families import model_class, transformer_family
+from davae.models.one_frame import encode_mode
 from davae.models.pipeline import BaseShapes, read_config
 from davae.recipes import RecipeError
 from davae.recipes.schema import BaseRecipe, ClassArchitecture, TextArchitecture

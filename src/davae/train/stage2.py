@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from davae.data.cache import CachedLatents, collate_latents
-from davae.latent import LatentLayout
+from davae.latent import LatentLayout, over_grid
 from davae.losses.detail_warmup import detail_direction_loss, detail_weight, velocity_loss
 from davae.models.expand import new_weight_masks
 from davae.models.families import transformer_family
@@ -110,7 +110,8 @@ class Stage2Task:
 
     def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
-        latents = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C+D,h,w)
+        raw = batch["latents"].to(self.device)  # (B,C+D,h,w)
+        latents = (raw - over_grid(self.mean, raw)) / over_grid(self.std, raw)
         flow = noise_batch(latents, batch["conditions"], self.conditioning.null, s, generator)
         self.conditioning.draw(generator)
         prediction = self.conditioning.predict(self.modules["transformer"], flow.x_t, flow.t, flow.conditions)
