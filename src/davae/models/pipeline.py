@@ -167,8 +167,10 @@ def text_arguments(pipeline: Any) -> dict[str, Any]:
 
 
 def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, Any]:
-    """Arguments that guide so many prompts by `scale`, away from the empty prompt; 1 is none. A guidance-distilled model is
-    told the scale."""
+    """Arguments that guide so many prompts by `scale`, as the pipeline counts it, away from the empty prompt.
+
+    A guidance-distilled model is told the scale.
+    """
     transformer = pipeline.transformer
     if transformer_family(type(transformer).__name__).guidance == "guidance_scale":
         return {"guidance_scale": scale}
