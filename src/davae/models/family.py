@@ -30,6 +30,11 @@ class TransformerFamily:
         component: the model's name in its pipeline.
         trains: whether stage 2 knows how to call the model; the other ones can be expanded.
         fixed: parameters that are tables, never trained.
+        scaled_config: entries of the transformer's config from which its pipeline reads sizes in pixels of the base; an
+            upgrade multiplies them by s.
+        scaled_options: the same among the pipeline's own options, given in pixels.
+        upgraded_pipelines: davae's subclasses of stock pipelines that cannot draw an upgrade by default.
+        distilled: pipelines of the family whose models were distilled to a few steps and cannot go on by flow matching.
     """
 
     class_name: str
@@ -47,6 +52,10 @@ class TransformerFamily:
     in_key: str = "in_channels"
     out_key: str = "out_channels"
     fixed: tuple[str, ...] = ()
+    scaled_config: tuple[str, ...] = ()
+    scaled_options: tuple[str, ...] = ()
+    upgraded_pipelines: tuple[str, ...] = ()
+    distilled: tuple[str, ...] = ()
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

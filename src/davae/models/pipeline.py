@@ -14,6 +14,7 @@ from torch import Tensor
 
 from davae.models.autoencoder_families import autoencoder_family, spatial_factor
 from davae.models.calls import CALLS
+from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK
 from davae.models.families import TRANSFORMERS, model_class, transformer_family
 from davae.models.family import TransformerFamily
@@ -119,10 +120,22 @@ def patch_size(config: Any, family: TransformerFamily) -> int:
     return int(config["patch_size"]) * math.isqrt(family.packed)
 
 
+def pixel_factor(pipeline: Any) -> int:
+    """Pixels per latent position of a pipeline's autoencoder, each way."""
+    vae = pipeline.vae
+    return vae.spatial_factor if isinstance(vae, DetailVAE) else spatial_factor(vae.config, type(vae).__name__)
+
+
 def default_resolution(pipeline: Any) -> int:
-    """Pixels of the picture that a pipeline draws when it is not told: its own default, or its transformer's."""
+    """Pixels of the picture that a pipeline is made for: its own default, or its transformer's."""
+    family = transformer_family(type(pipeline.transformer).__name__)
     side = getattr(pipeline, "default_sample_size", None) or pipeline.transformer.config["sample_size"]
-    return int(side) * pipeline.vae_scale_factor
+    if "default_sample_size" in family.scaled_options:
+        return int(side)
+    factor = pixel_factor(pipeline)
+    if "sample_size" in family.scaled_config and isinstance(pipeline.vae, DetailVAE):
+        factor //= pipeline.vae.layout.scale  # sample_size was multiplied by s instead
+    return int(side) * factor
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:

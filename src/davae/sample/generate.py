@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from davae.latent import LatentLayout
 from davae.models.calls import CALLS
 from davae.models.detail_vae import DetailVAE
-from davae.models.pipeline import default_resolution, text_arguments
+from davae.models.pipeline import default_resolution, pixel_factor, text_arguments
 
 BASE, DETAIL, STEPS = 0, 1, 1 << 62  # what noise is for
 
@@ -35,7 +36,7 @@ def _generator(seed: int, index: int, purpose: int) -> torch.Generator:
 
 def start_noise(pipeline: Any, seed: int, index: int, resolution: int) -> Tensor:
     """Noise for one picture of `resolution` pixels, structured where the pipeline is an upgraded one."""
-    side = resolution // pipeline.vae_scale_factor
+    side = resolution // pixel_factor(pipeline)
     if isinstance(pipeline.vae, DetailVAE):
         return structured_noise(seed, index, pipeline.vae.layout, side, side)
     return base_noise(seed, index, int(pipeline.vae.config["latent_channels"]), side, side)
@@ -65,6 +66,9 @@ def generate(
     """
     size = resolution or default_resolution(pipeline)
     call = CALLS.get(type(pipeline.transformer).__name__)  # none: classes, and latents as they are
+    # the size asked for, not the nearest one in a table
+    binning = "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters
+    options = {"use_resolution_binning": False} if binning else {}
     pictures: list[Any] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
@@ -80,6 +84,7 @@ def generate(
             # only stochastic schedulers draw from these
             generator=[_generator(seed, first + start + i, STEPS) for i in range(len(part))],
             output_type=output_type,
+            **options,
             **text_arguments(pipeline),
         )
         pictures += result.images

@@ -35,8 +35,13 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
     """What a recipe can get wrong about its base model, before any weight is read.
 
     Raises:
-        RecipeError: D not a multiple of C, or a size that does not divide, with the dotted path.
+        RecipeError: D not a multiple of C, a size that does not divide, or a distilled model, with the dotted path.
     """
+    if shapes.pipeline_class in transformer_family(shapes.transformer_class).distilled:
+        raise RecipeError(
+            f"base.model: {recipe.base.name} is a {shapes.pipeline_class}, distilled to a few steps, which flow matching "
+            f"would undo; upgrade the model that it was distilled from instead: SANA-1.5"
+        )
     if recipe.detail_channels % shapes.channels:
         raise RecipeError(
             f"detail_channels: {recipe.detail_channels} is not a multiple of the {shapes.channels} latent channels of "
@@ -241,7 +246,14 @@ class Upgrade:
             transformer,
             cache,
             (vae.mean, vae.std),  # type: ignore[arg-type]
-            conditioning(transformer, cache, device, null_text=silent_t5(self.base)),
+            conditioning(
+                transformer,
+                cache,
+                device,
+                null_text=silent_t5(self.base),
+                pixel_factor=vae.spatial_factor,
+                scheduler=self.base.scheduler,
+            ),
             device,
         )
         if self.init is not None:
