@@ -56,7 +56,7 @@ def tiny_recipe():
     return recipe
 
 
-def tiny_autoencoder(quant: bool = False, levels: int = 2):
+def tiny_autoencoder(quant: bool = False, levels: int = 2, attention: bool = True):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -71,6 +71,7 @@ def tiny_autoencoder(quant: bool = False, levels: int = 2):
         shift_factor=0.1,
         use_quant_conv=quant,
         use_post_quant_conv=quant,
+        mid_block_add_attention=attention,
     ).eval()
 
 

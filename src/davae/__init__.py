@@ -21,6 +21,9 @@ _HOMES = {
     "LightningDiT": "davae.models.lightning_dit",
     "PooledAutoencoderTiny": "davae.models.pooled_tiny",
     "ClassConditionalPipeline": "davae.sample.class_conditional",
+    "DetailAuraFlowPipeline": "davae.sample.base_pixels",
+    "DetailLuminaPipeline": "davae.sample.base_pixels",
+    "DetailLumina2Pipeline": "davae.sample.base_pixels",
     "expand_transformer": "davae.models.expand",
     "group_mean": "davae.losses.alignment",
     "alignment_loss": "davae.losses.alignment",
@@ -32,9 +35,12 @@ _HOMES = {
 
 __all__ = [
     "ClassConditionalPipeline",
+    "DetailAuraFlowPipeline",
     "DetailErnieImagePipeline",
     "DetailKrea2Pipeline",
     "DetailLongCatImagePipeline",
+    "DetailLumina2Pipeline",
+    "DetailLuminaPipeline",
     "DetailQwenImage21Pipeline",
     "DetailVAE",
     "DetailZImagePipeline",
@@ -56,6 +62,7 @@ if TYPE_CHECKING:
     from davae.models.expand import expand_transformer
     from davae.models.lightning_dit import LightningDiT
     from davae.models.pooled_tiny import PooledAutoencoderTiny
+    from davae.sample.base_pixels import DetailAuraFlowPipeline, DetailLumina2Pipeline, DetailLuminaPipeline
     from davae.sample.class_conditional import ClassConditionalPipeline
     from davae.sample.upgraded_pipelines import (
         DetailErnieImagePipeline,

@@ -31,6 +31,7 @@ from transformers import Qwen2VLImageProcessor, Qwen3ForCausalLM, Qwen3Model, Qw
 
 from davae.train.base_text import build_silent_t5, build_silent_tokenizer
 from family_pipelines.parts import (
+    chat_tokenizer,
     clip_encoder,
     clip_tokenizer,
     lively,
@@ -40,7 +41,6 @@ from family_pipelines.parts import (
     qwen3_vl,
     t5_encoder,
     t5_tokenizer,
-    word_tokenizer,
 )
 
 
@@ -104,7 +104,7 @@ def flux2(folder: Path) -> None:
         scheduler=shifting(),
         vae=packed_autoencoder(),
         text_encoder=mistral3(30),
-        tokenizer=word_tokenizer(),
+        tokenizer=chat_tokenizer(),
     ).save_pretrained(folder)
 
 
@@ -114,7 +114,7 @@ def flux2_klein(folder: Path) -> None:
         scheduler=shifting(),
         vae=packed_autoencoder(),
         text_encoder=qwen3(Qwen3ForCausalLM, 27),
-        tokenizer=word_tokenizer(),
+        tokenizer=chat_tokenizer(),
     ).save_pretrained(folder)
 
 
@@ -134,12 +134,12 @@ def qwen_image(folder: Path) -> None:
         scheduler=shifting(),
         vae=lively(AutoencoderKLQwenImage(**VIDEO)),
         text_encoder=qwen2_vl(),
-        tokenizer=word_tokenizer(),
+        tokenizer=chat_tokenizer(),
     ).save_pretrained(folder)
 
 
 def vision_processor() -> Any:
-    tokenizer = word_tokenizer()
+    tokenizer = chat_tokenizer()
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]}
     )
@@ -173,7 +173,7 @@ def z_image(folder: Path) -> None:
         scheduler=shifting(),
         vae=tiny_autoencoder(),
         text_encoder=qwen3(Qwen3Model, 2),
-        tokenizer=word_tokenizer(),
+        tokenizer=chat_tokenizer(),
     ).save_pretrained(folder)
 
 
@@ -183,7 +183,7 @@ def ovis(folder: Path) -> None:
         scheduler=shifting(),
         vae=tiny_autoencoder(),
         text_encoder=qwen3(Qwen3Model, 1),
-        tokenizer=word_tokenizer(),
+        tokenizer=chat_tokenizer(),
     ).save_pretrained(folder)
 
 
@@ -193,8 +193,8 @@ def long_cat(folder: Path) -> None:
         scheduler=shifting(),
         vae=tiny_autoencoder(),
         text_encoder=qwen2_vl(),
-        tokenizer=word_tokenizer(),
-        text_processor=word_tokenizer(),
+        tokenizer=chat_tokenizer(),
+        text_processor=chat_tokenizer(),
     ).save_pretrained(folder)
 
 
@@ -214,7 +214,7 @@ def ernie(folder: Path) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=packed_autoencoder(),
         text_encoder=mistral3(2).model,
-        tokenizer=word_tokenizer(),
+        tokenizer=chat_tokenizer(),
     ).save_pretrained(folder)
 
 
@@ -224,7 +224,7 @@ def krea2(folder: Path) -> None:
         scheduler=shifting(),
         vae=lively(AutoencoderKLQwenImage(**VIDEO)),
         text_encoder=qwen3_vl().model,
-        tokenizer=word_tokenizer(),
+        tokenizer=chat_tokenizer(),
         text_encoder_select_layers=(0, 1),
     ).save_pretrained(folder)
 

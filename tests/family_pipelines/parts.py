@@ -32,8 +32,8 @@ CHAT = (
 )
 
 
-def clip_tokenizer() -> Any:
-    return build_tokenizer(PROMPTS, 600, 8)
+def clip_tokenizer(tokens: int = 8) -> Any:
+    return build_tokenizer(PROMPTS, 600, tokens)
 
 
 def clip_encoder() -> Any:
@@ -41,7 +41,24 @@ def clip_encoder() -> Any:
     return CLIPTextModel(build_text_encoder(tiny_recipe().architecture, clip_tokenizer()).config)
 
 
-def word_tokenizer() -> Any:
+def word_tokenizer(padding_side: str = "right", model_max_length: int = 512) -> Any:
+    """A tokenizer of whole words: the prompts' and some others, all else unknown."""
+    words = ["<pad>", "</s>", "<unk>", "<bos>", *sorted({word for prompt in PROMPTS for word in prompt.split()})]
+    backend = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        padding_side=padding_side,
+        model_max_length=model_max_length,
+    )
+
+
+def chat_tokenizer() -> Any:
     """One token a word, the same for all words that the tests do not use; with a chat template."""
     words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "square", "of", "another", "length", "user", "system"]
     backend = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
@@ -57,7 +74,7 @@ def word_tokenizer() -> Any:
 
 def t5_tokenizer() -> Any:
     """The same words, ended as T5 ends them."""
-    tokenizer = word_tokenizer()
+    tokenizer = chat_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )

@@ -89,6 +89,10 @@ TRANSFORMERS = {
             "proj_out",
             PC,
             (*ATTENTION, "ff.conv_inverted", "ff.conv_point"),
+            trains=True,
+            # the pipeline picks its table of sizes by sample_size; positions are sample_size / interpolation_scale apart
+            scaled_config=("sample_size", "interpolation_scale"),
+            distilled=("SanaSprintPipeline",),
         ),
         TransformerFamily(
             "PixArtTransformer2DModel",
@@ -126,6 +130,8 @@ TRANSFORMERS = {
             PC,
             (*ATTENTION, *JOINT, r"ff(_context)?.(linear_1|linear_2|out_projection)"),
             attributes=OUT,
+            trains=True,
+            upgraded_pipelines=("DetailAuraFlowPipeline",),
         ),
         TransformerFamily(
             "Lumina2Transformer2DModel",
@@ -136,6 +142,8 @@ TRANSFORMERS = {
             (*ATTENTION, *SWIGLU),
             embedder_order=PC,
             attributes=OUT,
+            trains=True,
+            upgraded_pipelines=("DetailLumina2Pipeline",),
         ),
         TransformerFamily(
             "LuminaNextDiT2DModel",
@@ -145,9 +153,17 @@ TRANSFORMERS = {
             PC,
             (*ATTENTION, *SWIGLU),
             attributes=BOTH,
+            trains=True,
+            upgraded_pipelines=("DetailLuminaPipeline",),
         ),
         TransformerFamily(
-            "CogView4Transformer2DModel", "CogView4Pipeline", "patch_embed.proj", "proj_out", CP, (*ATTENTION, *MLP)
+            "CogView4Transformer2DModel",
+            "CogView4Pipeline",
+            "patch_embed.proj",
+            "proj_out",
+            CP,
+            (*ATTENTION, *MLP),
+            trains=True,
         ),
         TransformerFamily(
             "CogView3PlusTransformer2DModel",
@@ -210,6 +226,7 @@ TRANSFORMERS = {
             ("to_q", "to_k", "to_v", "to_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t", "w1", "w2", "w3"),
             embedder_order=PC,
             attributes=OUT,
+            trains=True,
         ),
         TransformerFamily(
             "PRXTransformer2DModel",
@@ -219,6 +236,8 @@ TRANSFORMERS = {
             CP,
             ("img_qkv_proj", "txt_kv_proj", "to_out.0", "gate_proj", "up_proj", "down_proj"),
             attributes=BOTH,
+            trains=True,
+            scaled_options=("default_sample_size",),
         ),
         TransformerFamily(
             "HunyuanImageTransformer2DModel",

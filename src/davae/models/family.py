@@ -36,6 +36,10 @@ class TransformerFamily:
         negative_prompts: whether its pipeline guides only, or only several prompts, with a negative one given for each.
         default_pixels: what its stock pipeline draws when no size is asked for, where that is a literal.
         upgraded_pipelines: davae's subclasses of stock pipelines that cannot draw an upgrade, or not by default.
+        scaled_config: entries of the transformer's config from which its pipeline reads sizes in pixels of the base; an
+            upgrade multiplies them by s.
+        scaled_options: the same among the pipeline's own options, given in pixels.
+        distilled: pipelines of the family whose models were distilled to a few steps and cannot go on by flow matching.
     """
 
     class_name: str
@@ -59,6 +63,9 @@ class TransformerFamily:
     negative_prompts: bool = False
     default_pixels: int | None = None
     upgraded_pipelines: tuple[str, ...] = ()
+    scaled_config: tuple[str, ...] = ()
+    scaled_options: tuple[str, ...] = ()
+    distilled: tuple[str, ...] = ()
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

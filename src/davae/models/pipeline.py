@@ -130,12 +130,17 @@ def pixel_factor(pipeline: Any) -> int:
 
 
 def default_resolution(pipeline: Any) -> int:
-    """Pixels of the picture that a pipeline draws when it is not told: its own default, or its transformer's."""
-    literal = transformer_family(type(pipeline.transformer).__name__).default_pixels
-    if literal is not None:
-        return literal * (pipeline.vae.layout.scale if isinstance(pipeline.vae, DetailVAE) else 1)
+    """Pixels of the picture that a pipeline is made for: its own default, or its transformer's."""
+    family = transformer_family(type(pipeline.transformer).__name__)
+    if family.default_pixels is not None:
+        return family.default_pixels * (pipeline.vae.layout.scale if isinstance(pipeline.vae, DetailVAE) else 1)
     side = getattr(pipeline, "default_sample_size", None) or pipeline.transformer.config["sample_size"]
-    return int(side) * pipeline.vae_scale_factor
+    if "default_sample_size" in family.scaled_options:
+        return int(side)
+    factor = pixel_factor(pipeline)
+    if "sample_size" in family.scaled_config and isinstance(pipeline.vae, DetailVAE):
+        factor //= pipeline.vae.layout.scale  # sample_size was multiplied by s instead
+    return int(side) * factor
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:

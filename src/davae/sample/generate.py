@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,9 @@ def generate(
     """
     size = resolution or default_resolution(pipeline)
     call = CALLS.get(type(pipeline.transformer).__name__)  # none: classes, and latents as they are
+    # the size asked for, not the nearest one in a table
+    binning = "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters
+    options = {"use_resolution_binning": False} if binning else {}
     pictures: list[Any] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
@@ -88,6 +92,7 @@ def generate(
             generator=[_generator(seed, first + start + i, STEPS) for i in range(len(part))],
             output_type=output_type,
             **guidance_arguments(pipeline, guidance_scale, len(part)),
+            **options,
             **text_arguments(pipeline),
             **literal_prompts(pipeline),
         )

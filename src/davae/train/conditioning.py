@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from davae.data.cache import CachedLatents
 from davae.data.pictures import DataError
-from davae.models.calls import CALLS
+from davae.models.calls import CALLS, bound
 from davae.models.families import transformer_family
 from davae.models.null_tokens import draw_count, repeat_last_token
 
@@ -37,9 +37,19 @@ class TextConditioning:
 
     null = ""
 
-    def __init__(self, transformer: nn.Module, cache: CachedLatents, device: torch.device, *, null_text: bool):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        cache: CachedLatents,
+        device: torch.device,
+        *,
+        null_text: bool,
+        pixel_factor: int,
+        scheduler: Any,
+    ):
         self.cache, self.device = cache, device
-        self.call, self.config = CALLS[type(transformer).__name__], transformer.config
+        self.call = bound(CALLS[type(transformer).__name__], pixel_factor, scheduler)
+        self.config = transformer.config
         self.processor = repeat_last_token(transformer) if null_text else None
 
     def draw(self, generator: torch.Generator) -> None:
@@ -76,15 +86,28 @@ def check_classes(labels: list[int], num_classes: int, where: str) -> None:
 
 
 def conditioning(
-    transformer: nn.Module, cache: CachedLatents, device: torch.device, *, null_text: bool = False
+    transformer: nn.Module,
+    cache: CachedLatents,
+    device: torch.device,
+    *,
+    null_text: bool = False,
+    pixel_factor: int = 8,
+    scheduler: Any = None,
 ) -> Conditioning:
     """The conditioning of a transformer's family.
+
+    Args:
+        null_text: the prompt's last token stands for many equal ones (SD3 without a T5 that speaks).
+        pixel_factor: pixels per latent position, for models that are told the size of the picture.
+        scheduler: the pipeline's, for models that are told the time before its shift.
 
     Raises:
         DataError: a class-conditional transformer, and labels that are none of its classes.
     """
     if transformer_family(type(transformer).__name__).condition == "text":
-        return TextConditioning(transformer, cache, device, null_text=null_text)
+        return TextConditioning(
+            transformer, cache, device, null_text=null_text, pixel_factor=pixel_factor, scheduler=scheduler
+        )
     num_classes = int(transformer.config["num_classes"])  # type: ignore[index]
     check_classes(cache.conditions, num_classes, "the training set")
     return ClassConditioning(num_classes, device)

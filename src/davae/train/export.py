@@ -118,16 +118,22 @@ def fuse(transformer: nn.Module) -> nn.Module:
 def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
     """The base's own pipeline class around the upgraded parts; scheduler and text encoders are the base's.
 
-    Where the stock class cannot draw an upgrade, or not by default, its family's row names davae's subclass to take.
+    Where the stock class cannot draw an upgrade by default, its family's row names davae's subclass to take; sizes in pixels
+    that the row names are multiplied by s.
     """
-    subclasses = [model_class(name) for name in transformer_family(type(transformer).__name__).upgraded_pipelines]
-    kind = next((one for one in subclasses if issubclass(one, type(pipeline))), type(pipeline))
+    family, scale = transformer_family(type(transformer).__name__), vae.layout.scale
+    subclasses = [model_class(name) for name in family.upgraded_pipelines]
+    kind = next((c for c in subclasses if issubclass(c, type(pipeline))), type(pipeline))
+    config: Any = transformer.config
+    sizes = {key: config[key] * scale for key in family.scaled_config if config[key] is not None}
+    transformer.register_to_config(**sizes)  # type: ignore[operator]
     components = {**pipeline.components, "vae": vae.eval(), "transformer": transformer}
     options = {
         name: pipeline.config[name]
         for name in inspect.signature(type(pipeline).__init__).parameters
         if name not in components and name in pipeline.config
     }
+    options |= {name: options[name] * scale for name in family.scaled_options}
     upgraded = kind(**components, **options)
     upgraded.set_progress_bar_config(disable=True)
     return upgraded

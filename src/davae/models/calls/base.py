@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -102,6 +103,37 @@ def stacked(call: Masked, prompts: list[Tensor]) -> Parts:
     """Prompts of different lengths, (L_i,d) each, as embeddings and mask of a call."""
     embeds, masks = zip(*(call.padded(prompt[None], None) for prompt in prompts), strict=True)
     return torch.cat(embeds), torch.cat(masks)  # (B,L,d), (B,L)
+
+
+class PlainLatents:
+    """The pipeline takes latents as they are."""
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+@dataclass(frozen=True)
+class SizedCall(PlainLatents):
+    """A call whose model is told the size of the picture: `pixel_factor` pixels per latent position, each way.
+
+    It is what the pipeline tells the model at that size, so an upgraded model is told the doubled one.
+    """
+
+    pixel_factor: int = 8
+
+
+def with_null(captions: list[str], embeds: Tensor, negative: Tensor) -> Tensor:
+    """Embeddings (B,...) in which the empty caption is what the pipeline guides away from by default, zeros in some.
+
+    Dropped captions are replaced by the empty one, so training and guidance mean the same by none.
+    """
+    empty = torch.tensor([caption == "" for caption in captions], device=embeds.device)
+    return torch.where(empty.reshape(-1, *[1] * (embeds.ndim - 1)), negative, embeds)
+
+
+def size_rows(x_t: Tensor, factor: int) -> Tensor:
+    """(B,2): height and width in pixels of latents (B,c,h,w) at `factor` pixels per position."""
+    return x_t.new_tensor([[x_t.shape[-2] * factor, x_t.shape[-1] * factor]]).expand(len(x_t), 2)
 
 
 def positions(height: int, width: int) -> Tensor:
