@@ -16,6 +16,9 @@ _HOMES = {
     "LightningDiT": "davae.models.lightning_dit",
     "PooledAutoencoderTiny": "davae.models.pooled_tiny",
     "ClassConditionalPipeline": "davae.sample.class_conditional",
+    "DetailHunyuanDiTPipeline": "davae.sample.upgraded_pipelines",
+    "DetailPixArtAlphaPipeline": "davae.sample.upgraded_pipelines",
+    "DetailPixArtSigmaPipeline": "davae.sample.upgraded_pipelines",
     "expand_transformer": "davae.models.expand",
     "group_mean": "davae.losses.alignment",
     "alignment_loss": "davae.losses.alignment",
@@ -27,6 +30,9 @@ _HOMES = {
 
 __all__ = [
     "ClassConditionalPipeline",
+    "DetailHunyuanDiTPipeline",
+    "DetailPixArtAlphaPipeline",
+    "DetailPixArtSigmaPipeline",
     "DetailVAE",
     "LatentLayout",
     "LightningDiT",
@@ -47,6 +53,11 @@ if TYPE_CHECKING:
     from davae.models.lightning_dit import LightningDiT
     from davae.models.pooled_tiny import PooledAutoencoderTiny
     from davae.sample.class_conditional import ClassConditionalPipeline
+    from davae.sample.upgraded_pipelines import (
+        DetailHunyuanDiTPipeline,
+        DetailPixArtAlphaPipeline,
+        DetailPixArtSigmaPipeline,
+    )
 
 
 def __getattr__(name: str) -> Any:

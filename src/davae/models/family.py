@@ -7,6 +7,7 @@ from typing import Literal
 
 TokenOrder = Literal["patch_channel", "channel_patch"]
 Condition = Literal["text", "class"]
+Prediction = Literal["flow", "epsilon", "v_prediction"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class TransformerFamily:
         component: the model's name in its pipeline.
         trains: whether stage 2 knows how to call the model; the other ones can be expanded.
         fixed: parameters that are tables, never trained.
+        objectives: what the family's call knows to be asked for; the base pipeline's scheduler picks one.
+        classes_key: config key of the number of classes, where `condition` is class.
+        patch_key: config key of p; None where the pipeline's packing is all there is, or positions are tokens.
+        upgraded_pipelines: davae's subclasses of stock pipelines that cannot draw an upgrade, or not by default.
     """
 
     class_name: str
@@ -47,6 +52,10 @@ class TransformerFamily:
     in_key: str = "in_channels"
     out_key: str = "out_channels"
     fixed: tuple[str, ...] = ()
+    objectives: tuple[Prediction, ...] = ("flow",)
+    classes_key: str | None = None
+    patch_key: str | None = "patch_size"
+    upgraded_pipelines: tuple[str, ...] = ()
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -61,3 +70,4 @@ PC: TokenOrder = "patch_channel"
 CP: TokenOrder = "channel_patch"
 OUT = ("out_channels",)
 BOTH = ("in_channels", "out_channels")
+DDPM: tuple[Prediction, ...] = ("epsilon", "v_prediction")

@@ -13,11 +13,17 @@ import torch
 from torch import Tensor
 
 from davae.models.autoencoder_families import autoencoder_family, spatial_factor
-from davae.models.calls import CALLS
+from davae.models.calls import TEXT_CALLS
+from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK
 from davae.models.families import TRANSFORMERS, model_class, transformer_family
 from davae.models.family import TransformerFamily
 
+COMPONENTS = tuple(dict.fromkeys(row.component for row in TRANSFORMERS.values()))
+LEGACY: dict[tuple[str, Any], str] = {
+    ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
+    ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
+}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -79,10 +85,13 @@ def read_shapes(model: str) -> BaseShapes:
         ModelError: not a diffusers pipeline, an unsupported class, or a model that was upgraded already.
     """
     index = read_config(model, "", "model_index.json")
-    if "transformer" not in index or "vae" not in index:
-        raise ModelError(f"model {model} ({index.get('_class_name')}) has no transformer and vae to upgrade")
-    transformer_class, vae_class = index["transformer"][1], index["vae"][1]
-    transformer, vae = read_config(model, "transformer"), read_config(model, "vae")
+    part = next((name for name in COMPONENTS if name in index), None)
+    if part is None or "vae" not in index:
+        raise ModelError(f"model {model} ({index.get('_class_name')}) has no transformer or U-Net and vae to upgrade")
+    vae_class = index["vae"][1]
+    transformer, vae = read_config(model, part), read_config(model, "vae")
+    # the official folders of DiT and PixArt name the class they had before it was split
+    transformer_class = LEGACY.get((index[part][1], transformer.get("norm_type")), index[part][1])
     if vae_class == "DetailVAE" or MARK in transformer:
         raise ModelError(f"model {model} was upgraded already; start from its pretrained base")
     try:
@@ -116,13 +125,49 @@ def read_shapes(model: str) -> BaseShapes:
 
 def patch_size(config: Any, family: TransformerFamily) -> int:
     """p: latent positions per token, each way, whether the model or its pipeline packs them."""
-    return int(config["patch_size"]) * math.isqrt(family.packed)
+    own = 1 if family.patch_key is None else int(config[family.patch_key])
+    return own * math.isqrt(family.packed)
+
+
+def denoiser(pipeline: Any) -> Any:
+    """A pipeline's transformer or U-Net.
+
+    Raises:
+        ModelError: it has neither.
+    """
+    for name in COMPONENTS:
+        if name in pipeline.components:
+            return pipeline.components[name]
+    raise ModelError(f"a {type(pipeline).__name__} has no transformer or U-Net")
+
+
+def pixel_factor(pipeline: Any) -> int:
+    """Pixels per latent position of a pipeline's autoencoder, each way."""
+    vae = pipeline.vae
+    return vae.spatial_factor if isinstance(vae, DetailVAE) else spatial_factor(vae.config, type(vae).__name__)
 
 
 def default_resolution(pipeline: Any) -> int:
     """Pixels of the picture that a pipeline draws when it is not told: its own default, or its transformer's."""
-    side = getattr(pipeline, "default_sample_size", None) or pipeline.transformer.config["sample_size"]
-    return int(side) * pipeline.vae_scale_factor
+    side: Any = getattr(pipeline, "default_sample_size", None) or denoiser(pipeline).config["sample_size"]
+    height = side if isinstance(side, int) else side[0]  # U-Nets may have a rectangle
+    return height * (getattr(pipeline, "vae_scale_factor", None) or pixel_factor(pipeline))  # DiT's has none
+
+
+def load_scheduler(model: str) -> Any:
+    """The scheduler of a folder or hub id, built from its config alone; None where the pipeline has none.
+
+    Raises:
+        ModelError: a class that diffusers does not have.
+    """
+    name = (read_config(model, "", "model_index.json").get("scheduler") or (None, None))[1]
+    if name is None:
+        return None
+    try:
+        kind = model_class(name)
+    except ValueError as error:
+        raise ModelError(f"model {model}: {error}") from error
+    return kind.from_config(read_config(model, "scheduler", "scheduler_config.json"))
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -157,4 +202,4 @@ def text_arguments(pipeline: Any) -> dict[str, Any]:
 @torch.no_grad()
 def embed_captions(pipeline: Any, captions: list[str]) -> tuple[Tensor, ...]:
     """What the pipeline's text encoders say of captions, one tensor per kind, each (B,...)."""
-    return CALLS[type(pipeline.transformer).__name__].embed(pipeline, captions, text_arguments(pipeline))
+    return TEXT_CALLS[type(denoiser(pipeline)).__name__].embed(pipeline, captions, text_arguments(pipeline))

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from davae.latent import LatentLayout
-from davae.models.calls import CALLS
 from davae.models.detail_vae import DetailVAE
-from davae.models.pipeline import default_resolution, text_arguments
+from davae.models.pipeline import default_resolution, pixel_factor
+from davae.sample.call import call_pipeline, takes_noise
 
 BASE, DETAIL, STEPS = 0, 1, 1 << 62  # what noise is for
 
@@ -35,7 +35,7 @@ def _generator(seed: int, index: int, purpose: int) -> torch.Generator:
 
 def start_noise(pipeline: Any, seed: int, index: int, resolution: int) -> Tensor:
     """Noise for one picture of `resolution` pixels, structured where the pipeline is an upgraded one."""
-    side = resolution // pipeline.vae_scale_factor
+    side = resolution // pixel_factor(pipeline)
     if isinstance(pipeline.vae, DetailVAE):
         return structured_noise(seed, index, pipeline.vae.layout, side, side)
     return base_noise(seed, index, int(pipeline.vae.config["latent_channels"]), side, side)
@@ -58,29 +58,27 @@ def generate(
     """One picture a prompt. Picture number first+i depends on the seed and its number, not on the batch.
 
     Args:
-        pipeline: a stock diffusers text-to-image pipeline, or a ClassConditionalPipeline whose prompts are classes by name
-            or number; base or upgraded.
+        pipeline: a stock diffusers text-to-image pipeline, or one whose prompts are classes by name or number
+            (ClassConditionalPipeline, DiTPipeline); base or upgraded.
         output_type: `pil` for pictures, `pt` for tensors (3,H,W) in [0,1].
         resolution: pixels; None is the pipeline's own size.
     """
     size = resolution or default_resolution(pipeline)
-    call = CALLS.get(type(pipeline.transformer).__name__)  # none: classes, and latents as they are
+    # a pipeline that takes no noise draws it, the base part first, from these; else only stochastic schedulers do
+    purpose = STEPS if takes_noise(pipeline) else BASE
     pictures: list[Any] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        noise = [start_noise(pipeline, seed, first + start + i, size) for i in range(len(part))]
-        latents = torch.cat(noise).to(pipeline.transformer.device, pipeline.transformer.dtype)
-        result = pipeline(
+        numbers = range(first + start, first + start + len(part))
+        result = call_pipeline(
+            pipeline,
             part,
-            height=size,
-            width=size,
-            num_inference_steps=steps,
+            size,
+            steps=steps,
             guidance_scale=guidance_scale,
-            latents=(call.pack(latents) if call else latents),
-            # only stochastic schedulers draw from these
-            generator=[_generator(seed, first + start + i, STEPS) for i in range(len(part))],
+            latents=torch.cat([start_noise(pipeline, seed, number, size) for number in numbers]),
+            generator=[_generator(seed, number, purpose) for number in numbers],
             output_type=output_type,
-            **text_arguments(pipeline),
         )
         pictures += result.images
         on_batch(len(pictures), len(prompts))

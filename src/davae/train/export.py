@@ -13,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from davae.models.classes import label_names
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK, expand_transformer, latent_channels
-from davae.models.pipeline import ModelError
+from davae.models.families import model_class, transformer_family
+from davae.models.pipeline import ModelError, denoiser
 from davae.recipes.schema import Lora
 from davae.train.stage2 import choose_trainable
 from davae.train.state import new_folder, saving
@@ -115,14 +117,22 @@ def fuse(transformer: nn.Module) -> nn.Module:
 
 
 def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
-    """The base's own pipeline class around the upgraded parts; scheduler and text encoders are the base's."""
-    components = {**pipeline.components, "vae": vae.eval(), "transformer": transformer}
+    """The base's own pipeline class around the upgraded parts; scheduler and text encoders are the base's.
+
+    Where the stock class cannot draw an upgrade by default, its family's row names davae's subclass to take.
+    """
+    family = transformer_family(type(transformer).__name__)
+    subclasses = [model_class(name) for name in family.upgraded_pipelines]
+    kind = next((c for c in subclasses if issubclass(c, type(pipeline))), type(pipeline))
+    components = {**pipeline.components, "vae": vae.eval(), family.component: transformer}
+    parameters = inspect.signature(type(pipeline).__init__).parameters
     options = {
-        name: pipeline.config[name]
-        for name in inspect.signature(type(pipeline).__init__).parameters
-        if name not in components and name in pipeline.config
+        name: pipeline.config[name] for name in parameters if name not in components and name in pipeline.config
     }
-    upgraded = type(pipeline)(**components, **options)
+    if "id2label" in parameters:
+        options["id2label"] = label_names(pipeline)
+    upgraded = kind(**components, **options)
+    upgraded.register_to_config(**options)  # DiT's pipeline forgets its names when it is saved
     upgraded.set_progress_bar_config(disable=True)
     return upgraded
 
@@ -154,4 +164,4 @@ def export_upgrade(run: Path, out: Path, dtype: torch.dtype) -> Path:
 def load_upgraded(pipeline: Any, folder: Path) -> Any:
     """A base pipeline + a folder with `vae/` and an upgrade file -> the upgraded pipeline."""
     vae = DetailVAE.from_pretrained(folder / "vae", torch_dtype=pipeline.vae.dtype)
-    return assemble(pipeline, vae, apply_upgrade(pipeline.transformer, folder / UPGRADE_FILE))
+    return assemble(pipeline, vae, apply_upgrade(denoiser(pipeline), folder / UPGRADE_FILE))
