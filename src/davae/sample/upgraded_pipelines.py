@@ -25,7 +25,15 @@ class ScaledBins(PixArtImageProcessor):
         return rows * self.scale, columns * self.scale
 
 
-class DetailPixArtAlphaPipeline(PixArtAlphaPipeline):
+class _ScaledTable:
+    """Puts ScaledBins in place. Arguments are named, for diffusers reads a pipeline's parts off them."""
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any):
+        super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)  # type: ignore[call-arg]
+        self.image_processor = ScaledBins(vae.spatial_factor, vae.layout.scale)
+
+
+class DetailPixArtAlphaPipeline(_ScaledTable, PixArtAlphaPipeline):
     """PixArt-alpha with an upgraded model.
 
     The stock class draws every picture at a size out of a table of the *base's* pixels and enlarges it: an upgrade
@@ -33,17 +41,9 @@ class DetailPixArtAlphaPipeline(PixArtAlphaPipeline):
     `use_resolution_binning=False`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.image_processor = ScaledBins(self.vae_scale_factor, self.vae.layout.scale)
 
-
-class DetailPixArtSigmaPipeline(PixArtSigmaPipeline):
+class DetailPixArtSigmaPipeline(_ScaledTable, PixArtSigmaPipeline):
     """PixArt-Sigma with an upgraded model; the reason is `DetailPixArtAlphaPipeline`'s."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.image_processor = ScaledBins(self.vae_scale_factor, self.vae.layout.scale)
 
 
 class DetailHunyuanDiTPipeline(HunyuanDiTPipeline):
