@@ -72,7 +72,7 @@ def hunyuan_dit(folder: Path) -> None:
         tokenizer=tokenizer,
         transformer=transformer,
         scheduler=DDPMScheduler(
-            beta_end=0.03, beta_schedule="scaled_linear", prediction_type="v_prediction", steps_offset=1
+            beta_end=0.03, beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False
         ),
         safety_checker=None,
         feature_extractor=None,
