@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_upgrade_recipe
 from diffusers import DDIMScheduler
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_1024_BIN
 from family_pipelines import diffusion
@@ -20,9 +21,11 @@ from davae.models.classes import class_number
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
 from davae.models.pipeline import ModelError, default_resolution, denoiser, load_pipeline, pixel_factor, read_shapes
+from davae.recipes import RecipeError, validate
 from davae.sample.generate import base_noise, generate
 from davae.sample.upgraded_pipelines import ScaledBins
 from davae.train.export import assemble
+from davae.train.upgrade import check_recipe
 
 FAMILIES = {**diffusion.BUILDERS, **diffusion.VARIANTS}
 PROMPTS = ["a red square", "a blue square"]
@@ -207,3 +210,10 @@ def test_official_folders_of_dit_and_pixart_name_an_older_class(bases: dict[str,
             file.write_text(file.read_text().replace(name, "Transformer2DModel"))
         assert read_shapes(str(folder)).transformer_class == name
         assert type(denoiser(load_pipeline(str(folder)))).__name__ == name
+
+
+def test_a_class_conditional_model_is_upgraded_at_its_own_size(bases: dict[str, Path], tmp_path: Path):
+    base = bases["DiTTransformer2DModel"]
+    recipe = validate(tiny_upgrade_recipe(base, tmp_path, base__resolution=16), "x")
+    with pytest.raises(RecipeError, match=r"base.resolution: .* draws 8 pixels and no other size; use 8"):
+        check_recipe(recipe, read_shapes(str(base)))  # type: ignore[arg-type]

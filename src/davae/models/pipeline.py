@@ -91,7 +91,8 @@ def read_shapes(model: str) -> BaseShapes:
     vae_class = index["vae"][1]
     transformer, vae = read_config(model, part), read_config(model, "vae")
     # the official folders of DiT and PixArt name the class they had before it was split
-    transformer_class = LEGACY.get((index[part][1], transformer.get("norm_type")), index[part][1])
+    named = str(index[part][1])
+    transformer_class = LEGACY.get((named, transformer.get("norm_type")), named)
     if vae_class == "DetailVAE" or MARK in transformer:
         raise ModelError(f"model {model} was upgraded already; start from its pretrained base")
     try:

@@ -45,7 +45,7 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
     """What a recipe can get wrong about its base model, before any weight is read.
 
     Raises:
-        RecipeError: D not a multiple of C, or a size that does not divide, with the dotted path.
+        RecipeError: D not a multiple of C, a size that does not divide or that the model cannot draw, with the dotted path.
     """
     if recipe.detail_channels % shapes.channels:
         raise RecipeError(
@@ -61,6 +61,10 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
             f"base.resolution: {recipe.base.resolution} is not divisible by {step} (autoencoder factor "
             f"{shapes.vae_factor} x patch {shapes.patch_size}); use {below or step} or {below + step}"
         )
+    if transformer_family(shapes.transformer_class).condition == "class":
+        own = shapes.transformer_config["sample_size"] * shapes.vae_factor
+        if recipe.base.resolution != own:
+            raise RecipeError(f"base.resolution: {recipe.base.name} draws {own} pixels and no other size; use {own}")
     return LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
 
 
