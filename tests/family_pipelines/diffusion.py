@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from conftest import tiny_recipe
 from diffusers import AutoencoderKL, CogVideoXDDIMScheduler, DDIMScheduler, DDPMScheduler
 from family_models import CASES
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
+from davae import ClassConditionalPipeline, LightningDiT
 from davae.train.base_text import build_text_encoder
 from family_pipelines.parts import clip_encoder, clip_tokenizer
 
@@ -90,6 +92,28 @@ def dit(folder: Path) -> None:
     pipeline.save_pretrained(folder)
 
 
+def converted_dit(folder: Path) -> None:
+    """What `davae convert dit` makes of DiT's official weights."""
+    model = LightningDiT(
+        input_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=16,
+        depth=1,
+        num_heads=2,
+        num_classes=2,
+        prediction_type="epsilon",
+        learn_sigma=True,
+    )
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.2)
+    ClassConditionalPipeline(
+        autoencoder(),
+        model.eval(),
+        DDPMScheduler(variance_type="learned_range", clip_sample=False),
+        class_names=["a red square", "a blue square"],
+    ).save_pretrained(folder)
+
+
 def cogview3(folder: Path) -> None:
     transformer = CASES["CogView3PlusTransformer2DModel"].build(
         "CogView3PlusTransformer2DModel", text_embed_dim=WIDTH
@@ -151,5 +175,6 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
 VARIANTS: dict[str, Callable[[Path], None]] = {
     "PixArt-Sigma": partial(pixart, pipeline="PixArtSigmaPipeline"),
     "PixArt-alpha at 1024 pixels": partial(pixart, sample_size=128),
+    "DiT, official weights": converted_dit,
     "SDXL": stable_diffusion_xl,
 }
