@@ -148,12 +148,12 @@ def test_other_patches_and_channels(name: str):
 
 
 def test_what_cannot_be_trained_yet_is_refused_by_name(tmp_path: Path):
-    parts = {"transformer": ["diffusers", "PixArtTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline", **parts}))
+    parts = {"transformer": ["diffusers", "Kandinsky5Transformer3DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Kandinsky5T2IPipeline", **parts}))
     for part in parts:
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text("{}")
     with pytest.raises(
-        ModelError, match=r"widens a PixArtTransformer2DModel, but davae cannot inspect or train one yet"
+        ModelError, match=r"widens a Kandinsky5Transformer3DModel, but davae cannot inspect or train one yet"
     ):
         read_shapes(str(tmp_path))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_upgrade_recipe, write_pictures
-from family_pipelines import BUILDERS
+from conftest import picture, tiny_upgrade_recipe
+from family_pipelines import BUILDERS, VARIANTS
 
 import davae
 from davae.models.families import TRANSFORMERS, model_class
@@ -24,18 +24,29 @@ def test_every_family_that_trains_has_a_builder():
     assert {name.split(" ")[0] for name in BUILDERS} == trains - {"SD3Transformer2DModel", "LightningDiT"}
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-def test_upgrade_gives_a_stock_pipeline_at_the_doubled_size(name: str, picture_folder: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve captioned pictures of 72x68 pixels in two sub-folders, which are classes."""
+    folder = tmp_path_factory.mktemp("classes")
+    for number in range(12):
+        name = ["red", "blue"][number % 2]
+        (folder / name).mkdir(exist_ok=True)
+        picture(number, 72, 68).save(folder / name / f"{number:02d}.png")
+        (folder / name / f"{number:02d}.txt").write_text(f"a {name} square")
+    return folder
+
+
+@pytest.mark.parametrize("name", {**BUILDERS, **VARIANTS})
+def test_upgrade_gives_a_stock_pipeline_at_the_doubled_size(name: str, classes: Path, tmp_path: Path):
     torch.manual_seed(0)
-    BUILDERS[name](tmp_path / "base")
+    {**BUILDERS, **VARIANTS}[name](tmp_path / "base")
     shapes = read_shapes(str(tmp_path / "base"))
     base = load_pipeline(str(tmp_path / "base"))
-    size = 2 * shapes.vae_factor * shapes.patch_size
+    size = max(8, 2 * shapes.vae_factor * shapes.patch_size)  # several stock pipelines want multiples of 8
     detail = shapes.channels * 2
-    pictures = picture_folder if 2 * size <= 36 else write_pictures(tmp_path / "pictures", 2 * size, 2 * size)
     recipe = validate(
         tiny_upgrade_recipe(
-            tmp_path / "base", pictures, base__resolution=size, detail_channels=detail, stage2__max_steps=2
+            tmp_path / "base", classes, base__resolution=size, detail_channels=detail, stage2__max_steps=2
         ),
         name,
     )

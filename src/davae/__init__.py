@@ -24,6 +24,9 @@ _HOMES = {
     "DetailAuraFlowPipeline": "davae.sample.base_pixels",
     "DetailLuminaPipeline": "davae.sample.base_pixels",
     "DetailLumina2Pipeline": "davae.sample.base_pixels",
+    "DetailHunyuanDiTPipeline": "davae.sample.scaled_tables",
+    "DetailPixArtAlphaPipeline": "davae.sample.scaled_tables",
+    "DetailPixArtSigmaPipeline": "davae.sample.scaled_tables",
     "expand_transformer": "davae.models.expand",
     "group_mean": "davae.losses.alignment",
     "alignment_loss": "davae.losses.alignment",
@@ -37,10 +40,13 @@ __all__ = [
     "ClassConditionalPipeline",
     "DetailAuraFlowPipeline",
     "DetailErnieImagePipeline",
+    "DetailHunyuanDiTPipeline",
     "DetailKrea2Pipeline",
     "DetailLongCatImagePipeline",
     "DetailLumina2Pipeline",
     "DetailLuminaPipeline",
+    "DetailPixArtAlphaPipeline",
+    "DetailPixArtSigmaPipeline",
     "DetailQwenImage21Pipeline",
     "DetailVAE",
     "DetailZImagePipeline",
@@ -64,6 +70,11 @@ if TYPE_CHECKING:
     from davae.models.pooled_tiny import PooledAutoencoderTiny
     from davae.sample.base_pixels import DetailAuraFlowPipeline, DetailLumina2Pipeline, DetailLuminaPipeline
     from davae.sample.class_conditional import ClassConditionalPipeline
+    from davae.sample.scaled_tables import (
+        DetailHunyuanDiTPipeline,
+        DetailPixArtAlphaPipeline,
+        DetailPixArtSigmaPipeline,
+    )
     from davae.sample.upgraded_pipelines import (
         DetailErnieImagePipeline,
         DetailKrea2Pipeline,

@@ -21,10 +21,10 @@ from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.upscale import make_upscaler
 from davae.losses.perceptual import Lite0Distance, Lpips
 from davae.models.autoencoders import load_autoencoder
+from davae.models.classes import class_count, class_number, goes_by_class
 from davae.models.one_frame import decode_latents, encode_mode
 from davae.models.pipeline import ModelError, default_resolution, load_pipeline
 from davae.sample.adm import Labels, class_schedule, write_samples
-from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.generate import generate, grid
 from davae.train.export import load_upgraded
 from davae.train.state import saving
@@ -48,10 +48,10 @@ def open_model(name: str) -> tuple[Any, Path]:
 
 def check_classes(pipeline: Any, prompts: list[str]) -> None:
     """ModelError when a class-conditional pipeline is asked for a class it does not have."""
-    if isinstance(pipeline, ClassConditionalPipeline):
+    if goes_by_class(pipeline):
         for prompt in prompts:
             try:
-                pipeline.class_number(prompt)
+                class_number(pipeline, prompt)
             except ValueError as error:
                 raise ModelError(str(error)) from error
 
@@ -151,7 +151,7 @@ def evaluate_pictures(
 
 def condition_of(picture: dict[str, Any], pipeline: Any) -> str:
     """What a model is asked for to get a picture like this one: its class where the pipeline goes by classes."""
-    if not isinstance(pipeline, ClassConditionalPipeline):
+    if not goes_by_class(pipeline):
         return picture["caption"]
     if picture["label"] is None:
         raise DataError(
@@ -237,11 +237,11 @@ def write_sample_file(
 ) -> bool:
     """`davae evaluate samples`: whether the `.npz` is whole (False: other processes still draw their parts)."""
     model, _ = open_model(pipeline)
-    if not isinstance(model, ClassConditionalPipeline):
+    if not goes_by_class(model):
         raise ModelError(f"{pipeline} is no class-conditional model; sample files follow the ImageNet protocol")
     state = PartialState()
     model.to(state.device)
-    schedule = class_schedule(num, int(model.transformer.config["num_classes"]), labels, seed)
+    schedule = class_schedule(num, class_count(model), labels, seed)
 
     def draw(classes: list[int], first: int) -> Tensor:
         prompts = [str(number) for number in classes]

@@ -16,8 +16,8 @@ from davae.data.prompts import Prompt, read_prompts
 from davae.evaluate.clip import Clip
 from davae.evaluate.geneval import Detector, judge_folder, scores, write_request
 from davae.measure import open_model
+from davae.models.classes import goes_by_class
 from davae.models.pipeline import ModelError
-from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.generate import generate
 from davae.train.state import replace_text, saving
 
@@ -28,7 +28,7 @@ PART = 32  # pictures between two writes to disk
 def open_text_model(name: str) -> Any:
     """A text-to-image pipeline by name; ModelError for a class-conditional one."""
     model, _ = open_model(name)
-    if isinstance(model, ClassConditionalPipeline):
+    if goes_by_class(model):
         raise ModelError(f"{name} draws classes, not prompts")
     return model
 

@@ -17,8 +17,8 @@ from davae.evaluate.detail_use import reconstructions
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.throughput import Timing, time_pipelines
 from davae.losses.perceptual import Lite0Distance
-from davae.models.pipeline import load_pipeline
-from davae.sample.class_conditional import ClassConditionalPipeline
+from davae.models.classes import class_count, class_names, goes_by_class
+from davae.models.pipeline import denoiser, load_pipeline
 from davae.sample.generate import generate
 from davae.train.export import load_upgraded
 from davae.train.loop import Observer, Progress
@@ -51,9 +51,9 @@ def default_prompts(run: Upgrade) -> list[str]:
     """The recipe's prompts, else the model's classes, else captions of the first training pictures."""
     if run.recipe.sampling.prompts:
         return list(run.recipe.sampling.prompts)
-    if isinstance(run.base, ClassConditionalPipeline):
-        count = min(8, int(run.base.transformer.config["num_classes"]))
-        return [run.base.class_names[number] if run.base.class_names else str(number) for number in range(count)]
+    if goes_by_class(run.base):
+        names = {number: name for name, number in class_names(run.base).items()}
+        return [names.get(number, str(number)) for number in range(min(8, class_count(run.base)))]
     pictures = run.pictures(run.train)
     return [pictures[(i, -1)]["caption"] for i in range(min(8, len(pictures)))]
 
@@ -86,7 +86,7 @@ def report(run: Upgrade, observer: Observer) -> Path:
         quality=quality,
         curves={
             "Stage 1: the detail-aligned VAE": loss_curves(records, "stage1"),
-            "Stage 2: velocity error of base and detail channels (Fig. S3), and the weight w(n) of Eq. 12": loss_curves(
+            "Stage 2: error of base and detail channels (Fig. S3), and the weight w(n) of Eq. 12": loss_curves(
                 records, "stage2"
             ),
         },
@@ -121,7 +121,7 @@ def facts(run: Upgrade, upgraded: Any) -> list[tuple[str, str]]:
         ("pixels", f"{recipe.base.resolution}² → {recipe.resolution}²"),
         ("image tokens", f"{tokens} (native: {tokens * recipe.scale**2})"),
         ("latent", f"{side}×{side}×({layout.base_channels} + {layout.detail_channels})"),
-        ("transformer", f"{count(upgraded.transformer.parameters()) / 1e6:.2f} M parameters"),
+        ("transformer", f"{count(denoiser(upgraded).parameters()) / 1e6:.2f} M parameters"),
         ("detail VAE", f"{count(upgraded.vae.parameters()) / 1e6:.2f} M parameters"),
         ("training pictures", str(len(run.train))),
         ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"),

@@ -13,3 +13,4 @@ from family_pipelines import diffusion, packed, unpacked
 
 Builder = Callable[[Path], None]
 BUILDERS: dict[str, Builder] = {**packed.BUILDERS, **unpacked.BUILDERS, **diffusion.BUILDERS}
+VARIANTS: dict[str, Builder] = diffusion.VARIANTS  # other pipelines of the same classes

@@ -15,6 +15,7 @@ from davae.bench.vae import psnr
 from davae.data.pictures import to_tensor
 from davae.losses.flow_matching import shift_timestep
 from davae.models.lightning_dit import LightningDiT
+from davae.models.pipeline import denoiser
 from davae.sample.generate import generate
 from davae.sample.ode import euler, euler_ode, time_grid
 
@@ -76,7 +77,7 @@ def bench_sample(
     pictures: dict[tuple[str, str], Tensor] = {}
     for helper in helpers:
         for name, pipeline in pipelines.items():
-            with HELPERS[helper](pipeline.transformer):
+            with HELPERS[helper](denoiser(pipeline)):
                 for turn in range(repeats + 1):
                     started = time.perf_counter()
                     drawn = generate(

@@ -18,6 +18,7 @@ from davae.bench.plain import PlainStage1, PlainStage2
 from davae.losses.flow_matching import sample_timesteps
 from davae.losses.perceptual import random_lpips
 from davae.models.pipeline import embed_captions
+from davae.recipes import RecipeError
 from davae.recipes.schema import Recipe, Stage1
 from davae.train.loop import Progress, Trainer, learning_rate
 from davae.train.upgrade import Upgrade
@@ -184,12 +185,19 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
     plain: list[float] = []
     losses: list[tuple[float, float]] = []
     recipe = quick(quick(recipe, "stage1", 1), "stage2", steps + 1)
-    settings = recipe.stage2.model_copy(update={"new_weight_lr_multiplier": 1.0, "warmup_steps": 0})
+    settings = recipe.stage2.model_copy(
+        update={"new_weight_lr_multiplier": 1.0, "warmup_steps": 0, "min_snr_gamma": None}
+    )
     cache = recipe.cache.model_copy(update={"variants": 1, "dtype": "float32"})
     data = recipe.data.model_copy(update={"flip": False})
     recipe = recipe.model_copy(update={"stage2": settings, "cache": cache, "data": data})
     with tempfile.TemporaryDirectory() as scratch:
         first = Upgrade(recipe, Path(scratch) / "first", lambda progress: None)
+        if first.objective.prediction != "flow":
+            raise RecipeError(
+                f"base.model: {recipe.base.name} predicts {first.objective.prediction}; the plain implementation knows flow "
+                "matching alone"
+            )
         first.train_vae()
         first.cache_latents()
         first.folder.close()

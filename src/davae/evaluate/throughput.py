@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from davae.models.families import transformer_family
-from davae.models.pipeline import guidance_arguments, literal_prompts, patch_size, pixel_factor, text_arguments
+from davae.models.pipeline import denoiser, patch_size, pixel_factor
+from davae.sample.call import call_pipeline
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Timing:
 
 def image_tokens(pipeline: Any, resolution: int) -> int:
     """Image tokens of a square picture."""
-    transformer = pipeline.transformer
+    transformer = denoiser(pipeline)
     patch = patch_size(transformer.config, transformer_family(type(transformer).__name__))
     side = resolution // pixel_factor(pipeline) // patch
     return side * side
@@ -70,17 +71,15 @@ def time_pipelines(
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name, *_ in candidates}
     for turn in range(repeats + 1):
         for name, pipeline, resolution, finish in candidates:
-            watch = _Stopwatch(pipeline.transformer)
+            watch = _Stopwatch(denoiser(pipeline))
             started = time.perf_counter()
-            result = pipeline(
-                prompt=[prompt],
-                height=resolution,
-                width=resolution,
-                num_inference_steps=steps,
+            result = call_pipeline(
+                pipeline,
+                [prompt],
+                resolution,
+                steps=steps,
+                guidance_scale=guidance_scale,
                 generator=torch.Generator().manual_seed(turn),
-                **guidance_arguments(pipeline, guidance_scale, 1),
-                **text_arguments(pipeline),
-                **literal_prompts(pipeline),
             )
             finish(result.images[0])
             whole = time.perf_counter() - started

@@ -27,13 +27,17 @@ class VelocityLoss:
     detail: Tensor
 
 
-def velocity_loss(prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float) -> VelocityLoss:
-    """L_DiT of Eq. 13, averaged over batch and positions.
+def velocity_loss(
+    prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float, error_weight: Tensor | None = None
+) -> VelocityLoss:
+    """L_DiT of Eq. 13, averaged over batch and positions. Epsilon and v predictions are weighed by groups alike.
 
     Args:
-        prediction, target: velocities (B,C+D,h,w).
+        prediction, target: velocities (B,C+D,h,w), or whatever else the model predicts.
         layout: which channels are base and which detail.
         weight: w(n) in [0,1].
+        error_weight: multiplies the squared errors in `total`, as min-SNR weights do: (B,1,1,1), or (B,C+D,1,1) where the
+            groups are noised differently.
 
     Raises:
         ValueError: when shapes differ or do not fit the layout.
@@ -42,10 +46,13 @@ def velocity_loss(prediction: Tensor, target: Tensor, layout: LatentLayout, weig
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     if prediction.dtype.itemsize < 4:  # sums of half-precision squares lose the small errors
         prediction, target = prediction.float(), target.float()
-    error_base, error_detail = layout.split((prediction - target).square())
-    base, detail = error_base.mean(), error_detail.mean()
+    errors = (prediction - target).square()
+    base, detail = (group.mean() for group in layout.split(errors))
+    weighed = (base, detail)
+    if error_weight is not None:
+        weighed = tuple(group.mean() for group in layout.split(errors * error_weight.to(errors)))
     n_base, n_detail = layout.base_channels, layout.detail_channels  # |B|, |R| per position
-    total = (n_base * base + weight * n_detail * detail) / (n_base + weight * n_detail)
+    total = (n_base * weighed[0] + weight * n_detail * weighed[1]) / (n_base + weight * n_detail)
     return VelocityLoss(total, base, detail)
 
 

@@ -14,6 +14,7 @@ from davae.models.family import (
     ATTENTION,
     BOTH,
     CP,
+    DDPM,
     FLUX,
     GATED,
     JOINT,
@@ -48,6 +49,8 @@ TRANSFORMERS = {
             condition="class",
             trains=True,
             fixed=("pos_embed",),
+            objectives=("flow", "epsilon"),
+            classes_key="num_classes",
         ),
         TransformerFamily(
             "FluxTransformer2DModel",
@@ -102,6 +105,9 @@ TRANSFORMERS = {
             PC,
             (*ATTENTION, *MLP),
             attributes=OUT,
+            trains=True,
+            objectives=DDPM,
+            upgraded_pipelines=("DetailPixArtAlphaPipeline", "DetailPixArtSigmaPipeline"),
         ),
         TransformerFamily(
             "HunyuanDiT2DModel",
@@ -111,6 +117,9 @@ TRANSFORMERS = {
             PC,
             (*ATTENTION, *MLP),
             attributes=OUT,
+            trains=True,
+            objectives=DDPM,
+            upgraded_pipelines=("DetailHunyuanDiTPipeline",),
         ),
         TransformerFamily(
             "DiTTransformer2DModel",
@@ -121,6 +130,9 @@ TRANSFORMERS = {
             (*ATTENTION, *MLP),
             attributes=OUT,
             condition="class",
+            trains=True,
+            objectives=DDPM,
+            classes_key="num_embeds_ada_norm",
         ),
         TransformerFamily(
             "AuraFlowTransformer2DModel",
@@ -173,6 +185,8 @@ TRANSFORMERS = {
             CP,
             (*ATTENTION, *MLP),
             attributes=("out_channels", "patch_embed.in_channels"),
+            trains=True,
+            objectives=DDPM,
         ),
         TransformerFamily(
             "QwenImageTransformer2DModel",
@@ -366,6 +380,9 @@ TRANSFORMERS = {
             PC,
             (*ATTENTION, *MLP, "proj_in"),
             component="unet",
+            trains=True,
+            objectives=DDPM,
+            patch_key=None,
         ),
     )
 }

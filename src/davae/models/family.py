@@ -7,6 +7,7 @@ from typing import Literal
 
 TokenOrder = Literal["patch_channel", "channel_patch"]
 Condition = Literal["text", "class"]
+Prediction = Literal["flow", "epsilon", "v_prediction"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class TransformerFamily:
         component: the model's name in its pipeline.
         trains: whether stage 2 knows how to call the model; the other ones can be expanded.
         fixed: parameters that are tables, never trained.
+        objectives: what the family's call knows to be asked for; the base pipeline's scheduler picks one.
+        classes_key: config key of the number of classes, where `condition` is class.
         patch_key: config key of p; None where the pipeline's packing is all there is, or positions are tokens.
         grid: positions per side that the model groups beside p, so that latents divide by it too.
         guidance: argument by which its pipeline takes a guidance scale.
@@ -57,6 +60,8 @@ class TransformerFamily:
     in_key: str = "in_channels"
     out_key: str = "out_channels"
     fixed: tuple[str, ...] = ()
+    objectives: tuple[Prediction, ...] = ("flow",)
+    classes_key: str | None = None
     patch_key: str | None = "patch_size"
     grid: int = 1
     guidance: Literal["guidance_scale", "true_cfg_scale"] = "guidance_scale"
@@ -80,3 +85,4 @@ PC: TokenOrder = "patch_channel"
 CP: TokenOrder = "channel_patch"
 OUT = ("out_channels",)
 BOTH = ("in_channels", "out_channels")
+DDPM: tuple[Prediction, ...] = ("epsilon", "v_prediction")

@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 
 from davae.models.autoencoder_families import autoencoder_family, base_channels, spatial_factor
-from davae.models.calls import CALLS
+from davae.models.calls import TEXT_CALLS
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK
 from davae.models.families import TRANSFORMERS, model_class, transformer_family
 from davae.models.family import TransformerFamily
 
+COMPONENTS = tuple(dict.fromkeys(row.component for row in TRANSFORMERS.values()))
+LEGACY: dict[tuple[str, Any], str] = {
+    ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
+    ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
+}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -81,10 +86,14 @@ def read_shapes(model: str) -> BaseShapes:
         ModelError: not a diffusers pipeline, an unsupported class, or a model that was upgraded already.
     """
     index = read_config(model, "", "model_index.json")
-    if "transformer" not in index or "vae" not in index:
-        raise ModelError(f"model {model} ({index.get('_class_name')}) has no transformer and vae to upgrade")
-    transformer_class, vae_class = index["transformer"][1], index["vae"][1]
-    transformer, vae = read_config(model, "transformer"), read_config(model, "vae")
+    part = next((name for name in COMPONENTS if name in index), None)
+    if part is None or "vae" not in index:
+        raise ModelError(f"model {model} ({index.get('_class_name')}) has no transformer or U-Net and vae to upgrade")
+    vae_class = index["vae"][1]
+    transformer, vae = read_config(model, part), read_config(model, "vae")
+    # the official folders of DiT and PixArt name the class they had before it was split
+    named = str(index[part][1])
+    transformer_class = LEGACY.get((named, transformer.get("norm_type")), named)
     if vae_class == "DetailVAE" or MARK in transformer:
         raise ModelError(f"model {model} was upgraded already; start from its pretrained base")
     try:
@@ -123,6 +132,18 @@ def patch_size(config: Any, family: TransformerFamily) -> int:
     return side * math.isqrt(family.packed)
 
 
+def denoiser(pipeline: Any) -> Any:
+    """A pipeline's transformer or U-Net.
+
+    Raises:
+        ModelError: it has neither.
+    """
+    for name in COMPONENTS:
+        if name in pipeline.components:
+            return pipeline.components[name]
+    raise ModelError(f"a {type(pipeline).__name__} has no transformer or U-Net")
+
+
 def pixel_factor(pipeline: Any) -> int:
     """Pixels per latent position of a pipeline's autoencoder, each way."""
     vae = pipeline.vae
@@ -131,16 +152,34 @@ def pixel_factor(pipeline: Any) -> int:
 
 def default_resolution(pipeline: Any) -> int:
     """Pixels of the picture that a pipeline is made for: its own default, or its transformer's."""
-    family = transformer_family(type(pipeline.transformer).__name__)
+    model = denoiser(pipeline)
+    family = transformer_family(type(model).__name__)
     if family.default_pixels is not None:
         return family.default_pixels * (pipeline.vae.layout.scale if isinstance(pipeline.vae, DetailVAE) else 1)
-    side = getattr(pipeline, "default_sample_size", None) or pipeline.transformer.config["sample_size"]
+    side: Any = getattr(pipeline, "default_sample_size", None) or model.config["sample_size"]
+    height = side if isinstance(side, int) else side[0]  # U-Nets may have a rectangle
     if "default_sample_size" in family.scaled_options:
-        return int(side)
+        return height
     factor = pixel_factor(pipeline)
     if "sample_size" in family.scaled_config and isinstance(pipeline.vae, DetailVAE):
         factor //= pipeline.vae.layout.scale  # sample_size was multiplied by s instead
-    return int(side) * factor
+    return height * factor
+
+
+def load_scheduler(model: str) -> Any:
+    """The scheduler of a folder or hub id, built from its config alone; None where the pipeline has none.
+
+    Raises:
+        ModelError: a class that diffusers does not have.
+    """
+    name = (read_config(model, "", "model_index.json").get("scheduler") or (None, None))[1]
+    if name is None:
+        return None
+    try:
+        kind = model_class(name)
+    except ValueError as error:
+        raise ModelError(f"model {model}: {error}") from error
+    return kind.from_config(read_config(model, "scheduler", "scheduler_config.json"))
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -183,7 +222,7 @@ def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, A
 
     A guidance-distilled model is told the scale.
     """
-    transformer = pipeline.transformer
+    transformer = denoiser(pipeline)
     family = transformer_family(type(transformer).__name__)
     if family.guidance == "true_cfg_scale" and transformer.config.get("guidance_embeds"):
         return {"guidance_scale": scale, "true_cfg_scale": 1.0}
@@ -194,4 +233,4 @@ def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, A
 @torch.no_grad()
 def embed_captions(pipeline: Any, captions: list[str]) -> tuple[Tensor, ...]:
     """What the pipeline's text encoders say of captions, one tensor per kind, each (B,...)."""
-    return CALLS[type(pipeline.transformer).__name__].embed(pipeline, captions, text_arguments(pipeline))
+    return TEXT_CALLS[type(denoiser(pipeline)).__name__].embed(pipeline, captions, text_arguments(pipeline))

@@ -81,7 +81,7 @@ class Lora(Section):
 
 
 class FlowOptim(Optim):
-    """Flow matching for a transformer."""
+    """Flow matching for a transformer. A model trained by DDPM draws its timesteps uniformly: timestep_* are not for it."""
 
     caption_dropout: Fraction = 0.1  # share of captions, or of class labels, replaced by none, for guidance
     cosine_loss: Literal["off", "all", "faded"] = "off"  # direction of the velocity; `faded` weighs detail by w(n)
@@ -97,6 +97,7 @@ class Stage2(FlowOptim):
     lora: Lora | None = None  # None trains every parameter
     new_weights: Literal["zero", "random"] = "zero"  # P' and O' at the start; `random` is the ablation of Fig. 4
     new_weight_lr_multiplier: PositiveFloat = 1.0  # learning rate of P' and O' relative to the rest
+    min_snr_gamma: PositiveFloat | None = None  # min-SNR weighting for any objective; 5 in the authors' SD3 config
 
     @model_validator(mode="after")
     def _fade_fits(self) -> Stage2:

@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from davae.models.autoencoder_families import base_statistics
+from davae.models.classes import find_class
 from davae.models.lightning_dit import LightningDiT
 from davae.sample.ode import GuidedModel, solve_ode
 
@@ -68,26 +69,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: no such class, or several.
         """
-        count = int(self.transformer.config["num_classes"])
-        if isinstance(label, int) or label.isdecimal():
-            number = int(label)
-            if not 0 <= number < count:
-                raise ValueError(f"class label {number} is out of range: the model has classes 0 to {count - 1}")
-            return number
-        names = [name.lower() for name in self.class_names]
-        wanted = label.lower()
-        if wanted in names:
-            return names.index(wanted)
-        found = [number for number, name in enumerate(names) if wanted in name]
-        if len(found) == 1:
-            return found[0]
-        known = (
-            f"its classes are {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-            if names
-            else ("it has no class names")
-        )
-        problem = f"fits {len(found)} classes" if found else "is no class of this model"
-        raise ValueError(f"'{label}' {problem}; {known}; numbers 0 to {count - 1} work too")
+        names = {name: number for number, name in enumerate(self.class_names)}
+        return find_class(label, names, int(self.transformer.config["num_classes"]))
 
     @torch.no_grad()
     def __call__(

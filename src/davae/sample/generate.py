@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +11,9 @@ from torch import Tensor
 
 from davae.latent import LatentLayout
 from davae.models.autoencoder_families import base_channels
-from davae.models.calls import CALLS
 from davae.models.detail_vae import DetailVAE
-from davae.models.pipeline import (
-    default_resolution,
-    guidance_arguments,
-    literal_prompts,
-    pixel_factor,
-    text_arguments,
-)
+from davae.models.pipeline import default_resolution, pixel_factor
+from davae.sample.call import call_pipeline, takes_noise
 
 BASE, DETAIL, STEPS = 0, 1, 1 << 62  # what noise is for
 
@@ -67,34 +60,27 @@ def generate(
     """One picture a prompt. Picture number first+i depends on the seed and its number, not on the batch.
 
     Args:
-        pipeline: a stock diffusers text-to-image pipeline, or a ClassConditionalPipeline whose prompts are classes by name
-            or number; base or upgraded.
+        pipeline: a stock diffusers text-to-image pipeline, or one whose prompts are classes by name or number
+            (ClassConditionalPipeline, DiTPipeline); base or upgraded.
         output_type: `pil` for pictures, `pt` for tensors (3,H,W) in [0,1].
         resolution: pixels; None is the pipeline's own size.
     """
     size = resolution or default_resolution(pipeline)
-    call = CALLS.get(type(pipeline.transformer).__name__)  # none: classes, and latents as they are
-    # the size asked for, not the nearest one in a table
-    binning = "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters
-    options = {"use_resolution_binning": False} if binning else {}
+    # a pipeline that takes no noise draws it, the base part first, from these; else only stochastic schedulers do
+    purpose = STEPS if takes_noise(pipeline) else BASE
     pictures: list[Any] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        noise = [start_noise(pipeline, seed, first + start + i, size) for i in range(len(part))]
-        latents = torch.cat(noise).to(pipeline.transformer.device, pipeline.transformer.dtype)
-        result = pipeline(
-            prompt=part,
-            height=size,
-            width=size,
-            num_inference_steps=steps,
-            latents=(call.pack(latents) if call else latents),
-            # only stochastic schedulers draw from these
-            generator=[_generator(seed, first + start + i, STEPS) for i in range(len(part))],
+        numbers = range(first + start, first + start + len(part))
+        result = call_pipeline(
+            pipeline,
+            part,
+            size,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            latents=torch.cat([start_noise(pipeline, seed, number, size) for number in numbers]),
+            generator=[_generator(seed, number, purpose) for number in numbers],
             output_type=output_type,
-            **guidance_arguments(pipeline, guidance_scale, len(part)),
-            **options,
-            **text_arguments(pipeline),
-            **literal_prompts(pipeline),
         )
         pictures += result.images
         on_batch(len(pictures), len(prompts))

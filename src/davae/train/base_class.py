@@ -14,8 +14,8 @@ from davae.models.pipeline import ModelError, load_pipeline
 from davae.models.repatch import change_patch
 from davae.recipes.schema import BaseRecipe, ClassArchitecture
 from davae.train.conditioning import conditioning
-from davae.train.flow import noise_batch
 from davae.train.loop import Player
+from davae.train.objectives import FLOW, noise_batch
 from davae.train.stage2 import choose_trainable
 
 
@@ -31,7 +31,7 @@ def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int)
     if recipe.init is None:
         return LightningDiT(input_size=latent_side, patch_size=a.patch_size, in_channels=channels, **sizes)
     start = load_pipeline(recipe.init).transformer
-    wanted = {**sizes, "in_channels": channels}
+    wanted = {**sizes, "in_channels": channels, "prediction_type": "velocity"}  # it goes on by flow matching
     for name, value in wanted.items():
         if start.config[name] != value:
             raise ModelError(
@@ -73,7 +73,7 @@ class ClassFlowTask:
     def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         z = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C,h,w)
-        flow = noise_batch(z, batch["conditions"], self.conditioning.null, s, generator)
+        flow = noise_batch(FLOW, z, batch["conditions"], self.conditioning.null, s, generator)
         velocity = self.conditioning.predict(self.modules["dit"], flow.x_t, flow.t, flow.conditions)
         error = (velocity.float() - flow.target).square().mean()
         if s.cosine_loss == "off":

@@ -22,8 +22,8 @@ from transformers import (
 from davae.data.cache import CachedLatents, collate_latents
 from davae.models.null_tokens import draw_count, repeat_last_token
 from davae.recipes.schema import FlowOptim, TextArchitecture
-from davae.train.flow import noise_batch
 from davae.train.loop import Player
+from davae.train.objectives import FLOW, noise_batch
 
 
 def build_tokenizer(captions: list[str], vocabulary: int, tokens: int) -> CLIPTokenizer:
@@ -157,7 +157,7 @@ class BaseFlowTask:
     def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         z = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C,h,w)
-        flow = noise_batch(z, batch["conditions"], "", s, generator)
+        flow = noise_batch(FLOW, z, batch["conditions"], "", s, generator)
         tokens = self.tokenizer(
             flow.conditions,
             padding="max_length",

@@ -1,7 +1,7 @@
-"""What a family's transformer is told beside the noisy latents: prompts, or classes for LightningDiT.
+"""What a family's transformer is told beside the noisy latents: prompts or classes.
 
-The flow of `davae.losses.flow_matching` runs from data (t = 0) to noise (t = 1); models that count time the other way
-are turned round here, and nowhere else.
+Time runs from data to noise, as in `davae.losses`; models that count it the other way are turned round in their calls, and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from davae.data.cache import CachedLatents
 from davae.data.pictures import DataError
-from davae.models.calls import CALLS, bound
+from davae.models.calls import CLASS_CALLS, TEXT_CALLS, bound
 from davae.models.families import transformer_family
 from davae.models.null_tokens import draw_count, repeat_last_token
 
@@ -28,7 +28,7 @@ class Conditioning(Protocol):
         ...
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[Any]) -> Tensor:
-        """noise - data as the model sees it: x_t (B,c,h,w), t (B,) in (0,1) with 1 noise -> (B,c,h,w)."""
+        """What the family was trained to predict, as its call gives it: x_t (B,c,h,w), t (B,) -> (B,c,h,w)."""
         ...
 
 
@@ -48,7 +48,7 @@ class TextConditioning:
         scheduler: Any,
     ):
         self.cache, self.device = cache, device
-        self.call = bound(CALLS[type(transformer).__name__], pixel_factor, scheduler)
+        self.call = bound(TEXT_CALLS[type(transformer).__name__], pixel_factor, scheduler)
         self.config = transformer.config
         self.processor = repeat_last_token(transformer) if null_text else None
 
@@ -62,17 +62,18 @@ class TextConditioning:
 
 
 class ClassConditioning:
-    """Class numbers; the null class is number `num_classes`. LightningDiT counts t from noise to data."""
+    """Class numbers; the null class is the one after the last."""
 
-    def __init__(self, num_classes: int, device: torch.device):
+    def __init__(self, transformer: nn.Module, num_classes: int, device: torch.device):
         self.null, self.device = num_classes, device
+        self.call, self.config = CLASS_CALLS[type(transformer).__name__], transformer.config
 
     def draw(self, generator: torch.Generator) -> None:
         """Nothing else is random."""
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[int]) -> Tensor:
         labels = torch.tensor(conditions, device=self.device)
-        return -model(x_t, 1 - t, labels, return_dict=False)[0]
+        return self.call.predict(model, self.config, x_t, t, (labels,))
 
 
 def check_classes(labels: list[int], num_classes: int, where: str) -> None:
@@ -104,10 +105,11 @@ def conditioning(
     Raises:
         DataError: a class-conditional transformer, and labels that are none of its classes.
     """
-    if transformer_family(type(transformer).__name__).condition == "text":
+    family = transformer_family(type(transformer).__name__)
+    if family.classes_key is None:
         return TextConditioning(
             transformer, cache, device, null_text=null_text, pixel_factor=pixel_factor, scheduler=scheduler
         )
-    num_classes = int(transformer.config["num_classes"])  # type: ignore[index]
+    num_classes = int(transformer.config[family.classes_key])  # type: ignore[index]
     check_classes(cache.conditions, num_classes, "the training set")
-    return ClassConditioning(num_classes, device)
+    return ClassConditioning(transformer, num_classes, device)

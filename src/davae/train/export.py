@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from davae.models.classes import label_names
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK, expand_transformer, latent_channels
 from davae.models.families import model_class, transformer_family
-from davae.models.pipeline import ModelError
+from davae.models.pipeline import ModelError, denoiser
 from davae.recipes.schema import Lora
 from davae.train.stage2 import choose_trainable
 from davae.train.state import new_folder, saving
@@ -127,14 +128,16 @@ def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
     config: Any = transformer.config
     sizes = {key: config[key] * scale for key in family.scaled_config if config[key] is not None}
     transformer.register_to_config(**sizes)  # type: ignore[operator]
-    components = {**pipeline.components, "vae": vae.eval(), "transformer": transformer}
+    components = {**pipeline.components, "vae": vae.eval(), family.component: transformer}
+    parameters = inspect.signature(type(pipeline).__init__).parameters
     options = {
-        name: pipeline.config[name]
-        for name in inspect.signature(type(pipeline).__init__).parameters
-        if name not in components and name in pipeline.config
+        name: pipeline.config[name] for name in parameters if name not in components and name in pipeline.config
     }
     options |= {name: options[name] * scale for name in family.scaled_options}
+    if "id2label" in parameters:
+        options["id2label"] = label_names(pipeline)
     upgraded = kind(**components, **options)
+    upgraded.register_to_config(**options)  # DiT's pipeline forgets its names when it is saved
     upgraded.set_progress_bar_config(disable=True)
     return upgraded
 
@@ -166,4 +169,4 @@ def export_upgrade(run: Path, out: Path, dtype: torch.dtype) -> Path:
 def load_upgraded(pipeline: Any, folder: Path) -> Any:
     """A base pipeline + a folder with `vae/` and an upgrade file -> the upgraded pipeline."""
     vae = DetailVAE.from_pretrained(folder / "vae", torch_dtype=pipeline.vae.dtype)
-    return assemble(pipeline, vae, apply_upgrade(pipeline.transformer, folder / UPGRADE_FILE))
+    return assemble(pipeline, vae, apply_upgrade(denoiser(pipeline), folder / UPGRADE_FILE))

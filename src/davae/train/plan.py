@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from davae.models.lightning_dit import LightningDiT
 from davae.models.pipeline import BaseShapes
 from davae.recipes.schema import Recipe
 from davae.train.stage2 import choose_trainable
-from davae.train.upgrade import base_shapes, check_recipe
+from davae.train.upgrade import base_objective, base_shapes, check_recipe
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,9 @@ def transformer_flops(transformer: nn.Module, side: int) -> float:
     config: Any = transformer.config
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         x_t, t = torch.empty(1, latent_channels(transformer), side, side), torch.empty(1)
-        if isinstance(transformer, LightningDiT):
-            with transformer.at_grid(side):
-                transformer(x_t, t, torch.zeros(1, dtype=torch.long))
-        else:
-            call = CALLS[type(transformer).__name__]
+        call = CALLS[type(transformer).__name__]
+        grid = transformer.at_grid(side) if isinstance(transformer, LightningDiT) else nullcontext()
+        with grid:
             call.predict(transformer, config, x_t, t, call.blank(config))
     return float(counter.get_total_flops())
 
@@ -121,6 +120,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "image": f"{recipe.resolution}x{recipe.resolution}, base {recipe.base.resolution}x{recipe.base.resolution}",
         "latents": f"z ({layout.base_channels},{side},{side}) + z_d ({layout.detail_channels},{side},{side})",
         "patch": f"{shapes.patch_size}, head {transformer_family(shapes.transformer_class).head_order}",
+        "objective": base_objective(recipe, shapes).prediction,
         "tokens_upgraded": tokens.upgraded_tokens,
         "tokens_native": tokens.native_tokens,
         "transformer_gflops_upgraded": round(tokens.upgraded_flops / 1e9, 3),

@@ -15,8 +15,8 @@ from davae.models.expand import new_weight_masks
 from davae.models.families import transformer_family
 from davae.recipes.schema import Lora, Stage2
 from davae.train.conditioning import Conditioning
-from davae.train.flow import noise_batch
 from davae.train.loop import Player
+from davae.train.objectives import Objective, noise_batch
 
 
 def choose_trainable(transformer: nn.Module, lora: Lora | None) -> list[nn.Parameter]:
@@ -71,7 +71,7 @@ class NewWeightBoost:
 
 
 class Stage2Task:
-    """Flow matching on cached z_hr, detail faded in by w(n)."""
+    """The base's own objective on cached z_hr, detail faded in by w(n)."""
 
     name = "stage2"
 
@@ -83,6 +83,7 @@ class Stage2Task:
         cache: CachedLatents,
         normalise: tuple[Tensor, Tensor],
         conditioning: Conditioning,
+        objective: Objective,
         device: torch.device,
     ):
         self.settings, self.layout, self.dataset, self.collate, self.device = (
@@ -92,7 +93,7 @@ class Stage2Task:
             collate_latents,
             device,
         )
-        self.conditioning = conditioning
+        self.conditioning, self.objective = conditioning, objective
         self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
         self.transformer = transformer.to(device)
         parameters = choose_trainable(transformer, settings.lora)
@@ -112,15 +113,17 @@ class Stage2Task:
         s = self.settings
         raw = batch["latents"].to(self.device)  # (B,C+D,h,w)
         latents = (raw - over_grid(self.mean, raw)) / over_grid(self.std, raw)
-        flow = noise_batch(latents, batch["conditions"], self.conditioning.null, s, generator)
+        noisy = noise_batch(
+            self.objective, latents, batch["conditions"], self.conditioning.null, s, generator, s.min_snr_gamma
+        )
         self.conditioning.draw(generator)
-        prediction = self.conditioning.predict(self.modules["transformer"], flow.x_t, flow.t, flow.conditions)
+        prediction = self.conditioning.predict(self.modules["transformer"], noisy.x_t, noisy.t, noisy.conditions)
         weight = detail_weight(step, s.warmup_steps)
-        loss = velocity_loss(prediction, flow.target, self.layout, weight)
+        loss = velocity_loss(prediction, noisy.target, self.layout, weight, noisy.weight)
         total, direction = loss.total, {}
         if s.cosine_loss != "off":
             shared = weight if s.cosine_loss == "faded" else 1.0
-            term = detail_direction_loss(prediction, flow.target, self.layout, shared)
+            term = detail_direction_loss(prediction, noisy.target, self.layout, shared)
             total, direction = total + term, {"loss_direction": term.detach()}
         return total, {
             "loss": total.detach(),

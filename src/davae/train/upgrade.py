@@ -17,13 +17,23 @@ from davae.latent import LatentLayout
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
 from davae.models.families import model_class, transformer_family
-from davae.models.pipeline import BaseShapes, embed_captions, load_pipeline, read_shapes, silent_t5
+from davae.models.pipeline import (
+    BaseShapes,
+    ModelError,
+    denoiser,
+    embed_captions,
+    load_pipeline,
+    load_scheduler,
+    read_shapes,
+    silent_t5,
+)
 from davae.recipes import RecipeError
 from davae.recipes.schema import Recipe
 from davae.train.base_run import planned_shapes, train_base
 from davae.train.conditioning import conditioning
 from davae.train.export import UPGRADE_FILE, assemble, fuse, load_trained, read_metadata, save_pipeline, save_upgrade
 from davae.train.loop import Observer, Progress, Trainer, training_seed
+from davae.train.objectives import FLOW, Objective, check_timesteps, choose_objective
 from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
@@ -35,8 +45,8 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
     """What a recipe can get wrong about its base model, before any weight is read.
 
     Raises:
-        RecipeError: D not a multiple of C, a size that does not divide, a distilled model, or gradient checkpointing where
-            the class has none, with the dotted path.
+        RecipeError: D not a multiple of C, a size that does not divide or that the model cannot draw, a distilled model, or
+            gradient checkpointing where the class has none, with the dotted path.
     """
     if shapes.pipeline_class in transformer_family(shapes.transformer_class).distilled:
         raise RecipeError(
@@ -65,6 +75,10 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
             f"base.resolution: {recipe.base.resolution} is not divisible by {step} (autoencoder factor "
             f"{shapes.vae_factor} x patch {cell}); use {below or step} or {below + step}"
         )
+    if transformer_family(shapes.transformer_class).condition == "class":
+        own = shapes.transformer_config["sample_size"] * shapes.vae_factor
+        if recipe.base.resolution != own:
+            raise RecipeError(f"base.resolution: {recipe.base.name} draws {own} pixels and no other size; use {own}")
     return LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
 
 
@@ -74,6 +88,29 @@ def base_shapes(recipe: Recipe) -> BaseShapes:
         return planned_shapes(recipe.base.train)
     assert recipe.base.model is not None
     return read_shapes(resolve(recipe.base.model))
+
+
+def base_objective(recipe: Recipe, shapes: BaseShapes) -> Objective:
+    """What the recipe's base model predicts, by its own scheduler; one that is trained first does by flow matching.
+
+    Raises:
+        ModelError: an objective that stage 2 cannot train.
+        RecipeError: timesteps shaped for a model whose timesteps are uniform.
+    """
+    if recipe.base.model is None:
+        return FLOW
+    model = resolve(recipe.base.model)
+    objective = choose_objective(
+        load_scheduler(model), transformer_family(shapes.transformer_class), recipe.base.model
+    )
+    stated = shapes.transformer_config.get("prediction_type")  # LightningDiT says it of itself
+    if stated is not None and (stated == "epsilon") != (objective.prediction == "epsilon"):
+        raise ModelError(
+            f"model {recipe.base.model}: its transformer predicts {stated}, its scheduler stands for {objective.prediction}; "
+            "put the scheduler that the model was trained with into its folder"
+        )
+    check_timesteps(recipe.stage2, objective)
+    return objective
 
 
 class Upgrade:
@@ -96,6 +133,7 @@ class Upgrade:
         self.shapes = base_shapes(recipe)
         self.family = transformer_family(self.shapes.transformer_class)
         self.layout = check_recipe(recipe, self.shapes)
+        self.objective = base_objective(recipe, self.shapes)
         self.source, self.train, self.held_out = open_pictures(recipe.data, recipe.resolution)
         self.init = None if recipe.init is None else resolve_upgrade(recipe.init)
         if self.init is not None:
@@ -191,14 +229,14 @@ class Upgrade:
 
     def _cache_shards(self, folder: Path) -> None:
         """Latents [z, z_d] that the official extraction wrote, instead of encoding pictures."""
-        if self.family.condition != "class":
+        if self.family.classes_key is None:
             raise RecipeError("cache.shards: latent shards hold class labels; they train class-conditional models")
         assert self.recipe.cache.shards is not None
         import_shards(
             Path(self.recipe.cache.shards),
             folder,
             channels=self.layout.channels,
-            num_classes=int(self.shapes.transformer_config["num_classes"]),
+            num_classes=int(self.shapes.transformer_config[self.family.classes_key]),
             key=self._key(),
             dtype=self.recipe.cache.dtype,
             on_batch=self._watch("latents"),
@@ -246,7 +284,7 @@ class Upgrade:
         seed_initial_weights(training_seed(self.recipe.stage2, self.recipe.run))
         device = self.accelerator.device
         transformer = expand_transformer(
-            self.base.transformer, self.recipe.detail_channels, self.recipe.stage2.new_weights
+            denoiser(self.base), self.recipe.detail_channels, self.recipe.stage2.new_weights
         )
         cache = CachedLatents(self.first / "cache", self.family.condition)
         task = Stage2Task(
@@ -263,6 +301,7 @@ class Upgrade:
                 pixel_factor=vae.spatial_factor,
                 scheduler=self.base.scheduler,
             ),
+            self.objective,
             device,
         )
         if self.init is not None:

@@ -12,24 +12,62 @@ from torch import Tensor, nn
 Parts = tuple[Tensor, ...]
 
 
-class TextCall(Protocol):
+class Call(Protocol):
     """One family's way to be called."""
 
-    def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
-        """Prompt embeddings by the pipeline's own `encode_prompt`, one tensor per kind, each (B,...)."""
-        ...
-
     def blank(self, config: Any) -> Parts:
-        """Embeddings of one prompt of the usual length, uninitialised: what counting and planning need."""
+        """Conditions of one picture of the usual length, uninitialised: what counting and planning need."""
         ...
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
-        """x_t (B,c,h,w), t (B,) -> velocity noise - data (B,c,h,w). `config` is the transformer's own: wrappers hide it."""
+        """What the family was trained to predict: velocity noise - data, epsilon, or v.
+
+        Args:
+            config: the transformer's own: wrappers hide it.
+            x_t: noisy latents (B,c,h,w).
+            t: (B,), in (0,1) with 1 noise for flow matching; 0 .. T-1 of the scheduler's training steps for epsilon and v.
+            parts: the conditions, each (B,...).
+
+        Returns:
+            (B,c,h,w). Where the model also predicts a variance, its half is left out.
+        """
         ...
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents (B,c,h,w) as the pipeline's `latents` argument takes them."""
         ...
+
+
+class TextCall(Call, Protocol):
+    """A call that is told prompts."""
+
+    def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
+        """Prompt embeddings by the pipeline's own `encode_prompt`, one tensor per kind, each (B,...)."""
+        ...
+
+
+class PlainLatents:
+    """The pipeline takes latents as they are."""
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class ClassNumbers(PlainLatents):
+    """Conditions are class numbers (B,)."""
+
+    def blank(self, config: Any) -> Parts:
+        return (torch.zeros(1, dtype=torch.long),)
+
+
+@dataclass(frozen=True)
+class SizedCall(PlainLatents):
+    """A call whose model is told the size of the picture: `pixel_factor` pixels per latent position, each way.
+
+    It is what the pipeline tells the model at that size, so an upgraded model is told the doubled one.
+    """
+
+    pixel_factor: int = 8
 
 
 class JointAndPooled:
@@ -103,23 +141,6 @@ def stacked(call: Masked, prompts: list[Tensor]) -> Parts:
     """Prompts of different lengths, (L_i,d) each, as embeddings and mask of a call."""
     embeds, masks = zip(*(call.padded(prompt[None], None) for prompt in prompts), strict=True)
     return torch.cat(embeds), torch.cat(masks)  # (B,L,d), (B,L)
-
-
-class PlainLatents:
-    """The pipeline takes latents as they are."""
-
-    def pack(self, latents: Tensor) -> Tensor:
-        return latents
-
-
-@dataclass(frozen=True)
-class SizedCall(PlainLatents):
-    """A call whose model is told the size of the picture: `pixel_factor` pixels per latent position, each way.
-
-    It is what the pipeline tells the model at that size, so an upgraded model is told the doubled one.
-    """
-
-    pixel_factor: int = 8
 
 
 def with_null(captions: list[str], embeds: Tensor, negative: Tensor) -> Tensor:

@@ -1,0 +1,87 @@
+"""One way to call every stock pipeline: prompts or classes, a size, noise."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from davae.models.calls import CALLS
+from davae.models.classes import class_count, class_number
+from davae.models.pipeline import (
+    ModelError,
+    denoiser,
+    guidance_arguments,
+    literal_prompts,
+    pixel_factor,
+    text_arguments,
+)
+
+DIT_NULL = 1000  # the null class that DiTPipeline has in its code
+
+
+def takes_noise(pipeline: Any) -> bool:
+    """Whether a pipeline can be given its starting noise; DiT's cannot."""
+    return "latents" in inspect.signature(pipeline.__call__).parameters
+
+
+def call_pipeline(
+    pipeline: Any,
+    prompts: list[str],
+    size: int,
+    *,
+    latents: Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator],
+    steps: int,
+    guidance_scale: float,
+    output_type: str = "pil",
+) -> Any:
+    """What the pipeline returns for squares of `size` pixels, `.images` among it.
+
+    Args:
+        prompts: text, or classes by name or number where the pipeline goes by classes.
+        latents: starting noise (B,c,h,w). DiT's pipeline takes none and draws it from `generator`.
+        generator: draws the noise where `latents` is None, and what stochastic schedulers add.
+
+    Raises:
+        ModelError: DiT's pipeline asked to guide a model whose null class is not the one it has in its code.
+    """
+    options: dict[str, Any] = {
+        "num_inference_steps": steps,
+        **guidance_arguments(pipeline, guidance_scale, len(prompts)),
+        "generator": generator,
+        "output_type": output_type,
+    }
+    parameters = inspect.signature(pipeline.__call__).parameters
+    if "class_labels" in parameters:
+        count = class_count(pipeline)
+        if guidance_scale > 1 and count != DIT_NULL:
+            raise ModelError(
+                f"a {type(pipeline).__name__} guides away from class {DIT_NULL}, this model has {count} classes; "
+                "sample with guidance 1"
+            )
+        with _at_size(pipeline, size):
+            return pipeline([class_number(pipeline, prompt) for prompt in prompts], **options)
+    if "use_resolution_binning" in parameters:  # the size asked for, not the nearest one in a table
+        options["use_resolution_binning"] = False
+    if latents is not None:
+        model = denoiser(pipeline)
+        options["latents"] = CALLS[type(model).__name__].pack(latents.to(model.device, model.dtype))
+    options |= text_arguments(pipeline) | literal_prompts(pipeline)
+    return pipeline(prompt=prompts, height=size, width=size, **options)
+
+
+@contextmanager
+def _at_size(pipeline: Any, size: int) -> Iterator[None]:
+    """DiT's pipeline draws at the size in its transformer's config and takes no other."""
+    transformer = pipeline.transformer
+    own = transformer.config["sample_size"]
+    transformer.register_to_config(sample_size=size // pixel_factor(pipeline))
+    try:
+        yield
+    finally:
+        transformer.register_to_config(sample_size=own)

@@ -1,0 +1,183 @@
+"""What a base model was trained to predict, and from which noise: flow matching, epsilon or v under its own scheduler.
+
+Base pretraining and stage 2 draw one noised batch here. Both groups of channels share its timestep; whoever gives them
+different ones changes `noise_batch`, which alone knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from davae.losses import ddpm
+from davae.losses.flow_matching import interpolate, sample_timesteps, velocity_target
+from davae.losses.min_snr import Prediction, min_snr_weight
+from davae.models.families import TransformerFamily
+from davae.models.pipeline import ModelError
+from davae.recipes import RecipeError
+from davae.recipes.schema import FlowOptim
+
+
+class Objective(Protocol):
+    """A way to noise latents, and what is predicted from them."""
+
+    @property
+    def prediction(self) -> Prediction: ...
+
+    def draw(self, count: int, settings: FlowOptim, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Timesteps (B,), as the family's call takes them."""
+        ...
+
+    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t (B,c,h,w)."""
+        ...
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the model should say of x_t, (B,c,h,w)."""
+        ...
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma), each (B,1,1,1), of x_t = alpha x_0 + sigma noise."""
+        ...
+
+
+class FlowMatching:
+    """Rectified flow: t in (0,1), logit-normal and shifted as the recipe says; the target is noise - data."""
+
+    prediction: Literal["flow"] = "flow"
+
+    def draw(self, count: int, settings: FlowOptim, generator: torch.Generator, device: torch.device) -> Tensor:
+        mean, std, shift = settings.timestep_mean, settings.timestep_std, settings.timestep_shift
+        return sample_timesteps(count, generator, mean=mean, std=std, shift=shift, device=device)
+
+    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return interpolate(latents, noise, t)
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return velocity_target(latents, noise)
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.reshape(-1, 1, 1, 1)
+        return 1 - t, t
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """DDPM: integer t, uniform over the scheduler's training steps; the target is the noise, or v.
+
+    A model that also returns a variance is trained on its mean alone: the stock pipelines drop the variance before the
+    scheduler's step, so nobody would see what its variational bound taught. The new rows of that half stay zero, which is the
+    middle of the range that a learned variance is interpolated in.
+    """
+
+    alphas_cumprod: Tensor  # (T,)
+    prediction: Literal["epsilon", "v_prediction"]
+
+    def draw(self, count: int, settings: FlowOptim, generator: torch.Generator, device: torch.device) -> Tensor:
+        return ddpm.draw_timesteps(count, len(self.alphas_cumprod), generator, device)
+
+    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return ddpm.add_noise(latents, noise, self.alphas_cumprod, t)
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        if self.prediction == "epsilon":
+            return noise
+        return ddpm.v_target(latents, noise, self.alphas_cumprod, t)
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        like = torch.empty(len(t), 1, 1, 1, device=t.device)
+        return ddpm.signal_and_noise(self.alphas_cumprod, t, like)
+
+
+FLOW = FlowMatching()
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """x_t and the target (B,c,h,w), t (B,), and the conditions, some dropped for guidance.
+
+    `weight` multiplies the squared errors, (B,1,1,1): min-SNR, or None for one and all.
+    """
+
+    conditions: list[Any]
+    t: Tensor
+    x_t: Tensor
+    target: Tensor
+    weight: Tensor | None
+
+
+def noise_batch(
+    objective: Objective,
+    latents: Tensor,
+    conditions: list[Any],
+    null: Any,
+    settings: FlowOptim,
+    generator: torch.Generator,
+    min_snr_gamma: float | None = None,
+) -> NoisedBatch:
+    """Draw condition dropout, timesteps and noise from `generator`, in that order. `null` replaces what is dropped."""
+    dropped = torch.rand(len(latents), generator=generator) < settings.caption_dropout
+    t = objective.draw(len(latents), settings, generator, latents.device)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    weight = None
+    if min_snr_gamma is not None:
+        weight = min_snr_weight(*objective.levels(t), min_snr_gamma, objective.prediction)
+    return NoisedBatch(
+        conditions=[null if drop else value for value, drop in zip(conditions, dropped, strict=True)],
+        t=t,
+        x_t=objective.noised(latents, noise, t),
+        target=objective.target(latents, noise, t),
+        weight=weight,
+    )
+
+
+def choose_objective(scheduler: Any, family: TransformerFamily, model: str) -> Objective:
+    """The objective that a base pipeline's own scheduler stands for.
+
+    Args:
+        scheduler: a diffusers scheduler; None where the pipeline solves its flow's ODE itself (LightningDiT).
+        model: its name, for messages.
+
+    Raises:
+        ModelError: a prediction or noise that stage 2 cannot train, or one that this family is not called with.
+    """
+    objective = _objective(scheduler, model)
+    if objective.prediction not in family.objectives:
+        raise ModelError(
+            f"model {model}: its scheduler {type(scheduler).__name__} stands for {objective.prediction}, a "
+            f"{family.class_name} is trained by {' or '.join(family.objectives)}; "
+            "put the scheduler that the model was trained with into its folder"
+        )
+    return objective
+
+
+def _objective(scheduler: Any, model: str) -> Objective:
+    if scheduler is None:
+        return FLOW
+    name, config = type(scheduler).__name__, scheduler.config
+    kind = config.get("prediction_type")
+    if name.startswith("FlowMatch") or kind == "flow_prediction":
+        return FLOW
+    # noise levels that are no table: continuous ones (EDM), and flow sigmas under another prediction
+    table = hasattr(scheduler, "alphas_cumprod") and config.get("timestep_type") != "continuous"
+    if kind not in ("epsilon", "v_prediction") or not table or config.get("use_flow_sigmas"):
+        raise ModelError(
+            f"model {model}: its scheduler {name} has prediction_type '{kind}'"
+            f"{'' if table else ' on continuous noise levels'}, which davae cannot train; it trains flow matching, and "
+            "epsilon and v_prediction on a table of alphas_cumprod"
+        )
+    return Diffusion(scheduler.alphas_cumprod, kind)
+
+
+def check_timesteps(settings: FlowOptim, objective: Objective) -> None:
+    """RecipeError when a recipe shapes the timesteps of a model that has none to shape."""
+    for name in ("timestep_mean", "timestep_std", "timestep_shift"):
+        default = FlowOptim.model_fields[name].default
+        if objective.prediction != "flow" and getattr(settings, name) != default:
+            raise RecipeError(
+                f"stage2.{name}: belongs to flow matching; this model's scheduler stands for {objective.prediction}, whose "
+                f"timesteps are uniform. Leave it out"
+            )

@@ -1,0 +1,216 @@
+"""What a model is trained to predict: closed forms in float64, equality with diffusers' schedulers, who is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from conftest import tiny_upgrade_recipe
+from diffusers import CogVideoXDDIMScheduler, DDPMScheduler
+from family_models import CASES
+from family_pipelines import diffusion
+
+from davae import LatentLayout, expand_transformer, velocity_loss
+from davae.losses import ddpm
+from davae.losses.flow_matching import interpolate, velocity_target
+from davae.losses.min_snr import min_snr_weight
+from davae.models.calls import CALLS
+from davae.models.expand import new_weight_masks
+from davae.models.families import transformer_family
+from davae.models.pipeline import ModelError, load_scheduler
+from davae.recipes import RecipeError, validate
+from davae.recipes.schema import FlowOptim, Stage2
+from davae.train.objectives import FLOW, Diffusion, check_timesteps, choose_objective, noise_batch
+from davae.train.upgrade import Upgrade
+
+F64 = torch.float64
+SCHEDULERS = {
+    "linear": DDPMScheduler(),
+    "scaled_linear, as Stable Diffusion": DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    ),
+    "zero terminal SNR": DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    "CogVideoX's shift of the SNR": CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True
+    ),
+    "250 steps": DDPMScheduler(num_train_timesteps=250),
+}
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=F64)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_noise_and_v_are_the_scheduler_s(name: str):
+    scheduler = SCHEDULERS[name]
+    last = len(scheduler.alphas_cumprod) - 1
+    t = torch.tensor([0, 1, last // 2, last])
+    x, noise = draw(4, 3, 2, 2), draw(4, 3, 2, 2)
+    table = scheduler.alphas_cumprod
+    assert torch.equal(ddpm.add_noise(x, noise, table, t), scheduler.add_noise(x, noise, t))
+    assert torch.equal(ddpm.v_target(x, noise, table, t), scheduler.get_velocity(x, noise, t))
+    if name.startswith(("zero", "CogVideoX")):  # pure noise at the end
+        assert float((ddpm.add_noise(x, noise, table, t) - noise)[3].abs().max()) < 1e-3
+    assert ddpm.add_noise(x.float(), noise.float(), table, t).dtype == torch.float32
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weighs_the_error_of_the_data(gamma: float):
+    """weight * (prediction error)^2 = min(SNR, gamma) * (error of x_0 that follows from it)^2, for every objective."""
+    x, noise, error = draw(6, 1, 1, 1), draw(6, 1, 1, 1), draw(6, 1, 1, 1)
+    t = torch.tensor([0, 50, 200, 500, 800, 998])
+    table = DDPMScheduler().alphas_cumprod.to(F64)
+    alpha, sigma = ddpm.signal_and_noise(table, t, x)
+    noisy = ddpm.add_noise(x, noise, table, t)
+    snr = (alpha / sigma) ** 2
+    assert float(snr.min()) < gamma < float(snr.max())
+    from_epsilon = (noisy - sigma * (noise + error)) / alpha
+    from_v = alpha * noisy - sigma * (ddpm.v_target(x, noise, table, t) + error)
+    for prediction, data in (("epsilon", from_epsilon), ("v_prediction", from_v)):
+        weight = min_snr_weight(alpha, sigma, gamma, prediction)  # type: ignore[arg-type]
+        torch.testing.assert_close(weight * error**2, snr.clamp(max=gamma) * (data - x) ** 2, rtol=1e-9, atol=0)
+
+    t = torch.rand(6, dtype=F64)
+    alpha, sigma = (values.to(F64) for values in FLOW.levels(t))
+    data = interpolate(x, noise, t) - sigma * (velocity_target(x, noise) + error)
+    expected = ((alpha / sigma) ** 2).clamp(max=gamma) * (data - x) ** 2
+    weight = min_snr_weight(alpha, sigma, gamma, "flow")
+    torch.testing.assert_close(weight * error**2, expected, rtol=1e-9, atol=0)
+
+
+def test_min_snr_is_finite_in_pure_noise():
+    nothing, everything = torch.zeros(1), torch.ones(1)
+    weights = [float(min_snr_weight(nothing, everything, 5.0, kind)) for kind in ("epsilon", "v_prediction", "flow")]
+    assert weights == [1.0, 0.0, 0.0]
+
+
+def test_error_weights_go_into_the_total_alone():
+    layout = LatentLayout(2, 4)
+    prediction, target, weight = draw(3, 6, 2, 2), draw(3, 6, 2, 2), torch.rand(3, 6, 1, 1, dtype=F64)
+    loss = velocity_loss(prediction, target, layout, 0.3, weight)
+    errors = (prediction - target) ** 2
+    base, detail = (weight * errors)[:, :2].sum(), (weight * errors)[:, 2:].sum()
+    assert float(loss.total) == pytest.approx(float((base + 0.3 * detail) / (3 * 4 * (2 + 0.3 * 4))), rel=1e-12)
+    plain = velocity_loss(prediction, target, layout, 0.3)
+    assert (loss.base, loss.detail) == (plain.base, plain.detail)
+    one = velocity_loss(prediction, target, layout, 0.3, torch.ones(3, 1, 1, 1))
+    assert float(one.total) == pytest.approx(float(plain.total), rel=1e-12)
+
+
+CHOICES: list[tuple[str, str, dict[str, Any], str]] = [
+    ("UNet2DConditionModel", "PNDMScheduler", {}, "epsilon"),
+    ("UNet2DConditionModel", "EulerDiscreteScheduler", {"prediction_type": "v_prediction"}, "v_prediction"),
+    ("PixArtTransformer2DModel", "DPMSolverMultistepScheduler", {}, "epsilon"),
+    ("DiTTransformer2DModel", "DDIMScheduler", {}, "epsilon"),
+    ("HunyuanDiT2DModel", "DDPMScheduler", {"prediction_type": "v_prediction"}, "v_prediction"),
+    ("CogView3PlusTransformer2DModel", "CogVideoXDPMScheduler", {"prediction_type": "v_prediction"}, "v_prediction"),
+    ("SD3Transformer2DModel", "FlowMatchEulerDiscreteScheduler", {}, "flow"),
+    (
+        "SanaTransformer2DModel",
+        "DPMSolverMultistepScheduler",
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+        "flow",
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "scheduler", "options", "expected"), CHOICES)
+def test_the_scheduler_says_what_is_predicted(family: str, scheduler: str, options: dict[str, Any], expected: str):
+    made = getattr(diffusers, scheduler)(**options)
+    objective = choose_objective(made, transformer_family(family), "m")
+    assert objective.prediction == expected
+    if isinstance(objective, Diffusion):
+        assert torch.equal(objective.alphas_cumprod, made.alphas_cumprod)
+
+
+REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
+    ("UNet2DConditionModel", "DDPMScheduler", {"prediction_type": "sample"}, "prediction_type 'sample'"),
+    ("UNet2DConditionModel", "EDMEulerScheduler", {}, "'epsilon' on continuous noise levels"),
+    (
+        "UNet2DConditionModel",
+        "EulerDiscreteScheduler",
+        {"timestep_type": "continuous", "prediction_type": "v_prediction"},
+        "'v_prediction' on continuous noise levels",
+    ),
+    ("SanaTransformer2DModel", "SCMScheduler", {}, "prediction_type 'trigflow'"),
+    (
+        "UNet2DConditionModel",
+        "FlowMatchEulerDiscreteScheduler",
+        {},
+        "stands for flow, a UNet2DConditionModel is trained",
+    ),
+    ("SD3Transformer2DModel", "DDIMScheduler", {}, "stands for epsilon, a SD3Transformer2DModel is trained by flow"),
+]
+
+
+@pytest.mark.parametrize(("family", "scheduler", "options", "message"), REFUSED)
+def test_what_cannot_be_trained_is_refused(family: str, scheduler: str, options: dict[str, Any], message: str):
+    with pytest.raises(ModelError, match=message):
+        choose_objective(getattr(diffusers, scheduler)(**options), transformer_family(family), "m")
+
+
+def test_timesteps_are_uniform_over_the_training_steps():
+    objective = Diffusion(DDPMScheduler(num_train_timesteps=10).alphas_cumprod, "epsilon")
+    generator = torch.Generator().manual_seed(0)
+    t = objective.draw(20_000, FlowOptim(max_steps=1, batch_size=1), generator, torch.device("cpu"))
+    shares = torch.bincount(t, minlength=10) / len(t)
+    assert len(shares) == 10
+    assert float((shares - 0.1).abs().max()) < 0.01
+
+
+def test_a_batch_is_noised_as_its_objective_says():
+    table = DDPMScheduler().alphas_cumprod
+    settings = Stage2(max_steps=1, batch_size=1, caption_dropout=0.5)
+    latents = torch.randn(64, 2, 2, 2)
+    for prediction in ("epsilon", "v_prediction"):
+        generator = torch.Generator().manual_seed(0)
+        objective = Diffusion(table, prediction)  # type: ignore[arg-type]
+        batch = noise_batch(objective, latents, ["a"] * 64, "", settings, generator, min_snr_gamma=5.0)
+        alpha, sigma = objective.levels(batch.t)
+        noise = (batch.x_t - alpha * latents) / sigma
+        expected = noise if prediction == "epsilon" else alpha * noise - sigma * latents
+        torch.testing.assert_close(batch.target, expected, rtol=1e-3, atol=1e-3)
+        assert batch.weight is not None
+        assert torch.equal(batch.weight, min_snr_weight(alpha, sigma, 5.0, prediction))  # type: ignore[arg-type]
+        assert {"a", ""} == set(batch.conditions)
+
+
+def test_timesteps_of_flow_matching_are_refused_for_ddpm():
+    objective = Diffusion(DDPMScheduler().alphas_cumprod, "epsilon")
+    settings = Stage2(max_steps=1, batch_size=1, timestep_shift=3.0)
+    check_timesteps(settings, FLOW)
+    with pytest.raises(RecipeError, match=r"stage2.timestep_shift: belongs to flow matching"):
+        check_timesteps(settings, objective)
+
+
+def test_the_variance_half_of_a_head_gets_no_gradient():
+    base = CASES["DiTTransformer2DModel"].build("DiTTransformer2DModel")
+    wide = expand_transformer(base, 8)
+    x = torch.randn(2, 12, 4, 4)
+    parts = (torch.tensor([1, 2]),)
+    prediction = CALLS["DiTTransformer2DModel"].predict(wide, wide.config, x, torch.tensor([10, 500]), parts)
+    velocity_loss(prediction, torch.randn_like(x), LatentLayout(4, 8), 1.0).total.backward()
+    gradient = wide.proj_out_2.weight.grad.unflatten(0, (4, 2, 12))  # (p*p, mean and variance, c, width)
+    assert float(gradient[:, 0].abs().min()) > 0
+    assert not gradient[:, 1].any()
+    mask = new_weight_masks(wide)["proj_out_2.weight"].unflatten(0, (4, 2, 12))
+    assert bool(mask[:, :, 4:].all())  # both halves have their new rows
+
+
+def test_a_run_tells_what_it_cannot_train_before_it_reads_weights(tmp_path: Path, picture_folder: Path):
+    diffusion.stable_diffusion(tmp_path / "base")
+    config = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    text = config.read_text()
+    assert load_scheduler(str(tmp_path / "base")).config.prediction_type == "epsilon"
+    values = tiny_upgrade_recipe(tmp_path / "base", picture_folder, stage2__timestep_shift=3.0)
+    with pytest.raises(RecipeError, match="timestep_shift"):
+        Upgrade(validate(values, "x"), tmp_path / "run", lambda progress: None)  # type: ignore[arg-type]
+    config.write_text(text.replace('"epsilon"', '"sample"'))
+    values = tiny_upgrade_recipe(tmp_path / "base", picture_folder, stage2__min_snr_gamma=5.0)
+    with pytest.raises(ModelError, match="prediction_type 'sample', which davae cannot train"):
+        Upgrade(validate(values, "x"), tmp_path / "run", lambda progress: None)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
