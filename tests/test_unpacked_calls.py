@@ -159,6 +159,17 @@ def test_sprint_runs_upgraded_and_is_not_trained(tmp_path: Path):
         Upgrade(recipe, tmp_path / "run", lambda progress: None)  # type: ignore[arg-type]
 
 
+def test_checkpointing_that_a_class_lacks_is_refused_before_training(tmp_path: Path):
+    torch.manual_seed(0)
+    unpacked.lumina_next(tmp_path / "base")
+    values = tiny_upgrade_recipe(tmp_path / "base", tmp_path, stage2__gradient_checkpointing=True)
+    recipe = validate(values, "lumina")
+    with pytest.raises(
+        RecipeError, match=r"stage2\.gradient_checkpointing: diffusers' LuminaNextDiT2DModel has none"
+    ):
+        Upgrade(recipe, tmp_path / "run", lambda progress: None)  # type: ignore[arg-type]
+
+
 def test_cogview4_calls_prompts_of_other_lengths_apart():
     model = CASES["CogView4Transformer2DModel"].build("CogView4Transformer2DModel")
     call = CogView4Call(pixel_factor=16)

@@ -129,10 +129,11 @@ def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
     transformer.register_to_config(**sizes)  # type: ignore[operator]
     components = {**pipeline.components, "vae": vae.eval(), "transformer": transformer}
     options = {
-        name: pipeline.config[name] * (scale if name in family.scaled_options else 1)
+        name: pipeline.config[name]
         for name in inspect.signature(type(pipeline).__init__).parameters
         if name not in components and name in pipeline.config
     }
+    options |= {name: options[name] * scale for name in family.scaled_options}
     upgraded = kind(**components, **options)
     upgraded.set_progress_bar_config(disable=True)
     return upgraded

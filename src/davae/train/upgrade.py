@@ -16,7 +16,7 @@ from davae.data.pictures import Pictures
 from davae.latent import LatentLayout
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
-from davae.models.families import transformer_family
+from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import BaseShapes, embed_captions, load_pipeline, read_shapes, silent_t5
 from davae.recipes import RecipeError
 from davae.recipes.schema import Recipe
@@ -35,12 +35,20 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
     """What a recipe can get wrong about its base model, before any weight is read.
 
     Raises:
-        RecipeError: D not a multiple of C, a size that does not divide, or a distilled model, with the dotted path.
+        RecipeError: D not a multiple of C, a size that does not divide, a distilled model, or gradient checkpointing where
+            the class has none, with the dotted path.
     """
     if shapes.pipeline_class in transformer_family(shapes.transformer_class).distilled:
         raise RecipeError(
             f"base.model: {recipe.base.name} is a {shapes.pipeline_class}, distilled to a few steps, which flow matching "
             f"would undo; upgrade the model that it was distilled from instead: SANA-1.5"
+        )
+    if (
+        recipe.stage2.gradient_checkpointing
+        and not model_class(shapes.transformer_class)._supports_gradient_checkpointing
+    ):
+        raise RecipeError(
+            f"stage2.gradient_checkpointing: diffusers' {shapes.transformer_class} has none; set it to false"
         )
     if recipe.detail_channels % shapes.channels:
         raise RecipeError(
