@@ -58,6 +58,8 @@ def test_an_euler_loop_over_the_call_is_the_pipeline_s(
     name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ):
     pipeline = load_pipeline(str(folder_of(name)))
+    if name.startswith("HiDream"):
+        pytest.skip("its pipeline takes latents of one area alone: compared step by step in test_unpacked_calls.py")
     if not hasattr(pipeline.scheduler, "sigmas"):
         pytest.skip("no flow-matching scheduler: compared with its own scheduler in the family's tests")
     shapes, transformer = read_shapes(str(folder_of(name))), pipeline.transformer

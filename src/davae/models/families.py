@@ -143,6 +143,7 @@ TRANSFORMERS = {
             (*ATTENTION, *JOINT, r"ff(_context)?.(linear_1|linear_2|out_projection)"),
             attributes=OUT,
             trains=True,
+            default_pixels=1024,
             upgraded_pipelines=("DetailAuraFlowPipeline",),
         ),
         TransformerFamily(
