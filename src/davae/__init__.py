@@ -16,9 +16,9 @@ _HOMES = {
     "LightningDiT": "davae.models.lightning_dit",
     "PooledAutoencoderTiny": "davae.models.pooled_tiny",
     "ClassConditionalPipeline": "davae.sample.class_conditional",
-    "DetailHunyuanDiTPipeline": "davae.sample.upgraded_pipelines",
-    "DetailPixArtAlphaPipeline": "davae.sample.upgraded_pipelines",
-    "DetailPixArtSigmaPipeline": "davae.sample.upgraded_pipelines",
+    "DetailHunyuanDiTPipeline": "davae.sample.ddpm_pipelines",
+    "DetailPixArtAlphaPipeline": "davae.sample.ddpm_pipelines",
+    "DetailPixArtSigmaPipeline": "davae.sample.ddpm_pipelines",
     "expand_transformer": "davae.models.expand",
     "group_mean": "davae.losses.alignment",
     "alignment_loss": "davae.losses.alignment",
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from davae.models.lightning_dit import LightningDiT
     from davae.models.pooled_tiny import PooledAutoencoderTiny
     from davae.sample.class_conditional import ClassConditionalPipeline
-    from davae.sample.upgraded_pipelines import (
+    from davae.sample.ddpm_pipelines import (
         DetailHunyuanDiTPipeline,
         DetailPixArtAlphaPipeline,
         DetailPixArtSigmaPipeline,
