@@ -22,8 +22,8 @@ from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
 from davae.models.pipeline import ModelError, default_resolution, denoiser, load_pipeline, pixel_factor, read_shapes
 from davae.recipes import RecipeError, validate
+from davae.sample.ddpm_pipelines import ScaledBins
 from davae.sample.generate import base_noise, generate
-from davae.sample.scaled_tables import ScaledBins
 from davae.train.export import assemble
 from davae.train.upgrade import check_recipe
 

@@ -24,9 +24,9 @@ _HOMES = {
     "DetailAuraFlowPipeline": "davae.sample.base_pixels",
     "DetailLuminaPipeline": "davae.sample.base_pixels",
     "DetailLumina2Pipeline": "davae.sample.base_pixels",
-    "DetailHunyuanDiTPipeline": "davae.sample.scaled_tables",
-    "DetailPixArtAlphaPipeline": "davae.sample.scaled_tables",
-    "DetailPixArtSigmaPipeline": "davae.sample.scaled_tables",
+    "DetailHunyuanDiTPipeline": "davae.sample.ddpm_pipelines",
+    "DetailPixArtAlphaPipeline": "davae.sample.ddpm_pipelines",
+    "DetailPixArtSigmaPipeline": "davae.sample.ddpm_pipelines",
     "expand_transformer": "davae.models.expand",
     "group_mean": "davae.losses.alignment",
     "alignment_loss": "davae.losses.alignment",
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from davae.models.pooled_tiny import PooledAutoencoderTiny
     from davae.sample.base_pixels import DetailAuraFlowPipeline, DetailLumina2Pipeline, DetailLuminaPipeline
     from davae.sample.class_conditional import ClassConditionalPipeline
-    from davae.sample.scaled_tables import (
+    from davae.sample.ddpm_pipelines import (
         DetailHunyuanDiTPipeline,
         DetailPixArtAlphaPipeline,
         DetailPixArtSigmaPipeline,

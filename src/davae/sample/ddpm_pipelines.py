@@ -1,4 +1,4 @@
-"""Subclasses of stock pipelines that cannot draw an upgraded model by default: each as small as its reason."""
+"""Subclasses of stock pipelines, for models trained by DDPM, that cannot draw an upgrade by default: each with its reason."""
 
 from __future__ import annotations
 
