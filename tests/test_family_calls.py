@@ -11,7 +11,7 @@ from family_pipelines import BUILDERS
 from torch import Tensor
 
 from davae.models.calls import CALLS
-from davae.models.pipeline import load_pipeline, read_shapes, text_arguments
+from davae.models.pipeline import guidance_arguments, load_pipeline, read_shapes, text_arguments
 
 PROMPTS = ["a red square", "a blue square of another length"]
 
@@ -50,7 +50,7 @@ def test_an_euler_loop_over_the_call_is_the_pipeline_s(name: str, tmp_path: Path
         num_inference_steps=3,
         latents=call.pack(x),
         output_type="latent",
-        **unguided(pipeline, call),
+        **guidance_arguments(pipeline, no_guidance(pipeline, call), len(PROMPTS)),
         **text_arguments(pipeline),
     )
     sigmas = pipeline.scheduler.sigmas
@@ -65,8 +65,8 @@ def test_an_euler_loop_over_the_call_is_the_pipeline_s(name: str, tmp_path: Path
         x = x + (then - now) * velocity
 
 
-def unguided(pipeline: Any, call: Any) -> dict[str, Any]:
-    """Arguments without classifier-free guidance; a distilled model is asked for what its call trains it at."""
+def no_guidance(pipeline: Any, call: Any) -> float:
+    """The scale at which a pipeline makes one pass a step; a distilled model is asked for what its call trains it at."""
     if pipeline.transformer.config.get("guidance_embeds"):
-        return {"guidance_scale": call.GUIDANCE}
-    return {"guidance_scale": 0.0 if type(pipeline).__name__ == "ZImagePipeline" else 1.0}
+        return call.GUIDANCE
+    return 0.0 if type(pipeline).__name__ in ("ZImagePipeline", "Krea2Pipeline") else 1.0

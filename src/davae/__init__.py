@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "LatentLayout": "davae.latent",
     "DetailVAE": "davae.models.detail_vae",
+    "DetailQwenImage21Pipeline": "davae.sample.upgraded_pipelines",
+    "DetailZImagePipeline": "davae.sample.upgraded_pipelines",
     "LightningDiT": "davae.models.lightning_dit",
     "PooledAutoencoderTiny": "davae.models.pooled_tiny",
     "ClassConditionalPipeline": "davae.sample.class_conditional",
@@ -27,7 +29,9 @@ _HOMES = {
 
 __all__ = [
     "ClassConditionalPipeline",
+    "DetailQwenImage21Pipeline",
     "DetailVAE",
+    "DetailZImagePipeline",
     "LatentLayout",
     "LightningDiT",
     "PooledAutoencoderTiny",
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from davae.models.lightning_dit import LightningDiT
     from davae.models.pooled_tiny import PooledAutoencoderTiny
     from davae.sample.class_conditional import ClassConditionalPipeline
+    from davae.sample.upgraded_pipelines import DetailQwenImage21Pipeline, DetailZImagePipeline
 
 
 def __getattr__(name: str) -> Any:

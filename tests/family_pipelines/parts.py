@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from conftest import tiny_recipe
-from transformers import CLIPTextModel
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import (
+    CLIPTextModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
 
 from davae.train.base_text import build_text_encoder, build_tokenizer
 
 PROMPTS = ["a red square", "a blue square"]
+# contents are strings, or lists of typed parts
+CHAT = (
+    "{% for message in messages %}{{ message.role }} : {% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}{{ part.text }} {% endfor %}{% endif %} {% endfor %}"
+)
 
 
 def clip_tokenizer() -> Any:
@@ -19,3 +39,87 @@ def clip_tokenizer() -> Any:
 def clip_encoder() -> Any:
     """A CLIPTextModel without projection."""
     return CLIPTextModel(build_text_encoder(tiny_recipe().architecture, clip_tokenizer()).config)
+
+
+def word_tokenizer() -> Any:
+    """One token a word, the same for all words that the tests do not use; with a chat template."""
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "square", "of", "another", "length", "user", "system"]
+    backend = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT,
+    )
+
+
+def t5_encoder() -> Any:
+    return T5EncoderModel(T5Config(vocab_size=16, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)).eval()
+
+
+TEXT = {
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+def lively(model: Any) -> Any:
+    """Weights so large that prompts differ in every layer."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def qwen3(kind: Any, layers: int) -> Any:
+    """A Qwen 3 language model of width 8."""
+    return lively(kind(Qwen3Config(**TEXT, num_hidden_layers=layers)))
+
+
+def mistral3(layers: int) -> Any:
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 8,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    text = {"model_type": "mistral", **TEXT, "num_hidden_layers": layers}
+    return lively(Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)))
+
+
+def qwen2_vl() -> Any:
+    text = {
+        **TEXT,
+        "num_hidden_layers": 1,
+        "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 1, 1]},
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 8}
+    return lively(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)))
+
+
+def qwen3_vl() -> Any:
+    text = {
+        **TEXT,
+        "num_hidden_layers": 1,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 1,
+        "out_hidden_size": 8,
+        "num_position_embeddings": 4,
+        "deepstack_visual_indexes": [],
+    }
+    return lively(Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from davae.models.families import transformer_family
-from davae.models.pipeline import patch_size, text_arguments
+from davae.models.pipeline import guidance_arguments, patch_size, pixel_factor, text_arguments
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def image_tokens(pipeline: Any, resolution: int) -> int:
     """Image tokens of a square picture."""
     transformer = pipeline.transformer
     patch = patch_size(transformer.config, transformer_family(type(transformer).__name__))
-    side = resolution // pipeline.vae_scale_factor // patch
+    side = resolution // pixel_factor(pipeline) // patch
     return side * side
 
 
@@ -73,12 +73,12 @@ def time_pipelines(
             watch = _Stopwatch(pipeline.transformer)
             started = time.perf_counter()
             result = pipeline(
-                prompt,
+                prompt=[prompt],
                 height=resolution,
                 width=resolution,
                 num_inference_steps=steps,
-                guidance_scale=guidance_scale,
                 generator=torch.Generator().manual_seed(turn),
+                **guidance_arguments(pipeline, guidance_scale, 1),
                 **text_arguments(pipeline),
             )
             finish(result.images[0])

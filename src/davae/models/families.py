@@ -69,6 +69,7 @@ TRANSFORMERS = {
             (*ATTENTION, *JOINT, r"ff(_context)?.linear_(in|out)", "to_qkv_mlp_proj", r"single_\w+.\d+.attn.to_out"),
             packed=4,
             attributes=OUT,
+            trains=True,
         ),
         TransformerFamily(
             "ChromaTransformer2DModel",
@@ -79,6 +80,7 @@ TRANSFORMERS = {
             FLUX,
             packed=4,
             attributes=OUT,
+            trains=True,
         ),
         TransformerFamily(
             "SanaTransformer2DModel",
@@ -165,6 +167,9 @@ TRANSFORMERS = {
             (*ATTENTION, *JOINT, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
             packed=4,
             attributes=OUT,
+            trains=True,
+            patch_key=None,
+            guidance="true_cfg_scale",
         ),
         TransformerFamily(
             "QwenImage21Transformer2DModel",
@@ -174,6 +179,10 @@ TRANSFORMERS = {
             CP,
             (*ATTENTION, "img_mlp.gate_layer", "img_mlp.proj", "img_mlp.out"),
             attributes=OUT,
+            trains=True,
+            guidance="true_cfg_scale",
+            default_pixels=1024,
+            upgraded_pipelines=("DetailQwenImage21Pipeline",),
         ),
         TransformerFamily(
             "ZImageTransformer2DModel",
@@ -184,6 +193,10 @@ TRANSFORMERS = {
             (*ATTENTION, *GATED),
             embedder_order=PC,
             attributes=BOTH,
+            trains=True,
+            patch_key="all_patch_size",
+            default_pixels=1024,
+            upgraded_pipelines=("DetailZImagePipeline",),
         ),
         TransformerFamily(
             "HiDreamImageTransformer2DModel",

@@ -30,6 +30,10 @@ class TransformerFamily:
         component: the model's name in its pipeline.
         trains: whether stage 2 knows how to call the model; the other ones can be expanded.
         fixed: parameters that are tables, never trained.
+        patch_key: config key of p; None where the pipeline's packing is all there is, or positions are tokens.
+        guidance: argument by which its pipeline takes a guidance scale; with `true_cfg_scale` it wants a negative prompt too.
+        default_pixels: what its stock pipeline draws when no size is asked for, where that is a literal.
+        upgraded_pipelines: davae's subclasses of stock pipelines that cannot draw an upgrade, or not by default.
     """
 
     class_name: str
@@ -47,6 +51,10 @@ class TransformerFamily:
     in_key: str = "in_channels"
     out_key: str = "out_channels"
     fixed: tuple[str, ...] = ()
+    patch_key: str | None = "patch_size"
+    guidance: Literal["guidance_scale", "true_cfg_scale"] = "guidance_scale"
+    default_pixels: int | None = None
+    upgraded_pipelines: tuple[str, ...] = ()
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

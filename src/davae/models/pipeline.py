@@ -14,6 +14,7 @@ from torch import Tensor
 
 from davae.models.autoencoder_families import autoencoder_family, base_channels, spatial_factor
 from davae.models.calls import CALLS
+from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK
 from davae.models.families import TRANSFORMERS, model_class, transformer_family
 from davae.models.family import TransformerFamily
@@ -116,11 +117,22 @@ def read_shapes(model: str) -> BaseShapes:
 
 def patch_size(config: Any, family: TransformerFamily) -> int:
     """p: latent positions per token, each way, whether the model or its pipeline packs them."""
-    return int(config["patch_size"]) * math.isqrt(family.packed)
+    own = 1 if family.patch_key is None else config[family.patch_key]
+    side = own if isinstance(own, int) else own[0]  # some list one per axis, or per size that they know
+    return side * math.isqrt(family.packed)
+
+
+def pixel_factor(pipeline: Any) -> int:
+    """Pixels per latent position of a pipeline's autoencoder, each way."""
+    vae = pipeline.vae
+    return vae.spatial_factor if isinstance(vae, DetailVAE) else spatial_factor(vae.config, type(vae).__name__)
 
 
 def default_resolution(pipeline: Any) -> int:
     """Pixels of the picture that a pipeline draws when it is not told: its own default, or its transformer's."""
+    literal = transformer_family(type(pipeline.transformer).__name__).default_pixels
+    if literal is not None:
+        return literal * (pipeline.vae.layout.scale if isinstance(pipeline.vae, DetailVAE) else 1)
     side = getattr(pipeline, "default_sample_size", None) or pipeline.transformer.config["sample_size"]
     return int(side) * pipeline.vae_scale_factor
 
@@ -152,6 +164,19 @@ def silent_t5(pipeline: Any) -> bool:
 def text_arguments(pipeline: Any) -> dict[str, Any]:
     """Arguments that keep a prompt short where nothing is lost: one zero token instead of 256."""
     return {"max_sequence_length": 1} if silent_t5(pipeline) else {}
+
+
+def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, Any]:
+    """Arguments that guide so many prompts by `scale`, as the pipeline counts it, away from the empty prompt.
+
+    A guidance-distilled model is told the scale.
+    """
+    transformer = pipeline.transformer
+    if transformer_family(type(transformer).__name__).guidance == "guidance_scale":
+        return {"guidance_scale": scale}
+    if transformer.config.get("guidance_embeds"):
+        return {"guidance_scale": scale, "true_cfg_scale": 1.0}
+    return {"true_cfg_scale": scale, "negative_prompt": [""] * prompts if scale > 1 else None}
 
 
 @torch.no_grad()

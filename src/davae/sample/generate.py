@@ -13,7 +13,7 @@ from davae.latent import LatentLayout
 from davae.models.autoencoder_families import base_channels
 from davae.models.calls import CALLS
 from davae.models.detail_vae import DetailVAE
-from davae.models.pipeline import default_resolution, text_arguments
+from davae.models.pipeline import default_resolution, guidance_arguments, pixel_factor, text_arguments
 
 BASE, DETAIL, STEPS = 0, 1, 1 << 62  # what noise is for
 
@@ -36,7 +36,7 @@ def _generator(seed: int, index: int, purpose: int) -> torch.Generator:
 
 def start_noise(pipeline: Any, seed: int, index: int, resolution: int) -> Tensor:
     """Noise for one picture of `resolution` pixels, structured where the pipeline is an upgraded one."""
-    side = resolution // pipeline.vae_scale_factor
+    side = resolution // pixel_factor(pipeline)
     vae = pipeline.vae
     if isinstance(vae, DetailVAE):
         return structured_noise(seed, index, vae.layout, side, side)
@@ -73,15 +73,15 @@ def generate(
         noise = [start_noise(pipeline, seed, first + start + i, size) for i in range(len(part))]
         latents = torch.cat(noise).to(pipeline.transformer.device, pipeline.transformer.dtype)
         result = pipeline(
-            part,
+            prompt=part,
             height=size,
             width=size,
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
             latents=(call.pack(latents) if call else latents),
             # only stochastic schedulers draw from these
             generator=[_generator(seed, first + start + i, STEPS) for i in range(len(part))],
             output_type=output_type,
+            **guidance_arguments(pipeline, guidance_scale, len(part)),
             **text_arguments(pipeline),
         )
         pictures += result.images

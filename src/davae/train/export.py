@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK, expand_transformer, latent_channels
+from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import ModelError
 from davae.recipes.schema import Lora
 from davae.train.stage2 import choose_trainable
@@ -115,14 +116,19 @@ def fuse(transformer: nn.Module) -> nn.Module:
 
 
 def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
-    """The base's own pipeline class around the upgraded parts; scheduler and text encoders are the base's."""
+    """The base's own pipeline class around the upgraded parts; scheduler and text encoders are the base's.
+
+    Where the stock class cannot draw an upgrade, or not by default, its family's row names davae's subclass to take.
+    """
+    subclasses = [model_class(name) for name in transformer_family(type(transformer).__name__).upgraded_pipelines]
+    kind = next((one for one in subclasses if issubclass(one, type(pipeline))), type(pipeline))
     components = {**pipeline.components, "vae": vae.eval(), "transformer": transformer}
     options = {
         name: pipeline.config[name]
         for name in inspect.signature(type(pipeline).__init__).parameters
         if name not in components and name in pipeline.config
     }
-    upgraded = type(pipeline)(**components, **options)
+    upgraded = kind(**components, **options)
     upgraded.set_progress_bar_config(disable=True)
     return upgraded
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Parts = tuple[Tensor, ...]
@@ -40,6 +41,54 @@ class JointAndPooled:
             torch.empty(1, self.TEXT_TOKENS, config["joint_attention_dim"]),
             torch.empty(1, config["pooled_projection_dim"]),
         )
+
+
+class Packed:
+    """Tokens of 2x2 latent positions, (c,2,2)."""
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)  # (B,hw/4,4c)
+
+    def unpack(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """(B,hw/4,4c) -> (B,c,h,w), the size of `like`."""
+        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (like.shape[-2] // 2, like.shape[-1] // 2)), 2)
+
+    def grid(self, like: Tensor) -> Tensor:
+        """(hw/4,3): 0, row, column of every token of latents (B,c,h,w)."""
+        return positions(like.shape[-2] // 2, like.shape[-1] // 2).to(like)
+
+
+class Joint:
+    """Prompts as joint embeddings (B,L,d) alone."""
+
+    TEXT_TOKENS: int
+    WIDTH = "joint_attention_dim"  # config key of d
+
+    def blank(self, config: Any) -> Parts:
+        return (torch.empty(1, self.TEXT_TOKENS, config[self.WIDTH]),)
+
+
+class Masked(Joint):
+    """Prompts as joint embeddings (B,L,d) of `TEXT_TOKENS` tokens with a mask (B,L), 1 for a token."""
+
+    def blank(self, config: Any) -> Parts:
+        return (*super().blank(config), torch.ones(1, self.TEXT_TOKENS))
+
+    def padded(self, embeds: Tensor, mask: Tensor | None) -> Parts:
+        """Both at `TEXT_TOKENS`, so that every batch of a cache has the same length; no mask means all tokens."""
+        mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask.to(embeds)
+        missing = self.TEXT_TOKENS - embeds.shape[1]
+        return F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+
+
+def trimmed(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Embeddings (B,L,d) and mask (B,L) cut to the batch's longest prompt, as pipelines pad them; no mask where all are
+    as long."""
+    if mask.is_meta:  # counting, of one whole prompt
+        return embeds, None
+    longest = int(mask.sum(1).max())
+    embeds, mask = embeds[:, :longest], mask[:, :longest]
+    return embeds, None if bool(mask.all()) else mask
 
 
 def positions(height: int, width: int) -> Tensor:
