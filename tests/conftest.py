@@ -56,13 +56,13 @@ def tiny_recipe():
     return recipe
 
 
-def tiny_autoencoder(quant: bool = False):
+def tiny_autoencoder(quant: bool = False, levels: int = 2):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8, *[16] * (levels - 1)),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
@@ -148,14 +148,19 @@ def picture(seed: int, width: int = 40, height: int = 36) -> Image.Image:
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
+def write_pictures(folder: Path, width: int = 40, height: int = 36) -> Path:
+    """Twelve captioned pictures."""
+    folder.mkdir(exist_ok=True)
+    for number in range(12):
+        picture(number, width, height).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(f"a {['red', 'blue'][number % 2]} square")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve pictures of 40x36 pixels, captioned."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for number in range(12):
-        picture(number).save(folder / f"{number:02d}.png")
-        (folder / f"{number:02d}.txt").write_text(f"a {['red', 'blue'][number % 2]} square")
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def tiny_upgrade_recipe(base: Path, data: Path, **changes: object) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_upgrade_recipe
+from conftest import tiny_upgrade_recipe, write_pictures
 from family_pipelines import BUILDERS
 
 import davae
@@ -32,9 +32,10 @@ def test_upgrade_gives_a_stock_pipeline_at_the_doubled_size(name: str, picture_f
     base = load_pipeline(str(tmp_path / "base"))
     size = 2 * shapes.vae_factor * shapes.patch_size
     detail = shapes.channels * 2
+    pictures = picture_folder if 2 * size <= 36 else write_pictures(tmp_path / "pictures", 2 * size, 2 * size)
     recipe = validate(
         tiny_upgrade_recipe(
-            tmp_path / "base", picture_folder, base__resolution=size, detail_channels=detail, stage2__max_steps=2
+            tmp_path / "base", pictures, base__resolution=size, detail_channels=detail, stage2__max_steps=2
         ),
         name,
     )

@@ -375,6 +375,11 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.decode(latents, return_dict=return_dict)
 
     @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout of weights in which it trains fastest; convolutions over time have no channels_last."""
+        return torch.contiguous_format if self.frames.video else torch.channels_last
+
+    @property
     def last_encoder_weight(self) -> Tensor:
         """Weight of the detail encoder's last convolution: where adaptive alignment compares gradients."""
         return cast(DetailDown, self.detail_encoder.get_submodule(self._last)).conv.weight

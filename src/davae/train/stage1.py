@@ -40,7 +40,7 @@ class Stage1Task(ReconstructionTask):
     name = "stage1"
 
     def __init__(self, settings: Stage1, vae: DetailVAE, pictures: Pictures, device: torch.device):
-        self.stage, self.vae = settings, vae.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.stage, self.vae = settings, vae.to(device, memory_format=vae.memory_format)  # type: ignore[call-overload]
         self.vae.train()
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
