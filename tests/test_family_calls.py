@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,20 @@ import torch
 from family_pipelines import BUILDERS
 from torch import Tensor
 
+from davae import DetailVAE, expand_transformer
 from davae.models.calls import CALLS
-from davae.models.pipeline import guidance_arguments, load_pipeline, read_shapes, text_arguments
+from davae.models.expand import latent_channels
+from davae.models.pipeline import (
+    default_resolution,
+    guidance_arguments,
+    literal_prompts,
+    load_pipeline,
+    pixel_factor,
+    read_shapes,
+    text_arguments,
+)
+from davae.sample.generate import generate
+from davae.train.export import assemble
 
 PROMPTS = ["a red square", "a blue square of another length"]
 
@@ -52,6 +65,7 @@ def test_an_euler_loop_over_the_call_is_the_pipeline_s(name: str, tmp_path: Path
         output_type="latent",
         **guidance_arguments(pipeline, no_guidance(pipeline, call), len(PROMPTS)),
         **text_arguments(pipeline),
+        **literal_prompts(pipeline),
     )
     sigmas = pipeline.scheduler.sigmas
     assert len(steps) == 3
@@ -70,3 +84,53 @@ def no_guidance(pipeline: Any, call: Any) -> float:
     if pipeline.transformer.config.get("guidance_embeds"):
         return call.GUIDANCE
     return 0.0 if type(pipeline).__name__ in ("ZImagePipeline", "Krea2Pipeline") else 1.0
+
+
+class Stopped(Exception):
+    """The transformer was called."""
+
+
+def drawn_by_default(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Any]:
+    """(latent positions, mu of the timestep shift) of the pipeline's first call of its model when no size is asked for."""
+    seen: list[Any] = []
+    stock_timesteps = pipeline.scheduler.set_timesteps
+
+    @functools.wraps(stock_timesteps)  # pipelines look for its arguments
+    def set_timesteps(*args: Any, **options: Any) -> None:
+        seen.append(options.get("mu"))
+        stock_timesteps(*args, **options)
+
+    def forward(*args: Any, **options: Any) -> None:
+        latents = args[0] if args else options["hidden_states"]
+        sample = latents[0]  # (c,h,w), or (L,c) where they are packed into tokens
+        seen.append(len(sample) if sample.ndim == 2 else sample[0].numel())
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.scheduler, "set_timesteps", set_timesteps)
+        patch.setattr(pipeline.transformer, "forward", forward)
+        with pytest.raises(Stopped):
+            pipeline(
+                prompt=list(PROMPTS), num_inference_steps=3, **text_arguments(pipeline), **literal_prompts(pipeline)
+            )
+    return seen[-1], seen[0]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_an_upgrade_by_four_draws_the_base_s_tokens(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    BUILDERS[name](tmp_path / "base")
+    base = load_pipeline(str(tmp_path / "base"))
+    detail = 3 * latent_channels(base.transformer)
+    vae = DetailVAE.from_base(base.vae, detail, 4)
+    upgraded = assemble(base, vae, expand_transformer(base.transformer, detail))
+    upgraded.save_pretrained(tmp_path / "upgraded")
+    upgraded = type(upgraded).from_pretrained(tmp_path / "upgraded")
+    upgraded.set_progress_bar_config(disable=True)
+    assert pixel_factor(upgraded) == 4 * pixel_factor(base)
+    assert default_resolution(upgraded) == 4 * default_resolution(base)
+    tokens, mu = drawn_by_default(base, monkeypatch)
+    assert drawn_by_default(upgraded, monkeypatch) == (tokens, mu)
+    shapes = read_shapes(str(tmp_path / "base"))
+    size = 2 * shapes.patch_size * pixel_factor(upgraded)
+    assert generate(upgraded, ["a red square"], resolution=size, steps=1)[0].size == (size, size)

@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "LatentLayout": "davae.latent",
     "DetailVAE": "davae.models.detail_vae",
+    "DetailErnieImagePipeline": "davae.sample.upgraded_pipelines",
+    "DetailKrea2Pipeline": "davae.sample.upgraded_pipelines",
+    "DetailLongCatImagePipeline": "davae.sample.upgraded_pipelines",
     "DetailQwenImage21Pipeline": "davae.sample.upgraded_pipelines",
     "DetailZImagePipeline": "davae.sample.upgraded_pipelines",
     "LightningDiT": "davae.models.lightning_dit",
@@ -29,6 +32,9 @@ _HOMES = {
 
 __all__ = [
     "ClassConditionalPipeline",
+    "DetailErnieImagePipeline",
+    "DetailKrea2Pipeline",
+    "DetailLongCatImagePipeline",
     "DetailQwenImage21Pipeline",
     "DetailVAE",
     "DetailZImagePipeline",
@@ -51,7 +57,13 @@ if TYPE_CHECKING:
     from davae.models.lightning_dit import LightningDiT
     from davae.models.pooled_tiny import PooledAutoencoderTiny
     from davae.sample.class_conditional import ClassConditionalPipeline
-    from davae.sample.upgraded_pipelines import DetailQwenImage21Pipeline, DetailZImagePipeline
+    from davae.sample.upgraded_pipelines import (
+        DetailErnieImagePipeline,
+        DetailKrea2Pipeline,
+        DetailLongCatImagePipeline,
+        DetailQwenImage21Pipeline,
+        DetailZImagePipeline,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -11,11 +11,17 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
+    BriaPipeline,
     ChromaPipeline,
+    ErnieImagePipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     FluxPipeline,
+    Krea2Pipeline,
+    LongCatImagePipeline,
+    NucleusMoEImagePipeline,
+    OvisImagePipeline,
     QwenImage21Pipeline,
     QwenImagePipeline,
     ZImagePipeline,
@@ -38,8 +44,8 @@ from family_pipelines.parts import (
 
 
 def shifting() -> FlowMatchEulerDiscreteScheduler:
-    """Timesteps shifted by the number of tokens, so steeply that the few tokens of a test differ."""
-    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=32)
+    """Timesteps shifted by the number of tokens."""
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
 
 
 def transformer(name: str, **changes: Any) -> Any:
@@ -131,17 +137,20 @@ def qwen_image(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def qwen_image21(folder: Path) -> None:
+def vision_processor() -> Any:
     tokenizer = word_tokenizer()
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]}
     )
-    processor = Qwen3VLProcessor(
+    return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(),
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(),
         chat_template=tokenizer.chat_template,
     )
+
+
+def qwen_image21(folder: Path) -> None:
     QwenImage21Pipeline(
         transformer=transformer("QwenImage21Transformer2DModel"),
         scheduler=shifting(),
@@ -153,7 +162,7 @@ def qwen_image21(folder: Path) -> None:
             )
         ),
         text_encoder=qwen3_vl(),
-        processor=processor,
+        processor=vision_processor(),
     ).save_pretrained(folder)
 
 
@@ -167,6 +176,68 @@ def z_image(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def ovis(folder: Path) -> None:
+    OvisImagePipeline(
+        transformer=transformer("OvisImageTransformer2DModel"),
+        scheduler=shifting(),
+        vae=tiny_autoencoder(),
+        text_encoder=qwen3(Qwen3Model, 1),
+        tokenizer=word_tokenizer(),
+    ).save_pretrained(folder)
+
+
+def long_cat(folder: Path) -> None:
+    LongCatImagePipeline(
+        transformer=transformer("LongCatImageTransformer2DModel"),
+        scheduler=shifting(),
+        vae=tiny_autoencoder(),
+        text_encoder=qwen2_vl(),
+        tokenizer=word_tokenizer(),
+        text_processor=word_tokenizer(),
+    ).save_pretrained(folder)
+
+
+def bria(folder: Path) -> None:
+    BriaPipeline(
+        transformer=transformer("BriaTransformer2DModel"),
+        scheduler=shifting(),
+        vae=tiny_autoencoder(),
+        text_encoder=t5_encoder(),
+        tokenizer=word_tokenizer(),
+    ).save_pretrained(folder)
+
+
+def ernie(folder: Path) -> None:
+    ErnieImagePipeline(
+        transformer=transformer("ErnieImageTransformer2DModel"),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=packed_autoencoder(),
+        text_encoder=mistral3(2).model,
+        tokenizer=word_tokenizer(),
+    ).save_pretrained(folder)
+
+
+def krea2(folder: Path) -> None:
+    Krea2Pipeline(
+        transformer=transformer("Krea2Transformer2DModel"),
+        scheduler=shifting(),
+        vae=lively(AutoencoderKLQwenImage(**VIDEO)),
+        text_encoder=qwen3_vl().model,
+        tokenizer=word_tokenizer(),
+        text_encoder_select_layers=(0, 1),
+    ).save_pretrained(folder)
+
+
+def nucleus(folder: Path) -> None:
+    NucleusMoEImagePipeline(
+        transformer=transformer("NucleusMoEImageTransformer2DModel"),
+        scheduler=shifting(),
+        vae=lively(AutoencoderKLQwenImage(**VIDEO)),
+        text_encoder=qwen3_vl(layers=8),  # the pipeline reads the eighth from the end
+        processor=vision_processor(),
+    ).save_pretrained(folder)
+
+
 # a name may say more after the class: another pipeline of it
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "FluxTransformer2DModel": flux,
@@ -176,4 +247,10 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "QwenImageTransformer2DModel": qwen_image,
     "QwenImage21Transformer2DModel": qwen_image21,
     "ZImageTransformer2DModel": z_image,
+    "OvisImageTransformer2DModel": ovis,
+    "LongCatImageTransformer2DModel": long_cat,
+    "BriaTransformer2DModel": bria,
+    "ErnieImageTransformer2DModel": ernie,
+    "Krea2Transformer2DModel": krea2,
+    "NucleusMoEImageTransformer2DModel": nucleus,
 }

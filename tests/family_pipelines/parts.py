@@ -107,10 +107,10 @@ def qwen2_vl() -> Any:
     return lively(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)))
 
 
-def qwen3_vl() -> Any:
+def qwen3_vl(layers: int = 1) -> Any:
     text = {
         **TEXT,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": layers,
         "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True},
     }
     vision = {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from davae.models.families import transformer_family
-from davae.models.pipeline import guidance_arguments, patch_size, pixel_factor, text_arguments
+from davae.models.pipeline import guidance_arguments, literal_prompts, patch_size, pixel_factor, text_arguments
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def time_pipelines(
                 generator=torch.Generator().manual_seed(turn),
                 **guidance_arguments(pipeline, guidance_scale, 1),
                 **text_arguments(pipeline),
+                **literal_prompts(pipeline),
             )
             finish(result.images[0])
             whole = time.perf_counter() - started

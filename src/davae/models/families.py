@@ -170,6 +170,7 @@ TRANSFORMERS = {
             trains=True,
             patch_key=None,
             guidance="true_cfg_scale",
+            negative_prompts=True,
         ),
         TransformerFamily(
             "QwenImage21Transformer2DModel",
@@ -181,6 +182,7 @@ TRANSFORMERS = {
             attributes=OUT,
             trains=True,
             guidance="true_cfg_scale",
+            negative_prompts=True,
             default_pixels=1024,
             upgraded_pipelines=("DetailQwenImage21Pipeline",),
         ),
@@ -254,6 +256,9 @@ TRANSFORMERS = {
             (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.linear_fc2"),
             packed=4,
             attributes=BOTH,
+            trains=True,
+            default_pixels=1024,
+            upgraded_pipelines=("DetailErnieImagePipeline",),
         ),
         TransformerFamily(
             "Krea2Transformer2DModel",
@@ -264,6 +269,10 @@ TRANSFORMERS = {
             (*ATTENTION, "ff.gate", "ff.up", "ff.down"),
             packed=4,
             attributes=BOTH,
+            trains=True,
+            patch_key=None,
+            default_pixels=1024,
+            upgraded_pipelines=("DetailKrea2Pipeline",),
         ),
         TransformerFamily(
             "NucleusMoEImageTransformer2DModel",
@@ -274,6 +283,8 @@ TRANSFORMERS = {
             (*ATTENTION, "add_k_proj", "add_v_proj", "img_mlp.net.0.proj", "img_mlp.net.2", "encoder_proj"),
             packed=4,
             attributes=OUT,
+            trains=True,
+            patch_key=None,
         ),
         TransformerFamily(
             "BriaTransformer2DModel",
@@ -284,6 +295,7 @@ TRANSFORMERS = {
             FLUX,
             packed=4,
             attributes=OUT,
+            trains=True,
         ),
         TransformerFamily(
             "BriaFiboTransformer2DModel",
@@ -311,6 +323,7 @@ TRANSFORMERS = {
             FLUX,
             packed=4,
             attributes=OUT,
+            trains=True,
         ),
         TransformerFamily(
             "LongCatImageTransformer2DModel",
@@ -321,6 +334,9 @@ TRANSFORMERS = {
             FLUX,
             packed=4,
             attributes=OUT,
+            trains=True,
+            negative_prompts=True,
+            upgraded_pipelines=("DetailLongCatImagePipeline",),
         ),
         TransformerFamily(
             "UNet2DConditionModel",

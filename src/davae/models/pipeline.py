@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -166,17 +167,23 @@ def text_arguments(pipeline: Any) -> dict[str, Any]:
     return {"max_sequence_length": 1} if silent_t5(pipeline) else {}
 
 
+def literal_prompts(pipeline: Any) -> dict[str, Any]:
+    """Arguments that keep a pipeline from rewriting prompts by a language model: what is asked for is what is measured."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    return {name: False for name in ("enable_prompt_rewrite", "use_pe") if name in takes}
+
+
 def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, Any]:
     """Arguments that guide so many prompts by `scale`, as the pipeline counts it, away from the empty prompt.
 
     A guidance-distilled model is told the scale.
     """
     transformer = pipeline.transformer
-    if transformer_family(type(transformer).__name__).guidance == "guidance_scale":
-        return {"guidance_scale": scale}
-    if transformer.config.get("guidance_embeds"):
+    family = transformer_family(type(transformer).__name__)
+    if family.guidance == "true_cfg_scale" and transformer.config.get("guidance_embeds"):
         return {"guidance_scale": scale, "true_cfg_scale": 1.0}
-    return {"true_cfg_scale": scale, "negative_prompt": [""] * prompts if scale > 1 else None}
+    negative = {"negative_prompt": [""] * prompts} if family.negative_prompts and scale > 1 else {}
+    return {family.guidance: scale, **negative}
 
 
 @torch.no_grad()

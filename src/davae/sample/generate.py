@@ -13,7 +13,13 @@ from davae.latent import LatentLayout
 from davae.models.autoencoder_families import base_channels
 from davae.models.calls import CALLS
 from davae.models.detail_vae import DetailVAE
-from davae.models.pipeline import default_resolution, guidance_arguments, pixel_factor, text_arguments
+from davae.models.pipeline import (
+    default_resolution,
+    guidance_arguments,
+    literal_prompts,
+    pixel_factor,
+    text_arguments,
+)
 
 BASE, DETAIL, STEPS = 0, 1, 1 << 62  # what noise is for
 
@@ -83,6 +89,7 @@ def generate(
             output_type=output_type,
             **guidance_arguments(pipeline, guidance_scale, len(part)),
             **text_arguments(pipeline),
+            **literal_prompts(pipeline),
         )
         pictures += result.images
         on_batch(len(pictures), len(prompts))

@@ -7,7 +7,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import QwenImage21Pipeline, ZImagePipeline
+from diffusers import (
+    ErnieImagePipeline,
+    Krea2Pipeline,
+    LongCatImagePipeline,
+    QwenImage21Pipeline,
+    ZImagePipeline,
+)
 from diffusers.image_processor import VaeImageProcessor
 
 
@@ -52,6 +58,38 @@ class DetailQwenImage21Pipeline(QwenImage21Pipeline):
     __call__ = sized(QwenImage21Pipeline.__call__, 1024, "output_resolution")
 
 
+class DetailErnieImagePipeline(ErnieImagePipeline):
+    """ERNIE-Image's pipeline draws 1024 pixels when no size is asked for: here 1024 x s.
+
+    The stock pipeline runs the same folder where height and width are given.
+    """
+
+    __call__ = sized(ErnieImagePipeline.__call__, 1024, "height", "width")
+
+
+class DetailKrea2Pipeline(Krea2Pipeline):
+    """Krea 2's pipeline draws 1024 pixels when no size is asked for: here 1024 x s.
+
+    The stock pipeline runs the same folder where height and width are given.
+    """
+
+    __call__ = sized(Krea2Pipeline.__call__, 1024, "height", "width")
+
+
+class DetailLongCatImagePipeline(LongCatImagePipeline):
+    """LongCat-Image's pipeline has the 16 channels of its base's latents in its code: here they are the transformer's."""
+
+    def prepare_latents(self, batch_size: int, num_channels_latents: int, *args: Any, **options: Any) -> Any:
+        channels = self.transformer.config.in_channels // 4
+        return super().prepare_latents(batch_size, channels, *args, **options)
+
+
 # as DetailVAE: a folder names these classes' home
-for _pipeline in (DetailZImagePipeline, DetailQwenImage21Pipeline):
+for _pipeline in (
+    DetailErnieImagePipeline,
+    DetailKrea2Pipeline,
+    DetailLongCatImagePipeline,
+    DetailQwenImage21Pipeline,
+    DetailZImagePipeline,
+):
     _pipeline.__module__ = "davae"

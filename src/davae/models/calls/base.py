@@ -58,6 +58,13 @@ class Packed:
         return positions(like.shape[-2] // 2, like.shape[-1] // 2).to(like)
 
 
+class PackedGrid(Packed):
+    """The same tokens, which the pipeline takes still on their grid."""
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return F.pixel_unshuffle(latents, 2)  # (B,4c,h/2,w/2)
+
+
 class Joint:
     """Prompts as joint embeddings (B,L,d) alone."""
 
@@ -77,18 +84,24 @@ class Masked(Joint):
     def padded(self, embeds: Tensor, mask: Tensor | None) -> Parts:
         """Both at `TEXT_TOKENS`, so that every batch of a cache has the same length; no mask means all tokens."""
         mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask.to(embeds)
-        missing = self.TEXT_TOKENS - embeds.shape[1]
+        missing = self.TEXT_TOKENS - embeds.shape[1]  # negative where a pipeline cuts no prompt: the cache does
         return F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
 
 
 def trimmed(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Embeddings (B,L,d) and mask (B,L) cut to the batch's longest prompt, as pipelines pad them; no mask where all are
-    as long."""
+    """Embeddings (B,L,d) and mask (B,L) without the end that no prompt of the batch reaches, as pipelines pad them; no mask
+    where every token counts."""
     if mask.is_meta:  # counting, of one whole prompt
         return embeds, None
-    longest = int(mask.sum(1).max())
-    embeds, mask = embeds[:, :longest], mask[:, :longest]
+    reached = int(mask.any(0).nonzero().max()) + 1
+    embeds, mask = embeds[:, :reached], mask[:, :reached]
     return embeds, None if bool(mask.all()) else mask
+
+
+def stacked(call: Masked, prompts: list[Tensor]) -> Parts:
+    """Prompts of different lengths, (L_i,d) each, as embeddings and mask of a call."""
+    embeds, masks = zip(*(call.padded(prompt[None], None) for prompt in prompts), strict=True)
+    return torch.cat(embeds), torch.cat(masks)  # (B,L,d), (B,L)
 
 
 def positions(height: int, width: int) -> Tensor:

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from davae.models.calls.base import Joint, Packed, Parts
+from davae.models.calls.base import Joint, Packed, PackedGrid, Parts
 
 
-class Flux2Call(Packed, Joint):
-    """Positions are (time, row, column, place in the text); the pipeline takes latents packed but still on their grid."""
+class Flux2Call(PackedGrid, Joint):
+    """Positions are (time, row, column, place in the text)."""
 
     TEXT_TOKENS = 512
     GUIDANCE = 4.0  # the pipeline's default: what the distilled model is asked for while it trains
@@ -28,7 +28,7 @@ class Flux2Call(Packed, Joint):
         txt_ids = F.pad(place[:, None], (3, 0)).expand(batch, -1, -1)  # (B,L,4)
         img_ids = F.pad(self.grid(x_t).long(), (0, 1)).expand(batch, -1, -1)  # (B,hw/4,4)
         tokens = model(
-            hidden_states=super().pack(x_t),  # (B,hw/4,4c)
+            hidden_states=Packed.pack(self, x_t),  # (B,hw/4,4c)
             timestep=t,
             guidance=torch.full_like(t, self.GUIDANCE) if config["guidance_embeds"] else None,
             encoder_hidden_states=embeds,
@@ -37,6 +37,3 @@ class Flux2Call(Packed, Joint):
             return_dict=False,
         )[0]
         return self.unpack(tokens, x_t)
-
-    def pack(self, latents: Tensor) -> Tensor:
-        return F.pixel_unshuffle(latents, 2)  # (B,4c,h/2,w/2)

@@ -41,9 +41,7 @@ class QwenImage21Call(Masked):
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         embeds, mask, _ = pipeline.encode_prompt(captions, **options)
-        mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask
-        # the pipeline cuts no prompt; here it ends where the cache's rows do
-        return self.padded(embeds[:, : self.TEXT_TOKENS], mask[:, : self.TEXT_TOKENS])
+        return self.padded(embeds, mask)
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = trimmed(*parts)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.models.calls.base import Masked, Parts
+from davae.models.calls.base import Masked, Parts, stacked
 
 
 class ZImageCall(Masked):
@@ -19,9 +19,7 @@ class ZImageCall(Masked):
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         # the pipeline writes into the list that it is given
         prompts, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False, **options)
-        parts = [self.padded(prompt[None], None) for prompt in prompts]
-        embeds, masks = zip(*parts, strict=True)
-        return torch.cat(embeds), torch.cat(masks)  # (B,L,d), (B,L)
+        return stacked(self, prompts)
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = parts
