@@ -39,6 +39,7 @@ from family_pipelines.parts import (
     qwen3,
     qwen3_vl,
     t5_encoder,
+    t5_tokenizer,
     word_tokenizer,
 )
 
@@ -123,7 +124,7 @@ def chroma(folder: Path) -> None:
         scheduler=shifting(),
         vae=tiny_autoencoder(),
         text_encoder=t5_encoder(),
-        tokenizer=word_tokenizer(),
+        tokenizer=t5_tokenizer(),
     ).save_pretrained(folder)
 
 
@@ -203,7 +204,7 @@ def bria(folder: Path) -> None:
         scheduler=shifting(),
         vae=tiny_autoencoder(),
         text_encoder=t5_encoder(),
-        tokenizer=word_tokenizer(),
+        tokenizer=t5_tokenizer(),
     ).save_pretrained(folder)
 
 

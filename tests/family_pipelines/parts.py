@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from conftest import tiny_recipe
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
     CLIPTextModel,
@@ -53,6 +53,15 @@ def word_tokenizer() -> Any:
         unk_token="<unk>",
         chat_template=CHAT,
     )
+
+
+def t5_tokenizer() -> Any:
+    """The same words, ended as T5 ends them."""
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return tokenizer
 
 
 def t5_encoder() -> Any:
