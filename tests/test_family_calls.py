@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from family_pipelines import BUILDERS
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from davae import DetailVAE, expand_transformer
 from davae.models.calls import CALLS
@@ -25,6 +28,7 @@ from davae.models.pipeline import (
 )
 from davae.sample.generate import generate
 from davae.train.export import assemble
+from davae.train.plan import token_plan
 
 PROMPTS = ["a red square", "a blue square of another length"]
 
@@ -34,15 +38,29 @@ def like_the_sample(values: Tensor, sample: Tensor) -> Tensor:
     return values.flatten(2).transpose(1, 2) if values.ndim == 4 and sample.ndim == 3 else values
 
 
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's tiny pipeline folder, built once."""
+
+    @functools.cache
+    def build(name: str) -> Path:
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("family")
+        BUILDERS[name](folder)
+        return folder
+
+    return build
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", BUILDERS)
-def test_an_euler_loop_over_the_call_is_the_pipeline_s(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    torch.manual_seed(0)
-    BUILDERS[name](tmp_path)
-    pipeline = load_pipeline(str(tmp_path))
+def test_an_euler_loop_over_the_call_is_the_pipeline_s(
+    name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+):
+    pipeline = load_pipeline(str(folder_of(name)))
     if not hasattr(pipeline.scheduler, "sigmas"):
         pytest.skip("no flow-matching scheduler: compared with its own scheduler in the family's tests")
-    shapes, transformer = read_shapes(str(tmp_path)), pipeline.transformer
+    shapes, transformer = read_shapes(str(folder_of(name))), pipeline.transformer
     call, config = CALLS[type(transformer).__name__], transformer.config
     steps: list[tuple[Tensor, Tensor]] = []
     stock_step = pipeline.scheduler.step
@@ -60,7 +78,7 @@ def test_an_euler_loop_over_the_call_is_the_pipeline_s(name: str, tmp_path: Path
         prompt=list(PROMPTS),
         height=side * shapes.vae_factor,
         width=(side + shapes.patch_size * 2) * shapes.vae_factor,
-        num_inference_steps=3,
+        num_inference_steps=2,
         latents=call.pack(x),
         output_type="latent",
         **guidance_arguments(pipeline, no_guidance(pipeline, call), len(PROMPTS)),
@@ -68,7 +86,7 @@ def test_an_euler_loop_over_the_call_is_the_pipeline_s(name: str, tmp_path: Path
         **literal_prompts(pipeline),
     )
     sigmas = pipeline.scheduler.sigmas
-    assert len(steps) == 3
+    assert len(steps) == 2
     for (sample, output), now, then in zip(steps, sigmas[:-1], sigmas[1:], strict=True):
         assert float((like_the_sample(call.pack(x), sample) - sample).abs().max()) < 1e-4
         velocity = call.predict(transformer, config, x, now.expand(len(x)), parts)
@@ -84,6 +102,21 @@ def no_guidance(pipeline: Any, call: Any) -> float:
     if pipeline.transformer.config.get("guidance_embeds"):
         return call.GUIDANCE
     return 0.0 if type(pipeline).__name__ in ("ZImagePipeline", "Krea2Pipeline") else 1.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BUILDERS)
+def test_flops_counted_without_weights_are_those_of_a_real_pass(name: str, folder_of: Callable[[str], Path]):
+    shapes = read_shapes(str(folder_of(name)))
+    size = 4 * shapes.vae_factor * shapes.patch_size
+    model = load_pipeline(str(folder_of(name))).transformer
+    call = CALLS[type(model).__name__]
+    parts = tuple(torch.ones_like(part) for part in call.blank(model.config))
+    x = torch.randn(1, shapes.channels, size // shapes.vae_factor, size // shapes.vae_factor)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        call.predict(model, model.config, x, torch.full((1,), 0.5), parts)
+    # a token of modulation more or less, where text is modulated at another time than the picture
+    assert token_plan(shapes, size, 2).native_flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 class Stopped(Exception):
@@ -117,10 +150,10 @@ def drawn_by_default(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[in
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_an_upgrade_by_four_draws_the_base_s_tokens(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    torch.manual_seed(0)
-    BUILDERS[name](tmp_path / "base")
-    base = load_pipeline(str(tmp_path / "base"))
+def test_an_upgrade_by_four_draws_the_base_s_tokens(
+    name: str, folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = load_pipeline(str(folder_of(name)))
     detail = 3 * latent_channels(base.transformer)
     vae = DetailVAE.from_base(base.vae, detail, 4)
     upgraded = assemble(base, vae, expand_transformer(base.transformer, detail))
@@ -131,6 +164,6 @@ def test_an_upgrade_by_four_draws_the_base_s_tokens(name: str, tmp_path: Path, m
     assert default_resolution(upgraded) == 4 * default_resolution(base)
     tokens, mu = drawn_by_default(base, monkeypatch)
     assert drawn_by_default(upgraded, monkeypatch) == (tokens, mu)
-    shapes = read_shapes(str(tmp_path / "base"))
+    shapes = read_shapes(str(folder_of(name)))
     size = 2 * shapes.patch_size * pixel_factor(upgraded)
     assert generate(upgraded, ["a red square"], resolution=size, steps=1)[0].size == (size, size)

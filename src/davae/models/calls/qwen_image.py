@@ -46,6 +46,8 @@ class QwenImage21Call(Masked):
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = trimmed(*parts)
         height, width = x_t.shape[-2:]
+        if x_t.is_meta:
+            return self._unpack(counted_pass(model, self.pack(x_t), t, embeds), x_t)
         image = torch.arange(embeds.shape[1] + height * width // 4, device=x_t.device) >= embeds.shape[1]
         tokens = model(
             hidden_states=self.pack(x_t),  # (B,hw,c)
@@ -56,7 +58,27 @@ class QwenImage21Call(Masked):
             encoder_hidden_states_mask=mask,
             return_dict=False,
         )[0]
-        return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))  # (B,c,h,w)
+        return self._unpack(tokens, x_t)
+
+    def _unpack(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """The picture's tokens, the last of (B,L+hw,c) -> (B,c,h,w), the size of `like`."""
+        height, width = like.shape[-2:]
+        return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
 
     def pack(self, latents: Tensor) -> Tensor:
         return latents.flatten(2).transpose(1, 2)
+
+
+def counted_pass(model: Any, picture: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """Qwen-Image 2.1's layers on tensors without values, to count FLOPs: (B,hw,c), (B,), (B,L,d) -> (B,L+hw,c).
+
+    Its own forward pass reads numbers of tokens off its masks. Rotations and masks, which are no products, are left out.
+    """
+    hidden = model.img_in(picture)
+    joint = torch.cat([model.txt_in(text), hidden], dim=1)
+    temb = model.time_text_embed(t, hidden)
+    modulation = model.modulation(temb)
+    for block in model.transformer_blocks:
+        # text sees text before it, the picture sees all
+        joint = block(hidden_states=joint, modulation=modulation, segments=[(0, text.shape[1], True)])
+    return model.proj_out(model.norm_out(joint, temb, None))
