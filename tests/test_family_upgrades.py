@@ -13,9 +13,9 @@ from family_pipelines import BUILDERS
 import davae
 from davae.models.families import TRANSFORMERS, model_class
 from davae.models.pipeline import default_resolution, load_pipeline, read_shapes
-from davae.recipes import validate
+from davae.recipes import RecipeError, validate
 from davae.sample.generate import generate
-from davae.train.upgrade import Upgrade
+from davae.train.upgrade import Upgrade, check_recipe
 
 
 def test_every_family_that_trains_has_a_builder():
@@ -51,3 +51,10 @@ def test_upgrade_gives_a_stock_pipeline_at_the_doubled_size(name: str, picture_f
     assert default_resolution(upgraded) == 2 * default_resolution(base)
     assert generate(base, ["a red square"], resolution=size, steps=2)[0].size == (size, size)
     assert generate(upgraded, ["a red square"], resolution=2 * size, steps=2)[0].size == (2 * size, 2 * size)
+
+
+def test_sizes_that_a_model_s_groups_do_not_divide_are_told_at_once(picture_folder: Path, tmp_path: Path):
+    BUILDERS["QwenImage21Transformer2DModel"](tmp_path)  # 16 pixels a position, four positions a slot
+    recipe = validate(tiny_upgrade_recipe(tmp_path, picture_folder, base__resolution=48), "odd")
+    with pytest.raises(RecipeError, match=r"base.resolution: 48 is not divisible by 32 .*; use 32 or 64"):
+        check_recipe(recipe, read_shapes(str(tmp_path)))  # type: ignore[arg-type]

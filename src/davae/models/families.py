@@ -181,6 +181,7 @@ TRANSFORMERS = {
             (*ATTENTION, "img_mlp.gate_layer", "img_mlp.proj", "img_mlp.out"),
             attributes=OUT,
             trains=True,
+            grid=2,
             guidance="true_cfg_scale",
             negative_prompts=True,
             default_pixels=1024,

@@ -31,6 +31,7 @@ class TransformerFamily:
         trains: whether stage 2 knows how to call the model; the other ones can be expanded.
         fixed: parameters that are tables, never trained.
         patch_key: config key of p; None where the pipeline's packing is all there is, or positions are tokens.
+        grid: positions per side that the model groups beside p, so that latents divide by it too.
         guidance: argument by which its pipeline takes a guidance scale.
         negative_prompts: whether its pipeline guides only, or only several prompts, with a negative one given for each.
         default_pixels: what its stock pipeline draws when no size is asked for, where that is a literal.
@@ -53,6 +54,7 @@ class TransformerFamily:
     out_key: str = "out_channels"
     fixed: tuple[str, ...] = ()
     patch_key: str | None = "patch_size"
+    grid: int = 1
     guidance: Literal["guidance_scale", "true_cfg_scale"] = "guidance_scale"
     negative_prompts: bool = False
     default_pixels: int | None = None

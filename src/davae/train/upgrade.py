@@ -44,12 +44,13 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
         )
     if recipe.scale & (recipe.scale - 1):
         raise RecipeError(f"scale: {recipe.scale} is not a power of two")
-    step = shapes.vae_factor * shapes.patch_size
+    cell = shapes.patch_size * transformer_family(shapes.transformer_class).grid
+    step = shapes.vae_factor * cell
     if recipe.base.resolution % step:
         below = recipe.base.resolution // step * step
         raise RecipeError(
             f"base.resolution: {recipe.base.resolution} is not divisible by {step} (autoencoder factor "
-            f"{shapes.vae_factor} x patch {shapes.patch_size}); use {below or step} or {below + step}"
+            f"{shapes.vae_factor} x patch {cell}); use {below or step} or {below + step}"
         )
     return LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
 
