@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from davae.bench.clock import machine, peak_memory, race, ratio
-from davae.models.autoencoder_families import encode_mode
 from davae.models.autoencoders import load_autoencoder
+from davae.models.one_frame import decode_latents, encode_mode
 
 
 def synthetic_picture(resolution: int) -> Tensor:
@@ -44,7 +44,7 @@ def decoding(model: str, resolution: int, tile: int | None) -> Callable[[], Tens
     with torch.no_grad():
         latents = encode_mode(vae, synthetic_picture(resolution))
     vae = opened(model, tile)
-    return torch.no_grad()(lambda: vae.decode(latents).sample)
+    return torch.no_grad()(lambda: decode_latents(vae, latents))
 
 
 def psnr(a: Tensor, b: Tensor, span: float) -> float:

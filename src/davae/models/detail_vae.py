@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -15,7 +14,6 @@ from diffusers.models.autoencoders.vae import (
     AutoencoderMixin,
     Decoder,
     DecoderOutput,
-    DiagonalGaussianDistribution,
     Encoder,
 )
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -36,6 +34,7 @@ from davae.models.autoencoder_families import (
 )
 from davae.models.families import model_class
 from davae.models.one_frame import frames_of, only_frame
+from davae.models.posterior import RawLatents, StructuredPosterior
 from davae.models.resample import DetailDown, DetailUp
 from davae.models.tiling import Tiling, tiled
 from davae.models.warm_start import load_all_but, narrow_posterior, warm_start_up
@@ -44,28 +43,6 @@ Downsample = Literal["antialias", "bicubic"]
 Encode = Callable[[Tensor], Tensor]
 # of the identity batch norm that pipelines with packed statistics find: some write this value, others read it here
 EPSILON = 1e-5
-
-
-class StructuredPosterior(DiagonalGaussianDistribution):
-    """Posterior of [z, z_d]: z is certain (the base's mode), z_d a diagonal Gaussian. Normalised, (B,C+D,h,w)."""
-
-    def __init__(self, parameters: Tensor, layout: LatentLayout):
-        super().__init__(parameters)
-        self.std, self.var = (self._certain_base(spread, layout) for spread in (self.std, self.var))
-
-    @staticmethod
-    def _certain_base(spread: Tensor, layout: LatentLayout) -> Tensor:
-        z, z_d = layout.split(spread)
-        return layout.join(torch.zeros_like(z), z_d)
-
-
-@dataclass(frozen=True)
-class RawLatents:
-    """Before normalisation: z (B,C,h,w), and mean and log-variance of z_d (B,D,h,w)."""
-
-    z: Tensor
-    mean: Tensor
-    logvar: Tensor
 
 
 def downsample(images: Tensor, scale: int, mode: Downsample = "antialias") -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from davae.data.pictures import Pictures
 from davae.losses.alignment import alignment_loss
 from davae.losses.reconstruction import adaptive_weight
-from davae.models.detail_vae import DetailVAE, RawLatents
+from davae.models.detail_vae import DetailVAE
+from davae.models.posterior import RawLatents
 from davae.recipes.schema import Stage1
 from davae.train.adversarial import ReconstructionTask
 from davae.train.loop import Player
