@@ -24,16 +24,20 @@ def test_every_family_that_trains_has_a_builder():
     assert {name.split(" ")[0] for name in BUILDERS} == trains - {"SD3Transformer2DModel", "LightningDiT"}
 
 
-@pytest.fixture(scope="module")
-def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve captioned pictures of 72x68 pixels in two sub-folders, which are classes."""
-    folder = tmp_path_factory.mktemp("classes")
+def write_classes(folder: Path, width: int, height: int) -> Path:
+    """Twelve captioned pictures in two sub-folders, which are classes."""
     for number in range(12):
         name = ["red", "blue"][number % 2]
-        (folder / name).mkdir(exist_ok=True)
-        picture(number, 72, 68).save(folder / name / f"{number:02d}.png")
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        picture(number, width, height).save(folder / name / f"{number:02d}.png")
         (folder / name / f"{number:02d}.txt").write_text(f"a {name} square")
     return folder
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of 72x68 pixels."""
+    return write_classes(tmp_path_factory.mktemp("classes"), 72, 68)
 
 
 @pytest.mark.parametrize("name", {**BUILDERS, **VARIANTS})
@@ -44,9 +48,10 @@ def test_upgrade_gives_a_stock_pipeline_at_the_doubled_size(name: str, classes: 
     base = load_pipeline(str(tmp_path / "base"))
     size = max(8, 2 * shapes.vae_factor * shapes.patch_size)  # several stock pipelines want multiples of 8
     detail = shapes.channels * 2
+    pictures = classes if 2 * size <= 64 else write_classes(tmp_path / "pictures", 2 * size, 2 * size)
     recipe = validate(
         tiny_upgrade_recipe(
-            tmp_path / "base", classes, base__resolution=size, detail_channels=detail, stage2__max_steps=2
+            tmp_path / "base", pictures, base__resolution=size, detail_channels=detail, stage2__max_steps=2
         ),
         name,
     )
