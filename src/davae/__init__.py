@@ -17,6 +17,7 @@ _HOMES = {
     "PooledAutoencoderTiny": "davae.models.pooled_tiny",
     "ClassConditionalPipeline": "davae.sample.class_conditional",
     "expand_transformer": "davae.models.expand",
+    "widen_lora": "davae.models.lora",
     "group_mean": "davae.losses.alignment",
     "alignment_loss": "davae.losses.alignment",
     "detail_weight": "davae.losses.detail_warmup",
@@ -36,6 +37,7 @@ __all__ = [
     "expand_transformer",
     "group_mean",
     "velocity_loss",
+    "widen_lora",
 ]
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from davae.models.detail_vae import DetailVAE
     from davae.models.expand import expand_transformer
     from davae.models.lightning_dit import LightningDiT
+    from davae.models.lora import widen_lora
     from davae.models.pooled_tiny import PooledAutoencoderTiny
     from davae.sample.class_conditional import ClassConditionalPipeline
 

@@ -24,9 +24,14 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from davae.latent import LatentLayout
-from davae.models import by_rows
-from davae.models.autoencoder_families import autoencoder_family, first_convolution, layer_path, spatial_factor
-from davae.models.families import model_class
+from davae.models.autoencoder_families import (
+    autoencoder_class,
+    autoencoder_family,
+    first_convolution,
+    layer_path,
+    spatial_factor,
+)
+from davae.models.by_rows import decode_by_rows, encode_by_rows
 from davae.models.resample import DetailDown, DetailUp
 from davae.models.tiling import Tiling, tiled
 from davae.models.warm_start import load_all_but, narrow_posterior, warm_start_up
@@ -111,7 +116,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         family = autoencoder_family(base_class)
         if scale < 2 or scale & (scale - 1):
             raise ValueError(f"scale must be a power of two, at least 2, found {scale}")
-        base = model_class(base_class).from_config(base_config)
+        base = autoencoder_class(base_class).from_config(base_config)
         base_channels = int(base.config["latent_channels"])
         self.layout = LatentLayout(base_channels, detail_channels, scale)
         widths = list(base.config[family.widths])
@@ -253,8 +258,8 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if isinstance(base, Encoder) and isinstance(detail, Encoder) and not torch.is_grad_enabled():
             return self._moments(
                 images,
-                lambda x: by_rows.encode(base, x, (tile // self.layout.scale) ** 2),
-                lambda x: by_rows.encode(detail, x, tile**2),
+                lambda x: encode_by_rows(base, x, (tile // self.layout.scale) ** 2),
+                lambda x: encode_by_rows(detail, x, tile**2),
             )
 
         def whole(x: Tensor) -> Tensor:
@@ -284,7 +289,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         tile = self.tiling.tile // self.spatial_factor
         if self.use_tiling and max(latents.shape[-2:]) > tile:
             if isinstance(self.decoder, Decoder) and not torch.is_grad_enabled():
-                return by_rows.decode(self.decoder, latents, self.tiling.tile**2)
+                return decode_by_rows(self.decoder, latents, self.tiling.tile**2)
             return tiled(self.decoder, latents, tile, self.tiling.overlap, self.spatial_factor)
         return self.decoder(latents)
 
