@@ -8,10 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -19,6 +19,7 @@ import yaml
 from conftest import tiny_upgrade_recipe
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from family_pipelines import BUILDERS
+from huggingface_hub import HfApi
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -334,12 +335,9 @@ class Api:
     """Stands in for huggingface_hub.HfApi and notes what it is asked."""
 
     calls: list[tuple[str, dict[str, Any]]]
-    error: Exception | None = None
 
     def create_repo(self, repo_id: str, **options: Any) -> str:
         self.calls.append((repo_id, options))
-        if self.error is not None:
-            raise self.error
         return f"https://huggingface.co/{repo_id}"
 
     def upload_folder(self, **options: Any) -> None:
@@ -362,8 +360,11 @@ def test_push(exports: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
     ]
     assert "give a folder that `davae export` wrote" in fails(capsys, "push", str(tmp_path), "me/tiny")
     assert "is no hub id" in fails(capsys, "push", str(folder), "a/b/c")
-    monkeypatch.setattr(Api, "error", httpx.ConnectError("no route to host"))
-    assert "the hub did not take" in fails(capsys, "push", str(folder), "me/tiny")
+    # the real one, where nothing listens
+    monkeypatch.setattr("davae.publish.hub.HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="none"))
+    line = fails(capsys, "push", str(folder), "me/tiny")
+    assert "the hub did not take" in line
+    assert "check the network and `hf auth login`" in line
 
 
 def test_the_page_s_commands_and_code_run_in_order(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from davae.models.pipeline import HUB_ID, ModelError
 from davae.train.export import UPGRADE_FILE
@@ -36,7 +35,10 @@ def push(folder: Path, repo_id: str, *, public: bool = False, message: str | Non
         )
     except HFValidationError as error:
         raise ModelError(f"'{repo_id}' is no hub id: {' '.join(str(error).split())[:160]}") from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:  # offline and "not logged in" are OSErrors too
+    except (
+        HTTPError,
+        OSError,
+    ) as error:  # HTTPError of whatever client the hub's library uses; "not logged in" is an OSError
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"the hub did not take {folder}: {reason}; check the network and `hf auth login`") from error
     return str(where)
