@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import davae
@@ -122,6 +123,7 @@ def _add_imports(node: ast.Import | ast.ImportFrom, sources: Sources) -> None:
             sources.imports[bound] = f"{source}import {alias.name}{renamed}"
 
 
+@cache
 def _modules() -> set[str]:
     """Full names of davae's modules."""
     root = Path(davae.__file__).parent
