@@ -19,7 +19,7 @@ from davae.bench.sampling import bench_guidance
 from davae.bench.stages import bench_stage1, bench_stage2
 from davae.bench.tokens import shallow
 from davae.bench.vae import psnr
-from davae.models import by_rows
+from davae.models.by_rows import Rows, decode_by_rows, encode_by_rows
 from davae.models.tiling import spans
 from davae.recipes import Recipe, validate
 
@@ -135,15 +135,15 @@ def test_strips_of_rows_give_the_whole_picture(pixels: int):
     images, latents = torch.randn(2, 3, 72, 104), torch.randn(2, 4, 18, 26)
     with torch.no_grad():
         for rows, whole in (
-            (by_rows.encode(vae.encoder, images, pixels), vae.encoder(images)),
-            (by_rows.decode(vae.decoder, latents, pixels), vae.decoder(latents)),
+            (encode_by_rows(vae.encoder, images, pixels), vae.encoder(images)),
+            (decode_by_rows(vae.decoder, latents, pixels), vae.decoder(latents)),
         ):
             assert psnr(rows, whole, float(whole.max() - whole.min())) > 60
 
 
 def test_rows_that_half_precision_cannot_hold():
     values = torch.tensor([1e-3, 1.0, 7e4, 3e8]).view(1, 1, 4, 1).expand(2, 3, 4, 5)
-    kept = by_rows.Rows.of(values.contiguous(), step=3)
+    kept = Rows.of(values.contiguous(), step=3)
     torch.testing.assert_close(kept.whole(), values, rtol=1e-3, atol=0.0)
 
 

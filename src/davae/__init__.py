@@ -28,6 +28,7 @@ _HOMES = {
     "DetailPixArtAlphaPipeline": "davae.sample.ddpm_pipelines",
     "DetailPixArtSigmaPipeline": "davae.sample.ddpm_pipelines",
     "expand_transformer": "davae.models.expand",
+    "widen_lora": "davae.models.lora",
     "group_mean": "davae.losses.alignment",
     "alignment_loss": "davae.losses.alignment",
     "detail_weight": "davae.losses.detail_warmup",
@@ -58,6 +59,7 @@ __all__ = [
     "expand_transformer",
     "group_mean",
     "velocity_loss",
+    "widen_lora",
 ]
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from davae.models.detail_vae import DetailVAE
     from davae.models.expand import expand_transformer
     from davae.models.lightning_dit import LightningDiT
+    from davae.models.lora import widen_lora
     from davae.models.pooled_tiny import PooledAutoencoderTiny
     from davae.sample.base_pixels import DetailAuraFlowPipeline, DetailLumina2Pipeline, DetailLuminaPipeline
     from davae.sample.class_conditional import ClassConditionalPipeline

@@ -12,6 +12,7 @@ from PIL import Image
 
 from davae.analyze.curves import loss_curves
 from davae.analyze.report import Column, ReportContent, write_report
+from davae.data.openmoji import CREDIT
 from davae.data.pictures import to_images
 from davae.evaluate.detail_use import reconstructions
 from davae.evaluate.reconstruction import score_reconstructions
@@ -28,9 +29,6 @@ from davae.train.upgrade import Upgrade
 from davae.zoo import shipped_upgrade
 
 SHOWN_RECONSTRUCTIONS = 8
-OPENMOJI_CREDIT = (
-    "Artwork: OpenMoji (openmoji.org), CC BY-SA 4.0. Pictures made from it by this run are under the same licence."
-)
 
 
 def upgrade(run: Upgrade, observer: Observer) -> Path:
@@ -91,7 +89,7 @@ def report(run: Upgrade, observer: Observer) -> Path:
             ),
         },
         skipped=sorted(set(run.skipped)),
-        credits=OPENMOJI_CREDIT if openmoji else "",
+        credits=CREDIT if openmoji else "",
     )
     page = write_report(content, run.out)
     observer(Progress("report", 4, 4, 0.0))

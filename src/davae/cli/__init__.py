@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -16,6 +16,7 @@ from davae.cli.analyze import analyze_app
 from davae.cli.bench_models import bench_app
 from davae.cli.convert import convert_app
 from davae.cli.evaluate import evaluate_app
+from davae.cli.export import apply, export, push
 from davae.cli.options import DryRun, Json, Name, Out, Overrides, Source, write_json
 from davae.cli.reproduce import reproduce
 from davae.recipes import (
@@ -43,6 +44,9 @@ app.add_typer(analyze_app, name="analyze")
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.command()(reproduce)
+app.command()(export)
+app.command()(apply)
+app.command()(push)
 
 
 def _load(name: str, data: str | None, overrides: list[str] | None) -> AnyRecipe:
@@ -257,26 +261,6 @@ def inspect(
         ["", "value"],
         [[key.replace("_", " "), value] for key, value in figures.items()],
     )
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for vae/ and upgrade.safetensors.")],
-    dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"], typer.Option(help="Precision of the weights.")
-    ] = "float16",
-) -> None:
-    """Write an upgrade without its base: the detail VAE and what stage 2 trained, a few megabytes.
-
-    The whole pipeline is already in RUN/pipeline. Example: `davae export runs/micro --out micro-upgrade`
-    """
-    import torch
-
-    from davae.display import console
-    from davae.train.export import export_upgrade
-
-    console.print(f"{export_upgrade(run, out, getattr(torch, dtype))}", markup=False)
 
 
 @app.command()

@@ -125,3 +125,19 @@ def tiny(
     from davae.display import console
 
     console.print(f"{convert_tiny(encoder, decoder, out)}", markup=False)
+
+
+@convert_app.command()
+def lora(
+    file: Annotated[Path, typer.Argument(help="A LoRA of the base, .safetensors.")],
+    upgraded: Annotated[str, typer.Option(help="The upgraded pipeline: a folder or a hub id.")],
+    out: Annotated[Path, typer.Option("--out", help="The LoRA file to write.")],
+) -> None:
+    """A LoRA of the pretrained model for its upgraded one: only what touches the patch embedder or the head changes.
+
+    `davae convert lora style.safetensors --upgraded micro-128 --out style-128.safetensors`
+    """
+    from davae.conversion import convert_lora
+    from davae.display import console
+
+    console.print(f"{convert_lora(file, upgraded, out)}", markup=False)

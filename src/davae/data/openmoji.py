@@ -25,6 +25,9 @@ from PIL import Image
 
 logger = logging.getLogger(__name__)
 
+CREDIT = (
+    "Artwork: OpenMoji (openmoji.org), CC BY-SA 4.0. Pictures made from it by this run are under the same licence."
+)
 RENDER_SIZE = 128  # pixels at least; smaller pictures are reduced from this with antialiasing
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 VARIATION_SELECTOR = 0xFE0F

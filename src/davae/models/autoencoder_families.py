@@ -9,8 +9,11 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
+
+from davae.models.pooled_tiny import PooledAutoencoderTiny
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,13 @@ def autoencoder_family(class_name: str) -> AutoencoderFamily:
             "A row in davae/models/autoencoder_families.py adds one"
         )
     return AUTOENCODERS[class_name]
+
+
+def autoencoder_class(class_name: str) -> Any:
+    """A supported autoencoder's class: diffusers' own, or davae's."""
+    if class_name == PooledAutoencoderTiny.__name__:
+        return PooledAutoencoderTiny
+    return getattr(diffusers, autoencoder_family(class_name).class_name)
 
 
 def layer_path(module: nn.Module, path: str) -> str:

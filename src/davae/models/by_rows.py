@@ -137,7 +137,7 @@ def residual(x: Rows, block: Any, step: int) -> Rows:
     return convolve(hidden, block.conv2, step, before=lambda piece: act(second(piece)), onto=out)
 
 
-def decode(decoder: Decoder, latents: Tensor, pixels: int) -> Tensor:
+def decode_by_rows(decoder: Decoder, latents: Tensor, pixels: int) -> Tensor:
     """A diffusers KL decoder: latents (B,c,h,w) -> (B,3,H,W); strips hold at most `pixels` positions."""
     network = cast(Any, decoder)
     features = network.mid_block(network.conv_in(latents))
@@ -155,7 +155,7 @@ def decode(decoder: Decoder, latents: Tensor, pixels: int) -> Tensor:
     return finish(x, network, network.conv_out, pixels)
 
 
-def encode(encoder: Encoder, images: Tensor, pixels: int) -> Tensor:
+def encode_by_rows(encoder: Encoder, images: Tensor, pixels: int) -> Tensor:
     """A diffusers KL encoder: images (B,3,H,W) -> its last layer's output (B,c,h,w); strips as in `decode`."""
     network = cast(Any, encoder)
     step = step_for(images.shape[3], pixels)

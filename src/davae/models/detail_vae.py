@@ -22,8 +22,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from davae.latent import LatentLayout, over_grid
-from davae.models import by_rows
 from davae.models.autoencoder_families import (
+    autoencoder_class,
     autoencoder_family,
     base_channels,
     base_statistics,
@@ -32,7 +32,7 @@ from davae.models.autoencoder_families import (
     packed_statistics,
     spatial_factor,
 )
-from davae.models.families import model_class
+from davae.models.by_rows import decode_by_rows, encode_by_rows
 from davae.models.one_frame import frames_of, only_frame
 from davae.models.posterior import RawLatents, StructuredPosterior
 from davae.models.resample import DetailDown, DetailUp
@@ -105,7 +105,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         family = autoencoder_family(base_class)
         if scale < 2 or scale & (scale - 1):
             raise ValueError(f"scale must be a power of two, at least 2, found {scale}")
-        base = model_class(base_class).from_config(base_config)
+        base = autoencoder_class(base_class).from_config(base_config)
         self.layout = LatentLayout(base_channels(base.config, base_class), detail_channels, scale)
         self.frames = frames_of(base_class, base.config)
         widths = list(base.config[family.widths])
@@ -269,8 +269,8 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if isinstance(base, Encoder) and isinstance(detail, Encoder) and not torch.is_grad_enabled():
             return self._moments(
                 images,
-                lambda x: by_rows.encode(base, x, (tile // self.layout.scale) ** 2),
-                lambda x: by_rows.encode(detail, x, tile**2),
+                lambda x: encode_by_rows(base, x, (tile // self.layout.scale) ** 2),
+                lambda x: encode_by_rows(detail, x, tile**2),
             )
 
         def whole(x: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         tile = self.tiling.tile // self.spatial_factor
         if self.use_tiling and max(latents.shape[-2:]) > tile:
             if isinstance(self.decoder, Decoder) and not torch.is_grad_enabled():
-                return by_rows.decode(self.decoder, latents, self.tiling.tile**2)
+                return decode_by_rows(self.decoder, latents, self.tiling.tile**2)
             return tiled(self._decode, latents, tile, self.tiling.overlap, self.spatial_factor)
         return self._decode(latents)
 

@@ -50,14 +50,14 @@ class BaseShapes:
     vae_config: dict[str, Any]
 
 
-def read_config(model: str, part: str, filename: str = "config.json") -> dict[str, Any]:
-    """One JSON file of a diffusers folder or hub id; ModelError when it is not there."""
+def fetch_file(model: str, part: str, filename: str) -> Path:
+    """One file of a diffusers folder or hub id; ModelError when it is not there."""
     local = Path(model)
     if local.is_dir():
         path = local / part / filename
         if not path.is_file():
             raise MissingPart(f"model {model} has no {Path(part) / filename}: not a diffusers folder")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path
     if not HUB_ID.fullmatch(model):
         raise ModelError(f"model '{model}' is no folder here, and no hub id (ORGANISATION/NAME)")
     from huggingface_hub import hf_hub_download
@@ -69,14 +69,18 @@ def read_config(model: str, part: str, filename: str = "config.json") -> dict[st
     )
 
     try:
-        fetched = hf_hub_download(model, filename, subfolder=part or None)
+        return Path(hf_hub_download(model, filename, subfolder=part or None))
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         raise (MissingPart if absent else ModelError)(
             f"model '{model}' is no folder here, and the hub did not give it: {reason}"
         ) from error
-    return json.loads(Path(fetched).read_text(encoding="utf-8"))
+
+
+def read_config(model: str, part: str, filename: str = "config.json") -> dict[str, Any]:
+    """One JSON file of a diffusers folder or hub id; ModelError when it is not there."""
+    return json.loads(fetch_file(model, part, filename).read_text(encoding="utf-8"))
 
 
 def read_shapes(model: str) -> BaseShapes:

@@ -64,7 +64,12 @@ def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
-    """Pretrained transformer + upgrade file -> expanded transformer with LoRA fused; the input stays as it was.
+    """Pretrained transformer + upgrade file -> expanded transformer with LoRA fused; the input stays as it was."""
+    return fuse(trained_transformer(transformer, path))
+
+
+def trained_transformer(transformer: nn.Module, path: Path) -> nn.Module:
+    """Pretrained transformer + upgrade file -> expanded transformer with its LoRA attached; the input stays as it was.
 
     Raises:
         ModelError: not an upgrade file, or one for another transformer.
@@ -80,7 +85,7 @@ def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
     expanded = expand_transformer(transformer, channels - base_channels)
     choose_trainable(expanded, None if lora is None else Lora(**lora))
     load_trained(expanded, path)
-    return fuse(expanded)
+    return expanded
 
 
 def load_trained(transformer: nn.Module, path: Path) -> None:
@@ -107,13 +112,25 @@ def load_trained(transformer: nn.Module, path: Path) -> None:
 
 def fuse(transformer: nn.Module) -> nn.Module:
     """Fold LoRA into the weights and remove it; weights shared with the pretrained transformer are copied first."""
+    for module in adapted_layers(transformer):
+        layer: Any = module.get_base_layer()
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        module.merge()
+    return without_lora(transformer)
+
+
+def without_lora(transformer: nn.Module) -> nn.Module:
+    """Remove LoRA, folded in or not, and every trace of peft; ready to sample."""
     for name, module in list(transformer.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            layer: Any = module.get_base_layer()
-            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-            module.merge()
-            transformer.set_submodule(name, layer)
+            transformer.set_submodule(name, module.get_base_layer())
+    if hasattr(transformer, "peft_config"):
+        del transformer.peft_config
     return transformer.requires_grad_(False).eval()
+
+
+def adapted_layers(transformer: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
@@ -146,24 +163,6 @@ def save_pipeline(pipeline: Any, path: Path) -> None:
     """Write a diffusers folder that appears only once it is whole."""
     with new_folder(path) as partial:
         pipeline.save_pretrained(partial)
-
-
-def export_upgrade(run: Path, out: Path, dtype: torch.dtype) -> Path:
-    """A finished run's upgrade without its base: `vae/` and the upgrade file, in `dtype`; returns `out`.
-
-    Raises:
-        ModelError: when the run did not finish stage 2.
-    """
-    source = run / UPGRADE_FILE
-    if not source.is_file():
-        raise ModelError(f"run {run} has no {UPGRADE_FILE}; run its `davae upgrade` command to the end")
-    metadata, tensors = read_upgrade(source)
-    with new_folder(out) as partial:
-        vae = DetailVAE.from_pretrained(run / "vae", torch_dtype=dtype)
-        vae.register_to_config(_name_or_path="")  # the run's path means nothing elsewhere
-        vae.save_pretrained(partial / "vae")
-        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, partial / UPGRADE_FILE, metadata)
-    return out
 
 
 def load_upgraded(pipeline: Any, folder: Path) -> Any:

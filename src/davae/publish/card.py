@@ -1,0 +1,155 @@
+"""The model card of an exported folder: README.md as the hub reads it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import jinja2
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+import davae
+from davae.data.openmoji import CREDIT
+from davae.models.families import model_class, transformer_family
+from davae.models.pipeline import HUB_ID, MissingPart, ModelError, fetch_file, read_config
+from davae.recipes import Recipe
+from davae.zoo import MODELS
+
+LICENCE = ("license", "license_name", "license_link")  # what a hub card says of it
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an exported folder comes from.
+
+    Attributes:
+        base: the pretrained model: a folder or a hub id.
+        kind: `fused`, `lora` or `upgrade`.
+        self_contained: whether the folder brings davae's code along.
+        recipe, report: the run's own; None for a pipeline that was put together from an upgrade file.
+    """
+
+    base: str
+    kind: str
+    self_contained: bool
+    recipe: Recipe | None = None
+    report: dict[str, Any] | None = None
+
+    @property
+    def base_name(self) -> str:
+        """The base as others know it: a hub id, an embedded model's name, or a folder's last part."""
+        embedded = {str(folder): name for name, folder in MODELS.items()}
+        if self.base in embedded:
+            return embedded[self.base]
+        if self.recipe is not None and self.recipe.base.train is not None:
+            return self.recipe.base.train.name
+        return Path(self.base).name if Path(self.base).is_dir() else self.base
+
+    @property
+    def base_argument(self) -> str:
+        """What to type for the base; a folder of this machine is somewhere else on another."""
+        return (
+            f"path/to/{self.base_name}"
+            if Path(self.base).is_dir() and self.base_name not in MODELS
+            else self.base_name
+        )
+
+    @property
+    def openmoji(self) -> bool:
+        """Whether OpenMoji's artwork trained it, or its embedded base."""
+        data = self.recipe is not None and self.recipe.data.source.startswith("openmoji")
+        return data or self.base == str(MODELS["micro"])
+
+
+def base_licence(base: str) -> tuple[dict[str, str], str]:
+    """(fields of the base's own card, one sentence on the licence of what derives from it)."""
+    try:
+        card = ModelCard.load(fetch_file(base, "", "README.md"))
+    except MissingPart:
+        return {}, _unknown("comes without a model card")
+    except ModelError:
+        return {}, _unknown("cannot be reached from here, so that its model card was not read")
+    except (ValueError, yaml.YAMLError):
+        return {}, _unknown("has a model card whose header cannot be read")
+    fields = {key: value for key, value in card.data.to_dict().items() if key in LICENCE}
+    if "license" not in fields:
+        return {}, _unknown("has a model card that names none")
+    name = fields.get("license_name", fields["license"])
+    return fields, f"As the base: {name}. Weights that derive from the base stay under its licence."
+
+
+def _unknown(why: str) -> str:
+    return f"Unknown: the base {why}. Look its licence up before you pass this on: derived weights are under it too."
+
+
+def public_recipe(recipe: Recipe) -> str:
+    """A recipe as YAML, defaults left out, paths of this machine shortened to their last part."""
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shorten(entry) for key, entry in value.items()}
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    return yaml.safe_dump(shorten(values), sort_keys=False, allow_unicode=True)
+
+
+def write_card(folder: Path, origin: Origin, index: dict[str, Any]) -> Path:
+    """Write README.md into an exported folder; `index` is the pipeline's model_index.json."""
+    name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][1]
+    fields, licence = base_licence(origin.base)
+    recipe = origin.recipe
+    by_prompt = _family(index).condition == "text"
+    data = ModelCardData(
+        base_model=origin.base if not Path(origin.base).is_dir() and HUB_ID.fullmatch(origin.base) else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image" if by_prompt else "unconditional-image-generation",
+        tags=["davae", "diffusers", name, *(["lora"] if origin.kind == "lora" else [])],
+        license=fields.get("license", "unknown"),
+        license_name=fields.get("license_name"),
+        license_link=fields.get("license_link"),
+    )
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("davae.publish").joinpath("card.md").read_text(encoding="utf-8"))
+    sizes = None
+    if recipe is not None:
+        sizes = (recipe.base.resolution, recipe.resolution)
+    body = template.render(
+        o=origin,
+        pipeline=name,
+        home="diffusers" if hasattr(diffusers, name) else "davae",
+        version=davae.__version__,
+        sizes=sizes,
+        asked=_asked(name, recipe),
+        guided=recipe.sampling if recipe is not None else None,
+        vae=read_config(str(folder), "vae"),
+        licence=licence,
+        credit=CREDIT if origin.openmoji else None,
+        recipe=None if recipe is None else public_recipe(recipe),
+    )
+    path = folder / "README.md"
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
+    return path
+
+
+def _asked(pipeline: str, recipe: Recipe | None) -> str:
+    """The argument by which a pipeline is asked for a picture."""
+    parameters = inspect.signature(model_class(pipeline).__call__).parameters
+    if "class_labels" in parameters:
+        return "class_labels=[0]"
+    if pipeline == "ClassConditionalPipeline":
+        return "prompt=0"
+    prompts = recipe.sampling.prompts if recipe is not None else ()
+    return json.dumps(prompts[0] if prompts else "a red rose", ensure_ascii=False)
+
+
+def _family(index: dict[str, Any]) -> Any:
+    """The row of the model that the pipeline denoises with."""
+    part = next(part for part in ("transformer", "unet") if part in index)
+    return transformer_family(index[part][1])

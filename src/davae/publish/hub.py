@@ -1,0 +1,44 @@
+"""`davae push`: an exported folder to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, HTTPError
+
+from davae.models.pipeline import HUB_ID, ModelError
+from davae.train.export import UPGRADE_FILE
+from davae.train.state import RunError
+
+
+def push(folder: Path, repo_id: str, *, public: bool = False, message: str | None = None) -> str:
+    """Upload an exported folder; the repository is made where there is none, private unless `public`. Returns its address.
+
+    A repository that exists keeps its visibility.
+
+    Raises:
+        ModelError: not an exported folder, or no hub id.
+        RunError: no network, not logged in, or refused by the hub.
+    """
+    if not any((folder / name).is_file() for name in ("model_index.json", UPGRADE_FILE)):
+        raise ModelError(
+            f"{folder} has no model_index.json and no {UPGRADE_FILE}; give a folder that `davae export` wrote"
+        )
+    if not HUB_ID.fullmatch(repo_id):
+        raise ModelError(f"'{repo_id}' is no hub id; it is ORGANISATION/NAME or USER/NAME")
+    api = HfApi()
+    try:
+        where = api.create_repo(repo_id, private=not public, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=message or f"Upload {folder.name} with davae"
+        )
+    except HFValidationError as error:
+        raise ModelError(f"'{repo_id}' is no hub id: {' '.join(str(error).split())[:160]}") from error
+    except (
+        HTTPError,
+        OSError,
+    ) as error:  # HTTPError of whatever client the hub's library uses; "not logged in" is an OSError
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"the hub did not take {folder}: {reason}; check the network and `hf auth login`") from error
+    return str(where)

@@ -1,0 +1,122 @@
+"""An upgrade file and the DetailVAE that belongs to it: how it is named, found and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from davae.models.autoencoder_families import encode_mode
+from davae.models.detail_vae import DetailVAE, downsample
+from davae.models.pipeline import HUB_ID, ModelError, fetch_file
+from davae.train.export import UPGRADE_FILE, read_metadata, read_upgrade
+from davae.zoo import resolve_upgrade
+
+VAE_FOLDER = "vae"  # beside the upgrade file
+NEAR = 0.05  # relative distance of two base latents that still are the same autoencoder's, in other precisions
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """An upgrade file with its DetailVAE's folder."""
+
+    file: Path
+    vae: Path
+    metadata: dict[str, str]
+
+    @property
+    def class_name(self) -> str:
+        return self.metadata["class"]
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """C and C+D."""
+        base, all_of_them = json.loads(self.metadata["channels"])
+        return base, all_of_them
+
+
+def vae_id(folder: Path) -> str:
+    """Content of a saved autoencoder as a SHA-256: its config and every tensor with name, type, shape and bytes."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(public, sort_keys=True).encode())
+    where = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as stream:
+            where |= dict.fromkeys(stream.keys(), file)  # no mapping
+    for name, file in sorted(where.items()):
+        with safe_open(file, framework="pt") as stream:
+            tensor = stream.get_tensor(name).contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_upgrade(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """A run's upgrade file in `dtype`, beside the DetailVAE that `folder` has already, with that one's id."""
+    metadata, tensors = read_upgrade(source)
+    own = {"vae": json.dumps({"id": vae_id(folder / VAE_FOLDER), "path": VAE_FOLDER})}
+    save_file(
+        {name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / UPGRADE_FILE, {**metadata, **own}
+    )
+
+
+def find_upgrade(name: str, vae: Path | None = None) -> Upgrade:
+    """An upgrade by its file, its folder, a hub id or an embedded one's name, with its DetailVAE.
+
+    Args:
+        vae: the DetailVAE's folder, where it does not lie where the file says.
+
+    Raises:
+        ModelError: nothing there, or a DetailVAE other than the one that the file was trained with.
+    """
+    place = resolve_upgrade(name)
+    if place.is_dir():
+        place = place / UPGRADE_FILE
+    elif not place.is_file() and HUB_ID.fullmatch(name):
+        place = _download(name)
+    metadata = read_metadata(place)
+    # a run's own file and those of davae 0.1 name no DetailVAE: it lies beside them
+    named = json.loads(metadata["vae"]) if "vae" in metadata else {"id": None, "path": VAE_FOLDER}
+    folder = vae or place.parent / named["path"]
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{place} needs its DetailVAE, and {folder} has none; give its folder with --vae")
+    if named["id"] is not None and (found := vae_id(folder)) != named["id"]:
+        raise ModelError(
+            f"{place} was trained with DetailVAE {named['id'][:12]}, {folder} is {found[:12]}; give the right one with --vae"
+        )
+    return Upgrade(place, folder, metadata)
+
+
+def _download(name: str) -> Path:
+    """`upgrade.safetensors` and `vae/` of a hub id."""
+    place = fetch_file(name, "", UPGRADE_FILE)
+    fetch_file(name, VAE_FOLDER, "config.json")
+    fetch_file(name, VAE_FOLDER, "diffusion_pytorch_model.safetensors")
+    return place
+
+
+@torch.no_grad()
+def check_base_autoencoder(vae: DetailVAE, base: torch.nn.Module, name: str) -> None:
+    """ModelError unless the DetailVAE's frozen encoder is the one of this base autoencoder: equal latents of a noise picture.
+
+    Both in float32.
+    """
+    expected = vae.config["base_class"]
+    if type(base).__name__ != expected:
+        raise ModelError(
+            f"base {name} has a {type(base).__name__}, the upgrade's DetailVAE was made from an {expected}"
+        )
+    side = 4 * vae.spatial_factor
+    images = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mine = vae.encode_raw(images).z
+    theirs = encode_mode(base, downsample(images, vae.layout.scale, vae.config["downsample"]))
+    if mine.shape != theirs.shape or float((mine - theirs).norm() / theirs.norm()) > NEAR:
+        raise ModelError(
+            f"base {name} has another autoencoder than the upgrade's DetailVAE was made from: it encodes differently"
+        )
