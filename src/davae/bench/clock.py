@@ -104,14 +104,17 @@ def _measure(
         work()
         sender.send(torch.cuda.max_memory_allocated() - before)
         return
-    before = _resident()
+    before = _peak(reset=True)
     work()
-    sender.send(max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+    sender.send(_peak() - before)
 
 
-def _resident() -> int:
-    """Resident bytes now; where the system does not say, the peak until now."""
-    status = Path("/proc/self/statm")
-    if status.is_file():
-        return int(status.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _peak(reset: bool = False) -> int:
+    """Highest resident bytes since the last reset. Linux alone can reset it; elsewhere it is that of the whole process."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

@@ -7,7 +7,7 @@ from typing import Literal
 
 TokenOrder = Literal["patch_channel", "channel_patch"]
 Condition = Literal["text", "class"]
-Prediction = Literal["flow", "epsilon", "v_prediction"]
+ObjectiveName = Literal["flow", "epsilon", "v_prediction"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TransformerFamily:
     in_key: str = "in_channels"
     out_key: str = "out_channels"
     fixed: tuple[str, ...] = ()
-    objectives: tuple[Prediction, ...] = ("flow",)
+    objectives: tuple[ObjectiveName, ...] = ("flow",)
     classes_key: str | None = None
     patch_key: str | None = "patch_size"
     grid: int = 1
@@ -85,4 +85,4 @@ PC: TokenOrder = "patch_channel"
 CP: TokenOrder = "channel_patch"
 OUT = ("out_channels",)
 BOTH = ("in_channels", "out_channels")
-DDPM: tuple[Prediction, ...] = ("epsilon", "v_prediction")
+DDPM: tuple[ObjectiveName, ...] = ("epsilon", "v_prediction")

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from davae.models.autoencoder_families import encode_mode
 from davae.models.detail_vae import DetailVAE, downsample
+from davae.models.one_frame import encode_mode
 from davae.models.pipeline import HUB_ID, ModelError, fetch_file
 from davae.train.export import UPGRADE_FILE, read_metadata, read_upgrade
 from davae.zoo import resolve_upgrade
