@@ -54,7 +54,7 @@ def default_prompts(run: Upgrade) -> list[str]:
     if isinstance(run.base, ClassConditionalPipeline):
         count = min(8, int(run.base.transformer.config["num_classes"]))
         return [run.base.class_names[number] if run.base.class_names else str(number) for number in range(count)]
-    pictures = run.pictures(run.train)
+    pictures = run.training_pictures()
     return [pictures[(i, -1)]["caption"] for i in range(min(8, len(pictures)))]
 
 
@@ -158,7 +158,7 @@ def sample_columns(run: Upgrade, upgraded: Any, shipped: Any, prompts: list[str]
 
 def reconstruction_section(run: Upgrade, upgraded: Any, shipped: Any) -> tuple[list[Column], list[dict[str, Any]]]:
     """Held-out pictures (training pictures where nothing is held out), shown and scored."""
-    indices = (run.held_out or run.train)[: run.recipe.report.holdout_pictures]
+    indices = (run.held_out or run.square_training())[: run.recipe.report.holdout_pictures]
     dataset = run.pictures(indices)
     images = torch.stack([dataset[(i, -1)]["image"] for i in range(len(dataset))])
     methods = reconstructions(upgraded.vae, run.base.vae)

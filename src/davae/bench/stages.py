@@ -202,7 +202,7 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
             Trainer(task, recipe.run, run.folder, run.accelerator, watch).fit()
             run.folder.close()
             opponent = plain_stage2(run, rival)
-            pictures = run.pictures(run.train)
+            pictures = run.training_pictures()
             batch = settings.batch_size
             given = [noted.given[n * batch : (n + 1) * batch] for n in range(len(recorder.turns))]
 
