@@ -211,7 +211,9 @@ def test_cache_round_trip_and_stale_key(tmp_path: Path, picture_folder: Path):
     assert read_meta(tmp_path, key).items == 24
     with pytest.raises(DataError, match="is stale: the autoencoder's weights or config and the pictures or what"):
         read_meta(tmp_path, {**key, "autoencoder": "b", "data": "e"})
-    with pytest.raises(DataError, match=r"is stale: the preprocessing \(data.flip: False -> True\) changed; delete it"):
+    with pytest.raises(
+        DataError, match=r"is stale: the preprocessing \(data.flip: False -> True\) changed; delete it"
+    ):
         read_meta(tmp_path, {**key, "preprocessing": {"data.flip": True}})
 
 

@@ -43,21 +43,21 @@ DAMAGE = (  # what Pillow's decoders raise on damaged bytes
 
 
 @contextmanager
-def naming_damage() -> Iterator[None]:
-    """Turn whatever a picture's bytes provoke into an UnreadablePicture with its kind."""
+def naming_damage() -> Iterator[list[warnings.WarningMessage]]:
+    """Turn whatever a picture's bytes provoke into an UnreadablePicture with its kind; gives what Pillow warns of."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters is raised
-            yield
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            yield told
     except FileNotFoundError as error:
         raise UnreadablePicture("missing file", f"{error.strerror or error}") from error
-    except (PermissionError, IsADirectoryError) as error:
-        raise UnreadablePicture("cannot be opened", f"{error.strerror or error}") from error
     except UnidentifiedImageError as error:
         raise UnreadablePicture("not a picture", "no format that Pillow knows") from error
     except Image.DecompressionBombError as error:
         raise UnreadablePicture("too many pixels", str(error)) from error
     except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the file system's, not a decoder's
+            raise UnreadablePicture("cannot be opened", f"{error.strerror or error}") from error
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         cut = isinstance(error, EOFError) or "truncat" in reason.lower()
         raise UnreadablePicture("truncated" if cut else "damaged", reason) from error
@@ -71,12 +71,26 @@ def checked(stream: io.BytesIO | Path) -> io.BytesIO | Path:
     return stream
 
 
-def orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 where there is none; UnreadablePicture where the metadata is damaged."""
+def orientation(image: Image.Image, told: list[warnings.WarningMessage]) -> int:
+    """EXIF's orientation, 1 where there is no EXIF; `told` is what Pillow warned of while it read the picture.
+
+    Of a PNG that is not loaded yet, only metadata before the pixels counts: Pillow decodes all of it to look behind them.
+
+    Raises:
+        UnreadablePicture: damaged EXIF that does not tell the orientation, so that nobody knows which way is up.
+    """
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    block = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    damage = f"it begins with {bytes(block[:4])!r}" if block and block[:4] not in (b"II*\0", b"MM\0*") else ""
+    value = None
     try:
-        value = image.getexif().get(ORIENTATION, 1)
+        value = image.getexif().get(ORIENTATION)
     except DAMAGE as error:
-        raise UnreadablePicture("damaged metadata", f"EXIF: {' '.join(str(error).split())[:100]}") from error
+        damage = " ".join(str(error).split())[:100] or type(error).__name__
+    damage = damage or next((" ".join(str(w.message).split()) for w in told if "EXIF" in str(w.message)), "")
+    if damage and value is None:
+        raise UnreadablePicture("damaged metadata", f"EXIF: {damage}")
     return value if isinstance(value, int) else 1
 
 
@@ -92,18 +106,18 @@ def check_header(image: Image.Image, max_pixels: int) -> None:
 
 def header_size(stream: io.BytesIO | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) upright, from the header alone; UnreadablePicture where that already tells that it is no use."""
-    with naming_damage(), Image.open(checked(stream)) as image:
+    with naming_damage() as told, Image.open(checked(stream)) as image:
         check_header(image, max_pixels)
         width, height = image.size
-        return (height, width) if orientation(image) in (5, 6, 7, 8) else (width, height)
+        return (height, width) if orientation(image, told) in (5, 6, 7, 8) else (width, height)
 
 
 def decode(stream: io.BytesIO | Path, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read one picture completely; UnreadablePicture says why not."""
-    with naming_damage(), Image.open(checked(stream)) as image:
+    with naming_damage() as told, Image.open(checked(stream)) as image:
         check_header(image, max_pixels)
-        orientation(image)
         image.load()
+        orientation(image, told)
         return upright_rgb(image, background)
 
 

@@ -14,24 +14,20 @@ from davae.data.pictures import collate
 class Batches:
     """Batch number -> [(position, draw)], a pure function of the seed.
 
-    Every epoch is a new permutation; batches run across epoch ends, so none is short. All processes share one stream of
-    batches: process r of R takes r, r+R, r+2R, ... after those drawn before, whatever R was then. So no picture of an
-    epoch is repeated or lost when the number of processes changes, and starting at batch k gives what an uninterrupted
-    run would have seen.
+    Every epoch is a new permutation; batches run across epoch ends, so none is short. A batch is what all processes
+    together train on: each takes its slice. So how many there are changes nothing while batch_size * ranks stays, also
+    between two starts of a run, and starting at batch k gives what an uninterrupted run would have seen: no picture of an
+    epoch is repeated or lost.
 
     With buckets a batch holds pictures of one bucket. Bucket g with n_g pictures gives floor(e n_g / B) batches in the
     first e epochs, in an order shuffled by epoch; what is left over of an epoch comes first in the next.
 
     Args:
         length: pictures, or latents, in the set.
-        batch_size: B, of one process.
-        start, stop: batches of this process that are already over, and the number to stop at.
+        batch_size: pictures of one process; B = batch_size * ranks.
+        start, stop: batches that are already over, and the number to stop at.
         rank, ranks: this process and how many there are.
-        drawn: pictures that all processes drew before `start`; by default as many as with these `ranks`.
         groups: (length,) the bucket of each; None is one bucket.
-
-    Raises:
-        ValueError: `drawn` is no multiple of `batch_size`.
     """
 
     def __init__(
@@ -44,26 +40,21 @@ class Batches:
         stop: int,
         rank: int = 0,
         ranks: int = 1,
-        drawn: int | None = None,
         groups: np.ndarray | None = None,
     ):
-        self.batch_size, self.seed = batch_size, seed
-        self.start, self.stop, self.rank, self.ranks = start, stop, rank, ranks
-        before = start * ranks * batch_size if drawn is None else drawn
-        if before % batch_size:
-            raise ValueError(f"{before} pictures were drawn, which is no multiple of the batch size {batch_size}")
-        self.before = before // batch_size
+        self.own_size, self.batch_size, self.seed = batch_size, batch_size * ranks, seed
+        self.start, self.stop, self.rank = start, stop, rank
         labels = np.zeros(length, np.int16) if groups is None else groups
         self.members = [np.flatnonzero(labels == group) for group in np.unique(labels)]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # bucket -> its epoch and permutation
-        self._epoch, self._first, self._turns, self._numbers = -1, 0, np.empty(0, int), np.empty(0, int)
+        self._first, self._turns, self._numbers = 0, np.empty(0, int), np.empty(0, int)
 
     def _batches_until(self, epoch: int) -> list[int]:
         """Batches of each bucket before an epoch."""
         return [epoch * len(members) // self.batch_size for members in self.members]
 
     def _enter(self, batch: int) -> None:
-        """Make ready the epoch that a batch of the common stream lies in: whose turn is when."""
+        """Make ready the epoch that a batch lies in: whose turn is when."""
         epoch = batch * self.batch_size // sum(len(members) for members in self.members)
         while sum(self._batches_until(epoch + 1)) <= batch:  # the epoch's end may lag behind by what is left over
             epoch += 1
@@ -76,7 +67,7 @@ class Batches:
         for group, first in enumerate(before):
             where = turns == group
             numbers[where] = first + np.arange(where.sum())
-        self._epoch, self._first, self._turns, self._numbers = epoch, sum(before), turns, numbers
+        self._first, self._turns, self._numbers = sum(before), turns, numbers
 
     def _position(self, group: int, place: int) -> int:
         """Picture at a place of a bucket's endless stream."""
@@ -88,19 +79,20 @@ class Batches:
         return int(members[self._orders[group][1][place]])
 
     def batch(self, number: int) -> list[tuple[int, int]]:
-        """A batch of the common stream."""
+        """This process's slice of a batch."""
         if not self._first <= number < self._first + len(self._turns):
             self._enter(number)
         place = number - self._first
         group, own = int(self._turns[place]), int(self._numbers[place])
+        first = self.rank * self.own_size
         return [
             (self._position(group, own * self.batch_size + i), number * self.batch_size + i)
-            for i in range(self.batch_size)
+            for i in range(first, first + self.own_size)
         ]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(len(self)):
-            yield self.batch(self.before + step * self.ranks + self.rank)
+        for number in range(self.start, self.stop):
+            yield self.batch(number)
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start)

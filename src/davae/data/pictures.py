@@ -177,6 +177,8 @@ class Pictures(Dataset):
         rng = None if draw < 0 else np.random.default_rng((self.seed, draw))
         picture, caption = self.source.load(index, rng)
         width, height = self.sizes[self.groups[position]]
+        if picture.width < width or picture.height < height:
+            raise UnreadablePicture("too small", f"{picture.width}x{picture.height}, which its header did not say")
         place = (0.5, 0.5)
         if rng is not None and self.crop == "random":
             place = (float(rng.random()), float(rng.random()))

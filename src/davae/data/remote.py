@@ -18,6 +18,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def glob_url(url: str) -> list[str]:
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"data.source: cannot list {url}: {' '.join(str(error).split())[:200]}") from error
     protocol = url.partition("://")[0]
-    found = [f"{protocol}://{file.path.removeprefix(f'{protocol}://')}" for file in files]
+    absolute = url.startswith(f"{protocol}:///")
+    found = [f"{protocol}://{file.path if absolute else file.path.lstrip('/')}" for file in files]
     if not found:
         raise DataError(f"data.source: no shard matches {url}")
     return sorted(found)
@@ -147,10 +149,11 @@ def open_stream(name: str, options: SourceOptions) -> TarSource:
         weights_file.write_text(json.dumps(column_weights(columns, options)), encoding="utf-8")
         stream: Iterator[Any] = iter(rows.skip(missing[0] * SHARD_SIZE)) if missing else iter(())
         for n in range(missing[0] if missing else len(targets), len(targets)):
-            part = [row for _, row in zip(range(min(SHARD_SIZE, options.limit - starts[n])), stream, strict=False)]
-            if not part:
+            wanted = min(SHARD_SIZE, options.limit - starts[n])
+            part = list(islice(stream, wanted))
+            if len(part) < wanted:
                 raise DataError(
-                    f"data.source '{name}' gave {starts[n]} pictures, data.limit asks for {options.limit}"
+                    f"data.source '{name}' gave {starts[n] + len(part)} pictures, data.limit asks for {options.limit}"
                 )
             once(targets[n], lambda path, part=part, first=starts[n]: write_rows(path, part, first, options))
     weights = options.caption_weights or json.loads(weights_file.read_text(encoding="utf-8"))

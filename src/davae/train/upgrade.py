@@ -211,7 +211,7 @@ class Upgrade:
 
     # -- cache -------------------------------------------------------------------------------------------------
 
-    def _key(self, vae: DetailVAE) -> Key:
+    def cache_key(self, vae: DetailVAE) -> Key:
         recipe = self.recipe
         speaks = self.family.condition == "text" and recipe.cache.shards is None
         return cache_key(
@@ -235,11 +235,8 @@ class Upgrade:
         target = self.first / "cache"
         if self.first == self.out and not (self.folder.done("cache") and is_whole(target)):
             vae = self.vae()
-            key = self._key(vae)
-            if self.recipe.cache.shards is None:
-                self._cache_pictures(vae, target, key)
-            else:
-                self._cache_shards(target, key)
+            key = self.cache_key(vae)
+            self.write_cache(vae, target, key)
             meta = read_meta(target, key)
             if self.init is None:  # weights to go on from were trained on the statistics they came with
                 self._store_statistics(vae, meta)
@@ -251,6 +248,13 @@ class Upgrade:
     def _used(self, meta: CacheMeta) -> list[int]:
         """Training pictures that stand in the cache."""
         return [index for index in self.train if self.opened.source.key(index) not in meta.skipped]
+
+    def write_cache(self, vae: DetailVAE, folder: Path, key: Key) -> None:
+        """The whole cache into a folder, from pictures or from another extraction's shards."""
+        if self.recipe.cache.shards is None:
+            self._cache_pictures(vae, folder, key)
+        else:
+            self._cache_shards(folder, key)
 
     def _cache_shards(self, folder: Path, key: Key) -> None:
         """Latents [z, z_d] that the official extraction wrote, instead of encoding pictures."""
@@ -293,7 +297,7 @@ class Upgrade:
 
     def stage2_task(self) -> Stage2Task:
         vae = self.vae()
-        read_meta(self.first / "cache", self._key(vae))
+        read_meta(self.first / "cache", self.cache_key(vae))
         seed_initial_weights(training_seed(self.recipe.stage2, self.recipe.run))
         device = self.accelerator.device
         transformer = expand_transformer(
