@@ -38,8 +38,8 @@ def cache(
     json: Json = None,
 ) -> None:
     """Encoding throughput and size of the latent cache. Example: `davae bench cache --set cache.variants=4`"""
-    from davae.display import console
     from davae.bench.data import cache_speed
+    from davae.display import console
 
     figures = cache_speed(_run(recipe, out, data, set))
     write_json(json, figures)
@@ -55,8 +55,8 @@ def data_wait(
     json: Json = None,
 ) -> None:
     """Share of a cached stage 2 step that waits for its data. Example: `davae bench data --steps 20`"""
-    from davae.display import console
     from davae.bench.data import step_speed
+    from davae.display import console
 
     run = _run(recipe, out, data, set)
     run.cache_latents()
