@@ -30,7 +30,7 @@ def make_data(
 
     Each sample keeps its prompt, seed and settings. `accelerate launch` shares the shards. Example:
 
-    `davae make-data --model micro --prompts prompts.txt --out data/own --num 1000`
+    `davae make-data --model micro --prompts prompts.txt --out data/own --num 1000 --resolution 128`
 
     `davae upgrade micro --data data/own`
     """
