@@ -158,7 +158,7 @@ class Indexed:
     """A dataset that notes which items it gave."""
 
     def __init__(self, dataset: Any):
-        self.dataset, self.given = dataset, []
+        self.dataset, self.given, self.groups = dataset, [], dataset.groups
 
     def __len__(self) -> int:
         return len(self.dataset)
