@@ -17,7 +17,7 @@ from test_training import run_cli
 from davae import alignment_loss, group_mean
 from davae.convert import lightningdit, official_davae, sit, vavae
 from davae.convert.checkpoints import load_state
-from davae.data.cache import CachedLatents
+from davae.data.cache import CachedLatents, seal
 from davae.data.latent_shards import import_shards
 from davae.data.pictures import DataError
 from davae.models.autoencoders import load_autoencoder
@@ -235,12 +235,13 @@ def write_shards(folder: Path, channels: int = 4, stats: int | None = 4, labels:
 
 def test_shards_become_a_cache(tmp_path: Path) -> None:
     whole = write_shards(tmp_path / "shards", stats=None)
-    options = {"channels": 4, "num_classes": 5, "key": "k", "dtype": "float32"}
+    options = {"channels": 4, "num_classes": 5, "key": {"data": "k"}, "dtype": "float32"}
     meta = import_shards(tmp_path / "shards", tmp_path / "cache", **options)
+    seal(tmp_path / "cache", meta)
     cache = CachedLatents(tmp_path / "cache", "class")
     both = torch.cat([whole["latents"], whole["latents_flip"]])
-    assert np.array_equal(cache.latents, both.numpy())
-    assert cache.conditions == [*whole["labels"].tolist()] * 2
+    assert np.array_equal(np.stack([cache[(i, 0)][0] for i in range(len(cache))]), both.numpy())
+    assert list(cache.conditions) == [*whole["labels"].tolist()] * 2
     torch.testing.assert_close(torch.tensor(meta.mean), both.mean((0, 2, 3)), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(torch.tensor(meta.std), both.std((0, 2, 3), unbiased=False), atol=1e-6, rtol=1e-5)
     write_shards(tmp_path / "shards")
@@ -260,4 +261,4 @@ def test_shards_that_do_not_fit(tmp_path: Path, shards: dict | None, channels: i
     if shards is not None:
         write_shards(tmp_path, **shards)
     with pytest.raises(DataError, match=message):
-        import_shards(tmp_path, tmp_path / "c", channels=channels, num_classes=5, key="k", dtype="float32")
+        import_shards(tmp_path, tmp_path / "c", channels=channels, num_classes=5, key={}, dtype="float32")

@@ -13,9 +13,12 @@ import torch
 from conftest import picture
 from PIL import Image
 
-from davae.data.cache import CachedLatents, ChannelStatistics, read_meta, write_latents, write_text
+from davae.data.cache import CachedLatents, read_meta, seal
+from davae.data.cache_writer import ChannelStatistics, write_latents, write_text
+from davae.data.captions import SourceOptions
 from davae.data.openmoji import Emoji, caption, colour_word
-from davae.data.pictures import Batches, DataError, Pictures, held_out, split
+from davae.data.order import Batches
+from davae.data.pictures import DataError, Pictures, held_out, split
 from davae.data.sources import expand_shards, open_source, usable
 
 
@@ -46,7 +49,7 @@ def test_grey_alpha_and_16_bit(tmp_path: Path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "b.png")
     Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "c.png")
     on_white = open_source(str(tmp_path), 8)
-    on_green = open_source(str(tmp_path), 8, background="lime")
+    on_green = open_source(str(tmp_path), 8, SourceOptions(background="lime"))
     assert on_white.load(0)[0].getpixel((4, 4)) == (100, 100, 100)
     assert on_white.load(1)[0].getpixel((4, 4)) == (255, 255, 255)
     assert on_green.load(1)[0].getpixel((4, 4)) == (0, 255, 0)
@@ -62,7 +65,7 @@ def test_corrupt_and_truncated_pictures_are_skipped_counted_and_named(
     picture(1, 64, 64).save(buffer, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(buffer.getvalue()[:300])
     source = open_source(str(tmp_path), 32)
-    pictures = Pictures(source, usable(source, [0, 1, 2], 32), 32)
+    pictures = Pictures(source, [0, 1, 2], 32)
     with caplog.at_level(logging.WARNING):
         items = [pictures[(i, -1)] for i in range(3)]
     assert [source.key(item["index"]) for item in items] == ["good.png"] * 3
@@ -80,7 +83,7 @@ def test_small_pictures_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogC
     source = open_source(str(tmp_path), 32)
     with caplog.at_level(logging.WARNING):
         assert [source.key(i) for i in usable(source, [0, 1], 32)] == ["big.png"]
-    assert "left out low.png: 40x20 is smaller than the target of 32 pixels" in caplog.text
+    assert "left out low.png: too small: 40x20 is smaller than the target of 32 pixels" in caplog.text
     with pytest.raises(
         DataError, match="every picture is smaller than the target of 64 pixels \\(the largest is 40x40\\)"
     ):
@@ -146,12 +149,12 @@ def test_hugging_face_dataset(tmp_path: Path):
     rows = {"image": [picture(i) for i in range(3)], "text": ["a", "b", "c"]}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train-00000.parquet")
-    from davae.data.sources import HubSource
+    from davae.data.tables import TableSource
 
-    source = HubSource(str(tmp_path), "white", "image", None)
+    source = TableSource(str(tmp_path), SourceOptions())
     assert (len(source), source.load(1)[1], source.size(1)) == (3, "b", (40, 36))
     with pytest.raises(DataError, match="image_column 'photo' is not in"):
-        HubSource(str(tmp_path), "white", "photo", None)
+        TableSource(str(tmp_path), SourceOptions(image_column="photo"))
 
 
 def test_split_depends_on_names_alone():
@@ -190,20 +193,28 @@ def test_statistics_equal_the_whole_in_float64():
 def test_cache_round_trip_and_stale_key(tmp_path: Path, picture_folder: Path):
     pictures = Pictures(open_source(str(picture_folder), 32), list(range(12)), 32)
     encode = lambda images: images[:, :, ::8, ::8]  # noqa: E731
-    write_latents(tmp_path, pictures, encode, key="k", variants=2, batch_size=5, dtype="float32")
-    write_text(
-        tmp_path, ["a", "b", "a"], lambda c: (torch.tensor([[len(t)] for t in c]),), batch_size=2, dtype="float32"
-    )
+    key = {"autoencoder": "a", "data": "d", "preprocessing": {"data.flip": False}}
+    with pytest.raises(DataError, match="holds no whole latent cache"):
+        read_meta(tmp_path)
+    meta = write_latents(tmp_path, pictures, encode, key=key, variants=2, batch_size=5, dtype="float32")
+    embed = lambda captions: (torch.tensor([[float(len(text))] for text in captions]),)  # noqa: E731
+    seal(tmp_path, write_text(tmp_path, embed, meta, batch_size=2, dtype="float32"))
     cache = CachedLatents(tmp_path)
     assert len(cache) == 24
     latent, text = cache[(3, 0)]
     item = pictures[(3, 3)]
     assert np.array_equal(latent, encode(item["image"][None])[0].numpy())
     assert text == item["caption"]
-    assert torch.equal(cache.embed(["b", "", "a"])[0], torch.tensor([[1.0], [0.0], [1.0]]))
-    assert read_meta(tmp_path, "k").items == 24
-    with pytest.raises(DataError, match="made from another autoencoder or data"):
-        read_meta(tmp_path, "other")
+    assert torch.equal(cache.embed(["a red square", "", "a blue square"])[0], torch.tensor([[12.0], [0.0], [13.0]]))
+    with pytest.raises(DataError, match="has no caption 'x'"):
+        cache.embed(["x"])
+    assert read_meta(tmp_path, key).items == 24
+    with pytest.raises(DataError, match="is stale: the autoencoder's weights or config and the pictures or what"):
+        read_meta(tmp_path, {**key, "autoencoder": "b", "data": "e"})
+    with pytest.raises(
+        DataError, match=r"is stale: the preprocessing \(data.flip: False -> True\) changed; delete it"
+    ):
+        read_meta(tmp_path, {**key, "preprocessing": {"data.flip": True}})
 
 
 def test_openmoji_captions():

@@ -39,6 +39,8 @@ class OneWeight:
 
 
 class Items(list):
+    groups = None
+
     def __getitem__(self, item: Any) -> Any:
         return super().__getitem__(item[0])
 

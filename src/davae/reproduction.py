@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from davae import analysis
-from davae.data.cache import fingerprint
+from davae.data.cache_key import fingerprint
 from davae.measure import evaluate_generation, evaluate_reconstruction
 from davae.recipes import RecipeError, load_recipe
 from davae.recipes.schema import Recipe, Stage2, SuperResolutionRecipe

@@ -52,7 +52,7 @@ def default_prompts(run: Upgrade) -> list[str]:
     if goes_by_class(run.base):
         names = {number: name for name, number in class_names(run.base).items()}
         return [names.get(number, str(number)) for number in range(min(8, class_count(run.base)))]
-    pictures = run.pictures(run.train)
+    pictures = run.training_pictures()
     return [pictures[(i, -1)]["caption"] for i in range(min(8, len(pictures)))]
 
 
@@ -156,7 +156,7 @@ def sample_columns(run: Upgrade, upgraded: Any, shipped: Any, prompts: list[str]
 
 def reconstruction_section(run: Upgrade, upgraded: Any, shipped: Any) -> tuple[list[Column], list[dict[str, Any]]]:
     """Held-out pictures (training pictures where nothing is held out), shown and scored."""
-    indices = (run.held_out or run.train)[: run.recipe.report.holdout_pictures]
+    indices = (run.held_out or run.square_training())[: run.recipe.report.holdout_pictures]
     dataset = run.pictures(indices)
     images = torch.stack([dataset[(i, -1)]["image"] for i in range(len(dataset))])
     methods = reconstructions(upgraded.vae, run.base.vae)

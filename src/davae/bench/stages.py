@@ -159,7 +159,7 @@ class Indexed:
     """A dataset that notes which items it gave."""
 
     def __init__(self, dataset: Any):
-        self.dataset, self.given = dataset, []
+        self.dataset, self.given, self.groups = dataset, [], dataset.groups
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -210,7 +210,7 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
             Trainer(task, recipe.run, run.folder, run.accelerator, watch).fit()
             run.folder.close()
             opponent = plain_stage2(run, rival)
-            pictures = run.pictures(run.train)
+            pictures = run.training_pictures()
             batch = settings.batch_size
             given = [noted.given[n * batch : (n + 1) * batch] for n in range(len(recorder.turns))]
 

@@ -13,10 +13,12 @@ from typing import Annotated, TypeVar
 import typer
 
 from davae.cli.analyze import analyze_app
+from davae.cli.bench_data import cache, data_wait
 from davae.cli.bench_models import bench_app
 from davae.cli.convert import convert_app
 from davae.cli.evaluate import evaluate_app
 from davae.cli.export import apply, export, push
+from davae.cli.make_data import make_data
 from davae.cli.options import DryRun, Json, Name, Out, Overrides, Source, write_json
 from davae.cli.reproduce import reproduce
 from davae.recipes import (
@@ -42,11 +44,14 @@ app = typer.Typer(
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(analyze_app, name="analyze")
 app.add_typer(convert_app, name="convert")
+bench_app.command()(cache)
+bench_app.command("data")(data_wait)
 app.add_typer(bench_app, name="bench")
 app.command()(reproduce)
 app.command()(export)
 app.command()(apply)
 app.command()(push)
+app.command("make-data")(make_data)
 
 
 def _load(name: str, data: str | None, overrides: list[str] | None) -> AnyRecipe:

@@ -1,183 +1,213 @@
-"""The latent cache: what the frozen autoencoder and text encoders say of the training set, computed once."""
+"""The latent cache: what the frozen autoencoder and text encoders say of the training set, computed once.
+
+A cache is a folder of safetensors shards, each written whole or not at all, by all processes together. `meta.json` comes
+last: a folder without it is a cache that was interrupted, and goes on at its last whole shard.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from davae.data.pictures import DataError, Pictures, collate
+from davae.data.cache_key import Key, changes, plain
+from davae.data.caption_table import CaptionTable
+from davae.data.pictures import DataError
+
+logger = logging.getLogger(__name__)
 
 Condition = Literal["text", "class"]
+FORMAT = 2
+KEY, META, LABELS = "key.json", "meta.json", "labels.npy"
+NO_LABEL = -1
+OPEN_SHARDS = 256  # mapped at a time
 
 
-class ChannelStatistics:
-    """Mean and variance per channel over any number of batches, in float64 (Chan's merge)."""
+@dataclass(frozen=True)
+class Team:
+    """The processes that write one cache together."""
 
-    def __init__(self, channels: int):
-        self.count = 0
-        self.mean = torch.zeros(channels, dtype=torch.float64)
-        self.squares = torch.zeros(channels, dtype=torch.float64)
-
-    def update(self, latents: Tensor) -> None:
-        """latents (B,c,h,w)."""
-        values = latents.detach().double().cpu().transpose(0, 1).flatten(1)  # (c, B*h*w)
-        count, mean = values.shape[1], values.mean(1)
-        delta, total = mean - self.mean, self.count + count
-        self.squares += (values - mean[:, None]).square().sum(1) + delta.square() * self.count * count / total
-        self.mean += delta * count / total
-        self.count = total
+    rank: int = 0
+    ranks: int = 1
+    wait: Callable[[], None] = lambda: None
 
     @property
-    def std(self) -> Tensor:
-        return (self.squares / max(1, self.count)).sqrt()
+    def main(self) -> bool:
+        return self.rank == 0
 
 
-def fingerprint(*parts: Any) -> str:
-    """A short hash of plain values: what a cache was made from."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@dataclass
+@dataclass(frozen=True)
 class CacheMeta:
-    key: str
+    """`meta.json`. `shards`: [file, rows, bucket]; `text`: [file, rows]; `skipped`: unreadable pictures and why."""
+
+    key: dict[str, Any]
     items: int
     mean: list[float]
     std: list[float]
+    shards: list[tuple[str, int, int]] = field(default_factory=list)
+    text: list[tuple[str, int]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
 
 
-def write_latents(
-    folder: Path,
-    pictures: Pictures,
-    encode: Callable[[Tensor], Tensor],
-    *,
-    key: str,
-    variants: int,
-    batch_size: int,
-    dtype: str,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
-) -> CacheMeta:
-    """Encode every picture `variants` times (other flip, background, caption) into `latents.npy` + `captions.json`,
-    and `labels.npy` where every picture has a class.
+# -- folders ---------------------------------------------------------------------------------------------------------
 
-    Args:
-        encode: images (B,3,H,W) in [-1,1] -> latents (B,c,h,w).
-        key: fingerprint of everything that determines the content; a reader compares it.
+
+def replace_json(path: Path, value: Any) -> None:
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    partial.write_text(json.dumps(value), encoding="utf-8")
+    partial.replace(path)
+
+
+def prepare(folder: Path, key: Key, team: Team) -> None:
+    """Make a folder ready to be written: whole shards of the same key stay, everything else goes, with a word in the log."""
+    if team.main:
+        known = folder / KEY
+        if folder.exists():
+            if not known.is_file():
+                shutil.rmtree(folder)
+            else:
+                changed = changes(json.loads(known.read_text(encoding="utf-8")), plain(key))
+                if changed:
+                    logger.warning("cache %s is made again: %s changed", folder, " and ".join(changed))
+                    shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / META).unlink(missing_ok=True)
+        for leftover in folder.glob(".*"):
+            leftover.unlink()
+        replace_json(known, plain(key))
+    team.wait()
+
+
+def read_meta(folder: Path, key: Key | None = None) -> CacheMeta:
+    """The cache's own account of itself.
+
+    Raises:
+        DataError: no cache, an interrupted one, one of an earlier davae, or one made from something else (says what).
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    order = [(i, i + v * len(pictures)) for v in range(variants) for i in range(len(pictures))]
-    latents: np.memmap | None = None
-    statistics: ChannelStatistics | None = None
-    captions: list[str] = []
-    labels: list[int | None] = []
-    for start in range(0, len(order), batch_size):
-        batch = collate([pictures[item] for item in order[start : start + batch_size]])
-        encoded = encode(batch["images"])
-        if latents is None or statistics is None:
-            shape = (len(order), *encoded.shape[1:])
-            latents = np.lib.format.open_memmap(folder / "latents.npy", mode="w+", dtype=dtype, shape=shape)
-            statistics = ChannelStatistics(encoded.shape[1])
-        latents[start : start + len(encoded)] = encoded.float().cpu().numpy()
-        statistics.update(encoded)
-        captions += batch["captions"]
-        labels += batch["labels"]
-        on_batch(start + len(encoded), len(order))
-    assert latents is not None
-    assert statistics is not None
-    latents.flush()
-    (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
-    if None not in labels:
-        np.save(folder / "labels.npy", np.asarray(labels, dtype=np.int64))
-    meta = CacheMeta(key, len(order), statistics.mean.tolist(), statistics.std.tolist())
-    (folder / "meta.json").write_text(json.dumps(meta.__dict__), encoding="utf-8")
-    return meta
-
-
-def read_meta(folder: Path, key: str) -> CacheMeta:
-    """Raises DataError when there is no cache, or one made from something else."""
-    path = folder / "meta.json"
+    path = folder / META
     if not path.is_file():
-        raise DataError(f"{folder} holds no latent cache; make one with `davae cache-latents`")
-    meta = CacheMeta(**json.loads(path.read_text(encoding="utf-8")))
-    if meta.key != key:
-        raise DataError(f"cache {folder} was made from another autoencoder or data; delete it to make it again")
+        raise DataError(f"{folder} holds no whole latent cache; make one with `davae cache-latents`")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("format") != FORMAT:
+        raise DataError(f"cache {folder} was written by an earlier davae; delete it to make it again")
+    meta = CacheMeta(**values)
+    if key is not None and (changed := changes(meta.key, plain(key))):
+        raise DataError(f"cache {folder} is stale: {' and '.join(changed)} changed; delete it to make it again")
     return meta
 
 
-def write_text(
-    folder: Path,
-    captions: list[str],
-    encode: Callable[[list[str]], tuple[Tensor, ...]],
-    *,
-    batch_size: int,
-    dtype: str,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Embed each distinct caption once, the empty one first: `text_0.npy`, `text_1.npy`, ... and `text.json`."""
-    distinct = ["", *sorted(set(captions) - {""})]
-    arrays: list[np.memmap] = []
-    for start in range(0, len(distinct), batch_size):
-        parts = encode(distinct[start : start + batch_size])
-        if not arrays:
-            arrays = [
-                np.lib.format.open_memmap(
-                    folder / f"text_{n}.npy", mode="w+", dtype=dtype, shape=(len(distinct), *part.shape[1:])
-                )
-                for n, part in enumerate(parts)
-            ]
-        for array, part in zip(arrays, parts, strict=True):
-            array[start : start + len(part)] = part.float().cpu().numpy()
-        on_batch(start + len(parts[0]), len(distinct))
-    for array in arrays:
-        array.flush()
-    (folder / "text.json").write_text(json.dumps(distinct), encoding="utf-8")
+def is_whole(folder: Path) -> bool:
+    return (folder / META).is_file()
+
+
+def seal(folder: Path, meta: CacheMeta, team: Team | None = None) -> CacheMeta:
+    """Declare a cache whole."""
+    team = team or Team()
+    if team.main:
+        replace_json(folder / META, asdict(meta))
+    team.wait()
+    return meta
+
+
+def save_whole(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata)
+    partial.replace(path)
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+class ShardReader:
+    """Rows of tensors that are cut into shards; a shard is mapped when it is first asked for."""
+
+    def __init__(self, folder: Path, shards: Sequence[tuple[str, int]]):
+        self.folder, self.files = folder, [name for name, _ in shards]
+        self.starts = np.cumsum([0, *(rows for _, rows in shards)])
+        self._open: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}  # maps do not travel to workers
+
+    def shard(self, number: int) -> Any:
+        if number not in self._open:
+            if len(self._open) >= OPEN_SHARDS:
+                self._open.popitem(last=False)
+            path = self.folder / self.files[number]
+            if not path.is_file():
+                raise DataError(f"cache shard {path} is gone; delete the cache to make it again")
+            self._open[number] = safe_open(path, framework="numpy")
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def row(self, index: int, tensor: str) -> np.ndarray:
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.shard(number).get_slice(tensor)[int(index - self.starts[number])]
 
 
 class CachedLatents(Dataset):
     """Items of a cache by (index, draw): latent (c,h,w), and its caption or its class number.
 
+    Start-up and memory hang on the number of shards: latents, captions and classes are read as they are asked for.
+
     Args:
         condition: `text` gives captions, `class` gives class numbers.
 
+    Attributes:
+        groups: (N,) the bucket of each item; items of one bucket have the same shape.
+
     Raises:
-        DataError: class numbers are asked for and some picture has none.
+        DataError: the cache is not whole, or class numbers are asked for and some picture has none.
     """
 
     def __init__(self, folder: Path, condition: Condition = "text"):
-        self.latents = np.load(folder / "latents.npy", mmap_mode="r")
-        self.captions: list[str] = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-        self.conditions: list[Any] = self.captions
+        meta = read_meta(folder)
+        self.meta = meta
+        self.reader = ShardReader(folder, [(name, rows) for name, rows, _ in meta.shards])
+        self.groups = np.repeat(
+            np.asarray([group for _, _, group in meta.shards], np.int16), [rows for _, rows, _ in meta.shards]
+        )
+        self.captions = CaptionTable(folder)
+        self.text = ShardReader(folder, meta.text)
+        self.conditions: Any = self.captions  # a sequence, one an item
         if condition == "class":
-            if not (folder / "labels.npy").is_file():
+            self.conditions = np.load(folder / LABELS, mmap_mode="r")
+            if (self.conditions == NO_LABEL).any():
                 raise DataError(
-                    "a class-conditional model needs a class for every picture: one sub-folder a class, or `.cls` files "
-                    "in the shards"
+                    "a class-conditional model needs a class for every picture: one sub-folder a class, `.cls` files in "
+                    "the shards, or data.label_key or data.label_column"
                 )
-            self.conditions = np.load(folder / "labels.npy").tolist()
-        self.text = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("text_*.npy"))]
-        distinct = json.loads((folder / "text.json").read_text(encoding="utf-8")) if self.text else []
-        self.number = {caption: n for n, caption in enumerate(distinct)}
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return self.meta.items
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, Any]:
         index, _ = item
-        return self.latents[index], self.conditions[index]
+        condition = self.conditions[index]
+        return self.reader.row(index, "latents"), condition if isinstance(condition, str) else int(condition)
 
     def embed(self, captions: list[str]) -> tuple[Tensor, ...]:
         """Cached text embeddings of captions, one tensor per output of the encoder; '' is the empty caption."""
-        rows = [self.number[caption] for caption in captions]
-        return tuple(torch.from_numpy(np.asarray(array[rows], dtype=np.float32)) for array in self.text)
+        rows = [self.captions.row(caption) for caption in captions]
+        names = sorted(self.text.shard(0).keys(), key=lambda name: int(name.removeprefix("part_")))
+        return tuple(
+            torch.from_numpy(np.stack([self.text.row(row, name) for row in rows]).astype(np.float32))
+            for name in names
+        )
 
 
 def collate_latents(items: list[tuple[np.ndarray, Any]]) -> dict[str, Any]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from davae.data.cache import CacheMeta, ChannelStatistics
+from davae.data.cache import CacheMeta, Team, prepare
+from davae.data.cache_key import Key
+from davae.data.cache_writer import ChannelStatistics, merge_index, merged_meta, save_latents
 from davae.data.pictures import DataError
 
 PATTERN = "latents_rank*_shard*.safetensors"
@@ -60,13 +60,13 @@ def import_shards(
     *,
     channels: int,
     num_classes: int,
-    key: str,
+    key: Key,
     dtype: str,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> CacheMeta:
     """Copy raw latents (and their flipped twins) and labels into a cache folder; a shard is read block by block.
 
-    Statistics are those of `latents_stats.pt` where it lies beside the shards, else measured.
+    Statistics are those of `latents_stats.pt` where it lies beside the shards, else measured. The caller seals the cache.
 
     Args:
         channels, num_classes: what the model takes.
@@ -86,37 +86,34 @@ def import_shards(
     given = source / STATISTICS
     statistics = read_statistics(given, channels) if given.is_file() else None
 
+    prepare(target, key, Team())
     names = ["latents", "latents_flip"] if flipped else ["latents"]
-    count = sum(shard.shape[0] for shard in shards)
-    total = count * len(names)
-    target.mkdir(parents=True, exist_ok=True)
-    latents = np.lib.format.open_memmap(target / "latents.npy", mode="w+", dtype=dtype, shape=(total, *shape))
-    labels = np.empty(total, dtype=np.int64)
-    measured = ChannelStatistics(channels)
-    place = 0
-    for shard in shards:
-        with safe_open(shard.path, framework="pt") as stream:
-            own: Tensor = stream.get_tensor("labels").flatten().long()
-            if len(own) != shard.shape[0]:
-                raise DataError(f"shard {shard.path} has {len(own)} labels for {shard.shape[0]} latents")
-            if len(own) and not 0 <= int(own.min()) <= int(own.max()) < num_classes:
-                odd = own[(own < 0) | (own >= num_classes)][0]
-                raise DataError(f"shard {shard.path} has class label {int(odd)}, the model has {num_classes} classes")
-            for part, name in enumerate(names):
+    total, over, number = sum(shard.shape[0] for shard in shards) * len(names), 0, 0
+    for name in names:
+        for shard in shards:
+            with safe_open(shard.path, framework="pt") as stream:
+                labels = _labels(stream.get_tensor("labels"), shard, num_classes)
                 rows = stream.get_slice(name)
                 for start in range(0, shard.shape[0], BLOCK):
                     block: Tensor = rows[start : start + BLOCK]
-                    if statistics is None:
-                        measured.update(block)
-                    at = part * count + place + start
-                    latents[at : at + len(block)] = block.float().numpy()
-                    labels[at : at + len(block)] = own[start : start + len(block)].numpy()
-        place += shard.shape[0]
-        on_batch(place, count)
-    latents.flush()
-    np.save(target / "labels.npy", labels)
-    (target / "captions.json").write_text(json.dumps([""] * total), encoding="utf-8")
-    mean, std = statistics or (measured.mean, measured.std)
-    meta = CacheMeta(key, total, mean.tolist(), std.tolist())
-    (target / "meta.json").write_text(json.dumps(meta.__dict__), encoding="utf-8")
-    return meta
+                    measured = ChannelStatistics(channels)
+                    measured.update(block)
+                    own = labels[start : start + len(block)]
+                    values = block.float().numpy().astype(dtype)
+                    save_latents(target, number, 0, values, [""] * len(own), own, measured, {})
+                    number += 1
+            over += shard.shape[0]
+            on_batch(over, total)
+    merge_index(target)
+    return merged_meta(target, key, given=statistics)
+
+
+def _labels(found: Tensor, shard: _Shard, num_classes: int) -> list[int]:
+    """A shard's classes; DataError when they are too few or none of the model's."""
+    own = found.flatten().long()
+    if len(own) != shard.shape[0]:
+        raise DataError(f"shard {shard.path} has {len(own)} labels for {shard.shape[0]} latents")
+    if len(own) and not 0 <= int(own.min()) <= int(own.max()) < num_classes:
+        odd = own[(own < 0) | (own >= num_classes)][0]
+        raise DataError(f"shard {shard.path} has class label {int(odd)}, the model has {num_classes} classes")
+    return own.tolist()

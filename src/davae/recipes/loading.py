@@ -149,14 +149,14 @@ RESUMABLE = (
 )
 
 
-def differences(old: AnyRecipe, new: AnyRecipe) -> list[str]:
-    """Dotted paths at which two recipes differ in what they train, `path: old -> new`."""
+def differences(old: AnyRecipe, new: AnyRecipe, free: tuple[str, ...] = RESUMABLE) -> list[str]:
+    """Dotted paths at which two recipes differ in what they train, `path: old -> new`; `free` ones may."""
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in changed
-        if not any(key == free or key.startswith(f"{free}.") or key.endswith(f".{free}") for free in RESUMABLE)
+        if not any(key == name or key.startswith(f"{name}.") or key.endswith(f".{name}") for name in free)
     ]
 
 

@@ -22,16 +22,46 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Data(Section):
-    """Where pictures come from; see `davae.data.open_source`."""
+class Buckets(Section):
+    """Aspect ratios beside the square, at its token count; see `davae.data.buckets`."""
 
-    source: str = "openmoji"  # 'openmoji', a folder, a .tar or shard pattern, a Hugging Face dataset id
+    max_ratio: Annotated[float, Field(ge=1.0)] = 4.0  # longer side over shorter side
+    tokens: Literal["exact", "at_most"] = "exact"  # `at_most`: 95 to 100 % of the square's tokens, many more ratios
+
+
+class Data(Section):
+    """Where pictures come from; see `davae.data.open_source` and docs/data.md."""
+
+    source: str = "openmoji"  # 'openmoji', a folder, shards or parquet files (also by URL), a Hugging Face dataset id
     holdout: Fraction = 0.1  # share kept out of training, chosen by a hash of each picture's name
+    limit: PositiveInt | None = None  # only the first so many pictures
     flip: bool = False
+    crop: Literal["center", "random"] = "center"  # what stays of a picture of another aspect ratio
+    buckets: Buckets | None = None  # None: every picture is cut to a square
     background: str = "white"  # what alpha is composited on
-    image_column: str = "image"  # Hugging Face datasets only
-    caption_column: str | None = None
+    max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = (
+        89_478_485  # larger pictures are refused (Pillow's limits)
+    )
+    caption_key: str | None = None  # key of the `.json` beside a picture; without it the `.txt` is the caption
+    caption_weights: dict[
+        str, PositiveFloat
+    ] = {}  # several captions: keys of the `.json` (`txt`: the `.txt`), or columns
+    label_key: str | None = None  # key of the `.json` with the class number
+    image_column: str = "image"  # tables only, as the next five
+    caption_column: str | None = None  # None: text, caption or prompt
+    label_column: str | None = None
+    split: str = "train"
+    config: str | None = None
+    streaming: bool = False  # copy `limit` pictures, not the whole dataset
     num_workers: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Data:
+        if self.caption_weights and (self.caption_key or self.caption_column):
+            raise ValueError("give caption_weights, or one caption_key or caption_column, not both")
+        if self.streaming and self.limit is None:
+            raise ValueError("streaming needs limit: how many pictures to take from the stream")
+        return self
 
 
 class Optim(Section):
@@ -113,7 +143,7 @@ class Cache(Section):
     """The latent cache between the stages."""
 
     batch_size: PositiveInt = 16
-    variants: PositiveInt = 1  # augmented draws (flip, background, caption) kept of every picture
+    variants: PositiveInt = 1  # augmented draws (crop, flip, background, caption) kept of every picture
     dtype: Literal["float32", "float16"] = "float16"
     shards: str | None = None  # LightningDiT's latent shards to train on, instead of encoding data.source
 

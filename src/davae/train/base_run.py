@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,8 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import Tensor
 
-from davae.data.cache import CachedLatents, CacheMeta, fingerprint, read_meta, write_latents
-from davae.data.latent_shards import import_shards
+from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.pictures import DataError, Pictures
 from davae.models.autoencoder_families import base_statistics
 from davae.models.autoencoders import load_autoencoder
@@ -32,8 +32,10 @@ from davae.train.base_text import (
     build_tokenizer,
     build_transformer,
 )
+from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_left_out
 from davae.train.loop import Observer, Progress, Trainer, training_seed
-from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
+from davae.train.opened import OpenedData, open_pictures
+from davae.train.setup import make_accelerator, seed_initial_weights
 from davae.train.state import RunFolder, new_folder
 
 
@@ -75,10 +77,15 @@ class BaseRun:
         self.accelerator = make_accelerator(recipe.run)
 
     @cached_property
+    def opened(self) -> OpenedData:
+        recipe, step = self.recipe, None
+        if isinstance(recipe.architecture, TextArchitecture):
+            step = planned_shapes(recipe).vae_factor * recipe.architecture.patch_size
+        return open_pictures(recipe.data, recipe.resolution, step)
+
+    @cached_property
     def pictures(self) -> Pictures:
-        recipe = self.recipe
-        source, train, _ = open_pictures(recipe.data, recipe.resolution)
-        return Pictures(source, train, recipe.resolution, seed=recipe.run.seed, flip=recipe.data.flip)
+        return self.opened.pictures(self.recipe.data, self.recipe.run.seed)
 
     def run(self) -> Path:
         recipe = self.recipe
@@ -96,8 +103,8 @@ class BaseRun:
             vae.register_to_config(**self._normalisation(meta))
         train = self.train_class if isinstance(recipe.architecture, ClassArchitecture) else self.train_text
         pipeline = train(vae, channels, side)
-        with new_folder(self.out / "pipeline") as partial:
-            pipeline.save_pretrained(partial)
+        with new_folder(self.out / "pipeline") as fresh:
+            pipeline.save_pretrained(fresh)
         self.folder.mark_done("dit")
         return self.out / "pipeline"
 
@@ -129,46 +136,41 @@ class BaseRun:
 
     def cache(self, vae: Any, channels: int) -> CacheMeta:
         recipe, target = self.recipe, self.out / "cache"
-        hang_on = {"autoencoder", "vae", "data", "resolution", "cache"}
-        values = recipe.model_dump(mode="json", exclude_defaults=True, include=hang_on)
-        key = fingerprint(values, recipe.run.seed)
-        if (target / "meta.json").is_file():
+        key = cache_key(
+            vae, self.opened, recipe.data, recipe.cache, resolution=recipe.resolution, seed=recipe.run.seed
+        )
+        if is_whole(target):
             return read_meta(target, key)
-
-        def watch(done: int, total: int) -> None:
-            self.observer(Progress("cache", done, total, 0.0))
-
-        with new_folder(target) as partial:
-            if recipe.cache.shards is not None:
-                if not isinstance(recipe.architecture, ClassArchitecture):
-                    raise DataError(
-                        "cache.shards: latent shards hold class labels; they train class-conditional models"
-                    )
-                return import_shards(
-                    Path(recipe.cache.shards),
-                    partial,
-                    channels=channels,
-                    num_classes=recipe.architecture.num_classes,
-                    key=key,
-                    dtype=recipe.cache.dtype,
-                    on_batch=watch,
-                )
-
-            @torch.no_grad()
-            def encode(images: Tensor) -> Tensor:
-                images = images.to(self.accelerator.device, memory_format=torch.channels_last)
-                return encode_mode(vae, images)
-
-            return write_latents(
-                partial,
-                self.pictures,
-                encode,
+        if recipe.cache.shards is not None:
+            if not isinstance(recipe.architecture, ClassArchitecture):
+                raise DataError("cache.shards: latent shards hold class labels; they train class-conditional models")
+            cache_shards(
+                target,
+                recipe.cache,
+                channels=channels,
+                num_classes=recipe.architecture.num_classes,
                 key=key,
-                variants=recipe.cache.variants,
-                batch_size=recipe.cache.batch_size,
-                dtype=recipe.cache.dtype,
-                on_batch=watch,
+                accelerator=self.accelerator,
+                watch=self._watch,
             )
+            return read_meta(target, key)
+        meta = cache_pictures(
+            target,
+            self.pictures,
+            partial(encode_mode, vae),
+            key=key,
+            cache=recipe.cache,
+            num_workers=recipe.data.num_workers,
+            accelerator=self.accelerator,
+            watch=self._watch,
+        )
+        skipped = {**self.opened.left_out, **meta.skipped}
+        used = len(self.opened.train) - len(meta.skipped)
+        tell_left_out(self.out / "pictures.json", used, skipped, self.accelerator)
+        return meta
+
+    def _watch(self, name: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.observer(Progress(f"cache {name}", done, total, 0.0))
 
     # -- transformer -------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from davae.train.loop import Player
 from davae.train.objectives import FLOW, noise_batch
 
 
-def build_tokenizer(captions: list[str], vocabulary: int, tokens: int) -> CLIPTokenizer:
+def build_tokenizer(captions: Iterable[str], vocabulary: int, tokens: int) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges are learnt from `captions`."""
     tokenizer = CLIPTokenizer()
     # as in CLIP, every byte also with the end-of-word mark; left to the trainer, their order differs in every process

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from davae.data.pictures import Batches, training_loader
+from davae.data.order import Batches, training_loader
 from davae.recipes.schema import Optim, Run
 from davae.train.state import Interrupted, Metrics, RunError, RunFolder, load_checkpoint, save_checkpoint
 
@@ -44,7 +44,7 @@ class Task(Protocol):
     name: str
     players: dict[str, Player]
     modules: dict[str, nn.Module]  # called in `loss`; the loop replaces them by their accelerate-wrapped selves
-    dataset: Any
+    dataset: Any  # its `groups`: the bucket of every item
     collate: Callable[[list[Any]], Any]
 
     @property
@@ -203,6 +203,7 @@ class Trainer:
             stop=settings.max_steps * settings.accumulation,
             rank=accelerator.process_index,
             ranks=accelerator.num_processes,
+            groups=self.task.dataset.groups,
         )
         loader = iter(
             training_loader(self.task.dataset, batches, num_workers=num_workers, collate_fn=self.task.collate)

@@ -16,7 +16,8 @@ from davae.models.detail_vae import downsample
 from davae.models.pipeline import ModelError
 from davae.recipes.schema import SuperResolution, SuperResolutionRecipe
 from davae.train.loop import Observer, Player, Trainer, training_seed
-from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
+from davae.train.opened import open_pictures
+from davae.train.setup import make_accelerator, seed_initial_weights
 from davae.train.state import RunFolder, saving
 
 WEIGHTS = "network.safetensors"
@@ -72,8 +73,7 @@ def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: O
     target = out / WEIGHTS
     if not (folder.done("network") and target.is_file()):
         accelerator = make_accelerator(recipe.run)
-        source, train, _ = open_pictures(recipe.data, recipe.resolution)
-        pictures = Pictures(source, train, recipe.resolution, seed=recipe.run.seed, flip=recipe.data.flip)
+        pictures = open_pictures(recipe.data, recipe.resolution).pictures(recipe.data, recipe.run.seed)
         seed_initial_weights(training_seed(recipe.network, recipe.run))
         network = build_network(recipe.network, recipe.scale)
         task = SuperResolutionTask(recipe, network, pictures, accelerator.device)

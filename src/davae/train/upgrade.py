@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from davae.data.cache import CachedLatents, CacheMeta, fingerprint, read_meta, write_latents, write_text
-from davae.data.latent_shards import import_shards
-from davae.data.pictures import Pictures
+from davae.data.buckets import bucket_sizes
+from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
+from davae.data.cache_key import Key
+from davae.data.pictures import DataError, Pictures
 from davae.latent import LatentLayout
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
@@ -27,14 +28,15 @@ from davae.models.pipeline import (
     read_shapes,
     silent_t5,
 )
-from davae.recipes import RecipeError
-from davae.recipes.schema import Recipe
+from davae.recipes import Recipe, RecipeError, differences, load_recipe
 from davae.train.base_run import planned_shapes, train_base
+from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_left_out
 from davae.train.conditioning import conditioning
 from davae.train.export import UPGRADE_FILE, assemble, fuse, load_trained, read_metadata, save_pipeline, save_upgrade
 from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.objectives import FLOW, Objective, check_timesteps, choose_objective
-from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
+from davae.train.opened import fills, open_pictures
+from davae.train.setup import make_accelerator, seed_initial_weights
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
 from davae.train.state import RunFolder, new_folder
@@ -82,6 +84,29 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
     return LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
 
 
+SHARED_STEPS = ("base", "scale", "detail_channels", "init", "downsample", "data", "stage1", "cache")
+
+
+def check_shared(recipe: Recipe, folder: Path) -> None:
+    """That another run's DetailVAE and cache are what this recipe would make.
+
+    Raises:
+        DataError: it is no finished run up to its cache, or its recipe differs before stage 2 (says where).
+    """
+    if not (folder / "recipe.yaml").is_file() or not is_whole(folder / "cache"):
+        raise DataError(f"--stage1 {folder} holds no run with a whole cache; run `davae cache-latents` there first")
+    other = load_recipe(str(folder / "recipe.yaml"))
+    if not isinstance(other, Recipe):
+        raise DataError(f"--stage1 {folder} is a run of the base recipe '{other.name}', not of an upgrade")
+    changed = [
+        change
+        for change in differences(other, recipe, free=("num_workers",))
+        if change.partition(":")[0].partition(".")[0] in SHARED_STEPS
+    ]
+    if changed:
+        raise DataError(f"--stage1 {folder} was made from another autoencoder or data: {changed[0]}")
+
+
 def base_shapes(recipe: Recipe) -> BaseShapes:
     """Shapes of the recipe's base model, trained already or not."""
     if recipe.base.train is not None:
@@ -113,6 +138,28 @@ def base_objective(recipe: Recipe, shapes: BaseShapes) -> Objective:
     return objective
 
 
+def bucket_step(recipe: Recipe, shapes: BaseShapes) -> int | None:
+    """Pixels that a token spans; None for models of square pictures alone.
+
+    Raises:
+        RecipeError: a bucket longer than the transformer's table of positions.
+    """
+    if transformer_family(shapes.transformer_class).condition == "class":
+        return None
+    step = shapes.vae_factor * recipe.scale * shapes.patch_size
+    longest = shapes.transformer_config.get("pos_embed_max_size")
+    buckets = recipe.data.buckets
+    if buckets is not None and longest is not None:
+        sizes = bucket_sizes(recipe.resolution, step, buckets.max_ratio, buckets.tokens)
+        side = max(max(size) for size in sizes) // step
+        if side > longest:
+            raise RecipeError(
+                f"data.buckets.max_ratio: {buckets.max_ratio} asks for {side} tokens in a row, {recipe.base.name} knows "
+                f"positions up to {longest}; lower it"
+            )
+    return step
+
+
 class Upgrade:
     """One run of a recipe. Each step returns at once when it was finished before.
 
@@ -134,16 +181,17 @@ class Upgrade:
         self.family = transformer_family(self.shapes.transformer_class)
         self.layout = check_recipe(recipe, self.shapes)
         self.objective = base_objective(recipe, self.shapes)
-        self.source, self.train, self.held_out = open_pictures(recipe.data, recipe.resolution)
+        self.opened = open_pictures(recipe.data, recipe.resolution, bucket_step(recipe, self.shapes))
+        self.train, self.held_out = self.opened.train, self.opened.held_out
         self.init = None if recipe.init is None else resolve_upgrade(recipe.init)
         if self.init is not None:
             read_metadata(self.init / UPGRADE_FILE)  # a wrong folder is told now, not after the cache is written
         self.recipe, self.out, self.observer = recipe, out, observer
         if stage1 is not None:
-            read_meta(stage1 / "cache", self._key())
+            check_shared(recipe, stage1)
         self.folder = RunFolder(out, recipe)
         self.accelerator = make_accelerator(recipe.run)
-        self.skipped: dict[str, str] = {}  # unreadable pictures met so far, and why
+        self.skipped = dict(self.opened.left_out)  # pictures that cannot be used, and why; more are met while reading
 
     @cached_property
     def base(self) -> Any:
@@ -151,10 +199,23 @@ class Upgrade:
         return load_pipeline(self.model).to(self.accelerator.device)
 
     def pictures(self, indices: list[int]) -> Pictures:
-        recipe = self.recipe
-        pictures = Pictures(self.source, indices, recipe.resolution, seed=recipe.run.seed, flip=recipe.data.flip)
+        """Chosen pictures as squares, for what is measured and shown."""
+        pictures = Pictures(self.opened.source, indices, self.recipe.resolution, seed=self.recipe.run.seed)
         pictures.skipped = self.skipped
         return pictures
+
+    def training_pictures(self) -> Pictures:
+        """The training set, in its buckets."""
+        pictures = self.opened.pictures(self.recipe.data, self.recipe.run.seed)
+        pictures.skipped = self.skipped
+        return pictures
+
+    def square_training(self) -> list[int]:
+        """Training pictures that fill the square: what is measured where nothing is held out."""
+        opened, square = self.opened, self.opened.sizes[0]
+        return [
+            i for i, g in zip(opened.train, opened.groups, strict=True) if fills(opened.source, i, square, int(g))
+        ]
 
     # -- base --------------------------------------------------------------------------------------------------
 
@@ -177,16 +238,16 @@ class Upgrade:
             vae = DetailVAE.from_pretrained(self.init / "vae", torch_dtype=torch.float32)
             if vae.layout != self.layout:
                 raise RecipeError(f"init: {self.init} has {vae.layout}, this recipe {self.layout}")
-            with new_folder(target) as partial:
-                vae.save_pretrained(partial)
+            with new_folder(target) as fresh:
+                vae.save_pretrained(fresh)
             self.folder.mark_done("stage1")
         if not self.folder.done("stage1"):
             task = self.stage1_task()
             trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
             trainer.fit(self.recipe.data.num_workers)
             trainer.use_average()
-            with new_folder(target) as partial:
-                task.vae.eval().save_pretrained(partial)
+            with new_folder(target) as fresh:
+                task.vae.eval().save_pretrained(fresh)
             self.folder.mark_done("stage1")
         return target
 
@@ -195,92 +256,100 @@ class Upgrade:
         recipe = self.recipe
         seed_initial_weights(training_seed(recipe.stage1, recipe.run))
         vae = DetailVAE.from_base(self.base.vae, recipe.detail_channels, recipe.scale, recipe.downsample)
-        return Stage1Task(recipe.stage1, vae, self.pictures(self.train), self.accelerator.device)
+        return Stage1Task(recipe.stage1, vae, self.training_pictures(), self.accelerator.device)
 
     def vae(self) -> DetailVAE:
         return DetailVAE.from_pretrained(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
 
     # -- cache -------------------------------------------------------------------------------------------------
 
-    def _key(self) -> str:
-        """Hash of all that vae/ and cache/ hang on. Defaults are left out, so that new options make no cache stale."""
-        fields = {"base", "scale", "detail_channels", "downsample", "init", "data", "stage1", "cache"}
-        values = self.recipe.model_dump(mode="json", exclude_defaults=True, include=fields)
-        values.get("data", {}).pop("num_workers", None)
-        return fingerprint(values, self.recipe.run.seed)
+    def cache_key(self, vae: DetailVAE) -> Key:
+        recipe = self.recipe
+        speaks = self.family.condition == "text" and recipe.cache.shards is None
+        return cache_key(
+            vae,
+            self.opened,
+            recipe.data,
+            recipe.cache,
+            resolution=recipe.resolution,
+            seed=recipe.run.seed,
+            text=recipe.base.model_dump(mode="json", exclude_defaults=True) if speaks else None,
+        )
 
     def _watch(self, name: str) -> Callable[[int, int], None]:
         return lambda done, total: self.observer(Progress(name, done, total, 0.0))
 
     def cache_latents(self) -> Path:
-        """Raw latents of the training set, detail statistics (written into the DetailVAE's config), and text."""
+        """Raw latents of the training set, detail statistics (written into the DetailVAE's config), and text.
+
+        A cache that was interrupted goes on at its last whole shard; one of another key is made again.
+        """
         target = self.first / "cache"
-        if self.first == self.out and not self.folder.done("cache"):
+        if self.first == self.out and not (self.folder.done("cache") and is_whole(target)):
             vae = self.vae()
-            with new_folder(target) as partial:
-                if self.recipe.cache.shards is None:
-                    self._cache_pictures(vae, partial)
-                else:
-                    self._cache_shards(partial)
+            key = self.cache_key(vae)
+            self.write_cache(vae, target, key)
+            meta = read_meta(target, key)
             if self.init is None:  # weights to go on from were trained on the statistics they came with
-                self._store_statistics(vae, read_meta(target, self._key()))
+                self._store_statistics(vae, meta)
+            if self.recipe.cache.shards is None:
+                tell_left_out(self.out / "pictures.json", len(self._used(meta)), self.skipped, self.accelerator)
             self.folder.mark_done("cache")
         return target
 
-    def _cache_shards(self, folder: Path) -> None:
+    def _used(self, meta: CacheMeta) -> list[int]:
+        """Training pictures that stand in the cache."""
+        return [index for index in self.train if self.opened.source.key(index) not in meta.skipped]
+
+    def write_cache(self, vae: DetailVAE, folder: Path, key: Key) -> None:
+        """The whole cache into a folder, from pictures or from another extraction's shards."""
+        if self.recipe.cache.shards is None:
+            self._cache_pictures(vae, folder, key)
+        else:
+            self._cache_shards(folder, key)
+
+    def _cache_shards(self, folder: Path, key: Key) -> None:
         """Latents [z, z_d] that the official extraction wrote, instead of encoding pictures."""
         if self.family.classes_key is None:
             raise RecipeError("cache.shards: latent shards hold class labels; they train class-conditional models")
-        assert self.recipe.cache.shards is not None
-        import_shards(
-            Path(self.recipe.cache.shards),
+        cache_shards(
             folder,
+            self.recipe.cache,
             channels=self.layout.channels,
             num_classes=int(self.shapes.transformer_config[self.family.classes_key]),
-            key=self._key(),
-            dtype=self.recipe.cache.dtype,
-            on_batch=self._watch("latents"),
+            key=key,
+            accelerator=self.accelerator,
+            watch=self._watch,
         )
 
-    def _cache_pictures(self, vae: DetailVAE, folder: Path) -> None:
-        recipe = self.recipe
-
-        @torch.no_grad()
+    def _cache_pictures(self, vae: DetailVAE, folder: Path, key: Key) -> None:
         def encode(images: Tensor) -> Tensor:
-            raw = vae.encode_raw(images.to(self.accelerator.device, memory_format=torch.channels_last))
+            raw = vae.encode_raw(images)
             return vae.layout.join(raw.z, raw.mean)
 
-        write_latents(
+        cache_pictures(
             folder,
-            self.pictures(self.train),
+            self.training_pictures(),
             encode,
-            key=self._key(),
-            variants=recipe.cache.variants,
-            batch_size=recipe.cache.batch_size,
-            dtype=recipe.cache.dtype,
-            on_batch=self._watch("latents"),
+            key=key,
+            cache=self.recipe.cache,
+            num_workers=self.recipe.data.num_workers,
+            accelerator=self.accelerator,
+            watch=self._watch,
+            embed=partial(embed_captions, self.base) if self.family.condition == "text" else None,
         )
-        if self.family.condition == "text":
-            write_text(
-                folder,
-                CachedLatents(folder).captions,
-                lambda captions: embed_captions(self.base, captions),
-                batch_size=recipe.cache.batch_size,
-                dtype=recipe.cache.dtype,
-                on_batch=self._watch("captions"),
-            )
 
     def _store_statistics(self, vae: DetailVAE, meta: CacheMeta) -> None:
         mean, std = torch.tensor(meta.mean).view(1, -1, 1, 1), torch.tensor(meta.std).view(1, -1, 1, 1)
         vae.set_detail_statistics(vae.layout.split(mean)[1].flatten(), vae.layout.split(std)[1].flatten())
-        with new_folder(self.out / "vae") as partial:
-            vae.save_pretrained(partial)
+        with new_folder(self.out / "vae") as fresh:
+            vae.save_pretrained(fresh)
 
     # -- stage 2 -----------------------------------------------------------------------------------------------
 
     def stage2_task(self) -> Stage2Task:
-        read_meta(self.first / "cache", self._key())
         vae = self.vae()
+        read_meta(self.first / "cache", self.cache_key(vae))
         seed_initial_weights(training_seed(self.recipe.stage2, self.recipe.run))
         device = self.accelerator.device
         transformer = expand_transformer(

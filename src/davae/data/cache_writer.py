@@ -1,0 +1,289 @@
+"""Writes the shards of a latent cache: latents, captions, classes, statistics, text embeddings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from davae.data.cache import LABELS, NO_LABEL, CacheMeta, Team, prepare, save_whole
+from davae.data.cache_key import Key, plain
+from davae.data.caption_table import CaptionTable, pack, write_table
+from davae.data.pictures import DataError, Pictures, UnreadablePicture, collate
+
+Watch = Callable[[int, int], None]
+SHARD_ROWS = 1024  # at most: 256 MiB of SD3.5's latents at 1K, what an interruption can cost
+TEXT_BYTES = 1 << 28  # of one shard of text embeddings
+
+
+class ChannelStatistics:
+    """Mean and variance per channel in float64. Any way of cutting the data and merging the parts gives the same."""
+
+    def __init__(self, channels: int):
+        self.count = 0
+        self.mean = torch.zeros(channels, dtype=torch.float64)
+        self.squares = torch.zeros(channels, dtype=torch.float64)  # summed squared distances from the mean
+
+    def update(self, latents: Tensor) -> None:
+        """latents (B,c,h,w)."""
+        values = latents.detach().double().cpu().transpose(0, 1).flatten(1)  # (c, B*h*w)
+        mean = values.mean(1)
+        self.merge(values.shape[1], mean, (values - mean[:, None]).square().sum(1))
+
+    def merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        """Add another part (Chan, Golub and LeVeque 1979, Eq. 2.1)."""
+        if not count:
+            return
+        delta, total = mean - self.mean, self.count + count
+        self.squares += squares + delta.square() * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+
+    @property
+    def std(self) -> Tensor:
+        return (self.squares / max(1, self.count)).sqrt()
+
+
+# -- latents ---------------------------------------------------------------------------------------------------------
+
+
+def shard_rows(total: int, batch_size: int) -> int:
+    """Rows of a shard: 64 shards or so, of whole batches, each of 16 to SHARD_ROWS rows. Processes do not count."""
+    rows = min(SHARD_ROWS, max(16, -(-total // 64)))
+    return -(-rows // batch_size) * batch_size
+
+
+def save_latents(
+    folder: Path,
+    number: int,
+    group: int,
+    latents: np.ndarray,
+    captions: Sequence[str],
+    labels: Sequence[int | None],
+    statistics: ChannelStatistics,
+    skipped: dict[str, str],
+) -> None:
+    """One shard: latents (n,c,h,w), packed captions, labels (n,), statistics."""
+    texts, ends = pack(captions)
+    tensors = {
+        "latents": latents,
+        "texts": texts,
+        "ends": ends,
+        "labels": np.asarray([NO_LABEL if label is None else label for label in labels], np.int64),
+        "count": np.asarray([statistics.count], np.int64),
+        "mean": statistics.mean.numpy(),
+        "squares": statistics.squares.numpy(),
+    }
+    name = f"latents-{group:03d}-{number:05d}.safetensors"
+    save_whole(folder / name, tensors, {"skipped": json.dumps(skipped)})
+
+
+class Readable(Dataset):
+    """Pictures, or why one cannot be read: nothing stands in for it."""
+
+    def __init__(self, pictures: Pictures):
+        self.pictures = pictures
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, dict[str, Any] | UnreadablePicture]:
+        position, draw = item
+        try:
+            return position, self.pictures.read(position, draw)
+        except UnreadablePicture as error:
+            return position, error
+
+
+def write_latents(
+    folder: Path,
+    pictures: Pictures,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    key: Key,
+    variants: int,
+    batch_size: int,
+    dtype: str,
+    num_workers: int = 0,
+    team: Team | None = None,
+    on_batch: Watch = lambda done, total: None,
+) -> CacheMeta:
+    """Encode every picture `variants` times (other crop, flip, background, caption) into shards of one bucket each.
+
+    Process r of R encodes shards r, r+R, ...; where shards begin does not hang on R. Pictures that cannot be read are left
+    out and named in the meta. The caller seals the cache.
+
+    Args:
+        encode: images (B,3,H,W) in [-1,1] -> latents (B,c,h,w).
+        key: what determines the content; a reader compares it.
+    """
+    team = team or Team()
+    prepare(folder, key, team)
+    members = {int(g): np.flatnonzero(pictures.groups == g) for g in np.unique(pictures.groups)}
+    plans: list[tuple[int, int, range]] = []  # bucket, number, which of its items
+    for group, own in members.items():
+        rows = shard_rows(len(own) * variants, batch_size)
+        starts = range(0, len(own) * variants, rows)
+        plans += [(group, n, range(s, min(s + rows, len(own) * variants))) for n, s in enumerate(starts)]
+    done, total = 0, len(pictures) * variants
+    for turn, (group, number, places) in enumerate(plans):
+        path = folder / f"latents-{group:03d}-{number:05d}.safetensors"
+        if turn % team.ranks == team.rank and not path.is_file():
+            turns = (divmod(place, len(members[group])) for place in places)
+            items = [(int(members[group][i]), int(members[group][i]) + v * len(pictures)) for v, i in turns]
+            for step in _write_shard(folder, number, group, items, pictures, encode, batch_size, dtype, num_workers):
+                on_batch(done + step, total)
+        done += len(places)
+        on_batch(done, total)
+    team.wait()
+    if team.main:
+        merge_index(folder)
+    team.wait()
+    return merged_meta(folder, key, pictures)
+
+
+def _write_shard(
+    folder: Path,
+    number: int,
+    group: int,
+    items: list[tuple[int, int]],
+    pictures: Pictures,
+    encode: Callable[[Tensor], Tensor],
+    batch_size: int,
+    dtype: str,
+    num_workers: int,
+) -> Iterator[int]:
+    """Encode one shard; yields how many items are over."""
+    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    loader = DataLoader(
+        Readable(pictures),
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=lambda found: found,
+    )
+    parts: list[np.ndarray] = []
+    captions: list[str] = []
+    labels: list[int | None] = []
+    skipped: dict[str, str] = {}
+    statistics: ChannelStatistics | None = None
+    over = 0
+    for found in loader:
+        for position, item in found:
+            if isinstance(item, UnreadablePicture):
+                pictures.skip(position, item)
+                skipped[pictures.source.key(pictures.indices[position])] = str(item)
+        good = [item for _, item in found if not isinstance(item, UnreadablePicture)]
+        over += len(found)
+        if good:
+            batch = collate(good)
+            encoded = encode(batch["images"])
+            statistics = statistics or ChannelStatistics(encoded.shape[1])
+            statistics.update(encoded)
+            parts.append(encoded.float().cpu().numpy().astype(dtype))
+            captions += batch["captions"]
+            labels += batch["labels"]
+        yield over
+    latents = np.concatenate(parts) if parts else np.zeros((0,), dtype)
+    save_latents(folder, number, group, latents, captions, labels, statistics or ChannelStatistics(0), skipped)
+
+
+def latent_shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("latents-*.safetensors"))
+
+
+class _Captions:
+    """Packed captions of the shards, one in memory at a time, as often as wanted."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for path in self.paths:
+            with safe_open(path, framework="numpy") as shard:
+                yield shard.get_tensor("texts"), shard.get_tensor("ends")
+
+
+def merge_index(folder: Path) -> None:
+    """Captions and classes of all shards, as arrays that are mapped, not read."""
+    paths = latent_shards(folder)
+    write_table(folder, _Captions(paths))
+    labels = []
+    for path in paths:
+        with safe_open(path, framework="numpy") as shard:
+            labels.append(shard.get_tensor("labels"))
+    np.save(folder / LABELS, np.concatenate(labels) if labels else np.empty(0, np.int64))
+
+
+def merged_meta(
+    folder: Path, key: Key, pictures: Pictures | None = None, given: tuple[Tensor, Tensor] | None = None
+) -> CacheMeta:
+    """Statistics and lists of all shards, merged in their order.
+
+    Args:
+        given: (mean, std), each (c,), to take instead of the measured ones.
+
+    Raises:
+        DataError: not one picture was readable.
+    """
+    shards: list[tuple[str, int, int]] = []
+    skipped: dict[str, str] = {}
+    statistics: ChannelStatistics | None = None
+    for path in latent_shards(folder):
+        with safe_open(path, framework="pt") as shard:
+            skipped |= json.loads((shard.metadata() or {}).get("skipped", "{}"))
+            rows, mean = len(shard.get_tensor("labels")), shard.get_tensor("mean")
+            if not rows:
+                continue
+            shards.append((path.name, rows, int(path.name.split("-")[1])))
+            statistics = statistics or ChannelStatistics(len(mean))
+            statistics.merge(int(shard.get_tensor("count")), mean, shard.get_tensor("squares"))
+    if pictures is not None:
+        pictures.skipped.update(skipped)
+    if statistics is None:
+        raise DataError(f"none of the {len(skipped)} pictures can be read; the log names each")
+    mean, std = given or (statistics.mean, statistics.std)
+    items = sum(rows for _, rows, _ in shards)
+    return CacheMeta(plain(key), items, mean.tolist(), std.tolist(), shards, skipped=skipped)
+
+
+# -- text ------------------------------------------------------------------------------------------------------------
+
+
+def write_text(
+    folder: Path,
+    encode: Callable[[list[str]], tuple[Tensor, ...]],
+    meta: CacheMeta,
+    *,
+    batch_size: int,
+    dtype: str,
+    team: Team | None = None,
+    on_batch: Watch = lambda done, total: None,
+) -> CacheMeta:
+    """Embed each distinct caption once, the empty one included, into shards of one tensor per output of the encoder."""
+    team = team or Team()
+    table = CaptionTable(folder)
+    row_bytes = sum(part.numel() * np.dtype(dtype).itemsize for part in encode([""]))
+    rows = max(1, min(TEXT_BYTES // row_bytes, max(16, -(-table.count // 64))))
+    shards: list[tuple[str, int]] = []
+    for number, start in enumerate(range(0, table.count, rows)):
+        stop = min(start + rows, table.count)
+        path = folder / f"text-{number:05d}.safetensors"
+        shards.append((path.name, stop - start))
+        if number % team.ranks == team.rank and not path.is_file():
+            captions = [table.distinct(row) for row in range(start, stop)]
+            batches = [encode(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size)]
+            save_whole(
+                path,
+                {
+                    f"part_{n}": np.concatenate([part.float().cpu().numpy().astype(dtype) for part in parts])
+                    for n, parts in enumerate(zip(*batches, strict=True))
+                },
+            )
+        on_batch(stop, table.count)
+    team.wait()
+    return CacheMeta(**{**asdict(meta), "text": shards})

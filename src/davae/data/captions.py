@@ -1,0 +1,95 @@
+"""Which text goes with a picture: one caption, or one of several by weight; and its class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from davae.data.decoding import MAX_PIXELS
+from davae.data.pictures import DataError
+
+GUESSES = ("text", "caption", "prompt")  # columns tried where none is named
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """The recipe's section `data`, as far as sources need it; the fields mean what they mean there."""
+
+    background: str = "white"
+    max_pixels: int = MAX_PIXELS
+    caption_key: str | None = None
+    caption_weights: Mapping[str, float] = field(default_factory=dict)
+    label_key: str | None = None
+    image_column: str = "image"
+    caption_column: str | None = None
+    label_column: str | None = None
+    split: str = "train"
+    config: str | None = None
+    streaming: bool = False
+    limit: int | None = None
+
+    @property
+    def record_keys(self) -> dict[str, float]:
+        """Keys of a `.json` that hold captions, with their weights."""
+        return dict(self.caption_weights) or ({self.caption_key: 1.0} if self.caption_key else {})
+
+    def refuse(self, source: str, names: Iterable[str]) -> None:
+        """DataError when an option is set that this source cannot use."""
+        default = SourceOptions()
+        for name in names:
+            if getattr(self, name) != getattr(default, name):
+                raise DataError(f"data.{name} has no meaning for {source}; leave it out")
+
+
+def choose(candidates: Mapping[str, Any], weights: Mapping[str, float], rng: np.random.Generator | None) -> str:
+    """One caption of a record.
+
+    Args:
+        candidates: the record: each value a text, or a list of texts of which one is drawn evenly.
+        weights: share of each key; those that the record lacks, or has empty, leave their share to the others.
+        rng: draws; None takes the heaviest key and its first text.
+
+    Returns:
+        The caption, '' where the record has none.
+    """
+    found = {key: texts for key in weights if (texts := as_texts(candidates.get(key)))}
+    if not found:
+        return ""
+    keys = list(found)
+    key = max(keys, key=lambda k: weights[k])
+    if rng is not None and len(keys) > 1:
+        shares = np.asarray([weights[k] for k in keys])
+        key = keys[int(rng.choice(len(keys), p=shares / shares.sum()))]
+    texts = found[key]
+    return texts[0] if rng is None or len(texts) == 1 else texts[int(rng.integers(len(texts)))]
+
+
+def as_texts(value: Any) -> list[str]:
+    """A text or a list of texts, without empty ones."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [text for v in values if v is not None and (text := str(v).strip())]
+
+
+def read_record(data: bytes, name: str) -> dict[str, Any]:
+    """A `.json` beside a picture; DataError when it is no object."""
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{name} holds no JSON object")
+    return record
+
+
+def as_label(value: Any, name: str) -> int | None:
+    """A class number; DataError when it is none."""
+    if value is None:
+        return None
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}: class '{value}' is no whole number") from error

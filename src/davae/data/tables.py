@@ -1,0 +1,116 @@
+"""Rows with an image column: Hugging Face datasets and parquet files with image bytes (the `hub` extra)."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from davae.data.captions import GUESSES, SourceOptions, as_label, choose
+from davae.data.decoding import decode, header_size
+from davae.data.pictures import DataError
+
+
+def load_rows(name: str, options: SourceOptions, *, streaming: bool = False) -> Any:
+    """Rows of a hub id, a folder that `datasets` understands, or parquet files; images left as bytes.
+
+    Raises:
+        DataError: no dataset there, or an image column that it does not have.
+    """
+    try:
+        import datasets
+        from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    except ImportError as error:
+        raise DataError(f"data.source '{name}': Hugging Face datasets need `pip install 'davae[hub]'`") from error
+    try:
+        if name.endswith(".parquet"):
+            rows: Any = datasets.load_dataset("parquet", data_files=name, split="train", streaming=streaming)
+        else:
+            rows = datasets.load_dataset(name, options.config, split=options.split, streaming=streaming)
+    except (
+        DatasetNotFoundError,
+        DatasetGenerationError,
+        FileNotFoundError,
+        ConnectionError,
+        ValueError,
+    ) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise DataError(
+            f"data.source '{name}' is no file or folder here, and the hub gave no dataset: {reason}"
+        ) from error
+    columns = rows.column_names
+    if columns is None:  # a stream without a schema tells its columns by its first row
+        columns = list(next(iter(rows)))
+    wanted = {"image_column": options.image_column} | {
+        option: value
+        for option in ("caption_column", "label_column")
+        if (value := getattr(options, option)) is not None
+    }
+    for option, column in [*wanted.items(), *(("caption_weights", key) for key in options.caption_weights)]:
+        if column not in columns:
+            raise DataError(f"data.{option} '{column}' is not in {name}; it has {', '.join(columns)}")
+    kept = [*wanted.values(), *options.caption_weights, *(c for c in GUESSES if c in columns)]
+    rows = rows.select_columns(list(dict.fromkeys(kept)))
+    return rows.cast_column(options.image_column, datasets.Image(decode=False))
+
+
+def column_weights(columns: list[str], options: SourceOptions) -> dict[str, float]:
+    """Caption columns and their weights: those named, else the first that is usually called so."""
+    if options.caption_weights:
+        return dict(options.caption_weights)
+    if options.caption_column is not None:
+        return {options.caption_column: 1.0}
+    return dict.fromkeys([c for c in GUESSES if c in columns][:1], 1.0)
+
+
+def cell_bytes(cell: dict[str, Any]) -> bytes:
+    """An undecoded image cell's bytes, fetched where the row holds an address."""
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    import fsspec
+
+    with fsspec.open(cell["path"], "rb") as stream:
+        return stream.read()  # type: ignore[union-attr]
+
+
+class TableSource:
+    """Rows read at random from the Arrow files that `datasets` maps from disk."""
+
+    def __init__(self, name: str, options: SourceOptions):
+        options.refuse("a table", ("caption_key", "label_key"))
+        self.rows = load_rows(name, options)
+        self.name, self.options = name, options
+        self.weights = column_weights(self.rows.column_names, options)
+        texts = list(self.weights) + ([options.label_column] if options.label_column else [])
+        self.plain = self.rows.select_columns(texts) if texts else None  # without the images
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, index: int) -> str:
+        return f"{self.name}/{index}"
+
+    def _stream(self, index: int) -> io.BytesIO | Path:
+        cell = self.rows[index][self.options.image_column]
+        if cell is None:
+            return io.BytesIO()
+        return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else Path(cell["path"])
+
+    def size(self, index: int) -> tuple[int, int]:
+        return header_size(self._stream(index), self.options.max_pixels)
+
+    def identity(self, index: int) -> bytes:
+        return str(self.rows._fingerprint).encode()  # of the whole table: datasets hashes its files
+
+    def label(self, index: int) -> int | None:
+        column = self.options.label_column
+        if column is None or self.plain is None:
+            return None
+        return as_label(self.plain[index][column], self.key(index))
+
+    def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
+        picture = decode(self._stream(index), self.options.background, self.options.max_pixels)
+        return picture, "" if self.plain is None else choose(self.plain[index], self.weights, rng)

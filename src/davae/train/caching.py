@@ -1,0 +1,139 @@
+"""The cache step that upgrades and base trainings share: its key, and what is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from davae.data.cache import CacheMeta, Team, seal
+from davae.data.cache_key import Key, fingerprint, hash_pictures, hash_weights
+from davae.data.cache_writer import write_latents, write_text
+from davae.data.latent_shards import PATTERN, STATISTICS, import_shards
+from davae.data.pictures import Pictures, by_kind, counted
+from davae.recipes.schema import Cache, Data
+from davae.train.opened import OpenedData
+from davae.train.state import replace_text, saving
+
+logger = logging.getLogger(__name__)
+
+Watch = Callable[[int, int], None]
+# what of `data` changes an item, given its picture
+PREPARED_BY = {
+    *("flip", "crop", "buckets", "background", "max_pixels"),
+    *("caption_key", "caption_weights", "caption_column", "label_key", "label_column", "image_column"),
+}
+NORMALISATION = {"detail_mean", "detail_std", "latents_mean", "latents_std", "scaling_factor", "shift_factor"}
+
+
+def team(accelerator: Accelerator) -> Team:
+    """The processes of this run, as writers of a cache."""
+    return Team(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+
+
+def cache_key(
+    vae: nn.Module, opened: OpenedData, data: Data, cache: Cache, *, resolution: int, seed: int, text: Any = None
+) -> Key:
+    """Everything that a cache's content hangs on. Cached latents are raw, so the autoencoder's normalisation is no part.
+
+    Args:
+        text: plain values that tell which text encoders speak; None where nothing is embedded.
+    """
+    config: dict[str, Any] = dict(vae.config)  # type: ignore[arg-type]
+    fixed = {name: v for name, v in config.items() if name not in NORMALISATION and not name.startswith("_")}
+    key: dict[str, Any] = {"autoencoder": hash_weights(vae.state_dict().items(), fixed)}
+    if cache.shards is not None:
+        files = sorted([*Path(cache.shards).glob(PATTERN), *Path(cache.shards).glob(STATISTICS)])
+        key["data"] = fingerprint([(file.name, file.stat().st_size) for file in files])
+        key["preprocessing"] = {"cache.dtype": cache.dtype}
+    else:
+        key["data"] = hash_pictures(opened.source, opened.train)
+        key["preprocessing"] = {
+            **{f"data.{name}": v for name, v in data.model_dump(mode="json", include=PREPARED_BY).items()},
+            **{f"cache.{name}": v for name, v in cache.model_dump(include={"variants", "dtype"}).items()},
+            "resolution": resolution,
+            "seed": seed,
+        }
+    if text is not None:
+        key["text"] = fingerprint(text)
+    return key
+
+
+def cache_pictures(
+    folder: Path,
+    pictures: Pictures,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    key: Key,
+    cache: Cache,
+    num_workers: int,
+    accelerator: Accelerator,
+    watch: Callable[[str], Watch],
+    embed: Callable[[list[str]], tuple[Tensor, ...]] | None = None,
+) -> CacheMeta:
+    """Latents of all pictures, and embeddings of their captions where `embed` is given; the cache is whole after it."""
+    together = team(accelerator)
+
+    @torch.no_grad()
+    def on_device(images: Tensor) -> Tensor:
+        return encode(images.to(accelerator.device, memory_format=torch.channels_last))
+
+    options: dict[str, Any] = {"batch_size": cache.batch_size, "dtype": cache.dtype, "team": together}
+    with saving(folder):
+        meta = write_latents(
+            folder,
+            pictures,
+            on_device,
+            key=key,
+            variants=cache.variants,
+            num_workers=num_workers,
+            on_batch=watch("latents"),
+            **options,
+        )
+        if embed is not None:
+            meta = write_text(folder, embed, meta, on_batch=watch("captions"), **options)
+        return seal(folder, meta, together)
+
+
+def cache_shards(
+    folder: Path,
+    cache: Cache,
+    *,
+    channels: int,
+    num_classes: int,
+    key: Key,
+    accelerator: Accelerator,
+    watch: Callable[[str], Watch],
+) -> None:
+    """Latents that LightningDiT's extraction wrote, instead of pictures; one process copies them."""
+    assert cache.shards is not None
+    if accelerator.is_main_process:
+        with saving(folder):
+            meta = import_shards(
+                Path(cache.shards),
+                folder,
+                channels=channels,
+                num_classes=num_classes,
+                key=key,
+                dtype=cache.dtype,
+                on_batch=watch("latents"),
+            )
+            seal(folder, meta)
+    accelerator.wait_for_everyone()
+
+
+def tell_left_out(path: Path, used: int, skipped: dict[str, str], accelerator: Accelerator) -> None:
+    """`pictures.json`: how many pictures train, and the names of the others under what is wrong with them."""
+    if not accelerator.is_main_process:
+        return
+    kinds = by_kind(skipped)
+    summary = {"used": used, "left_out": {kind: len(names) for kind, names in kinds.items()}, "names": kinds}
+    replace_text(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    if skipped:
+        logger.warning("%d pictures train; %s; all names in %s", used, counted(skipped), path)

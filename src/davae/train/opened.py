@@ -1,0 +1,85 @@
+"""A recipe's pictures, opened: source, buckets, what trains and what is held out."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from davae.data.buckets import bucket_sizes, group_counts
+from davae.data.captions import SourceOptions
+from davae.data.pictures import Pictures, PictureSource, split
+from davae.data.sources import open_source, survey
+from davae.recipes import RecipeError
+from davae.recipes.schema import Data
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """A recipe's pictures, looked through once: which train, which are held out, which are left out and why."""
+
+    source: PictureSource
+    sizes: list[tuple[int, int]]  # (width, height) of the buckets; one square without them
+    train: list[int]
+    groups: np.ndarray  # bucket of each training picture
+    held_out: list[int]  # those that fill the square: what is measured is square
+    left_out: dict[str, str]
+
+    def pictures(self, data: Data, seed: int) -> Pictures:
+        """The training pictures, in their buckets."""
+        return Pictures(
+            self.source,
+            self.train,
+            self.sizes[0][0],
+            seed=seed,
+            flip=data.flip,
+            crop=data.crop,
+            sizes=self.sizes,
+            groups=self.groups,
+        )
+
+
+def source_options(data: Data) -> SourceOptions:
+    return SourceOptions(**data.model_dump(include={field.name for field in fields(SourceOptions)}))
+
+
+def open_pictures(data: Data, resolution: int, step: int | None = None) -> OpenedData:
+    """The pictures of a recipe; those that fill no bucket are left out by name.
+
+    Args:
+        step: pixels that a token spans; None where a training takes squares alone.
+
+    Raises:
+        RecipeError: buckets where they cannot be.
+        DataError: nothing there, or nothing left.
+    """
+    if data.buckets is not None and step is None:
+        raise RecipeError("data.buckets: this model takes square pictures only; leave it out")
+    source = open_source(data.source, resolution, source_options(data))
+    sizes = [(resolution, resolution)]
+    if data.buckets is not None:
+        assert step is not None
+        sizes = bucket_sizes(resolution, step, data.buckets.max_ratio, data.buckets.tokens)
+    count = min(len(source), data.limit or len(source))
+    parts = split(source, data.holdout, count)
+    found = survey(source, range(count), sizes)
+    held = set(parts.held_out)
+    trains = np.asarray([index not in held for index in found.indices])
+    if not trains.any():  # the only usable pictures are held out: rather train on them than fail
+        trains = ~trains
+        held = set()
+    train = [index for index, own in zip(found.indices, trains, strict=True) if own]
+    squares = [
+        i for i, g in zip(found.indices, found.groups, strict=True) if i in held and fills(source, i, sizes[0], g)
+    ]
+    if len(sizes) > 1:
+        logger.info("buckets: %s", group_counts(sizes, found.groups[trains]))
+    return OpenedData(source, sizes, train, found.groups[trains], squares, found.left_out)
+
+
+def fills(source: PictureSource, index: int, square: tuple[int, int], group: int) -> bool:
+    """Whether a usable picture is large enough for the square; one whose bucket is the square is."""
+    return group == 0 or min(source.size(index)) >= square[0]
