@@ -24,7 +24,7 @@ class AutoencoderFamily:
         first: path of the decoder's first convolution.
         quant: whether 1x1 convolutions may stand around the latent.
         shortcut: attributes by which encoder and decoder add the latent past those convolutions, where they do.
-        checkpointing: whether gradient checkpointing leaves its results alone.
+        checkpointing: whether it has gradient checkpointing, and that leaves its results alone.
     """
 
     class_name: str
@@ -41,7 +41,10 @@ AUTOENCODERS = {
     for row in (
         AutoencoderFamily("AutoencoderKL", quant=True),
         AutoencoderFamily(
-            "AutoencoderDC", widths="encoder_block_out_channels", shortcut=("out_shortcut", "in_shortcut")
+            "AutoencoderDC",
+            widths="encoder_block_out_channels",
+            shortcut=("out_shortcut", "in_shortcut"),
+            checkpointing=False,  # diffusers gives it none
         ),
         # under checkpointing diffusers' EncoderTiny forgets to bring [-1,1] to [0,1]
         AutoencoderFamily(

@@ -1,7 +1,8 @@
 """Memory and FLOPs of a training step and of sampling, from a rehearsal on fake tensors: every operator, no bytes.
 
 The rehearsal runs the real modules, losses and backward pass under torch's FakeTensorMode and adds up the storages that
-operators allocate while they live. What a device's libraries keep besides (CUDA context, workspaces, fragmentation) comes on top.
+operators allocate while they live. What a device's libraries keep besides (CUDA context, workspaces, fragmentation) comes on
+top.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from davae.latent import LatentLayout
 from davae.losses.detail_warmup import velocity_loss
@@ -29,16 +30,26 @@ from davae.train.cost import decode_latents, meta_detail_vae, meta_transformer, 
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import choose_trainable
 
-GIB = 2**30
+# the attention that CPU tensors get, which the registry lacks
+FORMULAS: dict[Any, Callable[..., float]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+    ),
+    **flop_registry,
+}
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes that operators have allocated and not yet freed, and the most there ever were; what came from outside is not
-    counted."""
+    """Bytes that operators have allocated and not yet freed, the most there ever were, and FLOPs; what came from outside is
+    not counted. (torch's FlopCounterMode holds on to what checkpointing would free.)"""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.flops = 0.0
         self._known: dict[int, int] = {}  # storage -> bytes, 0 for those from outside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,6 +59,9 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **kwargs)
         for storage in _storages(out):
             self._track(storage, storage.nbytes())
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
     def _track(self, storage: Any, size: int) -> None:
@@ -145,7 +159,7 @@ def _memory(
     buffers = [buffer for module in modules for buffer in module.buffers()]
     trained = bytes_of(p for p in parameters if p.requires_grad)
     live = LiveBytes()
-    with FlopCounterMode(display=False) as counter, live:
+    with live:
         for _ in range(passes):
             step()
     return TrainingStep(
@@ -154,7 +168,7 @@ def _memory(
         optimizer=2 * trained,
         ema=bytes_of(averaged),
         activations=live.peak,
-        flops=counter.get_total_flops() / passes,
+        flops=live.flops / passes,
     )
 
 
