@@ -1,10 +1,9 @@
 """Peak memory of a real training loop on the embedded micro model, in a process of its own, beside the plan's estimate.
 
-    python tests/peak_memory.py stage2 12      # stage, batch size
-    python tests/peak_memory.py stage2-checkpointed 12
+    MALLOC_MMAP_THRESHOLD_=65536 python tests/peak_memory.py stage2 12 stage2-checkpointed 12 stage1 8
 
-prints {"measured": bytes, "estimated": bytes}. Run it with MALLOC_MMAP_THRESHOLD_=65536, so that freed memory goes back to the
-system and the resident set says what is in use. Linux only: it resets the peak through /proc/self/clear_refs.
+prints {"measured": bytes, "estimated": bytes} for each pair of a stage and its batch size. The threshold makes freed memory go
+back to the system, so that the resident set says what is in use. Linux only: the peak is reset by /proc/self/clear_refs.
 """
 
 from __future__ import annotations
@@ -102,8 +101,7 @@ def train(build: Any, settings: Any, steps: int) -> None:
         Trainer(build(settings), RECIPE.run, RunFolder(Path(folder), RECIPE), make_accelerator(RECIPE.run)).fit()
 
 
-def main() -> None:
-    name, batch = sys.argv[1], int(sys.argv[2])
+def compare(name: str, batch: int) -> dict[str, int]:
     changes = {"gradient_checkpointing": name.endswith("-checkpointed"), "accumulation": 1}
     shapes = read_shapes(BASE)
     if name.startswith("stage1"):
@@ -121,7 +119,12 @@ def main() -> None:
         step = stage1_memory(shapes, RECIPE.detail_channels, RECIPE.scale, RECIPE.resolution, settings, mixed=False)
     else:
         step = stage2_memory(shapes, LatentLayout(8, RECIPE.detail_channels), 16, settings, mixed=False)
-    sys.stdout.write(json.dumps({"measured": measured, "estimated": step.peak}) + "\n")
+    return {"measured": measured, "estimated": step.peak}
+
+
+def main() -> None:
+    for name, batch in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        sys.stdout.write(json.dumps(compare(name, int(batch))) + "\n")
 
 
 if __name__ == "__main__":

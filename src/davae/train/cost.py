@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,12 +93,12 @@ def predict_once(model: nn.Module, transformer: nn.Module, latents: Tensor) -> T
     """
     name, batch = type(transformer).__name__, len(latents)
     t = torch.empty(batch)
-    if name in CALLS:
-        call, config = CALLS[name], transformer.config
-        parts = tuple(part.expand(batch, *part.shape[1:]) for part in call.blank(config))
-        return call.predict(model, config, latents, t, parts)
-    assert isinstance(transformer, LightningDiT), f"no way to call a {name}"
-    with transformer.at_grid(latents.shape[-1]):
+    grid = transformer.at_grid(latents.shape[-1]) if isinstance(transformer, LightningDiT) else nullcontext()
+    with grid:
+        if name in CALLS:
+            call, config = CALLS[name], transformer.config
+            parts = tuple(part.expand(batch, *part.shape[1:]) for part in call.blank(config))
+            return call.predict(model, config, latents, t, parts)
         return model(latents, t, torch.zeros(batch, dtype=torch.long), return_dict=False)[0]
 
 

@@ -7,6 +7,7 @@ top.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -201,7 +202,8 @@ def stage1_memory(
 ) -> TrainingStep:
     """Of one process of stage 1 once the discriminator plays; the perceptual network is rehearsed too."""
     vae = meta_detail_vae(shapes, detail_channels, scale)
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lpips asks torchvision the old way
         task = Stage1Task(settings.model_copy(update={"lambda_lpips": 0.0}), vae, cast(Any, ()), torch.device("meta"))
         perceptual = perceptual_distance(settings.perceptual, random=True) if settings.lambda_lpips else None
     parts = [vae, task.trainer.discriminator, perceptual]

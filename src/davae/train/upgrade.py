@@ -14,9 +14,10 @@ from davae.data.cache import CachedLatents, CacheMeta, fingerprint, read_meta, w
 from davae.data.latent_shards import import_shards
 from davae.data.pictures import Pictures
 from davae.latent import LatentLayout
+from davae.models.autoencoder_families import autoencoder_family
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
-from davae.models.families import transformer_family
+from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import BaseShapes, embed_captions, load_pipeline, read_shapes, silent_t5
 from davae.recipes import RecipeError
 from davae.recipes.schema import Recipe
@@ -35,7 +36,8 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
     """What a recipe can get wrong about its base model, before any weight is read.
 
     Raises:
-        RecipeError: D not a multiple of C, or a size that does not divide, with the dotted path.
+        RecipeError: D not a multiple of C, a size that does not divide, or checkpointing where there is none, with the dotted
+            path.
     """
     if recipe.detail_channels % shapes.channels:
         raise RecipeError(
@@ -44,6 +46,15 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
         )
     if recipe.scale & (recipe.scale - 1):
         raise RecipeError(f"scale: {recipe.scale} is not a power of two")
+    for stage, settings, has in (
+        ("stage1", recipe.stage1, autoencoder_family(shapes.vae_class).checkpointing),
+        ("stage2", recipe.stage2, model_class(shapes.transformer_class)._supports_gradient_checkpointing),
+    ):
+        if settings.gradient_checkpointing and not has:
+            kind = shapes.vae_class if stage == "stage1" else shapes.transformer_class
+            raise RecipeError(
+                f"{stage}.gradient_checkpointing: diffusers' {kind} has none that works; set it to false"
+            )
     step = shapes.vae_factor * shapes.patch_size
     if recipe.base.resolution % step:
         below = recipe.base.resolution // step * step
