@@ -2,8 +2,8 @@
 
     MALLOC_MMAP_THRESHOLD_=65536 python tests/peak_memory.py stage2 12 stage2-checkpointed 12 stage1 8
 
-prints {"measured": bytes, "estimated": bytes} for each pair of a stage and its batch size. The threshold makes freed memory go
-back to the system, so that the resident set says what is in use. Linux only: the peak is reset by /proc/self/clear_refs.
+prints {"measured": bytes, "estimated": bytes} for each pair of a stage and its batch size. The threshold makes freed memory
+go back to the system, so that the resident set says what is in use. Linux only: the peak is reset by /proc/self/clear_refs.
 """
 
 from __future__ import annotations
