@@ -1,6 +1,7 @@
 """The table of model families, from `models/families.py` and the outcome of the conformance tests: docs/families-table.md.
 
     .venv/bin/python docs/make_family_table.py --run      # runs the tests (minutes), keeps their outcome, writes the table
+    .venv/bin/python docs/make_family_table.py --run SD3Transformer2DModel      # only those of the classes named
     .venv/bin/python docs/make_family_table.py            # writes the table from the outcome that was kept last
 
 The outcome is kept in docs/results/families.json: class -> test -> passed or failed.
@@ -16,10 +17,15 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-from davae.models.families import TRANSFORMERS
-from davae.zoo.presets import presets
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from family_models import CASES  # noqa: E402
+from family_pipelines import BUILDERS  # noqa: E402
+
+from davae.models.families import TRANSFORMERS  # noqa: E402
+from davae.zoo.presets import presets  # noqa: E402
+
 TARGET = ROOT / "docs" / "families-table.md"
 OUTCOMES = ROOT / "docs" / "results" / "families.json"
 EXPANDING = {
@@ -40,22 +46,29 @@ SHARED_FILES = ("tests/test_families.py", "tests/test_family_upgrades.py")
 Outcomes = dict[str, dict[str, str]]
 
 
-def run() -> Outcomes:
-    """Runs the conformance tests and says what came out of each."""
-    own = sorted({path for tests in OWN_FILES.values() for path in tests.values()})
+def run(names: list[str]) -> Outcomes:
+    """Runs the conformance tests of these classes and says what came out of each."""
+    own = sorted({path for name in names for path in OWN_FILES.get(name, {}).values()})
+    shared = [
+        f"{path}::test_{test}[{name}]"
+        for path, tests in zip(SHARED_FILES, (EXPANDING, UPGRADING), strict=True)
+        for test in tests.values()
+        for name in names
+        if (name in CASES if path == SHARED_FILES[0] else name in BUILDERS)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        arguments = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *SHARED_FILES, *own]
+        arguments = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", *shared, *own]
         subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, check=False)
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    outcomes: Outcomes = {name: {} for name in TRANSFORMERS}
+    outcomes: Outcomes = {name: {} for name in names}
     for case in cases:
         found = re.fullmatch(r"test_(\w+)\[(\w+)\]", case.get("name", ""))
         for label, test in {**EXPANDING, **UPGRADING}.items():
             if found and found[1] == test and found[2] in outcomes:
                 outcomes[found[2]][label] = outcome(case)
-    for name, tests in OWN_FILES.items():
-        for label, path in tests.items():
+    for name in outcomes:
+        for label, path in OWN_FILES.get(name, {}).items():
             module = path.removesuffix(".py").replace("/", ".")
             worst = {outcome(case) for case in cases if case.get("classname") == module}
             outcomes[name][label] = next((o for o in ("failed", "skipped", "passed") if o in worst), "not run")
@@ -95,9 +108,12 @@ def page(outcomes: Outcomes) -> str:
 
 
 def main() -> None:
+    outcomes = json.loads(OUTCOMES.read_text(encoding="utf-8"))
     if "--run" in sys.argv:
-        OUTCOMES.write_text(json.dumps(run(), indent=1) + "\n", encoding="utf-8")
-    TARGET.write_text(page(json.loads(OUTCOMES.read_text(encoding="utf-8"))), encoding="utf-8")
+        names = sys.argv[sys.argv.index("--run") + 1 :] or list(TRANSFORMERS)
+        outcomes = {name: outcomes.get(name, {}) for name in TRANSFORMERS} | run(names)
+        OUTCOMES.write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
+    TARGET.write_text(page(outcomes), encoding="utf-8")
 
 
 if __name__ == "__main__":
