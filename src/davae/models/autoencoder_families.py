@@ -28,7 +28,7 @@ class AutoencoderFamily:
         first: path of the decoder's first convolution.
         quant: whether 1x1 convolutions may stand around the latent.
         shortcut: attributes by which encoder and decoder add the latent past those convolutions, where they do.
-        checkpointing: whether gradient checkpointing leaves its results alone.
+        checkpointing: whether it has gradient checkpointing, and that leaves its results alone.
         cell: side of the cells of latent positions that have statistics of their own: 2 where the pipeline normalises
             2x2 packed positions.
         video: whether it is a video autoencoder, which sees a picture as one frame (B,c,1,h,w).
@@ -59,7 +59,10 @@ AUTOENCODERS = {
         AutoencoderFamily("AutoencoderKLQwenImage21", **VIDEO, first_chunk=True),
         AutoencoderFamily("AutoencoderKLWan", **VIDEO, first_chunk=True),
         AutoencoderFamily(
-            "AutoencoderDC", widths="encoder_block_out_channels", shortcut=("out_shortcut", "in_shortcut")
+            "AutoencoderDC",
+            widths="encoder_block_out_channels",
+            shortcut=("out_shortcut", "in_shortcut"),
+            checkpointing=False,  # diffusers gives it none
         ),
         # under checkpointing diffusers' EncoderTiny forgets to bring [-1,1] to [0,1]
         AutoencoderFamily(

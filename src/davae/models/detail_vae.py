@@ -367,10 +367,10 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return [module for module in self.decoder.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d))][-1].weight
 
     def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """As every diffusers model; ValueError for a base class that computes something else under checkpointing."""
+        """As every diffusers model; ValueError for a base class without checkpointing, or with one that changes results."""
         if not autoencoder_family(self.config["base_class"]).checkpointing:
             raise ValueError(
-                f"diffusers' {self.config['base_class']} does not scale its input under gradient checkpointing; "
+                f"diffusers' {self.config['base_class']} has no gradient checkpointing, or computes something else under it; "
                 "set stage1.gradient_checkpointing to false"
             )
         super().enable_gradient_checkpointing(*args, **kwargs)

@@ -19,6 +19,7 @@ from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK
 from davae.models.families import TRANSFORMERS, model_class, transformer_family
 from davae.models.family import TransformerFamily
+from davae.zoo.presets import nearest_presets, presets
 
 COMPONENTS = tuple(dict.fromkeys(row.component for row in TRANSFORMERS.values()))
 LEGACY: dict[tuple[str, Any], str] = {
@@ -59,7 +60,11 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
             raise MissingPart(f"model {model} has no {Path(part) / filename}: not a diffusers folder")
         return path
     if not HUB_ID.fullmatch(model):
-        raise ModelError(f"model '{model}' is no folder here, and no hub id (ORGANISATION/NAME)")
+        near = nearest_presets(model)
+        raise ModelError(
+            f"model '{model}' is no folder here, no preset and no hub id (ORGANISATION/NAME)"
+            f"{'; the nearest presets are ' + ', '.join(near) if near else ''}; `davae inspect` lists the presets"
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -79,12 +84,20 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
 
 
 def read_config(model: str, part: str, filename: str = "config.json") -> dict[str, Any]:
-    """One JSON file of a diffusers folder or hub id; ModelError when it is not there."""
+    """One JSON file of a diffusers folder, hub id or preset; ModelError when it is not there."""
+    if not Path(model).is_dir() and model in presets():
+        config = presets()[model].config(part, filename)
+        if config is None:
+            raise MissingPart(f"preset {model} has no {Path(part) / filename}")
+        return config
     return json.loads(fetch_file(model, part, filename).read_text(encoding="utf-8"))
 
 
-def read_shapes(model: str) -> BaseShapes:
-    """Shapes of a diffusers folder or hub id.
+def read_shapes(model: str, *, to_train: bool = True) -> BaseShapes:
+    """Shapes of a diffusers folder, hub id or preset.
+
+    Args:
+        to_train: refuse a family that can only be expanded.
 
     Raises:
         ModelError: not a diffusers pipeline, an unsupported class, or a model that was upgraded already.
@@ -105,9 +118,9 @@ def read_shapes(model: str) -> BaseShapes:
         autoencoder_family(vae_class)
     except ValueError as error:
         raise ModelError(f"model {model}: {error}") from error
-    if not family.trains:
+    if to_train and not family.trains:
         raise ModelError(
-            f"model {model}: expand_transformer widens a {transformer_class}, but davae cannot inspect or train one yet; "
+            f"model {model}: expand_transformer widens a {transformer_class}, but davae cannot train one yet; "
             f"it can train {', '.join(row.class_name for row in TRANSFORMERS.values() if row.trains)}"
         )
     channels = base_channels(vae, vae_class)
@@ -192,6 +205,9 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         ModelError: when diffusers cannot load it.
     """
+    if model in presets() and not Path(model).is_dir():
+        weights = presets()[model].hub or "its official weights, made a folder by `davae convert`"
+        raise ModelError(f"model {model} is a preset, configs without weights; give {weights}")
     name = read_config(model, "", "model_index.json").get("_class_name", "DiffusionPipeline")
     try:
         pipeline = model_class(name).from_pretrained(model, torch_dtype=dtype)

@@ -146,6 +146,7 @@ RESUMABLE = (
     "data.num_workers",
     "report",
     "sampling",
+    "hardware",
 )
 
 

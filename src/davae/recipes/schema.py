@@ -12,8 +12,11 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
+
+from davae.recipes.hardware import GPUS
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -168,6 +171,20 @@ class Run(Section):
     keep_checkpoints: PositiveInt = 2
 
 
+class Hardware(Section):
+    """The GPUs that a recipe was written for: what a dry run reckons with. Training takes whatever it is started on."""
+
+    gpu: str
+    count: PositiveInt = 1  # processes; every one takes batch_size pictures a step
+
+    @field_validator("gpu")
+    @classmethod
+    def _known(cls, gpu: str) -> str:
+        if gpu not in GPUS:
+            raise ValueError(f"use one of {', '.join(GPUS)}")
+        return gpu
+
+
 class Autoencoder(Section):
     """Sizes of a small AutoencoderKL, trained from scratch."""
 
@@ -306,6 +323,7 @@ class Recipe(Section):
     sampling: Sampling = Sampling()
     report: Report = Report()
     run: Run = Run()
+    hardware: Hardware | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -1,24 +1,32 @@
-"""What a run would do, worked out from configs on the meta device: shapes, tokens, parameters, FLOPs, memory."""
+"""What a run would do, worked out from configs: shapes, tokens, parameters, FLOPs, memory, time."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from davae.models.calls import CALLS
-from davae.models.detail_vae import DetailVAE
-from davae.models.expand import expand_transformer, latent_channels
-from davae.models.families import model_class, transformer_family
-from davae.models.lightning_dit import LightningDiT
-from davae.models.pipeline import BaseShapes
-from davae.recipes.schema import Recipe
+from davae.models.expand import expand_transformer
+from davae.models.families import transformer_family
+from davae.models.offline import readable
+from davae.models.pipeline import BaseShapes, read_shapes
+from davae.models.text_encoders import text_encoders
+from davae.recipes.hardware import GIB, GPUS, UTILISATION
+from davae.recipes.schema import Hardware, Optim, Recipe
+from davae.train.cost import (
+    autoencoder_flops,
+    meta_autoencoder,
+    meta_detail_vae,
+    meta_transformer,
+    transformer_flops,
+)
+from davae.train.memory import TrainingStep, stage1_memory, stage2_memory
 from davae.train.stage2 import choose_trainable
 from davae.train.upgrade import base_objective, base_shapes, check_recipe
+from davae.zoo import resolve
+
+DAY = 86400
 
 
 @dataclass(frozen=True)
@@ -40,48 +48,35 @@ class TokenPlan:
         return {**asdict(self), "bound": self.bound}
 
 
-def meta_transformer(shapes: BaseShapes) -> nn.Module:
-    """The transformer's modules without weights."""
-    with torch.device("meta"):
-        return model_class(shapes.transformer_class).from_config(shapes.transformer_config)
+def check_resolution(shapes: BaseShapes, resolution: int, scale: int) -> None:
+    """ValueError when a picture of that size does not divide into tokens, with the nearest sizes that do."""
+    step = shapes.vae_factor * shapes.patch_size * scale
+    if resolution % step or resolution < step:
+        below = resolution // step * step
+        nearest = f"{below} or {below + step}" if below else f"{step}"
+        raise ValueError(
+            f"resolution {resolution} is not divisible by {step} (autoencoder factor {shapes.vae_factor} x patch "
+            f"{shapes.patch_size} x scale {scale}); use {nearest}"
+        )
 
 
-def transformer_flops(transformer: nn.Module, side: int) -> float:
-    """FLOPs of one pass on side x side latents and one prompt, counted by torch on the meta device."""
-    config: Any = transformer.config
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        x_t, t = torch.empty(1, latent_channels(transformer), side, side), torch.empty(1)
-        call = CALLS[type(transformer).__name__]
-        grid = transformer.at_grid(side) if isinstance(transformer, LightningDiT) else nullcontext()
-        with grid:
-            call.predict(transformer, config, x_t, t, call.blank(config))
-    return float(counter.get_total_flops())
-
-
-def token_plan(shapes: BaseShapes, resolution: int, scale: int) -> TokenPlan:
-    """Native against upgraded at `resolution` pixels.
+def token_plan(shapes: BaseShapes, resolution: int, scale: int, detail_channels: int | None = None) -> TokenPlan:
+    """Native against upgraded at `resolution` pixels; D is C where it is not given.
 
     Raises:
         ValueError: when the resolution does not divide into tokens.
     """
-    step = shapes.vae_factor * shapes.patch_size * scale
-    if resolution % step:
-        raise ValueError(f"resolution {resolution} is not divisible by {step} (factor x patch x scale)")
+    check_resolution(shapes, resolution, scale)
     native = (resolution // (shapes.vae_factor * shapes.patch_size)) ** 2
-    upgraded = native // scale**2
-    transformer, side = meta_transformer(shapes), resolution // shapes.vae_factor
-    flops = [transformer_flops(transformer, side), transformer_flops(transformer, side // scale)]
-    return TokenPlan(resolution, native, upgraded, *flops)
+    side = resolution // shapes.vae_factor
+    with torch.device("meta"):
+        base = meta_transformer(shapes)
+        wide = expand_transformer(base, detail_channels or shapes.channels)
+    flops = [transformer_flops(base, side).total, transformer_flops(wide, side // scale).total]
+    return TokenPlan(resolution, native, native // scale**2, *flops)
 
 
-H100_FLOPS = 0.4 * 989e12  # dense bf16 peak of an H100, at the share of it that training usually reaches
-
-
-def vae_flops(vae: DetailVAE, resolution: int) -> float:
-    """FLOPs of one picture, encoded and decoded, counted by torch on the meta device."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        vae(torch.empty(1, 3, resolution, resolution, device="meta"))
-    return float(counter.get_total_flops())
+H100_FLOPS = UTILISATION * GPUS["h100-80gb"].peak
 
 
 def gpu_days(recipe: Recipe) -> float:
@@ -90,33 +85,48 @@ def gpu_days(recipe: Recipe) -> float:
     Encoding the cache, losses' own networks, loading and evaluation come on top.
     """
     shapes = base_shapes(recipe)
-    with torch.device("meta"):
-        vae = DetailVAE(shapes.vae_class, shapes.vae_config, recipe.detail_channels, recipe.scale)
+    vae = meta_detail_vae(shapes, recipe.detail_channels, recipe.scale)
+    tokens = token_plan(shapes, recipe.resolution, recipe.scale, recipe.detail_channels)
     each = (
-        (recipe.stage1, vae_flops(vae, recipe.resolution)),
-        (recipe.stage2, token_plan(shapes, recipe.resolution, recipe.scale).upgraded_flops),
+        (recipe.stage1, sum(flops.total for flops in autoencoder_flops(vae, recipe.resolution))),
+        (recipe.stage2, tokens.upgraded_flops),
     )
     total = sum(3 * flops * s.batch_size * s.accumulation * s.max_steps for s, flops in each)
-    return total / H100_FLOPS / 86400
+    return total / H100_FLOPS / DAY
 
 
 def count(parameters: Any) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """Figures of a dry run. Memory counts weights, gradients, Adam moments and EMA, not activations."""
-    shapes = base_shapes(recipe)
+@dataclass(frozen=True)
+class Plan:
+    """What a dry run shows: figures by name, and sentences."""
+
+    figures: dict[str, Any]
+    notes: list[str]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Figures of a dry run, from configs alone; those of a hub model that cannot be reached come from its preset."""
+    model, note = (None, "") if recipe.base.model is None else readable(resolve(recipe.base.model))
+    shapes = base_shapes(recipe) if model is None else read_shapes(model)
     layout = check_recipe(recipe, shapes)
+    vae = meta_detail_vae(shapes, recipe.detail_channels, recipe.scale)
     with torch.device("meta"):
-        vae = DetailVAE(shapes.vae_class, shapes.vae_config, recipe.detail_channels, recipe.scale)
-    transformer = expand_transformer(meta_transformer(shapes), recipe.detail_channels)
-    trained_vae = count(p for p in vae.parameters() if p.requires_grad)
-    trained_dit = count(choose_trainable(transformer, recipe.stage2.lora))
-    tokens = token_plan(shapes, recipe.resolution, recipe.scale)
+        transformer = expand_transformer(meta_transformer(shapes), recipe.detail_channels)
+        whole = count(transformer.parameters())
+        trained_dit = count(choose_trainable(transformer, recipe.stage2.lora))
+    tokens = token_plan(shapes, recipe.resolution, recipe.scale, recipe.detail_channels)
     side = recipe.base.resolution // shapes.vae_factor
-    copies = 4  # gradient, two Adam moments, EMA: float32
-    return {
+    mixed = recipe.run.mixed_precision != "no"
+    first = stage1_memory(shapes, recipe.detail_channels, recipe.scale, recipe.resolution, recipe.stage1, mixed=mixed)
+    second = stage2_memory(shapes, layout, side, recipe.stage2, mixed=mixed)
+    resident = pipeline_bytes(model, shapes)
+    if recipe.stage2.lora is None:
+        resident["stage2"] += 4 * whole  # trained tensors get storage of their own, the pretrained ones stay
+    resident["stage2"] += 4 * count(vae.parameters())
+    figures: dict[str, Any] = {
         "image": f"{recipe.resolution}x{recipe.resolution}, base {recipe.base.resolution}x{recipe.base.resolution}",
         "latents": f"z ({layout.base_channels},{side},{side}) + z_d ({layout.detail_channels},{side},{side})",
         "patch": f"{shapes.patch_size}, head {transformer_family(shapes.transformer_class).head_order}",
@@ -126,10 +136,60 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "transformer_gflops_upgraded": round(tokens.upgraded_flops / 1e9, 3),
         "transformer_gflops_native": round(tokens.native_flops / 1e9, 3),
         "speedup_bound": round(tokens.bound, 2),
-        "stage1_trainable_parameters": trained_vae,
         "stage1_parameters": count(vae.parameters()),
-        "stage1_state_gib": round((count(vae.parameters()) + copies * trained_vae) * 4 / 2**30, 3),
+        "stage1_trainable_parameters": count(p for p in vae.parameters() if p.requires_grad),
+        "stage2_parameters": whole,
         "stage2_trainable_parameters": trained_dit,
-        "stage2_parameters": count(transformer.parameters()),
-        "stage2_state_gib": round((count(transformer.parameters()) + copies * trained_dit) * 4 / 2**30, 3),
+    }
+    notes = [note] if note else []
+    for name, settings, step in (("stage1", recipe.stage1, first), ("stage2", recipe.stage2, second)):
+        figures |= stage_figures(name, settings, step, resident[name])
+        if recipe.hardware is not None:
+            figures |= on_hardware(name, settings, step, resident[name], recipe.hardware)
+    if recipe.hardware is not None:
+        notes.append(
+            f"days: at {UTILISATION:.0%} of the peak of {recipe.hardware.count} x {recipe.hardware.gpu}, an assumption; "
+            "caching, loading and evaluation come on top, and CUDA's own memory on the memory"
+        )
+    return Plan(figures, notes)
+
+
+def pipeline_bytes(model: str | None, shapes: BaseShapes) -> dict[str, int]:
+    """Stage -> bytes of the pretrained pipeline that lie on the device while it trains, float32, beside what trains."""
+    encoders = text_encoders(model, shapes.transformer_config) if model is not None else []
+    beside = 4 * (
+        sum(count(encoder.on_meta().parameters()) for encoder in encoders)
+        + count(meta_autoencoder(shapes).parameters())
+    )
+    return {"stage1": beside + 4 * count(meta_transformer(shapes).parameters()), "stage2": beside}
+
+
+def stage_figures(name: str, settings: Optim, step: TrainingStep, resident: int) -> dict[str, Any]:
+    """Memory of one process and work of the whole stage."""
+    gib = {key: round(value / GIB, 3) for key, value in step.as_dict().items()}
+    peak = gib.pop("peak")
+    return {
+        **{f"{name}_{key}_gib": value for key, value in gib.items()},
+        f"{name}_step_peak_gib": peak,
+        f"{name}_rest_of_pipeline_gib": round(resident / GIB, 3),
+        f"{name}_memory_gib": round((step.peak + resident) / GIB, 3),
+        f"{name}_petaflops": round(step.flops * settings.accumulation * settings.max_steps / 1e15, 3),
+    }
+
+
+def on_hardware(name: str, settings: Optim, step: TrainingStep, resident: int, hardware: Hardware) -> dict[str, Any]:
+    """Whether the stage fits the stated GPUs, and how long it takes: every process does its own batch."""
+    gpu = GPUS[hardware.gpu]
+    needed = step.peak + resident
+    fits = f"{'fits' if needed <= gpu.memory else 'does not fit'} {hardware.gpu} ({gpu.memory / GIB:.0f} GiB)"
+    if needed > gpu.memory:
+        fits += f": lower {name}.batch_size and raise {name}.accumulation"
+        if not settings.gradient_checkpointing:
+            fits += f", or set {name}.gradient_checkpointing"
+    seconds = step.flops * settings.accumulation * settings.max_steps / (UTILISATION * gpu.peak)
+    pictures = settings.batch_size * settings.accumulation * hardware.count
+    return {
+        f"{name}_fits": fits,
+        f"{name}_pictures_a_step": pictures,
+        f"{name}_days": round(seconds / DAY, 3),
     }

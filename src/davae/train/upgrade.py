@@ -15,6 +15,7 @@ from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.cache_key import Key
 from davae.data.pictures import DataError, Pictures
 from davae.latent import LatentLayout
+from davae.models.autoencoder_families import autoencoder_family
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
 from davae.models.families import model_class, transformer_family
@@ -55,13 +56,6 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
             f"base.model: {recipe.base.name} is a {shapes.pipeline_class}, distilled to a few steps, which flow matching "
             f"would undo; upgrade the model that it was distilled from instead: SANA-1.5"
         )
-    if (
-        recipe.stage2.gradient_checkpointing
-        and not model_class(shapes.transformer_class)._supports_gradient_checkpointing
-    ):
-        raise RecipeError(
-            f"stage2.gradient_checkpointing: diffusers' {shapes.transformer_class} has none; set it to false"
-        )
     if recipe.detail_channels % shapes.channels:
         raise RecipeError(
             f"detail_channels: {recipe.detail_channels} is not a multiple of the {shapes.channels} latent channels of "
@@ -69,6 +63,15 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
         )
     if recipe.scale & (recipe.scale - 1):
         raise RecipeError(f"scale: {recipe.scale} is not a power of two")
+    for stage, settings, has in (
+        ("stage1", recipe.stage1, autoencoder_family(shapes.vae_class).checkpointing),
+        ("stage2", recipe.stage2, model_class(shapes.transformer_class)._supports_gradient_checkpointing),
+    ):
+        if settings.gradient_checkpointing and not has:
+            kind = shapes.vae_class if stage == "stage1" else shapes.transformer_class
+            raise RecipeError(
+                f"{stage}.gradient_checkpointing: diffusers' {kind} has none that works; set it to false"
+            )
     cell = shapes.patch_size * transformer_family(shapes.transformer_class).grid
     step = shapes.vae_factor * cell
     if recipe.base.resolution % step:

@@ -1,0 +1,59 @@
+"""The text encoders of a pipeline, from its configs alone."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from davae.models.families import model_class
+from davae.models.pipeline import read_config
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder: its component's name, class and config, and the tokens that the stock pipeline pads a prompt to."""
+
+    component: str
+    class_name: str
+    config: dict[str, Any]
+    tokens: int
+
+    def on_meta(self) -> nn.Module:
+        """Its modules without weights."""
+        kind = getattr(transformers, self.class_name)
+        settings = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        with torch.device("meta"):
+            return kind(kind.config_class(**settings)).eval()
+
+
+def text_encoders(model: str, transformer_config: dict[str, Any]) -> list[TextEncoder]:
+    """Those of a diffusers folder, hub id or preset, in the pipeline's order; none for a class-conditional model."""
+    index = read_config(model, "", "model_index.json")
+    found = [
+        (name, value[1])
+        for name, value in index.items()
+        if name.startswith("text_encoder") and isinstance(value, list) and value[1] is not None
+    ]
+    encoders = []
+    for name, class_name in found:
+        config = read_config(model, name)
+        tokens = prompt_tokens(index["_class_name"], class_name, config, transformer_config)
+        encoders.append(TextEncoder(name, class_name, config, tokens))
+    return encoders
+
+
+def prompt_tokens(
+    pipeline_class: str, class_name: str, config: dict[str, Any], transformer_config: dict[str, Any]
+) -> int:
+    """CLIP's own limit; else what the pipeline pads to by default; Hunyuan-DiT's transformer says its lengths itself."""
+    if class_name.startswith("CLIP"):
+        return int(config["max_position_embeddings"])
+    default = inspect.signature(model_class(pipeline_class).__call__).parameters.get("max_sequence_length")
+    if default is not None and default.default is not None:
+        return int(default.default)
+    return int(transformer_config["text_len" if class_name == "BertModel" else "text_len_t5"])

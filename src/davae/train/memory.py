@@ -1,0 +1,260 @@
+"""Memory and FLOPs of a training step and of sampling, from a rehearsal on fake tensors: every operator, no bytes.
+
+The rehearsal runs the real modules, losses and backward pass under torch's FakeTensorMode and adds up the storages that
+operators allocate while they live. What a device's libraries keep besides (CUDA context, workspaces, fragmentation) comes on
+top.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from davae.latent import LatentLayout
+from davae.losses.detail_warmup import velocity_loss
+from davae.losses.perceptual import perceptual_distance
+from davae.models.expand import expand_transformer, latent_channels
+from davae.models.pipeline import BaseShapes
+from davae.recipes.schema import Stage1, Stage2
+from davae.train.cost import decode_latents, meta_detail_vae, meta_transformer, predict_once
+from davae.train.stage1 import Stage1Task
+from davae.train.stage2 import choose_trainable
+
+# the attention that CPU tensors get, which the registry lacks
+FORMULAS: dict[Any, Callable[..., float]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+    ),
+    **flop_registry,
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes that operators have allocated and not yet freed, the most there ever were, and FLOPs; what came from outside is
+    not counted. (torch's FlopCounterMode holds on to what checkpointing would free.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.flops = 0.0
+        self._known: dict[int, int] = {}  # storage -> bytes, 0 for those from outside
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for storage in _storages((args, kwargs)):
+            self._track(storage, 0)
+        out = func(*args, **kwargs)
+        for storage in _storages(out):
+            self._track(storage, storage.nbytes())
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+    def _track(self, storage: Any, size: int) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._known.pop(key)
+
+
+def _storages(values: Any) -> Iterator[Any]:
+    return (value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor))
+
+
+class Mixed(nn.Module):
+    """A module that runs under autocast and returns float32, as accelerate wraps those it prepares."""
+
+    def __init__(self, module: nn.Module, enabled: bool):
+        super().__init__()
+        self.module, self.enabled = module, enabled
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            out = self.module(*args, **kwargs)
+        return tree_map_only(Tensor, lambda value: value.float() if value.is_floating_point() else value, out)
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """Bytes on one device while one stage trains, and the work of a step.
+
+    Attributes:
+        weights: of the networks in the step, float32 (trained, frozen, and those of the losses).
+        gradients: once they are all there.
+        optimizer: AdamW's two moments.
+        ema: the average of the trained weights.
+        activations: the most that a forward and a backward pass hold, with the gradients that exist by then.
+        flops: of one forward and backward pass over a batch, with what checkpointing computes again.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+    flops: float
+
+    @property
+    def peak(self) -> int:
+        """Gradients fill up while activations are freed, so that the two do not add."""
+        return self.weights + self.optimizer + self.ema + self.activations
+
+    def as_dict(self) -> dict[str, int]:
+        """Bytes by name."""
+        names = ("weights", "gradients", "optimizer", "ema", "activations", "peak")
+        return {name: getattr(self, name) for name in names}
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Tensors made inside have shapes but no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def stand_in(module: nn.Module) -> None:
+    """Replace tensors on the meta device by fake ones, shared ones by one; `to_empty` cannot do a shared tensor twice."""
+    made: dict[int, Any] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty_like(tensor, device="cpu")
+                    made[id(tensor)] = (
+                        nn.Parameter(fake, tensor.requires_grad) if tensors is part._parameters else fake
+                    )
+                tensors[name] = made[id(tensor)]
+
+
+def bytes_of(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _memory(
+    modules: list[nn.Module], step: Callable[[], None], passes: int, *, averaged: list[nn.Parameter]
+) -> TrainingStep:
+    """Of `passes` forward-backward passes, whose gradients add up."""
+    parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    trained = bytes_of(p for p in parameters if p.requires_grad)
+    live = LiveBytes()
+    with live:
+        for _ in range(passes):
+            step()
+    return TrainingStep(
+        weights=bytes_of(parameters) + bytes_of(buffers),
+        gradients=trained,
+        optimizer=2 * trained,
+        ema=bytes_of(averaged),
+        activations=live.peak,
+        flops=live.flops / passes,
+    )
+
+
+def stage2_memory(
+    shapes: BaseShapes, layout: LatentLayout, side: int, settings: Stage2, *, mixed: bool
+) -> TrainingStep:
+    """Of one process of stage 2 at the recipe's batch, accumulation and checkpointing; side x side latents."""
+    with torch.device("meta"):  # for the new weights and LoRA's
+        transformer = expand_transformer(meta_transformer(shapes), layout.detail_channels)
+        choose_trainable(transformer, settings.lora)
+    transformer.train()
+    if settings.gradient_checkpointing:
+        cast(Any, transformer).enable_gradient_checkpointing()
+    with rehearsal():
+        stand_in(transformer)
+        model = Mixed(transformer, mixed)
+        latents = torch.empty(settings.batch_size, layout.channels, side, side)
+
+        def step() -> None:
+            prediction = predict_once(model, transformer, latents)
+            velocity_loss(prediction, latents, layout, 1.0).total.backward()
+
+        trained = [p for p in transformer.parameters() if p.requires_grad]
+        averaged = trained if settings.ema_decay else []
+        return _memory([transformer], step, min(2, settings.accumulation), averaged=averaged)
+
+
+def stage1_memory(
+    shapes: BaseShapes, detail_channels: int, scale: int, resolution: int, settings: Stage1, *, mixed: bool
+) -> TrainingStep:
+    """Of one process of stage 1 once the discriminator plays; the perceptual network is rehearsed too."""
+    vae = meta_detail_vae(shapes, detail_channels, scale)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lpips asks torchvision the old way
+        task = Stage1Task(settings.model_copy(update={"lambda_lpips": 0.0}), vae, cast(Any, ()), torch.device("meta"))
+        perceptual = perceptual_distance(settings.perceptual, random=True) if settings.lambda_lpips else None
+    parts = [vae, task.trainer.discriminator, perceptual]
+    modules = [module for module in parts if module is not None]
+    with rehearsal():
+        for module in modules:
+            stand_in(module)
+        task.device = torch.device("cpu")
+        task.trainer.settings, task.trainer.perceptual = settings, perceptual
+        task.modules = {name: Mixed(module, mixed) for name, module in task.modules.items()}
+        images = torch.empty(settings.batch_size, 3, resolution, resolution)
+        generator = torch.Generator()
+        last = settings.max_steps + settings.gan_start  # any step at which the discriminator plays
+
+        def step() -> None:
+            for player in task.active(last):
+                task.loss(player, {"images": images}, last, generator)[0].backward()
+
+        averaged = [p for p in vae.parameters() if p.requires_grad] if settings.ema_decay else []
+        return _memory(modules, step, min(2, settings.accumulation), averaged=averaged)
+
+
+def sampling_bytes(run: Callable[[], object]) -> int:
+    """The most that a computation without gradients holds, beside weights and inputs; call it inside a rehearsal."""
+    live = LiveBytes()
+    with torch.no_grad(), live:
+        run()
+    return live.peak
+
+
+def transformer_sampling_bytes(transformer: nn.Module, side: int, batch: int) -> int:
+    """Of one pass in bfloat16 over a batch of side x side latents; the transformer on the meta device."""
+    with rehearsal():
+        stand_in(transformer.to(torch.bfloat16))
+        latents = torch.empty(batch, latent_channels(transformer), side, side, dtype=torch.bfloat16)
+        return sampling_bytes(lambda: predict_in(torch.bfloat16, transformer, latents))
+
+
+def decode_sampling_bytes(vae: Any, channels: int, side: int) -> int:
+    """Of decoding one picture in bfloat16, whole; the autoencoder on the meta device."""
+    with rehearsal():
+        stand_in(vae.to(torch.bfloat16))
+        latents = torch.empty(1, channels, side, side, dtype=torch.bfloat16)
+        return sampling_bytes(lambda: decode_latents(vae, latents))
+
+
+def predict_in(dtype: torch.dtype, transformer: nn.Module, latents: Tensor) -> Tensor:
+    """`predict_once` with every new floating tensor of that type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return predict_once(transformer, transformer, latents)
+    finally:
+        torch.set_default_dtype(before)
