@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 import typer
 
 from davae.cli.analyze import analyze_app
+from davae.cli.app import app as app_verb
 from davae.cli.bench_models import bench_app
 from davae.cli.convert import convert_app
 from davae.cli.evaluate import evaluate_app
@@ -43,6 +44,7 @@ app.add_typer(analyze_app, name="analyze")
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 app.command()(reproduce)
+app.command("app")(app_verb)
 
 
 def _load(name: str, data: str | None, overrides: list[str] | None) -> AnyRecipe:

@@ -1,0 +1,347 @@
+"""What each tab shows and what its buttons do. One function a tab."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+import torch
+
+from davae.app import drawing, reconstructing
+from davae.app.inspection import inspection
+from davae.app.models import Pair, Stopped
+from davae.app.previews import preview
+from davae.app.training import Trainings, upgrade_recipes
+from davae.app.uploads import MAX_STEPS, MAX_TRAINING_STEPS, read_picture
+from davae.data.pictures import DataError
+from davae.models.pipeline import ModelError
+from davae.recipes import Recipe, RecipeError, load_recipe
+from davae.sample.class_conditional import ClassConditionalPipeline
+from davae.train.state import RunError
+
+COMPUTE: dict[str, Any] = {"concurrency_id": "compute", "concurrency_limit": 1}  # events that hold the models
+USERS = (ModelError, DataError, RunError, RecipeError, torch.OutOfMemoryError)
+SMALL = 300  # pixels, below which a picture is shown enlarged
+
+
+def told(function: Callable) -> Callable:
+    """A handler whose errors that are a visitor's to mend become one line on the page."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except USERS as error:
+            raise _line(error) from error
+
+    return wrapped
+
+
+def _line(error: Exception) -> gr.Error:
+    return gr.Error(" ".join(str(error).split()), duration=None, title="Not done", print_exception=False)
+
+
+def _picture(pair: Pair, label: str, **options: Any) -> gr.Image:
+    classes = ["picture", "small"] if pair.resolution < SMALL else ["picture"]
+    return gr.Image(
+        label=label,
+        interactive=False,
+        elem_classes=classes,
+        format="png",
+        height=350,
+        buttons=["download", "fullscreen"],
+        **options,
+    )
+
+
+def _slider_of_two(pair: Pair, label: str, elem_id: str) -> gr.ImageSlider:
+    classes = ["picture", "small"] if pair.resolution < SMALL else ["picture"]
+    return gr.ImageSlider(label=label, format="png", height=460, type="pil", elem_id=elem_id, elem_classes=classes)
+
+
+# -- generate --------------------------------------------------------------------------------------------------
+
+
+def generate_tab(pair: Pair) -> None:
+    stops: dict[str, threading.Event] = {}  # of the drawing that each visitor waits for
+    ways = drawing.ways_of(pair)
+    by_class = isinstance(pair.any, ClassConditionalPipeline)
+
+    with gr.Row():
+        if by_class and pair.any.class_names:
+            prompt = gr.Dropdown(pair.any.class_names, label="Class", elem_id="prompt", scale=3)
+        else:
+            prompt = gr.Textbox(
+                "1" if by_class else "a red rose",
+                label="Class number" if by_class else "Prompt",
+                elem_id="prompt",
+                max_lines=2,
+                scale=3,
+            )
+        draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=1)
+        halt = gr.Button("Stop", elem_id="stop-drawing", scale=1)
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+        steps = gr.Slider(1, MAX_STEPS, 30, step=1, label="Steps", elem_id="steps")
+        guidance = gr.Slider(0, 15, 4.0, step=0.1, label="Guidance")
+        wanted = gr.CheckboxGroup(ways, value=ways, label="Draw", elem_id="ways")
+    status = gr.Markdown(
+        "Every picture starts from the same noise. Times are of this machine, without the wait.",
+        elem_id="draw-status",
+    )
+    with gr.Row():
+        pictures = {way: _picture(pair, way, elem_id=f"drawn-{number}") for number, way in enumerate(ways)}
+    with gr.Row():
+        notes = {way: gr.Markdown(elem_id=f"note-{number}") for number, way in enumerate(ways)}
+    drawn = gr.State({})
+    with gr.Row(visible=len(ways) > 1):
+        left = gr.Dropdown(ways, value=ways[0], label="Left")
+        right = gr.Dropdown(ways, value=ways[-1], label="Right")
+        zoom = gr.Slider(2, 8, 4, step=1, label="Zoom of the clicked place")
+    slider = _slider_of_two(pair, "Drag the line between the two; the wheel zooms", "drawn-slider")
+    gr.Markdown("Click a picture above: the same place of each, enlarged.")
+    with gr.Row():
+        details = {way: _picture(pair, f"{way}, enlarged place") for way in ways}
+
+    def two(found: dict[str, Any], first: str, second: str) -> Any:
+        return (found[first], found[second]) if first in found and second in found else None
+
+    def run(
+        text: str, number: float, count: float, scale: float, chosen: list[str], first: str, second: str,
+        request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008 - Gradio finds the bar by this default
+    ) -> Iterator[dict[Any, Any]]:  # fmt: skip
+        stop = stops[str(request.session_hash)] = threading.Event()
+        found: dict[str, Any] = {}
+        yield {
+            drawn: {},
+            slider: None,
+            status: "Waiting for the model.",
+            **dict.fromkeys(pictures.values()),
+        } | dict.fromkeys(notes.values(), "")
+        try:
+            for result in drawing.draw(
+                pair,
+                text or "",
+                chosen,
+                seed=int(number or 0),
+                steps=int(count),
+                guidance=float(scale),
+                stop=stop,
+                on_step=lambda way, done, total: progress((done, total), desc=way),
+            ):
+                found[result.way] = result.picture
+                yield {
+                    pictures[result.way]: result.picture,
+                    notes[result.way]: result.note,
+                    status: f"{len(found)} of {len(chosen)} drawn.",
+                }
+        except Stopped:
+            yield {status: f"Stopped; {len(found)} of {len(chosen)} drawn.", drawn: found}
+            return
+        except USERS as error:
+            raise _line(error) from error
+        yield {drawn: found, slider: two(found, first, second), status: "Done."}
+
+    def end(request: gr.Request) -> str:
+        stop = stops.get(str(request.session_hash))
+        if stop is not None:
+            stop.set()
+        return "Stopping."
+
+    def place(event: gr.SelectData, found: dict[str, Any], times: float) -> list[Any]:
+        if not found:
+            return [None] * len(details)
+        side = next(iter(found.values())).width
+        x, y = event.index
+        return [drawing.cut(found[way], x / side, y / side, int(times)) if way in found else None for way in details]
+
+    outputs = [drawn, slider, status, *pictures.values(), *notes.values()]
+    inputs = [prompt, seed, steps, guidance, wanted, left, right]
+    gr.on([draw.click, *([] if by_class else [prompt.submit])], run, inputs, outputs, api_name="draw", **COMPUTE)
+    halt.click(end, None, status, queue=False, api_name=False)
+    for side in (left, right):
+        side.change(two, [drawn, left, right], slider, api_name=False)
+    for picture in pictures.values():
+        picture.select(place, [drawn, zoom], list(details.values()), api_name=False)
+
+
+# -- reconstruct -----------------------------------------------------------------------------------------------
+
+
+def reconstruct_tab(pair: Pair) -> None:
+    if pair.upgraded is None:
+        gr.Markdown(f"`{pair.name}` has no detail channels; open an upgraded model to see what they add.")
+        return
+    channels = pair.upgraded.vae.layout.detail_channels
+    with gr.Row():
+        file = gr.File(label="Drop a photo", elem_id="photo", height=140)
+        with gr.Column():
+            size = gr.Radio(
+                [pair.resolution, 2 * pair.resolution], value=pair.resolution, label="Pixels (centre square)"
+            )
+            strength = gr.Slider(0, 1.5, 1, step=0.05, label="Strength of the detail channels", elem_id="strength")
+            with gr.Row():
+                first = gr.Slider(1, channels, 1, step=1, label="First channel")
+                last = gr.Slider(1, channels, channels, step=1, label="Last channel")
+    encoded = gr.State(None)
+    with gr.Row():
+        original = _picture(pair, "original")
+        small = _picture(pair, "base + bicubic", visible=pair.base is not None)
+        upgraded = _picture(pair, "upgraded", elem_id="reconstructed")
+        error = _picture(pair, f"error of the upgraded (white: {reconstructing.ERROR_SHOWN:.0%} or more)")
+    note = gr.Markdown(elem_id="reconstruction-note")
+    slider = _slider_of_two(pair, "base + bicubic | upgraded", "reconstruction-slider")
+
+    def fade(kept: reconstructing.Encoded | None, weight: float, low: float, high: float) -> list[Any]:
+        if kept is None:
+            return [None, None, "", None]
+        weights = reconstructing.weights_of(channels, weight, int(low), int(high))
+        picture = reconstructing.decode(pair, kept, weights)
+        text = f"PSNR against the original: upgraded {reconstructing.psnr(kept.original, picture):.2f} dB"
+        if kept.base is not None:
+            text += f", base + bicubic {reconstructing.psnr(kept.original, kept.base):.2f} dB"
+        return [
+            picture,
+            reconstructing.error_map(kept.original, picture),
+            text,
+            (kept.base or kept.original, picture),
+        ]
+
+    def encode(path: str | None, pixels: int, weight: float, low: float, high: float) -> list[Any]:
+        if path is None:
+            return [None, None, None, None, None, "", None]
+        kept = reconstructing.encode(pair, read_picture(Path(path)), int(pixels))
+        return [kept, kept.original, kept.base, *fade(kept, weight, low, high)]
+
+    shown = [upgraded, error, note, slider]
+    sliders = [strength, first, last]
+    for event in (file.change, size.change):
+        event(told(encode), [file, size, *sliders], [encoded, original, small, *shown], api_name=False, **COMPUTE)
+    for part in sliders:
+        part.change(
+            told(fade), [encoded, *sliders], shown, api_name=False, trigger_mode="always_last", show_progress="hidden",
+            **COMPUTE,
+        )  # fmt: skip
+
+
+# -- inspect ---------------------------------------------------------------------------------------------------
+
+
+def inspect_tab(name: str) -> None:
+    with gr.Row():
+        model = gr.Textbox(
+            name.removesuffix("-upgraded"),
+            label="Base model: micro, a diffusers folder, or a hub id",
+            elem_id="inspected",
+            scale=3,
+        )
+        resolution = gr.Number(128, label="Pixels of the upgraded picture", precision=0, minimum=1, maximum=16384)
+        scale = gr.Dropdown([2, 4, 8], value=2, label="Scale")
+        button = gr.Button("Inspect", variant="primary", elem_id="inspect")
+    bound = gr.Markdown(elem_id="bound")
+    table = gr.Dataframe(headers=["", "value"], interactive=False, elem_id="inspection")
+
+    def run(source: str, pixels: float, times: int) -> tuple[str, list[list[str]]]:
+        rows, line = inspection(source.strip(), int(pixels), int(times))
+        return line, rows
+
+    button.click(told(run), [model, resolution, scale], [bound, table], api_name=False)
+
+
+# -- train -----------------------------------------------------------------------------------------------------
+
+
+def train_tab(trainings: Trainings) -> None:
+    choices = upgrade_recipes()
+    gr.Markdown(
+        "Starts `davae upgrade` on this machine, in a folder of its own. The recipe's steps are of its full length; "
+        "a try with 100 of each takes minutes with `micro`."
+    )
+    with gr.Row():
+        name = gr.Textbox(f"try-{time.strftime('%H%M%S')}", label="Name", elem_id="training-name", max_lines=1)
+        recipe = gr.Dropdown(choices, value="micro", label="Recipe")
+        stage1 = gr.Number(100, label="Steps of stage 1", precision=0, minimum=1, maximum=MAX_TRAINING_STEPS)
+        stage2 = gr.Number(100, label="Steps of stage 2", precision=0, minimum=1, maximum=MAX_TRAINING_STEPS)
+    with gr.Row():
+        folder = gr.Textbox(
+            label="Pictures: `openmoji`, a folder or .tar on this machine; empty: the recipe's own",
+            elem_id="training-data",
+        )
+        files = gr.File(label="or upload pictures and .txt captions", file_count="multiple", height=120)
+        more = gr.Textbox(label="Other values, `a.b=c`, one a line", lines=3, elem_id="training-values")
+    with gr.Row():
+        start = gr.Button("Start", variant="primary", elem_id="start-training")
+        pause = gr.Button("Pause", elem_id="pause-training")
+        resume = gr.Button("Resume", elem_id="resume-training")
+        old = gr.Dropdown([], value=None, label="An earlier training", allow_custom_value=False)
+    state = gr.Markdown("Nothing started.", elem_id="training-state")
+    link = gr.Markdown(elem_id="training-report")
+    with gr.Row():
+        plots = [
+            gr.LinePlot(x="step", y="value", color="curve", label=label, height=240, elem_id=f"curve-{number}")
+            for number, label in enumerate(("Stage 1", "Stage 2: velocity error"))
+        ]
+    gallery = gr.Gallery(label="Newest checkpoint", columns=4, height="auto", format="png", elem_classes=["small"])
+    shown = gr.State("")  # the training this visitor watches
+    checkpoint = gr.State("")  # the one whose pictures are shown
+
+    def begin(
+        title: str, which: str, data: str, uploads: list[str] | None, values: str, first: float, second: float
+    ) -> str:
+        overrides = [line.strip() for line in values.splitlines() if line.strip()]
+        chosen = load_recipe(which)
+        assert isinstance(chosen, Recipe)
+        warmup = min(chosen.stage2.warmup_steps, int(second) // 4)
+        sizes = [f"stage1.max_steps={int(first)}", f"stage2.max_steps={int(second)}", f"stage2.warmup_steps={warmup}"]
+        trainings.start(
+            title.strip(),
+            which,
+            data=data.strip() or None,
+            uploads=[Path(path) for path in uploads] if uploads else None,
+            overrides=[*sizes, *overrides],
+        )
+        return title.strip()
+
+    def go_on(title: str) -> str:
+        trainings.resume(title)
+        return title
+
+    def stop(title: str) -> str:
+        trainings.pause(title)
+        return title
+
+    def look(title: str) -> list[Any]:
+        known = gr.update(choices=trainings.names())
+        if not title:
+            return ["Nothing started.", "", None, None, known]
+        now = trainings.state(title)
+        curves = [pd.DataFrame(rows) if rows else None for rows in trainings.curves(title).values()]
+        open_it = f"[Open the report](/reports/{title})" if now.finished else ""
+        return [f"**{title}** {now.line}", open_it, *curves, known]
+
+    def pictures(title: str, seen: str) -> list[Any]:
+        if not title:
+            return [gr.skip(), seen]
+        newest = trainings.newest_checkpoint(title)
+        if newest == seen or not newest:
+            return [gr.skip(), seen]
+        return [preview(trainings.folder(title)), newest]
+
+    view = [state, link, *plots, old]
+    values = [name, recipe, folder, files, more, stage1, stage2]
+    start.click(told(begin), values, shown, api_name=False).success(look, shown, view, api_name=False)
+    pause.click(told(stop), shown, shown, api_name=False)
+    resume.click(told(go_on), shown, shown, api_name=False)
+    old.input(lambda title: (title, ""), old, [shown, checkpoint], api_name=False).then(
+        look, shown, view, api_name=False
+    )
+    gr.Timer(2).tick(told(look), shown, view, show_progress="hidden", api_name=False)
+    gr.Timer(10).tick(
+        told(pictures), [shown, checkpoint], [gallery, checkpoint], show_progress="hidden", api_name=False, **COMPUTE
+    )
