@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from PIL import Image
 
+from davae.analyze.crops import enlarged, most_different
 from davae.app.models import LOCK, Pair, Stopped, watched
 from davae.app.uploads import MAX_PROMPT, MAX_STEPS
 from davae.evaluate.throughput import image_tokens
@@ -109,9 +110,16 @@ def _check(pair: Pair, prompt: str, ways: list[str], steps: int, guidance: float
     check_classes(pair.any, [prompt])
 
 
+def place(first: Image.Image, second: Image.Image, zoom: int) -> tuple[float, float]:
+    """Where two pictures differ most: centre of the square that is 1/zoom as wide, shares of the sides in [0,1]."""
+    side = max(1, first.width // zoom)
+    left, top = most_different(first, second, side)
+    return (left + side / 2) / first.width, (top + side / 2) / first.height
+
+
 def cut(picture: Image.Image, x: float, y: float, zoom: int) -> Image.Image:
     """The part of a picture around (x, y), shares of its sides in [0,1], enlarged `zoom` times without smoothing."""
     side = max(1, picture.width // zoom)
-    left = int(np.clip(x * picture.width - side / 2, 0, picture.width - side))
-    top = int(np.clip(y * picture.height - side / 2, 0, picture.height - side))
-    return picture.crop((left, top, left + side, top + side)).resize((side * zoom,) * 2, Image.Resampling.NEAREST)
+    left = int(np.clip(round(x * picture.width - side / 2), 0, picture.width - side))
+    top = int(np.clip(round(y * picture.height - side / 2), 0, picture.height - side))
+    return enlarged(picture, left, top, side, zoom)

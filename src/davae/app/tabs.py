@@ -54,7 +54,7 @@ def _picture(pair: Pair, label: str, **options: Any) -> gr.Image:
         interactive=False,
         elem_classes=classes,
         format="png",
-        height=350,
+        height=330,
         buttons=["download", "fullscreen"],
         **options,
     )
@@ -103,20 +103,24 @@ def generate_tab(pair: Pair) -> None:
     with gr.Row(visible=len(ways) > 1):
         left = gr.Dropdown(ways, value=ways[0], label="Left")
         right = gr.Dropdown(ways, value=ways[-1], label="Right")
-        zoom = gr.Slider(2, 8, 4, step=1, label="Zoom of the clicked place")
     slider = _slider_of_two(pair, "Drag the line between the two; the wheel zooms", "drawn-slider")
-    gr.Markdown("Click a picture above: the same place of each, enlarged.")
+    gr.Markdown("The same place of each, enlarged: at first where left and right differ most.")
     with gr.Row():
-        details = {way: _picture(pair, f"{way}, enlarged place") for way in ways}
+        across = gr.Slider(0, 1, 0.5, step=0.01, label="Across", elem_id="across")
+        down = gr.Slider(0, 1, 0.5, step=0.01, label="Down")
+        zoom = gr.Slider(2, 8, 4, step=1, label="Zoom")
+    with gr.Row():
+        details = {way: _picture(pair, f"{way}: the place") for way in ways}
 
     def two(found: dict[str, Any], first: str, second: str) -> Any:
         return (found[first], found[second]) if first in found and second in found else None
 
     def run(
-        text: str, number: float, count: float, scale: float, chosen: list[str], first: str, second: str,
+        text: str, number: float, count: float, scale: float, chosen: list[str], first: str, second: str, times: float,
         request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008 - Gradio finds the bar by this default
     ) -> Iterator[dict[Any, Any]]:  # fmt: skip
-        stop = stops[str(request.session_hash)] = threading.Event()
+        visitor = str(request.session_hash)
+        stop = stops[visitor] = threading.Event()
         found: dict[str, Any] = {}
         yield {
             drawn: {},
@@ -142,33 +146,41 @@ def generate_tab(pair: Pair) -> None:
                     status: f"{len(found)} of {len(chosen)} drawn.",
                 }
         except Stopped:
-            yield {status: f"Stopped; {len(found)} of {len(chosen)} drawn.", drawn: found}
             return
         except USERS as error:
             raise _line(error) from error
-        yield {drawn: found, slider: two(found, first, second), status: "Done."}
+        finally:
+            if stops.get(visitor) is stop:
+                del stops[visitor]
+        pictured = two(found, first, second)
+        x, y = drawing.place(pictured[0], pictured[1], int(times)) if pictured else (0.5, 0.5)
+        places = dict(zip(details.values(), places_of(found, x, y, times), strict=True))
+        yield {drawn: found, slider: pictured, status: "Done.", across: round(x, 2), down: round(y, 2), **places}
 
     def end(request: gr.Request) -> str:
         stop = stops.get(str(request.session_hash))
         if stop is not None:
             stop.set()
-        return "Stopping."
+        return "Stopped."
 
-    def place(event: gr.SelectData, found: dict[str, Any], times: float) -> list[Any]:
-        if not found:
-            return [None] * len(details)
-        side = next(iter(found.values())).width
-        x, y = event.index
-        return [drawing.cut(found[way], x / side, y / side, int(times)) if way in found else None for way in details]
+    def places_of(found: dict[str, Any], x: float, y: float, times: float) -> list[Any]:
+        return [drawing.cut(found[way], x, y, int(times)) if way in found else None for way in details]
 
-    outputs = [drawn, slider, status, *pictures.values(), *notes.values()]
-    inputs = [prompt, seed, steps, guidance, wanted, left, right]
-    gr.on([draw.click, *([] if by_class else [prompt.submit])], run, inputs, outputs, api_name="draw", **COMPUTE)
-    halt.click(end, None, status, queue=False, api_name=False)
+    outputs = [drawn, slider, status, across, down, *pictures.values(), *notes.values(), *details.values()]
+    inputs = [prompt, seed, steps, guidance, wanted, left, right, zoom]
+    triggers = [draw.click, *([prompt.submit] if isinstance(prompt, gr.Textbox) else [])]
+    drawing_now = gr.on(triggers, run, inputs, outputs, api_visibility="private", **COMPUTE)
+    halt.click(end, None, status, queue=False, cancels=[drawing_now], api_visibility="private")
     for side in (left, right):
-        side.change(two, [drawn, left, right], slider, api_name=False)
-    for picture in pictures.values():
-        picture.select(place, [drawn, zoom], list(details.values()), api_name=False)
+        side.change(two, [drawn, left, right], slider, api_visibility="private")
+    for control in (across, down, zoom):
+        control.input(
+            places_of,
+            [drawn, across, down, zoom],
+            list(details.values()),
+            api_visibility="private",
+            show_progress="hidden",
+        )
 
 
 # -- reconstruct -----------------------------------------------------------------------------------------------
@@ -180,7 +192,7 @@ def reconstruct_tab(pair: Pair) -> None:
         return
     channels = pair.upgraded.vae.layout.detail_channels
     with gr.Row():
-        file = gr.File(label="Drop a photo", elem_id="photo", height=140)
+        file = gr.File(label="Drop a photo", elem_id="photo", height=170)
         with gr.Column():
             size = gr.Radio(
                 [pair.resolution, 2 * pair.resolution], value=pair.resolution, label="Pixels (centre square)"
@@ -194,7 +206,10 @@ def reconstruct_tab(pair: Pair) -> None:
         original = _picture(pair, "original")
         small = _picture(pair, "base + bicubic", visible=pair.base is not None)
         upgraded = _picture(pair, "upgraded", elem_id="reconstructed")
-        error = _picture(pair, f"error of the upgraded (white: {reconstructing.ERROR_SHOWN:.0%} or more)")
+        error = _picture(pair, "error")
+    gr.Markdown(
+        f"Error: mean over the colours, of the upgraded picture; white is {reconstructing.ERROR_SHOWN:.0%} or more."
+    )
     note = gr.Markdown(elem_id="reconstruction-note")
     slider = _slider_of_two(pair, "base + bicubic | upgraded", "reconstruction-slider")
 
@@ -222,12 +237,23 @@ def reconstruct_tab(pair: Pair) -> None:
     shown = [upgraded, error, note, slider]
     sliders = [strength, first, last]
     for event in (file.change, size.change):
-        event(told(encode), [file, size, *sliders], [encoded, original, small, *shown], api_name=False, **COMPUTE)
+        event(
+            told(encode),
+            [file, size, *sliders],
+            [encoded, original, small, *shown],
+            api_visibility="private",
+            **COMPUTE,
+        )
     for part in sliders:
         part.change(
-            told(fade), [encoded, *sliders], shown, api_name=False, trigger_mode="always_last", show_progress="hidden",
+            told(fade),
+            [encoded, *sliders],
+            shown,
+            api_visibility="private",
+            trigger_mode="always_last",
+            show_progress="hidden",
             **COMPUTE,
-        )  # fmt: skip
+        )
 
 
 # -- inspect ---------------------------------------------------------------------------------------------------
@@ -251,7 +277,7 @@ def inspect_tab(name: str) -> None:
         rows, line = inspection(source.strip(), int(pixels), int(times))
         return line, rows
 
-    button.click(told(run), [model, resolution, scale], [bound, table], api_name=False)
+    button.click(told(run), [model, resolution, scale], [bound, table], api_visibility="private")
 
 
 # -- train -----------------------------------------------------------------------------------------------------
@@ -260,21 +286,27 @@ def inspect_tab(name: str) -> None:
 def train_tab(trainings: Trainings) -> None:
     choices = upgrade_recipes()
     gr.Markdown(
-        "Starts `davae upgrade` on this machine, in a folder of its own. The recipe's steps are of its full length; "
-        "a try with 100 of each takes minutes with `micro`."
+        "Runs `davae upgrade` on this machine, in a folder of its own. Without pictures of yours it trains on the "
+        "recipe's. With `micro`, 100 steps of each stage take minutes; its full recipe takes hours."
     )
     with gr.Row():
         name = gr.Textbox(f"try-{time.strftime('%H%M%S')}", label="Name", elem_id="training-name", max_lines=1)
-        recipe = gr.Dropdown(choices, value="micro", label="Recipe")
-        stage1 = gr.Number(100, label="Steps of stage 1", precision=0, minimum=1, maximum=MAX_TRAINING_STEPS)
-        stage2 = gr.Number(100, label="Steps of stage 2", precision=0, minimum=1, maximum=MAX_TRAINING_STEPS)
+        recipe = gr.Dropdown(
+            choices, value="micro", label="Recipe, or a YAML file", allow_custom_value=True, elem_id="recipe"
+        )
+        stage1 = gr.Number(
+            100, label="Steps of stage 1", precision=0, minimum=1, maximum=MAX_TRAINING_STEPS, elem_id="steps-1"
+        )
+        stage2 = gr.Number(
+            100, label="Steps of stage 2", precision=0, minimum=1, maximum=MAX_TRAINING_STEPS, elem_id="steps-2"
+        )
     with gr.Row():
         folder = gr.Textbox(
-            label="Pictures: `openmoji`, a folder or .tar on this machine; empty: the recipe's own",
+            label="Pictures: a folder or .tar on this machine",
             elem_id="training-data",
         )
-        files = gr.File(label="or upload pictures and .txt captions", file_count="multiple", height=120)
-        more = gr.Textbox(label="Other values, `a.b=c`, one a line", lines=3, elem_id="training-values")
+        files = gr.File(label="or upload pictures and .txt captions", file_count="multiple", height=170)
+        more = gr.Textbox(label="Other values: a.b=c, one a line", lines=4, elem_id="training-values")
     with gr.Row():
         start = gr.Button("Start", variant="primary", elem_id="start-training")
         pause = gr.Button("Pause", elem_id="pause-training")
@@ -296,8 +328,7 @@ def train_tab(trainings: Trainings) -> None:
     ) -> str:
         overrides = [line.strip() for line in values.splitlines() if line.strip()]
         chosen = load_recipe(which)
-        assert isinstance(chosen, Recipe)
-        warmup = min(chosen.stage2.warmup_steps, int(second) // 4)
+        warmup = min(chosen.stage2.warmup_steps, int(second) // 4) if isinstance(chosen, Recipe) else 0
         sizes = [f"stage1.max_steps={int(first)}", f"stage2.max_steps={int(second)}", f"stage2.warmup_steps={warmup}"]
         trainings.start(
             title.strip(),
@@ -335,13 +366,20 @@ def train_tab(trainings: Trainings) -> None:
 
     view = [state, link, *plots, old]
     values = [name, recipe, folder, files, more, stage1, stage2]
-    start.click(told(begin), values, shown, api_name=False).success(look, shown, view, api_name=False)
-    pause.click(told(stop), shown, shown, api_name=False)
-    resume.click(told(go_on), shown, shown, api_name=False)
-    old.input(lambda title: (title, ""), old, [shown, checkpoint], api_name=False).then(
-        look, shown, view, api_name=False
+    start.click(told(begin), values, shown, api_visibility="private").success(
+        look, shown, view, api_visibility="private"
     )
-    gr.Timer(2).tick(told(look), shown, view, show_progress="hidden", api_name=False)
+    pause.click(told(stop), shown, shown, api_visibility="private")
+    resume.click(told(go_on), shown, shown, api_visibility="private")
+    old.input(lambda title: (title, ""), old, [shown, checkpoint], api_visibility="private").then(
+        look, shown, view, api_visibility="private"
+    )
+    gr.Timer(2).tick(told(look), shown, view, show_progress="hidden", api_visibility="private")
     gr.Timer(10).tick(
-        told(pictures), [shown, checkpoint], [gallery, checkpoint], show_progress="hidden", api_name=False, **COMPUTE
+        told(pictures),
+        [shown, checkpoint],
+        [gallery, checkpoint],
+        show_progress="hidden",
+        api_visibility="private",
+        **COMPUTE,
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import re
 import shutil
+import warnings
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from davae.data.pictures import DataError, UnreadablePicture
-from davae.data.sources import EXTENSIONS, decode, header_size
+from davae.data.sources import EXTENSIONS, decode
 
 MAX_BYTES = 20 * 2**20  # of one file
 MAX_SIDE = 12_000  # pixels
@@ -19,6 +20,8 @@ MAX_PICTURES = 500  # of one training set
 MAX_PROMPT = 500  # characters
 MAX_STEPS = 150  # of one picture
 MAX_TRAINING_STEPS = 200_000
+
+_BOUND = f"{MAX_SIDE:,} a side and {MAX_PIXELS // 1_000_000} million in all"
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -33,14 +36,19 @@ def read_picture(path: Path) -> Image.Image:
             f"{path.name} has {size / 2**20:.0f} MiB; the page takes files up to {MAX_BYTES // 2**20} MiB"
         )
     content = path.read_bytes()
-    width, height = header_size(io.BytesIO(content))
-    if not width or not height:
-        raise DataError(f"{path.name} is no picture that can be read; use PNG, JPEG, WebP, BMP, TIFF or GIF")
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as picture:  # reads the header alone
+                width, height = picture.size
+    except Image.DecompressionBombError:
+        raise DataError(f"{path.name} has more pixels than the page takes: {_BOUND}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise DataError(
-            f"{path.name} is {width}x{height}; the page takes up to {MAX_SIDE} pixels a side and "
-            f"{MAX_PIXELS // 1_000_000} million in all"
-        )
+            f"{path.name} is no picture that can be read; use PNG, JPEG, WebP, BMP, TIFF or GIF"
+        ) from error
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise DataError(f"{path.name} is {width}x{height}, more pixels than the page takes: {_BOUND}")
     try:
         return decode(io.BytesIO(content), "white")
     except UnreadablePicture as error:
