@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -79,7 +80,7 @@ def draw(
                 raise Stopped
             on_step(way, min(done, steps), steps)
 
-        with LOCK, watched(pipeline.transformer, before_pass):
+        with LOCK, watched(pipeline.transformer, before_pass), _refusals(way):
             options = {"resolution": size, "guidance_scale": guidance, "seed": seed}
             ran = _warm.setdefault(pipeline.transformer, set())
             if size not in ran:
@@ -91,6 +92,15 @@ def draw(
                 picture = picture.resize((pair.resolution,) * 2, Image.Resampling.BICUBIC)
             seconds = time.perf_counter() - started
         yield Drawn(way, picture, size, image_tokens(pipeline, size), seconds)
+
+
+@contextmanager
+def _refusals(way: str) -> Iterator[None]:
+    """What a pipeline says of a size it cannot draw, as a ModelError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ModelError(f"{way}: {error}") from error
 
 
 def _check(pair: Pair, prompt: str, ways: list[str], steps: int, guidance: float, seed: int) -> None:

@@ -10,7 +10,8 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 
 from davae.app.models import Pair
-from davae.app.tabs import generate_tab, inspect_tab, reconstruct_tab, train_tab
+from davae.app.tabs import generate_tab, inspect_tab, reconstruct_tab
+from davae.app.train_tab import train_tab
 from davae.app.training import Trainings
 from davae.app.uploads import MAX_BYTES
 from davae.train.state import RunError

@@ -1,27 +1,22 @@
-"""What each tab shows and what its buttons do. One function a tab."""
+"""What the tabs Generate, Reconstruct and Inspect show and what their buttons do. One function a tab."""
 
 from __future__ import annotations
 
-import functools
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 import torch
 
 from davae.app import drawing, reconstructing
 from davae.app.inspection import inspection
 from davae.app.models import Pair, Stopped
-from davae.app.previews import preview
-from davae.app.training import Trainings, upgrade_recipes
-from davae.app.uploads import MAX_STEPS, MAX_TRAINING_STEPS, read_picture
+from davae.app.uploads import MAX_STEPS, read_picture
 from davae.data.pictures import DataError
 from davae.models.pipeline import ModelError
-from davae.recipes import Recipe, RecipeError, load_recipe
+from davae.recipes import RecipeError
 from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.train.state import RunError
 
@@ -30,21 +25,8 @@ USERS = (ModelError, DataError, RunError, RecipeError, torch.OutOfMemoryError)
 SMALL = 300  # pixels, below which a picture is shown enlarged
 
 
-def told(function: Callable) -> Callable:
-    """A handler whose errors that are a visitor's to mend become one line on the page."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any) -> Any:
-        try:
-            return function(*args)
-        except USERS as error:
-            raise _line(error) from error
-
-    return wrapped
-
-
-def _line(error: Exception) -> gr.Error:
-    return gr.Error(" ".join(str(error).split()), duration=None, title="Not done", print_exception=False)
+def line_of(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _picture(pair: Pair, label: str, **options: Any) -> gr.Image:
@@ -95,10 +77,12 @@ def generate_tab(pair: Pair) -> None:
         "Every picture starts from the same noise. Times are of this machine, without the wait.",
         elem_id="draw-status",
     )
+    pictures, notes = {}, {}
     with gr.Row():
-        pictures = {way: _picture(pair, way, elem_id=f"drawn-{number}") for number, way in enumerate(ways)}
-    with gr.Row():
-        notes = {way: gr.Markdown(elem_id=f"note-{number}") for number, way in enumerate(ways)}
+        for number, way in enumerate(ways):
+            with gr.Column(min_width=220):
+                pictures[way] = _picture(pair, way, elem_id=f"drawn-{number}")
+                notes[way] = gr.Markdown(elem_id=f"note-{number}")
     drawn = gr.State({})
     with gr.Row(visible=len(ways) > 1):
         left = gr.Dropdown(ways, value=ways[0], label="Left")
@@ -148,7 +132,8 @@ def generate_tab(pair: Pair) -> None:
         except Stopped:
             return
         except USERS as error:
-            raise _line(error) from error
+            yield {status: line_of(error)}
+            return
         finally:
             if stops.get(visitor) is stop:
                 del stops[visitor]
@@ -231,14 +216,17 @@ def reconstruct_tab(pair: Pair) -> None:
     def encode(path: str | None, pixels: int, weight: float, low: float, high: float) -> list[Any]:
         if path is None:
             return [None, None, None, None, None, "", None]
-        kept = reconstructing.encode(pair, read_picture(Path(path)), int(pixels))
+        try:
+            kept = reconstructing.encode(pair, read_picture(Path(path)), int(pixels))
+        except USERS as error:
+            return [None, None, None, None, None, line_of(error), None]
         return [kept, kept.original, kept.base, *fade(kept, weight, low, high)]
 
     shown = [upgraded, error, note, slider]
     sliders = [strength, first, last]
     for event in (file.change, size.change):
         event(
-            told(encode),
+            encode,
             [file, size, *sliders],
             [encoded, original, small, *shown],
             api_visibility="private",
@@ -246,7 +234,7 @@ def reconstruct_tab(pair: Pair) -> None:
         )
     for part in sliders:
         part.change(
-            told(fade),
+            fade,
             [encoded, *sliders],
             shown,
             api_visibility="private",
@@ -274,112 +262,10 @@ def inspect_tab(name: str) -> None:
     table = gr.Dataframe(headers=["", "value"], interactive=False, elem_id="inspection")
 
     def run(source: str, pixels: float, times: int) -> tuple[str, list[list[str]]]:
-        rows, line = inspection(source.strip(), int(pixels), int(times))
+        try:
+            rows, line = inspection(source.strip(), int(pixels), int(times))
+        except USERS as error:
+            return line_of(error), []
         return line, rows
 
-    button.click(told(run), [model, resolution, scale], [bound, table], api_visibility="private")
-
-
-# -- train -----------------------------------------------------------------------------------------------------
-
-
-def train_tab(trainings: Trainings) -> None:
-    choices = upgrade_recipes()
-    gr.Markdown(
-        "Runs `davae upgrade` on this machine, in a folder of its own. Without pictures of yours it trains on the "
-        "recipe's. With `micro`, 100 steps of each stage take minutes; its full recipe takes hours."
-    )
-    with gr.Row():
-        name = gr.Textbox(f"try-{time.strftime('%H%M%S')}", label="Name", elem_id="training-name", max_lines=1)
-        recipe = gr.Dropdown(
-            choices, value="micro", label="Recipe, or a YAML file", allow_custom_value=True, elem_id="recipe"
-        )
-        stage1 = gr.Number(
-            100, label="Steps of stage 1", precision=0, minimum=1, maximum=MAX_TRAINING_STEPS, elem_id="steps-1"
-        )
-        stage2 = gr.Number(
-            100, label="Steps of stage 2", precision=0, minimum=1, maximum=MAX_TRAINING_STEPS, elem_id="steps-2"
-        )
-    with gr.Row():
-        folder = gr.Textbox(
-            label="Pictures: a folder or .tar on this machine",
-            elem_id="training-data",
-        )
-        files = gr.File(label="or upload pictures and .txt captions", file_count="multiple", height=170)
-        more = gr.Textbox(label="Other values: a.b=c, one a line", lines=4, elem_id="training-values")
-    with gr.Row():
-        start = gr.Button("Start", variant="primary", elem_id="start-training")
-        pause = gr.Button("Pause", elem_id="pause-training")
-        resume = gr.Button("Resume", elem_id="resume-training")
-        old = gr.Dropdown([], value=None, label="An earlier training", allow_custom_value=False)
-    state = gr.Markdown("Nothing started.", elem_id="training-state")
-    link = gr.Markdown(elem_id="training-report")
-    with gr.Row():
-        plots = [
-            gr.LinePlot(x="step", y="value", color="curve", label=label, height=240, elem_id=f"curve-{number}")
-            for number, label in enumerate(("Stage 1", "Stage 2: velocity error"))
-        ]
-    gallery = gr.Gallery(label="Newest checkpoint", columns=4, height="auto", format="png", elem_classes=["small"])
-    shown = gr.State("")  # the training this visitor watches
-    checkpoint = gr.State("")  # the one whose pictures are shown
-
-    def begin(
-        title: str, which: str, data: str, uploads: list[str] | None, values: str, first: float, second: float
-    ) -> str:
-        overrides = [line.strip() for line in values.splitlines() if line.strip()]
-        chosen = load_recipe(which)
-        warmup = min(chosen.stage2.warmup_steps, int(second) // 4) if isinstance(chosen, Recipe) else 0
-        sizes = [f"stage1.max_steps={int(first)}", f"stage2.max_steps={int(second)}", f"stage2.warmup_steps={warmup}"]
-        trainings.start(
-            title.strip(),
-            which,
-            data=data.strip() or None,
-            uploads=[Path(path) for path in uploads] if uploads else None,
-            overrides=[*sizes, *overrides],
-        )
-        return title.strip()
-
-    def go_on(title: str) -> str:
-        trainings.resume(title)
-        return title
-
-    def stop(title: str) -> str:
-        trainings.pause(title)
-        return title
-
-    def look(title: str) -> list[Any]:
-        known = gr.update(choices=trainings.names())
-        if not title:
-            return ["Nothing started.", "", None, None, known]
-        now = trainings.state(title)
-        curves = [pd.DataFrame(rows) if rows else None for rows in trainings.curves(title).values()]
-        open_it = f"[Open the report](/reports/{title})" if now.finished else ""
-        return [f"**{title}** {now.line}", open_it, *curves, known]
-
-    def pictures(title: str, seen: str) -> list[Any]:
-        if not title:
-            return [gr.skip(), seen]
-        newest = trainings.newest_checkpoint(title)
-        if newest == seen or not newest:
-            return [gr.skip(), seen]
-        return [preview(trainings.folder(title)), newest]
-
-    view = [state, link, *plots, old]
-    values = [name, recipe, folder, files, more, stage1, stage2]
-    start.click(told(begin), values, shown, api_visibility="private").success(
-        look, shown, view, api_visibility="private"
-    )
-    pause.click(told(stop), shown, shown, api_visibility="private")
-    resume.click(told(go_on), shown, shown, api_visibility="private")
-    old.input(lambda title: (title, ""), old, [shown, checkpoint], api_visibility="private").then(
-        look, shown, view, api_visibility="private"
-    )
-    gr.Timer(2).tick(told(look), shown, view, show_progress="hidden", api_visibility="private")
-    gr.Timer(10).tick(
-        told(pictures),
-        [shown, checkpoint],
-        [gallery, checkpoint],
-        show_progress="hidden",
-        api_visibility="private",
-        **COMPUTE,
-    )
+    button.click(run, [model, resolution, scale], [bound, table], api_visibility="private")
