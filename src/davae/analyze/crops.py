@@ -16,6 +16,12 @@ def most_different(first: Image.Image, second: Image.Image, side: int) -> tuple[
     return int(left), int(top)
 
 
+def squared_error(first: Image.Image, second: Image.Image, box: tuple[int, int, int, int]) -> float:
+    """Mean squared error of two pictures inside (left, top, right, bottom), for values of 0 to 255."""
+    difference = np.asarray(first.crop(box), dtype=np.float64) - np.asarray(second.crop(box), dtype=np.float64)
+    return float((difference**2).mean())
+
+
 def enlarged(picture: Image.Image, left: int, top: int, side: int, times: int) -> Image.Image:
     """A square of a picture, each pixel a block of `times` x `times`."""
     crop = picture.crop((left, top, left + side, top + side))
