@@ -19,6 +19,7 @@ from davae.cli.convert import convert_app
 from davae.cli.evaluate import evaluate_app
 from davae.cli.options import DryRun, Json, Name, Out, Overrides, Source, write_json
 from davae.cli.reproduce import reproduce
+from davae.cli.start import start
 from davae.recipes import (
     AnyRecipe,
     BaseRecipe,
@@ -33,7 +34,8 @@ from davae.recipes import (
 Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
 
 app = typer.Typer(
-    no_args_is_help=True,
+    invoke_without_command=True,
+    callback=start,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Twice the resolution at the same token count for pretrained latent diffusion models (DA-VAE).\n\n"
@@ -282,13 +284,18 @@ def export(
 
 
 @app.command()
-def recipes() -> None:
-    """List the shipped recipes."""
+def recipes(json: Json = None) -> None:
+    """List the shipped recipes. Example: `davae recipes --json recipes.json`"""
     from rich.console import Console
 
-    for name, text in shipped_recipes().items():
-        first = next((line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")), "")
-        Console().print(f"{name:<14} {first}", markup=False, highlight=False)
+    shown = {
+        name: next((line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")), "")
+        for name, text in shipped_recipes().items()
+    }
+    write_json(json, shown)
+    width = max(map(len, shown))
+    for name, line in shown.items():
+        Console().print(f"{name:<{width}}  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -297,7 +304,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        if len(sys.argv) > 1 and not {"--help", "-h", "recipes"} & set(sys.argv):
+        if len(sys.argv) > 1 and not {"--help", "-h", "--version", "recipes"} & set(sys.argv):
             _quiet_libraries()
         app()
     except RecipeError as error:
