@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -18,6 +19,7 @@ from davae.recipes import load_recipe, shipped_recipes, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")] if path.is_file())
+COMMAND: Any = typer.main.get_command(app)
 PLACEHOLDERS = re.compile(r"\bVERB\b|\bTABLE\b|\bNAME\b|[\[\]|]|\.\.\.")
 
 
@@ -38,7 +40,7 @@ COMMANDS = [(page, *command) for page in PAGES for command in commands_of(page)]
 
 def parse(words: list[str]) -> None:
     """Resolve verbs and parse options as the command line does, and run nothing. A verb alone is only looked up."""
-    command: click.Command = typer.main.get_command(app)
+    command: click.Command = COMMAND
     context = click.Context(command, info_name="davae")
     while isinstance(command, click.Group) or hasattr(command, "resolve_command"):
         if not words:

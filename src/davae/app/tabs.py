@@ -186,6 +186,7 @@ def reconstruct_tab(pair: Pair) -> None:
             with gr.Row():
                 first = gr.Slider(1, channels, 1, step=1, label="First channel")
                 last = gr.Slider(1, channels, channels, step=1, label="Last channel")
+    note = gr.Markdown(elem_id="reconstruction-note")
     encoded = gr.State(None)
     with gr.Row():
         original = _picture(pair, "original")
@@ -195,7 +196,6 @@ def reconstruct_tab(pair: Pair) -> None:
     gr.Markdown(
         f"Error: mean over the colours, of the upgraded picture; white is {reconstructing.ERROR_SHOWN:.0%} or more."
     )
-    note = gr.Markdown(elem_id="reconstruction-note")
     slider = _slider_of_two(pair, "base + bicubic | upgraded", "reconstruction-slider")
 
     def fade(kept: reconstructing.Encoded | None, weight: float, low: float, high: float) -> list[Any]:

@@ -17,6 +17,8 @@ from davae.app.training import Trainings, upgrade_recipes
 from davae.app.uploads import MAX_TRAINING_STEPS
 from davae.recipes import Recipe, load_recipe
 
+COLOURS = "#4c78a8", "#f58518"  # blue, orange
+
 
 def told(function: Callable) -> Callable:
     """A handler whose errors that are a visitor's to mend become one line on the page."""
@@ -64,8 +66,21 @@ def train_tab(trainings: Trainings) -> None:
     link = gr.Markdown(elem_id="training-report")
     with gr.Row():
         plots = [
-            gr.LinePlot(x="step", y="value", color="curve", label=label, height=320, elem_id=f"curve-{number}")
-            for number, label in enumerate(("Stage 1", "Stage 2: velocity error"))
+            gr.LinePlot(
+                x="step",
+                y="value",
+                color="curve",
+                label=label,
+                height=300,
+                elem_id=f"curve-{number}",
+                color_map=dict(zip(curves, COLOURS, strict=True)),
+            )
+            for number, (label, curves) in enumerate(
+                (
+                    ("Stage 1: L1 (blue), alignment (orange)", ("L1", "alignment")),
+                    ("Stage 2: velocity error of base (blue) and detail (orange)", ("base", "detail")),
+                )
+            )
         ]
     gallery = gr.Gallery(
         label="Newest checkpoint",
