@@ -22,7 +22,7 @@ source = OpenMoji(128)
 held_out = Pictures(source, split(source, 0.1).held_out[:3], 128)  # no training saw these
 images = torch.stack([held_out[(i, -1)]["image"] for i in range(3)])  # (3,3,128,128) in [-1,1]
 with torch.no_grad():
-    latents = vae.encode(images).latent_dist.mode()  # (3,C+D,8,8), base first
+    latents = vae.encode(images).latent_dist.mode()  # (3,C+D,16,16), base first
 
 columns = [images, reconstructions(vae, base.vae)["base + bicubic"](images)]
 for weight in (0.0, 1 / 3, 2 / 3, 1.0):
