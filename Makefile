@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test slow docs lint clean
 
 # torch first and on its own: the pinned build, before anything could ask for another one
 $(STAMP): pyproject.toml constraints.txt
@@ -23,6 +23,15 @@ demo: $(STAMP)
 # tiny models gain nothing from threads: one process a core, one thread each
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# the examples and the notebook, as written
+slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# the documentation, into build/site
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests

@@ -13,6 +13,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from davae.cli.analyze import analyze_app
+from davae.cli.app import app as app_verb
 from davae.cli.bench_data import cache, data_wait
 from davae.cli.bench_models import bench_app
 from davae.cli.convert import convert_app
@@ -22,6 +23,7 @@ from davae.cli.inspect import inspect
 from davae.cli.make_data import make_data
 from davae.cli.options import DryRun, Name, Out, Overrides, Source
 from davae.cli.reproduce import reproduce
+from davae.cli.start import start
 from davae.recipes import (
     AnyRecipe,
     BaseRecipe,
@@ -36,7 +38,8 @@ from davae.recipes import (
 Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
 
 app = typer.Typer(
-    no_args_is_help=True,
+    invoke_without_command=True,
+    callback=start,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Twice the resolution at the same token count for pretrained latent diffusion models (DA-VAE).\n\n"
@@ -54,6 +57,7 @@ app.command()(export)
 app.command()(apply)
 app.command()(push)
 app.command("make-data")(make_data)
+app.command("app")(app_verb)
 
 
 def _load(name: str, data: str | None, overrides: list[str] | None) -> AnyRecipe:
@@ -249,13 +253,18 @@ def sample(
 
 @app.command()
 @app.command()
-def recipes() -> None:
-    """List the shipped recipes."""
+def recipes(json: Json = None) -> None:
+    """List the shipped recipes. Example: `davae recipes --json recipes.json`"""
     from rich.console import Console
 
-    for name, text in shipped_recipes().items():
-        first = next((line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")), "")
-        Console().print(f"{name:<14} {first}", markup=False, highlight=False)
+    shown = {
+        name: next((line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")), "")
+        for name, text in shipped_recipes().items()
+    }
+    write_json(json, shown)
+    width = max(map(len, shown))
+    for name, line in shown.items():
+        Console().print(f"{name:<{width}}  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -264,7 +273,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        if len(sys.argv) > 1 and not {"--help", "-h", "recipes"} & set(sys.argv):
+        if len(sys.argv) > 1 and not {"--help", "-h", "--version", "recipes"} & set(sys.argv):
             _quiet_libraries()
         app()
     except RecipeError as error:

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-Name = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name or a YAML file.")]
+from davae.recipes import shipped_recipes
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A shipped recipe's name or a YAML file.",
+        autocompletion=lambda incomplete: [name for name in shipped_recipes() if name.startswith(incomplete)],
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; the same command again resumes it.")]
 Source = Annotated[
     str | None,

@@ -50,3 +50,14 @@ def reconstructions(vae: DetailVAE, base_vae: Any, seed: int = 0) -> dict[str, R
         "random detail": with_detail(random, normalised=True),
         "full": with_detail(lambda z_d: z_d, normalised=True),
     }
+
+
+@torch.no_grad()
+def decode_faded(vae: DetailVAE, latents: Tensor, weights: Tensor) -> Tensor:
+    """Decode normalised z_hr (B,C+D,h,w) with channel i of raw z_d multiplied by weights[i]; weights (D,).
+
+    Weights of one give the reconstruction, weights of zero the `zero detail` of `reconstructions`.
+    """
+    z, z_d = vae.layout.split(vae.denormalise(latents))
+    faded = vae.layout.join(z, z_d * weights.to(z_d).view(1, -1, 1, 1))
+    return vae.decode(vae.normalise(faded)).sample  # type: ignore[union-attr]

@@ -1,0 +1,106 @@
+"""Pictures of a training that still runs: its newest checkpoint, loaded beside it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from davae.app.models import LOCK
+from davae.data.pictures import Pictures, to_images
+from davae.models.detail_vae import DetailVAE
+from davae.models.expand import expand_transformer
+from davae.models.pipeline import load_pipeline
+from davae.recipes import Recipe, load_recipe
+from davae.sample.class_conditional import ClassConditionalPipeline
+from davae.sample.generate import generate
+from davae.train.export import assemble, fuse
+from davae.train.setup import open_pictures
+from davae.train.stage2 import choose_trainable
+from davae.train.state import load_checkpoint
+from davae.zoo import resolve
+
+PICTURES = 4
+STEPS = 12
+
+Preview = list[tuple[Image.Image, str]]
+
+
+def preview(folder: Path) -> Preview:
+    """A few pictures of the newest checkpoint, with captions: reconstructions in stage 1, samples in stage 2.
+
+    Empty before the first checkpoint, and when the training removed it while it was read.
+    """
+    for stage in ("stage2", "stage1"):
+        found = sorted((folder / "checkpoints").glob(f"{stage}-[0-9]*"))
+        if found:
+            try:
+                state = load_checkpoint(found[-1])
+            except FileNotFoundError:
+                return []
+            recipe = load_recipe(str(folder / "recipe.yaml"))
+            assert isinstance(recipe, Recipe)
+            with LOCK:
+                return (_samples if stage == "stage2" else _reconstructions)(folder, recipe, state)
+    return []
+
+
+def _base(folder: Path, recipe: Recipe) -> Any:
+    return _load_base(resolve(recipe.base.model) if recipe.base.model else str(folder / "base" / "pipeline"))
+
+
+@lru_cache(maxsize=1)
+def _load_base(model: str) -> Any:
+    return load_pipeline(model)
+
+
+@torch.no_grad()
+def _restore(module: torch.nn.Module, state: dict[str, Any], player: str) -> None:
+    """Trained parameters of a checkpoint into a module: their average where one is kept, as the export does."""
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    values = [state["players"][player][name] for name in trained]
+    if player in state["ema"]:
+        values = state["ema"][player]["shadow_params"]
+    for parameter, value in zip(trained.values(), values, strict=True):
+        parameter.copy_(value)
+
+
+def _reconstructions(folder: Path, recipe: Recipe, state: dict[str, Any]) -> Preview:
+    vae = DetailVAE.from_base(_base(folder, recipe).vae, recipe.detail_channels, recipe.scale, recipe.downsample)
+    _restore(vae, state, "vae")
+    source, train, held_out = open_pictures(recipe.data, recipe.resolution)
+    pictures = Pictures(source, (held_out or train)[:PICTURES], recipe.resolution)
+    images = torch.stack([pictures[(i, -1)]["image"] for i in range(len(pictures))])  # (B,3,R,R)
+    with torch.no_grad():
+        raw = vae.encode_raw(images)
+        decoded = vae.decode_raw(vae.layout.join(raw.z, raw.mean))
+    kind = "held out" if held_out else "training"
+    shown: Preview = []
+    for original, picture in zip(to_images(images), to_images(decoded), strict=True):
+        shown += [(original, f"original, {kind}"), (picture, f"stage 1, step {state['step']}")]
+    return shown
+
+
+def _samples(folder: Path, recipe: Recipe, state: dict[str, Any]) -> Preview:
+    base = _base(folder, recipe)
+    transformer = expand_transformer(base.transformer, recipe.detail_channels, recipe.stage2.new_weights)
+    choose_trainable(transformer, recipe.stage2.lora)
+    _restore(transformer, state, "transformer")
+    vae = DetailVAE.from_pretrained(folder / "vae")
+    pipeline = assemble(base, vae, fuse(transformer))  # type: ignore[arg-type]
+    prompts = list(recipe.sampling.prompts[:PICTURES])
+    if not prompts:
+        by_class = isinstance(base, ClassConditionalPipeline)
+        prompts = [str(number) for number in range(PICTURES)] if by_class else [""]
+    pictures = generate(
+        pipeline,
+        prompts,
+        resolution=recipe.resolution,
+        steps=min(STEPS, recipe.sampling.steps),
+        guidance_scale=recipe.sampling.guidance_scale,
+        seed=recipe.sampling.seed,
+    )
+    return [(picture, f"{prompt}, step {state['step']}") for prompt, picture in zip(prompts, pictures, strict=True)]

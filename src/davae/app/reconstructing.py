@@ -1,0 +1,81 @@
+"""A photo through the base autoencoder and through the upgraded one, its detail channels faded at will."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from davae.app.models import LOCK, Pair
+from davae.data.pictures import fit_square, to_images, to_tensor
+from davae.evaluate.detail_use import decode_faded, reconstructions
+from davae.models.detail_vae import DetailVAE
+from davae.models.pipeline import ModelError
+
+ERROR_SHOWN = 0.25  # mean absolute error of a pixel, of a range of 1, that the error map shows brightest
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A photo at the model's size, what the base makes of it, and its latents."""
+
+    original: Image.Image
+    base: Image.Image | None  # base autoencoder at its own resolution, enlarged by bicubic interpolation
+    latents: Tensor  # normalised z_hr (1,C+D,h,w)
+
+
+def encode(pair: Pair, photo: Image.Image, resolution: int | None = None) -> Encoded:
+    """Crop the centre square of a photo to `resolution` pixels (the model's own by default) and encode it.
+
+    Raises:
+        ModelError: the pair has no upgraded autoencoder.
+        DataError: the photo is smaller than that.
+    """
+    original = fit_square(photo, resolution or pair.resolution)
+    images = to_tensor(original)[None]  # (1,3,sH,sW)
+    vae = _vae(pair)
+    with LOCK, torch.no_grad():
+        images = images.to(vae.device, vae.dtype)
+        latents = vae.encode(images).latent_dist.mode()  # type: ignore[union-attr]
+        small = None
+        if pair.base is not None:
+            small = to_images(reconstructions(vae, pair.base.vae)["base + bicubic"](images))[0]
+    return Encoded(original, small, latents)
+
+
+def weights_of(channels: int, strength: float, first: int, last: int) -> Tensor:
+    """(D,): `strength` for detail channels `first` to `last` (counted from 1, both included), 0 for the others."""
+    weights = torch.zeros(channels)
+    weights[max(0, first - 1) : last] = strength
+    return weights
+
+
+def decode(pair: Pair, encoded: Encoded, weights: Tensor) -> Image.Image:
+    """The upgraded picture with raw z_d multiplied by `weights` (D,)."""
+    with LOCK:
+        return to_images(decode_faded(_vae(pair), encoded.latents, weights))[0]
+
+
+def _vae(pair: Pair) -> DetailVAE:
+    if pair.upgraded is None:
+        raise ModelError(f"{pair.name} is a base model; open an upgraded one to see what its detail channels add")
+    return pair.upgraded.vae
+
+
+def error_map(original: Image.Image, picture: Image.Image) -> Image.Image:
+    """Mean absolute error of the colours of each pixel: black none, white `ERROR_SHOWN` or more."""
+    error = np.abs(_pixels(original) - _pixels(picture)).mean(-1) / ERROR_SHOWN
+    return Image.fromarray((matplotlib.colormaps["inferno"](error.clip(0, 1))[..., :3] * 255).astype(np.uint8))
+
+
+def psnr(original: Image.Image, picture: Image.Image) -> float:
+    """PSNR in dB of one picture against another of the same size."""
+    return float(-10 * np.log10(max(((_pixels(original) - _pixels(picture)) ** 2).mean(), 1e-10)))
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture, dtype=np.float64) / 255

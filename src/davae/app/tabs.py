@@ -1,0 +1,271 @@
+"""What the tabs Generate, Reconstruct and Inspect show and what their buttons do. One function a tab."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+
+from davae.app import drawing, reconstructing
+from davae.app.inspection import inspection
+from davae.app.models import Pair, Stopped
+from davae.app.uploads import MAX_STEPS, read_picture
+from davae.data.pictures import DataError
+from davae.models.pipeline import ModelError
+from davae.recipes import RecipeError
+from davae.sample.class_conditional import ClassConditionalPipeline
+from davae.train.state import RunError
+
+COMPUTE: dict[str, Any] = {"concurrency_id": "compute", "concurrency_limit": 1}  # events that hold the models
+USERS = (ModelError, DataError, RunError, RecipeError, torch.OutOfMemoryError)
+SMALL = 300  # pixels, below which a picture is shown enlarged
+
+
+def line_of(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _picture(pair: Pair, label: str, **options: Any) -> gr.Image:
+    classes = ["picture", "small"] if pair.resolution < SMALL else ["picture"]
+    return gr.Image(
+        label=label,
+        interactive=False,
+        elem_classes=classes,
+        format="png",
+        height=330,
+        buttons=["download", "fullscreen"],
+        **options,
+    )
+
+
+def _slider_of_two(pair: Pair, label: str, elem_id: str) -> gr.ImageSlider:
+    classes = ["picture", "small"] if pair.resolution < SMALL else ["picture"]
+    return gr.ImageSlider(label=label, format="png", height=460, type="pil", elem_id=elem_id, elem_classes=classes)
+
+
+# -- generate --------------------------------------------------------------------------------------------------
+
+
+def generate_tab(pair: Pair) -> None:
+    stops: dict[str, threading.Event] = {}  # of the drawing that each visitor waits for
+    ways = drawing.ways_of(pair)
+    by_class = isinstance(pair.any, ClassConditionalPipeline)
+
+    with gr.Row():
+        if by_class and pair.any.class_names:
+            prompt = gr.Dropdown(pair.any.class_names, label="Class", elem_id="prompt", scale=3)
+        else:
+            prompt = gr.Textbox(
+                "1" if by_class else "a red rose",
+                label="Class number" if by_class else "Prompt",
+                elem_id="prompt",
+                max_lines=2,
+                scale=3,
+            )
+        draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=1)
+        halt = gr.Button("Stop", elem_id="stop-drawing", scale=1)
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+        steps = gr.Slider(1, MAX_STEPS, 30, step=1, label="Steps", elem_id="steps")
+        guidance = gr.Slider(0, 15, 4.0, step=0.1, label="Guidance")
+        wanted = gr.CheckboxGroup(ways, value=ways, label="Draw", elem_id="ways")
+    status = gr.Markdown(
+        "Every picture starts from the same noise. Times are of this machine, without the wait.",
+        elem_id="draw-status",
+    )
+    pictures, notes = {}, {}
+    with gr.Row():
+        for number, way in enumerate(ways):
+            with gr.Column(min_width=220):
+                pictures[way] = _picture(pair, way, elem_id=f"drawn-{number}")
+                notes[way] = gr.Markdown(elem_id=f"note-{number}")
+    drawn = gr.State({})
+    with gr.Row(visible=len(ways) > 1):
+        left = gr.Dropdown(ways, value=ways[0], label="Left")
+        right = gr.Dropdown(ways, value=ways[-1], label="Right")
+    slider = _slider_of_two(pair, "Drag the line between the two; the wheel zooms", "drawn-slider")
+    gr.Markdown("The same place of each, enlarged: at first where left and right differ most.")
+    with gr.Row():
+        across = gr.Slider(0, 1, 0.5, step=0.01, label="Across", elem_id="across")
+        down = gr.Slider(0, 1, 0.5, step=0.01, label="Down")
+        zoom = gr.Slider(2, 8, 4, step=1, label="Zoom")
+    with gr.Row():
+        details = {way: _picture(pair, f"{way}: the place") for way in ways}
+
+    def two(found: dict[str, Any], first: str, second: str) -> Any:
+        return (found[first], found[second]) if first in found and second in found else None
+
+    def run(
+        text: str, number: float, count: float, scale: float, chosen: list[str], first: str, second: str, times: float,
+        request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008 - Gradio finds the bar by this default
+    ) -> Iterator[dict[Any, Any]]:  # fmt: skip
+        visitor = str(request.session_hash)
+        stop = stops[visitor] = threading.Event()
+        found: dict[str, Any] = {}
+        yield {
+            drawn: {},
+            slider: None,
+            status: "Waiting for the model.",
+            **dict.fromkeys(pictures.values()),
+        } | dict.fromkeys(notes.values(), "")
+        try:
+            for result in drawing.draw(
+                pair,
+                text or "",
+                chosen,
+                seed=int(number or 0),
+                steps=int(count),
+                guidance=float(scale),
+                stop=stop,
+                on_step=lambda way, done, total: progress((done, total), desc=way),
+            ):
+                found[result.way] = result.picture
+                yield {
+                    pictures[result.way]: result.picture,
+                    notes[result.way]: result.note,
+                    status: f"{len(found)} of {len(chosen)} drawn.",
+                }
+        except Stopped:
+            return
+        except USERS as error:
+            yield {status: line_of(error)}
+            return
+        finally:
+            if stops.get(visitor) is stop:
+                del stops[visitor]
+        pictured = two(found, first, second)
+        x, y = drawing.place(pictured[0], pictured[1], int(times)) if pictured else (0.5, 0.5)
+        places = dict(zip(details.values(), places_of(found, x, y, times), strict=True))
+        yield {drawn: found, slider: pictured, status: "Done.", across: round(x, 2), down: round(y, 2), **places}
+
+    def end(request: gr.Request) -> str:
+        stop = stops.get(str(request.session_hash))
+        if stop is not None:
+            stop.set()
+        return "Stopped."
+
+    def places_of(found: dict[str, Any], x: float, y: float, times: float) -> list[Any]:
+        return [drawing.cut(found[way], x, y, int(times)) if way in found else None for way in details]
+
+    outputs = [drawn, slider, status, across, down, *pictures.values(), *notes.values(), *details.values()]
+    inputs = [prompt, seed, steps, guidance, wanted, left, right, zoom]
+    triggers = [draw.click, *([prompt.submit] if isinstance(prompt, gr.Textbox) else [])]
+    drawing_now = gr.on(triggers, run, inputs, outputs, api_visibility="private", **COMPUTE)
+    halt.click(end, None, status, queue=False, cancels=[drawing_now], api_visibility="private")
+    for side in (left, right):
+        side.change(two, [drawn, left, right], slider, api_visibility="private")
+    for control in (across, down, zoom):
+        control.input(
+            places_of,
+            [drawn, across, down, zoom],
+            list(details.values()),
+            api_visibility="private",
+            show_progress="hidden",
+        )
+
+
+# -- reconstruct -----------------------------------------------------------------------------------------------
+
+
+def reconstruct_tab(pair: Pair) -> None:
+    if pair.upgraded is None:
+        gr.Markdown(f"`{pair.name}` has no detail channels; open an upgraded model to see what they add.")
+        return
+    channels = pair.upgraded.vae.layout.detail_channels
+    with gr.Row():
+        file = gr.File(label="Drop a photo", elem_id="photo", height=170)
+        with gr.Column():
+            size = gr.Radio(
+                [pair.resolution, 2 * pair.resolution], value=pair.resolution, label="Pixels (centre square)"
+            )
+            strength = gr.Slider(0, 1.5, 1, step=0.05, label="Strength of the detail channels", elem_id="strength")
+            with gr.Row():
+                first = gr.Slider(1, channels, 1, step=1, label="First channel")
+                last = gr.Slider(1, channels, channels, step=1, label="Last channel")
+    note = gr.Markdown(elem_id="reconstruction-note")
+    encoded = gr.State(None)
+    with gr.Row():
+        original = _picture(pair, "original")
+        small = _picture(pair, "base + bicubic", visible=pair.base is not None)
+        upgraded = _picture(pair, "upgraded", elem_id="reconstructed")
+        error = _picture(pair, "error")
+    gr.Markdown(
+        f"Error: mean over the colours, of the upgraded picture; white is {reconstructing.ERROR_SHOWN:.0%} or more."
+    )
+    slider = _slider_of_two(pair, "base + bicubic | upgraded", "reconstruction-slider")
+
+    def fade(kept: reconstructing.Encoded | None, weight: float, low: float, high: float) -> list[Any]:
+        if kept is None:
+            return [None, None, "", None]
+        weights = reconstructing.weights_of(channels, weight, int(low), int(high))
+        picture = reconstructing.decode(pair, kept, weights)
+        text = f"PSNR against the original: upgraded {reconstructing.psnr(kept.original, picture):.2f} dB"
+        if kept.base is not None:
+            text += f", base + bicubic {reconstructing.psnr(kept.original, kept.base):.2f} dB"
+        return [
+            picture,
+            reconstructing.error_map(kept.original, picture),
+            text,
+            (kept.base or kept.original, picture),
+        ]
+
+    def encode(path: str | None, pixels: int, weight: float, low: float, high: float) -> list[Any]:
+        if path is None:
+            return [None, None, None, None, None, "", None]
+        try:
+            kept = reconstructing.encode(pair, read_picture(Path(path)), int(pixels))
+        except USERS as error:
+            return [None, None, None, None, None, line_of(error), None]
+        return [kept, kept.original, kept.base, *fade(kept, weight, low, high)]
+
+    shown = [upgraded, error, note, slider]
+    sliders = [strength, first, last]
+    for event in (file.change, size.change):
+        event(
+            encode,
+            [file, size, *sliders],
+            [encoded, original, small, *shown],
+            api_visibility="private",
+            **COMPUTE,
+        )
+    for part in sliders:
+        part.change(
+            fade,
+            [encoded, *sliders],
+            shown,
+            api_visibility="private",
+            trigger_mode="always_last",
+            show_progress="hidden",
+            **COMPUTE,
+        )
+
+
+# -- inspect ---------------------------------------------------------------------------------------------------
+
+
+def inspect_tab(name: str) -> None:
+    with gr.Row():
+        model = gr.Textbox(
+            name.removesuffix("-upgraded"),
+            label="Base model: micro, a diffusers folder, or a hub id",
+            elem_id="inspected",
+            scale=3,
+        )
+        resolution = gr.Number(128, label="Pixels of the upgraded picture", precision=0, minimum=1, maximum=16384)
+        scale = gr.Dropdown([2, 4, 8], value=2, label="Scale")
+        button = gr.Button("Inspect", variant="primary", elem_id="inspect")
+    bound = gr.Markdown(elem_id="bound")
+    table = gr.Dataframe(headers=["", "value"], interactive=False, elem_id="inspection")
+
+    def run(source: str, pixels: float, times: int) -> tuple[str, list[list[str]]]:
+        try:
+            rows, line = inspection(source.strip(), int(pixels), int(times))
+        except USERS as error:
+            return line_of(error), []
+        return line, rows
+
+    button.click(run, [model, resolution, scale], [bound, table], api_visibility="private")

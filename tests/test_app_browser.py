@@ -1,0 +1,203 @@
+"""The page in a real headless Chromium. Its screenshots stay in `runs/screenshots`, to be looked at.
+
+Needs Debian's `chromium` (apt-get install chromium) or another on the path; skipped without.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import picture, tiny_upgrade_recipe
+from test_app import HOSTILE
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if CHROMIUM is None:
+    pytest.skip("no chromium on the path (Debian: apt-get install chromium)", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser (davae[dev])")
+pytest.importorskip("gradio", reason="the page needs Gradio (davae[app])")
+expect = playwright.expect
+
+SHOTS = Path(__file__).resolve().parents[1] / "runs" / "screenshots"
+SECONDS = 60_000  # milliseconds that a step may take on a busy machine
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page of the embedded model, served from this process."""
+    import uvicorn
+
+    from davae.app.models import open_pair
+    from davae.app.page import build_server
+    from davae.app.training import Trainings
+
+    trainings = Trainings(tmp_path_factory.mktemp("trainings"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(
+        uvicorn.Config(build_server(open_pair("micro"), trainings), host="127.0.0.1", port=port, log_level="warning")
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    trainings.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def open_page(browser: Any, address: str, width: int = 1280) -> Any:
+    page = browser.new_context(viewport={"width": width, "height": 900}).new_page()
+    page.set_default_timeout(SECONDS)
+    page.foreign = []
+    page.on("request", lambda request: page.foreign.append(request.url) if leaves(request.url, address) else None)
+    page.goto(address)
+    page.wait_for_selector("#draw")
+    return page
+
+
+def leaves(url: str, address: str) -> bool:
+    return not url.startswith((address, "data:", "blob:"))
+
+
+def set_number(page: Any, field: str, value: str) -> None:
+    page.fill(f"{field} input[type=number]", value)
+    page.keyboard.press("Tab")
+
+
+def says(page: Any, place: str, text: str) -> None:
+    expect(page.locator(place)).to_contain_text(re.compile(text), timeout=SECONDS)
+
+
+def shot(page: Any, name: str) -> None:
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+
+
+def source_of(page: Any, place: str) -> str:
+    return page.locator(f"{place} img").first.get_attribute("src")
+
+
+def test_a_prompt_three_pictures_and_a_slider(browser: Any, address: str):
+    page = open_page(browser, address)
+    page.fill("#prompt textarea, #prompt input", "a green apple")
+    set_number(page, "#steps", "6")
+    page.click("#draw")
+    says(page, "#draw-status", "Done")
+    for number, (tokens, size) in enumerate(((64, "64 px, enlarged to 128"), (256, "128 px"), (64, "128 px"))):
+        says(page, f"#note-{number}", rf"{size} · {tokens} tokens · [\d.]+ s")
+        assert page.locator(f"#drawn-{number} img").first.evaluate("image => image.naturalWidth") == 128
+    page.locator("#drawn-slider").scroll_into_view_if_needed()
+    box = page.locator("#drawn-slider").bounding_box()
+    middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    before = page.locator("#drawn-slider").screenshot()
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 100, middle[1], steps=5)
+    page.mouse.up()
+    assert page.locator("#drawn-slider").screenshot() != before
+    shot(page, "generate")
+    set_number(page, "#steps", "150")
+    page.click("#draw")
+    says(page, "#draw-status", "Waiting|drawn")
+    page.click("#stop-drawing")
+    says(page, "#draw-status", "Stopped")
+    set_number(page, "#steps", "1")
+    page.click("#draw")
+    says(page, "#draw-status", "Done")
+    page.fill("#prompt textarea, #prompt input", "")
+    page.click("#draw")
+    says(page, "#draw-status", "the model needs a prompt")
+    assert page.foreign == []
+    page.context.close()
+
+
+def test_a_photo_its_detail_faded_and_hostile_uploads(browser: Any, address: str, tmp_path: Path):
+    picture(0, 300, 260).save(tmp_path / "photo.png")
+    page = open_page(browser, address)
+    page.get_by_role("tab", name="Reconstruct").click()
+    upload = "#photo input[type=file]"
+    page.set_input_files(upload, tmp_path / "photo.png")
+    says(page, "#reconstruction-note", r"upgraded [\d.]+ dB, base \+ bicubic [\d.]+ dB")
+    full = source_of(page, "#reconstructed")
+    set_number(page, "#strength", "0")
+    page.wait_for_function("old => document.querySelector('#reconstructed img').src !== old", arg=full)
+    shot(page, "reconstruct")
+    for name, (content, line) in HOSTILE.items():
+        if name == "large.png":  # refused by the server while it arrives, in its own words
+            continue
+        (tmp_path / name).write_bytes(content)
+        page.locator("#photo").get_by_label(re.compile("clear|remove", re.IGNORECASE)).first.click()
+        page.set_input_files(upload, tmp_path / name)
+        says(page, "#reconstruction-note", f"{re.escape(name)}:? {line}")
+    shot(page, "refused")
+    page.locator("#photo").get_by_label(re.compile("clear|remove", re.IGNORECASE)).first.click()
+    page.set_input_files(upload, tmp_path / "photo.png")
+    says(page, "#reconstruction-note", "dB")  # the server still works
+    page.context.close()
+
+
+def test_inspect_shows_the_bound(browser: Any, address: str):
+    page = open_page(browser, address)
+    page.get_by_role("tab", name="Inspect").click()
+    page.click("#inspect")
+    says(page, "#bound", "64 tokens instead of 256")
+    page.fill("#inspected textarea, #inspected input", "no-such-model")
+    page.click("#inspect")
+    says(page, "#bound", "model 'no-such-model' is no folder here")
+    shot(page, "inspect")
+    page.context.close()
+
+
+def test_a_training_starts_and_pauses(
+    browser: Any, address: str, tiny_base: Path, picture_folder: Path, tmp_path: Path
+):
+    recipe = tmp_path / "tiny.yaml"
+    changes = {"run__checkpoint_every": 1000}
+    recipe.write_text(yaml.safe_dump(tiny_upgrade_recipe(tiny_base, picture_folder, **changes)))
+    page = open_page(browser, address)
+    page.get_by_role("tab", name="Train").click()
+    page.fill("#training-name textarea, #training-name input", "by-browser")
+    page.fill("#recipe input", str(recipe))
+    page.keyboard.press("Enter")
+    set_number(page, "#steps-1", "20000")
+    page.click("#start-training")
+    says(page, "#training-state", r"by-browser running: stage 1, detail VAE: step \d+ of 20000")
+    page.wait_for_selector("#curve-0 canvas, #curve-0 svg.marks")
+    page.click("#pause-training")
+    says(page, "#training-state", r"by-browser paused: stage 1, detail VAE: step \d+")
+    says(page, "#checkpoint", r"stage 1, step \d+")  # its pictures, drawn from the checkpoint that the pause wrote
+    shot(page, "train")
+    page.context.close()
+
+
+def test_three_visitors_at_once(browser: Any, address: str):
+    pages = [open_page(browser, address, width) for width in (1280, 900, 390)]
+    for number, page in enumerate(pages):
+        page.fill("#prompt textarea, #prompt input", ["a pizza", "a red rose", "a blue fish"][number])
+        set_number(page, "#steps", "4")
+    for page in pages:
+        page.click("#draw")
+    for page in pages:
+        says(page, "#draw-status", "Done")
+    assert len({source_of(page, "#drawn-2") for page in pages}) == 3
+    shot(pages[2], "phone")
+    for page in pages:
+        page.context.close()
