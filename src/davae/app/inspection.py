@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from davae.models.pipeline import ModelError, read_shapes
-from davae.train.plan import token_plan
-from davae.zoo import resolve
+from davae.train.inspection import inspect_model
 
 
 def inspection(model: str, resolution: int, scale: int) -> tuple[list[list[str]], str]:
@@ -13,14 +11,13 @@ def inspection(model: str, resolution: int, scale: int) -> tuple[list[list[str]]
     Raises:
         ModelError: no such model, one that cannot be upgraded, or a resolution that does not divide.
     """
-    try:
-        plan = token_plan(read_shapes(resolve(model)), resolution, scale)
-    except ValueError as error:
-        raise ModelError(f"model {model}: {error}") from error
-    rows = [[key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"]
-            for key, value in plan.as_dict().items()]  # fmt: skip
-    line = (
-        f"At {resolution} pixels: {plan.upgraded_tokens:,} tokens instead of {plan.native_tokens:,}. "
-        f"The transformer can become at most **{plan.bound:.2f}** times as fast."
-    )
-    return rows, line
+    found = inspect_model(model, resolution, scale)
+    rows = [
+        [key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"]
+        for key, value in found.figures.items()
+    ]
+    figures = found.figures
+    line = f"At {resolution} pixels: {figures['upgraded_tokens']:,} tokens instead of {figures['native_tokens']:,}. "
+    if "bound" in figures:
+        line += f"The transformer can become at most **{figures['bound']:.2f}** times as fast. "
+    return rows, line + " ".join(f"{note}." for note in found.notes)

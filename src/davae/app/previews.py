@@ -11,16 +11,17 @@ from PIL import Image
 
 from davae.app.models import LOCK
 from davae.data.pictures import Pictures, to_images
+from davae.models.classes import goes_by_class
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
-from davae.models.pipeline import load_pipeline
+from davae.models.pipeline import denoiser, load_pipeline
 from davae.recipes import Recipe, load_recipe
-from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.generate import generate
 from davae.train.export import assemble, fuse
-from davae.train.setup import open_pictures
+from davae.train.opened import open_pictures
 from davae.train.stage2 import choose_trainable
 from davae.train.state import load_checkpoint
+from davae.train.upgrade import base_shapes, bucket_step
 from davae.zoo import resolve
 
 PICTURES = 4
@@ -71,13 +72,13 @@ def _restore(module: torch.nn.Module, state: dict[str, Any], player: str) -> Non
 def _reconstructions(folder: Path, recipe: Recipe, state: dict[str, Any]) -> Preview:
     vae = DetailVAE.from_base(_base(folder, recipe).vae, recipe.detail_channels, recipe.scale, recipe.downsample)
     _restore(vae, state, "vae")
-    source, train, held_out = open_pictures(recipe.data, recipe.resolution)
-    pictures = Pictures(source, (held_out or train)[:PICTURES], recipe.resolution)
+    opened = open_pictures(recipe.data, recipe.resolution, bucket_step(recipe, base_shapes(recipe)))
+    pictures = Pictures(opened.source, (opened.held_out or opened.train)[:PICTURES], recipe.resolution)
     images = torch.stack([pictures[(i, -1)]["image"] for i in range(len(pictures))])  # (B,3,R,R)
     with torch.no_grad():
         raw = vae.encode_raw(images)
         decoded = vae.decode_raw(vae.layout.join(raw.z, raw.mean))
-    kind = "held out" if held_out else "training"
+    kind = "held out" if opened.held_out else "training"
     shown: Preview = []
     for original, picture in zip(to_images(images), to_images(decoded), strict=True):
         shown += [(original, f"original, {kind}"), (picture, f"stage 1, step {state['step']}")]
@@ -86,15 +87,14 @@ def _reconstructions(folder: Path, recipe: Recipe, state: dict[str, Any]) -> Pre
 
 def _samples(folder: Path, recipe: Recipe, state: dict[str, Any]) -> Preview:
     base = _base(folder, recipe)
-    transformer = expand_transformer(base.transformer, recipe.detail_channels, recipe.stage2.new_weights)
+    transformer = expand_transformer(denoiser(base), recipe.detail_channels, recipe.stage2.new_weights)
     choose_trainable(transformer, recipe.stage2.lora)
     _restore(transformer, state, "transformer")
     vae = DetailVAE.from_pretrained(folder / "vae")
     pipeline = assemble(base, vae, fuse(transformer))  # type: ignore[arg-type]
     prompts = list(recipe.sampling.prompts[:PICTURES])
     if not prompts:
-        by_class = isinstance(base, ClassConditionalPipeline)
-        prompts = [str(number) for number in range(PICTURES)] if by_class else [""]
+        prompts = [str(number) for number in range(PICTURES)] if goes_by_class(base) else [""]
     pictures = generate(
         pipeline,
         prompts,

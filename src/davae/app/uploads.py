@@ -10,8 +10,9 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from davae.data.decoding import decode
 from davae.data.pictures import DataError, UnreadablePicture
-from davae.data.sources import EXTENSIONS, decode
+from davae.data.sources import EXTENSIONS
 
 MAX_BYTES = 20 * 2**20  # of one file
 MAX_SIDE = 12_000  # pixels

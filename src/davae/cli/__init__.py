@@ -21,7 +21,7 @@ from davae.cli.evaluate import evaluate_app
 from davae.cli.export import apply, export, push
 from davae.cli.inspect import inspect
 from davae.cli.make_data import make_data
-from davae.cli.options import DryRun, Name, Out, Overrides, Source
+from davae.cli.options import DryRun, Json, Name, Out, Overrides, Source, write_json
 from davae.cli.reproduce import reproduce
 from davae.cli.start import start
 from davae.recipes import (
