@@ -27,6 +27,7 @@ from davae.recipes import load_recipe
 from davae.recipes.schema import Stage1, Stage2
 from davae.train.loop import Trainer
 from davae.train.memory import stage1_memory, stage2_memory
+from davae.train.objectives import FLOW
 from davae.train.setup import make_accelerator
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
@@ -40,6 +41,8 @@ CPU = torch.device("cpu")
 
 class Rows:
     """As many equal items as asked for."""
+
+    groups = None
 
     def __init__(self, count: int, item: dict[str, Any]):
         self.count, self.item = count, item
@@ -72,7 +75,7 @@ def stage2(settings: Stage2) -> Stage2Task:
     rows = Rows(64, {"latents": torch.zeros(layout.channels, 16, 16), "conditions": ""})
     normalise = torch.zeros(1, layout.channels, 1, 1), torch.ones(1, layout.channels, 1, 1)
     wide = expand_transformer(base, RECIPE.detail_channels)
-    task = Stage2Task(settings, layout, wide, rows, normalise, Prompts(), CPU)  # type: ignore[arg-type]
+    task = Stage2Task(settings, layout, wide, rows, normalise, Prompts(), FLOW, CPU)  # type: ignore[arg-type]
     task.collate = lambda items: {
         "latents": torch.stack([item["latents"] for item in items]),
         "conditions": [item["conditions"] for item in items],

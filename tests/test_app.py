@@ -56,7 +56,7 @@ HOSTILE = {
     "drawing.svg": (SVG, "is no picture that can be read"),
     "drawing.png": (SVG, "is no picture that can be read"),
     "empty.png": (b"", "is no picture that can be read"),
-    "cut.png": (png_of(64, 64), "cannot be read"),
+    "cut.png": (png_of(64, 64), "truncated"),
     "large.png": (b"\0" * (MAX_BYTES + 1), "the page takes files up to 20 MiB"),
 }
 

@@ -22,8 +22,8 @@ from davae.models.families import model_class
 from davae.models.pipeline import load_pipeline, pixel_factor
 from davae.recipes import RecipeError, validate
 from davae.sample.generate import generate
+from davae.train.cost import transformer_flops
 from davae.train.export import assemble
-from davae.train.plan import transformer_flops
 from davae.train.upgrade import Upgrade
 
 PROMPT = "a red square"
@@ -89,7 +89,7 @@ def test_flops_are_counted_without_weights(name: str):
     side = 2 * CASES[name].config["patch_size"]
     with torch.device("meta"):
         model = CASES[name].build(name)
-    assert transformer_flops(model, 2 * side) > transformer_flops(model, side) > 0
+    assert transformer_flops(model, 2 * side).total > transformer_flops(model, side).total > 0
 
 
 def test_lumina2_keeps_the_base_s_shift(tmp_path: Path):
@@ -152,7 +152,7 @@ def test_sprint_runs_upgraded_and_is_not_trained(tmp_path: Path):
     assert type(large) is SanaSprintPipeline
     options: dict[str, Any] = {"num_inference_steps": 2, "use_resolution_binning": False}
     assert large(PROMPT, height=128, width=128, **options).images[0].size == (128, 128)
-    assert transformer_flops(base.transformer.to("meta"), 2) > 0  # with its guidance input
+    assert transformer_flops(base.transformer.to("meta"), 2).total > 0  # with its guidance input
     pictures = write_pictures(tmp_path / "pictures", 128, 128)
     recipe = validate(tiny_upgrade_recipe(tmp_path / "base", pictures, base__resolution=64), "sprint")
     with pytest.raises(RecipeError, match=r"base\.model: .* SanaSprintPipeline.*SANA-1\.5"):

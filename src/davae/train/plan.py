@@ -130,7 +130,7 @@ def plan(recipe: Recipe) -> Plan:
         "image": f"{recipe.resolution}x{recipe.resolution}, base {recipe.base.resolution}x{recipe.base.resolution}",
         "latents": f"z ({layout.base_channels},{side},{side}) + z_d ({layout.detail_channels},{side},{side})",
         "patch": f"{shapes.patch_size}, head {transformer_family(shapes.transformer_class).head_order}",
-        "objective": base_objective(recipe, shapes).prediction,
+        "objective": base_objective(recipe, shapes, model).prediction,
         "tokens_upgraded": tokens.upgraded_tokens,
         "tokens_native": tokens.native_tokens,
         "transformer_gflops_upgraded": round(tokens.upgraded_flops / 1e9, 3),

@@ -118,8 +118,11 @@ def base_shapes(recipe: Recipe) -> BaseShapes:
     return read_shapes(resolve(recipe.base.model))
 
 
-def base_objective(recipe: Recipe, shapes: BaseShapes) -> Objective:
+def base_objective(recipe: Recipe, shapes: BaseShapes, configs: str | None = None) -> Objective:
     """What the recipe's base model predicts, by its own scheduler; one that is trained first does by flow matching.
+
+    Args:
+        configs: where to read them, when not from the model itself.
 
     Raises:
         ModelError: an objective that stage 2 cannot train.
@@ -127,7 +130,7 @@ def base_objective(recipe: Recipe, shapes: BaseShapes) -> Objective:
     """
     if recipe.base.model is None:
         return FLOW
-    model = resolve(recipe.base.model)
+    model = configs or resolve(recipe.base.model)
     objective = choose_objective(
         load_scheduler(model), transformer_family(shapes.transformer_class), recipe.base.model
     )
