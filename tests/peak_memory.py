@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
@@ -43,6 +43,7 @@ class Rows:
     """As many equal items as asked for."""
 
     groups = None
+    skipped: ClassVar[dict[str, str]] = {}
 
     def __init__(self, count: int, item: dict[str, Any]):
         self.count, self.item = count, item
