@@ -33,7 +33,7 @@ class OneWeight:
     def active(self, step: int) -> list[str]:
         return ["one"]
 
-    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+    def loss(self, player: str, batch: Any, step: int, draws: object) -> tuple[torch.Tensor, dict]:
         loss = self.weight.weight.square().sum() * (float("nan") if step in self.bad else 1.0)
         return loss, {"loss": loss.detach()}
 
@@ -60,11 +60,14 @@ def test_a_bad_step_is_skipped_counted_and_remembered(tmp_path: Path, caplog: py
     assert [r["skipped"] for r in read_metrics(tmp_path / "halves/metrics.jsonl")] == [0, 1, 1, 1, 2, 2]
     assert torch.equal(whole.weight.weight, again.weight.weight)
     assert torch.isfinite(first.weight.weight).all()
-    assert "step 2 of one skipped, its gradient is not finite" in caplog.text
+    assert "1 step(s) until step 2 skipped, their gradient is not finite (1 so far)" in caplog.text
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"not finite for 10 steps in a row, until step 14; lower one\.lr"):
+    with pytest.raises(
+        RunError,
+        match=r"not finite for 10 steps in a row, until step 14; the weights before them are saved; lower one\.lr",
+    ):
         train(tmp_path, 30, set(range(4, 30)))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()], "the checkpoint before it is kept"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from davae.models.autoencoder_families import autoencoder_family, spatial_factor
@@ -125,15 +126,31 @@ def default_resolution(pipeline: Any) -> int:
     return int(side) * pipeline.vae_scale_factor
 
 
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_part(model: str, part: str, class_name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """One model of a diffusers folder or hub id, without the rest of the pipeline.
+
+    Raises:
+        ModelError: when diffusers cannot load it.
+    """
+    try:
+        return model_class(class_name).from_pretrained(model, subfolder=part, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{part} of model {model} cannot be loaded: {reason}") from error
+
+
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple[str, ...] = ()) -> Any:
     """The stock diffusers pipeline of a folder or hub id, progress bars off.
+
+    Args:
+        without: components that are left out (None in the pipeline), so that they take no memory.
 
     Raises:
         ModelError: when diffusers cannot load it.
     """
     name = read_config(model, "", "model_index.json").get("_class_name", "DiffusionPipeline")
     try:
-        pipeline = model_class(name).from_pretrained(model, torch_dtype=dtype)
+        pipeline = model_class(name).from_pretrained(model, torch_dtype=dtype, **dict.fromkeys(without))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model {model} cannot be loaded: {reason}") from error
@@ -149,12 +166,34 @@ def silent_t5(pipeline: Any) -> bool:
     return encoder is None or not bool(encoder.encoder.final_layer_norm.weight.any())
 
 
+def reads_silent_t5(model: str) -> bool:
+    """`silent_t5` of a folder or hub id, told from one small tensor: the encoder itself may be huge."""
+    entry = read_config(model, "", "model_index.json").get("text_encoder_3")
+    if entry is None:
+        return "text_encoder_3" in read_config(model, "", "model_index.json")
+    if Path(model).is_dir():
+        folder = Path(model) / "text_encoder_3"
+    else:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, allow_patterns="text_encoder_3/*.safetensors")) / "text_encoder_3"
+    name = "encoder.final_layer_norm.weight"
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stream:
+            if name in set(stream.keys()):
+                return not bool(stream.get_tensor(name).any())
+    raise MissingPart(f"model {model}: no file of text_encoder_3 holds {name}")
+
+
 def text_arguments(pipeline: Any) -> dict[str, Any]:
     """Arguments that keep a prompt short where nothing is lost: one zero token instead of 256."""
     return {"max_sequence_length": 1} if silent_t5(pipeline) else {}
 
 
 @torch.no_grad()
-def embed_captions(pipeline: Any, captions: list[str]) -> tuple[Tensor, ...]:
-    """What the pipeline's text encoders say of captions, one tensor per kind, each (B,...)."""
-    return CALLS[type(pipeline.transformer).__name__].embed(pipeline, captions, text_arguments(pipeline))
+def embed_captions(pipeline: Any, captions: list[str], transformer_class: str) -> tuple[Tensor, ...]:
+    """What the pipeline's text encoders say of captions, one tensor per kind, each (B,...).
+
+    The transformer itself may be left out of the pipeline; its class tells what kinds it takes.
+    """
+    return CALLS[transformer_class].embed(pipeline, captions, text_arguments(pipeline))

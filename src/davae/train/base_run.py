@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +32,10 @@ from davae.train.base_text import (
     build_tokenizer,
     build_transformer,
 )
+from davae.train.export import save_pipeline
 from davae.train.loop import Observer, Progress, Trainer, training_seed
-from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
+from davae.train.ranks import on_main
+from davae.train.setup import check_base_engine, make_accelerator, open_pictures, seed_initial_weights
 from davae.train.state import RunFolder, new_folder
 
 
@@ -71,8 +73,9 @@ class BaseRun:
 
     def __init__(self, recipe: BaseRecipe, out: Path, observer: Observer):
         self.recipe, self.out, self.observer = recipe, out, observer
+        self.accelerator = make_accelerator(recipe.run, out)
+        check_base_engine(self.accelerator)
         self.folder = RunFolder(out, recipe)
-        self.accelerator = make_accelerator(recipe.run)
 
     @cached_property
     def pictures(self) -> Pictures:
@@ -96,8 +99,7 @@ class BaseRun:
             vae.register_to_config(**self._normalisation(meta))
         train = self.train_class if isinstance(recipe.architecture, ClassArchitecture) else self.train_text
         pipeline = train(vae, channels, side)
-        with new_folder(self.out / "pipeline") as partial:
-            pipeline.save_pretrained(partial)
+        on_main(partial(save_pipeline, pipeline, self.out / "pipeline"))
         self.folder.mark_done("dit")
         return self.out / "pipeline"
 
@@ -138,7 +140,7 @@ class BaseRun:
         def watch(done: int, total: int) -> None:
             self.observer(Progress("cache", done, total, 0.0))
 
-        with new_folder(target) as partial:
+        with new_folder(target) as whole:
             if recipe.cache.shards is not None:
                 if not isinstance(recipe.architecture, ClassArchitecture):
                     raise DataError(
@@ -146,7 +148,7 @@ class BaseRun:
                     )
                 return import_shards(
                     Path(recipe.cache.shards),
-                    partial,
+                    whole,
                     channels=channels,
                     num_classes=recipe.architecture.num_classes,
                     key=key,
@@ -160,7 +162,7 @@ class BaseRun:
                 return encode_mode(vae, images)
 
             return write_latents(
-                partial,
+                whole,
                 self.pictures,
                 encode,
                 key=key,

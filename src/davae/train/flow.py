@@ -10,6 +10,7 @@ from torch import Tensor
 
 from davae.losses.flow_matching import interpolate, sample_timesteps, velocity_target
 from davae.recipes.schema import FlowOptim
+from davae.train.draws import Draws
 
 
 @dataclass(frozen=True)
@@ -22,20 +23,17 @@ class FlowBatch:
     target: Tensor
 
 
-def noise_batch(
-    latents: Tensor, conditions: list[Any], null: Any, settings: FlowOptim, generator: torch.Generator
-) -> FlowBatch:
-    """Draw condition dropout, timesteps and noise from `generator`, in that order. `null` replaces what is dropped."""
-    dropped = torch.rand(len(latents), generator=generator) < settings.caption_dropout
-    t = sample_timesteps(
-        len(latents),
-        generator,
-        mean=settings.timestep_mean,
-        std=settings.timestep_std,
-        shift=settings.timestep_shift,
-        device=latents.device,
-    )
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
+def noise_batch(latents: Tensor, conditions: list[Any], null: Any, settings: FlowOptim, draws: Draws) -> FlowBatch:
+    """Draw condition dropout, timesteps and noise of each sample, in that order. `null` replaces what is dropped."""
+    dropped = draws.uniform() < settings.caption_dropout
+    drawn = [
+        sample_timesteps(
+            1, generator, mean=settings.timestep_mean, std=settings.timestep_std, shift=settings.timestep_shift
+        )
+        for generator in draws.samples
+    ]
+    t = torch.cat(drawn).to(latents.device)
+    noise = draws.normal(*latents.shape[1:]).to(latents)
     return FlowBatch(
         conditions=[null if drop else value for value, drop in zip(conditions, dropped, strict=True)],
         t=t,

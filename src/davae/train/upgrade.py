@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,30 @@ from davae.latent import LatentLayout
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
 from davae.models.families import transformer_family
-from davae.models.pipeline import BaseShapes, embed_captions, load_pipeline, read_shapes, silent_t5
+from davae.models.pipeline import (
+    BaseShapes,
+    embed_captions,
+    load_part,
+    load_pipeline,
+    read_shapes,
+    reads_silent_t5,
+)
 from davae.recipes import RecipeError
 from davae.recipes.schema import Recipe
 from davae.train.base_run import planned_shapes, train_base
 from davae.train.conditioning import conditioning
-from davae.train.export import UPGRADE_FILE, assemble, fuse, load_trained, read_metadata, save_pipeline, save_upgrade
+from davae.train.export import (
+    UPGRADE_FILE,
+    apply_upgrade,
+    assemble,
+    load_trained,
+    read_metadata,
+    save_pipeline,
+    save_upgrade,
+)
 from davae.train.loop import Observer, Progress, Trainer, training_seed
+from davae.train.progress import stage1_pictures, stage2_pictures
+from davae.train.ranks import is_main, on_main
 from davae.train.setup import make_accelerator, open_pictures, seed_initial_weights
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
@@ -54,6 +71,11 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
     return LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
 
 
+def save_model(model: Any, folder: Path) -> None:
+    with new_folder(folder) as partial:
+        model.eval().save_pretrained(partial)
+
+
 def base_shapes(recipe: Recipe) -> BaseShapes:
     """Shapes of the recipe's base model, trained already or not."""
     if recipe.base.train is not None:
@@ -74,6 +96,7 @@ class Upgrade:
 
     def __init__(self, recipe: Recipe, out: Path, observer: Observer, *, stage1: Path | None = None):
         self.first = out if stage1 is None else stage1  # where vae/ and cache/ lie
+        self.accelerator = make_accelerator(recipe.run, out)
         if recipe.base.train is None:
             assert recipe.base.model is not None
             self.model = resolve(recipe.base.model)
@@ -86,16 +109,16 @@ class Upgrade:
         self.init = None if recipe.init is None else resolve_upgrade(recipe.init)
         if self.init is not None:
             read_metadata(self.init / UPGRADE_FILE)  # a wrong folder is told now, not after the cache is written
-        self.recipe, self.out, self.observer = recipe, out, observer
+        self.recipe, self.out = recipe, out
+        self.observer: Observer = observer if is_main() else lambda progress: None
         if stage1 is not None:
             read_meta(stage1 / "cache", self._key())
         self.folder = RunFolder(out, recipe)
-        self.accelerator = make_accelerator(recipe.run)
         self.skipped: dict[str, str] = {}  # unreadable pictures met so far, and why
 
     @cached_property
     def base(self) -> Any:
-        """The pretrained pipeline."""
+        """The whole pretrained pipeline, on the device: for pictures. Training steps load the parts that they need."""
         return load_pipeline(self.model).to(self.accelerator.device)
 
     def pictures(self, indices: list[int]) -> Pictures:
@@ -125,25 +148,37 @@ class Upgrade:
             vae = DetailVAE.from_pretrained(self.init / "vae", torch_dtype=torch.float32)
             if vae.layout != self.layout:
                 raise RecipeError(f"init: {self.init} has {vae.layout}, this recipe {self.layout}")
-            with new_folder(target) as partial:
-                vae.save_pretrained(partial)
+            on_main(partial(save_model, vae, target))
             self.folder.mark_done("stage1")
         if not self.folder.done("stage1"):
             task = self.stage1_task()
-            trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
+            trainer = Trainer(
+                task, self.recipe.run, self.folder, self.accelerator, self.observer, stage1_pictures(self, task)
+            )
             trainer.fit(self.recipe.data.num_workers)
             trainer.use_average()
-            with new_folder(target) as partial:
-                task.vae.eval().save_pretrained(partial)
+            trained = trainer.whole_state("vae")
+            trainer.release()
+
+            def save() -> None:  # into a new one: engines change the classes of what they train
+                finished = self.new_vae()
+                finished.load_state_dict(trained, strict=False)
+                save_model(finished, target)
+
+            on_main(save)
             self.folder.mark_done("stage1")
         return target
+
+    def new_vae(self) -> DetailVAE:
+        """The DetailVAE as stage 1 starts it."""
+        base_vae = load_part(self.model, "vae", self.shapes.vae_class)
+        return DetailVAE.from_base(base_vae, self.recipe.detail_channels, self.recipe.scale, self.recipe.downsample)
 
     def stage1_task(self) -> Stage1Task:
         """Stage 1 at its first step."""
         recipe = self.recipe
         seed_initial_weights(training_seed(recipe.stage1, recipe.run))
-        vae = DetailVAE.from_base(self.base.vae, recipe.detail_channels, recipe.scale, recipe.downsample)
-        return Stage1Task(recipe.stage1, vae, self.pictures(self.train), self.accelerator.device)
+        return Stage1Task(recipe.stage1, self.new_vae(), self.pictures(self.train), self.accelerator.device)
 
     def vae(self) -> DetailVAE:
         return DetailVAE.from_pretrained(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
@@ -165,13 +200,17 @@ class Upgrade:
         target = self.first / "cache"
         if self.first == self.out and not self.folder.done("cache"):
             vae = self.vae()
-            with new_folder(target) as partial:
-                if self.recipe.cache.shards is None:
-                    self._cache_pictures(vae, partial)
-                else:
-                    self._cache_shards(partial)
-            if self.init is None:  # weights to go on from were trained on the statistics they came with
-                self._store_statistics(vae, read_meta(target, self._key()))
+
+            def write() -> None:
+                with new_folder(target) as whole:
+                    if self.recipe.cache.shards is None:
+                        self._cache_pictures(vae, whole)
+                    else:
+                        self._cache_shards(whole)
+                if self.init is None:  # weights to go on from were trained on the statistics they came with
+                    self._store_statistics(vae, read_meta(target, self._key()))
+
+            on_main(write)
             self.folder.mark_done("cache")
         return target
 
@@ -209,20 +248,24 @@ class Upgrade:
             on_batch=self._watch("latents"),
         )
         if self.family.condition == "text":
+            encoders = self.text_encoders()
             write_text(
                 folder,
                 CachedLatents(folder).captions,
-                lambda captions: embed_captions(self.base, captions),
+                lambda captions: embed_captions(encoders, captions, self.shapes.transformer_class),
                 batch_size=recipe.cache.batch_size,
                 dtype=recipe.cache.dtype,
                 on_batch=self._watch("captions"),
             )
 
+    def text_encoders(self) -> Any:
+        """The pretrained pipeline without what does not read prompts."""
+        return load_pipeline(self.model, without=("vae", "transformer")).to(self.accelerator.device)
+
     def _store_statistics(self, vae: DetailVAE, meta: CacheMeta) -> None:
         mean, std = torch.tensor(meta.mean).view(1, -1, 1, 1), torch.tensor(meta.std).view(1, -1, 1, 1)
         vae.set_detail_statistics(vae.layout.split(mean)[1].flatten(), vae.layout.split(std)[1].flatten())
-        with new_folder(self.out / "vae") as partial:
-            vae.save_pretrained(partial)
+        save_model(vae, self.out / "vae")
 
     # -- stage 2 -----------------------------------------------------------------------------------------------
 
@@ -231,9 +274,8 @@ class Upgrade:
         vae = self.vae()
         seed_initial_weights(training_seed(self.recipe.stage2, self.recipe.run))
         device = self.accelerator.device
-        transformer = expand_transformer(
-            self.base.transformer, self.recipe.detail_channels, self.recipe.stage2.new_weights
-        )
+        pretrained = load_part(self.model, "transformer", self.shapes.transformer_class)
+        transformer = expand_transformer(pretrained, self.recipe.detail_channels, self.recipe.stage2.new_weights)
         cache = CachedLatents(self.first / "cache", self.family.condition)
         task = Stage2Task(
             self.recipe.stage2,
@@ -241,7 +283,7 @@ class Upgrade:
             transformer,
             cache,
             (vae.mean, vae.std),  # type: ignore[arg-type]
-            conditioning(transformer, cache, device, null_text=silent_t5(self.base)),
+            conditioning(transformer, cache, device, null_text=reads_silent_t5(self.model)),
             device,
         )
         if self.init is not None:
@@ -253,11 +295,24 @@ class Upgrade:
         target = self.out / "pipeline"
         if not self.folder.done("stage2"):
             task = self.stage2_task()
-            trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
-            trainer.fit(self.recipe.data.num_workers)
+            recipe = self.recipe
+            trainer = Trainer(
+                task, recipe.run, self.folder, self.accelerator, self.observer, stage2_pictures(self, task)
+            )
+            trainer.fit(recipe.data.num_workers)
             trainer.use_average()
-            save_upgrade(task.transformer, self.out / UPGRADE_FILE, self.recipe.stage2.lora, torch.float32)
-            save_pipeline(assemble(self.base, self.vae(), fuse(task.transformer)), target)
+            state = trainer.whole_state("transformer")
+            tensors = {name: state[name] for name in task.players["transformer"].trained}
+            trainer.release()
+
+            def export() -> None:
+                base, file = load_pipeline(self.model), self.out / UPGRADE_FILE
+                wide = expand_transformer(base.transformer, recipe.detail_channels)
+                save_upgrade(wide, file, recipe.stage2.lora, torch.float32, tensors)
+                vae = DetailVAE.from_pretrained(self.first / "vae")
+                save_pipeline(assemble(base, vae, apply_upgrade(base.transformer, file)), target)
+
+            on_main(export)
             self.folder.mark_done("stage2")
         return target
 
