@@ -21,8 +21,8 @@ class OneWeight:
 
     name = "one"
 
-    def __init__(self, max_steps: int, bad: set[int]):
-        self.settings, self.bad = Optim(max_steps=max_steps, batch_size=1, lr=0.1), bad
+    def __init__(self, max_steps: int, bad: set[int], optimizer: str):
+        self.settings, self.bad = Optim(max_steps=max_steps, batch_size=1, lr=0.1, optimizer=optimizer), bad
         self.dataset, self.collate = [0.0] * 4, lambda items: items
         self.weight = torch.nn.Linear(1, 1, bias=False)
         self.players = {"one": Player(self.weight, [{"params": list(self.weight.parameters())}], lr=0.1)}
@@ -43,9 +43,9 @@ class Items(list):
         return super().__getitem__(item[0])
 
 
-def train(folder: Path, max_steps: int, bad: set[int]) -> OneWeight:
+def train(folder: Path, max_steps: int, bad: set[int], optimizer: str = "adamw") -> OneWeight:
     torch.manual_seed(0)
-    task = OneWeight(max_steps, bad)
+    task = OneWeight(max_steps, bad, optimizer)
     task.dataset = Items(task.dataset)
     run = Run(log_every=1, checkpoint_every=2)
     Trainer(task, run, RunFolder(folder, tiny_recipe()), Accelerator(cpu=True)).fit()  # type: ignore[arg-type]

@@ -61,6 +61,7 @@ def prepare(
         plugin: Any = accelerator.state.fsdp_plugin
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
         plugin.transformer_cls_names_to_wrap = block_names(module)
+        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch cuts no other layout
     if is_deepspeed(accelerator):
         accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = share  # type: ignore[union-attr]
     return accelerator.prepare(module, optimizer)

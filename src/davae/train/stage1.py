@@ -55,14 +55,16 @@ class Stage1Task(ReconstructionTask):
         height, width = images.shape[-2] // factor, images.shape[-1] // factor
         noise = draws.normal(self.vae.layout.detail_channels, height, width)
         reconstruction, z, mean, logvar = self.modules["vae"](images, noise.to(images.device), draws.uniform())
-        last = self.vae.last_decoder_weight
+        # looked up before any gradient is taken: FSDP2 puts the pieces back after that
+        last, last_encoder = self.vae.last_decoder_weight, self.vae.last_encoder_weight
         total, pull, logged = self.trainer.autoencoder_loss(images, reconstruction, mean, logvar, last, step)
         align = alignment_loss(mean.float(), z.float())
         weight: Tensor | float = s.lambda_align
         if s.alignment == "adaptive" and s.lambda_align:
-            last = self.vae.last_encoder_weight
-            above = torch.autograd.grad(reconstruction, last, pull.to(reconstruction.dtype), retain_graph=True)[0]
-            below = torch.autograd.grad(align, last, retain_graph=True)[0]
+            above = torch.autograd.grad(
+                reconstruction, last_encoder, pull.to(reconstruction.dtype), retain_graph=True
+            )[0]
+            below = torch.autograd.grad(align, last_encoder, retain_graph=True)[0]
             weight = s.lambda_align * adaptive_weight(mean_over_ranks(above), mean_over_ranks(below))
         total = total + weight * align  # Eq. 6
         return total, {"loss": total.detach(), **logged, "align": align.detach()}

@@ -104,6 +104,7 @@ class Stage2Task:
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()  # type: ignore[operator]
         self.masks = new_weight_masks(transformer)
+        self.head = transformer_family(type(transformer).__name__).head  # now: FSDP2 changes the class
         self.players = {
             "transformer": Player(transformer, [{"params": parameters}], lr=settings.lr, parts=self.parts)
         }
@@ -111,13 +112,12 @@ class Stage2Task:
 
     def parts(self) -> Parts:
         """P', O', LoRA and the rest, whose gradient norms are logged apart. P and P' share tensors: masks part them."""
-        family = transformer_family(type(self.transformer).__name__)
         groups: Parts = {"P'": [], "O'": [], "lora": [], "rest": []}
         for name, parameter in self.transformer.named_parameters():
             if not parameter.requires_grad:
                 continue
             if name in self.masks:
-                new = "O'" if name.startswith(f"{family.head}.") else "P'"
+                new = "O'" if name.startswith(f"{self.head}.") else "P'"
                 groups[new].append((parameter, self.masks[name]))
                 groups["rest"].append((parameter, 1 - self.masks[name]))
             else:
