@@ -18,11 +18,14 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -180,6 +183,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     moments = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:

@@ -221,17 +221,18 @@ def newest_checkpoint(folder: RunFolder, stage: str) -> dict[str, Any] | None:
     """
     chosen: Path | None = None
     state: dict[str, Any] | None = None
-    failure: RunError | None = None
+    failure = ""
     for path in reversed(folder.checkpoints(stage) if is_main() else []):
         try:
             chosen, state = path, load_checkpoint(path)
             break
         except RunError as error:
-            failure = failure or error
-            logger.warning("%s; going back to the one before", error)
-    if failure is not None and state is None:
-        raise RunError(f"{failure}, and none before it; use a new --out to start again") from failure
-    if chosen is not None and failure is not None:
+            reason = str(error)
+            failure = failure or reason
+            logger.warning("%s; going back to the one before", reason)
+    if failure and state is None:
+        raise RunError(f"{failure}, and none before it; use a new --out to start again")
+    if chosen is not None and failure:
         for path in folder.checkpoints(stage):
             if path > chosen:
                 path.rename(path.with_name(f"broken-{path.name}"))
