@@ -103,7 +103,9 @@ class ReconstructionTrainer:
             # the mean over so many logits would underflow in half precision
             push = torch.autograd.grad(adversarial * logits.numel(), pixels)[0].float() / logits.numel()
             above, below = (
-                mean_over_ranks(torch.autograd.grad(reconstruction, last_layer, g.to(reconstruction.dtype), retain_graph=True)[0])
+                mean_over_ranks(
+                    torch.autograd.grad(reconstruction, last_layer, g.to(reconstruction.dtype), retain_graph=True)[0]
+                )
                 for g in (pull, push)
             )
             weight = adaptive_weight(above, below)

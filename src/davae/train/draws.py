@@ -27,8 +27,13 @@ class Draws:
     """
 
     def __init__(self, seed: int, stage: str, batch: int, place: int, count: int):
+        self.names = (seed, stage, batch, place, count)
         self.batch = named_generator(seed, stage, "batch", batch)
         self.samples = [named_generator(seed, stage, batch, place + number) for number in range(count)]
+
+    def afresh(self) -> Draws:
+        """The same values from the start."""
+        return Draws(*self.names)
 
     def uniform(self) -> Tensor:
         """(B,) in [0,1)."""
