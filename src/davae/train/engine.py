@@ -7,13 +7,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
-from davae.recipes.schema import Optim, Run
+from davae.recipes.schema import Optim, Run, Stage2
+from davae.train.ranks import ranks
 from davae.train.state import RunError
 
 
@@ -25,7 +28,8 @@ def check(accelerator: Accelerator, task: str, players: int, run: Run, settings:
     """Whether this engine can train the task at all.
 
     Raises:
-        RunError: FSDP of the first kind; DeepSpeed with two networks in turns or an 8-bit optimizer.
+        RunError: FSDP of the first kind, an 8-bit optimizer in pieces, and what DeepSpeed cannot do: two networks in turns,
+            accumulation, a learning rate of P' and O' alone.
     """
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise RunError("davae trains with FSDP2; set fsdp_version: 2 in accelerate's config")
@@ -37,6 +41,13 @@ def check(accelerator: Accelerator, task: str, players: int, run: Run, settings:
             f"{task}: DeepSpeed trains one network, and this one plays against a discriminator; run this stage with DDP or "
             f"FSDP2, or set {task}.lambda_adv=0"
         )
+
+    if is_deepspeed(accelerator) and settings.accumulation > 1:
+        raise RunError(
+            f"{task}.accumulation: DeepSpeed steps in its backward pass; set it to 1 and raise the batch size"
+        )
+    if is_deepspeed(accelerator) and isinstance(settings, Stage2) and settings.new_weight_lr_multiplier != 1:
+        raise RunError(f"{task}.new_weight_lr_multiplier: DeepSpeed flattens the weights; set it to 1, or use FSDP2")
 
 
 def block_names(module: nn.Module) -> list[str]:
@@ -95,10 +106,39 @@ def step_unless(optimizer: Any, bad: Tensor) -> None:
 
 
 def optimizer_state(optimizer: Any, whole_state: Callable[[torch.optim.Optimizer], dict[str, Any]]) -> dict[str, Any]:
-    return whole_state(optimizer.optimizer)
+    """Whole, by torch's own layout. DeepSpeed's pieces have their own: one of each process, for as many again."""
+    if not isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        return whole_state(optimizer.optimizer)
+    pieces: list[Any] = [None] * ranks()
+    dist.all_gather_object(pieces, plain(optimizer.optimizer.state_dict()))
+    return {"deepspeed": pieces}
 
 
 def load_optimizer(
     optimizer: Any, state: dict[str, Any], load_whole: Callable[[torch.optim.Optimizer, dict[str, Any]], None]
 ) -> None:
-    load_whole(optimizer.optimizer, state)
+    if isinstance(optimizer, DeepSpeedOptimizerWrapper) != ("deepspeed" in state):
+        raise RunError(
+            "the checkpoint was written by DeepSpeed, or this run uses it; go on with the engine that wrote it"
+        )
+    if "deepspeed" not in state:
+        load_whole(optimizer.optimizer, state)
+        return
+    if len(state["deepspeed"]) != ranks():
+        raise RunError(
+            f"the checkpoint was written by {len(state['deepspeed'])} processes of DeepSpeed; use as many again"
+        )
+    optimizer.optimizer.load_state_dict(state["deepspeed"])
+
+
+def plain(value: Any) -> Any:
+    """A state without objects of DeepSpeed's own classes, so that a checkpoint stays plain data."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items() if is_plain(inner)}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, dict, list, tuple, Tensor))

@@ -21,6 +21,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, on the CPU. Collective where it lies in pieces: every process must ask, in the same order."""
+    if hasattr(tensor, "ds_tensor"):
+        return whole_parameter(tensor, local(tensor))
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         return tensor.full_tensor().cpu()
