@@ -68,7 +68,7 @@ def step_speed(run: Upgrade, steps: int) -> dict[str, Any]:
     """
     task = run.stage2_task()
     settings, seed = task.settings, training_seed(run.recipe.stage2, run.recipe.run)
-    optimizer = torch.optim.AdamW(task.players["transformer"].parameters, lr=settings.lr)
+    optimizer = torch.optim.AdamW(task.players["transformer"].parameters.values(), lr=settings.lr)
     stop = steps + WARM_UP
     batches = Batches(
         len(task.dataset), settings.batch_size, seed=seed, start=0, stop=stop, groups=task.dataset.groups
