@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -23,7 +24,9 @@ from davae.models.families import transformer_family
 from davae.models.pipeline import ModelError, load_scheduler
 from davae.recipes import RecipeError, validate
 from davae.recipes.schema import FlowOptim, Stage2
-from davae.train.objectives import FLOW, Diffusion, check_timesteps, choose_objective, noise_batch
+from davae.train.draws import Draws
+from davae.train.objectives import FLOW, Diffusion, Objective, check_timesteps, choose_objective, noise_batch
+from davae.train.progress import ddim, solve
 from davae.train.upgrade import Upgrade
 
 F64 = torch.float64
@@ -156,7 +159,8 @@ def test_what_cannot_be_trained_is_refused(family: str, scheduler: str, options:
 def test_timesteps_are_uniform_over_the_training_steps():
     objective = Diffusion(DDPMScheduler(num_train_timesteps=10).alphas_cumprod, "epsilon")
     generator = torch.Generator().manual_seed(0)
-    t = objective.draw(20_000, FlowOptim(max_steps=1, batch_size=1), generator, torch.device("cpu"))
+    settings = FlowOptim(max_steps=1, batch_size=1)
+    t = torch.cat([objective.draw(settings, generator) for _ in range(20_000)])
     shares = torch.bincount(t, minlength=10) / len(t)
     assert len(shares) == 10
     assert float((shares - 0.1).abs().max()) < 0.01
@@ -167,9 +171,9 @@ def test_a_batch_is_noised_as_its_objective_says():
     settings = Stage2(max_steps=1, batch_size=1, caption_dropout=0.5)
     latents = torch.randn(64, 2, 2, 2)
     for prediction in ("epsilon", "v_prediction"):
-        generator = torch.Generator().manual_seed(0)
         objective = Diffusion(table, prediction)  # type: ignore[arg-type]
-        batch = noise_batch(objective, latents, ["a"] * 64, "", settings, generator, min_snr_gamma=5.0)
+        draws = Draws(0, "stage2", 0, 0, 64)
+        batch = noise_batch(objective, latents, ["a"] * 64, "", settings, draws, min_snr_gamma=5.0)
         alpha, sigma = objective.levels(batch.t)
         noise = (batch.x_t - alpha * latents) / sigma
         expected = noise if prediction == "epsilon" else alpha * noise - sigma * latents
@@ -177,6 +181,21 @@ def test_a_batch_is_noised_as_its_objective_says():
         assert batch.weight is not None
         assert torch.equal(batch.weight, min_snr_weight(alpha, sigma, 5.0, prediction))  # type: ignore[arg-type]
         assert {"a", ""} == set(batch.conditions)
+
+
+@pytest.mark.parametrize("objective", [FLOW, Diffusion(DDPMScheduler().alphas_cumprod, "epsilon")])
+def test_a_sample_is_noised_alike_in_any_part_of_the_batch(objective: Objective):
+    settings, latents = Stage2(max_steps=1, batch_size=1, caption_dropout=0.5), torch.randn(8, 2, 2, 2)
+    captions = [str(number) for number in range(8)]
+    whole = noise_batch(objective, latents, captions, "", settings, Draws(0, "stage2", 3, 0, 8))
+    for place in (0, 4):
+        part = slice(place, place + 4)
+        draws = Draws(0, "stage2", 3, place, 4)
+        mine = noise_batch(objective, latents[part], captions[part], "", settings, draws)
+        assert torch.equal(mine.x_t, whole.x_t[part])
+        assert torch.equal(mine.t, whole.t[part])
+        assert mine.conditions == whole.conditions[part]
+    assert len(whole.t.unique()) > 4
 
 
 def test_timesteps_of_flow_matching_are_refused_for_ddpm():
@@ -214,3 +233,29 @@ def test_a_run_tells_what_it_cannot_train_before_it_reads_weights(tmp_path: Path
     with pytest.raises(ModelError, match="prediction_type 'sample', which davae cannot train"):
         Upgrade(validate(values, "x"), tmp_path / "run", lambda progress: None)  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("prediction", ["flow", "epsilon", "v_prediction"])
+def test_pictures_on_the_way_are_solved_by_the_bases_objective(prediction: Any):
+    """A model that always knows the true latents leads back to them, guided or not."""
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=prediction == "v_prediction")
+    table = scheduler.alphas_cumprod
+    objective = FLOW if prediction == "flow" else Diffusion(table, prediction)
+    if isinstance(objective, Diffusion):
+        torch.testing.assert_close(ddim(objective).alphas_cumprod, table, rtol=1e-3, atol=1e-6)
+    truth = torch.randn(2, 4, 3, 3)
+
+    class Knowing:
+        null = None
+
+        def predict(self, model: Any, x: torch.Tensor, t: torch.Tensor, conditions: list[Any]) -> torch.Tensor:
+            alpha, sigma = objective.levels(t)
+            noise = (x - alpha * truth) / sigma
+            return objective.target(truth, noise, t)
+
+    task: Any = SimpleNamespace(
+        objective=objective, modules={"transformer": None}, settings=Stage2(max_steps=1, batch_size=1)
+    )
+    for scale in (1.0, 4.0):
+        found = solve(Knowing(), task, torch.randn(2, 4, 3, 3), ["a", "b"], 10, scale)
+        torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-3)

@@ -12,7 +12,8 @@ import torch
 
 from davae.data.cache import CacheMeta, read_meta
 from davae.data.order import Batches, training_loader
-from davae.train.loop import step_generator, training_seed
+from davae.train.draws import Draws
+from davae.train.loop import training_seed
 from davae.train.upgrade import Upgrade
 
 WARM_UP = 2  # steps that are not counted
@@ -67,7 +68,7 @@ def step_speed(run: Upgrade, steps: int) -> dict[str, Any]:
     """
     task = run.stage2_task()
     settings, seed = task.settings, training_seed(run.recipe.stage2, run.recipe.run)
-    optimizer = torch.optim.AdamW(task.players["transformer"].parameters, lr=settings.lr)
+    optimizer = torch.optim.AdamW(task.players["transformer"].parameters.values(), lr=settings.lr)
     stop = steps + WARM_UP
     batches = Batches(
         len(task.dataset), settings.batch_size, seed=seed, start=0, stop=stop, groups=task.dataset.groups
@@ -78,7 +79,8 @@ def step_speed(run: Upgrade, steps: int) -> dict[str, Any]:
         began = time.perf_counter()
         batch = next(loader)
         ready = time.perf_counter()
-        loss, _ = task.loss("transformer", batch, step, step_generator(seed, task.name, step, 0))
+        draws = Draws(seed, task.name, step, 0, settings.batch_size)
+        loss, _ = task.loss("transformer", batch, step, draws)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

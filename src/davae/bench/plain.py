@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from davae.latent import LatentLayout
 from davae.recipes.schema import Optim, Stage1, Stage2
+from davae.train.draws import Draws
 
 
 class PlainOptimizer:
@@ -58,16 +59,16 @@ class PlainStage1:
         self.autoencoder = PlainOptimizer(parameters, settings, settings.lr)
         self.critic = PlainOptimizer(list(discriminator.parameters()), settings, settings.gan_lr)
 
-    def reconstruct(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
+    def reconstruct(self, images: Tensor, draws: Draws) -> tuple[Tensor, Any]:
         raw = self.vae.encode_raw(images)
-        noise = torch.randn(raw.mean.shape, generator=generator)
+        noise = draws.normal(*raw.mean.shape[1:])
         z_d = raw.mean + (0.5 * raw.logvar).exp() * noise
         return self.vae.decode_raw(self.vae.layout.join(raw.z, z_d)), raw
 
-    def step(self, images: Tensor, number: int, lr: float, generators: Callable[[], torch.Generator]) -> float:
-        """One turn of the autoencoder and one of the discriminator; `generators` gives the step's noise afresh."""
+    def step(self, images: Tensor, number: int, lr: float, afresh: Callable[[], Draws]) -> float:
+        """One turn of the autoencoder and one of the discriminator; `afresh` gives the step's noise afresh."""
         s, align_by = self.settings, self.vae.layout.group_size
-        reconstruction, raw = self.reconstruct(images, generators())
+        reconstruction, raw = self.reconstruct(images, afresh())
         pixel = s.lambda_lpips * self.perceptual(reconstruction, images).mean()
         pixel = pixel + s.lambda_l1 * (reconstruction - images).abs().mean()
         kl = 0.5 * (raw.mean**2 + raw.logvar.exp() - 1 - raw.logvar).flatten(1).sum(1).mean()
@@ -85,7 +86,7 @@ class PlainStage1:
 
         self.discriminator.requires_grad_(True)
         with torch.no_grad():
-            fake, _ = self.reconstruct(images, generators())
+            fake, _ = self.reconstruct(images, afresh())
         real_score, fake_score = self.discriminator(images), self.discriminator(fake)
         critic = 0.5 * (F.relu(1 - real_score).mean() + F.relu(1 + fake_score).mean())
 
@@ -129,7 +130,7 @@ class PlainStage2:
 
     Args:
         predict: (transformer, x_t, t, conditions) -> velocity; embeds the conditions itself.
-        draw: (batch, generator) -> (conditions, t, noise), as the trainer draws them.
+        draw: (batch, draws) -> (conditions, t, noise), as the trainer draws them.
     """
 
     def __init__(
@@ -140,13 +141,11 @@ class PlainStage2:
         parameters = [p for p in transformer.parameters() if p.requires_grad]
         self.optimizer = PlainOptimizer(parameters, settings, settings.lr)
 
-    def step(
-        self, images: Tensor, captions: Sequence[str], number: int, lr: float, generator: torch.Generator
-    ) -> float:
+    def step(self, images: Tensor, captions: Sequence[str], number: int, lr: float, draws: Draws) -> float:
         s, c, d = self.settings, self.layout.base_channels, self.layout.detail_channels
         with torch.no_grad():
             latents = self.vae.encode(images).latent_dist.mode()  # (B,C+D,h,w)
-        conditions, t, noise = self.draw(latents, list(captions), generator)
+        conditions, t, noise = self.draw(latents, list(captions), draws)
         along = t.view(-1, 1, 1, 1)
         with explicit_attention():
             prediction = self.predict(self.transformer, (1 - along) * latents + along * noise, t, conditions)

@@ -17,23 +17,21 @@ from davae.bench.clock import machine, ratio, spread
 from davae.bench.plain import PlainStage1, PlainStage2
 from davae.losses.flow_matching import sample_timesteps
 from davae.losses.perceptual import random_lpips
-from davae.models.pipeline import embed_captions
+from davae.models.pipeline import denoiser, embed_captions
 from davae.recipes import RecipeError
 from davae.recipes.schema import Recipe, Stage1
+from davae.train.draws import Draws
 from davae.train.loop import Progress, Trainer, learning_rate
 from davae.train.upgrade import Upgrade
 
 
 @dataclass
 class Turn:
-    """One step as the trainer saw it: its batch, and the state of the generator that its noise came from."""
+    """One step as the trainer saw it: its batch, and where its noise came from."""
 
     step: int
     batch: Any
-    noise: Tensor
-
-    def generator(self) -> torch.Generator:
-        return torch.Generator().set_state(self.noise.clone())
+    draws: Draws
 
 
 @dataclass
@@ -47,10 +45,10 @@ class Recorder:
         self._loss, self._first = self.task.loss, next(iter(self.task.players))
         self.task.loss = self.loss
 
-    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         if player == self._first:
-            self.turns.append(Turn(step, batch, generator.get_state()))
-        return self._loss(player, batch, step, generator)
+            self.turns.append(Turn(step, batch, draws.afresh()))
+        return self._loss(player, batch, step, draws)
 
 
 @dataclass
@@ -146,7 +144,7 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
             def turn(one: Turn, opponent: PlainStage1 = opponent) -> float:
                 lr = learning_rate(settings, settings.lr, one.step)
                 images = one.batch["images"].to(memory_format=torch.channels_last)
-                return opponent.step(images, one.step, lr, one.generator)
+                return opponent.step(images, one.step, lr, one.draws.afresh)
 
             seconds, found = timed([lambda one=one: turn(one) for one in recorder.turns])
             ours += watch.seconds[1:]
@@ -176,7 +174,7 @@ class LivePrompts:
         self.pipeline = pipeline
 
     def embed(self, captions: list[str]) -> tuple[Tensor, ...]:
-        return embed_captions(self.pipeline, captions)
+        return embed_captions(self.pipeline, captions, type(denoiser(self.pipeline)).__name__)
 
 
 def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
@@ -219,7 +217,7 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
             ) -> float:
                 images = torch.stack([pictures[(i, i)]["image"] for i in items])
                 lr = learning_rate(settings, settings.lr, one.step)
-                return opponent.step(images, one.batch["conditions"], one.step, lr, one.generator())
+                return opponent.step(images, one.batch["conditions"], one.step, lr, one.draws)
 
             works = [
                 lambda one=one, items=items: turn(one, items)
@@ -237,17 +235,18 @@ def plain_stage2(run: Upgrade, rival: Any) -> PlainStage2:
     settings, conditioning = run.recipe.stage2, rival.conditioning
     conditioning.cache = LivePrompts(run.base)
 
-    def draw(latents: Tensor, captions: list[str], generator: torch.Generator) -> tuple[list[str], Tensor, Tensor]:
-        dropped = torch.rand(len(latents), generator=generator) < settings.caption_dropout
-        t = sample_timesteps(
-            len(latents),
-            generator,
-            mean=settings.timestep_mean,
-            std=settings.timestep_std,
-            shift=settings.timestep_shift,
+    def draw(latents: Tensor, captions: list[str], draws: Draws) -> tuple[list[str], Tensor, Tensor]:
+        dropped = draws.uniform() < settings.caption_dropout
+        t = torch.cat(
+            [
+                sample_timesteps(
+                    1, one, mean=settings.timestep_mean, std=settings.timestep_std, shift=settings.timestep_shift
+                )
+                for one in draws.samples
+            ]
         )
-        noise = torch.randn(latents.shape, generator=generator)
-        conditioning.draw(generator)
+        noise = draws.normal(*latents.shape[1:])
+        conditioning.draw(draws.batch)
         return ["" if drop else text for text, drop in zip(captions, dropped, strict=True)], t, noise
 
     return PlainStage2(settings, run.layout, run.vae(), rival.transformer, conditioning.predict, draw)

@@ -8,9 +8,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
+from safetensors import safe_open
 from torch import Tensor
 
 from davae.models.autoencoder_families import autoencoder_family, base_channels, spatial_factor
@@ -199,8 +202,24 @@ def load_scheduler(model: str) -> Any:
     return kind.from_config(read_config(model, "scheduler", "scheduler_config.json"))
 
 
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_part(model: str, part: str, class_name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """One model of a diffusers folder or hub id, without the rest of the pipeline.
+
+    Raises:
+        ModelError: when diffusers cannot load it.
+    """
+    try:
+        return model_class(class_name).from_pretrained(model, subfolder=part, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{part} of model {model} cannot be loaded: {reason}") from error
+
+
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple[str, ...] = ()) -> Any:
     """The stock diffusers pipeline of a folder or hub id, progress bars off.
+
+    Args:
+        without: components that are left out (None in the pipeline), so that they take no memory.
 
     Raises:
         ModelError: when diffusers cannot load it.
@@ -210,11 +229,27 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
         raise ModelError(f"model {model} is a preset, configs without weights; give {weights}")
     name = read_config(model, "", "model_index.json").get("_class_name", "DiffusionPipeline")
     try:
-        pipeline = model_class(name).from_pretrained(model, torch_dtype=dtype)
+        pipeline = model_class(name).from_pretrained(model, torch_dtype=dtype, **dict.fromkeys(without))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model {model} cannot be loaded: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_text_encoders(model: str, component: str, config: dict[str, Any]) -> Any:
+    """The pipeline of a folder or hub id without its transformer or U-Net, to embed prompts.
+
+    Args:
+        component: the model's name in the pipeline; a stand-in takes its place, as some pipelines ask it for its config
+            (the width of an absent T5) or its type while they embed.
+        config: its config.
+
+    Raises:
+        ModelError: when diffusers cannot load the rest.
+    """
+    pipeline = load_pipeline(model, without=(component,))
+    setattr(pipeline, component, SimpleNamespace(config=FrozenDict(config), dtype=torch.float32))
     return pipeline
 
 
@@ -224,6 +259,27 @@ def silent_t5(pipeline: Any) -> bool:
         return False
     encoder = pipeline.text_encoder_3
     return encoder is None or not bool(encoder.encoder.final_layer_norm.weight.any())
+
+
+def reads_silent_t5(model: str) -> bool:
+    """`silent_t5` of a folder or hub id, told from one small tensor: the encoder itself may be huge."""
+    index = read_config(model, "", "model_index.json")
+    if "text_encoder_3" not in index:
+        return False
+    if index["text_encoder_3"][1] is None:
+        return True
+    if Path(model).is_dir():
+        folder = Path(model) / "text_encoder_3"
+    else:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, allow_patterns="text_encoder_3/*.safetensors")) / "text_encoder_3"
+    name = "encoder.final_layer_norm.weight"
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stream:
+            if name in set(stream.keys()):
+                return not bool(stream.get_tensor(name).any())
+    raise MissingPart(f"model {model}: no file of text_encoder_3 holds {name}")
 
 
 def text_arguments(pipeline: Any) -> dict[str, Any]:
@@ -251,6 +307,9 @@ def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, A
 
 
 @torch.no_grad()
-def embed_captions(pipeline: Any, captions: list[str]) -> tuple[Tensor, ...]:
-    """What the pipeline's text encoders say of captions, one tensor per kind, each (B,...)."""
-    return TEXT_CALLS[type(denoiser(pipeline)).__name__].embed(pipeline, captions, text_arguments(pipeline))
+def embed_captions(pipeline: Any, captions: list[str], transformer_class: str) -> tuple[Tensor, ...]:
+    """What the pipeline's text encoders say of captions, one tensor per kind, each (B,...).
+
+    The transformer itself may be left out of the pipeline; its class tells what kinds it takes.
+    """
+    return TEXT_CALLS[transformer_class].embed(pipeline, captions, text_arguments(pipeline))

@@ -71,13 +71,14 @@ class Optim(Section):
     """AdamW with its schedule, for one network."""
 
     max_steps: PositiveInt
-    batch_size: PositiveInt
-    accumulation: PositiveInt = 1
+    batch_size: PositiveInt  # of all processes together; each takes an equal share
+    accumulation: PositiveInt = 1  # batches a step
     lr: PositiveFloat = 1e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    lr_cycles: PositiveInt = 1  # restarts of the cosine
+    optimizer: Literal["adamw", "adamw-fused", "adamw-8bit"] = "adamw"  # 8-bit needs bitsandbytes
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_cycles: PositiveInt = 1  # how often a falling schedule starts again
     lr_warmup_steps: NonNegativeInt = 0
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Fraction = 0.999  # 0 keeps no average
@@ -131,6 +132,8 @@ class Stage2(FlowOptim):
     new_weights: Literal["zero", "random"] = "zero"  # P' and O' at the start; `random` is the ablation of Fig. 4
     new_weight_lr_multiplier: PositiveFloat = 1.0  # learning rate of P' and O' relative to the rest
     min_snr_gamma: PositiveFloat | None = None  # min-SNR weighting for any objective; 5 in the authors' SD3 config
+    validate_every: NonNegativeInt = 0  # steps between losses on held-out pictures with fixed noise; 0 never
+    validate_pictures: PositiveInt = 64
 
     @model_validator(mode="after")
     def _fade_fits(self) -> Stage2:
@@ -168,7 +171,14 @@ class Run(Section):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 500
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = 2  # the newest ones; the best validated one is kept as well
+    keep_every: NonNegativeInt = 0  # checkpoints of every so many steps are never dropped; 0 drops all
+    sample_every: NonNegativeInt = 0  # steps between grids of pictures at a fixed seed, into progress/; 0 never
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    stop_signals: tuple[Literal["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"], ...] = ("SIGINT", "SIGTERM", "SIGUSR1")
+    ema_device: Literal["model", "cpu"] = "model"
+    compile: Literal["off", "blocks"] = "off"  # torch.compile on each repeated block
+    find_unused_parameters: bool = False  # DDP: for models that leave weights unused in some steps
 
 
 class Hardware(Section):

@@ -19,7 +19,9 @@ from davae.losses.reconstruction import (
 )
 from davae.models.discriminator import PatchDiscriminator
 from davae.recipes.schema import Reconstruction
+from davae.train.draws import Draws
 from davae.train.loop import Player
+from davae.train.ranks import mean_over_ranks
 
 
 class ReconstructionTrainer:
@@ -66,7 +68,6 @@ class ReconstructionTrainer:
         mean: Tensor,
         logvar: Tensor,
         last_layer: Tensor,
-        discriminator: nn.Module | None,
         step: int,
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """(total of Eq. 5, gradient of its pixel terms at the reconstruction, what to log).
@@ -95,14 +96,16 @@ class ReconstructionTrainer:
         value = pixel.detach()
         pull = gradient = torch.autograd.grad(pixel, pixels)[0]  # (B,3,H,W)
         if self.adversarial(step):
-            assert discriminator is not None
-            discriminator.requires_grad_(False)
-            logits = discriminator(pixels)
+            assert self.discriminator is not None  # not its data-parallel wrapper, which would wait for gradients
+            self.discriminator.requires_grad_(False)
+            logits = self.discriminator(pixels)
             adversarial = generator_hinge(logits)
             # the mean over so many logits would underflow in half precision
             push = torch.autograd.grad(adversarial * logits.numel(), pixels)[0].float() / logits.numel()
             above, below = (
-                torch.autograd.grad(reconstruction, last_layer, g.to(reconstruction.dtype), retain_graph=True)[0]
+                mean_over_ranks(
+                    torch.autograd.grad(reconstruction, last_layer, g.to(reconstruction.dtype), retain_graph=True)[0]
+                )
                 for g in (pull, push)
             )
             weight = adaptive_weight(above, below)
@@ -117,7 +120,9 @@ class ReconstructionTrainer:
         assert self._images is not None, "the autoencoder plays first"
         assert self._reconstruction is not None
         discriminator.requires_grad_(True)
-        loss = discriminator_hinge(discriminator(self._images), discriminator(self._reconstruction))
+        # one pass over both: data-parallel wrappers take a single forward pass a step
+        real, fake = discriminator(torch.cat([self._images, self._reconstruction])).chunk(2)
+        loss = discriminator_hinge(real, fake)
         self._images = self._reconstruction = None
         return loss, {"discriminator": loss.detach()}
 
@@ -141,14 +146,12 @@ class ReconstructionTask(ABC):
     def active(self, step: int) -> list[str]:
         return self.trainer.active(step)
 
-    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         if player == "discriminator":
             return self.trainer.discriminator_loss(self.modules["discriminator"])
         images = batch["images"].to(self.device, memory_format=torch.channels_last)
-        return self.autoencoder_turn(images, step, generator)
+        return self.autoencoder_turn(images, step, draws)
 
     @abstractmethod
-    def autoencoder_turn(
-        self, images: Tensor, step: int, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def autoencoder_turn(self, images: Tensor, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         """Scalar loss of the autoencoder on images (B,3,H,W), and what to log."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from davae.data.pictures import Pictures
 from davae.recipes.schema import BaseRecipe, Reconstruction
 from davae.train.adversarial import ReconstructionTask
+from davae.train.draws import Draws
 from davae.train.loop import Player
 
 
@@ -40,11 +41,11 @@ class AutoencoderPass(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, images: Tensor, noise_seed: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
         """(B,3,H,W) -> reconstruction (B,3,H,W), posterior mean and logvar (B,C,h,w)."""
         vae: Any = self.vae
         posterior = vae.encode(images).latent_dist
-        z = posterior.sample(generator=noise_seed)
+        z = posterior.sample(generator=generators)
         return vae.decode(z).sample, posterior.mean, posterior.logvar
 
 
@@ -58,12 +59,8 @@ class AutoencoderTask(ReconstructionTask):
         player = Player(vae, [{"params": list(vae.parameters())}], lr=settings.lr)
         super().__init__(settings, pictures, player, AutoencoderPass(vae), device)
 
-    def autoencoder_turn(
-        self, images: Tensor, step: int, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Any]]:
-        reconstruction, mean, logvar = self.modules["vae"](images, generator)
+    def autoencoder_turn(self, images: Tensor, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+        reconstruction, mean, logvar = self.modules["vae"](images, draws.samples)
         last = self.vae.decoder.conv_out.weight
-        total, _, logged = self.trainer.autoencoder_loss(
-            images, reconstruction, mean, logvar, last, self.modules.get("discriminator"), step
-        )
+        total, _, logged = self.trainer.autoencoder_loss(images, reconstruction, mean, logvar, last, step)
         return total, {"loss": total.detach(), **logged}

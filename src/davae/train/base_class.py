@@ -14,6 +14,7 @@ from davae.models.pipeline import ModelError, load_pipeline
 from davae.models.repatch import change_patch
 from davae.recipes.schema import BaseRecipe, ClassArchitecture
 from davae.train.conditioning import conditioning
+from davae.train.draws import Draws
 from davae.train.loop import Player
 from davae.train.objectives import FLOW, noise_batch
 from davae.train.stage2 import choose_trainable
@@ -70,10 +71,10 @@ class ClassFlowTask:
     def active(self, step: int) -> list[str]:
         return ["dit"]
 
-    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         z = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C,h,w)
-        flow = noise_batch(FLOW, z, batch["conditions"], self.conditioning.null, s, generator)
+        flow = noise_batch(FLOW, z, batch["conditions"], self.conditioning.null, s, draws)
         velocity = self.conditioning.predict(self.modules["dit"], flow.x_t, flow.t, flow.conditions)
         error = (velocity.float() - flow.target).square().mean()
         if s.cosine_loss == "off":

@@ -33,10 +33,12 @@ from davae.train.base_text import (
     build_transformer,
 )
 from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_left_out
+from davae.train.export import save_pipeline
 from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.opened import OpenedData, open_pictures
-from davae.train.setup import make_accelerator, seed_initial_weights
-from davae.train.state import RunFolder, new_folder
+from davae.train.ranks import from_main, is_main, on_main
+from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
+from davae.train.state import RunFolder
 
 
 def train_base(recipe: BaseRecipe, out: Path, observer: Observer) -> Path:
@@ -72,9 +74,11 @@ class BaseRun:
     """One run of a base recipe. Each step returns at once when it was finished before."""
 
     def __init__(self, recipe: BaseRecipe, out: Path, observer: Observer):
-        self.recipe, self.out, self.observer = recipe, out, observer
+        self.recipe, self.out = recipe, out
+        self.accelerator = make_accelerator(recipe.run, out)
+        self.observer: Observer = observer if is_main() else lambda progress: None
+        check_base_engine(self.accelerator)
         self.folder = RunFolder(out, recipe)
-        self.accelerator = make_accelerator(recipe.run)
 
     @cached_property
     def opened(self) -> OpenedData:
@@ -103,8 +107,7 @@ class BaseRun:
             vae.register_to_config(**self._normalisation(meta))
         train = self.train_class if isinstance(recipe.architecture, ClassArchitecture) else self.train_text
         pipeline = train(vae, channels, side)
-        with new_folder(self.out / "pipeline") as fresh:
-            pipeline.save_pretrained(fresh)
+        on_main(partial(save_pipeline, pipeline, self.out / "pipeline"))
         self.folder.mark_done("dit")
         return self.out / "pipeline"
 
@@ -139,7 +142,7 @@ class BaseRun:
         key = cache_key(
             vae, self.opened, recipe.data, recipe.cache, resolution=recipe.resolution, seed=recipe.run.seed
         )
-        if is_whole(target):
+        if from_main(is_whole(target)):  # one answer for all: the first process may be writing it already
             return read_meta(target, key)
         if recipe.cache.shards is not None:
             if not isinstance(recipe.architecture, ClassArchitecture):

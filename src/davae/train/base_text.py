@@ -23,6 +23,7 @@ from transformers import (
 from davae.data.cache import CachedLatents, collate_latents
 from davae.models.null_tokens import draw_count, repeat_last_token
 from davae.recipes.schema import FlowOptim, TextArchitecture
+from davae.train.draws import Draws
 from davae.train.loop import Player
 from davae.train.objectives import FLOW, noise_batch
 
@@ -155,10 +156,10 @@ class BaseFlowTask:
     def active(self, step: int) -> list[str]:
         return ["dit"]
 
-    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         z = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C,h,w)
-        flow = noise_batch(FLOW, z, batch["conditions"], "", s, generator)
+        flow = noise_batch(FLOW, z, batch["conditions"], "", s, draws)
         tokens = self.tokenizer(
             flow.conditions,
             padding="max_length",
@@ -166,7 +167,7 @@ class BaseFlowTask:
             truncation=True,
             return_tensors="pt",
         ).input_ids.to(self.device)
-        self.processor.count = draw_count(generator)
+        self.processor.count = draw_count(draws.batch)
         velocity = self.modules["dit"](flow.x_t, flow.t * 1000, tokens)
         loss = (velocity - flow.target).square().mean()
         return loss, {"loss": loss.detach()}

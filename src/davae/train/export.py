@@ -26,13 +26,21 @@ UPGRADE_FILE = "upgrade.safetensors"
 FORMAT = "davae-upgrade-1"
 
 
-def save_upgrade(transformer: nn.Module, path: Path, lora: Lora | None, dtype: torch.dtype) -> None:
-    """Everything stage 2 trained (P', O', changed P, O, LoRA or all), as one safetensors file, written atomically."""
-    tensors = {
-        name: parameter.detach().to("cpu", dtype).contiguous()
-        for name, parameter in transformer.named_parameters()
-        if parameter.requires_grad
-    }
+def save_upgrade(
+    transformer: nn.Module,
+    path: Path,
+    lora: Lora | None,
+    dtype: torch.dtype,
+    tensors: dict[str, Tensor] | None = None,
+) -> None:
+    """Everything stage 2 trained (P', O', changed P, O, LoRA or all), as one safetensors file, written atomically.
+
+    Args:
+        tensors: the trained parameters by name where `transformer` does not hold them itself.
+    """
+    if tensors is None:
+        tensors = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     config: Any = transformer.config
     metadata = {
         "format": FORMAT,

@@ -2,40 +2,65 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from davae.data.order import Batches, training_loader
 from davae.recipes.schema import Optim, Run
-from davae.train.state import Interrupted, Metrics, RunError, RunFolder, load_checkpoint, save_checkpoint
+from davae.train import engine
+from davae.train.average import Average
+from davae.train.checkpoint import load_optimizer_state, optimizer_state, restore, snapshot
+from davae.train.draws import Draws
+from davae.train.observe import Parts, StepTimer, Timings, Watch, gradient_norms, open_trackers, peak_memory
+from davae.train.optimizers import build_optimizer, learning_rate
+from davae.train.ranks import any_rank, barrier, is_main, mean_over_ranks, rank, ranks
+from davae.train.signals import stop_on_signal
+from davae.train.state import (
+    Interrupted,
+    Metrics,
+    RunError,
+    RunFolder,
+    newest_checkpoint,
+    replace_text,
+    save_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Player:
-    """One optimizer and what it trains. `groups`: AdamW groups, each may carry its own `lr_multiplier`."""
+    """One optimizer and what it trains.
+
+    Attributes:
+        groups: AdamW groups, each may carry its own `lr_multiplier`.
+        parts: what to log gradient norms of, where a task tells groups of weights apart.
+    """
 
     module: nn.Module
     groups: list[dict[str, Any]]
     lr: float
     ema: bool = True
     clip: bool = True
+    parts: Callable[[], Parts] | None = None
+
+    def __post_init__(self) -> None:
+        self.trained = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.groups for parameter in group["params"]]
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name; engines may have replaced it by pieces."""
+        own = dict(self.module.named_parameters())
+        return {name: own[name] for name in self.trained}
 
 
 class Task(Protocol):
@@ -43,7 +68,7 @@ class Task(Protocol):
 
     name: str
     players: dict[str, Player]
-    modules: dict[str, nn.Module]  # called in `loss`; the loop replaces them by their accelerate-wrapped selves
+    modules: dict[str, nn.Module]  # one a player, called in `loss`; the loop replaces them by their wrapped selves
     dataset: Any  # its `groups`: the bucket of every item
     collate: Callable[[list[Any]], Any]
 
@@ -58,7 +83,7 @@ class Task(Protocol):
         """A chance to hook into a player's optimizer before training."""
         ...
 
-    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         """Scalar loss of one player, and what to log. Called in the order of `active` on the same batch."""
         ...
 
@@ -77,10 +102,16 @@ class Progress:
 Observer = Callable[[Progress], None]
 
 
-def step_generator(seed: int, stage: str, batch: int, rank: int) -> torch.Generator:
-    """All randomness of one batch hangs on this: resuming needs no saved random state."""
-    mixed = hash((seed, batch, rank, *stage.encode())) & 0x7FFF_FFFF_FFFF_FFFF
-    return torch.Generator().manual_seed(mixed)
+@dataclass(frozen=True)
+class Periodic:
+    """Something done every so many steps, by all processes; what it returns is logged. The lowest BEST marks the best
+    checkpoint."""
+
+    every: int
+    run: Callable[[int], dict[str, float]]
+
+
+BEST = "validation_loss"
 
 
 def training_seed(settings: Optim, run: Run) -> int:
@@ -88,38 +119,25 @@ def training_seed(settings: Optim, run: Run) -> int:
     return run.seed if settings.seed is None else settings.seed
 
 
-def learning_rate(settings: Optim, lr: float, step: int) -> float:
-    """Linear warm-up, then constant or cosine to zero, `lr_cycles` times over; `step` counts from 0."""
-    warmup = settings.lr_warmup_steps
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    if settings.lr_schedule == "constant":
-        return lr
-    progress = (step - warmup) / max(1, settings.max_steps - warmup)
-    return lr * 0.5 * (1 + math.cos(math.pi * (settings.lr_cycles * min(1.0, progress) % 1.0)))
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM set a flag that the loop reads between steps."""
-    received: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda got, _: received.append(got))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def share_of_batch(batch_size: int, name: str) -> int:
+    """This process's samples of a global batch; RunError where it does not divide."""
+    if batch_size % ranks():
+        near = max(1, round(batch_size / ranks())) * ranks()
+        raise RunError(
+            f"{name}.batch_size: the global batch of {batch_size} cannot be divided over {ranks()} processes; use {near}"
+        )
+    return batch_size // ranks()
 
 
 class Trainer:
     """Runs one task to its last step, from its newest checkpoint if there is one.
 
+    `batch_size` of the recipe is the global batch: each process takes an equal share. Any number of processes sees the same
+    samples with the same noise.
+
     Raises:
         Interrupted: after a signal, with a checkpoint written.
-        RunError: when the loss stays non-finite, or the folder cannot be written.
+        RunError: when the loss stays non-finite, the batch cannot be divided, or the folder cannot be written.
     """
 
     MAX_SKIPPED = 10  # non-finite steps in a row
@@ -131,174 +149,238 @@ class Trainer:
         folder: RunFolder,
         accelerator: Accelerator,
         observer: Observer | None = None,
+        periodic: Sequence[Periodic] = (),
     ):
         self.task, self.run, self.folder, self.accelerator = task, run, folder, accelerator
-        self.observer = observer or (lambda progress: None)
-        self.optimizers: dict[str, Any] = {}
-        self.ema: dict[str, EMAModel] = {}
-        self.skipped = 0
+        self.observer, self.periodic = observer or (lambda progress: None), periodic
         settings = task.settings
+        self.share = share_of_batch(settings.batch_size, task.name)
         self.seed = training_seed(settings, run)
+        self.step = 0
+        engine.check(accelerator, task.name, len(task.players), run, settings)
+        open_trackers(accelerator, run, folder.path, settings.model_dump())
+        state = newest_checkpoint(folder, task.name)
+        if state is not None:
+            for name, player in task.players.items():
+                restore(player.module, player.trained, state["players"][name])
+        self.optimizers: dict[str, Any] = {}
+        self.ema: dict[str, Average] = {}
         for name, player in task.players.items():
-            groups = [{"lr_multiplier": 1.0, **group} for group in player.groups]
-            self.optimizers[name] = torch.optim.AdamW(
-                groups, lr=player.lr, betas=settings.betas, weight_decay=settings.weight_decay
+            if run.compile == "blocks":
+                engine.compile_blocks(player.module)
+            optimizer = build_optimizer(settings, player.groups, player.lr)
+            task.prepare_optimizer(name, optimizer)
+            task.modules[name], self.optimizers[name] = engine.prepare(
+                accelerator, task.modules[name], optimizer, self.share
             )
-            task.prepare_optimizer(name, self.optimizers[name])
             if player.ema and settings.ema_decay:
-                self.ema[name] = EMAModel(player.parameters, decay=settings.ema_decay, foreach=True)
-        self.step = self._resume()
-        for name, module in task.modules.items():
-            task.modules[name] = accelerator.prepare(module)
-        for name, optimizer in self.optimizers.items():
-            self.optimizers[name] = accelerator.prepare(optimizer)
-        for average in self.ema.values():
-            average.to(accelerator.device)
+                device = torch.device("cpu") if run.ema_device == "cpu" else None
+                self.ema[name] = Average(player.parameters, settings.ema_decay, device)
+        device = accelerator.device
+        # counted where the loss is computed, so that no step waits for the device: skipped ever, and in a row until now
+        self.skipped, self.in_a_row = torch.zeros(2, device=device).unbind()
+        self.best = math.inf
+        if state is not None:
+            self._load(state)
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
-    def _resume(self) -> int:
-        checkpoints = self.folder.checkpoints(self.task.name)
-        if not checkpoints:
-            return 0
-        state = load_checkpoint(checkpoints[-1])
-        for name, player in self.task.players.items():
-            restore(player, state["players"][name])
-            self.optimizers[name].load_state_dict(state["optimizers"][name])
+    def _load(self, state: dict[str, Any]) -> None:
+        for name, optimizer in self.optimizers.items():
+            engine.load_optimizer(optimizer, state["optimizers"][name], load_optimizer_state)
         for name, average in self.ema.items():
             average.load_state_dict(state["ema"][name])
-        self.skipped = state["skipped"]
-        logger.info("%s: resumed at step %d from %s", self.task.name, state["step"], checkpoints[-1])
-        return state["step"]
+        self.skipped += state["skipped"]
+        self.step, self.best = state["step"], state["best"]
+        logger.info("%s: resumed at step %d", self.task.name, self.step)
 
     def save(self) -> None:
-        if self.accelerator.is_main_process:
-            state = {
-                "step": self.step,
-                "skipped": self.skipped,
-                "players": {name: snapshot(player) for name, player in self.task.players.items()},
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-                "ema": {name: average.state_dict() for name, average in self.ema.items()},
-            }
-            save_checkpoint(self.folder, self.task.name, self.step, state, self.run.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        """Write a checkpoint. Collective: all processes gather, the first one writes, all wait until it is whole."""
+        state = {
+            "step": self.step,
+            "skipped": int(self.skipped),
+            "best": self.best,
+            "players": {name: snapshot(p.module, p.trained) for name, p in self.task.players.items()},
+            "optimizers": {name: engine.optimizer_state(o, optimizer_state) for name, o in self.optimizers.items()},
+            "ema": {name: average.state_dict() for name, average in self.ema.items()},
+        }
+        if is_main():
+            best, every = self._best_step(), self.run.keep_every
+            save_checkpoint(
+                self.folder,
+                self.task.name,
+                self.step,
+                state,
+                self.run.keep_checkpoints,
+                lambda step: step == best or (every > 0 and step % every == 0),
+            )
+        barrier()
+
+    def _best_file(self):
+        return self.folder.path / "checkpoints" / f"{self.task.name}-best.json"
+
+    def _best_step(self) -> int:
+        """The step whose checkpoint validated best so far; -1 where none did."""
+        path = self._best_file()
+        return json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else -1
 
     def use_average(self) -> None:
         """Copy each EMA into its player: what is exported."""
-        for name, average in self.ema.items():
-            average.copy_to(self.task.players[name].parameters)
+        for average in self.ema.values():
+            average.copy_to_parameters()
+
+    def whole_state(self, player: str) -> dict[str, Tensor]:
+        """Trained parameters and buffers of a player on the CPU, put together from all processes. Collective."""
+        return snapshot(self.task.players[player].module, self.task.players[player].trained)
+
+    def release(self) -> None:
+        """Let go of optimizers, averages and what accelerate keeps of them."""
+        self.optimizers.clear()
+        self.ema.clear()
+        self.accelerator.free_memory()
 
     # -- training ----------------------------------------------------------------------------------------------
 
     def fit(self, num_workers: int = 0) -> None:
-        settings, accelerator = self.task.settings, self.accelerator
+        settings = self.task.settings
         if self.step >= settings.max_steps:
             return
-        metrics = Metrics(self.folder.path / "metrics.jsonl", self.task.name, self.step)
+        metrics = Metrics(self.folder.path / "metrics.jsonl", self.task.name, self.step) if is_main() else None
+        timings = Timings(self.folder.path / "timing.jsonl", self.task.name)
         batches = Batches(
             len(self.task.dataset),
-            settings.batch_size,
+            self.share,
             seed=self.seed,
             start=self.step * settings.accumulation,
             stop=settings.max_steps * settings.accumulation,
-            rank=accelerator.process_index,
-            ranks=accelerator.num_processes,
+            rank=rank(),
+            ranks=ranks(),
             groups=self.task.dataset.groups,
         )
         loader = iter(
             training_loader(self.task.dataset, batches, num_workers=num_workers, collate_fn=self.task.collate)
         )
-        bad_in_a_row = 0
+        self.timer = StepTimer(self.accelerator.device)
+        self.watch = Watch(self.task.name, num_workers, int(self.skipped))
         try:
-            with stop_on_signal() as received:
+            with stop_on_signal(self.run.stop_signals) as received:
                 while self.step < settings.max_steps:
-                    started = time.perf_counter()
-                    values, finite = self._train_step(loader)
+                    values = self._train_step(loader)
                     self.step += 1
-                    bad_in_a_row = 0 if finite else bad_in_a_row + 1
-                    self._report(values, time.perf_counter() - started, metrics)
-                    if bad_in_a_row >= self.MAX_SKIPPED:
-                        raise RunError(
-                            f"{self.task.name}: the loss was not finite for {bad_in_a_row} steps in a row, until step "
-                            f"{self.step}; lower {self.task.name}.lr and start again from the last checkpoint"
-                        )
+                    self.timer.steps += 1
                     last = self.step == settings.max_steps
-                    if last or received or self.step % self.run.checkpoint_every == 0:
+                    extra = {
+                        k: v for p in self.periodic if self.step % p.every == 0 for k, v in p.run(self.step).items()
+                    }
+                    logs = bool(extra) or last or self.step % self.run.log_every == 0
+                    if logs:
+                        self._report({**values, **extra}, metrics, timings)
+                    improved = self._improved(extra)
+                    stop = (logs or ranks() == 1) and any_rank(bool(received), self.accelerator.device)
+                    broken = logs and int(self.in_a_row) >= self.MAX_SKIPPED
+                    if last or stop or broken or improved or self.step % self.run.checkpoint_every == 0:
+                        if metrics is not None:
+                            metrics.to_disk()
                         self.save()
-                    if received and not last:
+                    if broken:
+                        self._give_up()
+                    if stop and not last:
                         raise Interrupted(
                             f"{self.task.name}: stopped at step {self.step} of {settings.max_steps}, saved; "
                             "run the same command again to go on"
                         )
         finally:
-            metrics.close()
+            if metrics is not None:
+                metrics.close()
             del loader
 
-    def _train_step(self, loader: Iterator[Any]) -> tuple[dict[str, Any], bool]:
-        settings, accelerator = self.task.settings, self.accelerator
+    def _give_up(self) -> None:
+        raise RunError(
+            f"{self.task.name}: the loss was not finite for {int(self.in_a_row)} steps in a row, until step {self.step}; "
+            f"the weights before them are saved; lower {self.task.name}.lr in a new --out"
+        )
+
+    def _improved(self, values: dict[str, float]) -> bool:
+        """Whether this step validated better than all before; notes it, so that its checkpoint is kept."""
+        if BEST not in values or not values[BEST] < self.best:
+            return False
+        self.best = values[BEST]
+        if is_main():
+            replace_text(self._best_file(), json.dumps({"step": self.step, BEST: self.best}))
+        return True
+
+    def _train_step(self, loader: Iterator[Any]) -> dict[str, Any]:
+        settings, timer = self.task.settings, self.timer
         values: dict[str, Any] = {}
         active = self.task.active(self.step)
         for name in active:
+            lr = learning_rate(settings, self.task.players[name].lr, self.step)
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = lr * group["lr_multiplier"]
             self.optimizers[name].zero_grad(set_to_none=True)
         for part in range(settings.accumulation):
-            batch = next(loader)
+            with timer.phase("data"):
+                batch = next(loader)
             number = self.step * settings.accumulation + part
-            generator = step_generator(self.seed, self.task.name, number, accelerator.process_index)
+            draws = Draws(self.seed, self.task.name, number, rank() * self.share, self.share)
             for name in active:
-                loss, logged = self.task.loss(name, batch, self.step, generator)
-                accelerator.backward(loss / settings.accumulation)
+                with ExitStack() as stack:
+                    if part < settings.accumulation - 1:
+                        stack.enter_context(engine.without_sync(self.accelerator, self.task.modules[name]))
+                    with timer.phase("forward"):
+                        loss, logged = self.task.loss(name, batch, self.step, draws)
+                    with timer.phase("backward"):
+                        self.accelerator.backward(loss / settings.accumulation)
                 values |= logged
-        finite = True
-        for name in active:
-            player, optimizer = self.task.players[name], self.optimizers[name]
-            lr = learning_rate(settings, player.lr, self.step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_multiplier"]
-            limit = settings.max_grad_norm if player.clip else math.inf
-            norm = accelerator.clip_grad_norm_(player.parameters, limit)
-            values[f"grad_norm_{name}"] = norm
-            if norm is not None and not torch.isfinite(norm) and accelerator.scaler is None:
-                self.skipped += 1
-                finite = False
-                logger.warning(
-                    "%s: step %d of %s skipped, its gradient is not finite (%d so far)",
-                    self.task.name,
-                    self.step + 1,
-                    name,
-                    self.skipped,
-                )
-                continue
-            optimizer.step()
-            if name in self.ema:
-                self.ema[name].step(player.parameters)
+        with timer.phase("optimizer"):
+            bad = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+            for name in active:
+                bad = bad | self._update(name, values)
+            self.skipped += bad
+            self.in_a_row.copy_((self.in_a_row + 1) * bad)
         values["lr"] = learning_rate(settings, next(iter(self.task.players.values())).lr, self.step)
-        values["skipped"] = self.skipped
-        return values, finite
+        return values
 
-    def _report(self, values: dict[str, Any], seconds: float, metrics: Metrics) -> None:
+    def _update(self, name: str, values: dict[str, Any]) -> Tensor:
+        """One player's step, left out where its gradient is not finite; returns whether it was."""
+        player, optimizer = self.task.players[name], self.optimizers[name]
+        if player.parts is not None and (self.step + 1) % self.run.log_every == 0:
+            values |= gradient_norms(player.parts())
+        limit = self.task.settings.max_grad_norm if player.clip else math.inf
+        norm = engine.clip(self.accelerator, optimizer, limit)
+        values[f"grad_norm_{name}"] = norm
+        if norm is None or self.accelerator.scaler is not None:  # the engine, or the scaler, looks after it
+            optimizer.step()
+            bad = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+        else:
+            bad = ~torch.isfinite(norm)
+            engine.step_unless(optimizer, bad)
+        if name in self.ema:
+            self.ema[name].step()
+        return bad
+
+    def _report(self, values: dict[str, Any], metrics: Metrics | None, timings: Timings) -> None:
         settings, accelerator = self.task.settings, self.accelerator
-        if self.step % self.run.log_every and self.step != settings.max_steps:
+        numbers = {
+            key: torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+            for key, value in values.items()
+            if value is not None
+        }
+        mean = torch.stack(list(numbers.values()))
+        if ranks() > 1:
+            mean = mean_over_ranks(mean.to(accelerator.device))
+        plain = {key: round(value, 8) for key, value in zip(numbers, mean.tolist(), strict=True)}
+        plain["skipped"] = int(self.skipped)
+        figures = self.timer.read() | {"memory_gib": peak_memory(accelerator.device)}
+        images = settings.batch_size * settings.accumulation / figures["seconds_step"]
+        if metrics is None:
             return
-        images = settings.batch_size * settings.accumulation * accelerator.num_processes
-        plain = {key: round(float(value), 8) for key, value in values.items() if value is not None}
-        speed = images / seconds
-        if accelerator.is_main_process:
-            metrics.write(self.step, {**plain, "images_per_second": round(speed, 3)})
-            self.observer(Progress(self.task.name, self.step, settings.max_steps, speed, plain))
-
-
-def snapshot(player: Player) -> dict[str, Tensor]:
-    """Trained parameters (and buffers) of a player by name."""
-    trained = {name: p.detach() for name, p in player.module.named_parameters() if p.requires_grad}
-    return trained | {name: b.detach() for name, b in player.module.named_buffers()}
-
-
-def restore(player: Player, state: dict[str, Tensor]) -> None:
-    """Put a snapshot back; the names must agree exactly."""
-    own = snapshot(player)
-    if own.keys() != state.keys():
-        odd = sorted(own.keys() ^ state.keys())[0]
-        raise RunError(f"the checkpoint does not fit this model: '{odd}' stands in only one of them; use a new --out")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+        metrics.write(self.step, {**plain, "images_per_second": round(images, 3)})
+        timings.write(self.step, {**figures, "images_per_second": images})
+        accelerator.log(
+            {f"{self.task.name}/{key}": value for key, value in {**plain, **figures}.items()}, step=self.step
+        )
+        self.watch.times(figures)
+        self.watch.gradients(plain)
+        self.watch.skipped(plain["skipped"], self.step)
+        self.observer(Progress(self.task.name, self.step, settings.max_steps, images, plain))

@@ -19,6 +19,7 @@ from davae.models.families import TransformerFamily
 from davae.models.pipeline import ModelError
 from davae.recipes import RecipeError
 from davae.recipes.schema import FlowOptim
+from davae.train.draws import Draws
 
 
 class Objective(Protocol):
@@ -27,8 +28,8 @@ class Objective(Protocol):
     @property
     def prediction(self) -> Prediction: ...
 
-    def draw(self, count: int, settings: FlowOptim, generator: torch.Generator, device: torch.device) -> Tensor:
-        """Timesteps (B,), as the family's call takes them."""
+    def draw(self, settings: FlowOptim, generator: torch.Generator) -> Tensor:
+        """One sample's timestep (1,), as the family's call takes it."""
         ...
 
     def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -49,9 +50,9 @@ class FlowMatching:
 
     prediction: Literal["flow"] = "flow"
 
-    def draw(self, count: int, settings: FlowOptim, generator: torch.Generator, device: torch.device) -> Tensor:
+    def draw(self, settings: FlowOptim, generator: torch.Generator) -> Tensor:
         mean, std, shift = settings.timestep_mean, settings.timestep_std, settings.timestep_shift
-        return sample_timesteps(count, generator, mean=mean, std=std, shift=shift, device=device)
+        return sample_timesteps(1, generator, mean=mean, std=std, shift=shift)
 
     def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return interpolate(latents, noise, t)
@@ -76,8 +77,8 @@ class Diffusion:
     alphas_cumprod: Tensor  # (T,)
     prediction: Literal["epsilon", "v_prediction"]
 
-    def draw(self, count: int, settings: FlowOptim, generator: torch.Generator, device: torch.device) -> Tensor:
-        return ddpm.draw_timesteps(count, len(self.alphas_cumprod), generator, device)
+    def draw(self, settings: FlowOptim, generator: torch.Generator) -> Tensor:
+        return ddpm.draw_timesteps(1, len(self.alphas_cumprod), generator, generator.device)
 
     def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return ddpm.add_noise(latents, noise, self.alphas_cumprod, t)
@@ -115,13 +116,13 @@ def noise_batch(
     conditions: list[Any],
     null: Any,
     settings: FlowOptim,
-    generator: torch.Generator,
+    draws: Draws,
     min_snr_gamma: float | None = None,
 ) -> NoisedBatch:
-    """Draw condition dropout, timesteps and noise from `generator`, in that order. `null` replaces what is dropped."""
-    dropped = torch.rand(len(latents), generator=generator) < settings.caption_dropout
-    t = objective.draw(len(latents), settings, generator, latents.device)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    """Draw condition dropout, timestep and noise of each sample, in that order. `null` replaces what is dropped."""
+    dropped = draws.uniform() < settings.caption_dropout
+    t = torch.cat([objective.draw(settings, generator) for generator in draws.samples]).to(latents.device)
+    noise = draws.normal(*latents.shape[1:]).to(latents)
     weight = None
     if min_snr_gamma is not None:
         weight = min_snr_weight(*objective.levels(t), min_snr_gamma, objective.prediction)

@@ -11,10 +11,11 @@ from davae.data.pictures import Pictures
 from davae.losses.alignment import alignment_loss
 from davae.losses.reconstruction import adaptive_weight
 from davae.models.detail_vae import DetailVAE
-from davae.models.posterior import RawLatents
 from davae.recipes.schema import Stage1
 from davae.train.adversarial import ReconstructionTask
+from davae.train.draws import Draws
 from davae.train.loop import Player
+from davae.train.ranks import mean_over_ranks
 
 
 class DetailVAEPass(nn.Module):
@@ -24,15 +25,15 @@ class DetailVAEPass(nn.Module):
         super().__init__()
         self.vae, self.detail_dropout = vae, detail_dropout
 
-    def forward(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, RawLatents]:
-        """I_hr (B,3,sH,sW) -> its reconstruction, and the raw latents."""
+    def forward(self, images: Tensor, noise: Tensor, chance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """I_hr (B,3,sH,sW), normal noise (B,D,h,w), uniform chance of being kept (B,) -> reconstruction (B,3,sH,sW), raw z
+        (B,C,h,w), and mean and log-variance of raw z_d (B,D,h,w)."""
         raw = self.vae.encode_raw(images)
-        noise = torch.randn(raw.mean.shape, generator=generator).to(raw.mean)
-        z_d = raw.mean + (0.5 * raw.logvar).exp() * noise  # (B,D,h,w)
+        z_d = raw.mean + (0.5 * raw.logvar).exp() * noise.to(raw.mean)  # (B,D,h,w)
         if self.detail_dropout:
-            kept = torch.rand(len(z_d), generator=generator).to(z_d) >= self.detail_dropout
+            kept = chance.to(z_d) >= self.detail_dropout
             z_d = z_d * (kept / (1 - self.detail_dropout)).view(-1, 1, 1, 1)
-        return self.vae.decode_raw(self.vae.layout.join(raw.z, z_d)), raw
+        return self.vae.decode_raw(self.vae.layout.join(raw.z, z_d)), raw.z, raw.mean, raw.logvar
 
 
 class Stage1Task(ReconstructionTask):
@@ -49,20 +50,21 @@ class Stage1Task(ReconstructionTask):
         player = Player(vae, [{"params": parameters}], lr=settings.lr)
         super().__init__(settings, pictures, player, DetailVAEPass(vae, settings.detail_dropout), device)
 
-    def autoencoder_turn(
-        self, images: Tensor, step: int, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Any]]:
-        s = self.stage
-        reconstruction, raw = self.modules["vae"](images, generator)
-        last = self.vae.last_decoder_weight
-        total, pull, logged = self.trainer.autoencoder_loss(
-            images, reconstruction, raw.mean, raw.logvar, last, self.modules.get("discriminator"), step
-        )
-        align = alignment_loss(raw.mean.float(), raw.z.float())
+    def autoencoder_turn(self, images: Tensor, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+        s, factor = self.stage, self.vae.spatial_factor
+        height, width = images.shape[-2] // factor, images.shape[-1] // factor
+        noise = draws.normal(self.vae.layout.detail_channels, height, width)
+        reconstruction, z, mean, logvar = self.modules["vae"](images, noise.to(images.device), draws.uniform())
+        # looked up before any gradient is taken: FSDP2 puts the pieces back after that
+        last, last_encoder = self.vae.last_decoder_weight, self.vae.last_encoder_weight
+        total, pull, logged = self.trainer.autoencoder_loss(images, reconstruction, mean, logvar, last, step)
+        align = alignment_loss(mean.float(), z.float())
         weight: Tensor | float = s.lambda_align
         if s.alignment == "adaptive" and s.lambda_align:
-            last = self.vae.last_encoder_weight
-            above = torch.autograd.grad(reconstruction, last, pull.to(reconstruction.dtype), retain_graph=True)[0]
-            weight = s.lambda_align * adaptive_weight(above, torch.autograd.grad(align, last, retain_graph=True)[0])
+            above = torch.autograd.grad(
+                reconstruction, last_encoder, pull.to(reconstruction.dtype), retain_graph=True
+            )[0]
+            below = torch.autograd.grad(align, last_encoder, retain_graph=True)[0]
+            weight = s.lambda_align * adaptive_weight(mean_over_ranks(above), mean_over_ranks(below))
         total = total + weight * align  # Eq. 6
         return total, {"loss": total.detach(), **logged, "align": align.detach()}

@@ -15,8 +15,11 @@ from davae.models.expand import new_weight_masks
 from davae.models.families import transformer_family
 from davae.recipes.schema import Lora, Stage2
 from davae.train.conditioning import Conditioning
+from davae.train.draws import Draws
 from davae.train.loop import Player
 from davae.train.objectives import Objective, noise_batch
+from davae.train.observe import Parts
+from davae.train.sharding import like, local
 
 
 def choose_trainable(transformer: nn.Module, lora: Lora | None) -> list[nn.Parameter]:
@@ -52,22 +55,24 @@ class NewWeightBoost:
     """
 
     def __init__(self, transformer: nn.Module, multiplier: float):
-        parameters = dict(transformer.named_parameters())
-        self.entries = [(parameters[name], mask) for name, mask in new_weight_masks(transformer).items()]
-        self.multiplier = multiplier
+        self.transformer, self.masks, self.multiplier = transformer, new_weight_masks(transformer), multiplier
         self._before: list[Tensor] = []
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_pre_hook(self._remember)
         optimizer.register_step_post_hook(self._boost)
 
+    def _parameters(self) -> list[Tensor]:
+        """Looked up at every step: FSDP2 puts pieces in their place."""
+        return [self.transformer.get_parameter(name).detach() for name in self.masks]
+
     def _remember(self, *_: Any) -> None:
-        self._before = [parameter.detach().clone() for parameter, _ in self.entries]
+        self._before = [local(parameter).clone() for parameter in self._parameters()]
 
     def _boost(self, *_: Any) -> None:
-        with torch.no_grad():
-            for (parameter, mask), before in zip(self.entries, self._before, strict=True):
-                parameter += (self.multiplier - 1) * mask.to(parameter) * (parameter - before)
+        for parameter, mask, before in zip(self._parameters(), self.masks.values(), self._before, strict=True):
+            now = local(parameter)
+            now += (self.multiplier - 1) * local(like(mask.to(now), parameter)) * (now - before)
 
 
 class Stage2Task:
@@ -99,8 +104,26 @@ class Stage2Task:
         parameters = choose_trainable(transformer, settings.lora)
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()  # type: ignore[operator]
-        self.players = {"transformer": Player(transformer, [{"params": parameters}], lr=settings.lr)}
+        self.masks = new_weight_masks(transformer)
+        self.head = transformer_family(type(transformer).__name__).head  # now: FSDP2 changes the class
+        self.players = {
+            "transformer": Player(transformer, [{"params": parameters}], lr=settings.lr, parts=self.parts)
+        }
         self.modules: dict[str, nn.Module] = {"transformer": transformer}
+
+    def parts(self) -> Parts:
+        """P', O', LoRA and the rest, whose gradient norms are logged apart. P and P' share tensors: masks part them."""
+        groups: Parts = {"P'": [], "O'": [], "lora": [], "rest": []}
+        for name, parameter in self.transformer.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if name in self.masks:
+                new = "O'" if name.startswith(f"{self.head}.") else "P'"
+                groups[new].append((parameter, self.masks[name]))
+                groups["rest"].append((parameter, 1 - self.masks[name]))
+            else:
+                groups["lora" if "lora_" in name else "rest"].append((parameter, None))
+        return groups
 
     def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         if self.settings.new_weight_lr_multiplier != 1.0:
@@ -109,14 +132,14 @@ class Stage2Task:
     def active(self, step: int) -> list[str]:
         return ["transformer"]
 
-    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         raw = batch["latents"].to(self.device)  # (B,C+D,h,w)
         latents = (raw - over_grid(self.mean, raw)) / over_grid(self.std, raw)
         noisy = noise_batch(
-            self.objective, latents, batch["conditions"], self.conditioning.null, s, generator, s.min_snr_gamma
+            self.objective, latents, batch["conditions"], self.conditioning.null, s, draws, s.min_snr_gamma
         )
-        self.conditioning.draw(generator)
+        self.conditioning.draw(draws.batch)
         prediction = self.conditioning.predict(self.modules["transformer"], noisy.x_t, noisy.t, noisy.conditions)
         weight = detail_weight(step, s.warmup_steps)
         loss = velocity_loss(prediction, noisy.target, self.layout, weight, noisy.weight)

@@ -7,16 +7,19 @@ import fcntl
 import json
 import logging
 import os
+import pickle
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from davae.recipes import RecipeError, differences, dump_recipe, validate
 from davae.recipes.loading import AnyRecipe
+from davae.train.ranks import barrier, from_main, is_main
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +33,19 @@ class Interrupted(RuntimeError):
 
 
 class RunFolder:
-    """One run's files (DESIGN, section 10). Opening it refuses another recipe's folder."""
+    """One run's files (DESIGN, section 10). Opening it refuses another recipe's folder, and one that is in use.
+
+    Of several processes of one launch the first one opens, locks and writes; the others only read.
+    """
 
     def __init__(self, path: Path | str, recipe: AnyRecipe):
         self.path, self.recipe = Path(path), recipe
+        self._lock: IO[str] | None = None
+        if is_main():
+            self._open()
+
+    def _open(self) -> None:
+        recipe = self.recipe
         saved = self.path / "recipe.yaml"
         if saved.is_file():
             import yaml
@@ -54,18 +66,21 @@ class RunFolder:
                 )
         with saving(self.path):
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            replace_text(saved, dump_recipe(recipe))
-        self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise RunError(
                 f"{self.path} is in use by another davae process; wait for it or use another --out"
             ) from error
+        replace_text(saved, dump_recipe(recipe))
+        for place in (self.path, self.path / "checkpoints"):
+            put_back(place)
 
     def close(self) -> None:
         """Let another run have the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def done(self, step: str) -> bool:
         """Whether a step of the run finished with the step count the recipe asks for."""
@@ -73,7 +88,9 @@ class RunFolder:
         return marker.is_file() and marker.read_text() == self._goal(step)
 
     def mark_done(self, step: str) -> None:
-        replace_text(self.path / "checkpoints" / f"{step}.done", self._goal(step))
+        if is_main():
+            replace_text(self.path / "checkpoints" / f"{step}.done", self._goal(step))
+        barrier()
 
     def _goal(self, step: str) -> str:
         """What the step was asked to do: a longer training makes it, and what follows from it, due again."""
@@ -100,49 +117,129 @@ def saving(path: Path) -> Iterator[None]:
         raise
 
 
+def to_disk(path: Path) -> None:
+    """Ask the system to write a file or a folder's entries out, so that a power cut finds them."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with saving(path):
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(text, encoding="utf-8")
+        to_disk(partial)
         partial.replace(path)
+
+
+def put_back(folder: Path) -> None:
+    """Undo what a kill inside `new_folder` left: a folder moved aside whose successor never took its place."""
+    for old in folder.glob(".*.old"):
+        name = folder / old.name.removeprefix(".").removesuffix(".old")
+        if name.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(name)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only once it is complete; a half-written one is removed."""
+    """A folder that appears under its name only once it is complete and on the disk; a half-written one is removed."""
     partial = path.with_name(f".{path.name}.partial")
     old = path.with_name(f".{path.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if path.parent.is_dir():
+        put_back(path.parent)
+    shutil.rmtree(partial, ignore_errors=True)
     with saving(path):
         partial.mkdir(parents=True)
         try:
             yield partial
+            for written in partial.rglob("*"):
+                to_disk(written)
+            to_disk(partial)
             if path.exists():
                 path.rename(old)
             partial.rename(path)
+            to_disk(path.parent)
         finally:
-            for leftover in (partial, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def save_checkpoint(folder: RunFolder, stage: str, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `<stage>-<step>` atomically, then drop all but the newest `keep`."""
+STATE = "state.pt"
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: torch reads a damaged one without a word where the damage lies in a weight."""
+    value = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def save_checkpoint(
+    folder: RunFolder, stage: str, step: int, state: dict[str, Any], keep: int, spared: Callable[[int], bool]
+) -> Path:
+    """Write `<stage>-<step>` atomically, then drop all but the newest `keep` and those that are spared."""
     target = folder.path / "checkpoints" / f"{stage}-{step:08d}"
     with new_folder(target) as partial:
         try:
-            torch.save(state, partial / "state.pt")
+            torch.save(state, partial / STATE)
         except RuntimeError as error:  # torch reports a full disk as a failed archive write
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        (partial / "meta.json").write_text(json.dumps({"stage": stage, "step": step}), encoding="utf-8")
+        meta = {"stage": stage, "step": step, "crc32": checksum(partial / STATE)}
+        (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     for old in folder.checkpoints(stage)[:-keep]:
-        shutil.rmtree(old)
+        if not spared(int(old.name.rpartition("-")[2])):
+            shutil.rmtree(old)
     return target
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    """RunError when the file was cut off or changed since it was written."""
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        if checksum(path / STATE) != meta["crc32"]:
+            raise RunError(f"{STATE} is not what was written (its checksum differs)")
+        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"checkpoint {path} cannot be read: {reason}") from error
+
+
+def newest_checkpoint(folder: RunFolder, stage: str) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read; a broken one is named in the log and moved to `broken-...`.
+
+    Every process of a launch gets the same one.
+
+    Raises:
+        RunError: there are checkpoints, and none can be read.
+    """
+    chosen: Path | None = None
+    state: dict[str, Any] | None = None
+    failure = ""
+    for path in reversed(folder.checkpoints(stage) if is_main() else []):
+        try:
+            chosen, state = path, load_checkpoint(path)
+            break
+        except RunError as error:
+            reason = str(error)
+            failure = failure or reason
+            logger.warning("%s; going back to the one before", reason)
+    if failure and state is None:
+        raise RunError(f"{failure}, and none before it; use a new --out to start again")
+    if chosen is not None and failure:
+        for path in folder.checkpoints(stage):
+            if path > chosen:
+                path.rename(path.with_name(f"broken-{path.name}"))
+    chosen = from_main(chosen)
+    if chosen is None or is_main():
+        return state
+    return load_checkpoint(chosen)
 
 
 class Metrics:
@@ -158,6 +255,10 @@ class Metrics:
         with saving(self.path):
             self._stream.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
             self._stream.flush()
+
+    def to_disk(self) -> None:
+        """Before a checkpoint: what is kept of its steps is on the disk before it is."""
+        os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         self._stream.close()

@@ -15,9 +15,11 @@ from davae.losses.perceptual import perceptual_distance
 from davae.models.detail_vae import downsample
 from davae.models.pipeline import ModelError
 from davae.recipes.schema import SuperResolution, SuperResolutionRecipe
+from davae.train.draws import Draws
 from davae.train.loop import Observer, Player, Trainer, training_seed
 from davae.train.opened import open_pictures
-from davae.train.setup import make_accelerator, seed_initial_weights
+from davae.train.ranks import on_main
+from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.state import RunFolder, saving
 
 WEIGHTS = "network.safetensors"
@@ -54,7 +56,7 @@ class SuperResolutionTask:
     def active(self, step: int) -> list[str]:
         return ["network"]
 
-    def loss(self, player: str, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         images = batch["images"].to(self.device)  # (B,3,sH,sW) in [-1,1]
         small = downsample(images, self.scale, "antialias") / 2 + 0.5  # the network speaks [0,1]
         enlarged = self.modules["network"](small) * 2 - 1
@@ -69,10 +71,11 @@ class SuperResolutionTask:
 
 def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: Observer) -> Path:
     """Train the recipe's network; returns its weights file, which `--upscale` takes. Resumes."""
+    accelerator = make_accelerator(recipe.run, out)
+    check_base_engine(accelerator)
     folder = RunFolder(out, recipe)
     target = out / WEIGHTS
     if not (folder.done("network") and target.is_file()):
-        accelerator = make_accelerator(recipe.run)
         pictures = open_pictures(recipe.data, recipe.resolution).pictures(recipe.data, recipe.run.seed)
         seed_initial_weights(training_seed(recipe.network, recipe.run))
         network = build_network(recipe.network, recipe.scale)
@@ -80,9 +83,13 @@ def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: O
         trainer = Trainer(task, recipe.run, folder, accelerator, observer)
         trainer.fit(recipe.data.num_workers)
         trainer.use_average()
-        partial = target.with_name(f".{WEIGHTS}.partial")
-        with saving(target):
-            save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, partial)
-            partial.replace(target)
+
+        def save() -> None:
+            partial = target.with_name(f".{WEIGHTS}.partial")
+            with saving(target):
+                save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, partial)
+                partial.replace(target)
+
+        on_main(save)
         folder.mark_done("network")
     return target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,31 @@ from davae.models.pipeline import (
     ModelError,
     denoiser,
     embed_captions,
+    load_part,
     load_pipeline,
     load_scheduler,
+    load_text_encoders,
     read_shapes,
-    silent_t5,
+    reads_silent_t5,
 )
 from davae.recipes import Recipe, RecipeError, differences, load_recipe
 from davae.train.base_run import planned_shapes, train_base
 from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_left_out
 from davae.train.conditioning import conditioning
-from davae.train.export import UPGRADE_FILE, assemble, fuse, load_trained, read_metadata, save_pipeline, save_upgrade
+from davae.train.export import (
+    UPGRADE_FILE,
+    apply_upgrade,
+    assemble,
+    load_trained,
+    read_metadata,
+    save_pipeline,
+    save_upgrade,
+)
 from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.objectives import FLOW, Objective, check_timesteps, choose_objective
 from davae.train.opened import fills, open_pictures
+from davae.train.progress import stage1_pictures, stage2_pictures
+from davae.train.ranks import from_main, is_main, on_main
 from davae.train.setup import make_accelerator, seed_initial_weights
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
@@ -110,6 +122,11 @@ def check_shared(recipe: Recipe, folder: Path) -> None:
         raise DataError(f"--stage1 {folder} was made from another autoencoder or data: {changed[0]}")
 
 
+def save_model(model: Any, folder: Path) -> None:
+    with new_folder(folder) as partial:
+        model.eval().save_pretrained(partial)
+
+
 def base_shapes(recipe: Recipe) -> BaseShapes:
     """Shapes of the recipe's base model, trained already or not."""
     if recipe.base.train is not None:
@@ -178,6 +195,7 @@ class Upgrade:
 
     def __init__(self, recipe: Recipe, out: Path, observer: Observer, *, stage1: Path | None = None):
         self.first = out if stage1 is None else stage1  # where vae/ and cache/ lie
+        self.accelerator = make_accelerator(recipe.run, out)
         if recipe.base.train is None:
             assert recipe.base.model is not None
             self.model = resolve(recipe.base.model)
@@ -192,16 +210,16 @@ class Upgrade:
         self.init = None if recipe.init is None else resolve_upgrade(recipe.init)
         if self.init is not None:
             read_metadata(self.init / UPGRADE_FILE)  # a wrong folder is told now, not after the cache is written
-        self.recipe, self.out, self.observer = recipe, out, observer
+        self.recipe, self.out = recipe, out
+        self.observer: Observer = observer if is_main() else lambda progress: None
         if stage1 is not None:
             check_shared(recipe, stage1)
         self.folder = RunFolder(out, recipe)
-        self.accelerator = make_accelerator(recipe.run)
         self.skipped = dict(self.opened.left_out)  # pictures that cannot be used, and why; more are met while reading
 
     @cached_property
     def base(self) -> Any:
-        """The pretrained pipeline."""
+        """The whole pretrained pipeline, on the device: for pictures. Training steps load the parts that they need."""
         return load_pipeline(self.model).to(self.accelerator.device)
 
     def pictures(self, indices: list[int]) -> Pictures:
@@ -244,25 +262,37 @@ class Upgrade:
             vae = DetailVAE.from_pretrained(self.init / "vae", torch_dtype=torch.float32)
             if vae.layout != self.layout:
                 raise RecipeError(f"init: {self.init} has {vae.layout}, this recipe {self.layout}")
-            with new_folder(target) as fresh:
-                vae.save_pretrained(fresh)
+            on_main(partial(save_model, vae, target))
             self.folder.mark_done("stage1")
         if not self.folder.done("stage1"):
             task = self.stage1_task()
-            trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
+            trainer = Trainer(
+                task, self.recipe.run, self.folder, self.accelerator, self.observer, stage1_pictures(self, task)
+            )
             trainer.fit(self.recipe.data.num_workers)
             trainer.use_average()
-            with new_folder(target) as fresh:
-                task.vae.eval().save_pretrained(fresh)
+            trained = trainer.whole_state("vae")
+            trainer.release()
+
+            def save() -> None:  # into a new one: engines change the classes of what they train
+                finished = self.new_vae()
+                finished.load_state_dict(trained, strict=False)
+                save_model(finished, target)
+
+            on_main(save)
             self.folder.mark_done("stage1")
         return target
+
+    def new_vae(self) -> DetailVAE:
+        """The DetailVAE as stage 1 starts it."""
+        base_vae = load_part(self.model, "vae", self.shapes.vae_class)
+        return DetailVAE.from_base(base_vae, self.recipe.detail_channels, self.recipe.scale, self.recipe.downsample)
 
     def stage1_task(self) -> Stage1Task:
         """Stage 1 at its first step."""
         recipe = self.recipe
         seed_initial_weights(training_seed(recipe.stage1, recipe.run))
-        vae = DetailVAE.from_base(self.base.vae, recipe.detail_channels, recipe.scale, recipe.downsample)
-        return Stage1Task(recipe.stage1, vae, self.training_pictures(), self.accelerator.device)
+        return Stage1Task(recipe.stage1, self.new_vae(), self.training_pictures(), self.accelerator.device)
 
     def vae(self) -> DetailVAE:
         return DetailVAE.from_pretrained(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
@@ -291,13 +321,13 @@ class Upgrade:
         A cache that was interrupted goes on at its last whole shard; one of another key is made again.
         """
         target = self.first / "cache"
-        if self.first == self.out and not (self.folder.done("cache") and is_whole(target)):
+        if self.first == self.out and not from_main(self.folder.done("cache") and is_whole(target)):
             vae = self.vae()
             key = self.cache_key(vae)
             self.write_cache(vae, target, key)
             meta = read_meta(target, key)
             if self.init is None:  # weights to go on from were trained on the statistics they came with
-                self._store_statistics(vae, meta)
+                on_main(partial(self._store_statistics, vae, meta))
             if self.recipe.cache.shards is None:
                 tell_left_out(self.out / "pictures.json", len(self._used(meta)), self.skipped, self.accelerator)
             self.folder.mark_done("cache")
@@ -342,14 +372,23 @@ class Upgrade:
             num_workers=self.recipe.data.num_workers,
             accelerator=self.accelerator,
             watch=self._watch,
-            embed=partial(embed_captions, self.base) if self.family.condition == "text" else None,
+            embed=self.embedder() if self.family.condition == "text" else None,
         )
+
+    def text_encoders(self) -> Any:
+        """The pretrained pipeline without its transformer."""
+        component, config = self.family.component, self.shapes.transformer_config
+        return load_text_encoders(self.model, component, config).to(self.accelerator.device)
+
+    def embedder(self) -> Callable[[list[str]], tuple[Tensor, ...]]:
+        """Captions -> what the text encoders say of them, one tensor per kind; the encoders are loaded when first asked."""
+        encoders = cache(self.text_encoders)
+        return lambda captions: embed_captions(encoders(), captions, self.shapes.transformer_class)
 
     def _store_statistics(self, vae: DetailVAE, meta: CacheMeta) -> None:
         mean, std = torch.tensor(meta.mean).view(1, -1, 1, 1), torch.tensor(meta.std).view(1, -1, 1, 1)
         vae.set_detail_statistics(vae.layout.split(mean)[1].flatten(), vae.layout.split(std)[1].flatten())
-        with new_folder(self.out / "vae") as fresh:
-            vae.save_pretrained(fresh)
+        save_model(vae, self.out / "vae")
 
     # -- stage 2 -----------------------------------------------------------------------------------------------
 
@@ -358,9 +397,8 @@ class Upgrade:
         read_meta(self.first / "cache", self.cache_key(vae))
         seed_initial_weights(training_seed(self.recipe.stage2, self.recipe.run))
         device = self.accelerator.device
-        transformer = expand_transformer(
-            denoiser(self.base), self.recipe.detail_channels, self.recipe.stage2.new_weights
-        )
+        pretrained = load_part(self.model, self.family.component, self.shapes.transformer_class)
+        transformer = expand_transformer(pretrained, self.recipe.detail_channels, self.recipe.stage2.new_weights)
         cache = CachedLatents(self.first / "cache", self.family.condition)
         task = Stage2Task(
             self.recipe.stage2,
@@ -372,9 +410,9 @@ class Upgrade:
                 transformer,
                 cache,
                 device,
-                null_text=silent_t5(self.base),
+                null_text=reads_silent_t5(self.model),
                 pixel_factor=vae.spatial_factor,
-                scheduler=self.base.scheduler,
+                scheduler=load_scheduler(self.model),
             ),
             self.objective,
             device,
@@ -388,11 +426,25 @@ class Upgrade:
         target = self.out / "pipeline"
         if not self.folder.done("stage2"):
             task = self.stage2_task()
-            trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
-            trainer.fit(self.recipe.data.num_workers)
+            recipe = self.recipe
+            trainer = Trainer(
+                task, recipe.run, self.folder, self.accelerator, self.observer, stage2_pictures(self, task)
+            )
+            trainer.fit(recipe.data.num_workers)
             trainer.use_average()
-            save_upgrade(task.transformer, self.out / UPGRADE_FILE, self.recipe.stage2.lora, torch.float32)
-            save_pipeline(assemble(self.base, self.vae(), fuse(task.transformer)), target)
+            state = trainer.whole_state("transformer")
+            tensors = {name: state[name] for name in task.players["transformer"].trained}
+            trainer.release()
+
+            def export() -> None:
+                base, file = load_pipeline(self.model), self.out / UPGRADE_FILE
+                pretrained = denoiser(base)
+                wide = expand_transformer(pretrained, recipe.detail_channels)
+                save_upgrade(wide, file, recipe.stage2.lora, torch.float32, tensors)
+                vae = DetailVAE.from_pretrained(self.first / "vae")
+                save_pipeline(assemble(base, vae, apply_upgrade(pretrained, file)), target)
+
+            on_main(export)
             self.folder.mark_done("stage2")
         return target
 

@@ -1,0 +1,58 @@
+"""The exponential moving average of trained weights: what is exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.train.sharding import like, local, whole_parameter
+
+
+class Average:
+    """Keeps sum of decay-weighted past weights; of a parameter that lies in pieces, each process averages its own.
+
+    The decay after n steps is (1 + n) / (10 + n), at most its final value, as in diffusers' EMAModel: early averages
+    forget the start.
+
+    Args:
+        parameters: by name.
+        decay: final decay in [0,1).
+        device: where the average lies; None beside the weights. On `cpu` a step copies the weights there.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, device: torch.device | None = None):
+        self.parameters, self.decay, self.steps = parameters, decay, 0
+        self.shadow: dict[str, Tensor] = {}
+        for name, parameter in parameters.items():
+            own = local(parameter.detach())
+            self.shadow[name] = own.to(device or own.device, torch.float32, copy=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        decay = min(self.decay, self.steps / (9 + self.steps)) if self.steps > 1 else 0.0
+        current = [
+            local(parameter.detach()).to(shadow.device, torch.float32)
+            for parameter, shadow in zip(self.parameters.values(), self.shadow.values(), strict=True)
+        ]
+        torch._foreach_lerp_(list(self.shadow.values()), current, 1 - decay)
+
+    @torch.no_grad()
+    def copy_to_parameters(self) -> None:
+        for name, parameter in self.parameters.items():
+            local(parameter.detach()).copy_(self.shadow[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whole tensors on the CPU; collective where weights lie in pieces."""
+        return {
+            "steps": self.steps,
+            "shadow": {name: whole_parameter(p, self.shadow[name]) for name, p in self.parameters.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        for name, parameter in self.parameters.items():
+            value = state["shadow"][name]
+            self.shadow[name].copy_(local(like(value, parameter.detach())))

@@ -1,0 +1,44 @@
+"""All randomness of training: every sample's noise hangs on its place in the run, not on the process that draws it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def named_generator(*names: int | str) -> torch.Generator:
+    """A generator on the CPU whose seed is a hash of its names: the same on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, names)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+class Draws:
+    """What is random in one batch: a generator a sample, and one for what the samples of the global batch share.
+
+    A global batch divided over any number of processes gives each sample the same values; resuming needs no saved state.
+
+    Args:
+        seed, stage: of the training.
+        batch: number of the global batch since the training's start.
+        place: of this process's first sample in the global batch.
+        count: samples of this process.
+    """
+
+    def __init__(self, seed: int, stage: str, batch: int, place: int, count: int):
+        self.names = (seed, stage, batch, place, count)
+        self.batch = named_generator(seed, stage, "batch", batch)
+        self.samples = [named_generator(seed, stage, batch, place + number) for number in range(count)]
+
+    def afresh(self) -> Draws:
+        """The same values from the start."""
+        return Draws(*self.names)
+
+    def uniform(self) -> Tensor:
+        """(B,) in [0,1)."""
+        return torch.cat([torch.rand(1, generator=generator) for generator in self.samples])
+
+    def normal(self, *shape: int) -> Tensor:
+        """(B,*shape), standard normal."""
+        return torch.stack([torch.randn(shape, generator=generator) for generator in self.samples])

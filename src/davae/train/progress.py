@@ -1,0 +1,195 @@
+"""What a run shows of itself on the way: losses on held-out pictures, and grids of pictures at a fixed seed."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch import Tensor
+
+from davae.data.pictures import collate, to_images
+from davae.losses.detail_warmup import velocity_loss
+from davae.losses.flow_matching import shift_timestep
+from davae.recipes import RecipeError
+from davae.train.draws import Draws
+from davae.train.loop import BEST, Periodic
+from davae.train.objectives import Diffusion, noise_batch
+from davae.train.ranks import is_main
+from davae.train.stage1 import Stage1Task
+from davae.train.stage2 import Stage2Task
+from davae.train.state import saving
+
+if TYPE_CHECKING:
+    from davae.train.upgrade import Upgrade
+
+SHOWN = 8  # pictures in a grid
+
+
+class CaptionTable:
+    """Embeddings of a few captions, computed once: what held-out pictures and shown prompts need of the text encoders."""
+
+    def __init__(self, captions: list[str], parts: tuple[Tensor, ...]):
+        self.number = {caption: place for place, caption in enumerate(captions)}
+        self.parts = tuple(part.cpu() for part in parts)
+
+    def embed(self, captions: list[str]) -> tuple[Tensor, ...]:
+        rows = torch.tensor([self.number[caption] for caption in captions])
+        return tuple(part[rows].float() for part in self.parts)
+
+
+def write_grid(rows: list[list[Image.Image]], path: Path) -> None:
+    """Rows of equally large pictures, as one PNG; only the first process writes."""
+    if not is_main():
+        return
+    width, height = rows[0][0].size
+    grid = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            grid.paste(picture, (x * width, y * height))
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(path)
+
+
+def plain_pictures(run: Upgrade, count: int) -> dict[str, Any]:
+    """The first held-out pictures (training pictures where nothing is held out) that fill the square, plain, as one batch.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    chosen = (run.held_out or run.square_training())[:count]
+    if not chosen:
+        raise RecipeError(
+            f"run.sample_every and stage2.validate_every show square pictures, and none fills {run.recipe.resolution} x "
+            f"{run.recipe.resolution} pixels; set both to 0, or give larger pictures"
+        )
+    pictures = run.pictures(chosen)
+    return collate([pictures[(place, -1)] for place in range(len(pictures))])
+
+
+def stage1_pictures(run: Upgrade, task: Stage1Task) -> list[Periodic]:
+    """Reconstructions of held-out pictures below the originals, every `run.sample_every` steps."""
+    every = run.recipe.run.sample_every
+    if not every:
+        return []
+    images = plain_pictures(run, SHOWN)["images"].to(run.accelerator.device)
+
+    @torch.no_grad()
+    def show(step: int) -> dict[str, float]:
+        side = images.shape[-1] // task.vae.spatial_factor
+        noise = images.new_zeros(len(images), task.vae.layout.detail_channels, side, side)
+        reconstruction = task.modules["vae"](images, noise, torch.ones(len(images)))[0]
+        write_grid([to_images(images), to_images(reconstruction)], run.out / "progress" / f"stage1-{step:08d}.png")
+        return {}
+
+    return [Periodic(every, show)]
+
+
+def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
+    """Loss on held-out pictures and pictures of the recipe's prompts, as often as the recipe wants them.
+
+    The loss is that of the base's own objective with w(n) = 1, no min-SNR weights and no dropped conditions.
+    """
+    recipe, periodic = run.recipe, []
+    if not (recipe.stage2.validate_every or recipe.run.sample_every):
+        return []
+    held_out = plain_pictures(run, recipe.stage2.validate_pictures)
+    prompts: list[Any] = list(recipe.sampling.prompts)[:SHOWN]
+    conditioning = copy.copy(task.conditioning)
+    if run.family.condition == "text":
+        prompts = prompts or held_out["captions"][:SHOWN]
+        captions = sorted({"", *held_out["captions"], *prompts})
+        embed, size = run.embedder(), recipe.cache.batch_size
+        parts = [embed(captions[first : first + size]) for first in range(0, len(captions), size)]
+        table = CaptionTable(captions, tuple(torch.cat(kind) for kind in zip(*parts, strict=True)))
+        conditioning.cache = table  # type: ignore[attr-defined]
+        conditions: list[Any] = held_out["captions"]
+    else:
+        conditions = held_out["labels"]
+        prompts = list(range(min(SHOWN, conditioning.null)))
+    vae, device = run.vae(), run.accelerator.device
+    if recipe.stage2.validate_every:
+        with torch.no_grad():
+            raw = [vae.encode_raw(images.to(device)) for images in held_out["images"].split(recipe.cache.batch_size)]
+            latents = torch.cat([vae.normalise(vae.layout.join(r.z, r.mean)) for r in raw])  # (N,C+D,h,w)
+
+        @torch.no_grad()
+        def validate(step: int) -> dict[str, float]:
+            sums, size = torch.zeros(2, dtype=torch.float64), recipe.cache.batch_size
+            settings = task.settings.model_copy(update={"caption_dropout": 0.0})
+            for first in range(0, len(latents), size):
+                part = latents[first : first + size]
+                draws = Draws(recipe.run.seed, "validation", 0, first, len(part))  # the same at every step
+                told = conditions[first : first + size]
+                noisy = noise_batch(task.objective, part, told, conditioning.null, settings, draws)
+                prediction = conditioning.predict(task.modules["transformer"], noisy.x_t, noisy.t, noisy.conditions)
+                loss = velocity_loss(prediction, noisy.target, task.layout, 1.0)
+                sums += len(part) * torch.tensor([float(loss.base), float(loss.detail)], dtype=torch.float64)
+            base, detail = (sums / len(latents)).tolist()
+            channels = task.layout
+            total = (channels.base_channels * base + channels.detail_channels * detail) / channels.channels
+            return {BEST: total, "validation_base": base, "validation_detail": detail}
+
+        periodic.append(Periodic(recipe.stage2.validate_every, validate))
+    if recipe.run.sample_every:
+        side = recipe.base.resolution // run.shapes.vae_factor
+        draws = Draws(recipe.sampling.seed, "samples", 0, 0, len(prompts))
+        noise = draws.normal(task.layout.channels, side, side).to(device)
+
+        @torch.no_grad()
+        def sample(step: int) -> dict[str, float]:
+            latents = solve(conditioning, task, noise, prompts, recipe.sampling.steps, recipe.sampling.guidance_scale)
+            pictures = to_images(vae.decode(latents, return_dict=False)[0])
+            write_grid([pictures], run.out / "progress" / f"stage2-{step:08d}.png")
+            return {}
+
+        periodic.append(Periodic(recipe.run.sample_every, sample))
+    return periodic
+
+
+def solve(
+    conditioning: Any, task: Stage2Task, noise: Tensor, conditions: list[Any], steps: int, guidance_scale: float
+) -> Tensor:
+    """From noise to normalised latents, (B,c,h,w), guided. Runs the wrapped model, so that every process takes part.
+
+    Flow matching: Euler from t = 1 to 0 in equal steps of the shifted time. Diffusion: DDIM (arXiv 2010.02502) on the base's
+    own table of noise levels, whatever solver its pipeline draws with.
+    """
+
+    def predict(x: Tensor, time: float) -> Tensor:
+        t = torch.full((len(x),), time, device=x.device)
+        prediction = conditioning.predict(task.modules["transformer"], x, t, conditions)
+        if guidance_scale == 1:
+            return prediction
+        free = conditioning.predict(task.modules["transformer"], x, t, [conditioning.null] * len(x))
+        return free + guidance_scale * (prediction - free)
+
+    x = noise
+    if isinstance(task.objective, Diffusion):
+        solver = ddim(task.objective)
+        solver.set_timesteps(steps)
+        for now in solver.timesteps:
+            x = solver.step(predict(x, int(now)), int(now), x, return_dict=False)[0]
+        return x
+    times = shift_timestep(torch.linspace(1, 0, steps + 1), task.settings.timestep_shift).tolist()
+    for now, following in itertools.pairwise(times):
+        x = x + (following - now) * predict(x, now)
+    return x
+
+
+def ddim(objective: Diffusion) -> DDIMScheduler:
+    """A solver on the objective's table, from its last timestep on."""
+    alpha_bar = objective.alphas_cumprod.double().cpu()
+    betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    return DDIMScheduler(
+        num_train_timesteps=len(betas),
+        trained_betas=betas.numpy(),
+        prediction_type=objective.prediction,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
