@@ -20,7 +20,7 @@ from davae.sample.generate import generate
 from davae.train.export import assemble, fuse
 from davae.train.opened import open_pictures
 from davae.train.stage2 import choose_trainable
-from davae.train.state import load_checkpoint
+from davae.train.state import RunError, load_checkpoint
 from davae.train.upgrade import base_shapes, bucket_step
 from davae.zoo import resolve
 
@@ -33,14 +33,14 @@ Preview = list[tuple[Image.Image, str]]
 def preview(folder: Path) -> Preview:
     """A few pictures of the newest checkpoint, with captions: reconstructions in stage 1, samples in stage 2.
 
-    Empty before the first checkpoint, and when the training removed it while it was read.
+    Empty before the first checkpoint, and when it cannot be read: a training removes old ones.
     """
     for stage in ("stage2", "stage1"):
         found = sorted((folder / "checkpoints").glob(f"{stage}-[0-9]*"))
         if found:
             try:
                 state = load_checkpoint(found[-1])
-            except FileNotFoundError:
+            except RunError:
                 return []
             recipe = load_recipe(str(folder / "recipe.yaml"))
             assert isinstance(recipe, Recipe)
@@ -64,7 +64,7 @@ def _restore(module: torch.nn.Module, state: dict[str, Any], player: str) -> Non
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     values = [state["players"][player][name] for name in trained]
     if player in state["ema"]:
-        values = state["ema"][player]["shadow_params"]
+        values = [state["ema"][player]["shadow"][name] for name in trained]
     for parameter, value in zip(trained.values(), values, strict=True):
         parameter.copy_(value)
 

@@ -28,6 +28,7 @@ from davae.models.expand import expand_transformer, latent_channels
 from davae.models.pipeline import BaseShapes
 from davae.recipes.schema import Stage1, Stage2
 from davae.train.cost import decode_latents, meta_detail_vae, meta_transformer, predict_once
+from davae.train.draws import Draws
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import choose_trainable
 
@@ -215,12 +216,12 @@ def stage1_memory(
         task.trainer.settings, task.trainer.perceptual = settings, perceptual
         task.modules = {name: Mixed(module, mixed) for name, module in task.modules.items()}
         images = torch.empty(settings.batch_size, 3, resolution, resolution)
-        generator = torch.Generator()
+        draws = Draws(0, "stage1", 0, 0, settings.batch_size)
         last = settings.max_steps + settings.gan_start  # any step at which the discriminator plays
 
         def step() -> None:
             for player in task.active(last):
-                task.loss(player, {"images": images}, last, generator)[0].backward()
+                task.loss(player, {"images": images}, last, draws)[0].backward()
 
         averaged = [p for p in vae.parameters() if p.requires_grad] if settings.ema_decay else []
         return _memory(modules, step, min(2, settings.accumulation), averaged=averaged)
