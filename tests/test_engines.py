@@ -68,12 +68,13 @@ def test_a_batch_that_cannot_be_divided_is_told(monkeypatch: pytest.MonkeyPatch)
         loop.share_of_batch(10, "stage1")
 
 
-def launch(recipe: Path, out: Path, **environment: str) -> None:
-    """`davae train-dit` in two processes, by accelerate's launcher."""
-    command = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+def launch(script: list[str], **environment: str) -> None:
+    """A script in two processes, by accelerate's launcher. `--multi_gpu` is what starts several, also where there is no
+    GPU; with `--cpu` it starts one, whatever it is told."""
+    command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", *script]
     done = subprocess.run(
-        [sys.executable, "-m", *command, "-m", "davae", "train-dit", str(recipe), "--out", str(out)],
+        [sys.executable, "-m", *command],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
         capture_output=True,
         text=True,
@@ -83,9 +84,13 @@ def launch(recipe: Path, out: Path, **environment: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# the total holds the adaptive weight, whose value jumps where an activation of the discriminator changes its sign
-TOLERANCE = {"loss": 1e-4, "l1": 1e-5, "lpips": 1e-5, "align": 1e-5, "adversarial": 1e-5, "discriminator": 1e-5}
-TOLERANCE |= {"loss_base": 1e-5, "loss_detail": 1e-5, "grad_norm_lora": 1e-5}
+def train_dit(recipe: Path, out: Path) -> list[str]:
+    return ["-m", "davae", "train-dit", str(recipe), "--out", str(out)]
+
+
+# in stage 1 rounding alone grows to this in 20 steps; in float64 it is looked at closely
+TOLERANCE = {"stage1": 2e-2, "stage2": 1e-5}
+NAMES = {"loss", "l1", "lpips", "align", "adversarial", "discriminator", "loss_base", "loss_detail", "grad_norm_lora"}
 
 
 def close(one: Path, two: Path, stage: str) -> None:
@@ -94,12 +99,12 @@ def close(one: Path, two: Path, stage: str) -> None:
         {r["step"]: r for r in read_metrics(out / "metrics.jsonl") if r["stage"] == stage} for out in (one, two)
     )
     assert list(mine) == list(theirs) == list(range(1, 21))
-    compared = {name for name in TOLERANCE if name in mine[20]}
+    compared = {name for name in NAMES if name in mine[20]}
     far = {
         (step, name): (mine[step][name], theirs[step][name])
         for step in mine
         for name in compared & mine[step].keys()
-        if abs(mine[step][name] - theirs[step][name]) > TOLERANCE[name] * max(1, abs(mine[step][name]))
+        if abs(mine[step][name] - theirs[step][name]) > TOLERANCE[stage] * max(1, abs(mine[step][name]))
     }
     assert len(compared) >= 4
     assert not far
@@ -119,11 +124,28 @@ def runs(tiny_base: Path, picture_folder: Path, tmp_path_factory: pytest.TempPat
 def test_two_processes_give_the_losses_of_one(runs: tuple[Path, Path], tmp_path: Path):
     recipe, one = runs
     two = tmp_path / "two"
-    launch(recipe, two)
+    launch(train_dit(recipe, two))
     close(one, two, "stage1")
     values = validate(yaml.safe_load(recipe.read_text()), "tiny")
     Upgrade(values, tmp_path / "again", quiet, stage1=two).train_dit()  # type: ignore[arg-type]  # on the same cache
     close(tmp_path / "again", two, "stage2")
+
+
+def test_two_processes_are_one_but_for_rounding(tiny_base: Path, picture_folder: Path, tmp_path: Path):
+    """Stage 1 with its discriminator and both adaptive weights in float64, at a learning rate that moves everything."""
+    values = tiny_upgrade_recipe(
+        tiny_base, picture_folder, stage1__max_steps=20, stage1__lr=1e-4, stage1__gan_lr=1e-4
+    )
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    script, outs = str(Path(__file__).with_name("in_float64.py")), [tmp_path / "one", tmp_path / "two"]
+    subprocess.run([sys.executable, script, str(tmp_path / "tiny.yaml"), str(outs[0])], check=True, timeout=300)
+    launch([script, str(tmp_path / "tiny.yaml"), str(outs[1])])
+    one, two = (json.loads((out / "values.json").read_text()) for out in outs)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert len(one["values"]) == 20 + 19, "two players but for the first step"
+    assert len({turn.get("adversarial_weight") for turn in one["values"]}) > 19
+    for mine, theirs in zip(one["values"], two["values"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-9, abs=1e-9)
 
 
 def test_fsdp2_goes_on_where_one_process_stopped(runs: tuple[Path, Path], tmp_path: Path):
@@ -139,7 +161,7 @@ def test_fsdp2_goes_on_where_one_process_stopped(runs: tuple[Path, Path], tmp_pa
     assert (
         newest_checkpoint(RunFolder(out, validate(yaml.safe_load(recipe.read_text()), "x")), "stage2")["step"] == 10
     )
-    launch(recipe, out, **FSDP)
+    launch(train_dit(recipe, out), **FSDP)
     close(one, out, "stage2")
     mine, theirs = (load_file(p / "upgrade.safetensors") for p in (out, one))
     assert mine.keys() == theirs.keys()
