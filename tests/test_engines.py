@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from test_loop import OneWeight, train
 
 import davae.recipes
-from davae.models.pipeline import load_pipeline
+from davae.models.pipeline import embed_captions, load_pipeline, load_text_encoders, read_shapes, reads_silent_t5
 from davae.recipes import validate
 from davae.recipes.schema import Optim
 from davae.train import loop, state
@@ -326,3 +326,16 @@ def test_validation_samples_and_the_best_checkpoint(tiny_base: Path, picture_fol
     assert {"seconds_data", "seconds_forward", "seconds_backward", "seconds_optimizer", "memory_gib"} <= timing[
         -1
     ].keys()
+
+
+def test_prompts_are_embedded_without_the_transformer(tiny_base: Path):
+    """Also where the pipeline asks it for the width of an absent T5."""
+    folder = str(tiny_base)
+    assert reads_silent_t5(folder)
+    shapes = read_shapes(folder)
+    alone, whole = load_text_encoders(folder, "transformer", shapes.transformer_config), load_pipeline(folder)
+    assert not isinstance(alone.transformer, torch.nn.Module)
+    for _ in range(2):
+        mine, theirs = (embed_captions(p, ["a red square", ""], shapes.transformer_class) for p in (alone, whole))
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        alone.text_encoder_3 = whole.text_encoder_3 = None

@@ -27,6 +27,7 @@ from davae.recipes.schema import FlowOptim, Stage2
 from davae.train.draws import Draws
 from davae.train.objectives import FLOW, Diffusion, Objective, check_timesteps, choose_objective, noise_batch
 from davae.train.progress import ddim, solve
+from davae.train.state import read_metrics
 from davae.train.upgrade import Upgrade
 
 F64 = torch.float64
@@ -259,3 +260,15 @@ def test_pictures_on_the_way_are_solved_by_the_bases_objective(prediction: Any):
     for scale in (1.0, 4.0):
         found = solve(Knowing(), task, torch.randn(2, 4, 3, 3), ["a", "b"], 10, scale)
         torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-3)
+
+
+def test_a_ddpm_model_is_validated_and_shown(tmp_path: Path, picture_folder: Path):
+    diffusion.stable_diffusion(tmp_path / "base")
+    values = tiny_upgrade_recipe(
+        *(tmp_path / "base", picture_folder), data__holdout=0.3, stage1__max_steps=1, stage2__max_steps=2,
+        stage2__validate_every=1, run__sample_every=2,
+    )  # fmt: skip
+    Upgrade(validate(values, "x"), tmp_path / "run", lambda progress: None).run()  # type: ignore[arg-type]
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["stage"] == "stage2"]
+    assert all(0 < r["validation_loss"] < 100 for r in records)
+    assert (tmp_path / "run" / "progress" / "stage2-00000002.png").is_file()
