@@ -24,8 +24,8 @@ from davae.models.pipeline import ModelError, default_resolution, denoiser, load
 from davae.recipes import RecipeError, validate
 from davae.sample.ddpm_pipelines import ScaledBins
 from davae.sample.generate import base_noise, generate
+from davae.train.checks import check_recipe
 from davae.train.export import assemble
-from davae.train.upgrade import check_recipe
 
 FAMILIES = {**diffusion.BUILDERS, **diffusion.VARIANTS}
 PROMPTS = ["a red square", "a blue square"]

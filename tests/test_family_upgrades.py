@@ -15,7 +15,8 @@ from davae.models.families import TRANSFORMERS, model_class
 from davae.models.pipeline import default_resolution, load_pipeline, read_shapes
 from davae.recipes import RecipeError, validate
 from davae.sample.generate import generate
-from davae.train.upgrade import Upgrade, check_recipe
+from davae.train.checks import check_recipe
+from davae.train.upgrade import Upgrade
 
 
 def test_every_family_that_trains_has_a_builder():

@@ -23,11 +23,11 @@ from davae.models.pipeline import BaseShapes, ModelError, load_pipeline, patch_s
 from davae.models.text_encoders import text_encoders
 from davae.recipes import Recipe, RecipeError, load_recipe, shipped_recipes
 from davae.recipes.schema import Lora, Stage2
+from davae.train.checks import check_recipe
 from davae.train.cost import autoencoder_flops, count_flops, meta_transformer, transformer_flops
 from davae.train.inspection import inspect_model
 from davae.train.memory import LiveBytes, rehearsal, stage2_memory
 from davae.train.plan import check_resolution, count, plan, token_plan
-from davae.train.upgrade import check_recipe
 from davae.zoo.presets import find_preset, presets
 
 ROOT = Path(__file__).resolve().parents[1]

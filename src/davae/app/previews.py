@@ -17,11 +17,11 @@ from davae.models.expand import expand_transformer
 from davae.models.pipeline import denoiser, load_pipeline
 from davae.recipes import Recipe, load_recipe
 from davae.sample.generate import generate
+from davae.train.checks import base_shapes, bucket_step
 from davae.train.export import assemble, fuse
 from davae.train.opened import open_pictures
 from davae.train.stage2 import choose_trainable
 from davae.train.state import RunError, load_checkpoint
-from davae.train.upgrade import base_shapes, bucket_step
 from davae.zoo import resolve
 
 PICTURES = 4

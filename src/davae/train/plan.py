@@ -14,6 +14,7 @@ from davae.models.pipeline import BaseShapes, read_shapes
 from davae.models.text_encoders import text_encoders
 from davae.recipes.hardware import GIB, GPUS, UTILISATION
 from davae.recipes.schema import Hardware, Optim, Recipe
+from davae.train.checks import base_objective, base_shapes, check_recipe
 from davae.train.cost import (
     autoencoder_flops,
     meta_autoencoder,
@@ -23,7 +24,6 @@ from davae.train.cost import (
 )
 from davae.train.memory import TrainingStep, stage1_memory, stage2_memory
 from davae.train.stage2 import choose_trainable
-from davae.train.upgrade import base_objective, base_shapes, check_recipe
 from davae.zoo import resolve
 
 DAY = 86400

@@ -10,30 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.data.buckets import bucket_sizes
 from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.cache_key import Key
-from davae.data.pictures import DataError, Pictures
-from davae.latent import LatentLayout
-from davae.models.autoencoder_families import autoencoder_family
+from davae.data.pictures import Pictures
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
-from davae.models.families import model_class, transformer_family
+from davae.models.families import transformer_family
 from davae.models.pipeline import (
-    BaseShapes,
-    ModelError,
     denoiser,
     embed_captions,
     load_part,
     load_pipeline,
     load_scheduler,
     load_text_encoders,
-    read_shapes,
     reads_silent_t5,
 )
-from davae.recipes import Recipe, RecipeError, differences, load_recipe
-from davae.train.base_run import planned_shapes, train_base
+from davae.recipes import Recipe, RecipeError
+from davae.train.base_run import train_base
 from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_left_out
+from davae.train.checks import base_objective, base_shapes, bucket_step, check_recipe, check_shared
 from davae.train.conditioning import conditioning
 from davae.train.export import (
     UPGRADE_FILE,
@@ -45,7 +40,6 @@ from davae.train.export import (
     save_upgrade,
 )
 from davae.train.loop import Observer, Progress, Trainer, training_seed
-from davae.train.objectives import FLOW, Objective, check_timesteps, choose_objective
 from davae.train.opened import fills, open_pictures
 from davae.train.progress import stage1_pictures, stage2_pictures
 from davae.train.ranks import from_main, is_main, on_main
@@ -56,131 +50,9 @@ from davae.train.state import RunFolder, new_folder
 from davae.zoo import resolve, resolve_upgrade
 
 
-def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
-    """What a recipe can get wrong about its base model, before any weight is read.
-
-    Raises:
-        RecipeError: D not a multiple of C, a size that does not divide or that the model cannot draw, a distilled model, or
-            gradient checkpointing where the class has none, with the dotted path.
-    """
-    if shapes.pipeline_class in transformer_family(shapes.transformer_class).distilled:
-        raise RecipeError(
-            f"base.model: {recipe.base.name} is a {shapes.pipeline_class}, distilled to a few steps, which flow matching "
-            f"would undo; upgrade the model that it was distilled from instead: SANA-1.5"
-        )
-    if recipe.detail_channels % shapes.channels:
-        raise RecipeError(
-            f"detail_channels: {recipe.detail_channels} is not a multiple of the {shapes.channels} latent channels of "
-            f"{recipe.base.name}; use {shapes.channels * max(1, round(recipe.detail_channels / shapes.channels))}"
-        )
-    if recipe.scale & (recipe.scale - 1):
-        raise RecipeError(f"scale: {recipe.scale} is not a power of two")
-    for stage, settings, has in (
-        ("stage1", recipe.stage1, autoencoder_family(shapes.vae_class).checkpointing),
-        ("stage2", recipe.stage2, model_class(shapes.transformer_class)._supports_gradient_checkpointing),
-    ):
-        if settings.gradient_checkpointing and not has:
-            kind = shapes.vae_class if stage == "stage1" else shapes.transformer_class
-            raise RecipeError(
-                f"{stage}.gradient_checkpointing: diffusers' {kind} has none that works; set it to false"
-            )
-    cell = shapes.patch_size * transformer_family(shapes.transformer_class).grid
-    step = shapes.vae_factor * cell
-    if recipe.base.resolution % step:
-        below = recipe.base.resolution // step * step
-        raise RecipeError(
-            f"base.resolution: {recipe.base.resolution} is not divisible by {step} (autoencoder factor "
-            f"{shapes.vae_factor} x patch {cell}); use {below or step} or {below + step}"
-        )
-    if transformer_family(shapes.transformer_class).condition == "class":
-        own = shapes.transformer_config["sample_size"] * shapes.vae_factor
-        if recipe.base.resolution != own:
-            raise RecipeError(f"base.resolution: {recipe.base.name} draws {own} pixels and no other size; use {own}")
-    return LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
-
-
-SHARED_STEPS = ("base", "scale", "detail_channels", "init", "downsample", "data", "stage1", "cache")
-
-
-def check_shared(recipe: Recipe, folder: Path) -> None:
-    """That another run's DetailVAE and cache are what this recipe would make.
-
-    Raises:
-        DataError: it is no finished run up to its cache, or its recipe differs before stage 2 (says where).
-    """
-    if not (folder / "recipe.yaml").is_file() or not is_whole(folder / "cache"):
-        raise DataError(f"--stage1 {folder} holds no run with a whole cache; run `davae cache-latents` there first")
-    other = load_recipe(str(folder / "recipe.yaml"))
-    if not isinstance(other, Recipe):
-        raise DataError(f"--stage1 {folder} is a run of the base recipe '{other.name}', not of an upgrade")
-    changed = [
-        change
-        for change in differences(other, recipe, free=("num_workers",))
-        if change.partition(":")[0].partition(".")[0] in SHARED_STEPS
-    ]
-    if changed:
-        raise DataError(f"--stage1 {folder} was made from another autoencoder or data: {changed[0]}")
-
-
 def save_model(model: Any, folder: Path) -> None:
     with new_folder(folder) as partial:
         model.eval().save_pretrained(partial)
-
-
-def base_shapes(recipe: Recipe) -> BaseShapes:
-    """Shapes of the recipe's base model, trained already or not."""
-    if recipe.base.train is not None:
-        return planned_shapes(recipe.base.train)
-    assert recipe.base.model is not None
-    return read_shapes(resolve(recipe.base.model))
-
-
-def base_objective(recipe: Recipe, shapes: BaseShapes, configs: str | None = None) -> Objective:
-    """What the recipe's base model predicts, by its own scheduler; one that is trained first does by flow matching.
-
-    Args:
-        configs: where to read them, when not from the model itself.
-
-    Raises:
-        ModelError: an objective that stage 2 cannot train.
-        RecipeError: timesteps shaped for a model whose timesteps are uniform.
-    """
-    if recipe.base.model is None:
-        return FLOW
-    model = configs or resolve(recipe.base.model)
-    objective = choose_objective(
-        load_scheduler(model), transformer_family(shapes.transformer_class), recipe.base.model
-    )
-    stated = shapes.transformer_config.get("prediction_type")  # LightningDiT says it of itself
-    if stated is not None and (stated == "epsilon") != (objective.prediction == "epsilon"):
-        raise ModelError(
-            f"model {recipe.base.model}: its transformer predicts {stated}, its scheduler stands for {objective.prediction}; "
-            "put the scheduler that the model was trained with into its folder"
-        )
-    check_timesteps(recipe.stage2, objective)
-    return objective
-
-
-def bucket_step(recipe: Recipe, shapes: BaseShapes) -> int | None:
-    """Pixels that a token spans; None for models of square pictures alone.
-
-    Raises:
-        RecipeError: a bucket longer than the transformer's table of positions.
-    """
-    if transformer_family(shapes.transformer_class).condition == "class":
-        return None
-    step = shapes.vae_factor * recipe.scale * shapes.patch_size
-    longest = shapes.transformer_config.get("pos_embed_max_size")
-    buckets = recipe.data.buckets
-    if buckets is not None and longest is not None:
-        sizes = bucket_sizes(recipe.resolution, step, buckets.max_ratio, buckets.tokens)
-        side = max(max(size) for size in sizes) // step
-        if side > longest:
-            raise RecipeError(
-                f"data.buckets.max_ratio: {buckets.max_ratio} asks for {side} tokens in a row, {recipe.base.name} knows "
-                f"positions up to {longest}; lower it"
-            )
-    return step
 
 
 class Upgrade:
