@@ -314,7 +314,7 @@ def test_checkpointing_and_batches_show_in_the_estimate():
 def test_the_estimate_is_within_15_percent_of_a_real_run():
     """Both stages of the micro model through the real training loop, in a process of their own."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests/peak_memory.py"), "stage2", "6", "stage1", "3"]
+    command = [sys.executable, str(ROOT / "tests/peak_memory.py"), "stage2", "6", "stage1", "8"]
     lines = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
     assert len(lines) == 2
     for line in lines:
