@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 Parts = tuple[Tensor, ...]
 
@@ -130,7 +131,7 @@ class Masked(Joint):
 def trimmed(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Embeddings (B,L,d) and mask (B,L) without the end that no prompt of the batch reaches, as pipelines pad them; no mask
     where every token counts."""
-    if mask.is_meta:  # counting, of one whole prompt
+    if mask.is_meta or isinstance(mask, FakeTensor):  # counting or planning, of whole prompts
         return embeds, None
     reached = int(mask.any(0).nonzero().max()) + 1
     embeds, mask = embeds[:, :reached], mask[:, :reached]
