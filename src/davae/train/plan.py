@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -99,6 +99,14 @@ def count(parameters: Any) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
+AnyOptim = TypeVar("AnyOptim", bound=Optim)
+
+
+def share(settings: AnyOptim, processes: int) -> AnyOptim:
+    """The settings as one of so many processes sees them: its part of the global batch."""
+    return settings.model_copy(update={"batch_size": max(1, settings.batch_size // processes)})
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a dry run shows: figures by name, and sentences."""
@@ -120,8 +128,10 @@ def plan(recipe: Recipe) -> Plan:
     tokens = token_plan(shapes, recipe.resolution, recipe.scale, recipe.detail_channels)
     side = recipe.base.resolution // shapes.vae_factor
     mixed = recipe.run.mixed_precision != "no"
-    first = stage1_memory(shapes, recipe.detail_channels, recipe.scale, recipe.resolution, recipe.stage1, mixed=mixed)
-    second = stage2_memory(shapes, layout, side, recipe.stage2, mixed=mixed)
+    processes = 1 if recipe.hardware is None else recipe.hardware.count
+    own1, own2 = share(recipe.stage1, processes), share(recipe.stage2, processes)
+    first = stage1_memory(shapes, recipe.detail_channels, recipe.scale, recipe.resolution, own1, mixed=mixed)
+    second = stage2_memory(shapes, layout, side, own2, mixed=mixed)
     resident = pipeline_bytes(model, shapes)
     if recipe.stage2.lora is None:
         resident["stage2"] += 4 * whole  # trained tensors get storage of their own, the pretrained ones stay
@@ -178,7 +188,7 @@ def stage_figures(name: str, settings: Optim, step: TrainingStep, resident: int)
 
 
 def on_hardware(name: str, settings: Optim, step: TrainingStep, resident: int, hardware: Hardware) -> dict[str, Any]:
-    """Whether the stage fits the stated GPUs, and how long it takes: every process does its own batch."""
+    """Whether the stage fits the stated GPUs, and how long it takes: every process does its share of the batch."""
     gpu = GPUS[hardware.gpu]
     needed = step.peak + resident
     fits = f"{'fits' if needed <= gpu.memory else 'does not fit'} {hardware.gpu} ({gpu.memory / GIB:.0f} GiB)"
@@ -187,7 +197,7 @@ def on_hardware(name: str, settings: Optim, step: TrainingStep, resident: int, h
         if not settings.gradient_checkpointing:
             fits += f", or set {name}.gradient_checkpointing"
     seconds = step.flops * settings.accumulation * settings.max_steps / (UTILISATION * gpu.peak)
-    pictures = settings.batch_size * settings.accumulation * hardware.count
+    pictures = settings.batch_size * settings.accumulation
     return {
         f"{name}_fits": fits,
         f"{name}_pictures_a_step": pictures,
