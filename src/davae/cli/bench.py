@@ -2,6 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from typing import TYPE_CHECKING, Any
+
 import typer
 
+from davae.cli.options import Json, write_json
+
+if TYPE_CHECKING:
+    from davae.recipes import Recipe
+
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+
+
+def show(target: Json, figures: dict[str, Any]) -> None:
+    """Print figures, and write them where `--json` says."""
+    from davae.display import console
+
+    write_json(target, figures)
+    console.print_json(data=figures)
+
+
+def upgrade_recipe(name: str, overrides: list[str], data: str | None = None) -> Recipe:
+    """The upgrade recipe of that name; RecipeError for any other kind."""
+    from davae.recipes import Recipe, RecipeError, load_recipe
+
+    recipe = load_recipe(name, [*overrides, *([f"data.source={json.dumps(data)}"] if data else [])])
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe '{recipe.name}' is no upgrade recipe")
+    return recipe

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import Json, Overrides, Source, write_json
+from davae.cli.bench import show, upgrade_recipe
+from davae.cli.options import Json, Overrides, Source
 
 Name = Annotated[str, typer.Argument(metavar="[RECIPE]", help="An upgrade recipe; the default trains no stage 1.")]
 Out = Annotated[Path, typer.Option(help="Run folder; its detail VAE and cache are made once.")]
@@ -16,16 +17,10 @@ EMBEDDED = ["init=micro-upgraded"]  # the embedded upgrade's detail VAE instead 
 
 def _run(recipe: str, out: Path, data: str | None, overrides: list[str] | None):
     """A run of the recipe up to its detail VAE."""
-    import json
-
-    from davae.recipes import Recipe, RecipeError, load_recipe
     from davae.train.upgrade import Upgrade
 
     chosen = [*(EMBEDDED if recipe == "micro" else []), *(overrides or [])]
-    resolved = load_recipe(recipe, [*chosen, *([f"data.source={json.dumps(data)}"] if data else [])])
-    if not isinstance(resolved, Recipe):
-        raise RecipeError(f"recipe '{resolved.name}' is no upgrade recipe")
-    run = Upgrade(resolved, out, lambda progress: None)
+    run = Upgrade(upgrade_recipe(recipe, chosen, data), out, lambda progress: None)
     run.train_vae()
     return run
 
@@ -39,11 +34,8 @@ def cache(
 ) -> None:
     """Encoding throughput and size of the latent cache. Example: `davae bench cache --set cache.variants=4`"""
     from davae.bench.data import cache_speed
-    from davae.display import console
 
-    figures = cache_speed(_run(recipe, out, data, set))
-    write_json(json, figures)
-    console.print_json(data=figures)
+    show(json, cache_speed(_run(recipe, out, data, set)))
 
 
 def data_wait(
@@ -56,10 +48,7 @@ def data_wait(
 ) -> None:
     """Share of a cached stage 2 step that waits for its data. Example: `davae bench data --steps 20`"""
     from davae.bench.data import step_speed
-    from davae.display import console
 
     run = _run(recipe, out, data, set)
     run.cache_latents()
-    figures = step_speed(run, steps)
-    write_json(json, figures)
-    console.print_json(data=figures)
+    show(json, step_speed(run, steps))

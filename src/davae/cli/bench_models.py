@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from davae.cli.bench import bench_app
-from davae.cli.options import Json, Overrides, write_json
+from davae.cli.bench import bench_app, show, upgrade_recipe
+from davae.cli.options import Json, Overrides
 
 Repeats = Annotated[int, typer.Option(min=1, help="Timed repeats; rivals take turns.")]
 Steps = Annotated[int, typer.Option(min=1, help="Timed steps a repeat.")]
 Tile = Annotated[int, typer.Option(help="Side of a tile, pixels.")]
-
-
-def _show(json: Any, figures: dict[str, Any]) -> None:
-    from davae.display import console
-
-    write_json(json, figures)
-    console.print_json(data=figures)
 
 
 @bench_app.command()
@@ -51,7 +44,7 @@ def tokens(
         )
     except ValueError as error:
         raise ModelError(f"model {model}: {error}") from error
-    _show(json, {"model": model, **figures})
+    show(json, {"model": model, **figures})
 
 
 @bench_app.command()
@@ -75,16 +68,7 @@ def vae(
         figures = bench_vae(folder, resolution=resolution, tile=tile, repeats=repeats)
     except ValueError as error:
         raise ModelError(f"{model}: {error}") from error
-    _show(json, {**figures, "vae": model})
-
-
-def _upgrade_recipe(name: str, overrides: list[str] | None) -> Any:
-    from davae.recipes import Recipe, RecipeError, load_recipe
-
-    recipe = load_recipe(name, overrides or [])
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(f"recipe '{recipe.name}' is no upgrade recipe")
-    return recipe
+    show(json, {**figures, "vae": model})
 
 
 @bench_app.command()
@@ -101,7 +85,7 @@ def stage1(
     """
     from davae.bench.stages import bench_stage1
 
-    _show(json, bench_stage1(_upgrade_recipe(recipe, set), steps=steps, repeats=repeats))
+    show(json, bench_stage1(upgrade_recipe(recipe, set or []), steps=steps, repeats=repeats))
 
 
 @bench_app.command()
@@ -115,7 +99,7 @@ def stage2(
     """A step of the transformer from the cache, against a plain implementation. Example: `davae bench stage2 micro`"""
     from davae.bench.stages import bench_stage2
 
-    _show(json, bench_stage2(_upgrade_recipe(recipe, set), steps=steps, repeats=repeats))
+    show(json, bench_stage2(upgrade_recipe(recipe, set or []), steps=steps, repeats=repeats))
 
 
 @bench_app.command()
@@ -159,7 +143,7 @@ def sample(
         repeats=repeats,
         helpers=["plain", *(helper or [])],
     )
-    _show(json, {"base": base, "upgraded": upgraded, **figures})
+    show(json, {"base": base, "upgraded": upgraded, **figures})
 
 
 @bench_app.command()
@@ -188,4 +172,4 @@ def guidance(
         batch=batch,
         repeats=repeats,
     )
-    _show(json, figures)
+    show(json, figures)

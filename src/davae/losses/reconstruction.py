@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ReconstructionLoss:
-    """`total` is Eq. 5 without its adversarial term; the fields are unweighted means."""
+    """`total` is Eq. 5 without its adversarial term, `pixel` its LPIPS and L1 alone; the others are unweighted means."""
 
     total: Tensor
+    pixel: Tensor
     l1: Tensor
     lpips: Tensor
     kl: Tensor
@@ -49,8 +50,8 @@ def reconstruction_loss(
         l1 = F.l1_loss(reconstruction, images)
         lpips = perceptual(reconstruction, images).mean() if perceptual is not None else l1.new_zeros(())
         kl = kl_loss(mean, logvar)
-    total = lambda_lpips * lpips + lambda_l1 * l1 + lambda_kl * kl
-    return ReconstructionLoss(total, l1, lpips, kl)
+    pixel = lambda_lpips * lpips + lambda_l1 * l1
+    return ReconstructionLoss(pixel + lambda_kl * kl, pixel, l1, lpips, kl)
 
 
 def generator_hinge(fake_logits: Tensor) -> Tensor:

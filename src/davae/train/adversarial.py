@@ -87,14 +87,13 @@ class ReconstructionTrainer:
             lambda_l1=s.lambda_l1,
             lambda_kl=s.lambda_kl,
         )
-        pixel = s.lambda_lpips * loss.lpips + s.lambda_l1 * loss.l1
         logged: dict[str, Any] = {
             "l1": loss.l1.detach(),
             "lpips": loss.lpips.detach(),
             "kl": loss.kl.detach(),
         }
-        value = pixel.detach()
-        pull = gradient = torch.autograd.grad(pixel, pixels)[0]  # (B,3,H,W)
+        value = loss.pixel.detach()
+        pull = gradient = torch.autograd.grad(loss.pixel, pixels)[0]  # (B,3,H,W)
         if self.adversarial(step):
             assert self.discriminator is not None  # not its data-parallel wrapper, which would wait for gradients
             self.discriminator.requires_grad_(False)

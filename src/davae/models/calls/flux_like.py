@@ -16,7 +16,33 @@ def text_diagonal(length: int, like: Tensor) -> Tensor:
     return F.pad(torch.arange(length, device=like.device)[:, None].expand(-1, 2), (1, 0)).to(like)
 
 
-class OvisImageCall(Packed, Joint):
+class FluxLikeCall(Packed, Joint):
+    """The call that these share; each says what differs."""
+
+    TIMES = 1.0  # what the model counts a whole trajectory as
+
+    def text_ids(self, embeds: Tensor, x_t: Tensor) -> Tensor:
+        """(L,3): positions of the text (B,L,d)."""
+        return text_diagonal(embeds.shape[1], x_t)
+
+    def image_ids(self, x_t: Tensor) -> Tensor:
+        """(hw/4,3): positions of the picture's tokens."""
+        return self.grid(x_t)
+
+    def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
+        (embeds,) = parts
+        tokens = model(
+            hidden_states=self.pack(x_t),  # (B,hw/4,4c)
+            timestep=t * self.TIMES,
+            encoder_hidden_states=embeds,
+            txt_ids=self.text_ids(embeds, x_t),
+            img_ids=self.image_ids(x_t),
+            return_dict=False,
+        )[0]
+        return self.unpack(tokens, x_t)
+
+
+class OvisImageCall(FluxLikeCall):
     """Text positions run along the diagonal."""
 
     TEXT_TOKENS = 256
@@ -25,20 +51,8 @@ class OvisImageCall(Packed, Joint):
         embeds, *_ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, **options)
         return (embeds,)  # (B,L,d)
 
-    def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
-        (embeds,) = parts
-        tokens = model(
-            hidden_states=self.pack(x_t),  # (B,hw/4,4c)
-            timestep=t,
-            encoder_hidden_states=embeds,
-            txt_ids=text_diagonal(embeds.shape[1], x_t),
-            img_ids=self.grid(x_t),
-            return_dict=False,
-        )[0]
-        return self.unpack(tokens, x_t)
 
-
-class LongCatImageCall(Packed, Joint):
+class LongCatImageCall(FluxLikeCall):
     """As Ovis; the picture's positions have 1 in front and begin where the longest text ends."""
 
     TEXT_TOKENS = 512
@@ -47,37 +61,20 @@ class LongCatImageCall(Packed, Joint):
         embeds, _ = pipeline.encode_prompt(captions)
         return (embeds,)  # (B,L,d)
 
-    def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
-        (embeds,) = parts
-        tokens = model(
-            hidden_states=self.pack(x_t),  # (B,hw/4,4c)
-            timestep=t,
-            encoder_hidden_states=embeds,
-            txt_ids=text_diagonal(embeds.shape[1], x_t),
-            img_ids=self.grid(x_t) + x_t.new_tensor([1, self.TEXT_TOKENS, self.TEXT_TOKENS]),
-            return_dict=False,
-        )[0]
-        return self.unpack(tokens, x_t)
+    def image_ids(self, x_t: Tensor) -> Tensor:
+        return self.grid(x_t) + x_t.new_tensor([1, self.TEXT_TOKENS, self.TEXT_TOKENS])
 
 
-class BriaCall(Packed, Joint):
+class BriaCall(FluxLikeCall):
     """Timesteps to 1000. The pipeline guides away from zeros, so they are what a dropped caption becomes."""
 
     TEXT_TOKENS = 128
+    TIMES = 1000.0
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         embeds, *_ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, **options)
         said = torch.tensor([bool(caption) for caption in captions], device=embeds.device)
         return (embeds * said[:, None, None],)  # (B,L,d)
 
-    def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
-        (embeds,) = parts
-        tokens = model(
-            hidden_states=self.pack(x_t),  # (B,hw/4,4c)
-            timestep=t * 1000,
-            encoder_hidden_states=embeds,
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=x_t.dtype),
-            img_ids=self.grid(x_t),
-            return_dict=False,
-        )[0]
-        return self.unpack(tokens, x_t)
+    def text_ids(self, embeds: Tensor, x_t: Tensor) -> Tensor:
+        return torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=x_t.dtype)
