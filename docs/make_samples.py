@@ -8,8 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from davae.data.pictures import grid
 from davae.measure import open_model
-from davae.sample.generate import generate, grid
+from davae.sample.generate import generate
 
 PROMPTS = [
     "a red rose",

@@ -6,8 +6,9 @@
 import sys
 from pathlib import Path
 
+from davae.data.pictures import grid
 from davae.measure import open_model
-from davae.sample.generate import generate, grid
+from davae.sample.generate import generate
 
 PROMPTS = ["a red rose", "a pizza", "a rocket"]
 

@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from davae.convert import dit, lightningdit, official_davae, sit, tiny_autoencoder, vavae
@@ -24,7 +24,7 @@ from davae.models.families import model_class, transformer_family
 from davae.models.lora import widen_lora
 from davae.models.pipeline import ModelError, read_config
 from davae.sample.class_conditional import ClassConditionalPipeline
-from davae.train.state import new_folder, saving
+from davae.train.state import new_folder, save_tensors
 
 # the architecture of the released VA-VAE (f16, 32 channels)
 VAVAE_F16D32: dict[str, Any] = {
@@ -145,11 +145,7 @@ def convert_lora(file: Path, upgraded: str, out: Path) -> Path:
         widened = widen_lora(state, transformer)
     except ModelError as error:
         raise ModelError(f"{file} does not fit {upgraded}: {error}") from error
-    with saving(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.partial")
-        save_file({name: tensor.contiguous() for name, tensor in widened.items()}, partial, metadata)
-        partial.replace(out)
+    save_tensors(out, widened, metadata)
     return out
 
 

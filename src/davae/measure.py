@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from davae.data.pictures import DataError, Pictures, split, to_tensor
+from davae.data.pictures import DataError, Pictures, grid, split, to_tensor
 from davae.data.sources import open_source, usable
 from davae.evaluate.distribution import compare
 from davae.evaluate.features import Features, extract, make_extractor
@@ -25,7 +25,7 @@ from davae.models.classes import class_count, class_number, goes_by_class
 from davae.models.one_frame import decode_latents, encode_mode
 from davae.models.pipeline import ModelError, default_resolution, load_pipeline
 from davae.sample.adm import Labels, class_schedule, write_samples
-from davae.sample.generate import generate, grid
+from davae.sample.generate import generate
 from davae.train.export import load_upgraded
 from davae.train.state import saving
 from davae.zoo import SHIPPED, UPGRADES, resolve

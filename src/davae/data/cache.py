@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from torch.utils.data import Dataset
 from davae.data.cache_key import Key, changes, plain
 from davae.data.caption_table import CaptionTable
 from davae.data.pictures import DataError
+from davae.data.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +67,8 @@ class CacheMeta:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    partial.write_text(json.dumps(value), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(value), encoding="utf-8")
 
 
 def prepare(folder: Path, key: Key, team: Team) -> None:
@@ -124,9 +123,8 @@ def seal(folder: Path, meta: CacheMeta, team: Team | None = None) -> CacheMeta:
 
 
 def save_whole(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

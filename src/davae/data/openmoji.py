@@ -13,7 +13,6 @@ from __future__ import annotations
 import colorsys
 import io
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import resvg_py
 from PIL import Image
 
 from davae.data.remote import cache_folder
+from davae.data.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -162,10 +162,8 @@ class OpenMoji:
             logger.info("rendering %d emoji at %d px into %s", len(names), self.render_size, rendered)
             folder.mkdir(parents=True, exist_ok=True)
             pixels = np.stack([render(stem, self.render_size) for stem in names])
-            partial = rendered.with_suffix(f".{os.getpid()}.partial")
-            with partial.open("wb") as stream:
-                np.save(stream, pixels)
-            partial.replace(rendered)
+            with whole_file(rendered) as partial:
+                np.save(partial, pixels)
         self.pixels = np.load(rendered, mmap_mode="r")  # (N,size,size,4)
         self.entries = [Emoji(stem, name, "") for stem, name in names.items()]
         self._colours: dict[int, str] = {}

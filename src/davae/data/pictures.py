@@ -135,6 +135,16 @@ def to_images(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
 
 
+def grid(pictures: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    """Equal pictures in rows on white."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (number % columns * (width + gap), number // columns * (height + gap)))
+    return sheet
+
+
 class Pictures(Dataset):
     """Items by (position, draw): the draw number seeds crop, flip, background and caption, so a run can be repeated.
 

@@ -31,6 +31,7 @@ from davae.data.decoding import naming_damage
 from davae.data.files import TarSource, index_tar
 from davae.data.pictures import DataError, UnreadablePicture
 from davae.data.tables import cell_bytes, column_weights, load_rows
+from davae.data.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +51,9 @@ def is_remote(name: str) -> bool:
 @contextmanager
 def new_shard(target: Path) -> Iterator[Path]:
     """A shard that appears under its name once it is whole and can be indexed."""
-    partial = target.with_name(f".{os.getpid()}.{target.name}")
-    try:
+    with whole_file(target) as partial:
         yield partial
         index_tar(partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def once(target: Path, make: Callable[[Path], None]) -> Path:

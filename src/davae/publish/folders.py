@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 import davae
 from davae.models.detail_vae import DetailVAE
 from davae.models.families import model_class, transformer_family
-from davae.models.pipeline import ModelError, load_pipeline, read_config, read_shapes
+from davae.models.pipeline import ModelError, denoiser, load_pipeline, read_config, read_shapes
 from davae.publish.card import Origin, write_card
 from davae.publish.standalone import home_module, standalone_source
 from davae.publish.upgrade_file import VAE_FOLDER, Upgrade, check_base_autoencoder, write_upgrade
@@ -121,8 +121,7 @@ def apply(upgrade: Upgrade, base: str, out: Path, dtype: torch.dtype, *, self_co
     pipeline = load_pipeline(base, dtype)
     full: Any = DetailVAE.from_pretrained(upgrade.vae, torch_dtype=torch.float32)
     check_base_autoencoder(full, pipeline.vae.float(), base)
-    component = transformer_family(upgrade.class_name).component
-    transformer = apply_upgrade(getattr(pipeline, component), upgrade.file)
+    transformer = apply_upgrade(denoiser(pipeline), upgrade.file)
     vae: Any = DetailVAE.from_pretrained(upgrade.vae, torch_dtype=dtype)
     _save(assemble(pipeline, vae, transformer), out, Origin(base, "fused", self_contained), {})
     return out
@@ -152,7 +151,7 @@ def _with_lora(run: FinishedRun, base: str, dtype: torch.dtype) -> tuple[Any, di
     """The upgraded pipeline without LoRA, and LoRA with its settings as diffusers' save_lora_weights takes them."""
     pipeline = load_pipeline(base, dtype)
     component = transformer_family(read_metadata(run.folder / UPGRADE_FILE)["class"]).component
-    transformer: Any = trained_transformer(getattr(pipeline, component), run.folder / UPGRADE_FILE)
+    transformer: Any = trained_transformer(denoiser(pipeline), run.folder / UPGRADE_FILE)
     lora = lora_layers(transformer, component, dtype)
     vae: Any = DetailVAE.from_pretrained(run.pipeline / "vae", torch_dtype=dtype)
     return assemble(pipeline, vae, without_lora(transformer)), lora

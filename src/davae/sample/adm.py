@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from davae.data.whole_file import whole_file
 from davae.models.pipeline import ModelError
 
 Labels = Literal["balanced", "random"]
@@ -71,12 +71,14 @@ def write_samples(
         part = folder / f"part-{start:08d}.npy"
         if number % ranks == rank and not part.is_file():
             classes = [int(label) for label in labels[start : start + PART]]
-            _replace(part, lambda path, c=classes, s=start: np.save(path, field_uint8(draw(c, s))))
+            with whole_file(part) as partial:
+                np.save(partial, field_uint8(draw(classes, start)))
         on_part(min(start + PART, len(labels)), len(labels))
     parts = [folder / f"part-{start:08d}.npy" for start in starts]
     if not all(part.is_file() for part in parts):
         return False
-    _replace(target, lambda path: _join(path, parts, labels))
+    with whole_file(target) as partial:
+        _join(partial, parts, labels)
     return True
 
 
@@ -89,16 +91,8 @@ def _claim(path: Path, settings: dict[str, object]) -> None:
             f"{path.parent} holds pictures of other settings ({odd}: {old.get(odd)}, now {settings.get(odd)}); "
             "use another file, or remove that folder"
         )
-    _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _join(path: Path, parts: list[Path], labels: np.ndarray) -> None:

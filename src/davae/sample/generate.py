@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from davae.latent import LatentLayout
@@ -85,13 +84,3 @@ def generate(
         pictures += result.images
         on_batch(len(pictures), len(prompts))
     return pictures
-
-
-def grid(pictures: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Equal pictures in rows on white."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (number % columns * (width + gap), number // columns * (height + gap)))
-    return sheet

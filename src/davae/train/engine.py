@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -76,11 +75,6 @@ def prepare(
     if is_deepspeed(accelerator):
         accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = share  # type: ignore[union-attr]
     return accelerator.prepare(module, optimizer)
-
-
-def without_sync(accelerator: Accelerator, module: nn.Module) -> AbstractContextManager:
-    """For all but the last part of an accumulated step: gradients stay in the process."""
-    return accelerator.no_sync(module)
 
 
 def clip(accelerator: Accelerator, optimizer: Any, limit: float) -> Tensor | None:

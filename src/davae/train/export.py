@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from davae.models.classes import label_names
@@ -20,7 +20,7 @@ from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import ModelError, denoiser
 from davae.recipes.schema import Lora
 from davae.train.stage2 import choose_trainable
-from davae.train.state import new_folder, saving
+from davae.train.state import new_folder, save_tensors
 
 UPGRADE_FILE = "upgrade.safetensors"
 FORMAT = "davae-upgrade-1"
@@ -40,7 +40,7 @@ def save_upgrade(
     """
     if tensors is None:
         tensors = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().to(dtype=dtype) for name, tensor in tensors.items()}
     config: Any = transformer.config
     metadata = {
         "format": FORMAT,
@@ -48,11 +48,7 @@ def save_upgrade(
         "channels": json.dumps([config[MARK], latent_channels(transformer)]),
         "lora": json.dumps(None if lora is None else lora.model_dump()),
     }
-    partial = path.with_name(f".{path.name}.partial")
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata)
-        partial.replace(path)
+    save_tensors(path, tensors, metadata)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -119,14 +119,15 @@ def training_seed(settings: Optim, run: Run) -> int:
     return run.seed if settings.seed is None else settings.seed
 
 
-def share_of_batch(batch_size: int, name: str) -> int:
-    """This process's samples of a global batch; RunError where it does not divide."""
-    if batch_size % ranks():
-        near = max(1, round(batch_size / ranks())) * ranks()
+def share_of_batch(batch_size: int, name: str, processes: int | None = None) -> int:
+    """One process's samples of a global batch; RunError where it does not divide. The launch's processes unless given."""
+    processes = processes or ranks()
+    if batch_size % processes:
+        near = max(1, round(batch_size / processes)) * processes
         raise RunError(
-            f"{name}.batch_size: the global batch of {batch_size} cannot be divided over {ranks()} processes; use {near}"
+            f"{name}.batch_size: the global batch of {batch_size} cannot be divided over {processes} processes; use {near}"
         )
-    return batch_size // ranks()
+    return batch_size // processes
 
 
 class Trainer:
@@ -325,8 +326,8 @@ class Trainer:
             draws = Draws(self.seed, self.task.name, number, rank() * self.share, self.share)
             for name in active:
                 with ExitStack() as stack:
-                    if part < settings.accumulation - 1:
-                        stack.enter_context(engine.without_sync(self.accelerator, self.task.modules[name]))
+                    if part < settings.accumulation - 1:  # gradients stay in the process until the last part
+                        stack.enter_context(self.accelerator.no_sync(self.task.modules[name]))
                     with timer.phase("forward"):
                         loss, logged = self.task.loss(name, batch, self.step, draws)
                     with timer.phase("backward"):

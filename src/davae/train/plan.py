@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from davae.train.cost import (
     meta_transformer,
     transformer_flops,
 )
+from davae.train.loop import share_of_batch
 from davae.train.memory import TrainingStep, stage1_memory, stage2_memory
 from davae.train.stage2 import choose_trainable
 from davae.zoo import resolve
@@ -99,14 +100,6 @@ def count(parameters: Any) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-AnyOptim = TypeVar("AnyOptim", bound=Optim)
-
-
-def share(settings: AnyOptim, processes: int) -> AnyOptim:
-    """The settings as one of so many processes sees them: its part of the global batch."""
-    return settings.model_copy(update={"batch_size": max(1, settings.batch_size // processes)})
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a dry run shows: figures by name, and sentences."""
@@ -129,7 +122,11 @@ def plan(recipe: Recipe) -> Plan:
     side = recipe.base.resolution // shapes.vae_factor
     mixed = recipe.run.mixed_precision != "no"
     processes = 1 if recipe.hardware is None else recipe.hardware.count
-    own1, own2 = share(recipe.stage1, processes), share(recipe.stage2, processes)
+    shares = [
+        {"batch_size": share_of_batch(settings.batch_size, name, processes)}
+        for name, settings in (("stage1", recipe.stage1), ("stage2", recipe.stage2))
+    ]
+    own1, own2 = recipe.stage1.model_copy(update=shares[0]), recipe.stage2.model_copy(update=shares[1])
     first = stage1_memory(shapes, recipe.detail_channels, recipe.scale, recipe.resolution, own1, mixed=mixed)
     second = stage2_memory(shapes, layout, side, own2, mixed=mixed)
     resident = pipeline_bytes(model, shapes)

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
-from davae.data.pictures import collate, to_images
+from davae.data.pictures import collate, grid, to_images
 from davae.losses.detail_warmup import velocity_loss
 from davae.losses.flow_matching import shift_timestep
 from davae.recipes import RecipeError
@@ -46,14 +46,10 @@ def write_grid(rows: list[list[Image.Image]], path: Path) -> None:
     """Rows of equally large pictures, as one PNG; only the first process writes."""
     if not is_main():
         return
-    width, height = rows[0][0].size
-    grid = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            grid.paste(picture, (x * width, y * height))
+    sheet = grid([picture for row in rows for picture in row], len(rows[0]), gap=0)
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(path)
+        sheet.save(path)
 
 
 def plain_pictures(run: Upgrade, count: int) -> dict[str, Any]:
@@ -120,7 +116,7 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
 
         @torch.no_grad()
         def validate(step: int) -> dict[str, float]:
-            sums, size = torch.zeros(2, dtype=torch.float64), recipe.cache.batch_size
+            sums, size = torch.zeros(3, dtype=torch.float64), recipe.cache.batch_size
             settings = task.settings.model_copy(update={"caption_dropout": 0.0})
             for first in range(0, len(latents), size):
                 part = latents[first : first + size]
@@ -129,10 +125,9 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
                 noisy = noise_batch(task.objective, part, told, conditioning.null, settings, draws)
                 prediction = conditioning.predict(task.modules["transformer"], noisy.x_t, noisy.t, noisy.conditions)
                 loss = velocity_loss(prediction, noisy.target, task.layout, 1.0)
-                sums += len(part) * torch.tensor([float(loss.base), float(loss.detail)], dtype=torch.float64)
-            base, detail = (sums / len(latents)).tolist()
-            channels = task.layout
-            total = (channels.base_channels * base + channels.detail_channels * detail) / channels.channels
+                found = [float(value) for value in (loss.total, loss.base, loss.detail)]
+                sums += len(part) * torch.tensor(found, dtype=torch.float64)
+            total, base, detail = (sums / len(latents)).tolist()
             return {BEST: total, "validation_base": base, "validation_detail": detail}
 
         periodic.append(Periodic(recipe.stage2.validate_every, validate))

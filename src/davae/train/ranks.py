@@ -34,21 +34,17 @@ def on_main(work: Callable[[], Any]) -> None:
     barrier()
 
 
-def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, which hold equal shares of the batch."""
-    if ranks() == 1:
-        return tensor
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total / ranks()
-
-
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     if ranks() == 1:
         return tensor
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, which hold equal shares of the batch."""
+    return tensor if ranks() == 1 else sum_over_ranks(tensor) / ranks()
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -10,12 +10,14 @@ import os
 import pickle
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from davae.recipes import RecipeError, differences, dump_recipe, validate
 from davae.recipes.loading import AnyRecipe
@@ -132,6 +134,15 @@ def replace_text(path: Path, text: str) -> None:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(text, encoding="utf-8")
         to_disk(partial)
+        partial.replace(path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically; folders that lead there are made."""
+    partial = path.with_name(f".{path.name}.partial")
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
         partial.replace(path)
 
 

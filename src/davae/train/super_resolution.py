@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from davae.data.pictures import Pictures, collate
@@ -20,7 +20,7 @@ from davae.train.loop import Observer, Player, Trainer, training_seed
 from davae.train.opened import open_pictures
 from davae.train.ranks import on_main
 from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
-from davae.train.state import RunFolder, saving
+from davae.train.state import RunFolder, save_tensors
 
 WEIGHTS = "network.safetensors"
 
@@ -83,13 +83,6 @@ def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: O
         trainer = Trainer(task, recipe.run, folder, accelerator, observer)
         trainer.fit(recipe.data.num_workers)
         trainer.use_average()
-
-        def save() -> None:
-            partial = target.with_name(f".{WEIGHTS}.partial")
-            with saving(target):
-                save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, partial)
-                partial.replace(target)
-
-        on_main(save)
+        on_main(partial(save_tensors, target, network.state_dict()))
         folder.mark_done("network")
     return target

@@ -153,6 +153,15 @@ def with_null(captions: list[str], embeds: Tensor, negative: Tensor) -> Tensor:
     return torch.where(empty.reshape(-1, *[1] * (embeds.ndim - 1)), negative, embeds)
 
 
+def masked_with_null(
+    captions: list[str], embeds: Tensor, mask: Tensor, negative: Tensor | None, negative_mask: Tensor | None
+) -> Parts:
+    """The same of embeddings (B,L,d) and mask (B,L), as `encode_prompt` gives them; without a negative none is empty."""
+    if negative is None or negative_mask is None:
+        return embeds, mask
+    return with_null(captions, embeds, negative), with_null(captions, mask, negative_mask)
+
+
 def size_rows(x_t: Tensor, factor: int) -> Tensor:
     """(B,2): height and width in pixels of latents (B,c,h,w) at `factor` pixels per position."""
     return x_t.new_tensor([[x_t.shape[-2] * factor, x_t.shape[-1] * factor]]).expand(len(x_t), 2)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor, nn
 
-from davae.models.calls.base import Parts, PlainLatents, with_null
+from davae.models.calls.base import Parts, PlainLatents, masked_with_null
 
 
 class Lumina2Call(PlainLatents):
@@ -20,12 +20,8 @@ class Lumina2Call(PlainLatents):
     TEXT_TOKENS = 256
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
-        embeds, mask, negative, negative_mask = pipeline.encode_prompt(
-            captions, "" in captions, negative_prompt=captions, **options
-        )
-        if negative is None:
-            return embeds, mask  # (B,L,d), (B,L)
-        return with_null(captions, embeds, negative), with_null(captions, mask, negative_mask)
+        encoded = pipeline.encode_prompt(captions, "" in captions, negative_prompt=captions, **options)
+        return masked_with_null(captions, *encoded)  # (B,L,d), (B,L)
 
     def blank(self, config: Any) -> Parts:
         return torch.empty(1, self.TEXT_TOKENS, config["cap_feat_dim"]), torch.ones(1, self.TEXT_TOKENS)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.models.calls.base import Parts, PlainLatents, with_null
+from davae.models.calls.base import Parts, PlainLatents, masked_with_null
 
 
 class SanaCall(PlainLatents):
@@ -19,16 +19,14 @@ class SanaCall(PlainLatents):
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         instruction = inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
-        embeds, mask, negative, negative_mask = pipeline.encode_prompt(
+        encoded = pipeline.encode_prompt(
             captions,
             "" in captions,
             negative_prompt=captions,
             complex_human_instruction=instruction,
             **options,
         )
-        if negative is None:
-            return embeds, mask  # (B,L,d), (B,L)
-        return with_null(captions, embeds, negative), with_null(captions, mask, negative_mask)
+        return masked_with_null(captions, *encoded)  # (B,L,d), (B,L)
 
     def blank(self, config: Any) -> Parts:
         return torch.empty(1, self.TEXT_TOKENS, config["caption_channels"]), torch.ones(1, self.TEXT_TOKENS)
