@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from davae.models.calls import CALLS
+
 TokenOrder = Literal["patch_channel", "channel_patch"]
 Condition = Literal["text", "class"]
 ObjectiveName = Literal["flow", "epsilon", "v_prediction"]
@@ -29,7 +31,6 @@ class TransformerFamily:
             both streams.
         condition: what a picture is asked for by: a prompt or a class number.
         component: the model's name in its pipeline.
-        trains: whether stage 2 knows how to call the model; the other ones can be expanded.
         fixed: parameters that are tables, never trained.
         objectives: what the family's call knows to be asked for; the base pipeline's scheduler picks one.
         classes_key: config key of the number of classes, where `condition` is class.
@@ -54,7 +55,6 @@ class TransformerFamily:
     condition: Condition = "text"
     attributes: tuple[str, ...] = ()
     component: str = "transformer"
-    trains: bool = False
     embedder_order: TokenOrder = "channel_patch"
     packed: int = 1
     in_key: str = "in_channels"
@@ -71,6 +71,11 @@ class TransformerFamily:
     scaled_config: tuple[str, ...] = ()
     scaled_options: tuple[str, ...] = ()
     distilled: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether stage 2 knows how to call the model; the other ones can be expanded."""
+        return self.class_name in CALLS
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

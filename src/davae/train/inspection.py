@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from davae.latent import LatentLayout
-from davae.models.calls import CALLS
 from davae.models.expand import expand_transformer
 from davae.models.families import model_class, transformer_family
 from davae.models.offline import preset_of, readable
@@ -103,7 +102,6 @@ def inspect_model(
         "native_tokens": tokens * scale**2,
         "upgraded_tokens": tokens,
     }
-    counted = shapes.transformer_class in CALLS or family.trains
     if not family.trains:
         notes.append(
             f"expand_transformer widens a {shapes.transformer_class}, but `davae upgrade` cannot train one: models/calls has "
@@ -112,8 +110,10 @@ def inspect_model(
     encoders = text_encoders(name, shapes.transformer_config)
     own = meta_autoencoder(shapes)
     figures |= _parameters(shapes, layout, base, vae, encoders, own)
-    figures |= _flops(shapes, layout, resolution, steps, encoders, (base, wide) if counted else None, (own, vae))
-    figures |= _memory(shapes, layout, resolution, counted, figures)
+    figures |= _flops(
+        shapes, layout, resolution, steps, encoders, (base, wide) if family.trains else None, (own, vae)
+    )
+    figures |= _memory(shapes, layout, resolution, family.trains, figures)
     return Inspection(model, shapes, layout, figures, notes)
 
 
