@@ -19,6 +19,7 @@ from davae import analysis
 from davae.data.cache_key import fingerprint
 from davae.measure import evaluate_generation, evaluate_reconstruction
 from davae.recipes import RecipeError, load_recipe
+from davae.recipes.loading import suggestion
 from davae.recipes.schema import Recipe, Stage2, SuperResolutionRecipe
 from davae.recipes.tables import Row, Scale, ScaleName, load_scale, load_table, row_overrides, row_recipe
 from davae.train.loop import Observer, Progress
@@ -82,13 +83,21 @@ def model_digest(model: str | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def jobs(table: str, scale: ScaleName, seeds: int | None, overrides: list[str]) -> list[Job]:
-    """Every run a table needs, one seed of all rows before the next seed.
+def jobs(
+    table: str, scale: ScaleName, seeds: int | None, overrides: list[str], rows: list[str] | None = None
+) -> list[Job]:
+    """Every run that a table, or some of its rows, needs: one seed of all rows before the next seed.
 
     Raises:
-        RecipeError: unknown table, or an override that does not fit the recipe.
+        RecipeError: unknown table or row, or an override that does not fit the recipe.
     """
     chosen, settings = load_table(table), load_scale(scale)
+    names = [row.name for row in chosen.rows]
+    for wanted in rows or []:
+        if wanted not in names:
+            raise RecipeError(
+                f"{table} has no row '{wanted}'{suggestion(wanted, names)} (its rows: {'; '.join(names)})"
+            )
     measures = {
         "generation": settings.generation.model_dump(),
         "reconstruction": settings.reconstruction.model_dump(),
@@ -96,6 +105,8 @@ def jobs(table: str, scale: ScaleName, seeds: int | None, overrides: list[str]) 
     found: list[Job] = []
     for seed in range(seeds or settings.seeds):
         for row in chosen.rows:
+            if rows and row.name not in rows:
+                continue
             recipe = row_recipe(settings, chosen, row, seed, overrides)
             assert isinstance(recipe, Recipe)
             if row.upscale is not None:

@@ -130,6 +130,7 @@ def generate_tab(pair: Pair) -> None:
                     status: f"{len(found)} of {len(chosen)} drawn.",
                 }
         except Stopped:
+            yield {status: "Stopped."}  # whichever of the two answers, this or `end`, reaches the page last
             return
         except USERS as error:
             yield {status: line_of(error)}

@@ -17,6 +17,10 @@ def reproduce(
     scale: Annotated[
         Literal["micro", "paper"], typer.Option(help="micro: real photos, two cores. paper: ImageNet, GPUs.")
     ] = "micro",
+    row: Annotated[
+        list[str] | None,
+        typer.Option("--row", help="Only this row, by its name; may be given again. All by default."),
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of stage 2; the scale's own by default.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs; the same command resumes.")] = Path(
         "runs/reproduce"
@@ -45,7 +49,7 @@ def reproduce(
             done = reproduction.figure(name, scale, set or [], out, results / name, observer)
         console.print(f"{done}", markup=False)
         return
-    todo = reproduction.jobs(name, scale, seeds, set or [])
+    todo = reproduction.jobs(name, scale, seeds, set or [], row)
     if markdown:
         console.print(reproduction.markdown(*reproduction.table_rows(todo, results)), markup=False, soft_wrap=True)
         return
