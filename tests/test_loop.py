@@ -12,7 +12,9 @@ from conftest import tiny_recipe
 
 from davae.recipes.schema import Optim, Run
 from davae.train.base_text import build_tokenizer
+from davae.train.draws import Draws
 from davae.train.loop import Player, Trainer
+from davae.train.stage1 import random_squares
 from davae.train.state import RunError, RunFolder, read_metrics
 
 
@@ -80,3 +82,24 @@ def test_tokenizer_is_the_same_every_time() -> None:
     assert one.get_vocab() == two.get_vocab()
     assert one.get_vocab()["!</w>"] == 2, "bytes at the end of a word follow the two marks, in order"
     assert one("a red rose").input_ids == two("a red rose").input_ids
+
+
+def test_random_squares_are_cut_from_the_pictures_where_they_are_drawn():
+    images = torch.arange(4 * 3 * 24 * 32, dtype=torch.float64).view(4, 3, 24, 32)  # no value twice
+    draws = Draws(0, "stage1", 5, 0, 4)
+    squares = random_squares(images, 16, draws)
+    assert squares.shape == (4, 3, 16, 16)
+    places = set()
+    for picture, square in zip(images, squares, strict=True):
+        y, x = divmod(int(square[0, 0, 0]) % (24 * 32), 32)
+        assert torch.equal(square, picture[:, y : y + 16, x : x + 16])
+        places.add((y, x))
+    assert len(places) == 4
+    assert torch.equal(random_squares(images, 16, draws.afresh()), squares)
+    assert random_squares(images, 24, draws) is images
+
+
+def test_whole_pictures_draw_nothing():
+    draws, untouched = Draws(0, "stage1", 5, 0, 4), Draws(0, "stage1", 5, 0, 4)
+    random_squares(torch.rand(4, 3, 16, 16), 16, draws)
+    assert torch.equal(draws.uniform(), untouched.uniform())

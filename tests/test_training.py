@@ -288,6 +288,7 @@ def test_another_recipe_in_the_run_folder(recipe_file: Path, finished: Path, cap
         ("detail_channels=6", "6 is not a multiple of the 4 latent channels"),
         ("base.resolution=18", "base.resolution: 18 is not divisible by 4"),
         ("base.model=/no/model", "/no/model"),
+        ("stage1.crop=6", "stage1.crop: 6 is not a multiple of 4"),
         ("run.mixed_precision=float8", "run.mixed_precision"),
         ("stage1.max_step=3", "stage1.max_step: unknown key; did you mean 'max_steps'"),
         ("data.source=/no/folder", "/no/folder does not exist"),

@@ -107,6 +107,7 @@ class Stage1(Reconstruction):
     lambda_align: NonNegativeFloat = 0.5
     alignment: Literal["constant", "adaptive"] = "constant"
     detail_dropout: Fraction = 0.0
+    crop: PositiveInt | None = None  # train on a random square of so many pixels of each picture; None: on all of it
 
 
 class Lora(Section):
@@ -348,3 +349,8 @@ class Recipe(Section):
     def resolution(self) -> int:
         """Pixels of I_hr."""
         return self.base.resolution * self.scale
+
+    @property
+    def stage1_pixels(self) -> int:
+        """Side of what a step of stage 1 sees of a square picture."""
+        return min(self.resolution, self.stage1.crop or self.resolution)

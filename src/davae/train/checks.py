@@ -45,6 +45,13 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
             raise RecipeError(
                 f"{stage}.gradient_checkpointing: diffusers' {kind} has none that works; set it to false"
             )
+    pixels = shapes.vae_factor * recipe.scale
+    if recipe.stage1.crop is not None and (recipe.stage1.crop % pixels or recipe.stage1.crop > recipe.resolution):
+        near = min(recipe.resolution, max(1, round(recipe.stage1.crop / pixels)) * pixels)
+        raise RecipeError(
+            f"stage1.crop: {recipe.stage1.crop} is not a multiple of {pixels}, the pixels of a latent position, up to the "
+            f"resolution {recipe.resolution}; use {near}"
+        )
     cell = shapes.patch_size * transformer_family(shapes.transformer_class).grid
     step = shapes.vae_factor * cell
     if recipe.base.resolution % step:

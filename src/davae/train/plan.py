@@ -89,7 +89,7 @@ def gpu_days(recipe: Recipe) -> float:
     vae = meta_detail_vae(shapes, recipe.detail_channels, recipe.scale)
     tokens = token_plan(shapes, recipe.resolution, recipe.scale, recipe.detail_channels)
     each = (
-        (recipe.stage1, sum(flops.total for flops in autoencoder_flops(vae, recipe.resolution))),
+        (recipe.stage1, sum(flops.total for flops in autoencoder_flops(vae, recipe.stage1_pixels))),
         (recipe.stage2, tokens.upgraded_flops),
     )
     total = sum(3 * flops * s.batch_size * s.accumulation * s.max_steps for s, flops in each)
@@ -127,7 +127,7 @@ def plan(recipe: Recipe) -> Plan:
         for name, settings in (("stage1", recipe.stage1), ("stage2", recipe.stage2))
     ]
     own1, own2 = recipe.stage1.model_copy(update=shares[0]), recipe.stage2.model_copy(update=shares[1])
-    first = stage1_memory(shapes, recipe.detail_channels, recipe.scale, recipe.resolution, own1, mixed=mixed)
+    first = stage1_memory(shapes, recipe.detail_channels, recipe.scale, recipe.stage1_pixels, own1, mixed=mixed)
     second = stage2_memory(shapes, layout, side, own2, mixed=mixed)
     resident = pipeline_bytes(model, shapes)
     if recipe.stage2.lora is None:
