@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/taef2.py --steps 500
 
-trains stage 1 on Imagenette's training photos at 128 px (at most 20 minutes on two cores), then encodes and decodes photos of its
-validation set, which it never saw, and writes PSNR, SSIM and LPIPS beside those of TAEF2 itself at half the size, enlarged
-bicubic: docs/results/taef2.json.
+trains stage 1 on Imagenette's training photos at 128 px (at most 20 minutes on two cores), then encodes and decodes photos of
+its validation set, which it never saw, and writes PSNR, SSIM and LPIPS beside those of TAEF2 itself at half the size,
+enlarged bicubic: docs/results/taef2.json.
 """
 
 from __future__ import annotations
