@@ -53,6 +53,7 @@ def settings(steps: int) -> Recipe:
             "detail_channels=96",
             f"stage1.max_steps={steps}",
             "stage1.batch_size=8",
+            "stage1.start=unfolded",
             "stage1.crop=64",  # a quarter of a picture's cost: four times the steps
             "stage1.lr=5.0e-4",
             "stage1.lambda_lpips=0.05",
@@ -69,7 +70,7 @@ def settings(steps: int) -> Recipe:
 def train(recipe: Recipe, base: torch.nn.Module, folder: Path) -> DetailVAE:
     """Stage 1 alone; the same command on the same folder resumes."""
     seed_initial_weights(0)
-    vae = DetailVAE.from_base(base, recipe.detail_channels)
+    vae = DetailVAE.from_base(base, recipe.detail_channels, start=recipe.stage1.start)
     pictures = open_pictures(recipe.data, RESOLUTION).pictures(recipe.data, recipe.run.seed)
     accelerator = make_accelerator(recipe.run)
     task = Stage1Task(recipe.stage1, vae, pictures, accelerator.device)

@@ -30,6 +30,7 @@ from davae.evaluate.reconstruction import score_reconstructions
 from davae.models.autoencoder_families import (
     AUTOENCODERS,
     autoencoder_family,
+    base_channels,
     base_statistics,
     first_convolution,
     spatial_factor,
@@ -39,6 +40,7 @@ from davae.models.detail_vae import downsample
 from davae.models.one_frame import decode_latents, encode_mode, frames_of
 from davae.models.pipeline import ModelError
 from davae.models.pooled_tiny import PooledAutoencoderTiny
+from davae.models.warm_start import filter_shares
 
 F64 = torch.float64
 
@@ -145,6 +147,21 @@ def normalised(base: Any, z: torch.Tensor) -> torch.Tensor:
         return Flux2KleinPipeline._unpatchify_latents((packed - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1))
     mean, std = (torch.tensor(values, dtype=F64).view(1, -1, 1, 1) for values in base_statistics(base.config))
     return (z - mean) / std
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_an_unfolded_start_encodes_the_base_latent_of_the_large_picture(name: str):
+    base = BUILDERS[name]().to(F64)
+    vae = DetailVAE.from_base(base, 2 * base_channels(base.config, type(base).__name__), start="unfolded")
+    images = torch.rand(1, 3, 8 * vae.spatial_factor, 8 * vae.spatial_factor, dtype=F64) * 2 - 1
+    seen: list[torch.Tensor] = []
+    down: Any = vae.detail_encoder.get_submodule(vae._last)
+    down.conv.register_forward_hook(lambda module, args, out: seen.append(out))
+    shares = filter_shares(vae.layout)
+    with torch.no_grad():
+        vae.encode_raw(images)
+        expected = torch.einsum("kc,bchw->bkhw", shares, encode_mode(base, images))
+    torch.testing.assert_close(seen[0][:, : len(shares)], expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("scale", [2, 4])

@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import text_inputs, tiny_autoencoder, tiny_transformer
-from diffusers import AutoencoderOobleck, SD3Transformer2DModel
+from diffusers import AutoencoderOobleck, AutoencoderTiny, SD3Transformer2DModel
+from test_autoencoders import TINY
 
 from davae import DetailVAE, expand_transformer
 from davae.models.detail_vae import downsample
 from davae.models.expand import by_channel, new_weight_masks
 from davae.models.null_tokens import repeat_last_token
 from davae.models.resample import DetailDown, DetailUp
+from davae.models.warm_start import filter_shares
 from davae.recipes.schema import Lora
 from davae.train.export import apply_upgrade, fuse, save_upgrade
 from davae.train.stage2 import choose_trainable
@@ -47,6 +49,42 @@ def test_decoder_starts_as_the_base_decoder_on_the_enlarged_latent(scale: int, d
     expected = base.decoder.conv_in(base.post_quant_conv(enlarged) if quant else enlarged)
     inside = (..., slice(scale, -scale), slice(scale, -scale))
     torch.testing.assert_close(features[inside], expected[inside], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "detail"), [(2, 4), (2, 8), (2, 12), (2, 16), (4, 16)])
+def test_an_unfolded_start_reads_the_high_resolution_latent(scale: int, detail: int):
+    """z' = z + M^+ (z_d - M z) by dense matrices on the fine grid, then the base decoder's first convolution."""
+    base = tiny_autoencoder().double()
+    vae = DetailVAE.from_base(base, detail, scale, start="unfolded")
+    z, z_d = torch.randn(1, 4, 6, 6, dtype=F64), torch.randn(1, detail, 6, 6, dtype=F64)
+    shares = filter_shares(vae.layout)
+    assert shares.sum(1).tolist() == pytest.approx([1.0] * (detail // scale**2))
+    fine = F.interpolate(z, scale_factor=scale, mode="nearest")
+    told = F.pixel_shuffle(z_d, scale) - torch.einsum("kc,bchw->bkhw", shares, fine)
+    guess = fine + torch.einsum("ck,bkhw->bchw", torch.linalg.pinv(shares), told)
+    features = vae.decoder.conv_in(vae.layout.join(z, z_d))
+    torch.testing.assert_close(features, base.decoder.conv_in(guess), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_unfolded_with_room_for_everything_is_the_base_at_the_high_resolution(scale: int):
+    base = AutoencoderTiny(**{**TINY, "latent_channels": 3}).double()
+    vae = DetailVAE.from_base(base, scale**2 * 3, scale, start="unfolded")
+    assert vae.detail_encoder.get_submodule(vae._last).shortcut is not None  # which starts at zero
+    images = torch.rand(2, 3, 16 * scale, 16 * scale, dtype=F64) * 2 - 1
+    with torch.no_grad():
+        raw = vae.encode_raw(images)
+        decoded = vae.decode_raw(vae.layout.join(raw.z, raw.mean))
+        expected = base.decode(base.encode(images).latents).sample
+        group_mean = raw.mean.unflatten(1, (-1, scale**2)).mean(2)
+        pooled = F.avg_pool2d(base.encode(images).latents, scale)
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(group_mean, pooled, rtol=0, atol=1e-12)  # what Eq. 4 pulls towards z
+
+
+def test_an_unfolded_start_needs_whole_cells():
+    with pytest.raises(ValueError, match="divisible by 16"):
+        DetailVAE.from_base(tiny_autoencoder(), 8, 4, start="unfolded")
 
 
 def test_trunks_start_from_the_pretrained_weights():

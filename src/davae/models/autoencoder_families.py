@@ -137,6 +137,26 @@ def packed_statistics(base_vae: Any) -> tuple[list[float], list[float]]:
     return base_vae.bn.running_mean.tolist(), variance.sqrt().tolist()
 
 
+def last_convolution(base: Any, family: AutoencoderFamily) -> tuple[Tensor, Tensor]:
+    """Weight (C,width,3,3) and bias (C,) of what a base encoder does last, as far as the latent's mean goes: its convolution
+    with a shortcut that averages channels past it and a 1x1 convolution after it folded in."""
+    conv: Any = base.encoder.get_submodule(layer_path(base.encoder, family.last))
+    weight, bias = conv.weight.detach().clone(), conv.bias.detach().clone()
+    if weight.ndim == 5:  # (c,width,t,3,3)
+        weight = weight[:, :, -1]
+    if family.shortcut is not None and getattr(base.encoder, family.shortcut[0]):
+        group = weight.shape[1] // weight.shape[0]
+        for out in range(weight.shape[0]):
+            weight[out, out * group : (out + 1) * group, 1, 1] += 1 / group
+    quant = base.quant_conv if family.quant else None
+    if quant is not None:
+        mix = quant.weight.detach().flatten(1)  # (2C,2C) of a 1x1 convolution
+        bias = mix @ bias if quant.bias is None else mix @ bias + quant.bias.detach()
+        weight = torch.einsum("oj,jikl->oikl", mix, weight)
+    channels = base_channels(base.config, family.class_name)
+    return weight[:channels], bias[:channels]  # means come before log-variances
+
+
 def first_convolution(base: Any, family: AutoencoderFamily) -> tuple[Tensor, Tensor]:
     """Weight (width,C,3,3) and bias (width,) of what a base decoder does first: its convolution with all that can be
     folded into it, a 1x1 convolution before it and a shortcut that repeats channels past it. Of a causal convolution over

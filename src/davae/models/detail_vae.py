@@ -28,6 +28,7 @@ from davae.models.autoencoder_families import (
     base_channels,
     base_statistics,
     first_convolution,
+    last_convolution,
     layer_path,
     packed_statistics,
     spatial_factor,
@@ -37,7 +38,7 @@ from davae.models.one_frame import frames_of, only_frame
 from davae.models.posterior import RawLatents, StructuredPosterior
 from davae.models.resample import DetailDown, DetailUp
 from davae.models.tiling import Tiling, tiled
-from davae.models.warm_start import load_all_but, narrow_posterior, warm_start_up
+from davae.models.warm_start import Start, load_all_but, narrow_posterior, unfold_down, unfold_up, warm_start_up
 
 Downsample = Literal["antialias", "bicubic"]
 Encode = Callable[[Tensor], Tensor]
@@ -177,15 +178,26 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @classmethod
     def from_base(
-        cls, base_vae: nn.Module, detail_channels: int, scale: int = 2, downsample: Downsample = "antialias"
+        cls,
+        base_vae: nn.Module,
+        detail_channels: int,
+        scale: int = 2,
+        downsample: Downsample = "antialias",
+        start: Start = "enlarged",
     ) -> DetailVAE:
         """Warm-start from a pretrained diffusers autoencoder: base encoder, detail encoder and decoder take its weights.
 
         The base part is normalised exactly as pipelines normalise that autoencoder's latents (its scaling and shift, or its
-        per-channel mean and std). The decoder starts as the base decoder on z enlarged s times.
+        per-channel mean and std).
+
+        Args:
+            start: `enlarged`: the decoder starts as the base decoder on z enlarged s times, z_d from random filters (as the
+                paper's). `unfolded`: z_d starts as the base latent of I_hr at its s x s sub-positions, as much of it as D
+                channels hold, aligned with z from the start, and the decoder as the base decoder on that.
 
         Raises:
-            ValueError: unsupported autoencoder, D not a multiple of C, scale not a power of two.
+            ValueError: unsupported autoencoder, D not a multiple of C, scale not a power of two; `unfolded` where D is not a
+                multiple of s^2.
         """
         class_name = type(base_vae).__name__
         family = autoencoder_family(class_name)
@@ -213,8 +225,12 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         blocks = {n: v for n, v in source.decoder.state_dict().items() if not n.startswith(first)}
         load_all_but(model.decoder, blocks, first)
         up, down = model.decoder.get_submodule(model._first), model.detail_encoder.get_submodule(model._last)
-        warm_start_up(cast(DetailUp, up), *first_convolution(source, family), model.layout)
         narrow_posterior(cast(DetailDown, down), model.layout)
+        if start == "unfolded":
+            unfold_down(cast(DetailDown, down), *last_convolution(source, family), model.layout)
+            unfold_up(cast(DetailUp, up), *first_convolution(source, family), model.layout)
+        else:
+            warm_start_up(cast(DetailUp, up), *first_convolution(source, family), model.layout)
         return model.to(source.device)
 
     # -- statistics --------------------------------------------------------------------------------------------

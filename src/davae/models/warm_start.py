@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from davae.latent import LatentLayout
 from davae.models.resample import DetailDown, DetailUp
+
+Start = Literal["enlarged", "unfolded"]  # what a new decoder makes pictures of: z alone, or z_d as well
 
 
 def warm_start_up(up: DetailUp, weight: Tensor, bias: Tensor, layout: LatentLayout) -> None:
@@ -35,6 +40,65 @@ def warm_start_up(up: DetailUp, weight: Tensor, bias: Tensor, layout: LatentLayo
                 source = out // repeats
                 if source < layout.base_channels:
                     up.conv.weight[out, source, 1, 1] -= 1.0
+        assert up.conv.bias is not None
+        up.conv.bias.copy_(bias.repeat_interleave(scale**2))
+
+
+def filter_shares(layout: LatentLayout) -> Tensor:
+    """M (D/s^2,C): filter k of DetailDown feeds z_d's channels k s^2 to (k+1) s^2 - 1, a sub-position each; its row averages
+    the base channels that these align with (Eq. 4).
+
+    Raises:
+        ValueError: D is not a multiple of s^2.
+    """
+    cell = layout.scale**2
+    if layout.detail_channels % cell:
+        near = cell * layout.base_channels
+        raise ValueError(
+            f"stage1.start: 'unfolded' needs detail_channels divisible by {cell} (scale squared), found "
+            f"{layout.detail_channels}; use e.g. {near}, or 'enlarged'"
+        )
+    aligned = torch.arange(layout.detail_channels) // layout.group_size  # base channel of each channel of z_d
+    return nn.functional.one_hot(aligned, layout.base_channels).double().unflatten(0, (-1, cell)).mean(1)
+
+
+def unfold_down(down: DetailDown, weight: Tensor, bias: Tensor, layout: LatentLayout) -> None:
+    """Start z_d's mean as the base latent of I_hr, folded onto the coarse grid: M times it at each sub-position.
+
+    weight (C,width,3,3), bias (C,): the base encoder's last convolution. D = s^2 C keeps that latent whole. Where the block's
+    shortcut has no weights, its average of features comes on top.
+    """
+    shares = filter_shares(layout).to(weight)
+    with torch.no_grad():
+        down.conv.weight[: len(shares)] = torch.einsum("kc,cihw->kihw", shares, weight)
+        assert down.conv.bias is not None
+        down.conv.bias[: len(shares)] = shares @ bias
+
+
+def unfold_up(up: DetailUp, weight: Tensor, bias: Tensor, layout: LatentLayout) -> None:
+    """Make DetailUp([z, z_d]) equal a 3x3 convolution of z' = z + M^+ (z_d - M z), z enlarged s times and z_d at its
+    sub-positions: what z_d tells of the base latent of I_hr, and z where it tells nothing. D = s^2 C gives z' = z_d.
+
+    weight (width,C,3,3), bias (width,): the base decoder's first convolution.
+    """
+    scale, width = layout.scale, len(weight)
+    shares = filter_shares(layout)
+    back = torch.linalg.pinv(shares)  # (C,K)
+    rest = (torch.eye(layout.base_channels).double() - back @ shares).to(weight)  # (C,C)
+    back = back.to(weight)
+    with torch.no_grad():
+        up.conv.weight.zero_()
+        kernel = up.conv.weight.unflatten(0, (width, scale, scale))  # view (c,s,s,C+D,3,3)
+        z, z_d = (part.unflatten(0, (width, scale, scale)) for part in layout.split(kernel.flatten(0, 2)))
+        z_d = z_d.unflatten(3, (-1, scale, scale))  # view (c,s,s,K,s,s,3,3)
+        for a, b, k, m in itertools.product(range(scale), range(scale), range(3), range(3)):
+            (row, y), (column, x) = divmod(a + k - 1, scale), divmod(b + m - 1, scale)
+            z[:, a, b, :, row + 1, column + 1] += weight[:, :, k, m] @ rest
+            z_d[:, a, b, :, y, x, row + 1, column + 1] += weight[:, :, k, m] @ back
+        if up.shortcut is None:
+            repeats = up.conv.out_channels // layout.channels
+            for out in range(up.conv.out_channels):
+                up.conv.weight[out, out // repeats, 1, 1] -= 1.0
         assert up.conv.bias is not None
         up.conv.bias.copy_(bias.repeat_interleave(scale**2))
 

@@ -107,6 +107,7 @@ class Stage1(Reconstruction):
     lambda_align: NonNegativeFloat = 0.5
     alignment: Literal["constant", "adaptive"] = "constant"
     detail_dropout: Fraction = 0.0
+    start: Literal["enlarged", "unfolded"] = "enlarged"  # of the new layers; see DetailVAE.from_base
     crop: PositiveInt | None = None  # train on a random square of so many pixels of each picture; None: on all of it
 
 

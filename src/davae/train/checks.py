@@ -11,6 +11,7 @@ from davae.latent import LatentLayout
 from davae.models.autoencoder_families import autoencoder_family
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import BaseShapes, ModelError, load_scheduler, read_shapes
+from davae.models.warm_start import filter_shares
 from davae.recipes import Recipe, RecipeError, differences, load_recipe
 from davae.train.base_run import planned_shapes
 from davae.train.objectives import FLOW, Objective, check_timesteps, choose_objective
@@ -52,6 +53,12 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
             f"stage1.crop: {recipe.stage1.crop} is not a multiple of {pixels}, the pixels of a latent position, up to the "
             f"resolution {recipe.resolution}; use {near}"
         )
+    layout = LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
+    if recipe.stage1.start == "unfolded":
+        try:
+            filter_shares(layout)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
     cell = shapes.patch_size * transformer_family(shapes.transformer_class).grid
     step = shapes.vae_factor * cell
     if recipe.base.resolution % step:
@@ -64,7 +71,7 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
         own = shapes.transformer_config["sample_size"] * shapes.vae_factor
         if recipe.base.resolution != own:
             raise RecipeError(f"base.resolution: {recipe.base.name} draws {own} pixels and no other size; use {own}")
-    return LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
+    return layout
 
 
 SHARED_STEPS = ("base", "scale", "detail_channels", "init", "downsample", "data", "stage1", "cache")

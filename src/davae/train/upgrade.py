@@ -158,7 +158,8 @@ class Upgrade:
     def new_vae(self) -> DetailVAE:
         """The DetailVAE as stage 1 starts it."""
         base_vae = load_part(self.model, "vae", self.shapes.vae_class)
-        return DetailVAE.from_base(base_vae, self.recipe.detail_channels, self.recipe.scale, self.recipe.downsample)
+        r = self.recipe
+        return DetailVAE.from_base(base_vae, r.detail_channels, r.scale, r.downsample, r.stage1.start)
 
     def stage1_task(self) -> Stage1Task:
         """Stage 1 at its first step."""
