@@ -67,6 +67,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         base_mean, base_std: per channel, or per channel and position of a 2x2 cell, (c,2,2); z is normalised as the
             pretrained transformer expects it.
         detail_mean, detail_std: per channel, measured over the training set.
+        learned_shortcuts: the new blocks' shortcuts have weights of their own even where channels divide.
 
     Raises:
         ValueError: unsupported base, D not a multiple of C, scale not a power of two.
@@ -87,6 +88,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         base_std: list[float] | None = None,
         detail_mean: list[float] | None = None,
         detail_std: list[float] | None = None,
+        learned_shortcuts: bool = False,
         block_out_channels: list[int] | None = None,
         encoder_block_out_channels: list[int] | None = None,
         latent_channels: int | None = None,
@@ -126,9 +128,11 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.decoder = base.decoder
         self._last, self._first = layer_path(base.encoder, family.last), layer_path(base.decoder, family.first)
         width = self.detail_encoder.get_submodule(self._last).in_channels
-        self.detail_encoder.set_submodule(self._last, DetailDown(width, 2 * detail_channels, scale))
+        self.detail_encoder.set_submodule(
+            self._last, DetailDown(width, 2 * detail_channels, scale, learned_shortcuts)
+        )
         width = self.decoder.get_submodule(self._first).out_channels
-        self.decoder.set_submodule(self._first, DetailUp(self.layout.channels, width, scale))
+        self.decoder.set_submodule(self._first, DetailUp(self.layout.channels, width, scale, learned_shortcuts))
         if family.shortcut is not None:  # the new layers have their own
             for module, name in zip((self.detail_encoder, self.decoder), family.shortcut, strict=True):
                 setattr(module, name, False)
@@ -211,6 +215,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             downsample=downsample,
             base_mean=base_mean,
             base_std=base_std,
+            learned_shortcuts=start == "unfolded",  # what averages would add is not the base's latent
         )
         source = cast(Any, base_vae)
         if source.dtype != model.dtype:

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 class DetailDown(nn.Module):
     """Features (B,c,s*h,s*w) -> moments (B,out,h,w): 3x3 convolution and pixel-unshuffle, plus a shortcut.
 
-    The shortcut unshuffles the features and averages channels in groups. Where they do not divide into groups it is
-    a 1x1 convolution that starts at zero. A video encoder's only frame, (B,c,1,s*h,s*w), stays one.
+    The shortcut unshuffles the features and averages channels in groups. Where they do not divide into groups, or where it is
+    to be `learned`, it is a 1x1 convolution that starts at zero. A video encoder's only frame, (B,c,1,s*h,s*w), stays one.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, scale: int):
+    def __init__(self, in_channels: int, out_channels: int, scale: int, learned: bool = False):
         super().__init__()
         self.out_channels, self.scale = out_channels, scale
         # where s*s does not divide the outputs, the surplus of the last convolution channel is dropped
         self.conv = nn.Conv2d(in_channels, -(-out_channels // scale**2), 3, padding=1)
         self.shortcut: nn.Conv2d | None = None
-        if in_channels * scale**2 % out_channels:
+        if learned or in_channels * scale**2 % out_channels:
             self.shortcut = nn.Conv2d(in_channels * scale**2, out_channels, 1, bias=False)
             nn.init.zeros_(self.shortcut.weight)
 
@@ -36,16 +36,16 @@ class DetailDown(nn.Module):
 class DetailUp(nn.Module):
     """Latents (B,in,h,w) -> features (B,out,s*h,s*w): 3x3 convolution and pixel-shuffle, plus a shortcut.
 
-    The shortcut repeats channels and shuffles; where they do not divide it is a 1x1 convolution that starts at zero. A
-    video decoder's only frame, (B,in,1,h,w), stays one.
+    The shortcut repeats channels and shuffles; where they do not divide, or where it is to be `learned`, it is a 1x1
+    convolution that starts at zero. A video decoder's only frame, (B,in,1,h,w), stays one.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, scale: int):
+    def __init__(self, in_channels: int, out_channels: int, scale: int, learned: bool = False):
         super().__init__()
         self.in_channels, self.out_channels, self.scale = in_channels, out_channels, scale
         self.conv = nn.Conv2d(in_channels, out_channels * scale**2, 3, padding=1)
         self.shortcut: nn.Conv2d | None = None
-        if out_channels * scale**2 % in_channels:
+        if learned or out_channels * scale**2 % in_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels * scale**2, 1, bias=False)
             nn.init.zeros_(self.shortcut.weight)
 

@@ -65,9 +65,10 @@ def filter_shares(layout: LatentLayout) -> Tensor:
 def unfold_down(down: DetailDown, weight: Tensor, bias: Tensor, layout: LatentLayout) -> None:
     """Start z_d's mean as the base latent of I_hr, folded onto the coarse grid: M times it at each sub-position.
 
-    weight (C,width,3,3), bias (C,): the base encoder's last convolution. D = s^2 C keeps that latent whole. Where the block's
-    shortcut has no weights, its average of features comes on top.
+    weight (C,width,3,3), bias (C,): the base encoder's last convolution. D = s^2 C keeps that latent whole. The block's
+    shortcut must be one that starts at zero.
     """
+    assert down.shortcut is not None
     shares = filter_shares(layout).to(weight)
     with torch.no_grad():
         down.conv.weight[: len(shares)] = torch.einsum("kc,cihw->kihw", shares, weight)
@@ -79,8 +80,9 @@ def unfold_up(up: DetailUp, weight: Tensor, bias: Tensor, layout: LatentLayout) 
     """Make DetailUp([z, z_d]) equal a 3x3 convolution of z' = z + M^+ (z_d - M z), z enlarged s times and z_d at its
     sub-positions: what z_d tells of the base latent of I_hr, and z where it tells nothing. D = s^2 C gives z' = z_d.
 
-    weight (width,C,3,3), bias (width,): the base decoder's first convolution.
+    weight (width,C,3,3), bias (width,): the base decoder's first convolution. The block's shortcut must start at zero.
     """
+    assert up.shortcut is not None
     scale, width = layout.scale, len(weight)
     shares = filter_shares(layout)
     back = torch.linalg.pinv(shares)  # (C,K)
@@ -95,10 +97,6 @@ def unfold_up(up: DetailUp, weight: Tensor, bias: Tensor, layout: LatentLayout) 
             (row, y), (column, x) = divmod(a + k - 1, scale), divmod(b + m - 1, scale)
             z[:, a, b, :, row + 1, column + 1] += weight[:, :, k, m] @ rest
             z_d[:, a, b, :, y, x, row + 1, column + 1] += weight[:, :, k, m] @ back
-        if up.shortcut is None:
-            repeats = up.conv.out_channels // layout.channels
-            for out in range(up.conv.out_channels):
-                up.conv.weight[out, out // repeats, 1, 1] -= 1.0
         assert up.conv.bias is not None
         up.conv.bias.copy_(bias.repeat_interleave(scale**2))
 
