@@ -1,7 +1,7 @@
 """DC-Gen's way into another autoencoder's latents (arXiv 2509.25180), the baseline of Tab. 1: embedder, head, then all.
 
-The pretrained body keeps its weights; the two layers that touch the latents are new. What the public code does
-(github.com/dc-ai-projects/DC-Gen, `projects/DC-Gen/flux_t2i.md` and `dc_ai/dc_adapt`), and so does this:
+The pretrained body keeps its weights; the two layers that touch the latents are new. What the public code does, in its later
+states (github.com/dc-ai-projects/DC-Gen, `projects/DC-Gen/flux_t2i.md` and `dc_ai/dc_adapt`), and so does this:
 
 1. `align.embedder`: the new patch embedder alone, by the squared error of its tokens and the pretrained embedder's tokens of
    the same picture, on clean latents of both autoencoders.
@@ -20,7 +20,8 @@ What is ours:
 - Positions are left out of the comparison: on equal grids they are the same in both tokens.
 - The head is LightningDiT's whole final layer, as in DC-Gen's DiT (its FLUX trains the last matrix alone). Its matrix starts
   at zero, its modulation as pretrained.
-- Steps and learning rates of the shipped recipe, and that the two steps are written into one run folder.
+- The base is a velocity model and goes on by flow matching; DC-Gen's class-conditional one is a DiT that predicts epsilon.
+- Steps and learning rates of the shipped recipe.
 """
 
 from __future__ import annotations
