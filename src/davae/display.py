@@ -21,6 +21,8 @@ NAMES = {
     "stage1": "stage 1: detail VAE",
     "stage2": "stage 2: transformer",
     "vae": "base autoencoder",
+    "align.embedder": "align: embedder",
+    "align.head": "align: head",
     "dit": "base transformer",
     "network": "super-resolution",
     "cache": "latent cache",
@@ -28,7 +30,7 @@ NAMES = {
     "captions": "text cache",
     "report": "report",
 }
-SHOWN = ("loss_base", "loss_detail", "l1", "align")
+SHOWN = ("loss_base", "loss_detail", "l1", "align", "unexplained")
 
 
 def log_handler() -> RichHandler:

@@ -11,6 +11,18 @@ from davae.models.families import model_class
 from davae.models.pipeline import MissingPart, ModelError, read_config
 
 
+def autoencoder_config(name: str) -> tuple[str, dict[str, Any]]:
+    """Where in a folder or hub id an autoencoder lies ("" or "vae"), and its config.
+
+    Raises:
+        ModelError: nothing there.
+    """
+    try:
+        return "", read_config(name, "")
+    except MissingPart:
+        return "vae", read_config(name, "vae")
+
+
 def load_autoencoder(name: str) -> Any:
     """A DetailVAE or a supported diffusers autoencoder, float32, in eval mode.
 
@@ -20,12 +32,7 @@ def load_autoencoder(name: str) -> Any:
     Raises:
         ModelError: nothing there, or a class that is not supported.
     """
-    part = ""
-    try:
-        config = read_config(name, "")
-    except MissingPart:
-        part = "vae"
-        config = read_config(name, part)
+    part, config = autoencoder_config(name)
     kind = str(config.get("_class_name"))
     if kind != "DetailVAE":
         try:

@@ -137,9 +137,10 @@ def dump_recipe(recipe: AnyRecipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-# What may change between two runs on one folder: how long and how often, never what is trained.
+# What may change between two runs on one folder: how long and how often, never what is trained. Steps of `align` may not:
+# whatever `dit` has learned since would hide them.
 RESUMABLE = (
-    "max_steps",
+    *(f"{section}.max_steps" for section in ("vae", "dit", "stage1", "stage2", "network")),
     "run.log_every",
     "run.checkpoint_every",
     "run.keep_checkpoints",

@@ -233,6 +233,28 @@ class ClassArchitecture(Section):
     use_qknorm: bool = True
 
 
+class EmbedderAlignment(Optim):
+    """DC-Gen's first step: the new patch embedder learns the pretrained model's tokens of the same pictures."""
+
+    ema_decay: Fraction = 0.0  # DC-Gen averages neither step
+
+
+class HeadAlignment(FlowOptim):
+    """DC-Gen's second step: patch embedder and head by flow matching, all between them frozen."""
+
+    ema_decay: Fraction = 0.0
+
+
+class Alignment(Section):
+    """Moves the pretrained transformer of `init` into the latents of another autoencoder: DC-Gen (arXiv 2509.25180)."""
+
+    base_resolution: (
+        PositiveInt  # pixels at which the pretrained model cuts a picture into as many tokens as the new one
+    )
+    embedder: EmbedderAlignment
+    head: HeadAlignment
+
+
 class BaseRecipe(Section):
     """Train a base model on plain latents, from scratch or from a pretrained transformer: `davae train-base`."""
 
@@ -244,10 +266,27 @@ class BaseRecipe(Section):
     init: str | None = None  # a LightningDiT to start from: a pipeline's folder or hub id
     data: Data = Data()
     vae: Reconstruction | None = None
+    align: Alignment | None = None  # before `dit`, where `init` was trained on another autoencoder's latents
     dit: FlowOptim
     cache: Cache = Cache()
     sampling: Sampling = Sampling()
     run: Run = Run()
+
+    @model_validator(mode="after")
+    def _can_align(self) -> BaseRecipe:
+        if self.align is None:
+            return self
+        if self.init is None:
+            raise ValueError("align needs init, the pretrained model that is moved to the autoencoder's latents")
+        if not isinstance(self.architecture, ClassArchitecture):
+            raise ValueError("align moves class-conditional models; set architecture.family to lightningdit")
+        if self.cache.shards is not None:
+            raise ValueError("align encodes every picture with both autoencoders; leave out cache.shards")
+        if self.resolution % self.align.base_resolution:
+            raise ValueError(
+                f"align.base_resolution is {self.align.base_resolution}, resolution {self.resolution} is not a multiple of it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> BaseRecipe:

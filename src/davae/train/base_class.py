@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from davae.data.cache import CachedLatents, collate_latents
 from davae.losses.flow_matching import direction_loss
 from davae.models.lightning_dit import LightningDiT
+from davae.models.new_latents import change_latents
 from davae.models.pipeline import ModelError, load_pipeline
 from davae.models.repatch import change_patch
-from davae.recipes.schema import BaseRecipe, ClassArchitecture
+from davae.recipes.schema import BaseRecipe, ClassArchitecture, FlowOptim
 from davae.train.conditioning import conditioning
 from davae.train.draws import Draws
 from davae.train.loop import Player
@@ -21,7 +22,8 @@ from davae.train.stage2 import choose_trainable
 
 
 def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int) -> LightningDiT:
-    """The recipe's LightningDiT: new, or the weights of `init` on the recipe's patch size and grid.
+    """The recipe's LightningDiT: new, or the weights of `init` on the recipe's patch size and grid; where the recipe aligns
+    it with another autoencoder, behind an embedder and a head that nobody has trained yet.
 
     Raises:
         ModelError: `init` has another width, depth, number of channels or classes than the recipe.
@@ -32,13 +34,17 @@ def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int)
     if recipe.init is None:
         return LightningDiT(input_size=latent_side, patch_size=a.patch_size, in_channels=channels, **sizes)
     start = load_pipeline(recipe.init).transformer
-    wanted = {**sizes, "in_channels": channels, "prediction_type": "velocity"}  # it goes on by flow matching
+    wanted = {**sizes, "prediction_type": "velocity"}  # it goes on by flow matching
+    if recipe.align is None:
+        wanted["in_channels"] = channels
     for name, value in wanted.items():
         if start.config[name] != value:
             raise ModelError(
                 f"init {recipe.init} has {name} {start.config[name]}, the recipe asks for {value}; "
                 "set the recipe's architecture to the pretrained one's"
             )
+    if recipe.align is not None:
+        return change_latents(start, channels, a.patch_size, latent_side)
     return change_patch(start, a.patch_size, latent_side)
 
 
@@ -55,15 +61,24 @@ class ClassFlowTask:
         normalise: tuple[Tensor, Tensor],
         device: torch.device,
     ):
-        self.settings, self.dataset, self.collate, self.device = recipe.dit, cache, collate_latents, device
+        self.settings = self.chosen_settings(recipe)
+        self.dataset, self.collate, self.device = cache, collate_latents, device
         self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
         transformer.to(device)  # type: ignore[arg-type]
-        if recipe.dit.gradient_checkpointing:
+        if self.settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.conditioning = conditioning(transformer, cache, device)
-        parameters = choose_trainable(transformer, None)
-        self.players = {"dit": Player(transformer, [{"params": parameters}], lr=recipe.dit.lr)}
+        parameters = self.choose(transformer)
+        self.players = {"dit": Player(transformer, [{"params": parameters}], lr=self.settings.lr)}
         self.modules: dict[str, nn.Module] = {"dit": transformer}
+
+    def chosen_settings(self, recipe: BaseRecipe) -> FlowOptim:
+        """The recipe's section that this training follows."""
+        return recipe.dit
+
+    def choose(self, transformer: LightningDiT) -> list[nn.Parameter]:
+        """Mark what is trained; returns it in module order."""
+        return choose_trainable(transformer, None)
 
     def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         """Nothing to add."""

@@ -10,17 +10,16 @@ from typing import Any, cast
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from torch import Tensor
 
 from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.pictures import DataError, Pictures
-from davae.models.autoencoder_families import base_statistics
 from davae.models.autoencoders import load_autoencoder
 from davae.models.families import model_class, transformer_family
 from davae.models.one_frame import encode_mode
 from davae.models.pipeline import BaseShapes, read_config
 from davae.recipes import RecipeError
 from davae.recipes.schema import BaseRecipe, ClassArchitecture, TextArchitecture
+from davae.train.align import align, check_grids, check_other_space, latent_scale
 from davae.train.base import AutoencoderTask, build_autoencoder
 from davae.train.base_class import ClassFlowTask, build_class_transformer
 from davae.train.base_text import (
@@ -78,6 +77,8 @@ class BaseRun:
         self.accelerator = make_accelerator(recipe.run, out)
         self.observer: Observer = observer if is_main() else lambda progress: None
         check_base_engine(self.accelerator)
+        if recipe.align is not None:
+            check_grids(recipe)  # configs alone, before an autoencoder is trained for hours
         self.folder = RunFolder(out, recipe)
 
     @cached_property
@@ -102,6 +103,8 @@ class BaseRun:
                 f"(autoencoder factor {factor} x patch {recipe.architecture.patch_size})"
             )
         side, channels = recipe.resolution // factor, int(config["latent_channels"])
+        if recipe.align is not None:
+            check_other_space(recipe, vae)
         meta = self.cache(vae, channels)
         if not isinstance(recipe.autoencoder, str):
             vae.register_to_config(**self._normalisation(meta))
@@ -154,7 +157,7 @@ class BaseRun:
                 num_classes=recipe.architecture.num_classes,
                 key=key,
                 accelerator=self.accelerator,
-                watch=self._watch,
+                watch=self.watch,
             )
             return read_meta(target, key)
         meta = cache_pictures(
@@ -165,22 +168,26 @@ class BaseRun:
             cache=recipe.cache,
             num_workers=recipe.data.num_workers,
             accelerator=self.accelerator,
-            watch=self._watch,
+            watch=self.watch,
         )
         skipped = {**self.opened.left_out, **meta.skipped}
         used = len(self.opened.train) - len(meta.skipped)
         tell_left_out(self.out / "pictures.json", used, skipped, self.accelerator)
         return meta
 
-    def _watch(self, name: str) -> Callable[[int, int], None]:
+    def watch(self, name: str) -> Callable[[int, int], None]:
+        """Shows how far a cache is."""
         return lambda done, total: self.observer(Progress(f"cache {name}", done, total, 0.0))
 
     # -- transformer -------------------------------------------------------------------------------------------
 
-    def fit(self, task: Any) -> None:
+    def fit(self, task: Any, release: bool = False) -> None:
+        """Train a task to its end; `release` lets go of its optimizer where another training follows."""
         trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
         trainer.fit(self.recipe.data.num_workers)
         trainer.use_average()
+        if release:
+            trainer.release()
 
     def train_text(self, vae: Any, channels: int, side: int) -> Any:
         recipe, architecture = self.recipe, self.recipe.architecture
@@ -210,16 +217,12 @@ class BaseRun:
         cache = CachedLatents(self.out / "cache", "class")
         seed_initial_weights(training_seed(recipe.dit, recipe.run))
         transformer = build_class_transformer(recipe, channels, side)
+        if recipe.align is not None:
+            align(self, transformer, cache, latent_scale(vae))
         self.fit(ClassFlowTask(recipe, transformer, cache, latent_scale(vae), self.accelerator.device))
         return model_class("ClassConditionalPipeline")(
             vae=vae.half(), transformer=transformer.half(), class_names=class_names(cache, recipe)
         )
-
-
-def latent_scale(vae: Any) -> tuple[Tensor, Tensor]:
-    """(mean, std), each (1,C,1,1), by which pipelines normalise this autoencoder's latents."""
-    mean, std = base_statistics(vae.config)
-    return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
 
 
 def class_names(cache: CachedLatents, recipe: BaseRecipe) -> list[str] | None:

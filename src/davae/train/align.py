@@ -1,0 +1,253 @@
+"""DC-Gen's way into another autoencoder's latents (arXiv 2509.25180), the baseline of Tab. 1: embedder, head, then all.
+
+The pretrained body keeps its weights; the two layers that touch the latents are new. What the public code does, in its later
+states (github.com/dc-ai-projects/DC-Gen, `projects/DC-Gen/flux_t2i.md` and `dc_ai/dc_adapt`), and so does this:
+
+1. `align.embedder`: the new patch embedder alone, by the squared error of its tokens and the pretrained embedder's tokens of
+   the same picture, on clean latents of both autoencoders.
+2. `align.head`: patch embedder and head by the loss of the generator itself, everything between them frozen.
+3. `dit`: the whole model, in davae the ordinary training of a base.
+
+Why clean latents in step 1. A patch embedder is affine, P(x) = Wx + b, so of a noised latent x_t = (1-t) x_0 + t noise
+(`davae.losses.flow_matching.interpolate`) it makes P(x_t) = (1-t) P(x_0) + t P(noise). The first term can be matched, picture
+by picture. The second cannot: noise of the two spaces has other channels on another grid, and no draw of one belongs to a
+draw of the other. What the new embedder makes of noise is left to step 2.
+
+What is ours:
+
+- The pretrained autoencoder sees the picture at `align.base_resolution`, where it gives as many tokens as the new one does
+  at the recipe's resolution. DC-Gen shows both the same pixels and pools or enlarges tokens until the grids agree.
+- Positions are left out of the comparison: on equal grids they are the same in both tokens.
+- The head is LightningDiT's whole final layer, as in DC-Gen's DiT (its FLUX trains the last matrix alone). Its matrix starts
+  at zero, its modulation as pretrained.
+- The base is a velocity model and goes on by flow matching; DC-Gen's class-conditional one is a DiT that predicts epsilon.
+- Steps and learning rates of the shipped recipe.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.data.cache import CachedLatents, is_whole, read_meta
+from davae.data.paired import PairedLatents, collate_pairs
+from davae.losses.embedding_alignment import token_alignment_loss
+from davae.models.autoencoder_families import base_statistics, spatial_factor
+from davae.models.autoencoders import autoencoder_config, load_autoencoder
+from davae.models.detail_vae import downsample
+from davae.models.lightning_dit import LightningDiT, PatchEmbed
+from davae.models.new_latents import EMBEDDER, HEAD
+from davae.models.one_frame import encode_mode
+from davae.models.pipeline import ModelError, load_part, read_shapes
+from davae.recipes import RecipeError
+from davae.recipes.schema import BaseRecipe, EmbedderAlignment, FlowOptim
+from davae.train.base import build_autoencoder
+from davae.train.base_class import ClassFlowTask
+from davae.train.caching import cache_key, cache_pictures
+from davae.train.draws import Draws
+from davae.train.loop import Player
+from davae.train.ranks import from_main
+
+if TYPE_CHECKING:
+    from davae.train.base_run import BaseRun
+
+FAMILY = "LightningDiT"
+BASE_CACHE = "cache-base"  # beside `cache`: the same pictures under the pretrained model's autoencoder
+
+# -- what a recipe can get wrong -------------------------------------------------------------------------------------
+
+
+def new_factor(recipe: BaseRecipe) -> int:
+    """Pixels per latent position of the recipe's autoencoder, without a weight."""
+    if isinstance(recipe.autoencoder, str):
+        config = autoencoder_config(recipe.autoencoder)[1]
+        kind = str(config.get("_class_name"))
+        if kind == "DetailVAE":
+            return 2 ** (len(config["block_out_channels"]) - 1)
+        try:
+            return spatial_factor(config, kind)
+        except ValueError as error:
+            raise ModelError(f"{recipe.autoencoder}: {error}") from error
+    with torch.device("meta"):
+        vae = build_autoencoder(recipe)
+    return spatial_factor(vae.config, type(vae).__name__)
+
+
+def check_grids(recipe: BaseRecipe) -> None:
+    """That pretrained and new model cut their pictures into the same grid of tokens, told from configs.
+
+    Raises:
+        RecipeError: they do not, with the base_resolution that would do.
+        ModelError: `init` is no pretrained LightningDiT.
+    """
+    assert recipe.align is not None
+    assert recipe.init is not None
+    shapes = read_shapes(recipe.init)
+    if shapes.transformer_class != FAMILY:
+        raise ModelError(f"init {recipe.init} is a {shapes.transformer_class}; align moves a {FAMILY}")
+    step, base_step = new_factor(recipe) * recipe.architecture.patch_size, shapes.vae_factor * shapes.patch_size
+    grid, odd = divmod(recipe.resolution, step)
+    if odd:
+        raise RecipeError(f"resolution: {recipe.resolution} is not divisible by {step}, the pixels of a token")
+    if recipe.align.base_resolution != grid * base_step:
+        found = recipe.align.base_resolution / base_step
+        raise RecipeError(
+            f"align.base_resolution: the new model has {grid}x{grid} tokens at {recipe.resolution} px, {recipe.init} has "
+            f"{found:g}x{found:g} at {recipe.align.base_resolution} px; use {grid * base_step}"
+        )
+
+
+def check_other_space(recipe: BaseRecipe, vae: nn.Module) -> None:
+    """RecipeError when the autoencoder encodes as the pretrained model's own does: then there is nothing to align."""
+    assert recipe.init is not None
+    own, base = encoding_weights(vae), encoding_weights(load_autoencoder(recipe.init))
+    if own.keys() == base.keys() and all(torch.equal(own[name].cpu(), base[name]) for name in own):
+        raise RecipeError(
+            f"autoencoder: it encodes as the autoencoder of init {recipe.init} does, so the latents are the same and there "
+            "is nothing to align; leave out align, or give another autoencoder"
+        )
+
+
+def encoding_weights(vae: nn.Module) -> dict[str, Tensor]:
+    """What of an autoencoder decides on its latents."""
+    return {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
+
+
+# -- the two steps ---------------------------------------------------------------------------------------------------
+
+
+def latent_scale(vae: Any) -> tuple[Tensor, Tensor]:
+    """(mean, std), each (1,C,1,1), by which pipelines normalise this autoencoder's latents."""
+    mean, std = base_statistics(vae.config)
+    return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
+
+
+class EmbedderTask:
+    """Step 1: the new patch embedder alone.
+
+    Args:
+        embedder: the new one; its dtype is the one that is computed in.
+        base_embedder: the pretrained one, frozen.
+        pairs: both latents of each picture.
+        normalise, base_normalise: (mean, std), each (1,C,1,1), of the two latents.
+    """
+
+    name = "align.embedder"
+
+    def __init__(
+        self,
+        settings: EmbedderAlignment,
+        embedder: PatchEmbed,
+        base_embedder: PatchEmbed,
+        pairs: PairedLatents,
+        normalise: tuple[Tensor, Tensor],
+        base_normalise: tuple[Tensor, Tensor],
+        device: torch.device,
+    ):
+        self.settings, self.dataset, self.collate = settings, pairs, collate_pairs
+        dtype = embedder.proj.weight.dtype
+        self.place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.normalise = tuple(values.to(**self.place) for values in normalise)
+        self.base_normalise = tuple(values.to(**self.place) for values in base_normalise)
+        self.base_embedder = base_embedder.to(**self.place).requires_grad_(False)
+        embedder.to(device).requires_grad_(True)
+        self.players = {"embedder": Player(embedder, [{"params": list(embedder.parameters())}], lr=settings.lr)}
+        self.modules: dict[str, nn.Module] = {"embedder": embedder}
+
+    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing to add."""
+
+    def active(self, step: int) -> list[str]:
+        return ["embedder"]
+
+    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+        """The alignment error; `unexplained` is its share of the variance of the pretrained model's tokens."""
+        mean, std = self.normalise
+        base_mean, base_std = self.base_normalise
+        with torch.no_grad():
+            base_tokens = self.base_embedder((batch["base_latents"].to(**self.place) - base_mean) / base_std)
+            variance = base_tokens.var(dim=(0, 1), unbiased=False).mean()
+        tokens = self.modules["embedder"]((batch["latents"].to(**self.place) - mean) / std)  # (B,L,w)
+        error = token_alignment_loss(tokens, base_tokens)
+        return error, {"loss": error.detach(), "unexplained": error.detach() / variance}
+
+
+class HeadTask(ClassFlowTask):
+    """Step 2: patch embedder and head by flow matching on the new latents; the body between them is frozen."""
+
+    name = "align.head"
+
+    def chosen_settings(self, recipe: BaseRecipe) -> FlowOptim:
+        assert recipe.align is not None
+        return recipe.align.head
+
+    def choose(self, transformer: LightningDiT) -> list[nn.Parameter]:
+        transformer.requires_grad_(False)
+        for part in (EMBEDDER, HEAD):
+            transformer.get_submodule(part).requires_grad_(True)
+        return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+# -- a run -----------------------------------------------------------------------------------------------------------
+
+
+def align(run: BaseRun, transformer: LightningDiT, cache: CachedLatents, normalise: tuple[Tensor, Tensor]) -> None:
+    """Both steps of a run, each from its newest checkpoint; the transformer's embedder and head are aligned after it.
+
+    Args:
+        transformer: the pretrained body behind a new embedder and head.
+        cache: of the new latents, with class numbers.
+        normalise: (mean, std), each (1,C,1,1), of the new latents.
+
+    Raises:
+        DataError: the two caches do not belong together.
+    """
+    recipe, device = run.recipe, run.accelerator.device
+    assert recipe.align is not None
+    assert recipe.init is not None
+    base_vae = load_autoencoder(recipe.init).to(device)
+    cache_base(run, base_vae)
+    pairs = PairedLatents(run.out / "cache", run.out / BASE_CACHE)
+    base_embedder = load_part(recipe.init, "transformer", FAMILY).x_embedder
+    # copies are trained: an engine may wrap what it trains, and wraps nothing twice
+    embedder = copy.deepcopy(transformer.x_embedder)
+    task = EmbedderTask(
+        recipe.align.embedder, embedder, base_embedder, pairs, normalise, latent_scale(base_vae), device
+    )
+    del base_vae
+    run.fit(task, release=True)
+    transformer.x_embedder.load_state_dict(embedder.state_dict())
+    learner = copy.deepcopy(transformer)
+    run.fit(HeadTask(recipe, learner, cache, normalise, device), release=True)
+    transformer.load_state_dict(learner.state_dict())
+
+
+def cache_base(run: BaseRun, base_vae: Any) -> None:
+    """Latents of the training pictures, each in the draws of the run's cache, under the pretrained model's autoencoder."""
+    recipe, target = run.recipe, run.out / BASE_CACHE
+    assert recipe.align is not None
+    base_resolution = recipe.align.base_resolution
+    key = dict(
+        cache_key(base_vae, run.opened, recipe.data, recipe.cache, resolution=recipe.resolution, seed=recipe.run.seed)
+    )
+    key["preprocessing"] = {**key["preprocessing"], "base_resolution": base_resolution}
+    if from_main(is_whole(target)):
+        read_meta(target, key)
+        return
+
+    def encode(images: Tensor) -> Tensor:
+        return encode_mode(base_vae, downsample(images, recipe.resolution // base_resolution))
+
+    cache_pictures(
+        target,
+        run.pictures,
+        encode,
+        key=key,
+        cache=recipe.cache,
+        num_workers=recipe.data.num_workers,
+        accelerator=run.accelerator,
+        watch=lambda name: run.watch(f"base {name}"),
+    )
