@@ -218,3 +218,33 @@ def test_sample_files_resume_and_share_the_work(tmp_path: Path) -> None:
         assert np.array_equal(file["arr_1"], labels)
     with pytest.raises(ModelError, match="holds pictures of other settings"):
         write_samples(target, labels, draw, settings={"seed": 1})
+
+
+def test_the_photo_recipe_upgrades_its_trained_base_to_a_report(shared: Path, tmp_path: Path) -> None:
+    """`davae upgrade imagenette128-micro` on the weights in the repository, shortened."""
+    weights = Path(__file__).resolve().parents[1] / "benchmarks" / "weights" / "imagenette64"
+    settings = {
+        "base.model": weights,
+        "base.train": "null",
+        "data.source": shared / "data" / "imagenette128-train.tar",
+        "data.limit": 24,
+        "data.holdout": 0.2,
+        "stage1.max_steps": 1,
+        "stage1.batch_size": 2,
+        "stage1.start": "unfolded",
+        "stage1.crop": 64,
+        "stage2.max_steps": 1,
+        "stage2.batch_size": 2,
+        "stage2.warmup_steps": 1,
+        "cache.variants": 1,
+        "sampling.steps": 1,
+        "report.holdout_pictures": 2,
+        "report.timing_repeats": 1,
+    }
+    out = tmp_path / "run"
+    run_cli("upgrade", "imagenette128-micro", "--out", str(out), *[f"--set={k}={v}" for k, v in settings.items()])
+    report = json.loads((out / "report.json").read_text())
+    assert [row["tokens"] for row in report["speed"]] == [64, 256, 64]
+    assert {row["name"] for row in report["reconstruction"]} >= {"base + bicubic", "zero detail", "full"}
+    stages = {record["stage"]: record["step"] for record in read_metrics(out / "metrics.jsonl")}
+    assert stages == {"stage1": 1, "stage2": 1}
