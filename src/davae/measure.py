@@ -116,7 +116,10 @@ def evaluate_reconstruction(
 ) -> dict[str, Any]:
     """Figures of `davae evaluate reconstruction`."""
     model = open_autoencoder(vae)
-    size = resolution or int(model.config["sample_size"])
+    own = model.config.get("sample_size")  # some classes have none
+    if resolution is None and own is None:
+        raise ModelError(f"{vae}: an {type(model).__name__} does not say its size; give --resolution")
+    size = int(resolution or own)
     distances: dict[str, Any] = {"lite0": Lite0Distance()}
     if lpips is not None:
         try:
