@@ -288,7 +288,8 @@ class BaseRecipe(Section):
             raise ValueError("the section vae, which trains the autoencoder, is missing")
         if self.autoencoder.family == "dc" and self.vae.lambda_kl:
             raise ValueError(
-                f"vae.lambda_kl is {self.vae.lambda_kl:g}, and a dc autoencoder is deterministic: it has no KL term; set it to 0"
+                f"vae.lambda_kl is {self.vae.lambda_kl:g}, and a dc autoencoder is deterministic, without a KL term; "
+                "set it to 0"
             )
         factor = 2 ** (len(self.autoencoder.channels) - 1)
         step = factor * self.architecture.patch_size

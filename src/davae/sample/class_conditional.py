@@ -55,7 +55,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             cfg_interval_start=cfg_interval_start,
             cfg_channels=cfg_channels,
         )
-        self.vae_scale_factor = pixel_factor(self)
+        self.vae_scale_factor: int = pixel_factor(self)
         self.patch_size = transformer.config["patch_size"]
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 

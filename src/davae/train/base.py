@@ -65,10 +65,10 @@ class AutoencoderPass(nn.Module):
         """(B,3,H,W) -> reconstruction (B,3,H,W), and posterior mean and logvar (B,C,h,w), None of a deterministic one."""
         vae: Any = self.vae
         encoded = vae.encode(images)
-        if isinstance(vae, AutoencoderDC):
+        if isinstance(self.vae, AutoencoderDC):
             return vae.decode(encoded.latent).sample, None, None
-        z = encoded.latent_dist.sample(generator=generators)
-        return vae.decode(z).sample, encoded.latent_dist.mean, encoded.latent_dist.logvar
+        posterior = encoded.latent_dist
+        return vae.decode(posterior.sample(generator=generators)).sample, posterior.mean, posterior.logvar
 
 
 class AutoencoderTask(ReconstructionTask):

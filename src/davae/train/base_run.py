@@ -54,10 +54,7 @@ def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
         config, vae_class = dict(own.config), type(own).__name__
     factor, channels = latent_shape(config, vae_class)
     with torch.device("meta"):
-        if isinstance(recipe.architecture, ClassArchitecture):
-            transformer = build_class_transformer(recipe, channels, recipe.resolution // factor)
-        else:
-            transformer = build_transformer(recipe.architecture, channels, recipe.resolution // factor)
+        transformer = new_transformer(recipe, channels, recipe.resolution // factor)
     kind = type(transformer).__name__
     return BaseShapes(
         pipeline_class=transformer_family(kind).pipeline,
@@ -69,6 +66,13 @@ def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
         transformer_config=dict(transformer.config),
         vae_config=config,
     )
+
+
+def new_transformer(recipe: BaseRecipe, channels: int, side: int) -> Any:
+    """The recipe's transformer for latents (channels, side, side), random weights, whatever it starts from."""
+    if isinstance(recipe.architecture, ClassArchitecture):
+        return build_class_transformer(recipe.model_copy(update={"init": None}), channels, side)
+    return build_transformer(recipe.architecture, channels, side)
 
 
 class BaseRun:
