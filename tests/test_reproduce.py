@@ -165,11 +165,12 @@ def test_new_weights_of_the_base_make_figures_due_again(tiny_scale: Path, tiny_b
 def test_overrides_go_to_the_recipes_that_have_their_section():
     given = ["data.limit=5", "stage1.max_steps=2", "dit.max_steps=3"]
     kinds = {Recipe, BaseRecipe}
-    assert overrides_for(Recipe, kinds, given) == ["data.limit=5", "stage1.max_steps=2"]
-    assert overrides_for(BaseRecipe, kinds, given) == ["data.limit=5", "dit.max_steps=3"]
-    for job in jobs("table2", "micro", 1, given):
+    assert overrides_for(Recipe, kinds, given, {}) == ["data.limit=5", "stage1.max_steps=2"]
+    assert overrides_for(BaseRecipe, kinds, given, {}) == ["data.limit=5", "dit.max_steps=3"]
+    for job in jobs("table2", "micro", 1, [*given, "vae.max_steps=4"]):
         assert isinstance(job, BaseJob)
         assert (job.recipe.data.limit, job.recipe.dit.max_steps) == (5, 3)
+        assert job.recipe.vae is None or job.recipe.vae.max_steps == 4  # not for rows without one
         if job.detail is not None:
             assert (job.detail.recipe.data.limit, job.detail.recipe.stage1.max_steps) == (5, 2)
 
@@ -179,7 +180,8 @@ def test_overrides_go_to_the_recipes_that_have_their_section():
     [
         ("table2", "dti.max_steps=3", None, "dti: unknown key; did you mean 'dit'?"),
         ("table2", "stage1.max_steps=3", ["SD-VAE-like f4, p = 4"], "stage1: unknown key"),
-        ("table3", "dit.max_steps=3", None, "table3 trains nothing"),
+        ("table3", "dit.max_steps=3", None, "--set dit.max_steps=3: no row of table3 trains what it changes"),
+        ("table2", "vae.max_steps=3", ["VA-VAE-like f8, p = 2"], "no row of table2 trains what it changes"),
         ("table2", "vae.lambda_kl=0.1", ["DC-AE-like f16, p = 1"], "vae.lambda_kl is 0.1, and a dc autoencoder"),
         ("table1", "dit.max_steps=3", ["DA-VEA"], "table1 has no row 'DA-VEA'; did you mean 'DA-VAE'?"),
     ],

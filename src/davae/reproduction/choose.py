@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from davae.recipes import AnyRecipe, BaseRecipe, Recipe, RecipeError, SuperResolutionRecipe, load_recipe
@@ -43,8 +43,6 @@ def jobs(
     chosen, settings = load_table(table), load_scale(scale)
     shown = wanted_rows(table, chosen.rows_at(scale), rows or [])
     maker = Maker(chosen, settings, overrides, recipe_kinds(shown))
-    if overrides and not maker.kinds:
-        raise RecipeError(f"{table} trains nothing at this scale: there is no recipe that --set could change")
     found = []
     for seed in range(seeds or settings.seeds):
         for row in shown:
@@ -52,6 +50,9 @@ def jobs(
                 continue
             if seed == 0 or row.kind not in ONCE:
                 found.append(maker.job(row, seed))
+    unused = [override for override in overrides if override not in maker.used]
+    if unused:
+        raise RecipeError(f"--set {unused[0]}: no row of {table} trains what it changes")
     return found
 
 
@@ -83,6 +84,7 @@ class Maker:
     scale: Scale
     overrides: list[str]
     kinds: set[type[AnyRecipe]]
+    used: set[str] = field(default_factory=set)  # overrides that some recipe took
 
     @property
     def measures(self) -> dict[str, Any]:
@@ -110,10 +112,16 @@ class Maker:
             raise RecipeError(f"recipe '{name}' is of kind {recipe.kind}, this row needs another")
         return recipe
 
+    def own(self, kind: type[AnyRecipe], changes: dict[str, Any]) -> list[str]:
+        """The user's overrides that are for a recipe of a kind that a row changes so."""
+        found = overrides_for(kind, self.kinds, self.overrides, changes)
+        self.used.update(found)
+        return found
+
     def upgrade(self, name: str, changes: dict[str, Any], seed: int, verb: str = "train-dit") -> UpgradeJob:
         """The scale's recipe with the table's, a row's and the user's changes."""
         sets = upgrade_overrides(self.scale, self.table.set, changes, seed=seed)
-        sets += overrides_for(Recipe, self.kinds, self.overrides)
+        sets += self.own(Recipe, {**self.scale.set, **self.table.set, **changes})
         recipe = self.load(Recipe, self.scale.recipe, sets)
         command = shlex.join(["davae", verb, self.scale.recipe, *setting(sets)])
         return UpgradeJob(row=name, seed=seed, command=command, recipe=recipe, measures=self.measures)
@@ -148,7 +156,7 @@ class Maker:
             detail = self.upgrade(row.name, row.detail_vae, 0, "cache-latents")
             words = [f"{detail.command} --out {DETAIL}", "&&"]
             changes = {"autoencoder": f"{DETAIL}/vae", "vae": None, **changes}
-        sets = base_overrides(changes, seed) + overrides_for(BaseRecipe, self.kinds, self.overrides)
+        sets = base_overrides(changes, seed) + self.own(BaseRecipe, changes)
         recipe = self.load(BaseRecipe, str(row.recipe), sets)
         words.append(shlex.join(["davae", "train-base", str(row.recipe), *setting(sets)]))
         return BaseJob(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 
 from davae.models.autoencoders import autoencoder_config, latent_shape
-from davae.models.pipeline import HUB_ID, BaseShapes, read_shapes
+from davae.models.pipeline import HUB_ID, read_shapes
 from davae.recipes import BaseRecipe, Recipe
 from davae.reproduction.job import BaseJob, DrawnJob, EnlargedJob, Job, PlannedJob, UpgradeJob
 from davae.train.checks import base_shapes
-from davae.train.plan import base_gpu_days, gpu_days
+from davae.train.plan import base_gpu_days, gpu_days, stage_flops
 from davae.zoo import MODELS, SHIPPED, resolve
 from davae.zoo.presets import find_preset, presets
 
@@ -70,41 +71,71 @@ def cost(job: Job) -> str:
 
 def upgrade_cost(recipe: Recipe) -> str:
     """H100-days of an upgrade."""
-    shapes, note = known_shapes(recipe)
-    if shapes is None:
+    sizes = recipe.resolution, recipe.scale, recipe.detail_channels
+    preset = stand_in(recipe)
+    if preset is not None:
+        return f"about {gpu_days(recipe, preset_flops(preset, *sizes)):.2g} H100-days{by_preset(preset)}"
+    if absent(recipe.base.model):
         return f"cost unknown until {recipe.base.model} is there"
-    return f"about {gpu_days(recipe, shapes):.2g} H100-days{note}"
+    return f"about {gpu_days(recipe, stage_flops(base_shapes(recipe), *sizes)):.2g} H100-days"
+
+
+@cache
+def preset_flops(preset: str, *sizes: int) -> tuple[float, float]:
+    """`stage_flops` of a preset: counted once for all rows of a table."""
+    return stage_flops(read_shapes(preset), *sizes)
 
 
 def base_cost(recipe: BaseRecipe, like: str | None, detail: Recipe | None = None) -> str:
     """H100-days of a base recipe; the DetailVAE of `detail`, which other runs share, comes on top."""
-    latents, note, extra = None, "", ""
-    if detail is not None:
-        shapes, note = known_shapes(detail)
-        if shapes is None:
-            return f"cost unknown until {detail.base.model} is there"
-        latents, extra = (
-            (shapes.vae_factor * detail.scale, shapes.channels + detail.detail_channels),
-            " and its DetailVAE",
-        )
-    elif isinstance(recipe.autoencoder, str):
-        if not Path(recipe.autoencoder).is_dir() and like is None:
-            return f"cost unknown until {recipe.autoencoder} is there"
-        if Path(recipe.autoencoder).is_dir():
-            config = autoencoder_config(recipe.autoencoder)[1]
-        else:
-            config, note = presets()[str(like)].parts["vae"], by_preset(str(like))
-        latents = latent_shape(config, str(config["_class_name"]))
+    if not isinstance(recipe.autoencoder, str):
+        return f"about {base_gpu_days(recipe):.2g} H100-days"
+    if detail is None:
+        found, wanted, extra = autoencoder_latents(recipe.autoencoder, like), recipe.autoencoder, ""
+    else:
+        found, wanted, extra = upgrade_latents(detail), detail.base.model, " and its DetailVAE"
+    if found is None:
+        return f"cost unknown until {wanted} is there"
+    latents, note = found
     return f"about {base_gpu_days(recipe, latents):.2g} H100-days{extra}{note}"
 
 
-def known_shapes(recipe: Recipe) -> tuple[BaseShapes | None, str]:
-    """(shapes of an upgrade's base model, whose they are when not its own); None where nothing tells."""
+Latents = tuple[tuple[int, int], str]  # (pixels per position, channels), and whose configs tell them
+
+
+def autoencoder_latents(name: str, like: str | None) -> Latents | None:
+    """Latents of an autoencoder, by itself or by the preset that is like it; None where neither tells."""
+    if Path(name).is_dir():
+        config, note = autoencoder_config(name)[1], ""
+    elif like is not None:
+        config, note = presets()[like].parts["vae"], by_preset(like)
+    else:
+        return None
+    return latent_shape(config, str(config["_class_name"])), note
+
+
+def upgrade_latents(recipe: Recipe) -> Latents | None:
+    """Latents of an upgrade's DetailVAE; None where nothing tells."""
+    preset = stand_in(recipe)
+    if preset is None and absent(recipe.base.model):
+        return None
+    shapes = base_shapes(recipe) if preset is None else read_shapes(preset)
+    latents = shapes.vae_factor * recipe.scale, shapes.channels + recipe.detail_channels
+    return latents, "" if preset is None else by_preset(preset)
+
+
+def absent(model: str | None) -> bool:
+    """Whether an upgrade's base model is to come from elsewhere."""
+    return model is not None and not Path(resolve(model)).is_dir()
+
+
+def stand_in(recipe: Recipe) -> str | None:
+    """The preset of an upgrade's base model, or of its folder's name, where the model is not here."""
     model = recipe.base.model
-    if model is None or Path(resolve(model)).is_dir():
-        return base_shapes(recipe), ""
+    if model is None or not absent(model):
+        return None
     preset = find_preset(model) or find_preset(Path(model).name)
-    return (None, "") if preset is None else (read_shapes(preset.name), by_preset(preset.name))
+    return None if preset is None else preset.name
 
 
 def by_preset(name: str) -> str:

@@ -83,22 +83,22 @@ def token_plan(shapes: BaseShapes, resolution: int, scale: int, detail_channels:
 H100_FLOPS = UTILISATION * GPUS["h100-80gb"].peak
 
 
-def gpu_days(recipe: Recipe, shapes: BaseShapes | None = None) -> float:
+def gpu_days(recipe: Recipe, flops: tuple[float, float]) -> float:
     """H100-days of both stages at 40 % of its bf16 peak; a backward pass counts twice a forward one.
 
     Encoding the cache, losses' own networks, loading and evaluation come on top.
 
     Args:
-        shapes: of the base model, where they are known without it.
+        flops: `stage_flops` of the recipe's base model and sizes.
     """
-    shapes = shapes or base_shapes(recipe)
-    vae = meta_detail_vae(shapes, recipe.detail_channels, recipe.scale)
-    tokens = token_plan(shapes, recipe.resolution, recipe.scale, recipe.detail_channels)
-    each = (
-        (recipe.stage1, sum(flops.total for flops in autoencoder_flops(vae, recipe.resolution))),
-        (recipe.stage2, tokens.upgraded_flops),
-    )
-    return sum(training_days(settings, flops) for settings, flops in each)
+    return training_days(recipe.stage1, flops[0]) + training_days(recipe.stage2, flops[1])
+
+
+def stage_flops(shapes: BaseShapes, resolution: int, scale: int, detail_channels: int) -> tuple[float, float]:
+    """FLOPs of a picture's forward pass in stage 1 and in stage 2; `resolution` is that of I_hr."""
+    vae = meta_detail_vae(shapes, detail_channels, scale)
+    tokens = token_plan(shapes, resolution, scale, detail_channels)
+    return sum(flops.total for flops in autoencoder_flops(vae, resolution)), tokens.upgraded_flops
 
 
 def training_days(settings: Optim, flops: float) -> float:

@@ -141,14 +141,26 @@ def as_overrides(values: Mapping[str, Any]) -> list[str]:
     return [f"{path}={'null' if value is None else value}" for path, value in values.items()]
 
 
-def overrides_for(kind: type[BaseModel], kinds: Iterable[type[BaseModel]], overrides: Iterable[str]) -> list[str]:
-    """Those of a user's overrides that are for one kind of recipe, where a table has several kinds.
+def overrides_for(
+    kind: type[BaseModel], kinds: Iterable[type[BaseModel]], overrides: Iterable[str], changes: Mapping[str, Any]
+) -> list[str]:
+    """Those of a user's overrides that are for one recipe, where a table has several.
 
-    An override goes to every recipe that has its section; one whose section none of `kinds` has goes to all, whose loading
-    then says what is wrong with it.
+    An override goes to every recipe that has its section and does not replace it by a plain value; one whose section none of
+    `kinds` has goes to all, whose loading then says what is wrong with it.
+
+    Args:
+        kind: of the recipe.
+        kinds: of all recipes of the table.
+        changes: what the row itself changes.
     """
 
-    def fits(override: str, model: type[BaseModel]) -> bool:
-        return override.partition("=")[0].partition(".")[0].strip() in model.model_fields
-
-    return [o for o in overrides if fits(o, kind) or not any(fits(o, other) for other in kinds)]
+    found = []
+    for override in overrides:
+        path = override.partition("=")[0].strip()
+        section = path.partition(".")[0]
+        replaced = path != section and section in changes and not isinstance(changes[section], Mapping)
+        unknown = not any(section in other.model_fields for other in kinds)
+        if unknown or (section in kind.model_fields and not replaced):
+            found.append(override)
+    return found
