@@ -20,14 +20,14 @@ from davae import ClassConditionalPipeline
 from davae.data.cache import CachedLatents
 from davae.data.paired import PairedLatents, collate_pairs
 from davae.data.pictures import DataError
-from davae.models.autoencoders import load_autoencoder
+from davae.models.autoencoders import load_autoencoder, raw_statistics
 from davae.models.detail_vae import downsample
 from davae.models.lightning_dit import LightningDiT
 from davae.models.one_frame import encode_mode
 from davae.models.pipeline import ModelError, load_pipeline
 from davae.recipes import BaseRecipe, RecipeError, differences, load_recipe, validate
 from davae.recipes.schema import Run
-from davae.train.align import BASE_CACHE, HeadTask, align, check_grids, latent_scale
+from davae.train.align import BASE_CACHE, HeadTask, align, check_grids
 from davae.train.base_class import ClassFlowTask, build_class_transformer
 from davae.train.base_run import BaseRun, train_base
 from davae.train.draws import Draws
@@ -146,7 +146,7 @@ def aligned(values: dict[str, Any], out: Path) -> LightningDiT:
     vae = run.autoencoder()
     seed_initial_weights(recipe.run.seed)
     transformer = build_class_transformer(recipe, 4, 8)
-    align(run, transformer, CachedLatents(out / "cache", "class"), latent_scale(vae))
+    align(run, transformer, CachedLatents(out / "cache", "class"), raw_statistics(vae))
     run.folder.close()
     return transformer
 
@@ -224,7 +224,7 @@ def test_an_aligned_head_is_better_than_a_random_one(values: dict[str, Any], fin
     recipe = recipe_of(values, align=longer)
     model = aligned(values, finished)
     torch.nn.init.xavier_uniform_(model.final_layer.linear.weight)
-    cache, scale = CachedLatents(finished / "cache", "class"), latent_scale(load_autoencoder(values["autoencoder"]))
+    cache, scale = CachedLatents(finished / "cache", "class"), raw_statistics(load_autoencoder(values["autoencoder"]))
     task = HeadTask(recipe, model, cache, scale, torch.device("cpu"))
     before = held_loss(task)
     run = Run(log_every=10, checkpoint_every=100)
@@ -335,8 +335,11 @@ def test_other_grids_are_told_before_anything_is_trained(
 def test_grids_of_every_kind_of_autoencoder(values: dict[str, Any], tmp_path: Path, tiny_base: Path) -> None:
     section = {"channels": [8, 8, 8], "norm_groups": 4, "latent_channels": 6}
     check_grids(recipe_of(values, autoencoder=section, vae={"max_steps": 1, "batch_size": 1}))
-    for kind, widths in (("DetailVAE", "block_out_channels"), ("AutoencoderDC", "encoder_block_out_channels")):
-        (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind, widths: [8, 8, 8]}))
+    base = {"block_out_channels": [8, 8], "latent_channels": 2}
+    detail = {"base_class": "AutoencoderKL", "base_config": base, "scale": 2, "latent_channels": 6}
+    deep = {"encoder_block_out_channels": [8, 8, 8], "latent_channels": 6}
+    for kind, config in (("DetailVAE", detail), ("AutoencoderDC", deep)):
+        (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind, **config}))
         check_grids(recipe_of(values, autoencoder=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderOfTomorrow"}))
     with pytest.raises(ModelError, match="autoencoder class AutoencoderOfTomorrow is not supported"):

@@ -10,12 +10,14 @@ import pytest
 import torch
 import yaml
 from conftest import picture
+from diffusers import AutoencoderDC
 from test_convert import write_shards
 from test_lightning_dit import random_model, small_autoencoder
 from test_training import run_cli
 
-from davae import ClassConditionalPipeline
+from davae import ClassConditionalPipeline, DetailVAE
 from davae.data.cache import CachedLatents
+from davae.measure import evaluate_reconstruction
 from davae.models.pipeline import ModelError, load_pipeline
 from davae.recipes import load_recipe
 from davae.sample.adm import class_schedule, field_uint8, write_samples
@@ -127,6 +129,45 @@ def test_p2_baseline_starts_from_the_pretrained_model(finished: Path, classes: P
     (tmp_path / "p2.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(AssertionError, match="exited with 2"):
         run_cli("train-base", str(tmp_path / "p2.yaml"), "--out", str(tmp_path / "other"))
+
+
+def test_a_generator_from_scratch_on_the_detail_vae_of_a_run(finished: Path, classes: Path, tmp_path: Path) -> None:
+    values = base_recipe(resolution=32, autoencoder=str(finished), data={"source": str(classes)})
+    del values["vae"]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    run_cli("train-base", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run"))
+    pipeline = load_pipeline(str(tmp_path / "run" / "pipeline"))
+    assert (type(pipeline.vae), pipeline.transformer.config["in_channels"]) == (DetailVAE, 12)
+    assert pipeline.vae_scale_factor == pipeline.vae.spatial_factor == 4
+    assert pipeline("tench", num_inference_steps=2).images[0].size == (32, 32)
+
+
+def test_a_deep_compression_base_is_trained_and_upgraded(classes: Path, tmp_path: Path) -> None:
+    loss = {"max_steps": 2, "batch_size": 2, "perceptual": "lite0", "lambda_adv": 0.0}
+    base = base_recipe(
+        autoencoder={"family": "dc", "channels": [8, 8, 16], "latent_channels": 8}, vae={**loss, "lambda_kl": 0.0}
+    )
+    values = {
+        "name": "tiny-deep",
+        "base": {"resolution": 16, "train": base},
+        "detail_channels": 8,
+        "data": {"source": str(classes)},
+        "stage1": loss,
+        "stage2": FLOW,
+        "run": RUN,
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    run_cli("train-dit", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run"))
+    base_vae = load_pipeline(str(tmp_path / "run" / "base" / "pipeline")).vae
+    assert type(base_vae) is AutoencoderDC
+    upgraded = load_pipeline(str(tmp_path / "run" / "pipeline"))
+    assert upgraded.vae.config["base_mean"] == base_vae.config["latents_mean"]
+    assert upgraded("tench", num_inference_steps=2).images[0].size == (32, 32)
+    assert all(
+        "kl" not in r for r in read_metrics(tmp_path / "run" / "base" / "metrics.jsonl") if r["stage"] == "vae"
+    )
+    with pytest.raises(ModelError, match="does not say its size; give --resolution"):
+        evaluate_reconstruction(str(tmp_path / "run" / "base" / "pipeline"), str(classes), None, 2, 0.0)
 
 
 def test_training_on_latent_shards(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

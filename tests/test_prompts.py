@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import picture
+from PIL import Image
 
 from davae.data.pictures import DataError
 from davae.data.prompts import read_prompts
@@ -193,6 +194,10 @@ def test_pictures_for_prompts_resume_and_are_scored(tiny_base: Path, tiny_clip: 
     assert again == figures
     with pytest.raises(ModelError, match="other settings"):
         evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=None, **{**options, "steps": 2})
+    with pytest.raises(ModelError, match="other settings"):
+        evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=None, resolution=32, **options)
+    evaluate_prompts(str(tiny_base), prompts, tmp_path / "large", clip=None, resolution=32, **options)
+    assert Image.open(tmp_path / "large" / "00000.png").size == (32, 32)
 
 
 def test_geneval_layout_and_judgement(tiny_base: Path, tiny_clip: Path, tiny_detector: Path, tmp_path: Path):

@@ -40,6 +40,30 @@ def test_mistakes_are_named(override: str, message: str):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["autoencoder.latent_chanels=3"],
+            "autoencoder.latent_chanels: unknown key; did you mean 'latent_channels'?",
+        ),
+        (["autoencoder.family=vq"], "autoencoder.family: .*'kl' or 'dc'.*'vq'"),
+        (["autoencoder=null"], "autoencoder: .*valid dictionary"),
+        (["autoencoder.family=dc"], "vae.lambda_kl is 1e-06, and a dc autoencoder is deterministic.*set it to 0"),
+        (["autoencoder.family=dc", "autoencoder.channels=[8, 64]"], "autoencoder: channels: 8 then 64"),
+        (
+            ["autoencoder.family=dc", "autoencoder.latent_channels=24"],
+            "latent_channels is 24.*the last of channels, 64",
+        ),
+        (["autoencoder=models/vae"], "pretrained one \\(models/vae\\); leave out the section vae"),
+        (["vae=null"], "the section vae, which trains the autoencoder, is missing"),
+    ],
+)
+def test_mistakes_about_an_autoencoder_are_named(overrides: list[str], message: str):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("imagenette128-scratch", overrides)
+
+
 def test_unknown_recipe_suggests_the_nearest():
     with pytest.raises(RecipeError, match=r"unknown recipe 'mikro'; did you mean 'micro'\?"):
         load_recipe("mikro")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,32 +13,72 @@ from conftest import tiny_upgrade_recipe
 from safetensors.torch import load_file, save_file
 
 from davae import reproduction
-from davae.recipes.tables import Scale, Table, load_table, table_names
-from davae.reproduction import finished, jobs, markdown, run_job, table_rows
+from davae.recipes import BaseRecipe, Recipe, RecipeError
+from davae.recipes.tables import Scale, ScaleName, Table, load_table, overrides_for, table_names
+from davae.reproduction import (
+    BaseJob,
+    DrawnJob,
+    PlannedJob,
+    UpgradeJob,
+    finished,
+    jobs,
+    markdown,
+    run_job,
+    table_rows,
+)
+from davae.reproduction.choose import ONCE
 
 
 @pytest.mark.parametrize("scale", ["micro", "paper"])
 @pytest.mark.parametrize("name", table_names())
-def test_every_row_of_every_table_is_a_valid_recipe(name: str, scale: str):
-    todo = jobs(name, scale, 2, [])  # type: ignore[arg-type]
-    rows = load_table(name).rows
+def test_every_row_of_every_table_is_a_valid_recipe(name: str, scale: ScaleName):
+    todo = jobs(name, scale, 2, [])
+    rows = load_table(name).rows_at(scale)
     networks = 0 if scale == "micro" else sum(row.upscale == "network" for row in rows)  # none trained at that scale
-    assert len(todo) == sum(1 if row.upscale else 2 for row in rows) - networks
+    assert len(todo) == sum(1 if row.kind in ONCE else 2 for row in rows) - networks
     assert len({job.key for job in todo}) == len(todo)
     for job in todo:
-        for path, value in next(row for row in rows if row.name == job.row).set.items():
-            section, field = path.split(".")
-            assert getattr(getattr(job.recipe, section), field) == value
+        row = next(row for row in rows if row.name == job.row)
+        if row.kind in ("drawn", "planned"):
+            assert not row.set
+            continue
+        for path, value in row.set.items():
+            found = job.recipe  # type: ignore[attr-defined]
+            for part in path.split("."):
+                found = getattr(found, part)
+            assert (list(found) if isinstance(found, tuple) else found) == value
 
 
 def test_rows_that_differ_in_stage_2_alone_share_stage_1():
-    full, no_fade, no_align, random = jobs("table5", "micro", 1, [])
+    full, no_fade, no_align, random = upgrades("table5", 1)
     assert full.stage1_key == no_fade.stage1_key == random.stage1_key != no_align.stage1_key
-    other_seed = jobs("table5", "micro", 2, [])[4]
+    other_seed = upgrades("table5", 2)[4]
     assert other_seed.stage1_key == full.stage1_key
     assert other_seed.key != full.key
     same = next(job for job in jobs("table4", "micro", 1, []) if job.row == "lambda_align = 0.5")
     assert same.key == full.key  # two tables, one run
+    assert upgrades("table1", 1)[0].key == full.key  # and a third
+
+
+def upgrades(table: str, seeds: int) -> list[UpgradeJob]:
+    return [job for job in jobs(table, "micro", seeds, []) if isinstance(job, UpgradeJob)]
+
+
+# Runs under these hashes were begun before base recipes, tables per scale and autoencoder families came: they stay theirs.
+BEGUN = {
+    ("table5", "full"): ("deeefdd17db76ceb", "9e3a168b975a47e6"),
+    ("table4", "lambda_align = 0"): ("9427f20822e1cefa", "4b0ec67d40b0b26a"),
+    ("table4", "lambda_align = 0.1"): ("4059b6ea297276fa", "2f6e2475e3236c6d"),
+    ("table4", "lambda_align = 1.0"): ("275ec31ad803945f", "b03d01c2cc889542"),
+    ("table5", "without the fade-in"): ("caacbcd6108a9b87", "9e3a168b975a47e6"),
+}
+
+
+def test_hashes_of_runs_that_were_begun_stay(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reproduction.job, "model_digest", lambda model: "WEIGHTS")
+    for (table, row), (key, stage1_key) in BEGUN.items():
+        job = next(job for job in upgrades(table, 1) if job.row == row)
+        assert (job.key, job.stage1_key) == (key, stage1_key)
 
 
 @pytest.fixture
@@ -65,8 +106,8 @@ def tiny_scale(tiny_base: Path, picture_folder: Path, tmp_path: Path, monkeypatc
             ],
         }
     )
-    monkeypatch.setattr(reproduction, "load_scale", lambda name: scale)
-    monkeypatch.setattr(reproduction, "load_table", lambda name: table)
+    monkeypatch.setattr("davae.reproduction.choose.load_scale", lambda name: scale)
+    monkeypatch.setattr("davae.reproduction.choose.load_table", lambda name: table)
     return tmp_path
 
 
@@ -99,11 +140,11 @@ def test_runs_are_done_once_and_make_the_table(tiny_scale: Path):
 
 
 def test_a_new_default_changes_no_hash():
-    job = jobs("table5", "micro", 1, [])[0]
+    job = upgrades("table5", 1)[0]
     plain = job.recipe.model_copy(update={"name": "other"})
-    assert reproduction.Job(job.row, 0, plain, job.measures, "").key == job.key
+    assert replace(job, recipe=plain, command="").key == job.key
     longer = job.recipe.model_copy(update={"stage2": job.recipe.stage2.model_copy(update={"max_steps": 7})})
-    assert reproduction.Job(job.row, 0, longer, job.measures, "").key != job.key
+    assert replace(job, recipe=longer).key != job.key
 
 
 def test_new_weights_of_the_base_make_figures_due_again(tiny_scale: Path, tiny_base: Path, tmp_path: Path):
@@ -116,3 +157,102 @@ def test_new_weights_of_the_base_make_figures_due_again(tiny_scale: Path, tiny_b
     reproduction.model_digest.cache_clear()
     after = jobs("tiny", "micro", 1, [f"base.model={copy}"])
     assert all(old != new.key for old, new in zip(keys, after, strict=True))
+
+
+# -- what a user changes ---------------------------------------------------------------------------------------------
+
+
+def test_overrides_go_to_the_recipes_that_have_their_section():
+    given = ["data.limit=5", "stage1.max_steps=2", "dit.max_steps=3"]
+    kinds = {Recipe, BaseRecipe}
+    assert overrides_for(Recipe, kinds, given, {}) == ["data.limit=5", "stage1.max_steps=2"]
+    assert overrides_for(BaseRecipe, kinds, given, {}) == ["data.limit=5", "dit.max_steps=3"]
+    for job in jobs("table2", "micro", 1, [*given, "vae.max_steps=4"]):
+        assert isinstance(job, BaseJob)
+        assert (job.recipe.data.limit, job.recipe.dit.max_steps) == (5, 3)
+        assert job.recipe.vae is None or job.recipe.vae.max_steps == 4  # not for rows without one
+        if job.detail is not None:
+            assert (job.detail.recipe.data.limit, job.detail.recipe.stage1.max_steps) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("table", "override", "rows", "message"),
+    [
+        ("table2", "dti.max_steps=3", None, "dti: unknown key; did you mean 'dit'?"),
+        ("table2", "stage1.max_steps=3", ["SD-VAE-like f4, p = 4"], "stage1: unknown key"),
+        ("table3", "dit.max_steps=3", None, "--set dit.max_steps=3: no row of table3 trains what it changes"),
+        ("table2", "vae.max_steps=3", ["VA-VAE-like f8, p = 2"], "no row of table2 trains what it changes"),
+        ("table2", "vae.lambda_kl=0.1", ["DC-AE-like f16, p = 1"], "vae.lambda_kl is 0.1, and a dc autoencoder"),
+        ("table1", "dit.max_steps=3", ["DA-VEA"], "table1 has no row 'DA-VEA'; did you mean 'DA-VAE'?"),
+    ],
+)
+def test_overrides_and_rows_that_fit_nothing(table: str, override: str, rows: list[str] | None, message: str):
+    with pytest.raises(RecipeError) as caught:
+        jobs(table, "micro", 1, [override], rows)
+    assert message in str(caught.value)
+
+
+# -- rows that are not trained ---------------------------------------------------------------------------------------
+
+
+def test_models_that_are_there_are_drawn_and_timed(
+    tiny_scale: Path, tiny_base: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    table = Table.model_validate(
+        {
+            "title": "Tiny",
+            "claim": "none",
+            "generation": {"data": str(picture_folder), "num": 4, "steps": 2, "guidance": 1.0, "features": "lite0"},
+            "compare_at": 32,
+            "micro": [
+                {"name": "native", "pipeline": str(tiny_base), "resolution": 32},
+                {"name": "enlarged", "pipeline": str(tiny_base), "upscale": "lanczos"},
+            ],
+        }
+    )
+    monkeypatch.setattr("davae.reproduction.choose.load_table", lambda name: table)
+    results = tiny_scale / "results"
+    todo = jobs("tiny", "micro", 2, [])
+    assert len({job.key for job in todo}) == 4
+    native, enlarged, _, second = (run_job(job, tiny_scale / "out", results, lambda progress: None) for job in todo)
+    assert (native["generation"]["resolution"], native["generation"]["compared_at"]) == (32, 32)
+    assert (enlarged["generation"]["resolution"], enlarged["generation"]["upscale"]) == (16, "lanczos")
+    assert (native["speed"]["tokens"], enlarged["speed"]["tokens"]) == (64, 16)
+    assert native["speed"]["images_per_second"] == pytest.approx(1 / native["speed"]["seconds"])
+    assert (enlarged["generation"]["seed"], second["generation"]["seed"]) == (0, 1)
+    assert enlarged["generation"]["fd_lite0"] != second["generation"]["fd_lite0"]
+    headings, lines = table_rows(todo, results)
+    assert headings == ["", "tokens", "images/s", "FD-lite0", "seeds"]
+    assert [line[:2] for line in lines] == [["native", "64"], ["enlarged", "16"]]
+    assert "±" in lines[0][3]
+
+
+def test_weights_of_an_upgrade_are_part_of_the_hash(monkeypatch: pytest.MonkeyPatch):
+    (upgraded,) = jobs("table3", "micro", 1, [], ["DA-VAE (shipped upgrade)"])
+    assert isinstance(upgraded, DrawnJob)
+    asked: list[str | None] = []
+    monkeypatch.setattr(reproduction.job, "model_digest", lambda model: asked.append(model) or "WEIGHTS")
+    assert upgraded.key
+    assert [Path(str(model)).name for model in asked] == ["base", "upgrade"]
+
+
+@pytest.mark.parametrize("name", table_names())
+def test_the_plan_of_every_table_can_be_printed(name: str):
+    todo = jobs(name, "paper", 1, [])
+    missing = reproduction.missing_parts(todo)
+    assert any("is not here" in part for part in missing)
+    for job in todo:
+        told = reproduction.cost(job)
+        assert "H100-days" in told or told == "no training", told  # every size is known from some preset's configs
+        if isinstance(job, PlannedJob):
+            assert all(command.startswith("davae ") for command in job.command.splitlines())
+            with pytest.raises(RecipeError, match="is a plan: run its commands"):
+                run_job(job, Path("never"), Path("never"), lambda progress: None)
+
+
+def test_the_cost_of_what_nobody_knows_is_unknown(tmp_path: Path):
+    (job,) = jobs("table2", "paper", 1, ["autoencoder=models/strange"], ["VA-VAE f16c32, p = 2"])
+    assert isinstance(job, BaseJob)
+    assert reproduction.cost(replace(job, like=None)) == "cost unknown until models/strange is there"
+    (job,) = jobs("table5", "paper", 1, [f"base.model={tmp_path}/none"], ["full"])
+    assert reproduction.cost(job) == f"cost unknown until {tmp_path}/none is there"

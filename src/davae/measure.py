@@ -18,6 +18,7 @@ from davae.data.sources import open_source, usable
 from davae.evaluate.distribution import compare
 from davae.evaluate.features import Features, extract, make_extractor
 from davae.evaluate.reconstruction import score_reconstructions
+from davae.evaluate.throughput import time_pipelines
 from davae.evaluate.upscale import make_upscaler
 from davae.losses.perceptual import Lite0Distance, Lpips
 from davae.models.autoencoders import load_autoencoder
@@ -116,7 +117,10 @@ def evaluate_reconstruction(
 ) -> dict[str, Any]:
     """Figures of `davae evaluate reconstruction`."""
     model = open_autoencoder(vae)
-    size = resolution or int(model.config["sample_size"])
+    own = model.config.get("sample_size")  # some classes have none
+    if resolution is None and own is None:
+        raise ModelError(f"{vae}: an {type(model).__name__} does not say its size; give --resolution")
+    size = int(resolution or own)
     distances: dict[str, Any] = {"lite0": Lite0Distance()}
     if lpips is not None:
         try:
@@ -220,6 +224,43 @@ def evaluate_generation(
         "steps": steps,
         "guidance_scale": guidance,
         "seed": seed,
+    }
+
+
+def time_picture(
+    pipeline: str,
+    data: str,
+    *,
+    resolution: int | None,
+    compare_at: int | None,
+    upscale: str,
+    steps: int,
+    guidance: float,
+    repeats: int = 5,
+) -> dict[str, Any]:
+    """Tokens and median seconds of one picture, drawn alone for the first caption or class of `data`; enlarging included.
+
+    Args:
+        resolution, compare_at: pixels that are drawn, and that they are enlarged to, as in `evaluate_generation`.
+    """
+    model, _ = open_model(pipeline)
+    size = resolution or default_resolution(model)
+    final = compare_at or size
+    enlarge = make_upscaler(upscale, final) if size != final else None
+    prompt = condition_of(real_pictures(data, final, 0.0, "train")[(0, -1)], model)
+    timing = time_pipelines(
+        [(pipeline, model, size, lambda picture: enlarge([picture]) if enlarge else picture)],
+        prompt,
+        steps=steps,
+        guidance_scale=guidance,
+        repeats=repeats,
+    )[0]
+    return {
+        "tokens": timing.tokens,
+        "seconds": timing.whole,
+        "transformer_seconds": timing.transformer,
+        "images_per_second": 1 / timing.whole,
+        "repeats": repeats,
     }
 
 

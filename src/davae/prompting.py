@@ -34,7 +34,14 @@ def open_text_model(name: str) -> Any:
 
 
 def draw_missing(
-    pipeline: str, wanted: list[tuple[str, Path]], *, steps: int, guidance: float, seed: int, on_batch: Watch
+    pipeline: str,
+    wanted: list[tuple[str, Path]],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    resolution: int | None,
+    on_batch: Watch,
 ) -> None:
     """Draw (prompt, file) pairs whose file is not there yet. Picture i depends on the settings and i alone."""
     missing = [number for number, (_, path) in enumerate(wanted) if not path.is_file()]
@@ -44,7 +51,9 @@ def draw_missing(
     done = len(wanted) - len(missing)
     for start, stop in stretches(missing, PART):
         texts = [prompt for prompt, _ in wanted[start:stop]]
-        pictures = generate(model, texts, steps=steps, guidance_scale=guidance, seed=seed, first=start)
+        pictures = generate(
+            model, texts, resolution=resolution, steps=steps, guidance_scale=guidance, seed=seed, first=start
+        )
         for (_, path), picture in zip(wanted[start:stop], pictures, strict=True):
             with saving(path.parent):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +86,12 @@ def settings_of(folder: Path, settings: dict[str, Any]) -> None:
         replace_text(path, text)
 
 
+def drawn_by(*, steps: int, guidance: float, seed: int, resolution: int | None) -> dict[str, Any]:
+    """What pictures depend on beside model and prompts; the model's own size goes without saying."""
+    own = {"steps": steps, "guidance": guidance, "seed": seed}
+    return own if resolution is None else {**own, "resolution": resolution}
+
+
 def evaluate_prompts(
     pipeline: str,
     prompts: Path,
@@ -88,16 +103,26 @@ def evaluate_prompts(
     seed: int,
     clip: str | None,
     on_batch: Watch,
+    resolution: int | None = None,
 ) -> dict[str, Any]:
-    """Figures of `davae evaluate prompts`: a picture a prompt in `out`, by the prompt's name, and their CLIP score."""
+    """Figures of `davae evaluate prompts`: a picture a prompt in `out`, by the prompt's name, and their CLIP score.
+
+    `resolution` is in pixels; None is the pipeline's own size.
+    """
     chosen = read_prompts(prompts)[:num]
     scorer = None if clip is None else Clip(clip)  # a wrong folder is told before drawing
-    settings = {"pipeline": pipeline, "prompts": str(prompts), "steps": steps, "guidance": guidance, "seed": seed}
+    settings = {
+        "pipeline": pipeline,
+        "prompts": str(prompts),
+        **drawn_by(steps=steps, guidance=guidance, seed=seed, resolution=resolution),
+    }
     settings_of(out, settings)
     wanted = [(prompt.text, out / f"{file_name(prompt)}.png") for prompt in chosen]
     if len({path for _, path in wanted}) < len(wanted):
         raise DataError(f"prompt file {prompts}: two prompts have the same name")
-    draw_missing(pipeline, wanted, steps=steps, guidance=guidance, seed=seed, on_batch=on_batch)
+    draw_missing(
+        pipeline, wanted, steps=steps, guidance=guidance, seed=seed, resolution=resolution, on_batch=on_batch
+    )
     figures: dict[str, Any] = {**settings, "pictures": len(wanted), "folder": str(out)}
     if scorer is not None:
         parts = []
@@ -132,8 +157,12 @@ def evaluate_geneval(
     detector: str | None,
     clip: str | None,
     on_batch: Watch,
+    resolution: int | None = None,
 ) -> dict[str, Any]:
-    """Figures of `davae evaluate geneval`: the official layout in `out`, judged where a detector and CLIP are given."""
+    """Figures of `davae evaluate geneval`: the official layout in `out`, judged where a detector and CLIP are given.
+
+    `resolution` is in pixels; None is the pipeline's own size.
+    """
     if (detector is None) != (clip is None):
         raise ModelError("judging pictures needs both a detector and a CLIP model (for colours)")
     requests = read_prompts(prompts)
@@ -141,13 +170,16 @@ def evaluate_geneval(
     if odd is not None:
         raise DataError(f"{prompts} is not GenEval's metadata: the prompt '{odd.text}' has no `tag` and `include`")
     judge = None if detector is None or clip is None else (Detector(detector), Clip(clip))
-    settings = {"pipeline": pipeline, "num": num, "steps": steps, "guidance": guidance, "seed": seed}
+    how = drawn_by(steps=steps, guidance=guidance, seed=seed, resolution=resolution)
+    settings = {"pipeline": pipeline, "num": num, **how}
     settings_of(out, settings)
     wanted = []
     for number, request in enumerate(requests):
         folder = write_request(out, number, request.record)
         wanted += [(request.text, folder / f"{sample:05d}.png") for sample in range(num)]
-    draw_missing(pipeline, wanted, steps=steps, guidance=guidance, seed=seed, on_batch=on_batch)
+    draw_missing(
+        pipeline, wanted, steps=steps, guidance=guidance, seed=seed, resolution=resolution, on_batch=on_batch
+    )
     figures: dict[str, Any] = {**settings, "pictures": len(wanted), "folder": str(out)}
     if judge is not None:
         records = judge_folder(out, *judge)

@@ -13,6 +13,7 @@ Pipeline = Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, 
 Folder = Annotated[Path, typer.Option(help="Folder for the pictures; those already there are kept.")]
 Steps = Annotated[int, typer.Option(min=1)]
 Guidance = Annotated[float, typer.Option(min=0.0)]
+Resolution = Annotated[int | None, typer.Option(min=1, help="Pixels; the pipeline's own size by default.")]
 ClipModel = Annotated[str | None, typer.Option(help="A CLIP model of transformers: folder or hub id.")]
 
 
@@ -26,6 +27,7 @@ def prompts(
     num: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
     steps: Steps = 30,
     guidance: Guidance = 2.5,
+    resolution: Resolution = None,
     seed: int = 0,
     clip: ClipModel = None,
     json: Json = None,
@@ -46,6 +48,7 @@ def prompts(
             num=num,
             steps=steps,
             guidance=guidance,
+            resolution=resolution,
             seed=seed,
             clip=clip,
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
@@ -61,6 +64,7 @@ def geneval(
     num: Annotated[int, typer.Option(min=1, help="Pictures a prompt; 4 in published tables.")] = 4,
     steps: Steps = 30,
     guidance: Guidance = 2.5,
+    resolution: Resolution = None,
     seed: int = 0,
     detector: Annotated[
         str | None, typer.Option(help="A COCO object detector of transformers, to judge the pictures here.")
@@ -86,6 +90,7 @@ def geneval(
             num=num,
             steps=steps,
             guidance=guidance,
+            resolution=resolution,
             seed=seed,
             detector=detector,
             clip=clip,

@@ -12,7 +12,7 @@ from davae.cli.options import DryRun, Overrides
 
 def reproduce(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="table4, table5, tableS2, tableS2a, fig3, fig4, figS3, figS5")
+        str, typer.Argument(metavar="NAME", help="table1 to table5, tableS2, tableS2a, fig3, fig4, figS3, figS5")
     ],
     scale: Annotated[
         Literal["micro", "paper"], typer.Option(help="micro: real photos, two cores. paper: ImageNet, GPUs.")
@@ -21,7 +21,9 @@ def reproduce(
         list[str] | None,
         typer.Option("--row", help="Only this row, by its name; may be given again. All by default."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of stage 2; the scale's own by default.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds of the transformer's training; the scale's own by default.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs; the same command resumes.")] = Path(
         "runs/reproduce"
     ),
@@ -54,12 +56,19 @@ def reproduce(
         console.print(reproduction.markdown(*reproduction.table_rows(todo, results)), markup=False, soft_wrap=True)
         return
     missing = reproduction.missing_parts(todo) if scale == "paper" else []
-    if dry_run or missing:
+    plans = [job for job in todo if isinstance(job, reproduction.PlannedJob)]
+    if dry_run or missing or plans:
         for job in todo:
             state = "done" if reproduction.finished(job, results) else reproduction.cost(job)
-            console.print(f"# {job.row}, seed {job.seed}: {state}\n{job.command}", markup=False, soft_wrap=True)
+            title = job.row if job in plans else f"{job.row}, seed {job.seed}"
+            notes = "".join(f"\n# {note}" for note in job.notes) if isinstance(job, reproduction.PlannedJob) else ""
+            console.print(f"# {title}: {state}{notes}\n{job.command}", markup=False, soft_wrap=True)
+        for note in load_table(name).notes if plans else ():
+            console.print(f"Note: {note}.", markup=False, soft_wrap=True)
         if missing:
             console.print(f"Not run here: {'; '.join(missing)}.", markup=False, soft_wrap=True)
+        elif plans:
+            console.print("These commands are for you to run; `davae reproduce` printed them.", markup=False)
         return
     for job in todo:
         with progress_display() as observer:

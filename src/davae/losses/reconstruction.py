@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ReconstructionLoss:
-    """`total` is Eq. 5 without its adversarial term, `pixel` its LPIPS and L1 alone; the others are unweighted means."""
+    """`total` is Eq. 5 without its adversarial term, `pixel` its LPIPS and L1 alone; the others are unweighted means.
+    `kl` is 0 where there is no posterior."""
 
     total: Tensor
     pixel: Tensor
@@ -30,8 +31,8 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
 def reconstruction_loss(
     reconstruction: Tensor,
     images: Tensor,
-    mean: Tensor,
-    logvar: Tensor,
+    mean: Tensor | None,
+    logvar: Tensor | None,
     perceptual: nn.Module | None,
     *,
     lambda_lpips: float,
@@ -42,14 +43,14 @@ def reconstruction_loss(
 
     Args:
         reconstruction, images: (B,3,H,W) in [-1,1].
-        mean, logvar: the posterior of z_d, (B,D,h,w).
+        mean, logvar: the posterior of z_d, (B,D,h,w); None of an autoencoder that is deterministic.
         perceptual: (images, target) -> (B,); None only where lambda_lpips is 0.
     """
     with torch.autocast(images.device.type, enabled=False):
         reconstruction, images = reconstruction.float(), images.float()
         l1 = F.l1_loss(reconstruction, images)
         lpips = perceptual(reconstruction, images).mean() if perceptual is not None else l1.new_zeros(())
-        kl = kl_loss(mean, logvar)
+        kl = l1.new_zeros(()) if mean is None or logvar is None else kl_loss(mean, logvar)
     pixel = lambda_lpips * lpips + lambda_l1 * l1
     return ReconstructionLoss(pixel + lambda_kl * kl, pixel, l1, lpips, kl)
 

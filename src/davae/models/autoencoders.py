@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from davae.models.autoencoder_families import autoencoder_family
+from davae.models.autoencoder_families import autoencoder_family, base_channels, base_statistics, spatial_factor
+from davae.models.detail_vae import DetailVAE
 from davae.models.families import model_class
+from davae.models.one_frame import encode_mode
 from davae.models.pipeline import MissingPart, ModelError, read_config
+
+DETAIL = DetailVAE.__name__
 
 
 def autoencoder_config(name: str) -> tuple[str, dict[str, Any]]:
@@ -34,10 +39,39 @@ def load_autoencoder(name: str) -> Any:
     """
     part, config = autoencoder_config(name)
     kind = str(config.get("_class_name"))
-    if kind != "DetailVAE":
+    if kind != DETAIL:
         try:
             autoencoder_family(kind)
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from error
     options = {"subfolder": part} if part else {}
     return model_class(kind).from_pretrained(name, torch_dtype=torch.float32, **options).eval()
+
+
+def latent_shape(config: Any, class_name: str) -> tuple[int, int]:
+    """(pixels per latent position each way, channels) of an autoencoder, told from its config.
+
+    Raises:
+        ValueError: a class that is not supported.
+    """
+    if class_name == DETAIL:
+        factor = spatial_factor(config["base_config"], config["base_class"]) * config["scale"]
+        return factor, int(config["latent_channels"])
+    return spatial_factor(config, class_name), base_channels(config, class_name)
+
+
+def encode_raw(vae: Any, images: Tensor) -> Tensor:
+    """Latents without noise before any normalisation, a DetailVAE's too: (B,3,H,W) in [-1,1] -> (B,c,h,w)."""
+    if not isinstance(vae, DetailVAE):
+        return encode_mode(vae, images)
+    raw = vae.encode_raw(images)
+    return vae.layout.join(raw.z, raw.mean)
+
+
+def raw_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """(mean, std) of `encode_raw`, each (1,c,1,1), by which its transformers see the latents; of a DetailVAE over packed
+    positions (1,c,2,2)."""
+    if isinstance(vae, DetailVAE):
+        return vae.mean, vae.std  # type: ignore[return-value]
+    mean, std = base_statistics(vae.config)
+    return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)

@@ -7,12 +7,12 @@ import difflib
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from davae.recipes.schema import BaseRecipe, Recipe, SuperResolutionRecipe
+from davae.recipes.schema import NAMED, OWN, BaseRecipe, Recipe, SuperResolutionRecipe
 
 AnyRecipe = Recipe | BaseRecipe | SuperResolutionRecipe
 KINDS: dict[str, type[Recipe] | type[BaseRecipe] | type[SuperResolutionRecipe]] = {
@@ -22,6 +22,7 @@ KINDS: dict[str, type[Recipe] | type[BaseRecipe] | type[SuperResolutionRecipe]] 
 }
 
 FAMILIES = ("sd3", "lightningdit")  # tags that pydantic puts into the path of an architecture's fields
+TAGS = (*FAMILIES, NAMED, OWN)  # all that it puts there
 
 
 class RecipeError(ValueError):
@@ -80,7 +81,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem of a validation, as `a.b.c: what is wrong (and the nearest valid key)`."""
     first = error.errors()[0]
     parts = [str(part) for part in first["loc"]]
-    path = ".".join(part for part in parts if part not in FAMILIES) or "recipe"
+    path = ".".join(part for part in parts if part not in TAGS) or "recipe"
     if first["type"] == "extra_forbidden":
         return f"{path}: unknown key{suggestion(parts[-1], _fields_at(model, parts[:-1]))}"
     message = first["msg"].removeprefix("Value error, ")
@@ -99,10 +100,18 @@ def _fields_at(model: type[BaseModel], parts: list[str]) -> list[str]:
                 m for m in alternatives if part in getattr(m.model_fields["family"].annotation, "__args__", ())
             ]
             continue
+        if part in TAGS:
+            continue
         annotations = [m.model_fields[part].annotation for m in alternatives if part in m.model_fields]
-        candidates = [c for a in annotations for c in (a, *getattr(a, "__args__", ()))]
-        alternatives = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        alternatives = [c for a in annotations for c in _sections_in(a)]
     return [name for m in alternatives for name in m.model_fields]
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -198,12 +201,38 @@ class Hardware(Section):
 
 
 class Autoencoder(Section):
-    """Sizes of a small AutoencoderKL, trained from scratch."""
+    """Sizes of a small autoencoder, trained from scratch: an AutoencoderKL, or a deep-compression AutoencoderDC."""
 
+    family: Literal["kl", "dc"] = "kl"  # dc is deterministic: no KL term
     channels: tuple[PositiveInt, ...]
     layers: PositiveInt = 1
-    norm_groups: PositiveInt = 8
+    norm_groups: PositiveInt = 8  # kl alone
     latent_channels: PositiveInt
+
+    @model_validator(mode="after")
+    def _shortcuts_fit(self) -> Autoencoder:
+        """What the shortcuts of a dc autoencoder can average: four positions into one, and channels into latents."""
+        if self.family == "kl":
+            return self
+        for upper, lower in pairwise(self.channels):
+            if 4 * upper % lower or lower % 4:
+                raise ValueError(
+                    f"channels: {upper} then {lower}: in a dc autoencoder each must be a multiple of 4 and divide 4 times "
+                    "the one before"
+                )
+        if self.channels[-1] % self.latent_channels:
+            raise ValueError(
+                f"latent_channels is {self.latent_channels}; in a dc autoencoder it must divide the last of channels, "
+                f"{self.channels[-1]}"
+            )
+        return self
+
+
+NAMED, OWN = "(name)", "(sizes)"  # tags of an autoencoder in the path of what is wrong with it
+AutoencoderChoice = Annotated[
+    Annotated[Autoencoder, Tag(OWN)] | Annotated[str, Tag(NAMED)],
+    Discriminator(lambda value: NAMED if isinstance(value, str) else OWN),
+]
 
 
 class TextArchitecture(Section):
@@ -261,7 +290,7 @@ class BaseRecipe(Section):
     kind: Literal["base"] = "base"
     name: str
     resolution: PositiveInt
-    autoencoder: Autoencoder | str  # trained by `vae`, or a pretrained one: a diffusers folder or hub id
+    autoencoder: AutoencoderChoice  # trained by `vae`, or a pretrained one: a folder (a DetailVAE's too) or hub id
     architecture: Annotated[TextArchitecture | ClassArchitecture, Field(discriminator="family")]
     init: str | None = None  # a LightningDiT to start from: a pipeline's folder or hub id
     data: Data = Data()
@@ -298,6 +327,11 @@ class BaseRecipe(Section):
             return self
         if self.vae is None:
             raise ValueError("the section vae, which trains the autoencoder, is missing")
+        if self.autoencoder.family == "dc" and self.vae.lambda_kl:
+            raise ValueError(
+                f"vae.lambda_kl is {self.vae.lambda_kl:g}, and a dc autoencoder is deterministic, without a KL term; "
+                "set it to 0"
+            )
         factor = 2 ** (len(self.autoencoder.channels) - 1)
         step = factor * self.architecture.patch_size
         if self.resolution % step:

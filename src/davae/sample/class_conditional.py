@@ -16,6 +16,7 @@ from torch import Tensor
 from davae.models.autoencoder_families import base_statistics
 from davae.models.classes import find_class
 from davae.models.lightning_dit import LightningDiT
+from davae.models.pipeline import pixel_factor
 from davae.sample.ode import GuidedModel, solve_ode
 
 OnStepEnd = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
@@ -54,7 +55,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             cfg_interval_start=cfg_interval_start,
             cfg_channels=cfg_channels,
         )
-        self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.vae_scale_factor: int = pixel_factor(self)
         self.patch_size = transformer.config["patch_size"]
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 

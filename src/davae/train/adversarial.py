@@ -65,15 +65,15 @@ class ReconstructionTrainer:
         self,
         images: Tensor,
         reconstruction: Tensor,
-        mean: Tensor,
-        logvar: Tensor,
+        mean: Tensor | None,
+        logvar: Tensor | None,
         last_layer: Tensor,
         step: int,
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """(total of Eq. 5, gradient of its pixel terms at the reconstruction, what to log).
 
         The perceptual network and the discriminator run backward once, down to the reconstruction; what the adaptive weights
-        need besides is the decoder's last layer.
+        need besides is the decoder's last layer. Mean and logvar are None of a deterministic autoencoder.
         """
         s = self.settings
         pixels = reconstruction.detach().requires_grad_()  # (B,3,H,W): the losses' graphs end here
@@ -87,11 +87,9 @@ class ReconstructionTrainer:
             lambda_l1=s.lambda_l1,
             lambda_kl=s.lambda_kl,
         )
-        logged: dict[str, Any] = {
-            "l1": loss.l1.detach(),
-            "lpips": loss.lpips.detach(),
-            "kl": loss.kl.detach(),
-        }
+        logged: dict[str, Any] = {"l1": loss.l1.detach(), "lpips": loss.lpips.detach()}
+        if mean is not None:
+            logged["kl"] = loss.kl.detach()
         value = loss.pixel.detach()
         pull = gradient = torch.autograd.grad(loss.pixel, pixels)[0]  # (B,3,H,W)
         if self.adversarial(step):

@@ -35,8 +35,7 @@ from torch import Tensor, nn
 from davae.data.cache import CachedLatents, is_whole, read_meta
 from davae.data.paired import PairedLatents, collate_pairs
 from davae.losses.embedding_alignment import token_alignment_loss
-from davae.models.autoencoder_families import base_statistics, spatial_factor
-from davae.models.autoencoders import autoencoder_config, load_autoencoder
+from davae.models.autoencoders import autoencoder_config, latent_shape, load_autoencoder, raw_statistics
 from davae.models.detail_vae import downsample
 from davae.models.lightning_dit import LightningDiT, PatchEmbed
 from davae.models.new_latents import EMBEDDER, HEAD
@@ -64,16 +63,13 @@ def new_factor(recipe: BaseRecipe) -> int:
     """Pixels per latent position of the recipe's autoencoder, without a weight."""
     if isinstance(recipe.autoencoder, str):
         config = autoencoder_config(recipe.autoencoder)[1]
-        kind = str(config.get("_class_name"))
-        if kind == "DetailVAE":
-            return 2 ** (len(config["block_out_channels"]) - 1)
         try:
-            return spatial_factor(config, kind)
+            return latent_shape(config, str(config.get("_class_name")))[0]
         except ValueError as error:
             raise ModelError(f"{recipe.autoencoder}: {error}") from error
     with torch.device("meta"):
         vae = build_autoencoder(recipe)
-    return spatial_factor(vae.config, type(vae).__name__)
+    return latent_shape(vae.config, type(vae).__name__)[0]
 
 
 def check_grids(recipe: BaseRecipe) -> None:
@@ -117,12 +113,6 @@ def encoding_weights(vae: nn.Module) -> dict[str, Tensor]:
 
 
 # -- the two steps ---------------------------------------------------------------------------------------------------
-
-
-def latent_scale(vae: Any) -> tuple[Tensor, Tensor]:
-    """(mean, std), each (1,C,1,1), by which pipelines normalise this autoencoder's latents."""
-    mean, std = base_statistics(vae.config)
-    return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
 
 
 class EmbedderTask:
@@ -210,12 +200,12 @@ def align(run: BaseRun, transformer: LightningDiT, cache: CachedLatents, normali
     assert recipe.init is not None
     base_vae = load_autoencoder(recipe.init).to(device)
     cache_base(run, base_vae)
-    pairs = PairedLatents(run.out / "cache", run.out / BASE_CACHE)
+    pairs = PairedLatents(run.first / "cache", run.out / BASE_CACHE)
     base_embedder = load_part(recipe.init, "transformer", FAMILY).x_embedder
     # copies are trained: an engine may wrap what it trains, and wraps nothing twice
     embedder = copy.deepcopy(transformer.x_embedder)
     task = EmbedderTask(
-        recipe.align.embedder, embedder, base_embedder, pairs, normalise, latent_scale(base_vae), device
+        recipe.align.embedder, embedder, base_embedder, pairs, normalise, raw_statistics(base_vae), device
     )
     del base_vae
     run.fit(task, release=True)

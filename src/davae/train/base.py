@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor, nn
 
 from davae.data.pictures import Pictures
-from davae.recipes.schema import BaseRecipe, Reconstruction
+from davae.recipes.schema import Autoencoder, BaseRecipe, Reconstruction
 from davae.train.adversarial import ReconstructionTask
 from davae.train.draws import Draws
 from davae.train.loop import Player
 
 
-def build_autoencoder(recipe: BaseRecipe) -> AutoencoderKL:
-    """An AutoencoderKL of the recipe's sizes, random weights."""
+def build_autoencoder(recipe: BaseRecipe) -> AutoencoderKL | AutoencoderDC:
+    """An autoencoder of the recipe's family and sizes, random weights."""
     a = recipe.autoencoder
     assert not isinstance(a, str)
+    if a.family == "dc":
+        return build_deep_compression(a)
     levels = len(a.channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,  # type: ignore[arg-type]
@@ -34,19 +36,39 @@ def build_autoencoder(recipe: BaseRecipe) -> AutoencoderKL:
     )
 
 
+def build_deep_compression(a: Autoencoder) -> AutoencoderDC:
+    """A DC-AE of these sizes: residual blocks, linear attention on the coarsest level."""
+    above = len(a.channels) - 1
+    same: dict[str, Any] = {
+        "block_types": ("ResBlock",) * above + ("EfficientViTBlock",),
+        "block_out_channels": a.channels,
+        "layers_per_block": (a.layers,) * (above + 1),
+        "qkv_multiscales": ((),) * above + ((5,),),
+    }
+    return AutoencoderDC(
+        latent_channels=a.latent_channels,
+        attention_head_dim=min(32, a.channels[-1]),
+        **{f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in same.items()},
+    )
+
+
 class AutoencoderPass(nn.Module):
     """One training pass, as a module so that data-parallel wrappers see it."""
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderKL | AutoencoderDC):
         super().__init__()
         self.vae = vae
 
-    def forward(self, images: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
-        """(B,3,H,W) -> reconstruction (B,3,H,W), posterior mean and logvar (B,C,h,w)."""
+    def forward(
+        self, images: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(B,3,H,W) -> reconstruction (B,3,H,W), and posterior mean and logvar (B,C,h,w), None of a deterministic one."""
         vae: Any = self.vae
-        posterior = vae.encode(images).latent_dist
-        z = posterior.sample(generator=generators)
-        return vae.decode(z).sample, posterior.mean, posterior.logvar
+        encoded = vae.encode(images)
+        if isinstance(self.vae, AutoencoderDC):
+            return vae.decode(encoded.latent).sample, None, None
+        posterior = encoded.latent_dist
+        return vae.decode(posterior.sample(generator=generators)).sample, posterior.mean, posterior.logvar
 
 
 class AutoencoderTask(ReconstructionTask):
@@ -54,7 +76,13 @@ class AutoencoderTask(ReconstructionTask):
 
     name = "vae"
 
-    def __init__(self, settings: Reconstruction, vae: AutoencoderKL, pictures: Pictures, device: torch.device):
+    def __init__(
+        self,
+        settings: Reconstruction,
+        vae: AutoencoderKL | AutoencoderDC,
+        pictures: Pictures,
+        device: torch.device,
+    ):
         self.vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         player = Player(vae, [{"params": list(vae.parameters())}], lr=settings.lr)
         super().__init__(settings, pictures, player, AutoencoderPass(vae), device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from davae.data.cache import CachedLatents, collate_latents
+from davae.latent import over_grid
 from davae.losses.flow_matching import direction_loss
 from davae.models.lightning_dit import LightningDiT
 from davae.models.new_latents import change_latents
@@ -88,7 +89,8 @@ class ClassFlowTask:
 
     def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
-        z = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C,h,w)
+        latents = batch["latents"].to(self.device)
+        z = (latents - over_grid(self.mean, latents)) / over_grid(self.std, latents)  # (B,C,h,w)
         flow = noise_batch(FLOW, z, batch["conditions"], self.conditioning.null, s, draws)
         velocity = self.conditioning.predict(self.modules["dit"], flow.x_t, flow.t, flow.conditions)
         error = (velocity.float() - flow.target).square().mean()

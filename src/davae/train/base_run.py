@@ -6,20 +6,19 @@ import math
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.pictures import DataError, Pictures
-from davae.models.autoencoders import load_autoencoder
+from davae.models.autoencoders import autoencoder_config, encode_raw, latent_shape, load_autoencoder, raw_statistics
 from davae.models.families import model_class, transformer_family
-from davae.models.one_frame import encode_mode
-from davae.models.pipeline import BaseShapes, read_config
+from davae.models.pipeline import BaseShapes
 from davae.recipes import RecipeError
 from davae.recipes.schema import BaseRecipe, ClassArchitecture, TextArchitecture
-from davae.train.align import align, check_grids, check_other_space, latent_scale
+from davae.train.align import align, check_grids, check_other_space
 from davae.train.base import AutoencoderTask, build_autoencoder
 from davae.train.base_class import ClassFlowTask, build_class_transformer
 from davae.train.base_text import (
@@ -47,20 +46,21 @@ def train_base(recipe: BaseRecipe, out: Path, observer: Observer) -> Path:
 
 def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
     """Shapes of the model that a recipe would train, without a weight."""
+    if isinstance(recipe.autoencoder, str):
+        config = autoencoder_config(recipe.autoencoder)[1]
+        vae_class = str(config["_class_name"])
+    else:
+        with torch.device("meta"):
+            own = build_autoencoder(recipe)
+        config, vae_class = dict(own.config), type(own).__name__
+    factor, channels = latent_shape(config, vae_class)
     with torch.device("meta"):
-        own = build_autoencoder(recipe).config if not isinstance(recipe.autoencoder, str) else None
-    config = dict(own) if own is not None else read_config(cast(str, recipe.autoencoder), "")
-    factor, channels = 2 ** (len(config["block_out_channels"]) - 1), int(config["latent_channels"])
-    with torch.device("meta"):
-        if isinstance(recipe.architecture, ClassArchitecture):
-            transformer = build_class_transformer(recipe, channels, recipe.resolution // factor)
-        else:
-            transformer = build_transformer(recipe.architecture, channels, recipe.resolution // factor)
+        transformer = new_transformer(recipe, channels, recipe.resolution // factor)
     kind = type(transformer).__name__
     return BaseShapes(
         pipeline_class=transformer_family(kind).pipeline,
         transformer_class=kind,
-        vae_class="AutoencoderKL" if own is not None else config["_class_name"],
+        vae_class=vae_class,
         channels=channels,
         vae_factor=factor,
         patch_size=recipe.architecture.patch_size,
@@ -69,11 +69,27 @@ def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
     )
 
 
-class BaseRun:
-    """One run of a base recipe. Each step returns at once when it was finished before."""
+def new_transformer(recipe: BaseRecipe, channels: int, side: int) -> Any:
+    """The recipe's transformer for latents (channels, side, side), random weights, whatever it starts from."""
+    if isinstance(recipe.architecture, ClassArchitecture):
+        return build_class_transformer(recipe.model_copy(update={"init": None}), channels, side)
+    return build_transformer(recipe.architecture, channels, side)
 
-    def __init__(self, recipe: BaseRecipe, out: Path, observer: Observer):
+
+class BaseRun:
+    """One run of a base recipe. Each step returns at once when it was finished before.
+
+    Args:
+        recipe: what to do.
+        out: the run's folder.
+        observer: told of every step.
+        first: the folder of another run, equal up to the cache, whose autoencoder (`vae/`) and cache to use: one that
+            `prepare` left, or the stage 1 of an upgrade, whose DetailVAE then is the autoencoder.
+    """
+
+    def __init__(self, recipe: BaseRecipe, out: Path, observer: Observer, *, first: Path | None = None):
         self.recipe, self.out = recipe, out
+        self.first = out if first is None else first
         self.accelerator = make_accelerator(recipe.run, out)
         self.observer: Observer = observer if is_main() else lambda progress: None
         check_base_engine(self.accelerator)
@@ -92,23 +108,19 @@ class BaseRun:
     def pictures(self) -> Pictures:
         return self.opened.pictures(self.recipe.data, self.recipe.run.seed)
 
+    def prepare(self) -> Path:
+        """Up to the cache; returns the folder of the autoencoder with its normalisation, for runs that begin here."""
+        target = self.out / "vae"
+        if not from_main(self.folder.done("cache") and is_whole(self.out / "cache")):
+            vae = self.cached_autoencoder()[0]
+            on_main(partial(save_pipeline, vae, target))
+            self.folder.mark_done("cache")
+        return target
+
     def run(self) -> Path:
-        recipe = self.recipe
-        vae = self.autoencoder()
-        config = vae.config
-        factor = 2 ** (len(config["block_out_channels"]) - 1)
-        if recipe.resolution % (factor * recipe.architecture.patch_size):
-            raise RecipeError(
-                f"resolution: {recipe.resolution} is not divisible by {factor * recipe.architecture.patch_size} "
-                f"(autoencoder factor {factor} x patch {recipe.architecture.patch_size})"
-            )
-        side, channels = recipe.resolution // factor, int(config["latent_channels"])
-        if recipe.align is not None:
-            check_other_space(recipe, vae)
-        meta = self.cache(vae, channels)
-        if not isinstance(recipe.autoencoder, str):
-            vae.register_to_config(**self._normalisation(meta))
-        train = self.train_class if isinstance(recipe.architecture, ClassArchitecture) else self.train_text
+        """Every step in order; returns the folder of the pipeline."""
+        vae, channels, side = self.cached_autoencoder()
+        train = self.train_class if isinstance(self.recipe.architecture, ClassArchitecture) else self.train_text
         pipeline = train(vae, channels, side)
         on_main(partial(save_pipeline, pipeline, self.out / "pipeline"))
         self.folder.mark_done("dit")
@@ -116,9 +128,32 @@ class BaseRun:
 
     # -- autoencoder -------------------------------------------------------------------------------------------
 
+    def cached_autoencoder(self) -> tuple[Any, int, int]:
+        """(autoencoder with its normalisation, channels and side of its latents); the cache is whole after it.
+
+        Raises:
+            RecipeError: pictures that do not divide into its tokens.
+        """
+        recipe, patch = self.recipe, self.recipe.architecture.patch_size
+        vae = self.autoencoder()
+        factor, channels = latent_shape(vae.config, type(vae).__name__)
+        if recipe.resolution % (factor * patch):
+            raise RecipeError(
+                f"resolution: {recipe.resolution} is not divisible by {factor * patch} "
+                f"(autoencoder factor {factor} x patch {patch})"
+            )
+        if recipe.align is not None:
+            check_other_space(recipe, vae)
+        meta = self.cache(vae, channels)
+        if not isinstance(recipe.autoencoder, str):
+            vae.register_to_config(**self._normalisation(meta))
+        return vae, channels, recipe.resolution // factor
+
     def autoencoder(self) -> Any:
         """The trained or pretrained autoencoder, in eval mode."""
         recipe = self.recipe
+        if self.first != self.out:
+            return load_autoencoder(str(self.first / "vae")).to(self.accelerator.device)
         if isinstance(recipe.autoencoder, str):
             return load_autoencoder(recipe.autoencoder).to(self.accelerator.device)
         assert recipe.vae is not None
@@ -141,11 +176,12 @@ class BaseRun:
     # -- cache -------------------------------------------------------------------------------------------------
 
     def cache(self, vae: Any, channels: int) -> CacheMeta:
-        recipe, target = self.recipe, self.out / "cache"
+        recipe, target = self.recipe, self.first / "cache"
         key = cache_key(
             vae, self.opened, recipe.data, recipe.cache, resolution=recipe.resolution, seed=recipe.run.seed
         )
-        if from_main(is_whole(target)):  # one answer for all: the first process may be writing it already
+        # one answer for all: the first process may be writing it already; another run's cache is never written here
+        if self.first != self.out or from_main(is_whole(target)):
             return read_meta(target, key)
         if recipe.cache.shards is not None:
             if not isinstance(recipe.architecture, ClassArchitecture):
@@ -163,7 +199,7 @@ class BaseRun:
         meta = cache_pictures(
             target,
             self.pictures,
-            partial(encode_mode, vae),
+            partial(encode_raw, vae),
             key=key,
             cache=recipe.cache,
             num_workers=recipe.data.num_workers,
@@ -192,12 +228,12 @@ class BaseRun:
     def train_text(self, vae: Any, channels: int, side: int) -> Any:
         recipe, architecture = self.recipe, self.recipe.architecture
         assert isinstance(architecture, TextArchitecture)
-        cache = CachedLatents(self.out / "cache")
+        cache = CachedLatents(self.first / "cache")
         tokenizer = build_tokenizer(cache.captions, architecture.vocabulary, architecture.text_tokens)
         seed_initial_weights(training_seed(recipe.dit, recipe.run))
         encoders = [build_text_encoder(architecture, tokenizer) for _ in range(2)]
         model = TextToImage(encoders, build_transformer(architecture, channels, side)).to(self.accelerator.device)
-        self.fit(BaseFlowTask(recipe.dit, model, tokenizer, cache, latent_scale(vae), self.accelerator.device))
+        self.fit(BaseFlowTask(recipe.dit, model, tokenizer, cache, raw_statistics(vae), self.accelerator.device))
         # Text encoders stay float32: transformers loads what the file holds, diffusers' models load as float32, and a
         # pipeline opened without a dtype would mix both.
         return StableDiffusion3Pipeline(
@@ -214,12 +250,12 @@ class BaseRun:
 
     def train_class(self, vae: Any, channels: int, side: int) -> Any:
         recipe = self.recipe
-        cache = CachedLatents(self.out / "cache", "class")
+        cache = CachedLatents(self.first / "cache", "class")
         seed_initial_weights(training_seed(recipe.dit, recipe.run))
         transformer = build_class_transformer(recipe, channels, side)
         if recipe.align is not None:
-            align(self, transformer, cache, latent_scale(vae))
-        self.fit(ClassFlowTask(recipe, transformer, cache, latent_scale(vae), self.accelerator.device))
+            align(self, transformer, cache, raw_statistics(vae))
+        self.fit(ClassFlowTask(recipe, transformer, cache, raw_statistics(vae), self.accelerator.device))
         return model_class("ClassConditionalPipeline")(
             vae=vae.half(), transformer=transformer.half(), class_names=class_names(cache, recipe)
         )

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
+from davae.models.autoencoders import latent_shape
 from davae.models.expand import expand_transformer
 from davae.models.families import transformer_family
 from davae.models.offline import readable
 from davae.models.pipeline import BaseShapes, read_shapes
 from davae.models.text_encoders import text_encoders
 from davae.recipes.hardware import GIB, GPUS, UTILISATION
-from davae.recipes.schema import Hardware, Optim, Recipe
+from davae.recipes.schema import BaseRecipe, Hardware, Optim, Recipe
+from davae.train.base import build_autoencoder
+from davae.train.base_run import new_transformer
 from davae.train.checks import base_objective, base_shapes, check_recipe
 from davae.train.cost import (
     autoencoder_flops,
@@ -80,20 +83,50 @@ def token_plan(shapes: BaseShapes, resolution: int, scale: int, detail_channels:
 H100_FLOPS = UTILISATION * GPUS["h100-80gb"].peak
 
 
-def gpu_days(recipe: Recipe) -> float:
+def gpu_days(recipe: Recipe, flops: tuple[float, float]) -> float:
     """H100-days of both stages at 40 % of its bf16 peak; a backward pass counts twice a forward one.
 
     Encoding the cache, losses' own networks, loading and evaluation come on top.
+
+    Args:
+        flops: `stage_flops` of the recipe's base model and sizes.
     """
-    shapes = base_shapes(recipe)
-    vae = meta_detail_vae(shapes, recipe.detail_channels, recipe.scale)
-    tokens = token_plan(shapes, recipe.resolution, recipe.scale, recipe.detail_channels)
-    each = (
-        (recipe.stage1, sum(flops.total for flops in autoencoder_flops(vae, recipe.stage1_pixels))),
-        (recipe.stage2, tokens.upgraded_flops),
-    )
-    total = sum(3 * flops * s.batch_size * s.accumulation * s.max_steps for s, flops in each)
-    return total / H100_FLOPS / DAY
+    return training_days(recipe.stage1, flops[0]) + training_days(recipe.stage2, flops[1])
+
+
+def stage_flops(
+    shapes: BaseShapes, resolution: int, scale: int, detail_channels: int, stage1_pixels: int
+) -> tuple[float, float]:
+    """FLOPs of a picture's forward pass in stage 1, which may see a part of it, and in stage 2; `resolution` is I_hr's."""
+    vae = meta_detail_vae(shapes, detail_channels, scale)
+    tokens = token_plan(shapes, resolution, scale, detail_channels)
+    return sum(flops.total for flops in autoencoder_flops(vae, stage1_pixels)), tokens.upgraded_flops
+
+
+def training_days(settings: Optim, flops: float) -> float:
+    """H100-days of a training whose forward pass takes so many FLOPs a picture."""
+    return 3 * flops * settings.batch_size * settings.accumulation * settings.max_steps / H100_FLOPS / DAY
+
+
+def base_gpu_days(recipe: BaseRecipe, latents: tuple[int, int] | None = None) -> float:
+    """The same of a base recipe: its transformer, and its autoencoder where it trains one.
+
+    Args:
+        latents: (pixels per position, channels) of a pretrained autoencoder.
+    """
+    days = 0.0
+    if not isinstance(recipe.autoencoder, str):
+        with torch.device("meta"):
+            vae = build_autoencoder(recipe)
+        latents = latent_shape(vae.config, type(vae).__name__)
+        assert recipe.vae is not None
+        days = training_days(recipe.vae, sum(flops.total for flops in autoencoder_flops(vae, recipe.resolution)))
+    assert latents is not None
+    factor, channels = latents
+    side = recipe.resolution // factor
+    with torch.device("meta"):
+        transformer = new_transformer(recipe, channels, side)
+    return days + training_days(recipe.dit, transformer_flops(transformer, side).total)
 
 
 def count(parameters: Any) -> int:

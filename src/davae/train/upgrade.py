@@ -13,6 +13,7 @@ from torch import Tensor
 from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.cache_key import Key
 from davae.data.pictures import Pictures
+from davae.models.autoencoders import encode_raw
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
 from davae.models.families import transformer_family
@@ -232,14 +233,10 @@ class Upgrade:
         )
 
     def _cache_pictures(self, vae: DetailVAE, folder: Path, key: Key) -> None:
-        def encode(images: Tensor) -> Tensor:
-            raw = vae.encode_raw(images)
-            return vae.layout.join(raw.z, raw.mean)
-
         cache_pictures(
             folder,
             self.training_pictures(),
-            encode,
+            partial(encode_raw, vae),
             key=key,
             cache=self.recipe.cache,
             num_workers=self.recipe.data.num_workers,

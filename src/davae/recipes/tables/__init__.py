@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
 
-from davae.recipes.loading import AnyRecipe, RecipeError, load_recipe, suggestion
+from davae.recipes.loading import RecipeError, suggestion
 from davae.recipes.schema import Section
 
 ScaleName = Literal["micro", "paper"]
@@ -42,21 +43,64 @@ class Scale(Section):
     super_resolution: str | None  # recipe of the learned baseline of Tab. S2
 
 
+RowKind = Literal["upgrade", "enlarged", "base", "drawn", "planned"]
+
+
 class Row(Section):
-    """`upscale` makes a row of the base model's pictures, enlarged; `network` is a trained super-resolution network."""
+    """One row. What is given tells its kind; `set` changes the recipe that is trained.
+
+    - `upgrade`, where nothing is given: the scale's recipe.
+    - `enlarged`, by `upscale`: the base model's pictures, enlarged; `network` is a trained super-resolution network.
+    - `base`, by `recipe`: a base recipe, for `davae train-base`.
+    - `drawn`, by `pipeline`: a model that is there, measured without training.
+    - `planned`, by `commands`: printed, not run.
+    """
 
     name: str
-    upscale: Literal["bilinear", "bicubic", "lanczos", "network"] | None = None
     set: dict[str, Any] = Field(default={})
+    upscale: Literal["bilinear", "bicubic", "lanczos", "network"] | None = None  # of a drawn row too
+    recipe: str | None = None  # of a planned row: what its commands train, for its cost
+    detail_vae: dict[str, Any] | None = None  # base rows: `set` of the upgrade whose DetailVAE is the autoencoder
+    like: str | None = (
+        None  # a preset with as large latents: tells a base recipe's cost where its autoencoder is not here
+    )
+    pipeline: str | None = None
+    resolution: PositiveInt | None = None  # drawn rows: pixels that are drawn; the model's own where not given
+    commands: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()  # planned rows: files, folders and hub ids that the commands read
+    notes: tuple[str, ...] = ()  # planned rows: what the commands do not give
+
+    @property
+    def kind(self) -> RowKind:
+        if self.commands:
+            return "planned"
+        if self.pipeline is not None:
+            return "drawn"
+        if self.upscale is not None:
+            return "enlarged"
+        return "upgrade" if self.recipe is None else "base"
 
 
 class Table(Section):
-    """`claim` is what the paper finds; `set` changes every row."""
+    """`claim` is what the paper finds. `set` changes every upgrade; `generation` is instead of the scale's.
+
+    `rows` are those of both scales, `micro` and `paper` of one.
+    """
 
     title: str
     claim: str
     set: dict[str, Any] = Field(default={})
-    rows: tuple[Row, ...]
+    generation: Generation | None = None
+    compare_at: PositiveInt | None = None  # pixels of drawn rows' pictures when they are measured
+    needs: tuple[str, ...] = ()  # of all planned rows
+    notes: tuple[str, ...] = ()  # on all planned rows
+    rows: tuple[Row, ...] = ()
+    micro: tuple[Row, ...] = ()
+    paper: tuple[Row, ...] = ()
+
+    def rows_at(self, scale: ScaleName) -> tuple[Row, ...]:
+        """Every row of the table at a scale."""
+        return (*self.rows, *(self.micro if scale == "micro" else self.paper))
 
 
 def _read(name: str) -> Any:
@@ -81,14 +125,42 @@ def load_scale(name: ScaleName) -> Scale:
     return Scale.model_validate(_read("scales")[name])
 
 
-def row_overrides(scale: Scale, table: Table, row: Row, seed: int) -> list[str]:
-    """The `a.b=c` of one run; what stands later wins."""
-    values = {**scale.set, **table.set, **row.set}
-    if seed:
-        values["stage2.seed"] = seed
+def upgrade_overrides(scale: Scale, *changes: Mapping[str, Any], seed: int = 0) -> list[str]:
+    """The `a.b=c` of one upgrade at a scale; what stands later wins."""
+    values = {key: value for part in (scale.set, *changes) for key, value in part.items()}
+    return as_overrides(values | ({"stage2.seed": seed} if seed else {}))
+
+
+def base_overrides(changes: Mapping[str, Any], seed: int = 0) -> list[str]:
+    """The `a.b=c` of one training of a base recipe. Seeds share the autoencoder."""
+    return as_overrides({**changes} | ({"dit.seed": seed} if seed else {}))
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """`a.b=c` for each value, as the command line takes it."""
     return [f"{path}={'null' if value is None else value}" for path, value in values.items()]
 
 
-def row_recipe(scale: Scale, table: Table, row: Row, seed: int, more: list[str]) -> AnyRecipe:
-    """The resolved recipe of one run; `more` are a user's own overrides."""
-    return load_recipe(scale.recipe, [*row_overrides(scale, table, row, seed), *more])
+def overrides_for(
+    kind: type[BaseModel], kinds: Iterable[type[BaseModel]], overrides: Iterable[str], changes: Mapping[str, Any]
+) -> list[str]:
+    """Those of a user's overrides that are for one recipe, where a table has several.
+
+    An override goes to every recipe that has its section and does not replace it by a plain value; one whose section none of
+    `kinds` has goes to all, whose loading then says what is wrong with it.
+
+    Args:
+        kind: of the recipe.
+        kinds: of all recipes of the table.
+        changes: what the row itself changes.
+    """
+
+    found = []
+    for override in overrides:
+        path = override.partition("=")[0].strip()
+        section = path.partition(".")[0]
+        replaced = path != section and section in changes and not isinstance(changes[section], Mapping)
+        unknown = not any(section in other.model_fields for other in kinds)
+        if unknown or (section in kind.model_fields and not replaced):
+            found.append(override)
+    return found

@@ -1,0 +1,35 @@
+"""`davae reproduce`: the runs of one of the paper's tables, each done once, and the table they make.
+
+`choose` reads a table into jobs, `job` says what a job's figures hang on, `runs` trains and measures, `plans` tells what that
+takes, `tabulate` makes the table, `figures` the paper's figures from the same runs.
+"""
+
+from davae.reproduction.choose import jobs
+from davae.reproduction.figures import FIGURES, figure
+from davae.reproduction.job import BaseJob, DrawnJob, EnlargedJob, Job, PlannedJob, UpgradeJob, model_digest
+from davae.reproduction.plans import cost, missing_parts
+from davae.reproduction.runs import finished, run_job, trained_autoencoder, trained_run, trained_stage1
+from davae.reproduction.tabulate import markdown, spread, table_rows
+
+__all__ = [
+    "FIGURES",
+    "BaseJob",
+    "DrawnJob",
+    "EnlargedJob",
+    "Job",
+    "PlannedJob",
+    "UpgradeJob",
+    "cost",
+    "figure",
+    "finished",
+    "jobs",
+    "markdown",
+    "missing_parts",
+    "model_digest",
+    "run_job",
+    "spread",
+    "table_rows",
+    "trained_autoencoder",
+    "trained_run",
+    "trained_stage1",
+]

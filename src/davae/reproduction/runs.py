@@ -1,0 +1,220 @@
+"""What a job does: train what is not trained yet, and measure it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from davae.data.cache_key import fingerprint
+from davae.measure import evaluate_generation, evaluate_reconstruction, time_picture
+from davae.recipes import RecipeError
+from davae.recipes.schema import Stage2
+from davae.reproduction.job import BaseJob, DrawnJob, EnlargedJob, Job, UpgradeJob
+from davae.train.base_run import BaseRun
+from davae.train.loop import Observer, Progress
+from davae.train.state import read_metrics, replace_text, saving
+from davae.train.super_resolution import train_super_resolution
+from davae.train.upgrade import Upgrade
+
+UNUSED = Stage2(max_steps=1, batch_size=1)  # a folder of stage 1 alone serves every stage 2
+OWN = "of this run"  # instead of a path that only this machine has
+
+
+def finished(job: Job, results: Path) -> dict[str, Any] | None:
+    """The figures of a job that was run before, here or elsewhere."""
+    path = results / f"{job.key}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def run_job(job: Job, out: Path, results: Path, observer: Observer) -> dict[str, Any]:
+    """Train and measure; what several jobs agree on up to their latents is made once. Resumes.
+
+    Raises:
+        RecipeError: a job that only plans.
+    """
+    known = finished(job, results)
+    if known is not None:
+        return known
+    with saving(results):  # before hours of training, not after
+        results.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    figures = {
+        "row": job.row,
+        "seed": job.seed,
+        "command": job.command,
+        **measured(job, out, observer),
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }
+    replace_text(results / f"{job.key}.json", json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def measured(job: Job, out: Path, observer: Observer) -> dict[str, Any]:
+    """A job's figures, after whatever has to be trained for them."""
+    match job:
+        case UpgradeJob():
+            return upgraded_figures(job, out, observer)
+        case EnlargedJob():
+            return enlarged_figures(job, out, observer)
+        case BaseJob():
+            return base_figures(job, out, observer)
+        case DrawnJob():
+            return drawn_figures(job, observer)
+    raise RecipeError(f"the row '{job.row}' is a plan: run its commands")
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def trained_stage1(job: UpgradeJob, out: Path, observer: Observer) -> Path:
+    """Folder of the DetailVAE and cache that a job shares with others; trained if it is not there."""
+    first = out / "stage1" / job.stage1_key
+    run = Upgrade(job.recipe.model_copy(update={"stage2": UNUSED}), first, observer)
+    run.train_vae()
+    run.cache_latents()
+    run.folder.close()
+    return first
+
+
+def trained_run(job: UpgradeJob, out: Path, observer: Observer) -> Path:
+    """A job's run folder; trained if it is not there."""
+    first, folder = trained_stage1(job, out, observer), out / "runs" / job.key
+    run = Upgrade(job.recipe, folder, observer, stage1=first)
+    run.train_dit()
+    run.folder.close()
+    return folder
+
+
+def trained_autoencoder(job: BaseJob, out: Path, observer: Observer) -> Path:
+    """Folder of the autoencoder and cache that a job shares with others; trained if it is not there."""
+    if job.detail is not None:
+        return trained_stage1(job.detail, out, observer)
+    first = out / "autoencoders" / job.autoencoder_key
+    run = BaseRun(job.prepared, first, observer)
+    run.prepare()
+    run.folder.close()
+    return first
+
+
+def trained_base(job: BaseJob, out: Path, observer: Observer) -> Path:
+    """A job's run folder; trained if it is not there."""
+    first, folder = trained_autoencoder(job, out, observer), out / "runs" / job.key
+    run = BaseRun(job.recipe, folder, observer, first=first)
+    run.run()
+    run.folder.close()
+    return folder
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def upgraded_figures(job: UpgradeJob, out: Path, observer: Observer) -> dict[str, Any]:
+    """Train an upgrade, and measure it."""
+    folder, first = trained_run(job, out, observer), out / "stage1" / job.stage1_key
+    generation = measured_generation(str(folder), job.measures["generation"], observer, job.recipe.resolution)
+    return {
+        "generation": generation | {"pipeline": OWN},
+        "reconstruction": reconstruction_once(first, job.measures["reconstruction"], job.recipe.resolution),
+        "training": last_losses(folder, "stage2", ("loss_base", "loss_detail")),
+        "recipe": job.recipe.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def enlarged_figures(job: EnlargedJob, out: Path, observer: Observer) -> dict[str, Any]:
+    """Measure the base model's pictures, enlarged."""
+    method = job.upscale
+    if job.super_resolution is not None:
+        folder = out / "networks" / fingerprint(job.super_resolution.model_dump(mode="json"))
+        method = str(train_super_resolution(job.super_resolution, folder, observer))
+    figures = measured_generation(
+        str(job.recipe.base.model), job.measures["generation"], observer, job.recipe.resolution, upscale=method
+    )
+    return {"generation": figures | {"upscale": job.upscale}}
+
+
+def base_figures(job: BaseJob, out: Path, observer: Observer) -> dict[str, Any]:
+    """Train a transformer on plain latents, and measure it and its autoencoder."""
+    folder, first = trained_base(job, out, observer), trained_autoencoder(job, out, observer)
+    generation = measured_generation(str(folder), job.measures["generation"], observer, job.recipe.resolution)
+    figures = {
+        "generation": generation | {"pipeline": OWN},
+        "reconstruction": reconstruction_once(first, job.measures["reconstruction"], job.recipe.resolution),
+        "training": last_losses(folder, "dit", ("loss",)),
+        "recipe": job.recipe.model_dump(mode="json", exclude_defaults=True),
+    }
+    if job.detail is not None:
+        figures["detail_vae"] = job.detail.recipe.model_dump(mode="json", exclude_defaults=True, exclude={"stage2"})
+    return figures
+
+
+def drawn_figures(job: DrawnJob, observer: Observer) -> dict[str, Any]:
+    """Measure a model that is there, and time a picture of it, enlarging included."""
+    generation = measured_generation(
+        job.pipeline,
+        job.generation,
+        observer,
+        job.compare_at,
+        resolution=job.resolution,
+        upscale=job.upscale,
+        seed=job.seed,
+    )
+    speed = time_picture(
+        job.pipeline,
+        job.generation["data"],
+        resolution=job.resolution,
+        compare_at=job.compare_at,
+        upscale=job.upscale,
+        steps=job.generation["steps"],
+        guidance=job.generation["guidance"],
+    )
+    return {"generation": generation, "speed": speed}
+
+
+def measured_generation(
+    pipeline: str,
+    chosen: dict[str, Any],
+    observer: Observer,
+    compare_at: int | None,
+    *,
+    resolution: int | None = None,
+    upscale: str = "bilinear",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """FD or FID of samples at `compare_at` pixels, as a table says."""
+    return evaluate_generation(
+        pipeline,
+        chosen["data"],
+        num=chosen["num"],
+        resolution=resolution,
+        compare_at=compare_at,
+        steps=chosen["steps"],
+        guidance=chosen["guidance"],
+        seed=seed,
+        held_in=0.0,
+        features=chosen["features"],
+        feature_weights=None,
+        on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+        upscale=upscale,
+    )
+
+
+def reconstruction_once(first: Path, settings: dict[str, Any], resolution: int) -> dict[str, Any]:
+    """Reconstruction figures of a shared autoencoder, measured once and kept beside it."""
+    path = first / f"reconstruction-{fingerprint(settings)}.json"
+    if not path.is_file():
+        figures = evaluate_reconstruction(str(first / "vae"), settings["data"], resolution, settings["num"], 0.0)
+        replace_text(path, json.dumps({**figures, "vae": OWN}) + "\n")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def last_losses(folder: Path, stage: str, names: tuple[str, ...], points: int = 10) -> dict[str, float]:
+    """Losses of a training, averaged over the last logged points."""
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if r["stage"] == stage][-points:]
+    return {name: mean(record[name] for record in records) for name in names}
