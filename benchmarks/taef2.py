@@ -1,6 +1,6 @@
 """A DetailVAE on a real pretrained autoencoder and real photos: TAEF2 (the FLUX.2 latent space, f8, 32 channels).
 
-    .venv/bin/python benchmarks/taef2.py --steps 500
+    .venv/bin/python benchmarks/taef2.py
 
 trains stage 1 on Imagenette's training photos at 128 px (at most 20 minutes on two cores), then encodes and decodes photos of
 its validation set, which it never saw, and writes PSNR, SSIM and LPIPS beside those of TAEF2 itself at half the size,
@@ -95,7 +95,7 @@ def scores(reconstruct: Callable[[Tensor], Tensor], num: int) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--num", type=int, default=500, help="validation photos that are measured")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "taef2")
     arguments = parser.parse_args()
