@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from davae.data.pictures import Pictures, collate
@@ -30,12 +31,17 @@ class ReconstructionTrainer:
     def __init__(self, settings: Reconstruction, device: torch.device):
         self.settings = settings
         self.perceptual = (
-            perceptual_distance(settings.perceptual, settings.perceptual_weights).to(device)
+            perceptual_distance(settings.perceptual, settings.perceptual_weights).to(
+                device,
+                memory_format=torch.channels_last,  # type: ignore[call-overload]
+            )
             if settings.lambda_lpips
             else None
         )
         self.discriminator = (
-            PatchDiscriminator(settings.gan_channels, settings.gan_layers) if settings.lambda_adv else None
+            PatchDiscriminator(settings.gan_channels, settings.gan_layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if settings.lambda_adv
+            else None
         )
         self._images: Tensor | None = None
         self._reconstruction: Tensor | None = None
@@ -126,6 +132,14 @@ class ReconstructionTrainer:
         return loss, {"discriminator": loss.detach()}
 
 
+def keep_layout(autoencoder: nn.Module) -> None:
+    """diffusers' residual blocks copy their shortcut's input out of channels_last, and everything behind it back, when they
+    are in training mode; without dropout the mode means nothing else to them."""
+    for block in autoencoder.modules():
+        if isinstance(block, ResnetBlock2D) and not block.dropout.p:
+            block.training = False
+
+
 class ReconstructionTask(ABC):
     """A task of the loop whose players are an autoencoder and, where lambda_adv is not 0, a discriminator."""
 
@@ -137,6 +151,7 @@ class ReconstructionTask(ABC):
         self.settings, self.dataset, self.collate, self.device = settings, pictures, collate, device
         self.trainer = ReconstructionTrainer(settings, device)
         self.players = self.trainer.players(player)
+        keep_layout(player.module)
         self.modules: dict[str, nn.Module] = {"vae": forward, **self.trainer.modules()}
 
     def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
