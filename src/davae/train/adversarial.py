@@ -26,7 +26,7 @@ from davae.train.ranks import mean_over_ranks
 
 
 class ReconstructionTrainer:
-    """L_rec with its GAN turn-taking. The discriminator reuses the reconstruction of the autoencoder's turn."""
+    """L_rec with its GAN turn-taking. The discriminator reuses what it said of the autoencoder's reconstruction."""
 
     def __init__(self, settings: Reconstruction, device: torch.device):
         self.settings = settings
@@ -44,7 +44,7 @@ class ReconstructionTrainer:
             else None
         )
         self._images: Tensor | None = None
-        self._reconstruction: Tensor | None = None
+        self._fake: Tensor | None = None  # scores of the reconstruction, (B,1,h,w), with their graph
 
     def players(self, autoencoder: Player) -> dict[str, Player]:
         players = {"vae": autoencoder}
@@ -101,12 +101,12 @@ class ReconstructionTrainer:
         value = loss.pixel.detach()
         pull = gradient = torch.autograd.grad(loss.pixel, pixels)[0]  # (B,3,H,W)
         if self.adversarial(step):
-            assert self.discriminator is not None  # not its data-parallel wrapper, which would wait for gradients
-            self.discriminator.requires_grad_(False)
+            assert self.discriminator is not None  # not its data-parallel wrapper: that one's pass is over the images
             logits = self.discriminator(pixels)
             adversarial = generator_hinge(logits)
             # the mean over so many logits would underflow in half precision
-            push = torch.autograd.grad(adversarial * logits.numel(), pixels)[0].float() / logits.numel()
+            scaled = torch.autograd.grad(adversarial * logits.numel(), pixels, retain_graph=True)[0]
+            push = scaled.float() / logits.numel()
             above, below = (
                 mean_over_ranks(
                     torch.autograd.grad(reconstruction, last_layer, g.to(reconstruction.dtype), retain_graph=True)[0]
@@ -117,18 +117,15 @@ class ReconstructionTrainer:
             value = value + s.lambda_adv * weight * adversarial.detach()
             gradient = pull + s.lambda_adv * weight * push
             logged |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
-            self._images, self._reconstruction = images, reconstruction.detach()
+            self._images, self._fake = images, logits
         total = carry(reconstruction, gradient, value) + s.lambda_kl * loss.kl
         return total, pull, logged
 
     def discriminator_loss(self, discriminator: nn.Module) -> tuple[Tensor, dict[str, Any]]:
         assert self._images is not None, "the autoencoder plays first"
-        assert self._reconstruction is not None
-        discriminator.requires_grad_(True)
-        # one pass over both: data-parallel wrappers take a single forward pass a step
-        real, fake = discriminator(torch.cat([self._images, self._reconstruction])).chunk(2)
-        loss = discriminator_hinge(real, fake)
-        self._images = self._reconstruction = None
+        assert self._fake is not None
+        loss = discriminator_hinge(discriminator(self._images), self._fake)
+        self._images = self._fake = None
         return loss, {"discriminator": loss.detach()}
 
 
