@@ -3,11 +3,15 @@
 Tiles that are decoded on their own differ from the whole picture, as group normalisation sees another mean and variance in
 each and attention another neighbourhood. Here every layer sees the whole picture: statistics are summed over all strips
 before a strip is normalised, convolutions read the rows they need from their neighbours, and the middle block, which works
-on the smallest grid, runs whole. Two activations are kept at a time, in half precision.
+on the smallest grid, runs whole.
+
+What is kept is one activation in half precision, and its successor where the size changes: a residual block writes over
+its input. The activation between its two convolutions is computed twice, once for its statistics and once for use.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -27,9 +31,9 @@ class Rows:
     Activations of 16-bit models are kept as they are.
     """
 
-    def __init__(self, batch: int, channels: int, height: int, width: int, like: Tensor):
+    def __init__(self, batch: int, channels: int, height: int, width: int, like: Tensor, exact: bool = False):
         self.dtype = like.dtype
-        kept = torch.float16 if like.dtype.itemsize > 2 else like.dtype
+        kept = torch.float16 if like.dtype.itemsize > 2 and not exact else like.dtype
         self.data = torch.empty(batch, channels, height, width, dtype=kept, device=like.device)
         self.scale = torch.ones(height, 1, dtype=torch.float32, device=like.device)
 
@@ -38,6 +42,19 @@ class Rows:
         rows = cls(*whole.shape, like=whole)
         for top, bottom in strips(whole.shape[2], step):
             rows.write(top, whole[:, :, top:bottom])
+        return rows
+
+    @classmethod
+    def around(cls, whole: Tensor) -> Rows:
+        """An activation that is there already, as it is."""
+        rows = cls(*whole.shape[:2], 0, 0, like=whole, exact=True)
+        rows.data = whole
+        return rows
+
+    def first(self, channels: int) -> Rows:
+        """Rows that take the place of the first channels of this activation."""
+        rows = copy.copy(self)
+        rows.data = self.data[:, :channels]
         return rows
 
     @property
@@ -67,24 +84,37 @@ def strips(height: int, step: int) -> Iterator[tuple[int, int]]:
         yield top, min(top + step, height)
 
 
+class Statistics:
+    """Mean and variance of each group of a group normalisation, summed over strips in float64."""
+
+    def __init__(self, norm: nn.GroupNorm):
+        self.norm, self.count = norm, 0
+        self.total: Tensor | float = 0.0  # (B,groups)
+        self.squares: Tensor | float = 0.0
+
+    def add(self, piece: Tensor) -> None:
+        grouped = piece.reshape(len(piece), self.norm.num_groups, -1)
+        self.total = self.total + grouped.sum(-1, dtype=torch.float64)
+        self.squares = self.squares + grouped.square().sum(-1, dtype=torch.float64)
+        self.count += grouped.shape[-1]
+
+    def change(self, dtype: torch.dtype) -> Change:
+        """The normalisation, for one strip at a time."""
+        norm, mean = self.norm, cast(Tensor, self.total / self.count)
+        inverse = (self.squares / self.count - mean.square() + norm.eps).rsqrt()
+        each = norm.num_channels // norm.num_groups
+        gain = inverse.repeat_interleave(each, 1) * norm.weight.double()  # (B,c)
+        offset = norm.bias.double() - mean.repeat_interleave(each, 1) * gain
+        gain, offset = gain[..., None, None].to(dtype), offset[..., None, None].to(dtype)
+        return lambda piece: torch.addcmul(offset, piece, gain)
+
+
 def normalised(x: Rows, norm: nn.GroupNorm, step: int) -> Change:
-    """Group normalisation by the statistics of all rows, for one strip at a time; summed in float64."""
-    batch, channels = x.data.shape[:2]
-    total = torch.zeros(batch, norm.num_groups, dtype=torch.float64, device=x.data.device)
-    squares = torch.zeros_like(total)
+    """Group normalisation by the statistics of all rows."""
+    statistics = Statistics(norm)
     for top, bottom in strips(x.height, step):
-        grouped = x.read(top, bottom).reshape(batch, norm.num_groups, -1)
-        total += grouped.sum(-1, dtype=torch.float64)
-        squares += grouped.square().sum(-1, dtype=torch.float64)
-    count = channels // norm.num_groups * x.data.shape[2] * x.data.shape[3]
-    mean = total / count
-    inverse = (squares / count - mean.square() + norm.eps).rsqrt()
-    per_channel = channels // norm.num_groups
-    mean, inverse = mean.repeat_interleave(per_channel, 1), inverse.repeat_interleave(per_channel, 1)  # (B,c)
-    gain = inverse * norm.weight.double()
-    offset = norm.bias.double() - mean * gain
-    gain, offset = gain[..., None, None].to(x.dtype), offset[..., None, None].to(x.dtype)
-    return lambda piece: piece * gain + offset
+        statistics.add(x.read(top, bottom))
+    return statistics.change(x.dtype)
 
 
 def convolve(
@@ -95,7 +125,7 @@ def convolve(
     before: Change = lambda piece: piece,
     enlarge: int = 1,
     padding: tuple[int, int, int, int] | None = None,
-    onto: Rows | None = None,
+    exact: bool = False,
 ) -> Rows:
     """conv(before(x)) strip by strip of `step` output rows.
 
@@ -103,16 +133,15 @@ def convolve(
         before: what happens to every position first; the convolution's zero padding comes after it.
         enlarge: nearest-neighbour enlargement before the convolution.
         padding: left, right, top, bottom, where it is not the convolution's own.
-        onto: an activation to add the result to, in place, instead of a new one.
+        exact: keep the result in the model's precision.
     """
     own = cast(tuple[int, int], conv.padding)
     left, right, above, below = padding or (own[1], own[1], own[0], own[0])
     stride, kernel = conv.stride[0], conv.kernel_size[0]
     height, width = x.height * enlarge, x.data.shape[3] * enlarge
     size = ((height + above + below - kernel) // stride + 1, (width + left + right - kernel) // stride + 1)
-    target = onto or Rows(
-        len(x.data), conv.out_channels, *size, like=torch.empty(0, dtype=x.dtype, device=x.data.device)
-    )
+    like = torch.empty(0, dtype=x.dtype, device=x.data.device)
+    target = Rows(len(x.data), conv.out_channels, *size, like=like, exact=exact)
     for top, bottom in strips(size[0], step):
         first, last = top * stride - above, (bottom - 1) * stride - above + kernel  # rows of the enlarged input
         inside, beyond = max(first, 0), min(last, height)
@@ -122,19 +151,47 @@ def convolve(
             skip = inside - inside // enlarge * enlarge
             piece = piece[:, :, skip : skip + beyond - inside]
         piece = F.pad(piece, (left, right, inside - first, last - beyond))
-        result = F.conv2d(piece, conv.weight, conv.bias, stride=conv.stride)
-        target.write(top, result if onto is None else onto.read(top, bottom) + result)
+        target.write(top, F.conv2d(piece, conv.weight, conv.bias, stride=conv.stride))
     return target
 
 
+def same(piece: Tensor, conv: nn.Conv2d, above: bool, below: bool) -> Tensor:
+    """A 3x3 convolution; rows of zeros stand above and below the piece where the picture ends there."""
+    if above or below:
+        piece = F.pad(piece, (0, 0, int(above), int(below)))
+    return F.conv2d(piece, conv.weight, conv.bias, padding=(0, 1))
+
+
 def residual(x: Rows, block: Any, step: int) -> Rows:
-    """A ResnetBlock2D without time embedding; `x` is used up."""
-    act = block.nonlinearity
+    """A ResnetBlock2D without time embedding. The result takes the place of `x` where it has no more channels."""
+    act, height = block.nonlinearity, x.height
     first = normalised(x, block.norm1, step)
-    hidden = convolve(x, block.conv1, step, before=lambda piece: act(first(piece)))
-    second = normalised(hidden, block.norm2, step)
-    out = x if block.conv_shortcut is None else convolve(x, block.conv_shortcut, step)
-    return convolve(hidden, block.conv2, step, before=lambda piece: act(second(piece)), onto=out)
+
+    def hidden(piece: Tensor, above: bool, below: bool) -> Tensor:
+        return same(act(first(piece)), block.conv1, above, below)
+
+    statistics = Statistics(block.norm2)
+    for top, bottom in strips(height, step):
+        piece = x.read(max(top - 1, 0), min(bottom + 1, height))
+        statistics.add(hidden(piece, top == 0, bottom == height))
+    second = statistics.change(x.dtype)
+
+    channels, batch = block.conv2.out_channels, len(x.data)
+    in_place = channels <= x.data.shape[1]
+    like = torch.empty(0, dtype=x.dtype, device=x.data.device)
+    out = x.first(channels) if in_place else Rows(batch, channels, height, x.data.shape[3], like=like)
+    passed = like.new_empty(batch, x.data.shape[1], 0, x.data.shape[3])  # two rows of x that are written over
+    for top, bottom in strips(height, step):
+        piece = torch.cat([passed, x.read(top, min(bottom + 2, height))], dim=2)
+        start = top - passed.shape[2]  # the piece's first row
+        middle = hidden(piece, start == 0, bottom + 1 >= height)  # rows top-1 to bottom, as far as there are
+        above = act(second(middle))
+        own = piece[:, :, top - start : bottom - start]
+        passed = piece[:, :, bottom - 2 - start : bottom - start].clone()
+        if block.conv_shortcut is not None:
+            own = block.conv_shortcut(own)
+        out.write(top, own + same(above, block.conv2, top == 0, bottom == height))
+    return out
 
 
 def decode_by_rows(decoder: Decoder, latents: Tensor, pixels: int) -> Tensor:
@@ -159,7 +216,7 @@ def encode_by_rows(encoder: Encoder, images: Tensor, pixels: int) -> Tensor:
     """A diffusers KL encoder: images (B,3,H,W) -> its last layer's output (B,c,h,w); strips as in `decode`."""
     network = cast(Any, encoder)
     step = step_for(images.shape[3], pixels)
-    x = convolve(Rows.of(images, step), network.conv_in, step)
+    x = convolve(Rows.around(images), network.conv_in, step)
     for block in network.down_blocks:
         if type(block) is not DownEncoderBlock2D:
             x = Rows.of(block(x.whole()), step_for(x.data.shape[3], pixels))
@@ -177,7 +234,7 @@ def encode_by_rows(encoder: Encoder, images: Tensor, pixels: int) -> Tensor:
 def finish(x: Rows, network: Any, last: nn.Conv2d, pixels: int) -> Tensor:
     step = step_for(x.data.shape[3], pixels)
     norm = normalised(x, network.conv_norm_out, step)
-    return convolve(x, last, step, before=lambda piece: network.conv_act(norm(piece))).whole()
+    return convolve(x, last, step, before=lambda piece: network.conv_act(norm(piece)), exact=True).whole()
 
 
 def step_for(width: int, pixels: int) -> int:
