@@ -2,8 +2,8 @@
 
 Tiles that are decoded on their own differ from the whole picture, as group normalisation sees another mean and variance in
 each and attention another neighbourhood. Here every layer sees the whole picture: statistics are summed over all strips
-before a strip is normalised, convolutions read the rows they need from their neighbours, and the middle block, which works
-on the smallest grid, runs whole.
+before a strip is normalised, convolutions read the rows they need from their neighbours, and attention takes
+all keys and values to the queries of a strip.
 
 What is kept is one activation in half precision, and its successor where the size changes: a residual block writes over
 its input. The activation between its two convolutions is computed twice, once for its statistics and once for use.
@@ -17,9 +17,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UpDecoderBlock2D
 from torch import Tensor, nn
+
+from davae.models.resample import DetailDown
 
 Change = Callable[[Tensor], Tensor]
 LARGEST = 2.0**15  # what a stored value may reach, half of float16's maximum
@@ -60,6 +63,10 @@ class Rows:
     @property
     def height(self) -> int:
         return self.data.shape[2]
+
+    def like(self) -> Tensor:
+        """An empty tensor of the model's precision and device."""
+        return torch.empty(0, dtype=self.dtype, device=self.data.device)
 
     def read(self, top: int, bottom: int) -> Tensor:
         """Rows top..bottom-1 (B,c,bottom-top,W) in the model's precision."""
@@ -120,16 +127,17 @@ def normalised(x: Rows, norm: nn.GroupNorm, step: int) -> Change:
 def convolve(
     x: Rows,
     conv: nn.Conv2d,
-    step: int,
+    values: int,
     *,
     before: Change = lambda piece: piece,
     enlarge: int = 1,
     padding: tuple[int, int, int, int] | None = None,
     exact: bool = False,
 ) -> Rows:
-    """conv(before(x)) strip by strip of `step` output rows.
+    """conv(before(x)) strip by strip.
 
     Args:
+        values: of a strip, at most.
         before: what happens to every position first; the convolution's zero padding comes after it.
         enlarge: nearest-neighbour enlargement before the convolution.
         padding: left, right, top, bottom, where it is not the convolution's own.
@@ -140,9 +148,8 @@ def convolve(
     stride, kernel = conv.stride[0], conv.kernel_size[0]
     height, width = x.height * enlarge, x.data.shape[3] * enlarge
     size = ((height + above + below - kernel) // stride + 1, (width + left + right - kernel) // stride + 1)
-    like = torch.empty(0, dtype=x.dtype, device=x.data.device)
-    target = Rows(len(x.data), conv.out_channels, *size, like=like, exact=exact)
-    for top, bottom in strips(size[0], step):
+    target = Rows(len(x.data), conv.out_channels, *size, like=x.like(), exact=exact)
+    for top, bottom in strips(size[0], rows_of(values, max(conv.in_channels, conv.out_channels), width) // stride):
         first, last = top * stride - above, (bottom - 1) * stride - above + kernel  # rows of the enlarged input
         inside, beyond = max(first, 0), min(last, height)
         piece = before(x.read(inside // enlarge, -(-beyond // enlarge)))
@@ -162,9 +169,10 @@ def same(piece: Tensor, conv: nn.Conv2d, above: bool, below: bool) -> Tensor:
     return F.conv2d(piece, conv.weight, conv.bias, padding=(0, 1))
 
 
-def residual(x: Rows, block: Any, step: int) -> Rows:
+def residual(x: Rows, block: Any, values: int) -> Rows:
     """A ResnetBlock2D without time embedding. The result takes the place of `x` where it has no more channels."""
-    act, height = block.nonlinearity, x.height
+    act, height, channels = block.nonlinearity, x.height, block.conv2.out_channels
+    step = rows_of(values, max(x.data.shape[1], channels), x.data.shape[3])
     first = normalised(x, block.norm1, step)
 
     def hidden(piece: Tensor, above: bool, below: bool) -> Tensor:
@@ -176,11 +184,9 @@ def residual(x: Rows, block: Any, step: int) -> Rows:
         statistics.add(hidden(piece, top == 0, bottom == height))
     second = statistics.change(x.dtype)
 
-    channels, batch = block.conv2.out_channels, len(x.data)
-    in_place = channels <= x.data.shape[1]
-    like = torch.empty(0, dtype=x.dtype, device=x.data.device)
-    out = x.first(channels) if in_place else Rows(batch, channels, height, x.data.shape[3], like=like)
-    passed = like.new_empty(batch, x.data.shape[1], 0, x.data.shape[3])  # two rows of x that are written over
+    batch, before, _, width = x.data.shape
+    out = x.first(channels) if channels <= before else Rows(batch, channels, height, width, like=x.like())
+    passed = x.like().new_empty(batch, before, 0, width)  # two rows of x that are written over
     for top, bottom in strips(height, step):
         piece = torch.cat([passed, x.read(top, min(bottom + 2, height))], dim=2)
         start = top - passed.shape[2]  # the piece's first row
@@ -194,49 +200,101 @@ def residual(x: Rows, block: Any, step: int) -> Rows:
     return out
 
 
+def attend(x: Rows, attention: Attention, values: int) -> None:
+    """Self-attention of all positions, in place; queries and their results exist strip by strip, keys and values whole."""
+    layer = cast(Any, attention)
+    batch, channels, height, width = x.data.shape
+    step = rows_of(values, channels, width)
+    norm = normalised(x, layer.group_norm, step)
+
+    def tokens(piece: Tensor) -> Tensor:
+        return norm(piece).flatten(2).transpose(1, 2)  # (B,L,c)
+
+    def heads(projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (layer.heads, -1)).transpose(1, 2)  # (B,H,L,d)
+
+    key, value = (x.like().new_empty(batch, height * width, layer.inner_dim) for _ in range(2))
+    for top, bottom in strips(height, step):
+        piece = tokens(x.read(top, bottom))
+        key[:, top * width : bottom * width] = layer.to_k(piece)
+        value[:, top * width : bottom * width] = layer.to_v(piece)
+    for top, bottom in strips(height, step):
+        piece = x.read(top, bottom)
+        mixed = F.scaled_dot_product_attention(heads(layer.to_q(tokens(piece))), heads(key), heads(value))
+        added = layer.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, (-1, width))
+        x.write(top, (piece + added) / layer.rescale_output_factor)
+
+
+def middle(x: Rows, block: Any, values: int) -> Rows:
+    """The block on the smallest grid."""
+    attentions = [attention for attention in block.attentions if attention is not None]
+    if not all(type(a) is Attention and a.group_norm is not None and a.residual_connection for a in attentions):
+        return Rows.of(block(x.whole()), rows_of(values, x.data.shape[1], x.data.shape[3]))
+    x = residual(x, block.resnets[0], values)
+    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
+        if attention is not None:
+            attend(x, attention, values)
+        x = residual(x, resnet, values)
+    return x
+
+
 def decode_by_rows(decoder: Decoder, latents: Tensor, pixels: int) -> Tensor:
-    """A diffusers KL decoder: latents (B,c,h,w) -> (B,3,H,W); strips hold at most `pixels` positions."""
+    """A diffusers KL decoder: latents (B,c,h,w) -> (B,3,H,W).
+
+    Args:
+        pixels: positions of a strip at full resolution, at most; elsewhere a strip has as many values.
+    """
     network = cast(Any, decoder)
-    features = network.mid_block(network.conv_in(latents))
-    x = Rows.of(features, step_for(features.shape[3], pixels))
+    values = pixels * network.conv_norm_out.num_channels
+    features = network.conv_in(latents)
+    x = Rows.of(features, rows_of(values, *features.shape[1::2]))
     del features
+    x = middle(x, network.mid_block, values)
     for block in network.up_blocks:
         if type(block) is not UpDecoderBlock2D:  # attention sees the whole picture
-            x = Rows.of(block(x.whole()), step_for(x.data.shape[3], pixels))
+            x = Rows.of(block(x.whole()), rows_of(values, *x.data.shape[1::2]))
             continue
         stage = cast(Any, block)
         for resnet in stage.resnets:
-            x = residual(x, resnet, step_for(x.data.shape[3], pixels))
+            x = residual(x, resnet, values)
         for up in stage.upsamplers or []:
-            x = convolve(x, up.conv, step_for(2 * x.data.shape[3], pixels), enlarge=2)
-    return finish(x, network, network.conv_out, pixels)
+            x = convolve(x, up.conv, values, enlarge=2)
+    norm = normalised(x, network.conv_norm_out, rows_of(values, *x.data.shape[1::2]))
+    return convolve(x, network.conv_out, values, before=lambda p: network.conv_act(norm(p)), exact=True).whole()
 
 
 def encode_by_rows(encoder: Encoder, images: Tensor, pixels: int) -> Tensor:
-    """A diffusers KL encoder: images (B,3,H,W) -> its last layer's output (B,c,h,w); strips as in `decode`."""
+    """A diffusers KL encoder: images (B,3,H,W) -> its last layer's output (B,c,h,w); strips as in `decode_by_rows`."""
     network = cast(Any, encoder)
-    step = step_for(images.shape[3], pixels)
-    x = convolve(Rows.around(images), network.conv_in, step)
+    values = pixels * network.conv_in.out_channels
+    x = convolve(Rows.around(images), network.conv_in, values)
     for block in network.down_blocks:
         if type(block) is not DownEncoderBlock2D:
-            x = Rows.of(block(x.whole()), step_for(x.data.shape[3], pixels))
+            x = Rows.of(block(x.whole()), rows_of(values, *x.data.shape[1::2]))
             continue
         stage = cast(Any, block)
         for resnet in stage.resnets:
-            x = residual(x, resnet, step_for(x.data.shape[3], pixels))
+            x = residual(x, resnet, values)
         for down in stage.downsamplers or []:
             uneven = (0, 1, 0, 1) if down.padding == 0 else None
-            x = convolve(x, down.conv, step_for(x.data.shape[3] // 2, pixels // 4), padding=uneven)
-    features = network.mid_block(x.whole())
-    return network.conv_out(network.conv_act(network.conv_norm_out(features)))
+            x = convolve(x, down.conv, values, padding=uneven)
+    x = middle(x, network.mid_block, values)
+    return last_layer(x, network, values)
 
 
-def finish(x: Rows, network: Any, last: nn.Conv2d, pixels: int) -> Tensor:
-    step = step_for(x.data.shape[3], pixels)
+def last_layer(x: Rows, network: Any, values: int) -> Tensor:
+    """An encoder's end: its layer, a 3x3 convolution or DetailDown, on strips with a row of its output more on each side."""
+    layer, step = network.conv_out, rows_of(values, *x.data.shape[1::2])
     norm = normalised(x, network.conv_norm_out, step)
-    return convolve(x, last, step, before=lambda piece: network.conv_act(norm(piece)), exact=True).whole()
+    factor = layer.scale if isinstance(layer, DetailDown) else 1
+    parts = []
+    for top, bottom in strips(x.height // factor, max(1, step // factor)):
+        above, below = min(top, 1), min(x.height // factor - bottom, 1)
+        piece = x.read((top - above) * factor, (bottom + below) * factor)
+        parts.append(layer(network.conv_act(norm(piece)))[:, :, above : above + bottom - top])
+    return torch.cat(parts, dim=2)
 
 
-def step_for(width: int, pixels: int) -> int:
-    """Rows of a strip that holds at most `pixels` positions; at least 8, as neighbours share two."""
-    return max(8, pixels // width)
+def rows_of(values: int, channels: int, width: int) -> int:
+    """Rows of a strip that holds at most so many values; at least 8, as neighbours share two."""
+    return max(8, values // (channels * width))
