@@ -7,6 +7,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from davae.bench.block_cache import first_block_cached
+from davae.bench.sampling import HELPERS
 from davae.models.pipeline import ModelError
 
 
@@ -61,3 +62,10 @@ def test_other_transformers_are_told() -> None:
         first_block_cached(transformer(1), 0.1),
     ):
         pass
+
+
+def test_compiled_blocks_are_compiled_and_plain_again() -> None:
+    model = transformer()
+    with HELPERS["compiled"](model):
+        assert all(block._compiled_call_impl is not None for block in model.transformer_blocks)
+    assert all(module._compiled_call_impl is None for module in model.modules())

@@ -19,6 +19,7 @@ from davae.models.lightning_dit import LightningDiT
 from davae.models.pipeline import denoiser
 from davae.sample.generate import generate
 from davae.sample.ode import euler, euler_ode, time_grid
+from davae.train.engine import compile_blocks
 
 THRESHOLD = 0.1  # relative change of the first block's residual below which the others are skipped
 
@@ -52,7 +53,7 @@ def first_block_cache(transformer: Any) -> Iterator[None]:
 @contextmanager
 def compiled(transformer: Any) -> Iterator[None]:
     """Every block through `torch.compile`."""
-    transformer.compile_repeated_blocks()
+    compile_blocks(transformer)
     try:
         yield
     finally:
