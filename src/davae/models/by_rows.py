@@ -258,6 +258,7 @@ def decode_by_rows(decoder: Decoder, latents: Tensor, pixels: int) -> Tensor:
         for resnet in stage.resnets:
             x = residual(x, resnet, values)
         for up in stage.upsamplers or []:
+            x.data = x.data.clone()  # lets go of the wider activation that it took the place of
             x = convolve(x, up.conv, values, enlarge=2)
     norm = normalised(x, network.conv_norm_out, rows_of(values, *x.data.shape[1::2]))
     return convolve(x, network.conv_out, values, before=lambda p: network.conv_act(norm(p)), exact=True).whole()
