@@ -19,9 +19,12 @@ from davae.bench.sampling import bench_guidance
 from davae.bench.stages import bench_stage1, bench_stage2
 from davae.bench.tokens import shallow
 from davae.bench.vae import psnr
+from davae.data.pictures import collate
 from davae.models.by_rows import Rows, decode_by_rows, encode_by_rows
 from davae.models.tiling import spans
 from davae.recipes import Recipe, validate
+from davae.train.stage1 import Stage1Task
+from davae.train.upgrade import Upgrade
 
 
 def test_rivals_take_turns_and_the_first_round_is_left_out():
@@ -77,6 +80,28 @@ def test_stage_1_and_its_plain_opponent_have_the_same_losses(tiny_base: Path, pi
     figures = bench_stage1(tiny(tiny_base, picture_folder), steps=2, repeats=1)
     assert figures["losses_compared"] == 3
     assert figures["largest_relative_loss_difference"] < 1e-4
+
+
+def test_in_float64_the_opponent_goes_the_same_way(
+    tiny_base: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Gradients and optimizer too: it never takes the trainer's weights. Losses are logged to eight digits."""
+    make = Upgrade.stage1_task
+
+    def in_float64(run: Upgrade) -> Stage1Task:
+        task = make(run)
+        task.vae.double()
+        task.collate = lambda items: collate([{**item, "image": item["image"].double()} for item in items])
+        return task
+
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(Upgrade, "stage1_task", in_float64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        figures = bench_stage1(tiny(tiny_base, picture_folder), steps=3, repeats=1, follow=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert figures["largest_relative_loss_difference"] < 1e-6
 
 
 def test_stage_2_and_its_plain_opponent_have_the_same_losses(tiny_base: Path, picture_folder: Path):

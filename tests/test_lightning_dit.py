@@ -16,6 +16,7 @@ from davae import ClassConditionalPipeline, LatentLayout, LightningDiT, expand_t
 from davae.convert import lightningdit
 from davae.losses.detail_warmup import detail_direction_loss
 from davae.losses.flow_matching import direction_loss
+from davae.models.lightning_dit import RotaryEmbedding, grid_positions, rotary_angles
 from davae.models.pipeline import load_pipeline
 from davae.models.repatch import change_patch
 from davae.recipes.schema import Lora
@@ -82,6 +83,20 @@ def test_xl_has_the_official_size_and_names(official) -> None:
     without_qk = {name for name in of_one_block if "_norm.weight" not in name or "attn" not in name}
     assert {re.sub(r"blocks\.\d+\.", "blocks.N.", name) for name in model.state_dict()} == without_qk
     assert len(model.blocks) == 28
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rotary_pairs_turn_by_their_angle(dtype: torch.dtype) -> None:
+    positions = grid_positions(3, 4)
+    angles = rotary_angles(positions, 8)  # (9,8), each angle twice
+    x = torch.randn(2, 9, 4, 8, dtype=torch.float64).transpose(1, 2)  # (B,H,L,d), not contiguous
+    even, odd = x[..., ::2], x[..., 1::2]
+    cos, sin = angles[:, ::2].cos(), angles[:, ::2].sin()
+    expected = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+    found = RotaryEmbedding(positions, 8)(x.to(dtype))
+    assert found.dtype == dtype
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

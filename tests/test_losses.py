@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from davae import LatentLayout, alignment_loss, detail_weight, group_mean, velocity_loss
 from davae.losses.flow_matching import interpolate, sample_timesteps, shift_timestep, velocity_target
+from davae.losses.perceptual import Lpips, unit, unit_distance
 from davae.losses.reconstruction import adaptive_weight, carry, discriminator_hinge, kl_loss, reconstruction_loss
 
 F64 = torch.float64
@@ -148,3 +149,35 @@ def test_a_carried_gradient_is_that_of_the_loss_behind_it():
 def test_discriminator_hinge_is_zero_beyond_the_margin():
     assert float(discriminator_hinge(torch.full((2,), 1.5), torch.full((2,), -1.5))) == 0.0
     assert float(discriminator_hinge(torch.zeros(2), torch.zeros(2))) == 1.0
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_distances_of_unit_features_have_the_gradient_that_autograd_finds(dead: bool):
+    features = torch.randn(2, 5, 3, 4, dtype=F64)
+    if dead:
+        features[0, :, 1, 2] = 0
+    wanted, _ = unit(torch.randn(2, 5, 3, 4, dtype=F64))
+    weight, upstream = torch.rand(5, dtype=F64), torch.tensor([1.0, -2.0], dtype=F64)
+
+    def plainly(x: torch.Tensor) -> torch.Tensor:
+        x = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+        return (weight.view(1, -1, 1, 1) * (x - wanted).square()).sum(1).mean((1, 2))
+
+    for layout in (torch.contiguous_format, torch.channels_last):
+        own = features.clone(memory_format=layout).requires_grad_()
+        distance = unit_distance(own, wanted.clone(memory_format=layout), weight)
+        torch.testing.assert_close(distance, plainly(own))
+        found, expected = (torch.autograd.grad(d, own, upstream)[0] for d in (distance, plainly(own)))
+        assert found.is_contiguous(memory_format=layout)
+        alive = features.abs().sum(1, keepdim=True).expand_as(found) > 0
+        torch.testing.assert_close(found[alive], expected[alive])
+        assert torch.isfinite(found).all(), "plainly it is not a number where all features are 0"
+
+
+def test_lpips_is_the_packages_with_its_gradient():
+    distance = Lpips("vgg", random=True).double()
+    image, target = (torch.rand(2, 3, 32, 48, dtype=F64) * 2 - 1 for _ in range(2))
+    image.requires_grad_()
+    found, expected = distance(image, target), distance.model(image, target).flatten()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(d.sum(), image)[0] for d in (found, expected)))

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+STATUS = Path("/proc/self/status")  # Linux alone has it
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -73,48 +75,67 @@ def machine() -> dict[str, Any]:
     }
 
 
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module's function returns when a fresh process calls it, with as many threads as this one.
+
+    Raises:
+        RuntimeError: the process ended without an answer.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, torch.get_num_threads(), function, arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process that measures ended with status {process.exitcode}") from None
+    finally:
+        process.join()
+
+
+def _answer(sender: Any, threads: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    sender.send(function(*arguments))
+
+
 def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
     """Bytes that work needs on top of what was there before it, in a process of its own.
 
     Args:
         prepare: a module's function; called with `arguments`, it returns the work to be measured.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, torch.get_num_threads(), prepare, arguments))
-    process.start()
-    sender.close()
-    try:
-        grown = receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the process that measures memory ended with status {process.exitcode}") from None
-    process.join()
-    return int(grown)
+    return in_own_process(_grown, prepare, arguments)
 
 
-def _measure(
-    sender: Any, threads: int, prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]
-) -> None:
-    torch.set_num_threads(threads)
+def _grown(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> int:
     work = prepare(*arguments)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
-        sender.send(torch.cuda.max_memory_allocated() - before)
-        return
+        return torch.cuda.max_memory_allocated() - before
     before = _peak(reset=True)
     work()
-    sender.send(_peak() - before)
+    return _peak() - before
 
 
 def _peak(reset: bool = False) -> int:
     """Highest resident bytes since the last reset. Linux alone can reset it; elsewhere it is that of the whole process."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    if not STATUS.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return resident("VmHWM")
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process in memory by a name of Linux's: `RssAnon` its own, `RssFile` mapped files, `VmHWM` the peak.
+
+    0 on other systems.
+    """
+    if not STATUS.is_file():
+        return 0
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{kind}:"))
     return int(line.split()[1]) * 1024

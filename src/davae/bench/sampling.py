@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from davae.bench.block_cache import first_block_cached
 from davae.bench.clock import machine, race, ratio, spread
 from davae.bench.vae import psnr
 from davae.data.pictures import to_tensor
@@ -18,6 +19,9 @@ from davae.models.lightning_dit import LightningDiT
 from davae.models.pipeline import denoiser
 from davae.sample.generate import generate
 from davae.sample.ode import euler, euler_ode, time_grid
+from davae.train.engine import compile_blocks
+
+THRESHOLD = 0.1  # relative change of the first block's residual below which the others are skipped
 
 
 @contextmanager
@@ -28,10 +32,18 @@ def plain(transformer: Any) -> Iterator[None]:
 
 @contextmanager
 def first_block_cache(transformer: Any) -> Iterator[None]:
-    """diffusers' first-block cache: later blocks are skipped while the first one's output barely moves."""
+    """First-block cache, diffusers' own where it has one: later blocks are skipped while the first one's part barely moves.
+
+    Raises:
+        ModelError: a transformer without.
+    """
     from diffusers.hooks import FirstBlockCacheConfig
 
-    transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    if not hasattr(transformer, "enable_cache"):
+        with first_block_cached(transformer, THRESHOLD):
+            yield
+        return
+    transformer.enable_cache(FirstBlockCacheConfig(threshold=THRESHOLD))
     try:
         yield
     finally:
@@ -41,7 +53,7 @@ def first_block_cache(transformer: Any) -> Iterator[None]:
 @contextmanager
 def compiled(transformer: Any) -> Iterator[None]:
     """Every block through `torch.compile`."""
-    transformer.compile_repeated_blocks()
+    compile_blocks(transformer)
     try:
         yield
     finally:

@@ -11,17 +11,19 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from davae.bench.clock import machine, ratio, spread
 from davae.bench.plain import PlainStage1, PlainStage2
 from davae.losses.flow_matching import sample_timesteps
-from davae.losses.perceptual import random_lpips
+from davae.losses.perceptual import Lpips, random_lpips
 from davae.models.pipeline import denoiser, embed_captions
 from davae.recipes import RecipeError
 from davae.recipes.schema import Recipe, Stage1
 from davae.train.draws import Draws
 from davae.train.loop import Progress, Trainer, learning_rate
+from davae.train.stage1 import Stage1Task
+from davae.train.stage2 import Stage2Task
 from davae.train.upgrade import Upgrade
 
 
@@ -52,36 +54,53 @@ class Recorder:
 
 
 @dataclass
-class Watch:
-    """Seconds and losses of a trainer's steps, from what it reports after each."""
+class Duel:
+    """Observer of a trainer whose opponent takes every step after it: the same batch, the same noise, the same weights.
 
-    seconds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    Rounding grows about tenfold with every step of Adam, so each step starts from the trainer's weights, and only the two
+    steps are timed.
+
+    Args:
+        play: the opponent's step; returns its loss.
+        follow: gives the opponent the trainer's weights.
+
+    Attributes:
+        ours, plain: seconds of each step. losses: (trainer's, opponent's) of each step.
+    """
+
+    recorder: Recorder
+    play: Callable[[Turn], float]
+    follow: Callable[[], None]
+    ours: list[float] = field(default_factory=list)
+    plain: list[float] = field(default_factory=list)
+    losses: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._before = time.perf_counter()
 
     def __call__(self, progress: Progress) -> None:
         now = time.perf_counter()
-        self.seconds.append(now - self._before)
-        self.losses.append(progress.values["loss"])
+        self.ours.append(now - self._before)
+        loss = self.play(self.recorder.turns[-1])
+        self.plain.append(time.perf_counter() - now)
+        self.losses.append((progress.values["loss"], loss))
+        self.follow()
         self._before = time.perf_counter()
 
 
-def timed(works: list[Callable[[], float]]) -> tuple[list[float], list[float]]:
-    """(seconds, results) of each."""
-    seconds, results = [], []
-    for work in works:
-        started = time.perf_counter()
-        results.append(work())
-        seconds.append(time.perf_counter() - started)
-    return seconds, results
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    with torch.no_grad():
+        for own, other in zip(target.parameters(), source.parameters(), strict=True):
+            own.copy_(other)
 
 
-def result(ours: list[float], plain: list[float], losses: list[tuple[float, float]], batch: int) -> dict[str, Any]:
-    """Figures of one comparison. The first step of every repeat warms up and is left out by the caller."""
-    fast, slow = spread(ours), spread(plain)
+def result(duels: list[Duel], batch: int) -> dict[str, Any]:
+    """Figures of all repeats. The first step of each warms up: its losses count, its time does not."""
+    fast = spread([seconds for duel in duels for seconds in duel.ours[1:]])
+    slow = spread([seconds for duel in duels for seconds in duel.plain[1:]])
+    losses = [pair for duel in duels for pair in duel.losses]
     return {
+        "batch": batch,
         "davae_seconds": fast.as_dict(),
         "plain_seconds": slow.as_dict(),
         "davae_images_per_second": batch / fast.median,
@@ -119,11 +138,13 @@ def paper_losses(settings: Stage1, weights: Path) -> Stage1:
     )
 
 
-def bench_stage1(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
-    """The trainer's stage 1 against `PlainStage1`, with the paper's losses on the recipe's model and pictures."""
-    ours: list[float] = []
-    plain: list[float] = []
-    losses: list[tuple[float, float]] = []
+def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = True) -> dict[str, Any]:
+    """The trainer's stage 1 against `PlainStage1`, with the paper's losses on the recipe's model and pictures.
+
+    Args:
+        follow: False lets the opponent go on from its own weights.
+    """
+    duels: list[Duel] = []
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "vgg.safetensors"
         save_file(random_lpips("vgg"), weights)
@@ -133,24 +154,27 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
         for repeat in range(repeats):
             run = Upgrade(recipe, Path(scratch) / f"run-{repeat}", lambda progress: None)
             task, rival = run.stage1_task(), run.stage1_task()
-            recorder, watch = Recorder(task), Watch()
-            Trainer(task, recipe.run, run.folder, run.accelerator, watch).fit()
-            run.folder.close()
             critic, perceptual = rival.trainer.discriminator, rival.trainer.perceptual
             assert critic is not None
             assert perceptual is not None
-            opponent = PlainStage1(settings, rival.vae, perceptual, critic)
+            # the package's own forward pass: what one would first write
+            opponent = PlainStage1(settings, rival.vae, cast(Lpips, perceptual).model, critic)
 
-            def turn(one: Turn, opponent: PlainStage1 = opponent) -> float:
-                lr = learning_rate(settings, settings.lr, one.step)
-                images = one.batch["images"].to(memory_format=torch.channels_last)
-                return opponent.step(images, one.step, lr, one.draws.afresh)
+            def play(turn: Turn, opponent: PlainStage1 = opponent) -> float:
+                lr = learning_rate(settings, settings.lr, turn.step)
+                images = turn.batch["images"].to(memory_format=torch.channels_last)
+                return opponent.step(images, turn.step, lr, turn.draws.afresh)
 
-            seconds, found = timed([lambda one=one: turn(one) for one in recorder.turns])
-            ours += watch.seconds[1:]
-            plain += seconds[1:]
-            losses += zip(watch.losses, found, strict=True)
-    return {"recipe": recipe.name, "batch": settings.batch_size, **result(ours, plain, losses, settings.batch_size)}
+            def copy(task: Stage1Task = task, rival: Stage1Task = rival) -> None:
+                copy_weights(task.vae, rival.vae)
+                copy_weights(
+                    cast(nn.Module, task.trainer.discriminator), cast(nn.Module, rival.trainer.discriminator)
+                )
+
+            duels.append(Duel(Recorder(task), play, copy if follow else lambda: None))
+            Trainer(task, recipe.run, run.folder, run.accelerator, duels[-1]).fit()
+            run.folder.close()
+    return {"recipe": recipe.name, **result(duels, settings.batch_size)}
 
 
 class Indexed:
@@ -179,9 +203,7 @@ class LivePrompts:
 
 def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
     """The trainer's stage 2 against `PlainStage2`, on a detail VAE that saw one step and a cache in float32."""
-    ours: list[float] = []
-    plain: list[float] = []
-    losses: list[tuple[float, float]] = []
+    duels: list[Duel] = []
     recipe = quick(quick(recipe, "stage1", 1), "stage2", steps + 1)
     settings = recipe.stage2.model_copy(
         update={"new_weight_lr_multiplier": 1.0, "warmup_steps": 0, "min_snr_gamma": None}
@@ -202,32 +224,25 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
         for repeat in range(repeats):
             run = Upgrade(recipe, Path(scratch) / f"run-{repeat}", lambda progress: None, stage1=first.out)
             task, rival = run.stage2_task(), run.stage2_task()
-            recorder, watch = Recorder(task), Watch()
             noted = Indexed(task.dataset)
             task.dataset = cast(Any, noted)
-            Trainer(task, recipe.run, run.folder, run.accelerator, watch).fit()
-            run.folder.close()
-            opponent = plain_stage2(run, rival)
-            pictures = run.training_pictures()
-            batch = settings.batch_size
-            given = [noted.given[n * batch : (n + 1) * batch] for n in range(len(recorder.turns))]
+            opponent, pictures = plain_stage2(run, rival), run.training_pictures()
 
-            def turn(
-                one: Turn, items: list[int], opponent: PlainStage2 = opponent, pictures: Any = pictures
+            def play(
+                turn: Turn, opponent: PlainStage2 = opponent, noted: Indexed = noted, pictures: Any = pictures
             ) -> float:
-                images = torch.stack([pictures[(i, i)]["image"] for i in items])
-                lr = learning_rate(settings, settings.lr, one.step)
-                return opponent.step(images, one.batch["conditions"], one.step, lr, one.draws)
+                given = noted.given[-settings.batch_size :]  # nothing is read ahead without workers
+                images = torch.stack([pictures[(i, i)]["image"] for i in given])
+                lr = learning_rate(settings, settings.lr, turn.step)
+                return opponent.step(images, turn.batch["conditions"], turn.step, lr, turn.draws)
 
-            works = [
-                lambda one=one, items=items: turn(one, items)
-                for one, items in zip(recorder.turns, given, strict=True)
-            ]
-            seconds, found = timed(works)
-            ours += watch.seconds[1:]
-            plain += seconds[1:]
-            losses += zip(watch.losses, found, strict=True)
-    return {"recipe": recipe.name, "batch": settings.batch_size, **result(ours, plain, losses, settings.batch_size)}
+            def copy(task: Stage2Task = task, rival: Stage2Task = rival) -> None:
+                copy_weights(task.transformer, rival.transformer)
+
+            duels.append(Duel(Recorder(task), play, copy))
+            Trainer(task, recipe.run, run.folder, run.accelerator, duels[-1]).fit()
+            run.folder.close()
+    return {"recipe": recipe.name, **result(duels, settings.batch_size)}
 
 
 def plain_stage2(run: Upgrade, rival: Any) -> PlainStage2:

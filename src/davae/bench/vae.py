@@ -32,17 +32,14 @@ def opened(model: str, tile: int | None) -> Any:
     return vae
 
 
-def encoding(model: str, resolution: int, tile: int | None) -> Callable[[], Tensor]:
-    """Work for `peak_memory`: one picture encoded."""
-    vae, picture = opened(model, tile), synthetic_picture(resolution)
+def encoding(model: str, picture: Tensor, tile: int | None) -> Callable[[], Tensor]:
+    """Work for `peak_memory`: one picture encoded. Nothing runs before it: memory that was freed would not count again."""
+    vae = opened(model, tile)
     return torch.no_grad()(lambda: encode_mode(vae, picture))
 
 
-def decoding(model: str, resolution: int, tile: int | None) -> Callable[[], Tensor]:
-    """Work for `peak_memory`: one picture's latents decoded. Latents are made tile by tile, to leave no peak behind."""
-    vae = opened(model, min(256, resolution))
-    with torch.no_grad():
-        latents = encode_mode(vae, synthetic_picture(resolution))
+def decoding(model: str, latents: Tensor, tile: int | None) -> Callable[[], Tensor]:
+    """Work for `peak_memory`: one picture's latents decoded."""
     vae = opened(model, tile)
     return torch.no_grad()(lambda: decode_latents(vae, latents))
 
@@ -60,11 +57,13 @@ def bench_vae(model: str, *, resolution: int, tile: int, repeats: int) -> dict[s
         ValueError: a size that the autoencoder cannot encode.
     """
     figures: dict[str, Any] = {"vae": model, "resolution": resolution, "tile": tile}
-    for name, prepare, span in (("encode", encoding, None), ("decode", decoding, 2.0)):
-        works = {"whole": prepare(model, resolution, None), "tiled": prepare(model, resolution, tile)}
+    picture = synthetic_picture(resolution)
+    latents = encoding(model, picture, min(256, resolution))()
+    for name, prepare, given, span in (("encode", encoding, picture, None), ("decode", decoding, latents, 2.0)):
+        works = {"whole": prepare(model, given, None), "tiled": prepare(model, given, tile)}
         times = race(works, repeats, warmup=0)
         whole, tiled = (work().float() for work in works.values())
-        memory = {key: peak_memory(prepare, model, resolution, None if key == "whole" else tile) for key in works}
+        memory = {key: peak_memory(prepare, model, given, None if key == "whole" else tile) for key in works}
         figures[name] = {
             "whole_seconds": times["whole"].as_dict(),
             "tiled_seconds": times["tiled"].as_dict(),

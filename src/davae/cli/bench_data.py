@@ -1,4 +1,4 @@
-"""`davae bench cache | data`."""
+"""`davae bench cache | data | scale`."""
 
 from __future__ import annotations
 
@@ -52,3 +52,24 @@ def data_wait(
     run = _run(recipe, out, data, set)
     run.cache_latents()
     show(json, step_speed(run, steps))
+
+
+def scale(
+    items: Annotated[
+        list[int] | None, typer.Option(min=1, help="Cached latents; may be repeated. 10^3 to 10^6 unless given.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batches: Annotated[int, typer.Option(min=3, help="Read in the order of training.")] = 500,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 0,
+    json: Json = None,
+) -> None:
+    """Start-up, memory and reading speed of a latent cache by its size, on synthetic latents in a temporary folder.
+
+    `davae bench scale --items 1000 --items 1000000`
+    """
+    from davae.bench.scale import bench_scale
+
+    figures = bench_scale(
+        items or [10**n for n in range(3, 7)], batch_size=batch_size, batches=batches, num_workers=num_workers
+    )
+    show(json, figures)

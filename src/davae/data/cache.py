@@ -33,7 +33,7 @@ Condition = Literal["text", "class"]
 FORMAT = 2
 KEY, META, LABELS = "key.json", "meta.json", "labels.npy"
 NO_LABEL = -1
-OPEN_SHARDS = 256  # mapped at a time
+OPEN_SHARDS = 4096  # mapped at a time: each takes kilobytes, and the system lets a process map 65,530 pieces
 
 
 @dataclass(frozen=True)

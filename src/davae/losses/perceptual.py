@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 LITE0_TAPS = (0, 2, 4)  # blocks whose outputs are compared: strides 2, 4 and 8
 
@@ -25,6 +26,47 @@ def lite0_network(random: bool = False) -> nn.Module:
 def lite0_input(images: Tensor) -> Tensor:
     """[-1,1] -> the scale Lite0 was trained on, (pixel - 127) / 128."""
     return (images * 127.5 + 127.5 - 127.0) / 128.0
+
+
+def unit(features: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,c,h,w) -> each position over its length, as LPIPS has it, and one over that length (B,1,h,w)."""
+    inverse = features.square().sum(1, keepdim=True).sqrt().add(1e-10).reciprocal()
+    return features * inverse, inverse
+
+
+class _UnitDistance(torch.autograd.Function):
+    """What autograd would do, in a third of the time: its own way comes back in another memory layout than the features."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+        own, inverse = unit(features)
+        difference = own - wanted
+        ctx.save_for_backward(own, inverse, difference, weight)
+        return (difference.square().mean((2, 3)) * weight).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        own, inverse, difference, weight = ctx.saved_tensors
+        factor = upstream[:, None] * weight * (2 / difference[0, 0].numel())  # (B,c)
+        gradient = difference * factor[..., None, None]
+        # only what is across a unit vector moves it: d(a/|a|) = (1 - u u^T) da / |a|
+        along = (gradient * own).sum(1, keepdim=True)  # (B,1,h,w)
+        return gradient.addcmul_(own, along, value=-1).mul_(inverse), None, None
+
+
+def unit_distance(features: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """sum_c weight_c mean over positions of (features/|features| - wanted)^2.
+
+    Args:
+        features: (B,c,h,w), not normalised; the gradient goes there alone.
+        wanted: (B,c,h,w), of unit length at each position.
+        weight: (c,).
+
+    Returns:
+        (B,).
+    """
+    return _UnitDistance.apply(features, wanted, weight)  # type: ignore[return-value]
 
 
 class Lite0Distance(nn.Module):
@@ -51,19 +93,21 @@ class Lite0Distance(nn.Module):
         for number, block in enumerate(self.blocks):
             x = block(x)
             if number in LITE0_TAPS:
-                taps.append(F.normalize(x, dim=1))
+                taps.append(x)
         return taps
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         """(B,3,H,W) in [-1,1] twice -> (B,)."""
         with torch.no_grad():
-            wanted = self.features(target)
+            wanted = [unit(tap)[0] for tap in self.features(target)]
         found = self.features(images)
-        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in zip(found, wanted, strict=True)]).mean(0)
+        return torch.stack(
+            [unit_distance(a, b, a.new_ones(a.shape[1])) for a, b in zip(found, wanted, strict=True)]
+        ).mean(0)
 
 
 class Lpips(nn.Module):
-    """LPIPS v0.1 through the `lpips` package; the trunk comes from torchvision or from a safetensors file.
+    """LPIPS v0.1 with the networks of the `lpips` package; the trunk comes from torchvision or from a safetensors file.
 
     Args:
         network: 'vgg' or 'alex'.
@@ -106,7 +150,16 @@ class Lpips(nn.Module):
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         """(B,3,H,W) in [-1,1] twice -> (B,)."""
-        return self.model(images, target).flatten()
+        with torch.no_grad():
+            wanted = [unit(tap)[0] for tap in self.features(target)]
+        lins: Any = self.model.lins
+        weights = [head.model[-1].weight.flatten() for head in lins]  # 1x1 convolutions
+        found = zip(self.features(images), wanted, weights, strict=True)
+        return torch.stack([unit_distance(*tap) for tap in found]).sum(0)
+
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(B,3,H,W) in [-1,1] -> (B,c,h,w) of each tap."""
+        return tuple(self.model.net(self.model.scaling_layer(images)))
 
 
 def _file_name(name: str) -> str:

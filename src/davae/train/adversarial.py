@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from davae.data.pictures import Pictures, collate
@@ -25,20 +26,25 @@ from davae.train.ranks import mean_over_ranks
 
 
 class ReconstructionTrainer:
-    """L_rec with its GAN turn-taking. The discriminator reuses the reconstruction of the autoencoder's turn."""
+    """L_rec with its GAN turn-taking. The discriminator reuses what it said of the autoencoder's reconstruction."""
 
     def __init__(self, settings: Reconstruction, device: torch.device):
         self.settings = settings
         self.perceptual = (
-            perceptual_distance(settings.perceptual, settings.perceptual_weights).to(device)
+            perceptual_distance(settings.perceptual, settings.perceptual_weights).to(
+                device,
+                memory_format=torch.channels_last,  # type: ignore[call-overload]
+            )
             if settings.lambda_lpips
             else None
         )
         self.discriminator = (
-            PatchDiscriminator(settings.gan_channels, settings.gan_layers) if settings.lambda_adv else None
+            PatchDiscriminator(settings.gan_channels, settings.gan_layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if settings.lambda_adv
+            else None
         )
         self._images: Tensor | None = None
-        self._reconstruction: Tensor | None = None
+        self._fake: Tensor | None = None  # scores of the reconstruction, (B,1,h,w), with their graph
 
     def players(self, autoencoder: Player) -> dict[str, Player]:
         players = {"vae": autoencoder}
@@ -93,12 +99,12 @@ class ReconstructionTrainer:
         value = loss.pixel.detach()
         pull = gradient = torch.autograd.grad(loss.pixel, pixels)[0]  # (B,3,H,W)
         if self.adversarial(step):
-            assert self.discriminator is not None  # not its data-parallel wrapper, which would wait for gradients
-            self.discriminator.requires_grad_(False)
+            assert self.discriminator is not None  # not its data-parallel wrapper: that one's pass is over the images
             logits = self.discriminator(pixels)
             adversarial = generator_hinge(logits)
             # the mean over so many logits would underflow in half precision
-            push = torch.autograd.grad(adversarial * logits.numel(), pixels)[0].float() / logits.numel()
+            scaled = torch.autograd.grad(adversarial * logits.numel(), pixels, retain_graph=True)[0]
+            push = scaled.float() / logits.numel()
             above, below = (
                 mean_over_ranks(
                     torch.autograd.grad(reconstruction, last_layer, g.to(reconstruction.dtype), retain_graph=True)[0]
@@ -109,19 +115,24 @@ class ReconstructionTrainer:
             value = value + s.lambda_adv * weight * adversarial.detach()
             gradient = pull + s.lambda_adv * weight * push
             logged |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
-            self._images, self._reconstruction = images, reconstruction.detach()
+            self._images, self._fake = images, logits
         total = carry(reconstruction, gradient, value) + s.lambda_kl * loss.kl
         return total, pull, logged
 
     def discriminator_loss(self, discriminator: nn.Module) -> tuple[Tensor, dict[str, Any]]:
         assert self._images is not None, "the autoencoder plays first"
-        assert self._reconstruction is not None
-        discriminator.requires_grad_(True)
-        # one pass over both: data-parallel wrappers take a single forward pass a step
-        real, fake = discriminator(torch.cat([self._images, self._reconstruction])).chunk(2)
-        loss = discriminator_hinge(real, fake)
-        self._images = self._reconstruction = None
+        assert self._fake is not None
+        loss = discriminator_hinge(discriminator(self._images), self._fake)
+        self._images = self._fake = None
         return loss, {"discriminator": loss.detach()}
+
+
+def keep_layout(autoencoder: nn.Module) -> None:
+    """diffusers' residual blocks copy their shortcut's input out of channels_last, and everything behind it back, when they
+    are in training mode; without dropout the mode means nothing else to them."""
+    for block in autoencoder.modules():
+        if isinstance(block, ResnetBlock2D) and not block.dropout.p:
+            block.training = False
 
 
 class ReconstructionTask(ABC):
@@ -135,6 +146,7 @@ class ReconstructionTask(ABC):
         self.settings, self.dataset, self.collate, self.device = settings, pictures, collate, device
         self.trainer = ReconstructionTrainer(settings, device)
         self.players = self.trainer.players(player)
+        keep_layout(player.module)
         self.modules: dict[str, nn.Module] = {"vae": forward, **self.trainer.modules()}
 
     def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
