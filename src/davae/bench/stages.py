@@ -134,6 +134,7 @@ def paper_losses(settings: Stage1, weights: Path) -> Stage1:
             "lambda_align": 0.5,
             "alignment": "adaptive",
             "detail_dropout": 0.0,
+            "crop": None,
         }
     )
 
