@@ -151,12 +151,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _latent_side(self, height: int | None, width: int | None) -> int:
-        size = self.transformer.config["input_size"] * self.vae_scale_factor
-        height, width = height or width or size, width or height or size
+        size: int = self.transformer.config["input_size"] * self.vae_scale_factor
+        high, wide = height or width or size, width or height or size
         step = self.vae_scale_factor * self.patch_size
-        if height != width or height % step:
-            raise ValueError(f"{width}x{height} pixels: this model draws squares whose side is divisible by {step}")
-        return height // self.vae_scale_factor
+        if high != wide or high % step:
+            raise ValueError(f"{wide}x{high} pixels: this model draws squares whose side is divisible by {step}")
+        return high // self.vae_scale_factor
 
     def _denoise(
         self, guided: GuidedModel, x: Tensor, steps: int, generator: Any, on_step: Callable[[int, Tensor], None]
