@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 import yaml
 from conftest import tiny_upgrade_recipe
 from safetensors.torch import load_file, save_file
+from test_docs import parse
+from test_training import run_cli
 
 from davae import reproduction
 from davae.recipes import BaseRecipe, Recipe, RecipeError
@@ -256,3 +260,18 @@ def test_the_cost_of_what_nobody_knows_is_unknown(tmp_path: Path):
     assert reproduction.cost(replace(job, like=None)) == "cost unknown until models/strange is there"
     (job,) = jobs("table5", "paper", 1, [f"base.model={tmp_path}/none"], ["full"])
     assert reproduction.cost(job) == f"cost unknown until {tmp_path}/none is there"
+
+
+def test_a_plan_is_printed_and_its_commands_parse(capsys: pytest.CaptureFixture):
+    run_cli("reproduce", "table1", "--scale", "paper", "--row", "DiT-XL/2", "--row", "REPA (SiT-XL/2)")
+    told = capsys.readouterr().out
+    lines = told.splitlines()
+    assert lines[0] == "# DiT-XL/2: no training"
+    assert any(line.startswith("# REPA samples by an SDE") for line in lines)
+    assert lines[-2].startswith("Note: FID without guidance")
+    assert lines[-1].startswith("Not run here: ")
+    assert "models/sd-vae is not here" in lines[-1]
+    for name in table_names():
+        for job in jobs(name, "paper", 1, []):
+            for command in re.split("\n|&&", job.command):
+                parse(shlex.split(command)[1:])

@@ -50,7 +50,7 @@ def test_autoencoders_are_shared_by_seeds_tables_and_upgrades():
         assert second[name].key != job.key
         assert second[name].autoencoder_key == job.autoencoder_key
     assert len({job.autoencoder_key for job in rows.values()}) == 4
-    (p2,) = base_jobs("table1").values()
+    p2 = base_jobs("table1")["LightningDiT, p = 2"]
     assert p2.autoencoder_key == rows["VA-VAE-like f8, p = 2"].autoencoder_key
     detail = rows["DetailVAE f16, p = 1"]
     upgrade = next(job for job in jobs("table5", "micro", 1, []) if job.row == "full")
