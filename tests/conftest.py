@@ -201,3 +201,14 @@ def tiny_upgrade_recipe(base: Path, data: Path, **changes: object) -> dict:
             node = node.setdefault(key, {})
         node[last] = value
     return values
+
+
+@pytest.fixture(scope="session")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of six pictures, wider than high. Read only."""
+    folder = tmp_path_factory.mktemp("classes")
+    for number in range(12):
+        target = folder / ("golf_ball", "tench")[number % 2] / f"{number}.png"
+        target.parent.mkdir(exist_ok=True)
+        picture(number).save(target)
+    return folder

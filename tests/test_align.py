@@ -45,17 +45,6 @@ def quiet(progress: Progress) -> None:
 
 
 @pytest.fixture(scope="module")
-def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of six pictures, wider than high."""
-    folder = tmp_path_factory.mktemp("classes")
-    for number in range(12):
-        target = folder / ("golf_ball", "tench")[number % 2] / f"{number}.png"
-        target.parent.mkdir(exist_ok=True)
-        picture(number).save(target)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pretrained pipeline: f2, C = 4, 16 px, 8x8 tokens, in which every path matters."""
     torch.manual_seed(0)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import picture
 from diffusers import AutoencoderDC
 from test_convert import write_shards
 from test_lightning_dit import random_model, small_autoencoder
@@ -41,17 +40,6 @@ def base_recipe(**changes: object) -> dict:
         "run": RUN,
         **changes,
     }
-
-
-@pytest.fixture(scope="module")
-def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of six pictures."""
-    folder = tmp_path_factory.mktemp("classes")
-    for number in range(12):
-        target = folder / ("golf_ball", "tench")[number % 2] / f"{number}.png"
-        target.parent.mkdir(exist_ok=True)
-        picture(number).save(target)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import picture
 from test_lightning_dit import random_model, small_autoencoder
 
 from davae import ClassConditionalPipeline, DetailVAE
@@ -75,17 +74,6 @@ def test_the_cache_of_an_upgrade_serves_its_base_recipes(base: str, upgrade: str
 
 
 # -- tiny runs -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of six pictures."""
-    folder = tmp_path_factory.mktemp("classes")
-    for number in range(12):
-        target = folder / ("golf_ball", "tench")[number % 2] / f"{number}.png"
-        target.parent.mkdir(exist_ok=True)
-        picture(number).save(target)
-    return folder
 
 
 @pytest.fixture(scope="module")
