@@ -265,7 +265,7 @@ def test_the_shipped_recipe_runs_when_it_is_made_small(tmp_path: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         picture(number, 136, 128).save(target)
     small = [
-        *("init=" + str(ROOT / "benchmarks/weights/imagenette64"), "autoencoder.channels=[8, 8, 8, 8, 8]"),
+        "init=" + str(ROOT / "benchmarks/weights/imagenette64"),
         *("vae.max_steps=1", "vae.batch_size=1", "align.embedder.max_steps=2", "align.embedder.batch_size=2"),
         *("align.head.max_steps=1", "align.head.batch_size=2", "dit.max_steps=1", "dit.batch_size=2"),
         *("data.holdout=0.0", "run.log_every=1"),
