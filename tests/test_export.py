@@ -23,7 +23,6 @@ from huggingface_hub import HfApi
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_class_conditional import classes
 from test_class_conditional import finished as class_run
 from test_lora import base_lora
 from test_training import fails, run_cli
@@ -34,7 +33,7 @@ from davae.publish.upgrade_file import vae_id
 from davae.recipes import validate
 from davae.train.upgrade import Upgrade
 
-__all__ = ["class_run", "classes"]  # fixtures
+__all__ = ["class_run"]  # a fixture
 
 # a learning rate at which four steps leave a LoRA that matters
 CHANGES = {"stage2__lr": 0.05, "stage2__ema_decay": 0.0, "stage2__warmup_steps": 0}

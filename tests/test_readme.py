@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_class_conditional import classes
 from test_convert import tiny_vavae
 from test_lightning_dit import random_model
 from test_training import finished, recipe_file, recipe_values, run_cli
 
-__all__ = ["classes", "finished", "recipe_file", "recipe_values"]  # fixtures
+__all__ = ["finished", "recipe_file", "recipe_values"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
