@@ -110,7 +110,9 @@ def layer_path(module: nn.Module, path: str) -> str:
 
 
 def spatial_factor(config: Any, class_name: str) -> int:
-    """Pixels per latent position, each way."""
+    """Pixels per latent position, each way; of a DetailVAE, whose config holds its base's, s times the base's."""
+    if "base_class" in config:
+        return spatial_factor(config["base_config"], config["base_class"]) * config["scale"]
     family = autoencoder_family(class_name)
     patch = (config.get("patch_size") or 1) if family.video else 1
     return 2 ** (len(config[family.widths]) - 1) * patch
@@ -137,13 +139,18 @@ def packed_statistics(base_vae: Any) -> tuple[list[float], list[float]]:
     return base_vae.bn.running_mean.tolist(), variance.sqrt().tolist()
 
 
+def convolution_at(network: nn.Module, path: str) -> tuple[Tensor, Tensor]:
+    """Copies of a convolution's weight (out,in,3,3) and bias (out,). Of a causal one over time, (out,in,t,3,3), a single
+    frame meets the last slice alone."""
+    conv: Any = network.get_submodule(layer_path(network, path))
+    weight, bias = conv.weight.detach().clone(), conv.bias.detach().clone()
+    return (weight[:, :, -1] if weight.ndim == 5 else weight), bias
+
+
 def last_convolution(base: Any, family: AutoencoderFamily) -> tuple[Tensor, Tensor]:
     """Weight (C,width,3,3) and bias (C,) of what a base encoder does last, as far as the latent's mean goes: its convolution
     with a shortcut that averages channels past it and a 1x1 convolution after it folded in."""
-    conv: Any = base.encoder.get_submodule(layer_path(base.encoder, family.last))
-    weight, bias = conv.weight.detach().clone(), conv.bias.detach().clone()
-    if weight.ndim == 5:  # (c,width,t,3,3)
-        weight = weight[:, :, -1]
+    weight, bias = convolution_at(base.encoder, family.last)
     if family.shortcut is not None and getattr(base.encoder, family.shortcut[0]):
         group = weight.shape[1] // weight.shape[0]
         for out in range(weight.shape[0]):
@@ -159,12 +166,8 @@ def last_convolution(base: Any, family: AutoencoderFamily) -> tuple[Tensor, Tens
 
 def first_convolution(base: Any, family: AutoencoderFamily) -> tuple[Tensor, Tensor]:
     """Weight (width,C,3,3) and bias (width,) of what a base decoder does first: its convolution with all that can be
-    folded into it, a 1x1 convolution before it and a shortcut that repeats channels past it. Of a causal convolution over
-    time, a single frame meets the last slice alone."""
-    conv: Any = base.decoder.get_submodule(layer_path(base.decoder, family.first))
-    weight, bias = conv.weight.detach().clone(), conv.bias.detach().clone()
-    if weight.ndim == 5:  # (width,C,t,3,3)
-        weight = weight[:, :, -1]
+    folded into it, a 1x1 convolution before it and a shortcut that repeats channels past it."""
+    weight, bias = convolution_at(base.decoder, family.first)
     if family.shortcut is not None and getattr(base.decoder, family.shortcut[1]):
         repeats = weight.shape[0] // weight.shape[1]
         for out in range(weight.shape[0]):

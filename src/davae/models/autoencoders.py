@@ -54,10 +54,8 @@ def latent_shape(config: Any, class_name: str) -> tuple[int, int]:
     Raises:
         ValueError: a class that is not supported.
     """
-    if class_name == DETAIL:
-        factor = spatial_factor(config["base_config"], config["base_class"]) * config["scale"]
-        return factor, int(config["latent_channels"])
-    return spatial_factor(config, class_name), base_channels(config, class_name)
+    channels = int(config["latent_channels"]) if class_name == DETAIL else base_channels(config, class_name)
+    return spatial_factor(config, class_name), channels
 
 
 def encode_raw(vae: Any, images: Tensor) -> Tensor:

@@ -166,9 +166,7 @@ def denoiser(pipeline: Any) -> Any:
 
 def pixel_factor(pipeline: Any) -> int:
     """Pixels per latent position of a pipeline's autoencoder, each way."""
-    vae, name = pipeline.vae, type(pipeline.vae).__name__
-    # by name: a self-contained folder brings a class of its own (davae.publish.standalone)
-    return vae.spatial_factor if name == DetailVAE.__name__ else spatial_factor(vae.config, name)
+    return spatial_factor(pipeline.vae.config, type(pipeline.vae).__name__)
 
 
 def default_resolution(pipeline: Any) -> int:

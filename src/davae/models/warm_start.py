@@ -55,7 +55,7 @@ def filter_shares(layout: LatentLayout) -> Tensor:
     if layout.detail_channels % cell:
         near = cell * layout.base_channels
         raise ValueError(
-            f"stage1.start: 'unfolded' needs detail_channels divisible by {cell} (scale squared), found "
+            f"'unfolded' needs detail_channels divisible by {cell} (scale squared), found "
             f"{layout.detail_channels}; use e.g. {near}, or 'enlarged'"
         )
     aligned = torch.arange(layout.detail_channels) // layout.group_size  # base channel of each channel of z_d

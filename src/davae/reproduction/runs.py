@@ -103,9 +103,9 @@ def trained_autoencoder(job: BaseJob, out: Path, observer: Observer) -> Path:
     return first
 
 
-def trained_base(job: BaseJob, out: Path, observer: Observer) -> Path:
-    """A job's run folder; trained if it is not there."""
-    first, folder = trained_autoencoder(job, out, observer), out / "runs" / job.key
+def trained_base(job: BaseJob, first: Path, out: Path, observer: Observer) -> Path:
+    """A job's run folder, on the autoencoder and cache in `first`; trained if it is not there."""
+    folder = out / "runs" / job.key
     run = BaseRun(job.recipe, folder, observer, first=first)
     run.run()
     run.folder.close()
@@ -141,7 +141,8 @@ def enlarged_figures(job: EnlargedJob, out: Path, observer: Observer) -> dict[st
 
 def base_figures(job: BaseJob, out: Path, observer: Observer) -> dict[str, Any]:
     """Train a transformer on plain latents, and measure it and its autoencoder."""
-    folder, first = trained_base(job, out, observer), trained_autoencoder(job, out, observer)
+    first = trained_autoencoder(job, out, observer)
+    folder = trained_base(job, first, out, observer)
     generation = measured_generation(str(folder), job.measures["generation"], observer, job.recipe.resolution)
     figures = {
         "generation": generation | {"pipeline": OWN},

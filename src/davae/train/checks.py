@@ -58,7 +58,7 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
         try:
             filter_shares(layout)
         except ValueError as error:
-            raise RecipeError(str(error)) from error
+            raise RecipeError(f"stage1.start: {error}") from error
     cell = shapes.patch_size * transformer_family(shapes.transformer_class).grid
     step = shapes.vae_factor * cell
     if recipe.base.resolution % step:
