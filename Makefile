@@ -24,8 +24,9 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# the examples and the notebook, as written
+# the examples and the notebook, as written, and what needs more packages
 slow: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[int8]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # the documentation, into build/site

@@ -7,7 +7,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from davae.bench.block_cache import first_block_cached
-from davae.bench.sampling import HELPERS
+from davae.bench.clock import spread
+from davae.bench.helpers import check_helpers, helped, multiplies
 from davae.models.pipeline import ModelError
 
 
@@ -66,6 +67,87 @@ def test_other_transformers_are_told() -> None:
 
 def test_compiled_blocks_are_compiled_and_plain_again() -> None:
     model = transformer()
-    with HELPERS["compiled"](model):
+    with helped(model, "compiled"):
         assert all(block._compiled_call_impl is not None for block in model.transformer_blocks)
     assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def test_faster_cache_takes_every_second_late_pass_s_attention_from_earlier_ones() -> None:
+    model = transformer()
+    computed: list[int] = []
+    for number, block in enumerate(model.transformer_blocks):
+        block.attn.to_q.register_forward_hook(lambda *_, number=number: computed.append(number))
+    x, text, pooled = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16), torch.randn(1, 8)
+
+    def run(t: float) -> torch.Tensor:
+        computed.clear()
+        with torch.no_grad():
+            return model(
+                hidden_states=x,
+                encoder_hidden_states=text,
+                pooled_projections=pooled,
+                timestep=torch.tensor([t]),
+                return_dict=False,
+            )[0]
+
+    times = (900.0, 700.0, 600.0, 500.0, 400.0)
+    whole = [run(t) for t in times]
+    with helped(model, "faster-cache"):
+        for _ in range(2):  # two pictures alike: the second one starts with nothing
+            found, blocks = [], []
+            for t in times:
+                found.append(run(t))
+                blocks.append(len(computed))
+            assert blocks == [3, 3, 3, 0, 3]
+            for late in (0, 1, 2):
+                torch.testing.assert_close(found[late], whole[late], rtol=0, atol=0)
+            torch.testing.assert_close(found[3], whole[3], rtol=0, atol=0.05)
+            assert not torch.equal(found[3], whole[3])
+    torch.testing.assert_close(run(500.0), whole[3], rtol=0, atol=0)
+    assert computed == [0, 1, 2]
+
+
+def test_faster_cache_says_where_it_reaches_nothing() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(ModelError, match="Sequential has no attention"), helped(model, "faster-cache"):
+        pass
+
+
+@pytest.mark.slow
+def test_int8_blocks_are_near_and_go_away_again() -> None:
+    """`make slow` installs torchao, whose import is noisy beside this PyTorch."""
+    model = transformer()
+    x, text, pooled = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16), torch.randn(1, 8)
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return model(x, text, pooled, timestep=torch.tensor([500.0]), return_dict=False)[0]
+
+    weights = {name: (id(weight), weight.clone()) for name, weight in model.named_parameters()}
+    whole = run()
+    with helped(model, "int8"):
+        assert type(model.transformer_blocks[0].attn.to_q.weight.data) is not torch.Tensor
+        assert type(model.proj_out.weight.data) is torch.Tensor
+        error = (run() - whole).norm() / whole.norm()
+        assert 0 < error < 0.05
+    for name, weight in model.named_parameters():
+        assert id(weight) == weights[name][0]
+        assert torch.equal(weight, weights[name][1])
+    torch.testing.assert_close(run(), whole, rtol=0, atol=0)
+
+
+def test_helpers_that_cannot_be_measured_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_helpers(["compiled", "first-block-cache+compiled"])
+    with pytest.raises(ModelError, match="helper 'turbo' is unknown"):
+        check_helpers(["compiled+turbo"])
+    with pytest.raises(ModelError, match="'faster-cache' reuses earlier passes"):
+        check_helpers(["faster-cache"], passes=1)
+    monkeypatch.setattr("davae.bench.helpers.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"needs torchao: pip install 'davae\[int8\]'"):
+        check_helpers(["int8+compiled"])
+
+
+def test_a_helper_multiplies_where_it_gains_as_much_on_both() -> None:
+    alone = {"native": spread([8.0]), "upgraded": spread([2.0])}
+    assert multiplies(alone, {"native": spread([4.0]), "upgraded": spread([1.0])}) == 1.0
+    assert multiplies(alone, {"native": spread([4.0]), "upgraded": spread([2.0])}) == 0.5

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from davae.bench.block_cache import first_block_cached
 from davae.bench.clock import machine, race, ratio, spread
+from davae.bench.helpers import helped, multiplies
 from davae.bench.vae import psnr
 from davae.data.pictures import to_tensor
 from davae.losses.flow_matching import shift_timestep
@@ -19,53 +17,6 @@ from davae.models.lightning_dit import LightningDiT
 from davae.models.pipeline import denoiser
 from davae.sample.generate import generate
 from davae.sample.ode import euler, euler_ode, time_grid
-from davae.train.engine import compile_blocks
-
-THRESHOLD = 0.1  # relative change of the first block's residual below which the others are skipped
-
-
-@contextmanager
-def plain(transformer: Any) -> Iterator[None]:
-    """Nothing added."""
-    yield
-
-
-@contextmanager
-def first_block_cache(transformer: Any) -> Iterator[None]:
-    """First-block cache, diffusers' own where it has one: later blocks are skipped while the first one's part barely moves.
-
-    Raises:
-        ModelError: a transformer without.
-    """
-    from diffusers.hooks import FirstBlockCacheConfig
-
-    if not hasattr(transformer, "enable_cache"):
-        with first_block_cached(transformer, THRESHOLD):
-            yield
-        return
-    transformer.enable_cache(FirstBlockCacheConfig(threshold=THRESHOLD))
-    try:
-        yield
-    finally:
-        transformer.disable_cache()
-
-
-@contextmanager
-def compiled(transformer: Any) -> Iterator[None]:
-    """Every block through `torch.compile`."""
-    compile_blocks(transformer)
-    try:
-        yield
-    finally:
-        for module in transformer.modules():
-            module._compiled_call_impl = None
-
-
-HELPERS: dict[str, Callable[[Any], Any]] = {
-    "plain": plain,
-    "first-block-cache": first_block_cache,
-    "compiled": compiled,
-}
 
 
 def bench_sample(
@@ -89,7 +40,7 @@ def bench_sample(
     pictures: dict[tuple[str, str], Tensor] = {}
     for helper in helpers:
         for name, pipeline in pipelines.items():
-            with HELPERS[helper](denoiser(pipeline)):
+            with helped(denoiser(pipeline), helper):
                 for turn in range(repeats + 1):
                     started = time.perf_counter()
                     drawn = generate(
@@ -106,7 +57,7 @@ def bench_sample(
             **{f"{name}_seconds": times[name].as_dict() for name in pipelines},
             "upgraded_over_native": ratio(times["native"], times["upgraded"]),
             "over_plain_native": ratio(alone["native"], times["upgraded"]),
-            "multiplies": ratio(alone["upgraded"], times["upgraded"]) / ratio(alone["native"], times["native"]),
+            "multiplies": multiplies(alone, times),
             "psnr": psnr(pictures[helper, "upgraded"], pictures["plain", "upgraded"], 2.0),
         }
     return {"resolution": resolution, "steps": steps, "guidance_scale": guidance, "rows": rows, "machine": machine()}

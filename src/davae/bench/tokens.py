@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from davae.bench.clock import machine, race, ratio
+from davae.bench.helpers import helped, multiplies
 from davae.models.calls import CALLS
 from davae.models.expand import expand_transformer
 from davae.models.families import model_class
@@ -68,9 +69,19 @@ def one_pass(transformer: nn.Module, channels: int, side: int) -> Callable[[], o
 
 
 def bench_tokens(
-    shapes: BaseShapes, *, resolution: int, scale: int, detail_channels: int, blocks: int, repeats: int
+    shapes: BaseShapes,
+    *,
+    resolution: int,
+    scale: int,
+    detail_channels: int,
+    blocks: int,
+    repeats: int,
+    helpers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Seconds of one pass, native and upgraded, their ratio, and the ratio of their FLOPs.
+
+    Args:
+        helpers: measured on both too; `check_helpers(helpers, passes=1)` says what can be.
 
     Raises:
         ValueError: the resolution does not divide into tokens.
@@ -83,7 +94,18 @@ def bench_tokens(
     side = resolution // shapes.vae_factor
     sides = {"native": side, "upgraded": side // scale}
     models = {"native": (native, shapes.channels), "upgraded": (upgraded, shapes.channels + detail_channels)}
-    times = race({name: one_pass(*models[name], sides[name]) for name in models}, repeats)
+    passes = {name: one_pass(*models[name], sides[name]) for name in models}
+    times = race(passes, repeats)
+    rows = {}
+    for helper in helpers:
+        with helped(native, helper), helped(upgraded, helper):
+            faster = race(passes, repeats)
+        rows[helper] = {
+            **{f"{name}_seconds": faster[name].as_dict() for name in models},
+            **{f"{name}_speedup": ratio(times[name], faster[name]) for name in models},
+            "upgraded_over_native": ratio(faster["native"], faster["upgraded"]),
+            "multiplies": multiplies(times, faster),
+        }
     with torch.device("meta"):
         empty = model_class(shapes.transformer_class).from_config(shallow(shapes.transformer_config, blocks))
         wide = expand_transformer(empty, detail_channels)
@@ -109,5 +131,6 @@ def bench_tokens(
         "share_of_bound": speedup / bound,
         "native_gflops_per_second": flops["native"] / times["native"].median / 1e9,
         "upgraded_gflops_per_second": flops["upgraded"] / times["upgraded"].median / 1e9,
+        **({"helpers": rows} if rows else {}),
         "machine": machine(),
     }

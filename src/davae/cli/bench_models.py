@@ -11,6 +11,14 @@ from davae.cli.options import Json, Overrides
 
 Repeats = Annotated[int, typer.Option(min=1, help="Timed repeats; rivals take turns.")]
 Steps = Annotated[int, typer.Option(min=1, help="Timed steps a repeat.")]
+Helpers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--helper",
+        help="Measure with first-block-cache, faster-cache, compiled or int8 too, or several as int8+compiled; "
+        "may be repeated.",
+    ),
+]
 Tile = Annotated[int, typer.Option(help="Side of a tile, pixels.")]
 
 
@@ -22,16 +30,19 @@ def tokens(
     detail_channels: Annotated[int | None, typer.Option(help="D; C unless given.")] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of the true width, random weights.")] = 2,
     repeats: Repeats = 5,
+    helper: Helpers = None,
     json: Json = None,
 ) -> None:
     """A transformer pass, native against upgraded, beside the bound from FLOPs.
 
-    `davae bench tokens sd35-medium --resolution 1024 --blocks 2`
+    `davae bench tokens sd35-medium --resolution 1024 --blocks 2 --helper int8+compiled`
     """
+    from davae.bench.helpers import check_helpers
     from davae.bench.tokens import bench_tokens
     from davae.models.pipeline import ModelError, read_shapes
     from davae.zoo import resolve
 
+    check_helpers(helper or [], passes=1)
     shapes = read_shapes(resolve(model))
     try:
         figures = bench_tokens(
@@ -41,6 +52,7 @@ def tokens(
             detail_channels=detail_channels or shapes.channels,
             blocks=blocks,
             repeats=repeats,
+            helpers=helper or [],
         )
     except ValueError as error:
         raise ModelError(f"model {model}: {error}") from error
@@ -112,26 +124,19 @@ def sample(
     steps: Annotated[int, typer.Option(min=1)] = 30,
     guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
     repeats: Repeats = 3,
-    helper: Annotated[
-        list[str] | None,
-        typer.Option(help="Measure with `first-block-cache` or `compiled` too; may be repeated."),
-    ] = None,
+    helper: Helpers = None,
     json: Json = None,
 ) -> None:
     """Whole pictures: native against upgraded, and what multiplies with the token saving.
 
     `davae bench sample micro micro-upgraded --helper first-block-cache --helper compiled`
     """
-    from davae.bench.sampling import HELPERS, bench_sample
+    from davae.bench.helpers import check_helpers
+    from davae.bench.sampling import bench_sample
     from davae.measure import open_model
     from davae.models.pipeline import default_resolution
-    from davae.recipes import RecipeError
 
-    odd = [name for name in helper or [] if name not in HELPERS]
-    if odd:
-        raise RecipeError(
-            f"--helper '{odd[0]}' is unknown; use {', '.join(name for name in HELPERS if name != 'plain')}"
-        )
+    check_helpers(helper or [])
     native, (better, _) = open_model(base)[0], open_model(upgraded)
     figures = bench_sample(
         native,
