@@ -45,13 +45,13 @@ def random_transformer(shapes: BaseShapes, blocks: int) -> nn.Module:
     return model_class(shapes.transformer_class).from_config(config).eval()
 
 
-def one_pass(transformer: nn.Module, channels: int, side: int) -> Callable[[], object]:
-    """One forward pass on random latents (1,c,side,side) and a prompt of the usual length, or a class."""
+def one_pass(transformer: nn.Module, channels: int, side: int, batch: int = 1) -> Callable[[], object]:
+    """One forward pass on random latents (batch,c,side,side) and a prompt of the usual length, or a class, for each."""
     config: Any = transformer.config
     generator = torch.Generator().manual_seed(1)
-    x, t = torch.randn(1, channels, side, side, generator=generator), torch.tensor([0.5])
+    x, t = torch.randn(batch, channels, side, side, generator=generator), torch.full((batch,), 0.5)
     if isinstance(transformer, LightningDiT):
-        labels = torch.zeros(1, dtype=torch.long)
+        labels = torch.zeros(batch, dtype=torch.long)
 
         def by_class() -> object:
             with torch.no_grad(), transformer.at_grid(side):
@@ -59,7 +59,7 @@ def one_pass(transformer: nn.Module, channels: int, side: int) -> Callable[[], o
 
         return by_class
     call = CALLS[type(transformer).__name__]
-    parts = tuple(torch.randn(part.shape, generator=generator) for part in call.blank(config))
+    parts = tuple(torch.randn(batch, *part.shape[1:], generator=generator) for part in call.blank(config))
 
     def by_prompt() -> object:
         with torch.no_grad():
@@ -76,11 +76,13 @@ def bench_tokens(
     detail_channels: int,
     blocks: int,
     repeats: int,
+    batch: int = 1,
     helpers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Seconds of one pass, native and upgraded, their ratio, and the ratio of their FLOPs.
 
     Args:
+        batch: pictures in a pass; guidance makes two of each.
         helpers: measured on both too; `check_helpers(helpers, passes=1)` says what can be.
 
     Raises:
@@ -94,7 +96,7 @@ def bench_tokens(
     side = resolution // shapes.vae_factor
     sides = {"native": side, "upgraded": side // scale}
     models = {"native": (native, shapes.channels), "upgraded": (upgraded, shapes.channels + detail_channels)}
-    passes = {name: one_pass(*models[name], sides[name]) for name in models}
+    passes = {name: one_pass(*models[name], sides[name], batch) for name in models}
     times = race(passes, repeats)
     rows = {}
     for helper in helpers:
@@ -120,6 +122,7 @@ def bench_tokens(
         "resolution": resolution,
         "scale": scale,
         "detail_channels": detail_channels,
+        "batch": batch,
         "blocks": sum(int(config[key]) for key in DEPTHS if config.get(key)),
         "parameters": sum(p.numel() for p in native.parameters()),
         "native_tokens": (sides["native"] // shapes.patch_size) ** 2,
@@ -129,8 +132,8 @@ def bench_tokens(
         "speedup": speedup,
         "bound": bound,
         "share_of_bound": speedup / bound,
-        "native_gflops_per_second": flops["native"] / times["native"].median / 1e9,
-        "upgraded_gflops_per_second": flops["upgraded"] / times["upgraded"].median / 1e9,
+        "native_gflops_per_second": batch * flops["native"] / times["native"].median / 1e9,
+        "upgraded_gflops_per_second": batch * flops["upgraded"] / times["upgraded"].median / 1e9,
         **({"helpers": rows} if rows else {}),
         "machine": machine(),
     }

@@ -14,7 +14,7 @@ import typer
 
 from davae.cli.analyze import analyze_app
 from davae.cli.app import app as app_verb
-from davae.cli.bench_data import cache, data_wait, scale
+from davae.cli.bench_data import cache, data_wait, growth, scale
 from davae.cli.bench_models import bench_app
 from davae.cli.convert import convert_app
 from davae.cli.evaluate import evaluate_app
@@ -51,6 +51,7 @@ app.add_typer(convert_app, name="convert")
 bench_app.command()(cache)
 bench_app.command("data")(data_wait)
 bench_app.command()(scale)
+bench_app.command()(growth)
 app.add_typer(bench_app, name="bench")
 app.command()(inspect)
 app.command()(reproduce)

@@ -1,4 +1,4 @@
-"""`davae bench cache | data | scale`."""
+"""`davae bench cache | data | scale | growth`."""
 
 from __future__ import annotations
 
@@ -71,5 +71,35 @@ def scale(
 
     figures = bench_scale(
         items or [10**n for n in range(3, 7)], batch_size=batch_size, batches=batches, num_workers=num_workers
+    )
+    show(json, figures)
+
+
+def growth(
+    recipe: Name = "micro",
+    size: Annotated[
+        list[int] | None, typer.Option(min=8, help="Pixels of the base's pictures; may be repeated. 64, 32, 128.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Pictures a step, of all processes; may be repeated. 8, 2, 32.")
+    ] = None,
+    processes: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated. 1, 2.")] = None,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of each stage, a third of which warms up.")] = 9,
+    data: Source = None,
+    set: Overrides = None,
+    json: Json = None,
+) -> None:
+    """How each stage grows with picture size, batch and processes, one at a time; the first value is the others' own.
+
+    `davae bench growth micro --size 64 --size 128 --batch 8 --processes 1 --processes 2`
+    """
+    from davae.bench.growth import bench_growth
+
+    figures = bench_growth(
+        upgrade_recipe(recipe, set or [], data),
+        sizes=size or [64, 32, 128],
+        batches=batch or [8, 2, 32],
+        processes=processes or [1, 2],
+        steps=steps,
     )
     show(json, figures)

@@ -29,6 +29,7 @@ def tokens(
     scale: Annotated[int, typer.Option(min=2)] = 2,
     detail_channels: Annotated[int | None, typer.Option(help="D; C unless given.")] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of the true width, random weights.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in a pass; guidance makes two of each.")] = 1,
     repeats: Repeats = 5,
     helper: Helpers = None,
     json: Json = None,
@@ -52,6 +53,7 @@ def tokens(
             detail_channels=detail_channels or shapes.channels,
             blocks=blocks,
             repeats=repeats,
+            batch=batch,
             helpers=helper or [],
         )
     except ValueError as error:
