@@ -1,4 +1,4 @@
-"""`davae bench tokens | vae | stage1 | stage2 | sample | guidance`."""
+"""`davae bench tokens | whole | vae | stage1 | stage2 | sample | guidance`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,38 @@ def tokens(
     except ValueError as error:
         raise ModelError(f"model {model}: {error}") from error
     show(json, {"model": model, **figures})
+
+
+@bench_app.command()
+def whole(
+    model: Annotated[str, typer.Argument(help="A preset (`davae inspect` lists them), a folder or a hub id.")],
+    resolution: Annotated[int, typer.Option(help="Pixels of the picture.")] = 1024,
+    scale: Annotated[int, typer.Option(min=2)] = 2,
+    detail_channels: Annotated[int | None, typer.Option(help="D; C unless given.")] = None,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks that run; their time is scaled to all by FLOPs.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
+    guided: Annotated[bool, typer.Option(help="Two passes a step.")] = True,
+    repeats: Repeats = 2,
+    json: Json = None,
+) -> None:
+    """A whole picture at the true widths, part by part: text encoders, every step, decoding. Random weights.
+
+    `davae bench whole sd35-medium --resolution 1024 --steps 28`
+    """
+    from davae.bench.whole import bench_whole
+    from davae.zoo import resolve
+
+    figures = bench_whole(
+        resolve(model),
+        resolution=resolution,
+        scale=scale,
+        detail_channels=detail_channels,
+        blocks=blocks,
+        steps=steps,
+        guided=guided,
+        repeats=repeats,
+    )
+    show(json, {**figures, "model": model})
 
 
 @bench_app.command()

@@ -1,0 +1,151 @@
+"""`davae bench whole`: what a whole picture of a real model takes, part by part: text encoders, every step, decoding.
+
+A model of billions of weights does not fit everywhere. So each part runs at its true width with random weights: text encoders
+and transformers with a few blocks, their time scaled by layers or by FLOPs to all of them, autoencoders whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from davae.bench.clock import machine, race
+from davae.bench.tokens import one_pass, random_transformer, shallow
+from davae.models.detail_vae import DetailVAE
+from davae.models.expand import expand_transformer
+from davae.models.families import model_class
+from davae.models.one_frame import decode_latents
+from davae.models.pipeline import BaseShapes, ModelError, read_config, read_shapes
+from davae.train.cost import meta_transformer, text_tokens, transformer_flops
+
+LAYERS = 2  # of a text encoder
+DEPTHS = ("num_hidden_layers", "num_layers")  # config keys of text encoders
+
+
+def text_configs(model: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name, class and config of each text encoder of a folder, hub id or preset."""
+    index = read_config(model, "", "model_index.json")
+    parts = [name for name, value in index.items() if name.startswith("text_encoder") and value[0] is not None]
+    return {name: (str(index[name][1]), read_config(model, name)) for name in parts}
+
+
+def text_seconds(name: str, class_name: str, config: dict[str, Any], tokens: int, repeats: int) -> float:
+    """Seconds of one prompt of so many tokens through a text encoder, from a few of its layers.
+
+    Raises:
+        ModelError: a config that does not say how many layers there are.
+    """
+    key = next((key for key in DEPTHS if config.get(key)), None)
+    if key is None:
+        raise ModelError(f"{name}: none of {', '.join(DEPTHS)} is in the config of this {class_name}")
+    layers = int(config[key])
+    values = {k: v for k, v in config.items() if not k.startswith("_")} | {key: min(LAYERS, layers)}
+    made = getattr(transformers, class_name)
+    encoder: nn.Module = made(made.config_class(**values)).eval()
+    length = min(tokens, int(config.get("max_position_embeddings") or tokens))
+    ids = torch.ones(1, length, dtype=torch.long)
+    with torch.no_grad():
+        times = race({name: lambda: encoder(input_ids=ids)}, repeats)
+    return times[name].median * layers / min(LAYERS, layers)
+
+
+def transformer_seconds(
+    shapes: BaseShapes, resolution: int, scale: int, detail_channels: int, blocks: int, batch: int, repeats: int
+) -> dict[str, float]:
+    """Seconds of one pass of all blocks, native and upgraded, from a few."""
+    native = random_transformer(shapes, blocks)
+    models = {"native": native, "upgraded": expand_transformer(native, detail_channels)}
+    channels = {"native": shapes.channels, "upgraded": shapes.channels + detail_channels}
+    side = resolution // shapes.vae_factor
+    sides = {"native": side, "upgraded": side // scale}
+    times = race({name: one_pass(models[name], channels[name], sides[name], batch) for name in models}, repeats)
+    with torch.device("meta"):
+        few: nn.Module = model_class(shapes.transformer_class).from_config(shallow(shapes.transformer_config, blocks))
+    all_blocks = meta_transformer(shapes)
+    seconds = {}
+    for name in models:
+        pair = (few, all_blocks)
+        if name == "upgraded":
+            with torch.device("meta"):
+                pair = (expand_transformer(few, detail_channels), expand_transformer(all_blocks, detail_channels))
+        part, whole = (transformer_flops(model, sides[name]).total for model in pair)
+        seconds[name] = times[name].median * whole / part
+    return seconds
+
+
+def decoding_seconds(
+    shapes: BaseShapes, resolution: int, scale: int, detail_channels: int, repeats: int
+) -> dict[str, float]:
+    """Seconds of decoding one picture by the base autoencoder and by a DetailVAE on it, whole, without tiles."""
+    torch.manual_seed(0)
+    base: Any = model_class(shapes.vae_class).from_config(shapes.vae_config).eval()
+    detail = DetailVAE.from_base(base, detail_channels, scale).eval()
+    side = resolution // shapes.vae_factor
+    latents = {
+        "native": torch.randn(1, shapes.channels, side, side),
+        "upgraded": torch.randn(1, shapes.channels + detail_channels, side // scale, side // scale),
+    }
+    decoders = {"native": base, "upgraded": detail}
+    with torch.no_grad():
+        times = race(
+            {name: lambda name=name: decode_latents(decoders[name], latents[name]) for name in latents}, repeats
+        )
+    return {name: times[name].median for name in latents}
+
+
+def bench_whole(
+    model: str,
+    *,
+    resolution: int,
+    scale: int,
+    detail_channels: int | None,
+    blocks: int,
+    steps: int,
+    guided: bool,
+    repeats: int,
+) -> dict[str, Any]:
+    """Seconds of each part of one picture, native and upgraded, their sums, and the ratio of those.
+
+    Args:
+        model: a preset, folder or hub id; its weights are not read.
+        detail_channels: D; C unless given.
+        blocks: of the transformer that run.
+        guided: two passes a step, with and without the prompt, in one batch.
+
+    Raises:
+        ModelError: an unsupported model, a size that does not divide into tokens, or an autoencoder of another signature.
+    """
+    shapes = read_shapes(model)
+    unit = shapes.vae_factor * shapes.patch_size * scale
+    if resolution % unit:
+        raise ModelError(f"resolution {resolution} is not divisible by {unit} (factor x patch x scale)")
+    detail, passes = detail_channels or shapes.channels, 2 if guided else 1
+    tokens = text_tokens(meta_transformer(shapes))
+    text = {
+        name: passes * text_seconds(name, class_name, config, tokens, repeats)
+        for name, (class_name, config) in text_configs(model).items()
+    }
+    one = transformer_seconds(shapes, resolution, scale, detail, blocks, passes, repeats)
+    decoding = decoding_seconds(shapes, resolution, scale, detail, repeats)
+    parts = {
+        name: {"text": sum(text.values()), "transformer": steps * one[name], "decoding": decoding[name]}
+        for name in one
+    }
+    sums = {name: sum(seconds.values()) for name, seconds in parts.items()}
+    return {
+        "model": model,
+        "resolution": resolution,
+        "detail_channels": detail,
+        "blocks_run": blocks,
+        "steps": steps,
+        "guided": guided,
+        "text_encoders": text,
+        "native_seconds": parts["native"],
+        "upgraded_seconds": parts["upgraded"],
+        "transformer_speedup": one["native"] / one["upgraded"],
+        "whole_speedup": sums["native"] / sums["upgraded"],
+        "machine": machine(),
+    }
