@@ -48,12 +48,12 @@ def test_parts_are_scaled_to_all_layers_and_steps():
 
 @pytest.mark.usefixtures("constant_clock")
 def test_blocks_that_did_not_run_count_by_their_flops():
-    """Blocks are most of a transformer, so a third of them takes about three times as long, a little less for the rest."""
+    """A third of the blocks stands for about three times its time: the last of SD3's blocks is cheaper, the rest not scaled."""
     from davae.models.pipeline import read_shapes
 
     depth = int(read_shapes(resolve("micro")).transformer_config["num_layers"])
     seconds = measured(blocks=depth // 3)["native_seconds"]["transformer"]
-    assert 2.4 * 5 * SECONDS < seconds < 3 * 5 * SECONDS
+    assert 2.5 * 5 * SECONDS < seconds < 3.5 * 5 * SECONDS
 
 
 def test_what_cannot_be_measured_is_told():

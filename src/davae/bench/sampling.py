@@ -58,7 +58,9 @@ def bench_sample(
             "upgraded_over_native": ratio(times["native"], times["upgraded"]),
             "over_plain_native": ratio(alone["native"], times["upgraded"]),
             "multiplies": multiplies(alone, times),
-            "psnr": psnr(pictures[helper, "upgraded"], pictures["plain", "upgraded"], 2.0),
+            "psnr": psnr(pictures[helper, "upgraded"], pictures["plain", "upgraded"], 2.0)
+            if helper != "plain"
+            else None,
         }
     return {"resolution": resolution, "steps": steps, "guidance_scale": guidance, "rows": rows, "machine": machine()}
 
