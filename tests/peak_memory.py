@@ -24,7 +24,7 @@ from davae import DetailVAE, LatentLayout, expand_transformer
 from davae.models.calls import CALLS
 from davae.models.pipeline import read_shapes
 from davae.recipes import load_recipe
-from davae.recipes.schema import Stage1, Stage2
+from davae.recipes.sections import Stage1, Stage2
 from davae.train.loop import Trainer
 from davae.train.memory import stage1_memory, stage2_memory
 from davae.train.objectives import FLOW

@@ -26,7 +26,7 @@ from davae.models.lightning_dit import LightningDiT
 from davae.models.one_frame import encode_mode
 from davae.models.pipeline import ModelError, load_pipeline
 from davae.recipes import BaseRecipe, RecipeError, differences, load_recipe, validate
-from davae.recipes.schema import Run
+from davae.recipes.sections import Run
 from davae.train.align import BASE_CACHE, HeadTask, align, check_grids
 from davae.train.base_class import ClassFlowTask, build_class_transformer
 from davae.train.base_run import BaseRun, train_base

@@ -48,7 +48,7 @@ def test_parts_are_scaled_to_all_layers_and_steps():
 
 @pytest.mark.usefixtures("constant_clock")
 def test_blocks_that_did_not_run_count_by_their_flops():
-    """A third of the blocks stands for about three times its time: the last of SD3's blocks is cheaper, the rest not scaled."""
+    """A third of the blocks stands for about three times its time: SD3's last block is cheaper, the rest is not scaled."""
     from davae.models.pipeline import read_shapes
 
     depth = int(read_shapes(resolve("micro")).transformer_config["num_layers"])

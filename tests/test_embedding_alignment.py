@@ -16,7 +16,8 @@ from davae.losses.embedding_alignment import token_alignment_loss
 from davae.models.lightning_dit import PatchEmbed
 from davae.models.new_latents import change_latents
 from davae.recipes import load_recipe
-from davae.recipes.schema import EmbedderAlignment, Run
+from davae.recipes.schema import EmbedderAlignment
+from davae.recipes.sections import Run
 from davae.train.align import EmbedderTask
 from davae.train.draws import Draws
 from davae.train.loop import Trainer

@@ -24,7 +24,7 @@ from test_loop import OneWeight, train
 import davae.recipes
 from davae.models.pipeline import embed_captions, load_pipeline, load_text_encoders, read_shapes, reads_silent_t5
 from davae.recipes import validate
-from davae.recipes.schema import Optim
+from davae.recipes.sections import Optim
 from davae.train import loop, state
 from davae.train.average import Average
 from davae.train.draws import Draws

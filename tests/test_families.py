@@ -13,7 +13,7 @@ from davae import expand_transformer
 from davae.models.expand import latent_channels, new_weight_masks
 from davae.models.families import TRANSFORMERS, transformer_family
 from davae.models.pipeline import ModelError, read_shapes
-from davae.recipes.schema import Lora
+from davae.recipes.sections import Lora
 from davae.train.export import apply_upgrade, fuse, save_upgrade
 from davae.train.stage2 import choose_trainable
 

@@ -22,7 +22,7 @@ from davae.models.offline import readable
 from davae.models.pipeline import BaseShapes, ModelError, load_pipeline, patch_size, read_shapes
 from davae.models.text_encoders import text_encoders
 from davae.recipes import Recipe, RecipeError, load_recipe, shipped_recipes
-from davae.recipes.schema import Lora, Stage2
+from davae.recipes.sections import Lora, Stage2
 from davae.train.checks import check_recipe
 from davae.train.cost import autoencoder_flops, count_flops, meta_transformer, transformer_flops
 from davae.train.inspection import inspect_model

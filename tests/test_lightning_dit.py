@@ -19,7 +19,7 @@ from davae.losses.flow_matching import direction_loss
 from davae.models.lightning_dit import RotaryEmbedding, grid_positions, rotary_angles
 from davae.models.pipeline import load_pipeline
 from davae.models.repatch import change_patch
-from davae.recipes.schema import Lora
+from davae.recipes.sections import Lora
 from davae.sample import euler_ode
 from davae.sample.ode import SOLVERS, solve_ode, time_grid
 from davae.train.export import apply_upgrade, save_upgrade

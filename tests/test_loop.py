@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_recipe
 
-from davae.recipes.schema import Optim, Run
+from davae.recipes.sections import Optim, Run
 from davae.train.base_text import build_tokenizer
 from davae.train.draws import Draws
 from davae.train.loop import Player, Trainer

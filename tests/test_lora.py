@@ -23,7 +23,7 @@ from davae.models.expand import latent_channels
 from davae.models.families import TRANSFORMERS, model_class, transformer_family
 from davae.models.pipeline import ModelError
 from davae.publish.folders import loads_lora, lora_layers
-from davae.recipes.schema import Lora
+from davae.recipes.sections import Lora
 from davae.train.export import without_lora
 from davae.train.stage2 import choose_trainable
 

@@ -17,7 +17,7 @@ from davae.models.expand import by_channel, new_weight_masks
 from davae.models.null_tokens import repeat_last_token
 from davae.models.resample import DetailDown, DetailUp
 from davae.models.warm_start import filter_shares
-from davae.recipes.schema import Lora
+from davae.recipes.sections import Lora
 from davae.train.export import apply_upgrade, fuse, save_upgrade
 from davae.train.stage2 import choose_trainable
 

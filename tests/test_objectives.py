@@ -23,7 +23,7 @@ from davae.models.expand import new_weight_masks
 from davae.models.families import transformer_family
 from davae.models.pipeline import ModelError, load_scheduler
 from davae.recipes import RecipeError, validate
-from davae.recipes.schema import FlowOptim, Stage2
+from davae.recipes.sections import FlowOptim, Stage2
 from davae.train.draws import Draws
 from davae.train.objectives import FLOW, Diffusion, Objective, check_timesteps, choose_objective, noise_batch
 from davae.train.progress import ddim, solve

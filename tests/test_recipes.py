@@ -69,6 +69,13 @@ def test_unknown_recipe_suggests_the_nearest():
         load_recipe("mikro")
 
 
+def test_a_word_that_yaml_reads_as_false_is_a_word():
+    recipe = load_recipe("micro", ["run.mixed_precision=no", "run.compile=off"])
+    assert (recipe.run.mixed_precision, recipe.run.compile) == ("no", "off")
+    with pytest.raises(RecipeError, match="run.mixed_precision: "):
+        load_recipe("micro", ["run.mixed_precision=true"])
+
+
 def test_overrides_are_typed():
     recipe = load_recipe("micro", ["stage1.lr=1e-4", "stage2.lora=null", "sampling.prompts=[a, b]"])
     assert recipe.stage1.lr == 1e-4

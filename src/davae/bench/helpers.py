@@ -58,10 +58,10 @@ def faster_cache(transformer: Any) -> Iterator[None]:
     from diffusers.hooks import FasterCacheConfig, HookRegistry, apply_faster_cache
     from diffusers.hooks.faster_cache import _FASTER_CACHE_BLOCK_HOOK, _FASTER_CACHE_DENOISER_HOOK
 
-    now = [0.0]
+    now = [0]
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        time = float(kwargs["timestep"].flatten()[0])
+        time = int(kwargs["timestep"].flatten()[0])
         if time > now[0]:  # time runs down within a picture, so this is the next one
             HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
         now[0] = time
@@ -96,7 +96,10 @@ def hooked(module: nn.Module, name: str) -> bool:
 @contextmanager
 def int8(transformer: Any) -> Iterator[None]:
     """Linear layers of its blocks through int8 weights and activations, scaled by channel and by token (torchao)."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+        Int8DynamicActivationInt8WeightConfig,
+        quantize_,
+    )
 
     inner = [m for blocks in transformer.children() if isinstance(blocks, nn.ModuleList) for m in blocks.modules()]
     weights = [(module, module.weight) for module in inner if isinstance(module, nn.Linear)]

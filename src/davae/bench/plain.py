@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from davae.latent import LatentLayout
-from davae.recipes.schema import Optim, Stage1, Stage2
+from davae.recipes.sections import Optim, Stage1, Stage2
 from davae.train.draws import Draws
 
 

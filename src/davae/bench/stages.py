@@ -19,7 +19,8 @@ from davae.losses.flow_matching import sample_timesteps
 from davae.losses.perceptual import Lpips, random_lpips
 from davae.models.pipeline import denoiser, embed_captions
 from davae.recipes import RecipeError
-from davae.recipes.schema import Recipe, Stage1
+from davae.recipes.schema import Recipe
+from davae.recipes.sections import Stage1
 from davae.train.draws import Draws
 from davae.train.loop import Progress, Trainer, learning_rate
 from davae.train.stage1 import Stage1Task

@@ -11,7 +11,8 @@ from typing import Any
 
 from davae.data.cache_key import fingerprint
 from davae.recipes import AnyRecipe
-from davae.recipes.schema import BaseRecipe, FlowOptim, Recipe, SuperResolutionRecipe
+from davae.recipes.schema import BaseRecipe, Recipe, SuperResolutionRecipe
+from davae.recipes.sections import FlowOptim
 from davae.zoo import SHIPPED, UPGRADES, resolve
 
 UNUSED = FlowOptim(max_steps=1, batch_size=1)  # the training of a run that ends with its cache

@@ -14,7 +14,7 @@ import torch
 from davae.data.cache_key import fingerprint
 from davae.measure import evaluate_generation, evaluate_reconstruction, time_picture
 from davae.recipes import RecipeError
-from davae.recipes.schema import Stage2
+from davae.recipes.sections import Stage2
 from davae.reproduction.job import BaseJob, DrawnJob, EnlargedJob, Job, UpgradeJob
 from davae.train.base_run import BaseRun
 from davae.train.loop import Observer, Progress

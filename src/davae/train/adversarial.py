@@ -19,7 +19,7 @@ from davae.losses.reconstruction import (
     reconstruction_loss,
 )
 from davae.models.discriminator import PatchDiscriminator
-from davae.recipes.schema import Reconstruction
+from davae.recipes.sections import Reconstruction
 from davae.train.draws import Draws
 from davae.train.loop import Player
 from davae.train.ranks import mean_over_ranks

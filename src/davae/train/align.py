@@ -42,7 +42,8 @@ from davae.models.new_latents import EMBEDDER, HEAD
 from davae.models.one_frame import encode_mode
 from davae.models.pipeline import ModelError, load_part, read_shapes
 from davae.recipes import RecipeError
-from davae.recipes.schema import BaseRecipe, EmbedderAlignment, FlowOptim
+from davae.recipes.schema import BaseRecipe, EmbedderAlignment
+from davae.recipes.sections import FlowOptim
 from davae.train.base import build_autoencoder
 from davae.train.base_class import ClassFlowTask
 from davae.train.caching import cache_key, cache_pictures

@@ -9,7 +9,8 @@ from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor, nn
 
 from davae.data.pictures import Pictures
-from davae.recipes.schema import Autoencoder, BaseRecipe, Reconstruction
+from davae.recipes.schema import Autoencoder, BaseRecipe
+from davae.recipes.sections import Reconstruction
 from davae.train.adversarial import ReconstructionTask
 from davae.train.draws import Draws
 from davae.train.loop import Player

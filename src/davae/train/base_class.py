@@ -14,7 +14,8 @@ from davae.models.lightning_dit import LightningDiT
 from davae.models.new_latents import change_latents
 from davae.models.pipeline import ModelError, load_pipeline
 from davae.models.repatch import change_patch
-from davae.recipes.schema import BaseRecipe, ClassArchitecture, FlowOptim
+from davae.recipes.schema import BaseRecipe, ClassArchitecture
+from davae.recipes.sections import FlowOptim
 from davae.train.conditioning import conditioning
 from davae.train.draws import Draws
 from davae.train.loop import Player

@@ -22,7 +22,8 @@ from transformers import (
 
 from davae.data.cache import CachedLatents, collate_latents
 from davae.models.null_tokens import draw_count, repeat_last_token
-from davae.recipes.schema import FlowOptim, TextArchitecture
+from davae.recipes.schema import TextArchitecture
+from davae.recipes.sections import FlowOptim
 from davae.train.draws import Draws
 from davae.train.loop import Player
 from davae.train.objectives import FLOW, noise_batch

@@ -17,7 +17,7 @@ from davae.data.cache_key import Key, fingerprint, hash_pictures, hash_weights
 from davae.data.cache_writer import write_latents, write_text
 from davae.data.latent_shards import PATTERN, STATISTICS, import_shards
 from davae.data.pictures import Pictures, by_kind, counted
-from davae.recipes.schema import Cache, Data
+from davae.recipes.sections import Cache, Data
 from davae.train.opened import OpenedData
 from davae.train.state import replace_text, saving
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
-from davae.recipes.schema import Optim, Run, Stage2
+from davae.recipes.sections import Optim, Run, Stage2
 from davae.train.ranks import ranks
 from davae.train.state import RunError
 

@@ -18,7 +18,7 @@ from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK, expand_transformer, latent_channels
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import ModelError, denoiser
-from davae.recipes.schema import Lora
+from davae.recipes.sections import Lora
 from davae.train.stage2 import choose_trainable
 from davae.train.state import new_folder, save_tensors
 

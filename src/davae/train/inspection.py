@@ -14,7 +14,7 @@ from davae.models.families import model_class, transformer_family
 from davae.models.offline import preset_of, readable
 from davae.models.pipeline import BaseShapes, ModelError, read_shapes
 from davae.models.text_encoders import TextEncoder, text_encoders
-from davae.recipes.schema import Lora, Stage1, Stage2
+from davae.recipes.sections import Lora, Stage1, Stage2
 from davae.train.cost import (
     Flops,
     autoencoder_flops,

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from davae.data.order import Batches, training_loader
-from davae.recipes.schema import Optim, Run
+from davae.recipes.sections import Optim, Run
 from davae.train import engine
 from davae.train.average import Average
 from davae.train.checkpoint import load_optimizer_state, optimizer_state, restore, snapshot

@@ -26,7 +26,7 @@ from davae.losses.detail_warmup import velocity_loss
 from davae.losses.perceptual import perceptual_distance
 from davae.models.expand import expand_transformer, latent_channels
 from davae.models.pipeline import BaseShapes
-from davae.recipes.schema import Stage1, Stage2
+from davae.recipes.sections import Stage1, Stage2
 from davae.train.cost import decode_latents, meta_detail_vae, meta_transformer, predict_once
 from davae.train.draws import Draws
 from davae.train.stage1 import Stage1Task

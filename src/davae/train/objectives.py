@@ -18,7 +18,7 @@ from davae.losses.min_snr import Prediction, min_snr_weight
 from davae.models.families import TransformerFamily
 from davae.models.pipeline import ModelError
 from davae.recipes import RecipeError
-from davae.recipes.schema import FlowOptim
+from davae.recipes.sections import FlowOptim
 from davae.train.draws import Draws
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from davae.recipes.schema import Run
+from davae.recipes.sections import Run
 from davae.train.ranks import sum_over_ranks
 from davae.train.sharding import like, local
 from davae.train.state import RunError, saving

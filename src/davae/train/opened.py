@@ -12,7 +12,7 @@ from davae.data.captions import SourceOptions
 from davae.data.pictures import Pictures, PictureSource, split
 from davae.data.sources import open_source, survey
 from davae.recipes import RecipeError
-from davae.recipes.schema import Data
+from davae.recipes.sections import Data
 
 logger = logging.getLogger(__name__)
 

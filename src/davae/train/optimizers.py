@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from davae.recipes.schema import Optim
+from davae.recipes.sections import Optim
 from davae.train.state import RunError
 
 

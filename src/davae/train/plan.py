@@ -14,7 +14,8 @@ from davae.models.offline import readable
 from davae.models.pipeline import BaseShapes, read_shapes
 from davae.models.text_encoders import text_encoders
 from davae.recipes.hardware import GIB, GPUS, UTILISATION
-from davae.recipes.schema import BaseRecipe, Hardware, Optim, Recipe
+from davae.recipes.schema import BaseRecipe, Recipe
+from davae.recipes.sections import Hardware, Optim
 from davae.train.base import build_autoencoder
 from davae.train.base_run import new_transformer
 from davae.train.checks import base_objective, base_shapes, check_recipe

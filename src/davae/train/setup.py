@@ -16,7 +16,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-from davae.recipes.schema import Run
+from davae.recipes.sections import Run
 from davae.train.state import RunError
 
 PATIENCE = timedelta(hours=2)  # how long processes wait for the first one to encode, export or write

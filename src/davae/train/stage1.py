@@ -11,7 +11,7 @@ from davae.data.pictures import Pictures
 from davae.losses.alignment import alignment_loss
 from davae.losses.reconstruction import adaptive_weight
 from davae.models.detail_vae import DetailVAE
-from davae.recipes.schema import Stage1
+from davae.recipes.sections import Stage1
 from davae.train.adversarial import ReconstructionTask
 from davae.train.draws import Draws
 from davae.train.loop import Player

@@ -13,7 +13,7 @@ from davae.latent import LatentLayout, over_grid
 from davae.losses.detail_warmup import detail_direction_loss, detail_weight, velocity_loss
 from davae.models.expand import new_weight_masks
 from davae.models.families import transformer_family
-from davae.recipes.schema import Lora, Stage2
+from davae.recipes.sections import Lora, Stage2
 from davae.train.conditioning import Conditioning
 from davae.train.draws import Draws
 from davae.train.loop import Player

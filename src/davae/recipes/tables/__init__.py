@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
 
 from davae.recipes.loading import RecipeError, suggestion
-from davae.recipes.schema import Section
+from davae.recipes.sections import Section
 
 ScaleName = Literal["micro", "paper"]
 

@@ -1,0 +1,204 @@
+"""Parts that recipes of every kind are made of. Importing this builds no model and loads no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from davae.recipes.hardware import GPUS
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Buckets(Section):
+    """Aspect ratios beside the square, at its token count; see `davae.data.buckets`."""
+
+    max_ratio: Annotated[float, Field(ge=1.0)] = 4.0  # longer side over shorter side
+    tokens: Literal["exact", "at_most"] = "exact"  # `at_most`: 95 to 100 % of the square's tokens, many more ratios
+
+
+class Data(Section):
+    """Where pictures come from; see `davae.data.open_source` and docs/data.md."""
+
+    source: str = "openmoji"  # 'openmoji', a folder, shards or parquet files (also by URL), a Hugging Face dataset id
+    holdout: Fraction = 0.1  # share kept out of training, chosen by a hash of each picture's name
+    limit: PositiveInt | None = None  # only the first so many pictures
+    flip: bool = False
+    crop: Literal["center", "random"] = "center"  # what stays of a picture of another aspect ratio
+    buckets: Buckets | None = None  # None: every picture is cut to a square
+    background: str = "white"  # what alpha is composited on
+    max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = (
+        89_478_485  # larger pictures are refused (Pillow's limits)
+    )
+    caption_key: str | None = None  # key of the `.json` beside a picture; without it the `.txt` is the caption
+    caption_weights: dict[
+        str, PositiveFloat
+    ] = {}  # several captions: keys of the `.json` (`txt`: the `.txt`), or columns
+    label_key: str | None = None  # key of the `.json` with the class number
+    image_column: str = "image"  # tables only, as the next five
+    caption_column: str | None = None  # None: text, caption or prompt
+    label_column: str | None = None
+    split: str = "train"
+    config: str | None = None
+    streaming: bool = False  # copy `limit` pictures, not the whole dataset
+    num_workers: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Data:
+        if self.caption_weights and (self.caption_key or self.caption_column):
+            raise ValueError("give caption_weights, or one caption_key or caption_column, not both")
+        if self.streaming and self.limit is None:
+            raise ValueError("streaming needs limit: how many pictures to take from the stream")
+        return self
+
+
+class Optim(Section):
+    """AdamW with its schedule, for one network."""
+
+    max_steps: PositiveInt
+    batch_size: PositiveInt  # of all processes together; each takes an equal share
+    accumulation: PositiveInt = 1  # batches a step
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 0.0
+    optimizer: Literal["adamw", "adamw-fused", "adamw-8bit"] = "adamw"  # 8-bit needs bitsandbytes
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_cycles: PositiveInt = 1  # how often a falling schedule starts again
+    lr_warmup_steps: NonNegativeInt = 0
+    max_grad_norm: PositiveFloat = 1.0
+    ema_decay: Fraction = 0.999  # 0 keeps no average
+    seed: int | None = None  # of this training alone; None takes run.seed
+    gradient_checkpointing: bool = False
+
+
+class Reconstruction(Optim):
+    """Eq. 5: L_rec and the discriminator that L_adv needs."""
+
+    lambda_lpips: NonNegativeFloat = 1.0
+    lambda_l1: NonNegativeFloat = 1.0
+    lambda_adv: NonNegativeFloat = 0.1
+    lambda_kl: NonNegativeFloat = 1e-6
+    perceptual: Literal["lpips-vgg", "lpips-alex", "lite0"] = "lpips-vgg"
+    perceptual_weights: str | None = None  # safetensors with trunk and heads, where torchvision cannot download
+    gan_start: NonNegativeInt = 5001
+    gan_lr: PositiveFloat = 1e-4
+    gan_channels: PositiveInt = 64
+    gan_layers: PositiveInt = 3
+
+
+class Stage1(Reconstruction):
+    """The detail-aligned VAE (Sec. 3.1)."""
+
+    lambda_align: NonNegativeFloat = 0.5
+    alignment: Literal["constant", "adaptive"] = "constant"
+    detail_dropout: Fraction = 0.0
+    start: Literal["enlarged", "unfolded"] = "enlarged"  # of the new layers; see DetailVAE.from_base
+    crop: PositiveInt | None = None  # train on a random square of so many pixels of each picture; None: on all of it
+
+
+class Lora(Section):
+    rank: PositiveInt = 256
+    alpha: PositiveFloat | None = None  # None: equal to the rank
+
+
+class FlowOptim(Optim):
+    """Flow matching for a transformer. A model trained by DDPM draws its timesteps uniformly: timestep_* are not for it."""
+
+    caption_dropout: Fraction = 0.1  # share of captions, or of class labels, replaced by none, for guidance
+    cosine_loss: Literal["off", "all", "faded"] = "off"  # direction of the velocity; `faded` weighs detail by w(n)
+    timestep_mean: float = 0.0
+    timestep_std: PositiveFloat = 1.0
+    timestep_shift: PositiveFloat = 1.0
+
+
+class Stage2(FlowOptim):
+    """The warm-started transformer (Sec. 3.2)."""
+
+    warmup_steps: NonNegativeInt = 0  # N_warm of Eq. 12
+    lora: Lora | None = None  # None trains every parameter
+    new_weights: Literal["zero", "random"] = "zero"  # P' and O' at the start; `random` is the ablation of Fig. 4
+    new_weight_lr_multiplier: PositiveFloat = 1.0  # learning rate of P' and O' relative to the rest
+    min_snr_gamma: PositiveFloat | None = None  # min-SNR weighting for any objective; 5 in the authors' SD3 config
+    validate_every: NonNegativeInt = 0  # steps between losses on held-out pictures with fixed noise; 0 never
+    validate_pictures: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _fade_fits(self) -> Stage2:
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps (N_warm) is {self.warmup_steps}, more than max_steps {self.max_steps}: the detail "
+                "loss would never reach its full weight; lower warmup_steps or raise max_steps"
+            )
+        return self
+
+
+class Cache(Section):
+    """The latent cache between the stages."""
+
+    batch_size: PositiveInt = 16
+    variants: PositiveInt = 1  # augmented draws (crop, flip, background, caption) kept of every picture
+    dtype: Literal["float32", "float16"] = "float16"
+    shards: str | None = None  # LightningDiT's latent shards to train on, instead of encoding data.source
+
+
+class Sampling(Section):
+    steps: PositiveInt = 30
+    guidance_scale: NonNegativeFloat = 2.5
+    prompts: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class Report(Section):
+    holdout_pictures: PositiveInt = 64  # held-out pictures in the reconstruction table
+    timing_repeats: PositiveInt = 5
+
+
+class Run(Section):
+    seed: int = 0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 2  # the newest ones; the best validated one is kept as well
+    keep_every: NonNegativeInt = 0  # checkpoints of every so many steps are never dropped; 0 drops all
+    sample_every: NonNegativeInt = 0  # steps between grids of pictures at a fixed seed, into progress/; 0 never
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    stop_signals: tuple[Literal["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"], ...] = ("SIGINT", "SIGTERM", "SIGUSR1")
+    ema_device: Literal["model", "cpu"] = "model"
+    compile: Literal["off", "blocks"] = "off"  # torch.compile on each repeated block
+    find_unused_parameters: bool = False  # DDP: for models that leave weights unused in some steps
+
+    @field_validator("mixed_precision", "compile", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads an unquoted no or off as false."""
+        return {"mixed_precision": "no", "compile": "off"}[str(info.field_name)] if value is False else value
+
+
+class Hardware(Section):
+    """The GPUs that a recipe was written for: what a dry run reckons with. Training takes whatever it is started on."""
+
+    gpu: str
+    count: PositiveInt = 1  # processes; every one takes batch_size pictures a step
+
+    @field_validator("gpu")
+    @classmethod
+    def _known(cls, gpu: str) -> str:
+        if gpu not in GPUS:
+            raise ValueError(f"use one of {', '.join(GPUS)}")
+        return gpu
