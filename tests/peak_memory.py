@@ -1,9 +1,10 @@
-"""Peak memory of a real training loop on the embedded micro model, in a process of its own, beside the plan's estimate.
+"""Peak memory of a real training loop, in a process of its own, beside the plan's estimate.
 
-    MALLOC_MMAP_THRESHOLD_=65536 python tests/peak_memory.py stage2 12 stage2-checkpointed 12 stage1 8
+    MALLOC_MMAP_THRESHOLD_=65536 python tests/peak_memory.py stage2 12 stage2-checkpointed 12 stage1 8 stage2@sd35-medium 2
 
-prints {"measured": bytes, "estimated": bytes} for each pair of a stage and its batch size. The threshold makes freed memory
-go back to the system, so that the resident set says what is in use. Linux only: the peak is reset by /proc/self/clear_refs.
+prints {"measured": bytes, "estimated": bytes} for each stage and its batch size. `@` names a preset: its transformer
+is then of the true width with one block, its autoencoder whole, all of random weights. The threshold makes freed memory go
+back to the system, so that the resident set says what is in use. Linux only: the peak is reset by /proc/self/clear_refs.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import json
 import re
 import sys
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
 
 from davae import DetailVAE, LatentLayout, expand_transformer
+from davae.bench.tokens import shallow
 from davae.models.calls import CALLS
-from davae.models.pipeline import read_shapes
+from davae.models.families import model_class
+from davae.models.pipeline import BaseShapes, read_shapes
 from davae.recipes import load_recipe
 from davae.recipes.sections import Stage1, Stage2
 from davae.train.loop import Trainer
@@ -55,28 +58,60 @@ class Rows:
         return self.item
 
 
+@dataclass(frozen=True)
+class Model:
+    """What is trained: the embedded model, or one block of a preset's."""
+
+    shapes: BaseShapes
+    resolution: int  # of the pictures
+    detail_channels: int
+
+    @property
+    def layout(self) -> LatentLayout:
+        return LatentLayout(self.shapes.channels, self.detail_channels)
+
+    @property
+    def side(self) -> int:
+        return self.resolution // self.shapes.vae_factor // RECIPE.scale
+
+
+def model_of(preset: str) -> Model:
+    if not preset:
+        return Model(read_shapes(BASE), RECIPE.resolution, RECIPE.detail_channels)
+    shapes = read_shapes(preset)
+    one = shallow(shapes.transformer_config, 1)
+    return Model(replace(shapes, transformer_config=one), 256, shapes.channels)
+
+
 class Prompts:
     """Embeddings of the usual length for whatever is asked."""
 
     null = ""
 
+    def __init__(self, model: Model):
+        self.model = model
+
     def draw(self, generator: torch.Generator) -> None:
         """Nothing is random."""
 
     def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: list[str]) -> Tensor:
-        config = read_shapes(BASE).transformer_config
-        call = CALLS["SD3Transformer2DModel"]
+        config = self.model.shapes.transformer_config
+        call = CALLS[self.model.shapes.transformer_class]
         parts = tuple(torch.zeros(len(x_t), *part.shape[1:]) for part in call.blank(config))
         return call.predict(model, config, x_t, t, parts)
 
 
-def stage2(settings: Stage2) -> Stage2Task:
-    base = SD3Transformer2DModel.from_pretrained(BASE, subfolder="transformer", torch_dtype=torch.float32)
-    layout = LatentLayout(8, RECIPE.detail_channels)
-    rows = Rows(64, {"latents": torch.zeros(layout.channels, 16, 16), "conditions": ""})
+def part(class_name: str, config: dict[str, Any]) -> Any:
+    return model_class(class_name).from_config({k: v for k, v in config.items() if not k.startswith("_")})
+
+
+def stage2(settings: Stage2, model: Model) -> Stage2Task:
+    base = part(model.shapes.transformer_class, model.shapes.transformer_config)
+    layout, side = model.layout, model.side
+    rows = Rows(64, {"latents": torch.zeros(layout.channels, side, side), "conditions": ""})
     normalise = torch.zeros(1, layout.channels, 1, 1), torch.ones(1, layout.channels, 1, 1)
-    wide = expand_transformer(base, RECIPE.detail_channels)
-    task = Stage2Task(settings, layout, wide, rows, normalise, Prompts(), FLOW, CPU)  # type: ignore[arg-type]
+    wide = expand_transformer(base, model.detail_channels)
+    task = Stage2Task(settings, layout, wide, rows, normalise, Prompts(model), FLOW, CPU)  # type: ignore[arg-type]
     task.collate = lambda items: {
         "latents": torch.stack([item["latents"] for item in items]),
         "conditions": [item["conditions"] for item in items],
@@ -84,12 +119,11 @@ def stage2(settings: Stage2) -> Stage2Task:
     return task
 
 
-def stage1(settings: Stage1) -> Stage1Task:
-    base = AutoencoderKL.from_pretrained(BASE, subfolder="vae", torch_dtype=torch.float32)
-    rows = Rows(
-        64, {"image": torch.zeros(3, RECIPE.resolution, RECIPE.resolution), "caption": "", "index": 0, "label": None}
-    )
-    return Stage1Task(settings, DetailVAE.from_base(base, RECIPE.detail_channels), rows, CPU)  # type: ignore[arg-type]
+def stage1(settings: Stage1, model: Model) -> Stage1Task:
+    base = part(model.shapes.vae_class, model.shapes.vae_config)
+    image = torch.zeros(3, model.resolution, model.resolution)
+    rows = Rows(64, {"image": image, "caption": "", "index": 0, "label": None})
+    return Stage1Task(settings, DetailVAE.from_base(base, model.detail_channels), rows, CPU)  # type: ignore[arg-type]
 
 
 def resident(key: str) -> int:
@@ -99,30 +133,34 @@ def resident(key: str) -> int:
     return int(found[1]) * 1024
 
 
-def train(build: Any, settings: Any, steps: int) -> None:
+def train(build: Any, settings: Any, model: Model, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = settings.model_copy(update={"max_steps": steps})
-        Trainer(build(settings), RECIPE.run, RunFolder(Path(folder), RECIPE), make_accelerator(RECIPE.run)).fit()
+        task = build(settings, model)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # random tables of positions are made in float64
+        Trainer(task, RECIPE.run, RunFolder(Path(folder), RECIPE), make_accelerator(RECIPE.run)).fit()
 
 
 def compare(name: str, batch: int) -> dict[str, int]:
-    changes = {"gradient_checkpointing": name.endswith("-checkpointed"), "accumulation": 1}
-    shapes = read_shapes(BASE)
-    if name.startswith("stage1"):
+    stage, _, preset = name.partition("@")
+    changes = {"gradient_checkpointing": stage.endswith("-checkpointed"), "accumulation": 1}
+    model = model_of(preset)
+    if stage.startswith("stage1"):
         build, settings = stage1, RECIPE.stage1.model_copy(update={**changes, "gan_start": 1})
     else:
         build, settings = stage2, RECIPE.stage2.model_copy(update=changes)
-    train(build, settings.model_copy(update={"batch_size": 1}), 1)  # libraries, threads, code: not the step's
+    train(build, settings.model_copy(update={"batch_size": 1}), model, 1)  # libraries, threads, code: not the step's
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     settings = settings.model_copy(update={"batch_size": batch})
-    train(build, settings, 2)
+    train(build, settings, model, 2)
     measured = resident("VmHWM") - before
-    if name.startswith("stage1"):
-        step = stage1_memory(shapes, RECIPE.detail_channels, RECIPE.scale, RECIPE.resolution, settings, mixed=False)
+    shapes, scale = model.shapes, RECIPE.scale
+    if stage.startswith("stage1"):
+        step = stage1_memory(shapes, model.detail_channels, scale, model.resolution, settings, mixed=False)
     else:
-        step = stage2_memory(shapes, LatentLayout(8, RECIPE.detail_channels), 16, settings, mixed=False)
+        step = stage2_memory(shapes, model.layout, model.side, settings, mixed=False)
     return {"measured": measured, "estimated": step.peak}
 
 

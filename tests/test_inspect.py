@@ -311,12 +311,19 @@ def test_checkpointing_and_batches_show_in_the_estimate():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux's /proc")
-def test_the_estimate_is_within_15_percent_of_a_real_run():
-    """Both stages of the micro model through the real training loop, in a process of their own."""
+@pytest.mark.parametrize(
+    "stages",
+    [
+        pytest.param(["stage2", "6", "stage1", "8"], id="micro"),
+        pytest.param(["stage2@sd35-medium", "2", "stage1@sd35-medium", "1"], id="full width", marks=pytest.mark.slow),
+    ],
+)
+def test_the_estimate_is_within_15_percent_of_a_real_run(stages: list[str]):
+    """Both stages through the real training loop, in a process of their own."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests/peak_memory.py"), "stage2", "6", "stage1", "8"]
+    command = [sys.executable, str(ROOT / "tests/peak_memory.py"), *stages]
     lines = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == len(stages) / 2
     for line in lines:
         found = json.loads(line)
         assert found["estimated"] == pytest.approx(found["measured"], rel=0.15), line

@@ -72,7 +72,7 @@ def test_unknown_recipe_suggests_the_nearest():
 def test_a_word_that_yaml_reads_as_false_is_a_word():
     recipe = load_recipe("micro", ["run.mixed_precision=no", "run.compile=off"])
     assert (recipe.run.mixed_precision, recipe.run.compile) == ("no", "off")
-    with pytest.raises(RecipeError, match="run.mixed_precision: "):
+    with pytest.raises(RecipeError, match=r"run\.mixed_precision: "):
         load_recipe("micro", ["run.mixed_precision=true"])
 
 

@@ -15,7 +15,8 @@ def change_patch(transformer: LightningDiT, patch_size: int, input_size: int) ->
 
     Args:
         patch_size: p, a multiple of the pretrained one.
-        input_size: side of the latent grid; positions are interpolated where the number of tokens differs.
+        input_size: side of the latent grid. Tokens get the positions that a model of that grid has: 0, 1, 2, ..., so a grid
+            of as many tokens keeps the pretrained ones.
 
     Raises:
         ValueError: a patch size that is no multiple.
