@@ -50,7 +50,7 @@ class Lite0Features(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = lite0_network()
+        self.network = lite0_network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.6x on a CPU
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
