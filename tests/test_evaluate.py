@@ -68,8 +68,15 @@ def test_set_distances_tell_near_from_far():
         compare(Features(torch.randn(3, 8)), real)
 
 
+def small_lite0() -> Lite0Features:
+    """On 64 instead of 224 pixels: a twelfth of the time."""
+    network = Lite0Features()
+    network.size = 64
+    return network
+
+
 def test_features_do_not_depend_on_the_batch_size():
-    images, network = torch.rand(64, 3, 24, 24) * 2 - 1, Lite0Features()
+    images, network = torch.rand(64, 3, 24, 24) * 2 - 1, small_lite0()
     found = [extract(images.split(size), network).features for size in (1, 7, 64)]
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-3)
@@ -118,7 +125,7 @@ def test_psnr_and_ssim_equal_scikit_image():
 def test_scores_do_not_depend_on_the_batch_size():
     images = torch.rand(64, 3, 24, 24) * 2 - 1
     blur = lambda x: (x + x.mean((-1, -2), keepdim=True)) / 2  # noqa: E731
-    network = Lite0Features()
+    network = small_lite0()
     one, seven, all_ = (score_reconstructions(images.split(n), blur, extractor=network) for n in (1, 7, 64))
     for other in (seven, all_):
         assert one.as_dict() == pytest.approx(other.as_dict(), rel=1e-3, abs=1e-6)
