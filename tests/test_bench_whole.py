@@ -8,7 +8,8 @@ import pytest
 
 from davae.bench import whole
 from davae.bench.clock import Spread
-from davae.models.pipeline import ModelError
+from davae.models.pipeline import ModelError, read_shapes
+from davae.models.text_encoders import TextEncoder, text_encoders
 from davae.zoo import resolve
 
 SECONDS = 3.0
@@ -34,8 +35,8 @@ def measured(**changes: Any) -> dict[str, Any]:
 @pytest.mark.usefixtures("constant_clock")
 def test_parts_are_scaled_to_all_layers_and_steps():
     layers = {
-        name: max(int(config.get(key) or 0) for key in whole.DEPTHS)
-        for name, (_, config) in whole.text_configs(resolve("micro")).items()
+        encoder.component: max(int(encoder.config.get(key) or 0) for key in whole.DEPTHS)
+        for encoder in text_encoders(resolve("micro"), read_shapes(resolve("micro")).transformer_config)
     }
     assert len(layers) == 3
     text = sum(SECONDS * count / min(whole.LAYERS, count) for count in layers.values())
@@ -49,8 +50,6 @@ def test_parts_are_scaled_to_all_layers_and_steps():
 @pytest.mark.usefixtures("constant_clock")
 def test_blocks_that_did_not_run_count_by_their_flops():
     """A third of the blocks stands for about three times its time: SD3's last block is cheaper, the rest is not scaled."""
-    from davae.models.pipeline import read_shapes
-
     depth = int(read_shapes(resolve("micro")).transformer_config["num_layers"])
     seconds = measured(blocks=depth // 3)["native_seconds"]["transformer"]
     assert 2.5 * 5 * SECONDS < seconds < 3.5 * 5 * SECONDS
@@ -62,4 +61,4 @@ def test_what_cannot_be_measured_is_told():
     with pytest.raises(
         ModelError, match="text_encoder: none of num_hidden_layers, num_layers is in the config of this X"
     ):
-        whole.text_seconds("text_encoder", "X", {"width": 3}, 77, 1)
+        whole.text_seconds(TextEncoder("text_encoder", "X", {"width": 3}, 77), 1)

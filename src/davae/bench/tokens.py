@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from davae.models.expand import expand_transformer
 from davae.models.families import model_class
 from davae.models.lightning_dit import LightningDiT
 from davae.models.pipeline import BaseShapes
-from davae.train.cost import transformer_flops
+from davae.train.plan import token_plan
 
 DEPTHS = ("num_layers", "num_single_layers", "depth")  # config keys that count blocks
 LISTS = ("dual_attention_layers",)  # config keys that name blocks by number
@@ -88,9 +89,8 @@ def bench_tokens(
     Raises:
         ValueError: the resolution does not divide into tokens.
     """
-    step = shapes.vae_factor * shapes.patch_size * scale
-    if resolution % step:
-        raise ValueError(f"resolution {resolution} is not divisible by {step} (factor x patch x scale)")
+    few = replace(shapes, transformer_config=shallow(shapes.transformer_config, blocks))
+    plan = token_plan(few, resolution, scale, detail_channels)
     native = random_transformer(shapes, blocks)
     upgraded = expand_transformer(native, detail_channels)
     side = resolution // shapes.vae_factor
@@ -108,14 +108,7 @@ def bench_tokens(
             "upgraded_over_native": ratio(faster["native"], faster["upgraded"]),
             "multiplies": multiplies(times, faster),
         }
-    with torch.device("meta"):
-        empty = model_class(shapes.transformer_class).from_config(shallow(shapes.transformer_config, blocks))
-        wide = expand_transformer(empty, detail_channels)
-    flops = {
-        "native": transformer_flops(empty, sides["native"]).total,
-        "upgraded": transformer_flops(wide, sides["upgraded"]).total,
-    }
-    bound, speedup = flops["native"] / flops["upgraded"], ratio(times["native"], times["upgraded"])
+    speedup = ratio(times["native"], times["upgraded"])
     config: Any = native.config
     return {
         "transformer": shapes.transformer_class,
@@ -125,15 +118,15 @@ def bench_tokens(
         "batch": batch,
         "blocks": sum(int(config[key]) for key in DEPTHS if config.get(key)),
         "parameters": sum(p.numel() for p in native.parameters()),
-        "native_tokens": (sides["native"] // shapes.patch_size) ** 2,
-        "upgraded_tokens": (sides["upgraded"] // shapes.patch_size) ** 2,
+        "native_tokens": plan.native_tokens,
+        "upgraded_tokens": plan.upgraded_tokens,
         "native_seconds": times["native"].as_dict(),
         "upgraded_seconds": times["upgraded"].as_dict(),
         "speedup": speedup,
-        "bound": bound,
-        "share_of_bound": speedup / bound,
-        "native_gflops_per_second": batch * flops["native"] / times["native"].median / 1e9,
-        "upgraded_gflops_per_second": batch * flops["upgraded"] / times["upgraded"].median / 1e9,
+        "bound": plan.bound,
+        "share_of_bound": speedup / plan.bound,
+        "native_gflops_per_second": batch * plan.native_flops / times["native"].median / 1e9,
+        "upgraded_gflops_per_second": batch * plan.upgraded_flops / times["upgraded"].median / 1e9,
         **({"helpers": rows} if rows else {}),
         "machine": machine(),
     }

@@ -6,11 +6,10 @@ and transformers with a few blocks, their time scaled by layers or by FLOPs to a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
-from torch import nn
 
 from davae.bench.clock import machine, race
 from davae.bench.tokens import one_pass, random_transformer, shallow
@@ -18,38 +17,32 @@ from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
 from davae.models.families import model_class
 from davae.models.one_frame import decode_latents
-from davae.models.pipeline import BaseShapes, ModelError, read_config, read_shapes
-from davae.train.cost import meta_transformer, text_tokens, transformer_flops
+from davae.models.pipeline import BaseShapes, ModelError, read_shapes
+from davae.models.text_encoders import TextEncoder, text_encoders
+from davae.train.plan import check_resolution, token_plan
 
 LAYERS = 2  # of a text encoder
 DEPTHS = ("num_hidden_layers", "num_layers")  # config keys of text encoders
 
 
-def text_configs(model: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name, class and config of each text encoder of a folder, hub id or preset."""
-    index = read_config(model, "", "model_index.json")
-    parts = [name for name, value in index.items() if name.startswith("text_encoder") and value[0] is not None]
-    return {name: (str(index[name][1]), read_config(model, name)) for name in parts}
-
-
-def text_seconds(name: str, class_name: str, config: dict[str, Any], tokens: int, repeats: int) -> float:
-    """Seconds of one prompt of so many tokens through a text encoder, from a few of its layers.
+def text_seconds(encoder: TextEncoder, repeats: int) -> float:
+    """Seconds of one prompt through a text encoder, from a few of its layers.
 
     Raises:
         ModelError: a config that does not say how many layers there are.
     """
-    key = next((key for key in DEPTHS if config.get(key)), None)
+    key = next((key for key in DEPTHS if encoder.config.get(key)), None)
     if key is None:
-        raise ModelError(f"{name}: none of {', '.join(DEPTHS)} is in the config of this {class_name}")
-    layers = int(config[key])
-    values = {k: v for k, v in config.items() if not k.startswith("_")} | {key: min(LAYERS, layers)}
-    made = getattr(transformers, class_name)
-    encoder: nn.Module = made(made.config_class(**values)).eval()
-    length = min(tokens, int(config.get("max_position_embeddings") or tokens))
-    ids = torch.ones(1, length, dtype=torch.long)
+        raise ModelError(
+            f"{encoder.component}: none of {', '.join(DEPTHS)} is in the config of this {encoder.class_name}"
+        )
+    layers = int(encoder.config[key])
+    few = min(LAYERS, layers)
+    model = replace(encoder, config={**encoder.config, key: few}).build()
+    ids = torch.ones(1, encoder.tokens, dtype=torch.long)
     with torch.no_grad():
-        times = race({name: lambda: encoder(input_ids=ids)}, repeats)
-    return times[name].median * layers / min(LAYERS, layers)
+        times = race({key: lambda: model(input_ids=ids)}, repeats)
+    return times[key].median * layers / few
 
 
 def transformer_seconds(
@@ -62,18 +55,12 @@ def transformer_seconds(
     side = resolution // shapes.vae_factor
     sides = {"native": side, "upgraded": side // scale}
     times = race({name: one_pass(models[name], channels[name], sides[name], batch) for name in models}, repeats)
-    with torch.device("meta"):
-        few: nn.Module = model_class(shapes.transformer_class).from_config(shallow(shapes.transformer_config, blocks))
-    all_blocks = meta_transformer(shapes)
-    seconds = {}
-    for name in models:
-        pair = (few, all_blocks)
-        if name == "upgraded":
-            with torch.device("meta"):
-                pair = (expand_transformer(few, detail_channels), expand_transformer(all_blocks, detail_channels))
-        part, whole = (transformer_flops(model, sides[name]).total for model in pair)
-        seconds[name] = times[name].median * whole / part
-    return seconds
+    few = replace(shapes, transformer_config=shallow(shapes.transformer_config, blocks))
+    part, every = (token_plan(each, resolution, scale, detail_channels) for each in (few, shapes))
+    return {
+        "native": times["native"].median * every.native_flops / part.native_flops,
+        "upgraded": times["upgraded"].median * every.upgraded_flops / part.upgraded_flops,
+    }
 
 
 def decoding_seconds(
@@ -119,15 +106,13 @@ def bench_whole(
         ModelError: an unsupported model, a size that does not divide into tokens, or an autoencoder of another signature.
     """
     shapes = read_shapes(model)
-    unit = shapes.vae_factor * shapes.patch_size * scale
-    if resolution % unit:
-        raise ModelError(f"resolution {resolution} is not divisible by {unit} (factor x patch x scale)")
+    try:
+        check_resolution(shapes, resolution, scale)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
     detail, passes = detail_channels or shapes.channels, 2 if guided else 1
-    tokens = text_tokens(meta_transformer(shapes))
-    text = {
-        name: passes * text_seconds(name, class_name, config, tokens, repeats)
-        for name, (class_name, config) in text_configs(model).items()
-    }
+    encoders = text_encoders(model, shapes.transformer_config)
+    text = {encoder.component: passes * text_seconds(encoder, repeats) for encoder in encoders}
     one = transformer_seconds(shapes, resolution, scale, detail, blocks, passes, repeats)
     decoding = decoding_seconds(shapes, resolution, scale, detail, repeats)
     parts = {

@@ -23,12 +23,16 @@ class TextEncoder:
     config: dict[str, Any]
     tokens: int
 
-    def on_meta(self) -> nn.Module:
-        """Its modules without weights."""
+    def build(self) -> nn.Module:
+        """Its modules with random weights, in eval mode."""
         kind = getattr(transformers, self.class_name)
         settings = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        return kind(kind.config_class(**settings)).eval()
+
+    def on_meta(self) -> nn.Module:
+        """Its modules without weights."""
         with torch.device("meta"):
-            return kind(kind.config_class(**settings)).eval()
+            return self.build()
 
 
 def text_encoders(model: str, transformer_config: dict[str, Any]) -> list[TextEncoder]:
