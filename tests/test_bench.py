@@ -18,7 +18,7 @@ from davae.bench.plain import explicit_attention, softmax_attention
 from davae.bench.sampling import bench_guidance
 from davae.bench.stages import bench_stage1, bench_stage2
 from davae.bench.tokens import shallow
-from davae.bench.vae import psnr
+from davae.bench.vae import bench_vae, psnr
 from davae.data.pictures import collate
 from davae.models.by_rows import Rows, decode_by_rows, encode_by_rows
 from davae.models.tiling import spans
@@ -181,3 +181,12 @@ def test_tiling_a_detail_vae_changes_nothing_that_is_seen():
         vae.enable_tiling(32)
         assert psnr(vae.encode(images).latent_dist.mode(), latents, float(latents.max() - latents.min())) > 45
         assert psnr(vae.decode(latents).sample, whole, 2.0) > 45
+
+
+def test_bench_vae_compares_one_way_or_both(tmp_path: Path):
+    DetailVAE.from_base(tiny_autoencoder(), 8).save_pretrained(tmp_path)
+    both = bench_vae(str(tmp_path), resolution=128, tile=32, repeats=1)
+    decoded = bench_vae(str(tmp_path), resolution=128, tile=32, repeats=1, ways=["decode"])
+    assert both["encode"]["psnr"] > 45 and both["decode"]["psnr"] > 45
+    assert "encode" not in decoded
+    assert decoded["decode"]["psnr"] == both["decode"]["psnr"]

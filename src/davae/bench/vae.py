@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from davae.bench.clock import machine, peak_memory, race, ratio
 from davae.models.autoencoders import load_autoencoder
 from davae.models.one_frame import decode_latents, encode_mode
+
+Way = Literal["encode", "decode"]
+WAYS: tuple[Way, ...] = get_args(Way)
 
 
 def synthetic_picture(resolution: int) -> Tensor:
@@ -50,29 +53,46 @@ def psnr(a: Tensor, b: Tensor, span: float) -> float:
     return math.inf if error == 0 else 10 * math.log10(span**2 / error)
 
 
-def bench_vae(model: str, *, resolution: int, tile: int, repeats: int) -> dict[str, Any]:
-    """Whole against tiled, both ways.
+def bench_vae(model: str, *, resolution: int, tile: int, repeats: int, ways: Sequence[Way] = WAYS) -> dict[str, Any]:
+    """Whole against tiled.
 
     Raises:
         ValueError: a size that the autoencoder cannot encode.
     """
-    figures: dict[str, Any] = {"vae": model, "resolution": resolution, "tile": tile}
     picture = synthetic_picture(resolution)
     latents = encoding(model, picture, min(256, resolution))()
-    for name, prepare, given, span in (("encode", encoding, picture, None), ("decode", decoding, latents, 2.0)):
-        works = {"whole": prepare(model, given, None), "tiled": prepare(model, given, tile)}
-        times = race(works, repeats, warmup=0)
-        whole, tiled = (work().float() for work in works.values())
-        memory = {key: peak_memory(prepare, model, given, None if key == "whole" else tile) for key in works}
-        figures[name] = {
-            "whole_seconds": times["whole"].as_dict(),
-            "tiled_seconds": times["tiled"].as_dict(),
-            "time_ratio": ratio(times["tiled"], times["whole"]),
-            "whole_peak_mib": memory["whole"] / 2**20,
-            "tiled_peak_mib": memory["tiled"] / 2**20,
-            "memory_ratio": memory["tiled"] / memory["whole"],
-            "psnr": psnr(tiled.clamp(-1, 1), whole.clamp(-1, 1), span)
-            if span
-            else psnr(tiled, whole, float(whole.max() - whole.min())),
-        }
-    return {**figures, "machine": machine()}
+    given = {"encode": (encoding, picture), "decode": (decoding, latents)}
+    figures = {way: whole_against_tiled(*given[way], model, tile, repeats) for way in ways}
+    return {"vae": model, "resolution": resolution, "tile": tile, **figures, "machine": machine()}
+
+
+def whole_against_tiled(
+    prepare: Callable[[str, Tensor, int | None], Callable[[], Tensor]],
+    given: Tensor,
+    model: str,
+    tile: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Time, peak memory and difference of one way. A decoded picture's PSNR takes its range, that of latents theirs."""
+    made: dict[str, Tensor] = {}
+
+    def kept(name: str, work: Callable[[], Tensor]) -> Callable[[], None]:
+        return lambda: made.update({name: work()})
+
+    sides = {"whole": None, "tiled": tile}
+    times = race({name: kept(name, prepare(model, given, side)) for name, side in sides.items()}, repeats, warmup=0)
+    memory = {name: peak_memory(prepare, model, given, side) for name, side in sides.items()}
+    whole, tiled = made["whole"].float(), made["tiled"].float()
+    if prepare is decoding:
+        error = psnr(tiled.clamp(-1, 1), whole.clamp(-1, 1), 2.0)
+    else:
+        error = psnr(tiled, whole, float(whole.max() - whole.min()))
+    return {
+        "whole_seconds": times["whole"].as_dict(),
+        "tiled_seconds": times["tiled"].as_dict(),
+        "time_ratio": ratio(times["tiled"], times["whole"]),
+        "whole_peak_mib": memory["whole"] / 2**20,
+        "tiled_peak_mib": memory["tiled"] / 2**20,
+        "memory_ratio": memory["tiled"] / memory["whole"],
+        "psnr": error,
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -98,6 +98,7 @@ def vae(
     model: Annotated[str, typer.Argument(help="An autoencoder's folder, a pipeline's, or `micro-upgraded`.")],
     resolution: Annotated[int, typer.Option(help="Pixels of the picture.")] = 1024,
     tile: Tile = 512,
+    only: Annotated[Literal["encode", "decode"] | None, typer.Option(help="One way; both by default.")] = None,
     repeats: Repeats = 3,
     json: Json = None,
 ) -> None:
@@ -105,13 +106,15 @@ def vae(
 
     `davae bench vae micro-upgraded --resolution 2048 --tile 512`
     """
-    from davae.bench.vae import bench_vae
+    from davae.bench.vae import WAYS, bench_vae
     from davae.models.pipeline import ModelError
     from davae.zoo import SHIPPED, resolve, resolve_upgrade
 
     folder = str(resolve_upgrade(model)) if model in SHIPPED else resolve(model)
     try:
-        figures = bench_vae(folder, resolution=resolution, tile=tile, repeats=repeats)
+        figures = bench_vae(
+            folder, resolution=resolution, tile=tile, repeats=repeats, ways=WAYS if only is None else [only]
+        )
     except ValueError as error:
         raise ModelError(f"{model}: {error}") from error
     show(json, {**figures, "vae": model})

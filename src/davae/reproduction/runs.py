@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-
+from davae.bench.clock import machine
 from davae.data.cache_key import fingerprint
 from davae.measure import evaluate_generation, evaluate_reconstruction, time_picture
 from davae.recipes import RecipeError
@@ -50,7 +48,7 @@ def run_job(job: Job, out: Path, results: Path, observer: Observer) -> dict[str,
         "command": job.command,
         **measured(job, out, observer),
         "minutes": round((time.monotonic() - started) / 60, 1),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(),
     }
     replace_text(results / f"{job.key}.json", json.dumps(figures, indent=2) + "\n")
     return figures

@@ -55,12 +55,18 @@ def block_names(module: nn.Module) -> list[str]:
     return sorted(declared & {type(part).__name__ for part in module.modules()})
 
 
-def compile_blocks(module: nn.Module) -> None:
-    """torch.compile on each repeated block: one compilation serves all. Names of parameters stay as they are."""
+def compile_blocks(module: nn.Module, autocast_on: torch.device | None = None) -> None:
+    """torch.compile on each repeated block: one compilation serves all. Names of parameters stay as they are.
+
+    Args:
+        autocast_on: where the blocks will run in mixed precision, if they will.
+    """
+    # torch 2.14's AVX-512 code of a half-precision backward pass gives NaN (tests/test_engines.py); that of AVX2 does not
+    options: Any = {"cpp.simdlen": 256} if autocast_on is not None and autocast_on.type == "cpu" else None
     names = set(block_names(module))
     for part in module.modules():
         if type(part).__name__ in names:
-            part.compile()
+            part.compile(options=options)
 
 
 def prepare(

@@ -168,7 +168,8 @@ class Trainer:
         self.ema: dict[str, Average] = {}
         for name, player in task.players.items():
             if run.compile == "blocks":
-                engine.compile_blocks(player.module)
+                mixed = run.mixed_precision != "no"
+                engine.compile_blocks(player.module, accelerator.device if mixed else None)
             optimizer = build_optimizer(settings, player.groups, player.lr)
             task.prepare_optimizer(name, optimizer)
             task.modules[name], self.optimizers[name] = engine.prepare(
