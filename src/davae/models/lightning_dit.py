@@ -131,7 +131,7 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of (B,H,L,d). In float32 where a CPU autocasts: there its half-precision backward pass is seven times slower."""
+    """Attention of (B,H,L,d); in float32 where a CPU autocasts: its half-precision backward pass is seven times slower."""
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
