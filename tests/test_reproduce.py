@@ -27,6 +27,7 @@ from davae.reproduction import (
     finished,
     jobs,
     markdown,
+    raced,
     run_job,
     table_rows,
 )
@@ -154,6 +155,15 @@ def test_runs_are_done_once_and_make_the_table(tiny_scale: Path):
     assert "±" not in lines[1][column]
     assert markdown(headings, lines).splitlines()[1] == "|" + " --- |" * len(headings)
 
+    speed = raced(todo, tiny_scale / "out", results, lambda progress: None)["rows"]
+    assert list(speed) == ["full", "no fade", "enlarged"]
+    assert {row["tokens"] for row in speed.values()} == {16}
+    assert table_rows(todo, results)[0][1:3] == ["tokens", "images/s"]
+    for name in ("results", "out"):
+        (tiny_scale / name).rename(tiny_scale / f"old-{name}")
+    with pytest.raises(RecipeError, match=r"weights of 'full' are not in .*; use the --out"):
+        raced(todo, tiny_scale / "out", results, lambda progress: None)
+
 
 def test_a_new_default_changes_no_hash():
     job = upgrades("table5", 1)[0]
@@ -233,10 +243,13 @@ def test_models_that_are_there_are_drawn_and_timed(
     native, enlarged, _, second = (run_job(job, tiny_scale / "out", results, lambda progress: None) for job in todo)
     assert (native["generation"]["resolution"], native["generation"]["compared_at"]) == (32, 32)
     assert (enlarged["generation"]["resolution"], enlarged["generation"]["upscale"]) == (16, "lanczos")
-    assert (native["speed"]["tokens"], enlarged["speed"]["tokens"]) == (64, 16)
-    assert native["speed"]["images_per_second"] == pytest.approx(1 / native["speed"]["seconds"])
     assert (enlarged["generation"]["seed"], second["generation"]["seed"]) == (0, 1)
     assert enlarged["generation"]["fd_lite0"] != second["generation"]["fd_lite0"]
+    assert table_rows(todo, results)[0] == ["", "FD-lite0", "seeds"]
+    speed = raced(todo, tiny_scale / "out", results, lambda progress: None)["rows"]
+    assert (speed["native"]["tokens"], speed["enlarged"]["tokens"]) == (64, 16)
+    assert speed["native"]["images_per_second"] == pytest.approx(1 / speed["native"]["seconds"])
+    assert raced(todo, tiny_scale / "out", results, lambda progress: None)["rows"] == speed  # measured once
     headings, lines = table_rows(todo, results)
     assert headings == ["", "tokens", "images/s", "FD-lite0", "seeds"]
     assert [line[:2] for line in lines] == [["native", "64"], ["enlarged", "16"]]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -227,41 +228,54 @@ def evaluate_generation(
     }
 
 
-def time_picture(
-    pipeline: str,
-    data: str,
-    *,
-    resolution: int | None,
-    compare_at: int | None,
-    upscale: str,
-    steps: int,
-    guidance: float,
-    repeats: int = 5,
-) -> dict[str, Any]:
-    """Tokens and median seconds of one picture, drawn alone for the first caption or class of `data`; enlarging included.
+@dataclass(frozen=True)
+class Candidate:
+    """A way to a picture, to be timed: what `pipeline` draws at `resolution` pixels, brought to `compare_at` by `upscale`.
+
+    Sizes that are None are the model's own, and the drawn one.
+    """
+
+    name: str
+    pipeline: str
+    resolution: int | None = None
+    compare_at: int | None = None
+    upscale: str = "bilinear"
+
+
+def time_pictures(
+    candidates: Sequence[Candidate], data: str, *, steps: int, guidance: float, repeats: int = 5
+) -> dict[str, dict[str, float]]:
+    """Tokens and median seconds of one picture by each candidate, enlarging included; they take turns.
 
     Args:
-        resolution, compare_at: pixels that are drawn, and that they are enlarged to, as in `evaluate_generation`.
+        data: pictures whose first caption or class is drawn.
     """
-    model, _ = open_model(pipeline)
-    size = resolution or default_resolution(model)
-    final = compare_at or size
-    enlarge = make_upscaler(upscale, final) if size != final else None
-    prompt = condition_of(real_pictures(data, final, 0.0, "train")[(0, -1)], model)
-    timing = time_pipelines(
-        [(pipeline, model, size, lambda picture: enlarge([picture]) if enlarge else picture)],
-        prompt,
-        steps=steps,
-        guidance_scale=guidance,
-        repeats=repeats,
-    )[0]
+    entries: list[tuple[str, Any, int, Callable[[Any], Any]]] = []
+    prompt = ""
+    for candidate in candidates:
+        model, _ = open_model(candidate.pipeline)
+        size = candidate.resolution or default_resolution(model)
+        final = candidate.compare_at or size
+        enlarge = make_upscaler(candidate.upscale, final) if size != final else None
+        finish = partial(enlarged, enlarge) if enlarge else lambda picture: picture
+        entries.append((candidate.name, model, size, finish))
+        prompt = prompt or condition_of(real_pictures(data, final, 0.0, "train")[(0, -1)], model)
+    timings = time_pipelines(entries, prompt, steps=steps, guidance_scale=guidance, repeats=repeats)
     return {
-        "tokens": timing.tokens,
-        "seconds": timing.whole,
-        "transformer_seconds": timing.transformer,
-        "images_per_second": 1 / timing.whole,
-        "repeats": repeats,
+        timing.name: {
+            "tokens": timing.tokens,
+            "seconds": timing.whole,
+            "transformer_seconds": timing.transformer,
+            "images_per_second": 1 / timing.whole,
+            "repeats": repeats,
+        }
+        for timing in timings
     }
+
+
+def enlarged(enlarge: Callable[[list[Any]], list[Any]], picture: Any) -> Any:
+    """One picture by an upscaler of several."""
+    return enlarge([picture])[0]
 
 
 def write_sample_file(

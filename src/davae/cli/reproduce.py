@@ -74,4 +74,7 @@ def reproduce(
         with progress_display() as observer:
             reproduction.run_job(job, out, results, observer)
     shown = load_table(name)
+    if shown.throughput:
+        with progress_display() as observer:
+            reproduction.raced(todo, out, results, observer)
     table(f"{shown.title}\nThe paper: {shown.claim}", *reproduction.table_rows(todo, results))

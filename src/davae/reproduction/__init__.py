@@ -1,7 +1,7 @@
 """`davae reproduce`: the runs of one of the paper's tables, each done once, and the table they make.
 
 `choose` reads a table into jobs, `job` says what a job's figures hang on, `runs` trains and measures, `plans` tells what that
-takes, `tabulate` makes the table, `figures` the paper's figures from the same runs.
+takes, `speed` times the rows, `tabulate` makes the table, `figures` the paper's figures from the same runs.
 """
 
 from davae.reproduction.choose import jobs
@@ -9,6 +9,7 @@ from davae.reproduction.figures import FIGURES, figure
 from davae.reproduction.job import BaseJob, DrawnJob, EnlargedJob, Job, PlannedJob, UpgradeJob, model_digest
 from davae.reproduction.plans import cost, missing_parts
 from davae.reproduction.runs import finished, run_job, trained_autoencoder, trained_run, trained_stage1
+from davae.reproduction.speed import raced
 from davae.reproduction.tabulate import markdown, spread, table_rows
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "markdown",
     "missing_parts",
     "model_digest",
+    "raced",
     "run_job",
     "spread",
     "table_rows",

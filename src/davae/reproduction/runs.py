@@ -10,7 +10,7 @@ from typing import Any
 
 from davae.bench.clock import machine
 from davae.data.cache_key import fingerprint
-from davae.measure import evaluate_generation, evaluate_reconstruction, time_picture
+from davae.measure import evaluate_generation, evaluate_reconstruction
 from davae.recipes import RecipeError
 from davae.recipes.sections import Stage2
 from davae.reproduction.job import BaseJob, DrawnJob, EnlargedJob, Job, UpgradeJob
@@ -90,6 +90,14 @@ def trained_run(job: UpgradeJob, out: Path, observer: Observer) -> Path:
     return folder
 
 
+def trained_upscaler(job: EnlargedJob, out: Path, observer: Observer) -> str:
+    """What `--upscale` takes for a job: a method, or the weights of a network; trained if they are not there."""
+    if job.super_resolution is None:
+        return job.upscale
+    folder = out / "networks" / fingerprint(job.super_resolution.model_dump(mode="json"))
+    return str(train_super_resolution(job.super_resolution, folder, observer))
+
+
 def trained_autoencoder(job: BaseJob, out: Path, observer: Observer) -> Path:
     """Folder of the autoencoder and cache that a job shares with others; trained if it is not there."""
     if job.detail is not None:
@@ -127,10 +135,7 @@ def upgraded_figures(job: UpgradeJob, out: Path, observer: Observer) -> dict[str
 
 def enlarged_figures(job: EnlargedJob, out: Path, observer: Observer) -> dict[str, Any]:
     """Measure the base model's pictures, enlarged."""
-    method = job.upscale
-    if job.super_resolution is not None:
-        folder = out / "networks" / fingerprint(job.super_resolution.model_dump(mode="json"))
-        method = str(train_super_resolution(job.super_resolution, folder, observer))
+    method = trained_upscaler(job, out, observer)
     figures = measured_generation(
         str(job.recipe.base.model), job.measures["generation"], observer, job.recipe.resolution, upscale=method
     )
@@ -154,7 +159,7 @@ def base_figures(job: BaseJob, out: Path, observer: Observer) -> dict[str, Any]:
 
 
 def drawn_figures(job: DrawnJob, observer: Observer) -> dict[str, Any]:
-    """Measure a model that is there, and time a picture of it, enlarging included."""
+    """Measure a model that is there."""
     generation = measured_generation(
         job.pipeline,
         job.generation,
@@ -164,16 +169,7 @@ def drawn_figures(job: DrawnJob, observer: Observer) -> dict[str, Any]:
         upscale=job.upscale,
         seed=job.seed,
     )
-    speed = time_picture(
-        job.pipeline,
-        job.generation["data"],
-        resolution=job.resolution,
-        compare_at=job.compare_at,
-        upscale=job.upscale,
-        steps=job.generation["steps"],
-        guidance=job.generation["guidance"],
-    )
-    return {"generation": generation, "speed": speed}
+    return {"generation": generation}
 
 
 def measured_generation(

@@ -9,6 +9,7 @@ from typing import Any
 
 from davae.reproduction.job import Job
 from davae.reproduction.runs import finished
+from davae.reproduction.speed import speeds
 
 SHOWN = (  # key, heading, decimals
     ("speed.tokens", "tokens", 0),
@@ -33,10 +34,11 @@ def spread(values: list[float], decimals: int) -> str:
 def table_rows(todo: Sequence[Job], results: Path) -> tuple[list[str], list[list[str]]]:
     """(headings, a line a row) of what has been run: mean and spread over seeds, and how many there are."""
     done: dict[str, list[dict[str, Any]]] = {job.row: [] for job in todo}
+    timed = (speeds(todo, results) or {"rows": {}})["rows"]
     for job in todo:
         figures = finished(job, results)
         if figures is not None:
-            done[job.row].append(figures)
+            done[job.row].append(figures | {"speed": timed.get(job.row, {})})
     seen = [f for rows in done.values() for f in rows]
     shown = [s for s in SHOWN if any(look_up(f, s[0]) is not None for f in seen)]
     lines = []

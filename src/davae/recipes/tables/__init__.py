@@ -91,6 +91,7 @@ class Table(Section):
     claim: str
     set: dict[str, Any] = Field(default={})
     generation: Generation | None = None
+    throughput: bool = False  # whether images a second are measured, all rows in turns
     compare_at: PositiveInt | None = None  # pixels of drawn rows' pictures when they are measured
     needs: tuple[str, ...] = ()  # of all planned rows
     notes: tuple[str, ...] = ()  # on all planned rows

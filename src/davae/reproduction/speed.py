@@ -1,0 +1,84 @@
+"""Images a second of a table's rows, timed in turns in one process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from davae.bench.clock import machine
+from davae.data.cache_key import fingerprint
+from davae.measure import Candidate, time_pictures
+from davae.recipes import RecipeError
+from davae.reproduction.job import DrawnJob, EnlargedJob, Job, UpgradeJob
+from davae.reproduction.runs import trained_upscaler
+from davae.train.loop import Observer
+from davae.train.state import replace_text, saving
+
+
+def raced(todo: Sequence[Job], out: Path, results: Path, observer: Observer) -> dict[str, Any]:
+    """Time one picture of each row, with the table's steps and guidance, and keep the figures beside the rows'.
+
+    Args:
+        out: the folder of `run_job`: a trained row is timed with the weights that lie there.
+
+    Raises:
+        RecipeError: the weights of a row are on another machine.
+    """
+    known = speeds(todo, results)
+    if known is not None:
+        return known
+    rows = contenders(todo)
+    generation = settings(rows[0])
+    figures = {
+        "rows": time_pictures(
+            [candidate(job, out, observer) for job in rows],
+            generation["data"],
+            steps=generation["steps"],
+            guidance=generation["guidance"],
+        ),
+        "machine": machine(),
+    }
+    with saving(results):
+        replace_text(path_of(rows, results), json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def speeds(todo: Sequence[Job], results: Path) -> dict[str, Any] | None:
+    """What `raced` measured, here or elsewhere."""
+    path = path_of(contenders(todo), results)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def contenders(todo: Sequence[Job]) -> list[Job]:
+    """The first seed of every row: the others take as long."""
+    return [job for job in todo if job.seed == 0]
+
+
+def path_of(rows: Sequence[Job], results: Path) -> Path:
+    return results / f"speed-{fingerprint(*sorted(job.key for job in rows))}.json"
+
+
+def settings(job: Job) -> dict[str, Any]:
+    """How a job's pictures are drawn."""
+    if isinstance(job, DrawnJob):
+        return job.generation
+    if isinstance(job, (UpgradeJob, EnlargedJob)):
+        return job.measures["generation"]
+    raise RecipeError(f"the row '{job.row}' is not timed: it is neither an upgrade nor enlarged nor drawn")
+
+
+def candidate(job: Job, out: Path, observer: Observer) -> Candidate:
+    """What is timed of a row."""
+    if isinstance(job, DrawnJob):
+        return Candidate(job.row, job.pipeline, job.resolution, job.compare_at, job.upscale)
+    if isinstance(job, EnlargedJob):
+        method = trained_upscaler(job, out, observer)
+        return Candidate(job.row, str(job.recipe.base.model), None, job.recipe.resolution, method)
+    folder = out / "runs" / job.key
+    if not (folder / "pipeline").is_dir():
+        raise RecipeError(
+            f"images/s: the weights of '{job.row}' are not in {folder}; use the --out and the machine that trained them"
+        )
+    return Candidate(job.row, str(folder))
