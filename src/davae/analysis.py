@@ -80,10 +80,10 @@ def sensitivity(vae: str, base: str, data: str, out: Path, *, num: int, held_out
 @torch.no_grad()
 def raw_latents(vae: DetailVAE, pictures: Pictures, num: int) -> tuple[Tensor, Tensor, list[int | None]]:
     """(z (N,C,h,w), z_d (N,D,h,w), labels) of pictures."""
-    parts = [vae.encode_raw(images) for images in batches(pictures, num)]
+    parts = [vae.encode_raw(images.to(vae.device)) for images in batches(pictures, num)]
     count = min(num, len(pictures))
     labels = [pictures.source.label(pictures.indices[i]) for i in range(count)]
-    return torch.cat([part.z for part in parts]), torch.cat([part.mean for part in parts]), labels
+    return torch.cat([part.z.cpu() for part in parts]), torch.cat([part.mean.cpu() for part in parts]), labels
 
 
 def spectra(vae: str, data: str, out: Path, *, num: int, held_out: float) -> Path:

@@ -26,6 +26,7 @@ from davae.models.autoencoders import load_autoencoder
 from davae.models.classes import class_count, class_number, goes_by_class
 from davae.models.one_frame import decode_latents, encode_mode
 from davae.models.pipeline import ModelError, default_resolution, load_pipeline
+from davae.models.placement import FULL, Placement
 from davae.sample.adm import Labels, class_schedule, write_samples
 from davae.sample.generate import generate
 from davae.train.export import load_upgraded
@@ -33,19 +34,21 @@ from davae.train.state import saving
 from davae.zoo import SHIPPED, UPGRADES, resolve
 
 
-def open_model(name: str) -> tuple[Any, Path]:
-    """(pipeline, folder for its samples) of a run folder, a pipeline folder, an embedded model or a hub id.
+def open_model(name: str, placement: Placement = FULL) -> tuple[Any, Path]:
+    """(pipeline on its device, folder for its samples) of a run or pipeline folder, an embedded model or a hub id.
 
     `micro-upgraded` is the embedded model with the upgrade that ships with it.
     """
     folder = Path(name)
+    samples = Path("samples") / folder.name
     if name in SHIPPED:
-        return load_upgraded(load_pipeline(resolve(SHIPPED[name])), UPGRADES[SHIPPED[name]]), Path("samples") / name
+        base = load_pipeline(resolve(SHIPPED[name]), placement.dtype)
+        return placement.place(load_upgraded(base, UPGRADES[SHIPPED[name]])), samples
     if (folder / "pipeline" / "model_index.json").is_file():
-        return load_pipeline(str(folder / "pipeline")), folder / "samples"
+        return placement.place(load_pipeline(str(folder / "pipeline"), placement.dtype)), folder / "samples"
     if (folder / "recipe.yaml").is_file():
         raise ModelError(f"run {name} has no pipeline yet; run its `davae upgrade` command to the end")
-    return load_pipeline(resolve(name)), Path("samples") / folder.name
+    return placement.place(load_pipeline(resolve(name), placement.dtype)), samples
 
 
 def check_classes(pipeline: Any, prompts: list[str]) -> None:
@@ -67,12 +70,14 @@ def sample_to_folder(
     seed: int,
     steps: int,
     guidance: float,
+    batch_size: int,
     on_batch: Callable[[int, int], None],
 ) -> Path:
     """Write `num` pictures of every prompt and one grid, a row a prompt; returns the grid's path."""
     check_classes(pipeline, prompts)
     wanted = [prompt for prompt in prompts for _ in range(num)]
-    pictures = generate(pipeline, wanted, steps=steps, guidance_scale=guidance, seed=seed, on_batch=on_batch)
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": batch_size}
+    pictures = generate(pipeline, wanted, **options, on_batch=on_batch)
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for number, (prompt, picture) in enumerate(zip(wanted, pictures, strict=True)):
@@ -84,8 +89,8 @@ def sample_to_folder(
 
 
 def open_autoencoder(name: str) -> Any:
-    """A DetailVAE or any supported diffusers autoencoder, from its folder, a run folder or an embedded model."""
-    return load_autoencoder(resolve(name))
+    """A DetailVAE or any supported diffusers autoencoder on this process's device, by folder, run or embedded model."""
+    return load_autoencoder(resolve(name)).to(PartialState().device)
 
 
 def real_pictures(data: str, resolution: int, held_out: float, side: Literal["train", "held_out"]) -> Pictures:
@@ -128,13 +133,11 @@ def evaluate_reconstruction(
             distances[f"lpips_{lpips}"] = Lpips(lpips, lpips_weights)
         except ValueError as error:
             raise ModelError(str(error)) from error
-    device = PartialState().device
-    model.to(device)
     extractor = None if features is None else make_extractor(features, feature_weights)
 
     @torch.no_grad()
     def reconstruct(images: Tensor) -> Tensor:
-        return decode_latents(model, encode_mode(model, images.to(device))).cpu()
+        return decode_latents(model, encode_mode(model, images.to(model.device)))
 
     pictures = real_pictures(data, size, held_out, "held_out")
     scores = score_reconstructions(batches(pictures, num, shared=True), reconstruct, distances, extractor)
@@ -186,9 +189,11 @@ def evaluate_generation(
     feature_weights: Path | None,
     on_batch: Callable[[int, int], None],
     upscale: str = "bilinear",
+    placement: Placement = FULL,
+    batch_size: int = 32,
 ) -> dict[str, Any]:
     """Figures of `davae evaluate generation`: samples against real pictures of the same captions or classes."""
-    model, _ = open_model(pipeline)
+    model, _ = open_model(pipeline, placement)
     own = default_resolution(model)
     size = compare_at or resolution or own
     pictures = real_pictures(data, size, held_in, "train")
@@ -197,21 +202,22 @@ def evaluate_generation(
     check_classes(model, prompts)
     extractor = make_extractor(features, feature_weights)
     enlarge = make_upscaler(upscale, size) if size != (resolution or own) else None
+    part = 2 * batch_size
 
     def drawn() -> Iterator[Tensor]:
-        for start in range(0, num, 64):
+        for start in range(0, num, part):
             samples = generate(
                 model,
-                prompts[start : start + 64],
+                prompts[start : start + part],
                 resolution=resolution,
                 steps=steps,
                 guidance_scale=guidance,
                 seed=seed,
                 first=start,
-                batch_size=32,
+                batch_size=batch_size,
             )
             yield torch.stack([to_tensor(sample) for sample in (enlarge(samples) if enlarge else samples)])
-            on_batch(min(start + 64, num), num)
+            on_batch(min(start + part, num), num)
 
     real = real_features(data, size, held_in, features, feature_weights)
     scores = compare(extract(drawn(), extractor), real)
@@ -289,13 +295,13 @@ def write_sample_file(
     seed: int,
     batch_size: int,
     on_part: Callable[[int, int], None],
+    placement: Placement = FULL,
 ) -> bool:
     """`davae evaluate samples`: whether the `.npz` is whole (False: other processes still draw their parts)."""
-    model, _ = open_model(pipeline)
+    model, _ = open_model(pipeline, placement)
     if not goes_by_class(model):
         raise ModelError(f"{pipeline} is no class-conditional model; sample files follow the ImageNet protocol")
     state = PartialState()
-    model.to(state.device)
     schedule = class_schedule(num, class_count(model), labels, seed)
 
     def draw(classes: list[int], first: int) -> Tensor:
@@ -313,6 +319,7 @@ def write_sample_file(
         return torch.stack(pictures)
 
     settings = {"pipeline": pipeline, "labels": labels, "steps": steps, "guidance": guidance, "seed": seed}
+    settings |= placement.changes
     with saving(target):
         return write_samples(
             target,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 
 from davae.data.pictures import DataError
@@ -18,6 +17,7 @@ from davae.evaluate.geneval import Detector, judge_folder, scores, write_request
 from davae.measure import open_model
 from davae.models.classes import goes_by_class
 from davae.models.pipeline import ModelError
+from davae.models.placement import FULL, Placement
 from davae.sample.generate import generate
 from davae.train.state import replace_text, saving
 
@@ -25,9 +25,9 @@ Watch = Callable[[int, int], None]
 PART = 32  # pictures between two writes to disk
 
 
-def open_text_model(name: str) -> Any:
+def open_text_model(name: str, placement: Placement = FULL) -> Any:
     """A text-to-image pipeline by name; ModelError for a class-conditional one."""
-    model, _ = open_model(name)
+    model, _ = open_model(name, placement)
     if goes_by_class(model):
         raise ModelError(f"{name} draws classes, not prompts")
     return model
@@ -41,13 +41,14 @@ def draw_missing(
     guidance: float,
     seed: int,
     resolution: int | None,
+    placement: Placement,
     on_batch: Watch,
 ) -> None:
     """Draw (prompt, file) pairs whose file is not there yet. Picture i depends on the settings and i alone."""
     missing = [number for number, (_, path) in enumerate(wanted) if not path.is_file()]
     if not missing:
         return
-    model = open_text_model(pipeline).to(PartialState().device)
+    model = open_text_model(pipeline, placement)
     done = len(wanted) - len(missing)
     for start, stop in stretches(missing, PART):
         texts = [prompt for prompt, _ in wanted[start:stop]]
@@ -86,9 +87,11 @@ def settings_of(folder: Path, settings: dict[str, Any]) -> None:
         replace_text(path, text)
 
 
-def drawn_by(*, steps: int, guidance: float, seed: int, resolution: int | None) -> dict[str, Any]:
-    """What pictures depend on beside model and prompts; the model's own size goes without saying."""
-    own = {"steps": steps, "guidance": guidance, "seed": seed}
+def drawn_by(
+    *, steps: int, guidance: float, seed: int, resolution: int | None, placement: Placement
+) -> dict[str, Any]:
+    """What pictures depend on beside model and prompts; the model's own size and float32 go without saying."""
+    own = {"steps": steps, "guidance": guidance, "seed": seed, **placement.changes}
     return own if resolution is None else {**own, "resolution": resolution}
 
 
@@ -104,6 +107,7 @@ def evaluate_prompts(
     clip: str | None,
     on_batch: Watch,
     resolution: int | None = None,
+    placement: Placement = FULL,
 ) -> dict[str, Any]:
     """Figures of `davae evaluate prompts`: a picture a prompt in `out`, by the prompt's name, and their CLIP score.
 
@@ -114,15 +118,14 @@ def evaluate_prompts(
     settings = {
         "pipeline": pipeline,
         "prompts": str(prompts),
-        **drawn_by(steps=steps, guidance=guidance, seed=seed, resolution=resolution),
+        **drawn_by(steps=steps, guidance=guidance, seed=seed, resolution=resolution, placement=placement),
     }
     settings_of(out, settings)
     wanted = [(prompt.text, out / f"{file_name(prompt)}.png") for prompt in chosen]
     if len({path for _, path in wanted}) < len(wanted):
         raise DataError(f"prompt file {prompts}: two prompts have the same name")
-    draw_missing(
-        pipeline, wanted, steps=steps, guidance=guidance, seed=seed, resolution=resolution, on_batch=on_batch
-    )
+    options = {"steps": steps, "guidance": guidance, "seed": seed, "resolution": resolution}
+    draw_missing(pipeline, wanted, **options, placement=placement, on_batch=on_batch)
     figures: dict[str, Any] = {**settings, "pictures": len(wanted), "folder": str(out)}
     if scorer is not None:
         parts = []
@@ -158,6 +161,7 @@ def evaluate_geneval(
     clip: str | None,
     on_batch: Watch,
     resolution: int | None = None,
+    placement: Placement = FULL,
 ) -> dict[str, Any]:
     """Figures of `davae evaluate geneval`: the official layout in `out`, judged where a detector and CLIP are given.
 
@@ -170,16 +174,15 @@ def evaluate_geneval(
     if odd is not None:
         raise DataError(f"{prompts} is not GenEval's metadata: the prompt '{odd.text}' has no `tag` and `include`")
     judge = None if detector is None or clip is None else (Detector(detector), Clip(clip))
-    how = drawn_by(steps=steps, guidance=guidance, seed=seed, resolution=resolution)
+    how = drawn_by(steps=steps, guidance=guidance, seed=seed, resolution=resolution, placement=placement)
     settings = {"pipeline": pipeline, "num": num, **how}
     settings_of(out, settings)
     wanted = []
     for number, request in enumerate(requests):
         folder = write_request(out, number, request.record)
         wanted += [(request.text, folder / f"{sample:05d}.png") for sample in range(num)]
-    draw_missing(
-        pipeline, wanted, steps=steps, guidance=guidance, seed=seed, resolution=resolution, on_batch=on_batch
-    )
+    options = {"steps": steps, "guidance": guidance, "seed": seed, "resolution": resolution}
+    draw_missing(pipeline, wanted, **options, placement=placement, on_batch=on_batch)
     figures: dict[str, Any] = {**settings, "pictures": len(wanted), "folder": str(out)}
     if judge is not None:
         records = judge_folder(out, *judge)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import PartialState
 from PIL import Image
 
@@ -17,6 +16,7 @@ from davae.data.files import index_tar
 from davae.data.prompts import read_prompts
 from davae.data.remote import add_member
 from davae.models.pipeline import default_resolution
+from davae.models.placement import Placement
 from davae.prompting import open_text_model, settings_of, stretches
 from davae.sample.generate import generate
 from davae.train.state import saving
@@ -40,7 +40,7 @@ def make_data(
     seed: int,
     shard_size: int,
     picture_format: PictureFormat,
-    dtype: str,
+    placement: Placement,
     batch_size: int,
     on_picture: Callable[[int, int], None],
 ) -> int:
@@ -68,7 +68,7 @@ def make_data(
         "seed": seed,
         "shard_size": shard_size,
         "format": picture_format,
-        "dtype": dtype,
+        "dtype": placement.precision,
     }
     if state.is_main_process:
         settings_of(out, settings)
@@ -82,7 +82,7 @@ def make_data(
     for number in own:
         if targets[number].is_file():
             continue
-        pipeline = pipeline or open_text_model(model).to(state.device, getattr(torch, dtype))
+        pipeline = pipeline or open_text_model(model, placement)
         size = resolution or default_resolution(pipeline)
         numbers = range(starts[number], min(starts[number] + shard_size, total))
         loose = out / f".{number:05d}"

@@ -59,7 +59,7 @@ def default_prompts(run: Upgrade) -> list[str]:
 def report(run: Upgrade, observer: Observer) -> Path:
     """Sample, reconstruct, time, plot, and write the page of a finished run."""
     recipe = run.recipe
-    upgraded = load_pipeline(str(run.out / "pipeline"))
+    upgraded = load_pipeline(str(run.out / "pipeline")).to(run.accelerator.device)
     shipped = shipped_upgrade(recipe.base.name)
     shipped_pipeline = load_upgraded(run.base, shipped) if shipped is not None and shipped.is_dir() else None
 

@@ -67,7 +67,7 @@ def open_pair(name: str, base: str | None = None) -> Pair:
     if shipped is not None:
         pipeline = load_pipeline(resolve(SHIPPED.get(name, name))).to(device)
         return Pair(name, pipeline, load_upgraded(pipeline, shipped).to(device))
-    pipeline = open_model(name)[0].to(device)
+    pipeline = open_model(name)[0]
     if not isinstance(pipeline.vae, DetailVAE):
         return Pair(name, pipeline, None)
     source = base or _recorded_base(Path(name))

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from davae.evaluate.throughput import synchronise
+
 STATUS = Path("/proc/self/status")  # Linux alone has it
 
 
@@ -32,12 +34,6 @@ class Spread:
 
 def spread(seconds: list[float]) -> Spread:
     return Spread(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
-
-
-def synchronise() -> None:
-    """Wait for the accelerator, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def race(contenders: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Spread]:

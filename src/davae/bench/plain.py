@@ -61,7 +61,7 @@ class PlainStage1:
 
     def reconstruct(self, images: Tensor, draws: Draws) -> tuple[Tensor, Any]:
         raw = self.vae.encode_raw(images)
-        noise = draws.normal(*raw.mean.shape[1:])
+        noise = draws.normal(*raw.mean.shape[1:]).to(raw.mean.device)
         z_d = raw.mean + (0.5 * raw.logvar).exp() * noise
         return self.vae.decode_raw(self.vae.layout.join(raw.z, z_d)), raw
 
@@ -108,7 +108,7 @@ def softmax_attention(
     """softmax(q k^T / sqrt(d)) v written out: what `scaled_dot_product_attention` computes, (B,H,L,d) -> (B,H,L,d)."""
     scores = query @ key.transpose(-1, -2) * (scale or 1 / math.sqrt(query.shape[-1]))  # (B,H,L,S)
     if is_causal:
-        scores = scores + torch.full(scores.shape[-2:], -math.inf).triu(1)
+        scores = scores + torch.full(scores.shape[-2:], -math.inf, device=scores.device).triu(1)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     return scores.softmax(-1) @ value

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from davae.bench.clock import machine, race, ratio, spread
@@ -73,7 +74,7 @@ def fully_guided(
     null = torch.full_like(labels, int(model.config["num_classes"]))
 
     def field(x: Tensor, t: float) -> Tensor:
-        times = torch.full((2 * len(x),), t)
+        times = torch.full((2 * len(x),), t, device=x.device)
         both = model(torch.cat([x, x]), times, torch.cat([labels, null]), return_dict=False)[0]
         conditional, unconditional = both.chunk(2)
         scale = cfg_scale if t >= interval_start else 1.0
@@ -93,9 +94,9 @@ def bench_guidance(
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.02)
-    model.eval()
-    noise = torch.randn(batch, channels, grid, grid)
-    labels = torch.arange(batch) % 1000
+    model.eval().to(PartialState().device)
+    noise = torch.randn(batch, channels, grid, grid).to(model.device)
+    labels = (torch.arange(batch) % 1000).to(model.device)
     scale, start, shift = 4.0, 0.2, 0.3
     results: dict[str, Tensor] = {}
 

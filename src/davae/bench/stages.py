@@ -162,9 +162,9 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = Tru
             # the package's own forward pass: what one would first write
             opponent = PlainStage1(settings, rival.vae, cast(Lpips, perceptual).model, critic)
 
-            def play(turn: Turn, opponent: PlainStage1 = opponent) -> float:
+            def play(turn: Turn, opponent: PlainStage1 = opponent, run: Upgrade = run) -> float:
                 lr = learning_rate(settings, settings.lr, turn.step)
-                images = turn.batch["images"].to(memory_format=torch.channels_last)
+                images = turn.batch["images"].to(run.accelerator.device, memory_format=torch.channels_last)
                 return opponent.step(images, turn.step, lr, turn.draws.afresh)
 
             def copy(task: Stage1Task = task, rival: Stage1Task = rival) -> None:
@@ -231,10 +231,14 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
             opponent, pictures = plain_stage2(run, rival), run.training_pictures()
 
             def play(
-                turn: Turn, opponent: PlainStage2 = opponent, noted: Indexed = noted, pictures: Any = pictures
+                turn: Turn,
+                opponent: PlainStage2 = opponent,
+                noted: Indexed = noted,
+                pictures: Any = pictures,
+                run: Upgrade = run,
             ) -> float:
                 given = noted.given[-settings.batch_size :]  # nothing is read ahead without workers
-                images = torch.stack([pictures[(i, i)]["image"] for i in given])
+                images = torch.stack([pictures[(i, i)]["image"] for i in given]).to(run.accelerator.device)
                 lr = learning_rate(settings, settings.lr, turn.step)
                 return opponent.step(images, turn.batch["conditions"], turn.step, lr, turn.draws)
 
@@ -264,6 +268,7 @@ def plain_stage2(run: Upgrade, rival: Any) -> PlainStage2:
         )
         noise = draws.normal(*latents.shape[1:])
         conditioning.draw(draws.batch)
-        return ["" if drop else text for text, drop in zip(captions, dropped, strict=True)], t, noise
+        conditions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
+        return conditions, t.to(latents.device), noise.to(latents.device)
 
     return PlainStage2(settings, run.layout, run.vae(), rival.transformer, conditioning.predict, draw)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from davae.bench.clock import machine, race, ratio
@@ -39,20 +40,22 @@ def shallow(config: dict[str, Any], blocks: int) -> dict[str, Any]:
     return {**config, **changes}
 
 
-def random_transformer(shapes: BaseShapes, blocks: int) -> nn.Module:
-    """A transformer of the true width with a few blocks of random weights, in eval mode."""
+def random_transformer(shapes: BaseShapes, blocks: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A transformer of the true width with a few blocks of random weights, in eval mode on this process's device."""
     torch.manual_seed(0)
     config = {k: v for k, v in shallow(shapes.transformer_config, blocks).items() if not k.startswith("_")}
-    return model_class(shapes.transformer_class).from_config(config).eval()
+    return model_class(shapes.transformer_class).from_config(config).eval().to(PartialState().device, dtype)
 
 
 def one_pass(transformer: nn.Module, channels: int, side: int, batch: int = 1) -> Callable[[], object]:
     """One forward pass on random latents (batch,c,side,side) and a prompt of the usual length, or a class, for each."""
     config: Any = transformer.config
     generator = torch.Generator().manual_seed(1)
-    x, t = torch.randn(batch, channels, side, side, generator=generator), torch.full((batch,), 0.5)
+    device, dtype = transformer.device, transformer.dtype
+    x = torch.randn(batch, channels, side, side, generator=generator).to(device, dtype)
+    t = torch.full((batch,), 0.5, device=device)
     if isinstance(transformer, LightningDiT):
-        labels = torch.zeros(batch, dtype=torch.long)
+        labels = torch.zeros(batch, dtype=torch.long, device=device)
 
         def by_class() -> object:
             with torch.no_grad(), transformer.at_grid(side):
@@ -60,7 +63,8 @@ def one_pass(transformer: nn.Module, channels: int, side: int, batch: int = 1) -
 
         return by_class
     call = CALLS[type(transformer).__name__]
-    parts = tuple(torch.randn(batch, *part.shape[1:], generator=generator) for part in call.blank(config))
+    blank = call.blank(config)
+    parts = tuple(torch.randn(batch, *part.shape[1:], generator=generator).to(device, dtype) for part in blank)
 
     def by_prompt() -> object:
         with torch.no_grad():
@@ -79,6 +83,7 @@ def bench_tokens(
     repeats: int,
     batch: int = 1,
     helpers: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Seconds of one pass, native and upgraded, their ratio, and the ratio of their FLOPs.
 
@@ -91,7 +96,7 @@ def bench_tokens(
     """
     few = replace(shapes, transformer_config=shallow(shapes.transformer_config, blocks))
     plan = token_plan(few, resolution, scale, detail_channels)
-    native = random_transformer(shapes, blocks)
+    native = random_transformer(shapes, blocks, dtype)
     upgraded = expand_transformer(native, detail_channels)
     side = resolution // shapes.vae_factor
     sides = {"native": side, "upgraded": side // scale}
@@ -116,6 +121,7 @@ def bench_tokens(
         "scale": scale,
         "detail_channels": detail_channels,
         "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
         "blocks": sum(int(config[key]) for key in DEPTHS if config.get(key)),
         "parameters": sum(p.numel() for p in native.parameters()),
         "native_tokens": plan.native_tokens,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from davae.bench.clock import machine, peak_memory, race, ratio
@@ -27,24 +28,26 @@ def synthetic_picture(resolution: int) -> Tensor:
     return (0.6 * picture + 0.05 * noise).clamp(-1, 1)[None]
 
 
-def opened(model: str, tile: int | None) -> Any:
-    """The autoencoder, tiled where a tile's side is given."""
-    vae = load_autoencoder(model)
+def opened(model: str, tile: int | None, dtype: torch.dtype) -> Any:
+    """The autoencoder on this process's device, tiled where a tile's side is given."""
+    vae = load_autoencoder(model).to(PartialState().device, dtype)
     if tile is not None:
         vae.enable_tiling(tile)
     return vae
 
 
-def encoding(model: str, picture: Tensor, tile: int | None) -> Callable[[], Tensor]:
+def encoding(model: str, picture: Tensor, tile: int | None, dtype: torch.dtype) -> Callable[[], Tensor]:
     """Work for `peak_memory`: one picture encoded. Nothing runs before it: memory that was freed would not count again."""
-    vae = opened(model, tile)
-    return torch.no_grad()(lambda: encode_mode(vae, picture))
+    vae = opened(model, tile, dtype)
+    given = picture.to(vae.device, dtype)
+    return torch.no_grad()(lambda: encode_mode(vae, given).cpu())
 
 
-def decoding(model: str, latents: Tensor, tile: int | None) -> Callable[[], Tensor]:
+def decoding(model: str, latents: Tensor, tile: int | None, dtype: torch.dtype) -> Callable[[], Tensor]:
     """Work for `peak_memory`: one picture's latents decoded."""
-    vae = opened(model, tile)
-    return torch.no_grad()(lambda: decode_latents(vae, latents))
+    vae = opened(model, tile, dtype)
+    given = latents.to(vae.device, dtype)
+    return torch.no_grad()(lambda: decode_latents(vae, given).cpu())
 
 
 def psnr(a: Tensor, b: Tensor, span: float) -> float:
@@ -53,25 +56,35 @@ def psnr(a: Tensor, b: Tensor, span: float) -> float:
     return math.inf if error == 0 else 10 * math.log10(span**2 / error)
 
 
-def bench_vae(model: str, *, resolution: int, tile: int, repeats: int, ways: Sequence[Way] = WAYS) -> dict[str, Any]:
+def bench_vae(
+    model: str,
+    *,
+    resolution: int,
+    tile: int,
+    repeats: int,
+    ways: Sequence[Way] = WAYS,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
     """Whole against tiled.
 
     Raises:
         ValueError: a size that the autoencoder cannot encode.
     """
     picture = synthetic_picture(resolution)
-    latents = encoding(model, picture, min(256, resolution))()
+    latents = encoding(model, picture, min(256, resolution), dtype)().float()
     given = {"encode": (encoding, picture), "decode": (decoding, latents)}
-    figures = {way: whole_against_tiled(*given[way], model, tile, repeats) for way in ways}
-    return {"vae": model, "resolution": resolution, "tile": tile, **figures, "machine": machine()}
+    figures: dict[str, Any] = {"vae": model, "resolution": resolution, "tile": tile}
+    figures |= {way: whole_against_tiled(*given[way], model, tile, repeats, dtype) for way in ways}
+    return {**figures, "dtype": str(dtype).removeprefix("torch."), "machine": machine()}
 
 
 def whole_against_tiled(
-    prepare: Callable[[str, Tensor, int | None], Callable[[], Tensor]],
+    prepare: Callable[[str, Tensor, int | None, torch.dtype], Callable[[], Tensor]],
     given: Tensor,
     model: str,
     tile: int,
     repeats: int,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Time, peak memory and difference of one way. A decoded picture's PSNR takes its range, that of latents theirs."""
     made: dict[str, Tensor] = {}
@@ -80,8 +93,9 @@ def whole_against_tiled(
         return lambda: made.update({name: work()})
 
     sides = {"whole": None, "tiled": tile}
-    times = race({name: kept(name, prepare(model, given, side)) for name, side in sides.items()}, repeats, warmup=0)
-    memory = {name: peak_memory(prepare, model, given, side) for name, side in sides.items()}
+    works = {name: kept(name, prepare(model, given, side, dtype)) for name, side in sides.items()}
+    times = race(works, repeats, warmup=0)
+    memory = {name: peak_memory(prepare, model, given, side, dtype) for name, side in sides.items()}
     whole, tiled = made["whole"].float(), made["tiled"].float()
     if prepare is decoding:
         error = psnr(tiled.clamp(-1, 1), whole.clamp(-1, 1), 2.0)

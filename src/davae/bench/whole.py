@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from davae.bench.clock import machine, race
 from davae.bench.tokens import one_pass, random_transformer, shallow
@@ -25,7 +26,7 @@ LAYERS = 2  # of a text encoder
 DEPTHS = ("num_hidden_layers", "num_layers")  # config keys of text encoders
 
 
-def text_seconds(encoder: TextEncoder, repeats: int) -> float:
+def text_seconds(encoder: TextEncoder, repeats: int, dtype: torch.dtype) -> float:
     """Seconds of one prompt through a text encoder, from a few of its layers.
 
     Raises:
@@ -38,18 +39,25 @@ def text_seconds(encoder: TextEncoder, repeats: int) -> float:
         )
     layers = int(encoder.config[key])
     few = min(LAYERS, layers)
-    model = replace(encoder, config={**encoder.config, key: few}).build()
-    ids = torch.ones(1, encoder.tokens, dtype=torch.long)
+    model = replace(encoder, config={**encoder.config, key: few}).build().to(PartialState().device, dtype)
+    ids = torch.ones(1, encoder.tokens, dtype=torch.long, device=model.device)
     with torch.no_grad():
         times = race({key: lambda: model(input_ids=ids)}, repeats)
     return times[key].median * layers / few
 
 
 def transformer_seconds(
-    shapes: BaseShapes, resolution: int, scale: int, detail_channels: int, blocks: int, batch: int, repeats: int
+    shapes: BaseShapes,
+    resolution: int,
+    scale: int,
+    detail_channels: int,
+    blocks: int,
+    batch: int,
+    repeats: int,
+    dtype: torch.dtype,
 ) -> dict[str, float]:
     """Seconds of one pass of all blocks, native and upgraded, from a few."""
-    native = random_transformer(shapes, blocks)
+    native = random_transformer(shapes, blocks, dtype)
     models = {"native": native, "upgraded": expand_transformer(native, detail_channels)}
     channels = {"native": shapes.channels, "upgraded": shapes.channels + detail_channels}
     side = resolution // shapes.vae_factor
@@ -64,18 +72,20 @@ def transformer_seconds(
 
 
 def decoding_seconds(
-    shapes: BaseShapes, resolution: int, scale: int, detail_channels: int, repeats: int
+    shapes: BaseShapes, resolution: int, scale: int, detail_channels: int, repeats: int, dtype: torch.dtype
 ) -> dict[str, float]:
     """Seconds of decoding one picture by the base autoencoder and by a DetailVAE on it, whole, without tiles."""
     torch.manual_seed(0)
     base: Any = model_class(shapes.vae_class).from_config(shapes.vae_config).eval()
     detail = DetailVAE.from_base(base, detail_channels, scale).eval()
+    device = PartialState().device
     side = resolution // shapes.vae_factor
     latents = {
         "native": torch.randn(1, shapes.channels, side, side),
         "upgraded": torch.randn(1, shapes.channels + detail_channels, side // scale, side // scale),
     }
-    decoders = {"native": base, "upgraded": detail}
+    latents = {name: latent.to(device, dtype) for name, latent in latents.items()}
+    decoders = {"native": base.to(device, dtype), "upgraded": detail.to(device, dtype)}
     with torch.no_grad():
         times = race(
             {name: lambda name=name: decode_latents(decoders[name], latents[name]) for name in latents}, repeats
@@ -93,6 +103,7 @@ def bench_whole(
     steps: int,
     guided: bool,
     repeats: int,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Seconds of each part of one picture, native and upgraded, their sums, and the ratio of those.
 
@@ -112,9 +123,9 @@ def bench_whole(
         raise ModelError(str(error)) from error
     detail, passes = detail_channels or shapes.channels, 2 if guided else 1
     encoders = text_encoders(model, shapes.transformer_config)
-    text = {encoder.component: passes * text_seconds(encoder, repeats) for encoder in encoders}
-    one = transformer_seconds(shapes, resolution, scale, detail, blocks, passes, repeats)
-    decoding = decoding_seconds(shapes, resolution, scale, detail, repeats)
+    text = {encoder.component: passes * text_seconds(encoder, repeats, dtype) for encoder in encoders}
+    one = transformer_seconds(shapes, resolution, scale, detail, blocks, passes, repeats, dtype)
+    decoding = decoding_seconds(shapes, resolution, scale, detail, repeats, dtype)
     parts = {
         name: {"text": sum(text.values()), "transformer": steps * one[name], "decoding": decoding[name]}
         for name in one
@@ -127,6 +138,7 @@ def bench_whole(
         "blocks_run": blocks,
         "steps": steps,
         "guided": guided,
+        "dtype": str(dtype).removeprefix("torch."),
         "text_encoders": text,
         "native_seconds": parts["native"],
         "upgraded_seconds": parts["upgraded"],

@@ -21,7 +21,18 @@ from davae.cli.evaluate import evaluate_app
 from davae.cli.export import apply, export, push
 from davae.cli.inspect import inspect
 from davae.cli.make_data import make_data
-from davae.cli.options import DryRun, Json, Name, Out, Overrides, Source, write_json
+from davae.cli.options import (
+    BatchSize,
+    DryRun,
+    Json,
+    Name,
+    Offload,
+    Out,
+    Overrides,
+    Precision,
+    Source,
+    write_json,
+)
 from davae.cli.reproduce import reproduce
 from davae.cli.start import start
 from davae.recipes import (
@@ -232,13 +243,17 @@ def sample(
     steps: Annotated[int, typer.Option(min=1)] = 30,
     guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures.")] = None,
+    dtype: Precision = "float32",
+    offload: Offload = "off",
+    batch_size: BatchSize = 4,
 ) -> None:
     """Write pictures and a grid. Example: `davae sample runs/micro "a red rose" --num 8 --seed 1`"""
     from davae.display import console, progress_display
     from davae.measure import open_model, sample_to_folder
+    from davae.models.placement import Placement
     from davae.train.loop import Progress
 
-    pipeline, default = open_model(run)
+    pipeline, default = open_model(run, Placement(dtype, offload))
     with progress_display() as observer:
         done = sample_to_folder(
             pipeline,
@@ -248,6 +263,7 @@ def sample(
             seed=seed,
             steps=steps,
             guidance=guidance,
+            batch_size=batch_size,
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         )
     console.print(f"{done}", markup=False)

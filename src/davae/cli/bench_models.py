@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from davae.cli.bench import bench_app, show, upgrade_recipe
-from davae.cli.options import Json, Overrides
+from davae.cli.options import Json, Offload, Overrides, Precision
 
 Repeats = Annotated[int, typer.Option(min=1, help="Timed repeats; rivals take turns.")]
 Steps = Annotated[int, typer.Option(min=1, help="Timed steps a repeat.")]
@@ -32,6 +32,7 @@ def tokens(
     batch: Annotated[int, typer.Option(min=1, help="Pictures in a pass; guidance makes two of each.")] = 1,
     repeats: Repeats = 5,
     helper: Helpers = None,
+    dtype: Precision = "float32",
     json: Json = None,
 ) -> None:
     """A transformer pass, native against upgraded, beside the bound from FLOPs.
@@ -41,6 +42,7 @@ def tokens(
     from davae.bench.helpers import check_helpers
     from davae.bench.tokens import bench_tokens
     from davae.models.pipeline import ModelError, read_shapes
+    from davae.models.placement import Placement
     from davae.zoo import resolve
 
     check_helpers(helper or [], passes=1)
@@ -55,6 +57,7 @@ def tokens(
             repeats=repeats,
             batch=batch,
             helpers=helper or [],
+            dtype=Placement(dtype).dtype,
         )
     except ValueError as error:
         raise ModelError(f"model {model}: {error}") from error
@@ -71,6 +74,7 @@ def whole(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
     guided: Annotated[bool, typer.Option(help="Two passes a step.")] = True,
     repeats: Repeats = 2,
+    dtype: Precision = "float32",
     json: Json = None,
 ) -> None:
     """A whole picture at the true widths, part by part: text encoders, every step, decoding. Random weights.
@@ -78,6 +82,7 @@ def whole(
     `davae bench whole sd35-medium --resolution 1024 --steps 28`
     """
     from davae.bench.whole import bench_whole
+    from davae.models.placement import Placement
     from davae.zoo import resolve
 
     figures = bench_whole(
@@ -89,6 +94,7 @@ def whole(
         steps=steps,
         guided=guided,
         repeats=repeats,
+        dtype=Placement(dtype).dtype,
     )
     show(json, {**figures, "model": model})
 
@@ -100,6 +106,7 @@ def vae(
     tile: Tile = 512,
     only: Annotated[Literal["encode", "decode"] | None, typer.Option(help="One way; both by default.")] = None,
     repeats: Repeats = 3,
+    dtype: Precision = "float32",
     json: Json = None,
 ) -> None:
     """Encoding and decoding, whole and tiled: time, peak memory, difference.
@@ -108,12 +115,18 @@ def vae(
     """
     from davae.bench.vae import WAYS, bench_vae
     from davae.models.pipeline import ModelError
+    from davae.models.placement import Placement
     from davae.zoo import SHIPPED, resolve, resolve_upgrade
 
     folder = str(resolve_upgrade(model)) if model in SHIPPED else resolve(model)
     try:
         figures = bench_vae(
-            folder, resolution=resolution, tile=tile, repeats=repeats, ways=WAYS if only is None else [only]
+            folder,
+            resolution=resolution,
+            tile=tile,
+            repeats=repeats,
+            ways=WAYS if only is None else [only],
+            dtype=Placement(dtype).dtype,
         )
     except ValueError as error:
         raise ModelError(f"{model}: {error}") from error
@@ -162,6 +175,8 @@ def sample(
     guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
     repeats: Repeats = 3,
     helper: Helpers = None,
+    dtype: Precision = "float32",
+    offload: Offload = "off",
     json: Json = None,
 ) -> None:
     """Whole pictures: native against upgraded, and what multiplies with the token saving.
@@ -172,9 +187,11 @@ def sample(
     from davae.bench.sampling import bench_sample
     from davae.measure import open_model
     from davae.models.pipeline import default_resolution
+    from davae.models.placement import Placement
 
     check_helpers(helper or [])
-    native, (better, _) = open_model(base)[0], open_model(upgraded)
+    placement = Placement(dtype, offload)
+    native, better = open_model(base, placement)[0], open_model(upgraded, placement)[0]
     figures = bench_sample(
         native,
         better,

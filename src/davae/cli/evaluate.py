@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import Json, write_json
+from davae.cli.options import BatchSize, Json, Offload, Precision, write_json
 from davae.cli.prompts import geneval, geneval_score, prompts
 
 FeatureNetwork = Annotated[
@@ -86,6 +86,9 @@ def generation(
     ] = 0.0,
     features: FeatureNetwork = "lite0",
     feature_weights: Weights = None,
+    dtype: Precision = "float32",
+    offload: Offload = "off",
+    batch_size: BatchSize = 32,
     json: Json = None,
 ) -> None:
     """Frechet and kernel distance, precision and recall against real pictures, prompted by their captions or classes.
@@ -96,6 +99,7 @@ def generation(
     """
     from davae.display import console, progress_display
     from davae.measure import evaluate_generation
+    from davae.models.placement import Placement
     from davae.train.loop import Progress
 
     with progress_display() as observer:
@@ -113,6 +117,8 @@ def generation(
             feature_weights=feature_weights,
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
             upscale=upscale,
+            placement=Placement(dtype, offload),
+            batch_size=batch_size,
         )
     write_json(json, figures)
     console.print_json(data=figures)
@@ -153,7 +159,9 @@ def samples(
     steps: Annotated[int, typer.Option(min=1, help="Updates of the ODE.")] = 249,
     guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
     seed: int = 0,
-    batch_size: Annotated[int, typer.Option(min=1)] = 50,
+    batch_size: BatchSize = 50,
+    dtype: Precision = "float32",
+    offload: Offload = "off",
 ) -> None:
     """Pictures in the ADM format (`arr_0` uint8) for the usual FID suites. Resumes; `accelerate launch` shares the work.
 
@@ -161,6 +169,7 @@ def samples(
     """
     from davae.display import console, progress_display
     from davae.measure import write_sample_file
+    from davae.models.placement import Placement
     from davae.train.loop import Progress
 
     with progress_display() as observer:
@@ -174,5 +183,6 @@ def samples(
             seed=seed,
             batch_size=batch_size,
             on_part=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+            placement=Placement(dtype, offload),
         )
     console.print(f"{out}" if whole else f"{out}: other processes are still drawing their parts", markup=False)

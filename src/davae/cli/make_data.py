@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from davae.cli.options import BatchSize, Offload, Precision
+
 
 def make_data(
     model: Annotated[str, typer.Option(help="The base: a pipeline or run folder, `micro`, or a hub id.")],
@@ -21,10 +23,9 @@ def make_data(
     seed: int = 0,
     shard_size: Annotated[int, typer.Option(min=1, help="Pictures a shard.")] = 1000,
     format: Annotated[Literal["png", "jpg"], typer.Option(help="jpg: quality 95, a quarter of the size.")] = "png",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the model.")
-    ] = "float32",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")] = 8,
+    dtype: Precision = "float32",
+    offload: Offload = "off",
+    batch_size: BatchSize = 8,
 ) -> None:
     """Draw a training set with the base model at its native resolution (paper, Sec. 4), as WebDataset shards.
 
@@ -35,6 +36,7 @@ def make_data(
     `davae upgrade micro --data data/own`
     """
     from davae.display import console, progress_display
+    from davae.models.placement import Placement
     from davae.synthesis import make_data as run
     from davae.train.loop import Progress
 
@@ -50,7 +52,7 @@ def make_data(
             seed=seed,
             shard_size=shard_size,
             picture_format=format,
-            dtype=dtype,
+            placement=Placement(dtype, offload),
             batch_size=batch_size,
             on_picture=lambda done, total: observer(Progress("pictures", done, total, 0.0)),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,14 @@ Source = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override one recipe value.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost, and stop.")]
+Precision = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Precision of the model's weights.")
+]
+Offload = Annotated[
+    Literal["off", "model", "sequential"],
+    typer.Option(help="Keep each model, or each layer (slow), in the CPU's memory until the GPU needs it."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import Json, write_json
+from davae.cli.options import Json, Offload, Precision, write_json
 
 Pipeline = Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")]
 Folder = Annotated[Path, typer.Option(help="Folder for the pictures; those already there are kept.")]
@@ -30,6 +30,8 @@ def prompts(
     resolution: Resolution = None,
     seed: int = 0,
     clip: ClipModel = None,
+    dtype: Precision = "float32",
+    offload: Offload = "off",
     json: Json = None,
 ) -> None:
     """A picture a prompt, and their CLIP score with `--clip`. FID of the folder: `davae evaluate pictures`. Example:
@@ -37,6 +39,7 @@ def prompts(
     `davae evaluate prompts --pipeline runs/sd35 --prompts MJHQ-30K/meta_data.json --out mjhq --clip clip-vit-large-patch14`
     """
     from davae.display import console, progress_display
+    from davae.models.placement import Placement
     from davae.prompting import evaluate_prompts
     from davae.train.loop import Progress
 
@@ -51,6 +54,7 @@ def prompts(
             resolution=resolution,
             seed=seed,
             clip=clip,
+            placement=Placement(dtype, offload),
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         )
     write_json(json, figures)
@@ -70,6 +74,8 @@ def geneval(
         str | None, typer.Option(help="A COCO object detector of transformers, to judge the pictures here.")
     ] = None,
     clip: ClipModel = None,
+    dtype: Precision = "float32",
+    offload: Offload = "off",
     json: Json = None,
 ) -> None:
     """GenEval's folder layout, for the official evaluation; judged here too with `--detector` and `--clip`.
@@ -79,6 +85,7 @@ def geneval(
     `davae evaluate geneval --pipeline runs/sd35 --prompts evaluation_metadata.jsonl --out geneval`
     """
     from davae.display import console, progress_display
+    from davae.models.placement import Placement
     from davae.prompting import evaluate_geneval
     from davae.train.loop import Progress
 
@@ -94,6 +101,7 @@ def geneval(
             seed=seed,
             detector=detector,
             clip=clip,
+            placement=Placement(dtype, offload),
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         )
     write_json(json, figures)

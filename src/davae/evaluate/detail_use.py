@@ -25,14 +25,14 @@ def reconstructions(vae: DetailVAE, base_vae: Any, seed: int = 0) -> dict[str, R
 
     @torch.no_grad()
     def base_bicubic(images: Tensor) -> Tensor:
-        small = downsample(images, vae.layout.scale, vae.config["downsample"])
+        small = downsample(images.to(base_vae.device), vae.layout.scale, vae.config["downsample"])
         small = decode_latents(base_vae, encode_mode(base_vae, small))
         return F.interpolate(small, images.shape[-2:], mode="bicubic", align_corners=False)
 
     def with_detail(change: Callable[[Tensor], Tensor], normalised: bool) -> Reconstruct:
         @torch.no_grad()
         def reconstruct(images: Tensor) -> Tensor:
-            latents = vae.encode(images).latent_dist.mode()  # type: ignore[union-attr]
+            latents = vae.encode(images.to(vae.device)).latent_dist.mode()  # type: ignore[union-attr]
             if not normalised:
                 latents = vae.denormalise(latents)
             z, z_d = vae.layout.split(latents)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from davae.losses.perceptual import lite0_input, lite0_network
@@ -55,8 +56,8 @@ class Lite0Features(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         """(B,3,H,W) in [-1,1] -> (B,1280)."""
-        size = (self.size, self.size)
-        resized = F.interpolate(images.float(), size, mode="bicubic", align_corners=False, antialias=True)
+        size, images = (self.size, self.size), images.to(next(self.parameters()))
+        resized = F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
         maps = self.network.extract_features(lite0_input(resized.clamp(-1, 1)))  # type: ignore[operator]
         return Features(maps.mean((2, 3)))
 
@@ -95,13 +96,14 @@ class InceptionFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         """(B,3,H,W) in [-1,1] -> (B,2048) and logits (B,1008)."""
-        features, logits = self.network(to_uint8(images))
+        features, logits = self.network(to_uint8(images).to(next(self.parameters()).device))
         return Features(features.float(), logits.float())
 
 
 def make_extractor(name: str, weights: Path | None = None) -> Extractor:
-    """`lite0` or `inception`."""
-    return InceptionFeatures(weights) if name == "inception" else Lite0Features()
+    """`lite0` or `inception`, on this process's device."""
+    network = InceptionFeatures(weights) if name == "inception" else Lite0Features()
+    return network.to(PartialState().device)
 
 
 def extract(batches: Iterable[Tensor], extractor: Extractor) -> Features:

@@ -78,10 +78,15 @@ def score_reconstructions(
     rows: list[Tensor] = []
     features: list[tuple[Tensor, Tensor]] = []
     for images in batches:
-        found, wanted = to_uint8_range(reconstruct(images)), to_uint8_range(images)
+        found = to_uint8_range(reconstruct(images))
+        wanted = to_uint8_range(images.to(found.device))
         signed = found * 2 - 1, wanted * 2 - 1
-        scores = [psnr(found, wanted), ssim(found, wanted), *(d(*signed) for d in distances.values())]
-        rows.append(torch.stack([score.double().cpu() for score in scores], dim=1))  # (B,2+distances)
+        scores = [
+            psnr(found, wanted),
+            ssim(found, wanted),
+            *(d.to(found.device)(*signed) for d in distances.values()),
+        ]
+        rows.append(torch.stack([score.cpu().double() for score in scores], dim=1))  # (B,2+distances)
         if extractor is not None:
             features.append((extractor(signed[0]).features.cpu(), extractor(signed[1]).features.cpu()))
     rows, features = gather_object(rows), gather_object(features)

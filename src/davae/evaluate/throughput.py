@@ -33,6 +33,12 @@ def image_tokens(pipeline: Any, resolution: int) -> int:
     return side * side
 
 
+def synchronise() -> None:
+    """Wait for the accelerator, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class _Stopwatch:
     """Sums the time a module spends in its forward passes."""
 
@@ -44,11 +50,11 @@ class _Stopwatch:
         ]
 
     def _start(self, *_: Any) -> None:
+        synchronise()
         self._started = time.perf_counter()
 
     def _stop(self, *_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronise()
         self.seconds += time.perf_counter() - self._started
 
     def remove(self) -> None:

@@ -16,7 +16,7 @@ from davae.recipes.sections import Stage2
 from davae.reproduction.job import BaseJob, DrawnJob, EnlargedJob, Job, UpgradeJob
 from davae.train.base_run import BaseRun
 from davae.train.loop import Observer, Progress
-from davae.train.state import read_metrics, replace_text, saving
+from davae.train.state import read_metrics, replace_text, saving, was_done
 from davae.train.super_resolution import train_super_resolution
 from davae.train.upgrade import Upgrade
 
@@ -74,6 +74,8 @@ def measured(job: Job, out: Path, observer: Observer) -> dict[str, Any]:
 def trained_stage1(job: UpgradeJob, out: Path, observer: Observer) -> Path:
     """Folder of the DetailVAE and cache that a job shares with others; trained if it is not there."""
     first = out / "stage1" / job.stage1_key
+    if was_done(first, "cache"):  # in another precision perhaps: hashes leave `run` out
+        return first
     run = Upgrade(job.recipe.model_copy(update={"stage2": UNUSED}), first, observer)
     run.train_vae()
     run.cache_latents()

@@ -70,7 +70,7 @@ def call_pipeline(
         options["use_resolution_binning"] = False
     if latents is not None:
         model = denoiser(pipeline)
-        options["latents"] = CALLS[type(model).__name__].pack(latents.to(model.device, model.dtype))
+        options["latents"] = CALLS[type(model).__name__].pack(latents.to(pipeline._execution_device, model.dtype))
     options |= text_arguments(pipeline) | literal_prompts(pipeline)
     return pipeline(prompt=prompts, height=size, width=size, **options)
 

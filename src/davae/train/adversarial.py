@@ -39,7 +39,10 @@ class ReconstructionTrainer:
             else None
         )
         self.discriminator = (
-            PatchDiscriminator(settings.gan_channels, settings.gan_layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            PatchDiscriminator(settings.gan_channels, settings.gan_layers).to(
+                device,
+                memory_format=torch.channels_last,  # type: ignore[call-overload]
+            )
             if settings.lambda_adv
             else None
         )

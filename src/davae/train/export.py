@@ -171,5 +171,5 @@ def save_pipeline(pipeline: Any, path: Path) -> None:
 
 def load_upgraded(pipeline: Any, folder: Path) -> Any:
     """A base pipeline + a folder with `vae/` and an upgrade file -> the upgraded pipeline."""
-    vae = DetailVAE.from_pretrained(folder / "vae", torch_dtype=pipeline.vae.dtype)
+    vae = DetailVAE.from_pretrained(folder / "vae", torch_dtype=pipeline.vae.dtype).to(pipeline.vae.device)
     return assemble(pipeline, vae, apply_upgrade(denoiser(pipeline), folder / UPGRADE_FILE))

@@ -34,6 +34,16 @@ class Interrupted(RuntimeError):
     """A signal asked the run to stop; everything is saved."""
 
 
+def marker(folder: Path, step: str) -> Path:
+    """The file that says that a step of a run is done."""
+    return folder / "checkpoints" / f"{step}.done"
+
+
+def was_done(folder: Path, step: str) -> bool:
+    """Whether a step of the run in a folder was done, whatever its recipe says."""
+    return marker(folder, step).is_file()
+
+
 class RunFolder:
     """One run's files (DESIGN, section 10). Opening it refuses another recipe's folder, and one that is in use.
 
@@ -86,12 +96,12 @@ class RunFolder:
 
     def done(self, step: str) -> bool:
         """Whether a step of the run finished with the step count the recipe asks for."""
-        marker = self.path / "checkpoints" / f"{step}.done"
-        return marker.is_file() and marker.read_text() == self._goal(step)
+        file = marker(self.path, step)
+        return file.is_file() and file.read_text() == self._goal(step)
 
     def mark_done(self, step: str) -> None:
         if is_main():
-            replace_text(self.path / "checkpoints" / f"{step}.done", self._goal(step))
+            replace_text(marker(self.path, step), self._goal(step))
         barrier()
 
     def _goal(self, step: str) -> str:

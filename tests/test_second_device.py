@@ -1,0 +1,116 @@
+"""Everything runs on a device that is not the CPU, and a training's losses are the same there.
+
+No GPU is needed: `second_device` is a device of its own for torch, whose memory and arithmetic are the CPU's, and whose
+tensors do not mix with the CPU's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_upgrade_recipe
+from test_class_conditional import FLOW, base_recipe
+from test_training import run_cli
+
+from davae.train.state import read_metrics
+
+DEVICE = Path(__file__).parent / "second_device"
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling the device takes g++")
+
+
+def run_there(build: Path, folder: Path, commands: list[list[object]]) -> str:
+    """Run davae commands one after the other in a process of their own; what they print."""
+    file = folder / "commands.json"
+    file.write_text(json.dumps([[str(word) for word in command] for command in commands]))
+    done = subprocess.run(
+        [sys.executable, str(DEVICE), str(build), str(file)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the device is compiled, once for all workers: torch locks the folder."""
+    folder = tmp_path_factory.getbasetemp().parent / "second-device-build"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def losses(run: Path) -> dict[str, float]:
+    records = read_metrics(run / "metrics.jsonl")
+    return {f"{r['stage']}, step {r['step']}": r["loss"] for r in records if "loss" in r}
+
+
+def same(values: dict[str, float]) -> object:
+    """Equal, but for what Adam makes of rounding."""
+    return pytest.approx(values, rel=1e-3)
+
+
+def test_an_upgrade_from_training_to_benchmarks(build: Path, tiny_base: Path, picture_folder: Path, tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_upgrade_recipe(tiny_base, picture_folder)))
+    run, data = tmp_path / "there", picture_folder
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red square\na blue ball\n")
+    run_there(
+        build,
+        tmp_path,
+        [
+            ["upgrade", recipe, "--out", run],
+            ["sample", run, "a red square", "--num", 2, "--steps", 2, "--offload", "model"],
+            ["evaluate", "generation", "--pipeline", run, "--data", data, "--num", 4, "--steps", 2],
+            ["evaluate", "reconstruction", "--vae", run, "--data", data, "--features", "lite0"],
+            ["evaluate", "prompts", "--pipeline", run, "--prompts", prompts, "--steps", 2, "--out", tmp_path / "p"],
+            ["make-data", "--model", tiny_base, "--prompts", prompts, "--steps", 1, "--out", tmp_path / "data"],
+            ["analyze", "spectra", "--vae", run, "--data", data, "--num", 8, "--out", tmp_path / "a"],
+            ["bench", "vae", run / "vae", "--resolution", 64, "--tile", 32, "--repeats", 1],
+            ["bench", "tokens", tiny_base, "--resolution", 32, "--blocks", 1, "--repeats", 1],
+            ["bench", "sample", tiny_base, run, "--steps", 2, "--repeats", 1],
+            ["bench", "stage1", recipe, "--steps", 1, "--repeats", 1],
+            ["bench", "stage2", recipe, "--steps", 1, "--repeats", 1],
+            ["bench", "guidance", "--hidden-size", 64, "--depth", 1, "--grid", 4, "--num-steps", 4, "--repeats", 1],
+        ],
+    )
+    run_cli("train-dit", str(recipe), "--out", str(tmp_path / "here"))
+    assert losses(run) == same(losses(tmp_path / "here"))
+
+
+def test_classes_baselines_and_enlarging(build: Path, classes: Path, tmp_path: Path):
+    align = {"base_resolution": 16, "embedder": {"max_steps": 2, "batch_size": 2}, "head": {**FLOW, "max_steps": 2}}
+    files = {
+        "base": base_recipe(data={"source": str(classes)}),
+        "network": {
+            "kind": "super-resolution",
+            "name": "tiny-sr",
+            "resolution": 32,
+            "data": {"source": str(classes)},
+            "network": {"channels": 8, "layers": 1, "max_steps": 2, "batch_size": 2, "perceptual": "lite0"},
+        },
+        "dcgen": {**base_recipe(data={"source": str(classes)}), "init": str(tmp_path / "base" / "pipeline"), "align": align},
+    }
+    for name, values in files.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    base = tmp_path / "base"
+    generation = ["evaluate", "generation", "--pipeline", base, "--data", classes, "--num", 4, "--steps", 2]
+    printed = run_there(
+        build,
+        tmp_path,
+        [
+            ["train-base", tmp_path / "base.yaml", "--out", base],
+            ["evaluate", "samples", "--pipeline", base, "--num", 4, "--steps", 2, "--out", tmp_path / "samples.npz"],
+            ["train-sr", tmp_path / "network.yaml", "--out", tmp_path / "sr"],
+            [*generation, "--compare-at", 32, "--upscale", tmp_path / "sr" / "network.safetensors"],
+            ["train-base", tmp_path / "dcgen.yaml", "--out", tmp_path / "dcgen"],
+        ],
+    )
+    assert "fd_lite0" in printed
+    run_cli("train-base", str(tmp_path / "base.yaml"), "--out", str(tmp_path / "here"))
+    assert losses(base) == same(losses(tmp_path / "here"))
