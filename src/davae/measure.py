@@ -70,6 +70,7 @@ def sample_to_folder(
     seed: int,
     steps: int,
     guidance: float,
+    resolution: int | None,
     batch_size: int,
     on_batch: Callable[[int, int], None],
 ) -> Path:
@@ -77,7 +78,7 @@ def sample_to_folder(
     check_classes(pipeline, prompts)
     wanted = [prompt for prompt in prompts for _ in range(num)]
     options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": batch_size}
-    pictures = generate(pipeline, wanted, **options, on_batch=on_batch)
+    pictures = generate(pipeline, wanted, resolution=resolution, **options, on_batch=on_batch)
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for number, (prompt, picture) in enumerate(zip(wanted, pictures, strict=True)):

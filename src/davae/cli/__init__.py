@@ -242,6 +242,7 @@ def sample(
     seed: int = 0,
     steps: Annotated[int, typer.Option(min=1)] = 30,
     guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Pixels; the model's own size by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures.")] = None,
     dtype: Precision = "float32",
     offload: Offload = "off",
@@ -263,6 +264,7 @@ def sample(
             seed=seed,
             steps=steps,
             guidance=guidance,
+            resolution=resolution,
             batch_size=batch_size,
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         )
