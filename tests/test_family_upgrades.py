@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,21 +42,21 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_classes(tmp_path_factory.mktemp("classes"), 72, 68)
 
 
+def family_recipe(name: str, folder: Path, classes: Path) -> dict[str, Any]:
+    """Builds a tiny base in `folder/base`; recipe values that upgrade it in seconds."""
+    torch.manual_seed(0)
+    {**BUILDERS, **VARIANTS}[name](folder / "base")
+    shapes = read_shapes(str(folder / "base"))
+    size = max(8, 2 * shapes.vae_factor * shapes.patch_size)  # several stock pipelines want multiples of 8
+    pictures = classes if 2 * size <= 64 else write_classes(folder / "pictures", 2 * size, 2 * size)
+    changes: dict[str, Any] = {"base__resolution": size, "detail_channels": 2 * shapes.channels}
+    return tiny_upgrade_recipe(folder / "base", pictures, **changes, stage2__max_steps=2)
+
+
 @pytest.mark.parametrize("name", {**BUILDERS, **VARIANTS})
 def test_upgrade_gives_a_stock_pipeline_at_the_doubled_size(name: str, classes: Path, tmp_path: Path):
-    torch.manual_seed(0)
-    {**BUILDERS, **VARIANTS}[name](tmp_path / "base")
-    shapes = read_shapes(str(tmp_path / "base"))
-    base = load_pipeline(str(tmp_path / "base"))
-    size = max(8, 2 * shapes.vae_factor * shapes.patch_size)  # several stock pipelines want multiples of 8
-    detail = shapes.channels * 2
-    pictures = classes if 2 * size <= 64 else write_classes(tmp_path / "pictures", 2 * size, 2 * size)
-    recipe = validate(
-        tiny_upgrade_recipe(
-            tmp_path / "base", pictures, base__resolution=size, detail_channels=detail, stage2__max_steps=2
-        ),
-        name,
-    )
+    recipe = validate(family_recipe(name, tmp_path, classes), name)
+    base, size = load_pipeline(str(tmp_path / "base")), recipe.base.resolution
     pipeline = Upgrade(recipe, tmp_path / "run", lambda progress: None).run()  # type: ignore[arg-type]
     losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all("loss_detail" in record for record in losses if record["stage"] == "stage2")

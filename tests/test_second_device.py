@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import tiny_upgrade_recipe
+from family_pipelines import BUILDERS, VARIANTS
 from test_class_conditional import FLOW, base_recipe
+from test_family_upgrades import family_recipe, write_classes
 from test_training import run_cli
 
 from davae.train.state import read_metrics
@@ -83,6 +85,23 @@ def test_an_upgrade_from_training_to_benchmarks(build: Path, tiny_base: Path, pi
     assert losses(run) == same(losses(tmp_path / "here"))
 
 
+@pytest.mark.slow
+def test_every_family_trains_and_draws(build: Path, tmp_path: Path):
+    classes = write_classes(tmp_path / "classes", 72, 68)
+    commands: list[list[object]] = []
+    for number, name in enumerate({**BUILDERS, **VARIANTS}):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        values = family_recipe(name, folder, classes)
+        size = values["base"]["resolution"]
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+        commands.append(["train-dit", folder / "recipe.yaml", "--out", folder / "run"])
+        for model, pixels in ((folder / "base", size), (folder / "run", 2 * size)):
+            drawn = ["sample", model, "a red square", "--num", 1, "--steps", 2, "--out", tmp_path / "samples"]
+            commands.append([*drawn, "--resolution", pixels])
+    run_there(build, tmp_path, commands)
+
+
 def test_classes_baselines_and_enlarging(build: Path, classes: Path, tmp_path: Path):
     align = {"base_resolution": 16, "embedder": {"max_steps": 2, "batch_size": 2}, "head": {**FLOW, "max_steps": 2}}
     files = {
@@ -94,7 +113,11 @@ def test_classes_baselines_and_enlarging(build: Path, classes: Path, tmp_path: P
             "data": {"source": str(classes)},
             "network": {"channels": 8, "layers": 1, "max_steps": 2, "batch_size": 2, "perceptual": "lite0"},
         },
-        "dcgen": {**base_recipe(data={"source": str(classes)}), "init": str(tmp_path / "base" / "pipeline"), "align": align},
+        "dcgen": {
+            **base_recipe(data={"source": str(classes)}),
+            "init": str(tmp_path / "base" / "pipeline"),
+            "align": align,
+        },
     }
     for name, values in files.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
