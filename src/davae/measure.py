@@ -26,7 +26,7 @@ from davae.models.autoencoders import load_autoencoder
 from davae.models.classes import class_count, class_number, goes_by_class
 from davae.models.one_frame import decode_latents, encode_mode
 from davae.models.pipeline import ModelError, default_resolution, load_pipeline
-from davae.models.placement import FULL, Placement
+from davae.models.placement import FULL, Placement, own_device
 from davae.sample.adm import Labels, class_schedule, write_samples
 from davae.sample.generate import generate
 from davae.train.export import load_upgraded
@@ -91,7 +91,7 @@ def sample_to_folder(
 
 def open_autoencoder(name: str) -> Any:
     """A DetailVAE or any supported diffusers autoencoder on this process's device, by folder, run or embedded model."""
-    return load_autoencoder(resolve(name)).to(PartialState().device)
+    return load_autoencoder(resolve(name)).to(own_device())
 
 
 def real_pictures(data: str, resolution: int, held_out: float, side: Literal["train", "held_out"]) -> Pictures:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
 
 from davae.measure import open_model
 from davae.models.detail_vae import DetailVAE
 from davae.models.pipeline import ModelError, default_resolution, load_pipeline
+from davae.models.placement import own_device
 from davae.recipes import Recipe, load_recipe
 from davae.train.export import load_upgraded
 from davae.zoo import SHIPPED, resolve, shipped_upgrade
@@ -62,7 +62,7 @@ def open_pair(name: str, base: str | None = None) -> Pair:
     Raises:
         ModelError: nothing that can be opened, or a base of other channels than the upgrade's.
     """
-    device = PartialState().device
+    device = own_device()
     shipped = shipped_upgrade(SHIPPED.get(name, name))
     if shipped is not None:
         pipeline = load_pipeline(resolve(SHIPPED.get(name, name))).to(device)

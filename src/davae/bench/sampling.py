@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from davae.bench.clock import machine, race, ratio, spread
@@ -16,6 +15,7 @@ from davae.data.pictures import to_tensor
 from davae.losses.flow_matching import shift_timestep
 from davae.models.lightning_dit import LightningDiT
 from davae.models.pipeline import denoiser
+from davae.models.placement import own_device
 from davae.sample.generate import generate
 from davae.sample.ode import euler, euler_ode, time_grid
 
@@ -94,7 +94,7 @@ def bench_guidance(
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.02)
-    model.eval().to(PartialState().device)
+    model.eval().to(device=own_device())  # type: ignore[call-overload]
     noise = torch.randn(batch, channels, grid, grid).to(model.device)
     labels = (torch.arange(batch) % 1000).to(model.device)
     scale, start, shift = 4.0, 0.2, 0.3

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from davae.bench.clock import machine, race, ratio
@@ -17,6 +16,7 @@ from davae.models.expand import expand_transformer
 from davae.models.families import model_class
 from davae.models.lightning_dit import LightningDiT
 from davae.models.pipeline import BaseShapes
+from davae.models.placement import own_device
 from davae.train.plan import token_plan
 
 DEPTHS = ("num_layers", "num_single_layers", "depth")  # config keys that count blocks
@@ -44,14 +44,15 @@ def random_transformer(shapes: BaseShapes, blocks: int, dtype: torch.dtype = tor
     """A transformer of the true width with a few blocks of random weights, in eval mode on this process's device."""
     torch.manual_seed(0)
     config = {k: v for k, v in shallow(shapes.transformer_config, blocks).items() if not k.startswith("_")}
-    return model_class(shapes.transformer_class).from_config(config).eval().to(PartialState().device, dtype)
+    return model_class(shapes.transformer_class).from_config(config).eval().to(own_device(), dtype)
 
 
 def one_pass(transformer: nn.Module, channels: int, side: int, batch: int = 1) -> Callable[[], object]:
     """One forward pass on random latents (batch,c,side,side) and a prompt of the usual length, or a class, for each."""
     config: Any = transformer.config
     generator = torch.Generator().manual_seed(1)
-    device, dtype = transformer.device, transformer.dtype
+    first = next(transformer.parameters())
+    device, dtype = first.device, first.dtype
     x = torch.randn(batch, channels, side, side, generator=generator).to(device, dtype)
     t = torch.full((batch,), 0.5, device=device)
     if isinstance(transformer, LightningDiT):

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from davae.bench.clock import machine, peak_memory, race, ratio
 from davae.models.autoencoders import load_autoencoder
 from davae.models.one_frame import decode_latents, encode_mode
+from davae.models.placement import own_device
 
 Way = Literal["encode", "decode"]
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -30,7 +30,7 @@ def synthetic_picture(resolution: int) -> Tensor:
 
 def opened(model: str, tile: int | None, dtype: torch.dtype) -> Any:
     """The autoencoder on this process's device, tiled where a tile's side is given."""
-    vae = load_autoencoder(model).to(PartialState().device, dtype)
+    vae = load_autoencoder(model).to(own_device(), dtype)
     if tile is not None:
         vae.enable_tiling(tile)
     return vae
@@ -72,9 +72,10 @@ def bench_vae(
     """
     picture = synthetic_picture(resolution)
     latents = encoding(model, picture, min(256, resolution), dtype)().float()
-    given = {"encode": (encoding, picture), "decode": (decoding, latents)}
     figures: dict[str, Any] = {"vae": model, "resolution": resolution, "tile": tile}
-    figures |= {way: whole_against_tiled(*given[way], model, tile, repeats, dtype) for way in ways}
+    for way in ways:
+        prepare, given = (encoding, picture) if way == "encode" else (decoding, latents)
+        figures[way] = whole_against_tiled(prepare, given, model, tile, repeats, dtype)
     return {**figures, "dtype": str(dtype).removeprefix("torch."), "machine": machine()}
 
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from davae.bench.clock import machine, race
 from davae.bench.tokens import one_pass, random_transformer, shallow
@@ -19,6 +18,7 @@ from davae.models.expand import expand_transformer
 from davae.models.families import model_class
 from davae.models.one_frame import decode_latents
 from davae.models.pipeline import BaseShapes, ModelError, read_shapes
+from davae.models.placement import own_device
 from davae.models.text_encoders import TextEncoder, text_encoders
 from davae.train.plan import check_resolution, token_plan
 
@@ -39,8 +39,8 @@ def text_seconds(encoder: TextEncoder, repeats: int, dtype: torch.dtype) -> floa
         )
     layers = int(encoder.config[key])
     few = min(LAYERS, layers)
-    model = replace(encoder, config={**encoder.config, key: few}).build().to(PartialState().device, dtype)
-    ids = torch.ones(1, encoder.tokens, dtype=torch.long, device=model.device)
+    model = replace(encoder, config={**encoder.config, key: few}).build().to(own_device(), dtype)
+    ids = torch.ones(1, encoder.tokens, dtype=torch.long, device=own_device())
     with torch.no_grad():
         times = race({key: lambda: model(input_ids=ids)}, repeats)
     return times[key].median * layers / few
@@ -77,8 +77,8 @@ def decoding_seconds(
     """Seconds of decoding one picture by the base autoencoder and by a DetailVAE on it, whole, without tiles."""
     torch.manual_seed(0)
     base: Any = model_class(shapes.vae_class).from_config(shapes.vae_config).eval()
-    detail = DetailVAE.from_base(base, detail_channels, scale).eval()
-    device = PartialState().device
+    detail: Any = DetailVAE.from_base(base, detail_channels, scale).eval()
+    device = own_device()
     side = resolution // shapes.vae_factor
     latents = {
         "native": torch.randn(1, shapes.channels, side, side),

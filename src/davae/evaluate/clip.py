@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
 from davae.models.pipeline import ModelError
+from davae.models.placement import own_device
 
 
 class Clip:
@@ -27,7 +27,7 @@ class Clip:
             self.model: Any = CLIPModel.from_pretrained(model).eval()
         except (OSError, ValueError) as error:
             raise ModelError(f"CLIP model {model}: {' '.join(str(error).split())[:160]}") from error
-        self.device = PartialState().device
+        self.device = own_device()
         self.model.to(self.device)
 
     @torch.no_grad()

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from davae.losses.perceptual import lite0_input, lite0_network
 from davae.models.pipeline import ModelError
+from davae.models.placement import own_device
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class InceptionFeatures(nn.Module):
 def make_extractor(name: str, weights: Path | None = None) -> Extractor:
     """`lite0` or `inception`, on this process's device."""
     network = InceptionFeatures(weights) if name == "inception" else Lite0Features()
-    return network.to(PartialState().device)
+    return network.to(own_device())
 
 
 def extract(batches: Iterable[Tensor], extractor: Extractor) -> Features:

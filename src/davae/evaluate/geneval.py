@@ -10,11 +10,11 @@ from statistics import mean
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 
 from davae.evaluate.clip import Clip
 from davae.models.pipeline import ModelError
+from davae.models.placement import own_device
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection's confidence; counting asks for more
@@ -111,7 +111,7 @@ class Detector:
             self.model: Any = AutoModelForObjectDetection.from_pretrained(model).eval()
         except (OSError, ValueError) as error:
             raise ModelError(f"detector {model}: {' '.join(str(error).split())[:160]}") from error
-        self.device = PartialState().device
+        self.device = own_device()
         self.model.to(self.device)
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
@@ -12,6 +12,11 @@ from davae.models.pipeline import ModelError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Offload = Literal["off", "model", "sequential"]
+
+
+def own_device() -> torch.device:
+    """This process's device: the accelerator where there is one, by accelerate's choice."""
+    return cast(torch.device, PartialState().device)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Placement:
         Raises:
             ModelError: offloading where there is no other device than the CPU.
         """
-        device = PartialState().device
+        device = own_device()
         if self.offload == "off":
             return pipeline.to(device)
         if device.type == "cpu":
