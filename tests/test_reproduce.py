@@ -245,13 +245,13 @@ def test_models_that_are_there_are_drawn_and_timed(
     assert (enlarged["generation"]["resolution"], enlarged["generation"]["upscale"]) == (16, "lanczos")
     assert (enlarged["generation"]["seed"], second["generation"]["seed"]) == (0, 1)
     assert enlarged["generation"]["fd_lite0"] != second["generation"]["fd_lite0"]
-    assert table_rows(todo, results)[0] == ["", "FD-lite0", "seeds"]
+    assert table_rows(todo, results)[0] == ["", "FD-lite0", "precision", "seeds"]
     speed = raced(todo, tiny_scale / "out", results, lambda progress: None)["rows"]
     assert (speed["native"]["tokens"], speed["enlarged"]["tokens"]) == (64, 16)
     assert speed["native"]["images_per_second"] == pytest.approx(1 / speed["native"]["seconds"])
     assert raced(todo, tiny_scale / "out", results, lambda progress: None)["rows"] == speed  # measured once
     headings, lines = table_rows(todo, results)
-    assert headings == ["", "tokens", "images/s", "FD-lite0", "seeds"]
+    assert headings == ["", "tokens", "images/s", "FD-lite0", "precision", "seeds"]
     assert [line[:2] for line in lines] == [["native", "64"], ["enlarged", "16"]]
     assert "±" in lines[0][3]
 

@@ -16,6 +16,8 @@ SHOWN = (  # key, heading, decimals
     ("speed.images_per_second", "images/s", 2),
     ("generation.fd_lite0", "FD-lite0", 2),
     ("generation.fid", "FID", 2),
+    ("generation.precision_lite0", "precision", 3),
+    ("generation.precision", "precision", 3),
     ("reconstruction.psnr", "PSNR, dB", 2),
     ("reconstruction.ssim", "SSIM", 4),
     ("reconstruction.lite0", "perceptual", 4),
@@ -28,7 +30,7 @@ SHOWN = (  # key, heading, decimals
 def spread(values: list[float], decimals: int) -> str:
     """`mean ± standard deviation` over seeds; the mean alone where there is one, or where nothing varies."""
     text = f"{mean(values):.{decimals}f}"
-    return text if len(values) < 2 or not decimals else f"{text} ± {stdev(values):.{decimals}f}"
+    return text if len(set(values)) < 2 or not decimals else f"{text} ± {stdev(values):.{decimals}f}"
 
 
 def table_rows(todo: Sequence[Job], results: Path) -> tuple[list[str], list[list[str]]]:
