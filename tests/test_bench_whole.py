@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from davae.bench import whole
 from davae.bench.clock import Spread
@@ -61,4 +62,4 @@ def test_what_cannot_be_measured_is_told():
     with pytest.raises(
         ModelError, match="text_encoder: none of num_hidden_layers, num_layers is in the config of this X"
     ):
-        whole.text_seconds(TextEncoder("text_encoder", "X", {"width": 3}, 77), 1)
+        whole.text_seconds(TextEncoder("text_encoder", "X", {"width": 3}, 77), 1, torch.float32)

@@ -15,6 +15,7 @@ from test_training import fails, run_cli
 from davae import synthesis
 from davae.data.sources import open_source
 from davae.models.pipeline import load_pipeline
+from davae.models.placement import Placement
 from davae.sample.generate import generate
 
 PROMPTS = ["a red square", "a blue disc", "a square"]
@@ -78,7 +79,7 @@ def test_interrupted_it_draws_only_what_is_missing(
 ) -> None:
     options: dict[str, Any] = {
         "num": 5, "resolution": None, "steps": 2, "guidance": 2.0, "seed": 7, "shard_size": 4, "picture_format": "jpg",
-        "dtype": "float32", "batch_size": 1, "on_picture": lambda done, total: None,
+        "placement": Placement(), "batch_size": 1, "on_picture": lambda done, total: None,
     }  # fmt: skip
     synthesis.make_data(str(tiny_base), prompts, tmp_path / "whole", **options)
     drawn: list[int] = []

@@ -126,11 +126,11 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotary(q), rotary(k)
-        mixed = attend(q, k, v)
+        mixed = mix_values(q, k, v)
         return self.proj(mixed.transpose(1, 2).flatten(2))  # (B,L,width)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def mix_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of (B,H,L,d); in float32 where a CPU autocasts: its half-precision backward pass is seven times slower."""
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
