@@ -183,11 +183,8 @@ def test_tiling_a_detail_vae_changes_nothing_that_is_seen():
         assert psnr(vae.decode(latents).sample, whole, 2.0) > 45
 
 
-def test_bench_vae_compares_one_way_or_both(tmp_path: Path):
+def test_bench_vae_measures_one_way_alone(tmp_path: Path):
     DetailVAE.from_base(tiny_autoencoder(), 8).save_pretrained(tmp_path)
-    both = bench_vae(str(tmp_path), resolution=128, tile=32, repeats=1)
     decoded = bench_vae(str(tmp_path), resolution=128, tile=32, repeats=1, ways=["decode"])
-    assert both["encode"]["psnr"] > 45
-    assert both["decode"]["psnr"] > 45
     assert "encode" not in decoded
-    assert decoded["decode"]["psnr"] == both["decode"]["psnr"]
+    assert decoded["decode"]["psnr"] > 45
