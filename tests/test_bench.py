@@ -18,7 +18,7 @@ from davae.bench.plain import explicit_attention, softmax_attention
 from davae.bench.sampling import bench_guidance
 from davae.bench.stages import bench_stage1, bench_stage2
 from davae.bench.tokens import shallow
-from davae.bench.vae import bench_vae, psnr
+from davae.bench.vae import WAYS, Way, bench_vae, psnr
 from davae.data.pictures import collate
 from davae.models.by_rows import Rows, decode_by_rows, encode_by_rows
 from davae.models.tiling import spans
@@ -183,8 +183,9 @@ def test_tiling_a_detail_vae_changes_nothing_that_is_seen():
         assert psnr(vae.decode(latents).sample, whole, 2.0) > 45
 
 
-def test_bench_vae_measures_one_way_alone(tmp_path: Path):
+@pytest.mark.parametrize("way", WAYS)
+def test_bench_vae_measures_one_way_alone(way: Way, tmp_path: Path):
     DetailVAE.from_base(tiny_autoencoder(), 8).save_pretrained(tmp_path)
-    decoded = bench_vae(str(tmp_path), resolution=128, tile=32, repeats=1, ways=["decode"])
-    assert "encode" not in decoded
-    assert decoded["decode"]["psnr"] > 45
+    figures = bench_vae(str(tmp_path), resolution=128, tile=32, repeats=1, ways=[way])
+    assert [name for name in WAYS if name in figures] == [way]
+    assert figures[way]["psnr"] > 45

@@ -66,7 +66,7 @@ def open_pair(name: str, base: str | None = None) -> Pair:
     shipped = shipped_upgrade(SHIPPED.get(name, name))
     if shipped is not None:
         pipeline = load_pipeline(resolve(SHIPPED.get(name, name))).to(device)
-        return Pair(name, pipeline, load_upgraded(pipeline, shipped).to(device))
+        return Pair(name, pipeline, load_upgraded(pipeline, shipped))
     pipeline = open_model(name)[0]
     if not isinstance(pipeline.vae, DetailVAE):
         return Pair(name, pipeline, None)

@@ -162,9 +162,9 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = Tru
             # the package's own forward pass: what one would first write
             opponent = PlainStage1(settings, rival.vae, cast(Lpips, perceptual).model, critic)
 
-            def play(turn: Turn, opponent: PlainStage1 = opponent, run: Upgrade = run) -> float:
+            def play(turn: Turn, opponent: PlainStage1 = opponent) -> float:
                 lr = learning_rate(settings, settings.lr, turn.step)
-                images = turn.batch["images"].to(run.accelerator.device, memory_format=torch.channels_last)
+                images = turn.batch["images"].to(opponent.vae.device, memory_format=torch.channels_last)
                 return opponent.step(images, turn.step, lr, turn.draws.afresh)
 
             def copy(task: Stage1Task = task, rival: Stage1Task = rival) -> None:
@@ -231,14 +231,10 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
             opponent, pictures = plain_stage2(run, rival), run.training_pictures()
 
             def play(
-                turn: Turn,
-                opponent: PlainStage2 = opponent,
-                noted: Indexed = noted,
-                pictures: Any = pictures,
-                run: Upgrade = run,
+                turn: Turn, opponent: PlainStage2 = opponent, noted: Indexed = noted, pictures: Any = pictures
             ) -> float:
                 given = noted.given[-settings.batch_size :]  # nothing is read ahead without workers
-                images = torch.stack([pictures[(i, i)]["image"] for i in given]).to(run.accelerator.device)
+                images = torch.stack([pictures[(i, i)]["image"] for i in given]).to(opponent.vae.device)
                 lr = learning_rate(settings, settings.lr, turn.step)
                 return opponent.step(images, turn.batch["conditions"], turn.step, lr, turn.draws)
 
