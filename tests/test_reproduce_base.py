@@ -222,3 +222,10 @@ def test_an_interrupted_row_goes_on(tiny_tables: Path):
     again = run_job(job, out, results, lambda progress: told.append(progress.task))
     assert not {"vae", "dit"} & set(told)
     assert again["generation"] == first["generation"]
+    (other,) = jobs("tiny", "micro", 1, ["run.mixed_precision=bf16"], ["kl"])
+    assert isinstance(job, BaseJob)
+    assert isinstance(other, BaseJob)
+    started = len(told)
+    folders = [trained_autoencoder(each, out, lambda progress: told.append(progress.task)) for each in (job, other)]
+    assert folders[0] == folders[1]  # whole, in whichever precision
+    assert len(told) == started

@@ -105,6 +105,8 @@ def trained_autoencoder(job: BaseJob, out: Path, observer: Observer) -> Path:
     if job.detail is not None:
         return trained_stage1(job.detail, out, observer)
     first = out / "autoencoders" / job.autoencoder_key
+    if was_done(first, "cache"):
+        return first
     run = BaseRun(job.prepared, first, observer)
     run.prepare()
     run.folder.close()

@@ -21,7 +21,7 @@ def raced(todo: Sequence[Job], out: Path, results: Path, observer: Observer) -> 
     """Time one picture of each row, with the table's steps and guidance, and keep the figures beside the rows'.
 
     Args:
-        out: the folder of `run_job`: a trained row is timed with the weights that lie there.
+        out: the folder of `run_job`: a trained row is timed with the weights that lie there, of whichever seed.
 
     Raises:
         RecipeError: the weights of a row are on another machine.
@@ -33,7 +33,7 @@ def raced(todo: Sequence[Job], out: Path, results: Path, observer: Observer) -> 
     generation = settings(rows[0])
     figures = {
         "rows": time_pictures(
-            [candidate(job, out, observer) for job in rows],
+            [candidate(job, todo, out, observer) for job in rows],
             generation["data"],
             steps=generation["steps"],
             guidance=generation["guidance"],
@@ -69,16 +69,17 @@ def settings(job: Job) -> dict[str, Any]:
     raise RecipeError(f"the row '{job.row}' is not timed: it is neither an upgrade nor enlarged nor drawn")
 
 
-def candidate(job: Job, out: Path, observer: Observer) -> Candidate:
+def candidate(job: Job, todo: Sequence[Job], out: Path, observer: Observer) -> Candidate:
     """What is timed of a row."""
     if isinstance(job, DrawnJob):
         return Candidate(job.row, job.pipeline, job.resolution, job.compare_at, job.upscale)
     if isinstance(job, EnlargedJob):
         method = trained_upscaler(job, out, observer)
         return Candidate(job.row, str(job.recipe.base.model), None, job.recipe.resolution, method)
-    folder = out / "runs" / job.key
-    if not (folder / "pipeline").is_dir():
-        raise RecipeError(
-            f"images/s: the weights of '{job.row}' are not in {folder}; use the --out and the machine that trained them"
-        )
-    return Candidate(job.row, str(folder))
+    folders = [out / "runs" / seed.key for seed in todo if seed.row == job.row]
+    for folder in folders:
+        if (folder / "pipeline").is_dir():
+            return Candidate(job.row, str(folder))
+    raise RecipeError(
+        f"images/s: the weights of '{job.row}' are not in {folders[0]}; use the --out and the machine that trained them"
+    )
