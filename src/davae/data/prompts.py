@@ -55,7 +55,11 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def _text(record: dict[str, Any], path: Path) -> str:
+def _text(record: Any, path: Path) -> str:
+    if isinstance(record, str):  # of a JSON list or lines of JSON
+        return record
+    if not isinstance(record, dict):
+        raise DataError(f"prompt file {path}: found {str(record)[:60]!r} where a text or an object belongs")
     for column in COLUMNS:
         if column in record:
             return str(record[column])

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from davae.data.pictures import to_images, to_tensor
 from davae.models.pipeline import ModelError
+from davae.models.placement import own_device
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -70,13 +71,13 @@ def load_network(path: Path) -> Any:
         raise ModelError(f"--upscale {path}: {' '.join(str(error).split())[:160] or type(error).__name__}") from error
     if not isinstance(model, ImageModelDescriptor) or model.input_channels != 3:
         raise ModelError(f"--upscale {path}: not a network from colour pictures to colour pictures")
-    return model.eval()
+    return model.to(own_device()).eval()
 
 
 @torch.no_grad()
 def enlarge(network: Any, pictures: list[Image.Image]) -> list[Image.Image]:
     """Through a network that takes and gives [0,1]."""
-    images = torch.stack([to_tensor(picture) for picture in pictures])  # (B,3,H,W) in [-1,1]
+    images = torch.stack([to_tensor(picture) for picture in pictures]).to(own_device())  # (B,3,H,W) in [-1,1]
     return to_images(network(images / 2 + 0.5).clamp(0, 1) * 2 - 1)
 
 
