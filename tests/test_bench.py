@@ -20,7 +20,7 @@ from davae.bench.stages import bench_stage1, bench_stage2
 from davae.bench.tokens import shallow
 from davae.bench.vae import WAYS, Way, bench_vae, psnr
 from davae.data.pictures import collate
-from davae.models.by_rows import Rows, decode_by_rows, encode_by_rows
+from davae.models.by_rows import Rows, Statistics, decode_by_rows, encode_by_rows
 from davae.models.tiling import spans
 from davae.recipes import Recipe, validate
 from davae.train.stage1 import Stage1Task
@@ -189,3 +189,12 @@ def test_bench_vae_measures_one_way_alone(way: Way, tmp_path: Path):
     figures = bench_vae(str(tmp_path), resolution=128, tile=32, repeats=1, ways=[way])
     assert [name for name in WAYS if name in figures] == [way]
     assert figures[way]["psnr"] > 45
+
+
+def test_statistics_of_large_values_in_float16():
+    """Squares of 1,000 are more than float16 holds; a group normalisation is not."""
+    norm = torch.nn.GroupNorm(2, 4)
+    x = 1000 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    statistics = Statistics(norm)
+    statistics.add(x.half())
+    torch.testing.assert_close(statistics.change(torch.float32)(x), norm(x), atol=2e-2, rtol=0)

@@ -358,6 +358,9 @@ def test_push(exports: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
         ("upload", {**upload, "commit_message": "First"}),
     ]
     assert "give a folder that `davae export` wrote" in fails(capsys, "push", str(tmp_path), "me/tiny")
+    (tmp_path / "upgrade.safetensors").touch()
+    (tmp_path / "recipe.yaml").touch()
+    assert "is a run, with its data" in fails(capsys, "push", str(tmp_path), "me/tiny")
     assert "is no hub id" in fails(capsys, "push", str(folder), "a/b/c")
     # the real one, where nothing listens
     monkeypatch.setattr("davae.publish.hub.HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="none"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
 from safetensors import safe_open
+from torch import Tensor
 
 import davae
 from davae import ClassConditionalPipeline, LatentLayout, LightningDiT, expand_transformer
@@ -322,6 +324,22 @@ def test_solvers_have_their_order() -> None:
     }
     assert errors["euler"][0] / errors["euler"][1] == pytest.approx(2, rel=0.05)
     assert errors["heun"][0] / errors["heun"][1] == pytest.approx(4, rel=0.05)
+
+
+def test_small_steps_are_not_lost_in_half_precision() -> None:
+    """250 steps of a constant velocity of 1/2 from 1 end at 1.5; each is less than bfloat16 adds to 1."""
+
+    class Constant:
+        config: ClassVar = {"prediction_type": "velocity", "num_classes": 2}
+
+        def __call__(self, x: Tensor, *given: Any, **options: Any) -> tuple[Tensor]:
+            assert x.dtype == torch.bfloat16
+            return (torch.full_like(x, 0.5),)
+
+    noise = torch.ones(1, 4, 2, 2, dtype=torch.bfloat16)
+    latents = solve_ode(Constant(), noise, torch.tensor([0]), 250)
+    assert latents.dtype == torch.bfloat16
+    torch.testing.assert_close(latents, torch.full_like(latents, 1.5))
 
 
 @pytest.mark.parametrize(

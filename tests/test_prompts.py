@@ -29,6 +29,9 @@ def test_prompt_files_of_the_benchmarks(shared: Path, tmp_path: Path):
     mjhq = tmp_path / "meta_data.json"
     mjhq.write_text(json.dumps({"abc": {"category": "animals", "prompt": "a cat"}, "def": {"prompt": "a dog"}}))
     assert [(p.name, p.text) for p in read_prompts(mjhq)] == [("abc", "a cat"), ("def", "a dog")]
+    texts = tmp_path / "texts.json"
+    texts.write_text('["a cup", "a hat"]')
+    assert [(p.text, p.record) for p in read_prompts(texts)] == [("a cup", {}), ("a hat", {})]
     part = tmp_path / "part-000001.json"  # DiffusionDB
     part.write_text(json.dumps({"x.png": {"p": "a tree", "se": 1, "st": 50}}))
     assert read_prompts(part)[0].text == "a tree"
@@ -45,6 +48,7 @@ def test_prompt_files_of_the_benchmarks(shared: Path, tmp_path: Path):
         ("a.txt", "\n\n", "holds no prompts"),
         ("a.tsv", "Words\tKind\nx\ty\n", "no column prompt"),
         ("a.jsonl", "{", "cannot be read"),
+        ("a.json", "[3]", "found '3' where a text or an object belongs"),
         ("a.doc", "x", "unknown format"),
     ],
 )

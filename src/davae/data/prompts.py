@@ -25,9 +25,9 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """All prompts of a file, in its order.
 
-    `.txt`: one a line. `.tsv`, `.csv` (PartiPrompts): a column. `.jsonl` (GenEval): an object a line. `.json`
-    (MJHQ-30K's `meta_data.json`, DiffusionDB's `part-*.json`): an object per name. `.parquet` (DiffusionDB's
-    `metadata.parquet`): a column, through pyarrow.
+    `.txt`: one a line. `.tsv`, `.csv` (PartiPrompts): a column. `.jsonl` (GenEval): an object or a text a line. `.json`
+    (MJHQ-30K's `meta_data.json`, DiffusionDB's `part-*.json`): an object per name, or a list of objects or texts.
+    `.parquet` (DiffusionDB's `metadata.parquet`): a column, through pyarrow.
 
     Raises:
         DataError: no such file, another format, no prompts in it.
@@ -48,7 +48,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         entries = readers[path.suffix](path)
     except (ValueError, UnicodeDecodeError) as error:
         raise DataError(f"prompt file {path} cannot be read: {' '.join(str(error).split())[:120]}") from error
-    prompts = [Prompt(_text(record, path), name, record) for name, record in entries]
+    prompts = [Prompt(_text(entry, path), name, entry if isinstance(entry, dict) else {}) for name, entry in entries]
     prompts = [prompt for prompt in prompts if prompt.text.strip()]
     if not prompts:
         raise DataError(f"prompt file {path} holds no prompts")

@@ -101,6 +101,8 @@ class Statistics:
 
     def add(self, piece: Tensor) -> None:
         grouped = piece.reshape(len(piece), self.norm.num_groups, -1)
+        if grouped.dtype == torch.float16:  # squares above 256 overflow
+            grouped = grouped.float()
         self.total = self.total + grouped.sum(-1, dtype=torch.float64)
         self.squares = self.squares + grouped.square().sum(-1, dtype=torch.float64)
         self.count += grouped.shape[-1]

@@ -25,6 +25,8 @@ def push(folder: Path, repo_id: str, *, public: bool = False, message: str | Non
         raise ModelError(
             f"{folder} has no model_index.json and no {UPGRADE_FILE}; give a folder that `davae export` wrote"
         )
+    if (folder / "recipe.yaml").is_file():  # a run: its cache and checkpoints are nobody else's
+        raise ModelError(f"{folder} is a run, with its data and checkpoints; give a folder that `davae export` wrote")
     if not HUB_ID.fullmatch(repo_id):
         raise ModelError(f"'{repo_id}' is no hub id; it is ORGANISATION/NAME or USER/NAME")
     api = HfApi()
