@@ -14,6 +14,7 @@ from PIL import Image
 from davae.analysis import compare, curves, latents, sensitivity, spectra
 from davae.analyze.latent_maps import class_knowledge, pca_pictures
 from davae.analyze.spectra import radial_power
+from davae.cli import analyze
 from davae.data.pictures import DataError
 from davae.models.pipeline import ModelError
 from davae.recipes import validate
@@ -112,3 +113,13 @@ def test_every_figure_of_a_run(run: Path, tiny_base: Path, by_class: Path, pictu
         spectra(str(tiny_base), data, tmp_path, num=8, held_out=0.0)
     with pytest.raises(ModelError, match="no steps of stage 2"):
         curves(tmp_path, tmp_path)
+
+
+def test_runs_of_one_folder_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told: dict[str, Path] = {}
+    monkeypatch.setattr("davae.analysis.compare", lambda named, out: told.update(named) or out)
+    analyze.compare([Path("a/x"), Path("b/x")], tmp_path)
+    assert list(told) == ["a/x", "b/x"]
+    told.clear()
+    analyze.compare([Path("a/x"), Path("b/y")], tmp_path)
+    assert list(told) == ["x", "y"]

@@ -13,7 +13,7 @@ from PIL import Image
 from davae.data.pictures import DataError
 from davae.data.prompts import read_prompts
 from davae.evaluate.clip import Clip
-from davae.evaluate.geneval import Detector, Found, judge, read_results, relations, scores
+from davae.evaluate.geneval import Detector, Found, class_name, judge, read_results, relations, scores
 from davae.models.pipeline import ModelError
 from davae.prompting import evaluate_geneval, evaluate_prompts, stretches
 
@@ -40,6 +40,14 @@ def test_prompt_files_of_the_benchmarks(shared: Path, tmp_path: Path):
     table = pyarrow.table({"image_name": ["y.png"], "prompt": ["a lake"], "seed": [3]})
     pytest.importorskip("pyarrow.parquet").write_table(table, parquet)
     assert [(p.name, p.text) for p in read_prompts(parquet)] == [("y.png", "a lake")]
+
+
+def test_a_detector_of_coco_knows_all_classes_of_geneval(shared: Path):
+    detection = pytest.importorskip("torchvision.models.detection")
+    known = {class_name(label) for label in detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]}
+    requests = [p.record for p in read_prompts(shared / "prompts/geneval_evaluation_metadata.jsonl")]
+    asked = {part["class"] for r in requests for part in r["include"] + r.get("exclude", [])}
+    assert asked <= known
 
 
 @pytest.mark.parametrize(

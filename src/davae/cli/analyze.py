@@ -77,7 +77,12 @@ def curves(run: Annotated[Path, typer.Argument(help="A run folder.")], out: Fold
 
 @analyze_app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; a line each, named by its folder.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Run folders; a line each, named by its folder, by its path where folders have one name."
+        ),
+    ],
     out: Folder = Path("figures"),
 ) -> None:
     """Stage 2 of several runs side by side, zero against random new weights for example (Fig. 4).
@@ -87,4 +92,6 @@ def compare(
     from davae import analysis
     from davae.display import console
 
-    console.print(f"{analysis.compare({run.name: run for run in runs}, out)}", markup=False)
+    distinct = len({run.name for run in runs}) == len(runs)
+    named = {run.name if distinct else str(run): run for run in runs}
+    console.print(f"{analysis.compare(named, out)}", markup=False)

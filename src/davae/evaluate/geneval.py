@@ -18,6 +18,8 @@ from davae.models.placement import own_device
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection's confidence; counting asks for more
+# what the official prompts call three of COCO's classes
+RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 MOST = 16  # detections kept of one class
 OVERLAP = 0.1  # share of both sizes by which a position must exceed mere touching
 
@@ -96,6 +98,11 @@ def judge(detections: list[Found], request: dict[str, Any], colour_of: Callable[
     return Verdict(not reasons, "\n".join(reasons))
 
 
+def class_name(label: str) -> str:
+    """GenEval's name of one of COCO's classes."""
+    return RENAMED.get(label, label)
+
+
 class Detector:
     """An object detector of transformers with COCO's class names, from a folder or hub id.
 
@@ -124,7 +131,7 @@ class Detector:
         )[0]
         names = self.model.config.id2label
         return [
-            Found(names[int(label)], float(score), tuple(float(x) for x in box))  # type: ignore[arg-type]
+            Found(class_name(names[int(label)]), float(score), tuple(float(x) for x in box))  # type: ignore[arg-type]
             for label, score, box in zip(result["labels"], result["scores"], result["boxes"], strict=True)
         ]
 
