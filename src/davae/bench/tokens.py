@@ -44,7 +44,9 @@ def random_transformer(shapes: BaseShapes, blocks: int, dtype: torch.dtype = tor
     """A transformer of the true width with a few blocks of random weights, in eval mode on this process's device."""
     torch.manual_seed(0)
     config = {k: v for k, v in shallow(shapes.transformer_config, blocks).items() if not k.startswith("_")}
-    return model_class(shapes.transformer_class).from_config(config).eval().to(own_device(), dtype)
+    with torch.device(own_device()):  # billions of weights are drawn where they will be
+        model = model_class(shapes.transformer_class).from_config(config)
+    return model.eval().to(own_device(), dtype)
 
 
 def one_pass(transformer: nn.Module, channels: int, side: int, batch: int = 1) -> Callable[[], object]:

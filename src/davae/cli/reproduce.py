@@ -15,7 +15,10 @@ def reproduce(
         str, typer.Argument(metavar="NAME", help="table1 to table5, tableS2, tableS2a, fig3, fig4, figS3, figS5")
     ],
     scale: Annotated[
-        Literal["micro", "paper"], typer.Option(help="micro: real photos, two cores. paper: ImageNet, GPUs.")
+        Literal["micro", "gpu", "paper"],
+        typer.Option(
+            help="micro: real photos, two cores. gpu: the same, trained longer on one GPU. paper: ImageNet."
+        ),
     ] = "micro",
     row: Annotated[
         list[str] | None,

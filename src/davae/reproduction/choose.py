@@ -89,7 +89,11 @@ class Maker:
     @property
     def measures(self) -> dict[str, Any]:
         generation = self.table.generation or self.scale.generation
-        return {"generation": generation.model_dump(), "reconstruction": self.scale.reconstruction.model_dump()}
+        # without defaults, so that new options change no hash
+        return {
+            "generation": generation.model_dump(exclude_defaults=True),
+            "reconstruction": self.scale.reconstruction.model_dump(),
+        }
 
     def job(self, row: Row, seed: int) -> Job:
         """One run of a row."""

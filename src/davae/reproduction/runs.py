@@ -201,6 +201,7 @@ def measured_generation(
         feature_weights=None,
         on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         upscale=upscale,
+        batch_size=chosen.get("batch_size", 32),
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
 from davae.recipes.loading import RecipeError, suggestion
 from davae.recipes.sections import Section
 
-ScaleName = Literal["micro", "paper"]
+ScaleName = Literal["micro", "gpu", "paper"]
 
 
 class Generation(Section):
@@ -23,6 +23,7 @@ class Generation(Section):
     steps: PositiveInt
     guidance: NonNegativeFloat
     features: Literal["lite0", "inception"]
+    batch_size: PositiveInt = 32  # drawn at a time; the pictures do not hang on it
 
 
 class Reconstructed(Section):
@@ -84,7 +85,7 @@ class Row(Section):
 class Table(Section):
     """`claim` is what the paper finds. `set` changes every upgrade; `generation` is instead of the scale's.
 
-    `rows` are those of both scales, `micro` and `paper` of one.
+    `rows` are those of every scale, `micro` those of the small ones (micro and gpu), `paper` its own.
     """
 
     title: str
@@ -101,7 +102,7 @@ class Table(Section):
 
     def rows_at(self, scale: ScaleName) -> tuple[Row, ...]:
         """Every row of the table at a scale."""
-        return (*self.rows, *(self.micro if scale == "micro" else self.paper))
+        return (*self.rows, *(self.paper if scale == "paper" else self.micro))
 
 
 def _read(name: str) -> Any:
