@@ -60,8 +60,12 @@ def one_pass(transformer: nn.Module, channels: int, side: int, batch: int = 1) -
     if isinstance(transformer, LightningDiT):
         labels = torch.zeros(batch, dtype=torch.long, device=device)
 
+        with transformer.at_grid(side):  # made once a picture, not once a pass
+            tables = transformer._tables
+
         def by_class() -> object:
-            with torch.no_grad(), transformer.at_grid(side):
+            transformer._tables = tables
+            with torch.no_grad():
                 return transformer(x, t, labels)
 
         return by_class

@@ -95,7 +95,7 @@ def whole_against_tiled(
 
     sides = {"whole": None, "tiled": tile}
     works = {name: kept(name, prepare(model, given, side, dtype)) for name, side in sides.items()}
-    times = race(works, repeats, warmup=0)
+    times = race(works, repeats, warmup=int(torch.cuda.is_available()))
     memory = {name: peak_memory(prepare, model, given, side, dtype) for name, side in sides.items()}
     whole, tiled = made["whole"].float(), made["tiled"].float()
     if prepare is decoding:

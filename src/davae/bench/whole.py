@@ -39,7 +39,9 @@ def text_seconds(encoder: TextEncoder, repeats: int, dtype: torch.dtype) -> floa
         )
     layers = int(encoder.config[key])
     few = min(LAYERS, layers)
-    model = replace(encoder, config={**encoder.config, key: few}).build().to(own_device(), dtype)
+    with torch.device(own_device()):
+        model = replace(encoder, config={**encoder.config, key: few}).build()
+    model = model.to(own_device(), dtype)
     ids = torch.ones(1, encoder.tokens, dtype=torch.long, device=own_device())
     with torch.no_grad():
         times = race({key: lambda: model(input_ids=ids)}, repeats)
@@ -76,7 +78,8 @@ def decoding_seconds(
 ) -> dict[str, float]:
     """Seconds of decoding one picture by the base autoencoder and by a DetailVAE on it, whole, without tiles."""
     torch.manual_seed(0)
-    base: Any = model_class(shapes.vae_class).from_config(shapes.vae_config).eval()
+    with torch.device(own_device()):
+        base: Any = model_class(shapes.vae_class).from_config(shapes.vae_config).eval()
     detail: Any = DetailVAE.from_base(base, detail_channels, scale).eval()
     device = own_device()
     side = resolution // shapes.vae_factor

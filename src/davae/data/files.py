@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -153,8 +154,8 @@ class TarSource:
         shard = self.shard_of[index]
         if shard not in self._open:
             self._open[shard] = self.shards[shard].open("rb")
-        self._open[shard].seek(offset)
-        return self._open[shard].read(size)
+        # forked workers share an open file's position, so none is used
+        return os.pread(self._open[shard].fileno(), size, offset)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # file handles do not travel to workers

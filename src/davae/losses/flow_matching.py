@@ -31,6 +31,11 @@ def shift_timestep(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+def logit_normal(normal: Tensor, *, mean: float, std: float, shift: float) -> Tensor:
+    """t = sigmoid(mean + std * normal), then shifted; any shape, in (0,1)."""
+    return shift_timestep(torch.sigmoid(mean + std * normal), shift)
+
+
 def sample_timesteps(
     batch_size: int,
     generator: torch.Generator,
@@ -43,4 +48,4 @@ def sample_timesteps(
     """Logit-normal t = sigmoid(mean + std * normal), then shifted; (B,) in (0,1). Normals are drawn on the
     generator's device, so that a seed gives the same timesteps on every device."""
     normal = torch.randn(batch_size, generator=generator, device=generator.device)
-    return shift_timestep(torch.sigmoid(mean + std * normal), shift).to(device)
+    return logit_normal(normal, mean=mean, std=std, shift=shift).to(device)

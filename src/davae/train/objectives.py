@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from davae.losses import ddpm
-from davae.losses.flow_matching import interpolate, sample_timesteps, velocity_target
+from davae.losses.flow_matching import interpolate, logit_normal, velocity_target
 from davae.losses.min_snr import Prediction, min_snr_weight
 from davae.models.families import TransformerFamily
 from davae.models.pipeline import ModelError
@@ -28,8 +28,8 @@ class Objective(Protocol):
     @property
     def prediction(self) -> Prediction: ...
 
-    def draw(self, settings: FlowOptim, generator: torch.Generator) -> Tensor:
-        """One sample's timestep (1,), as the family's call takes it."""
+    def draw(self, settings: FlowOptim, generators: list[torch.Generator]) -> Tensor:
+        """A timestep for each sample's generator (B,), as the family's call takes it."""
         ...
 
     def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -50,9 +50,11 @@ class FlowMatching:
 
     prediction: Literal["flow"] = "flow"
 
-    def draw(self, settings: FlowOptim, generator: torch.Generator) -> Tensor:
-        mean, std, shift = settings.timestep_mean, settings.timestep_std, settings.timestep_shift
-        return sample_timesteps(1, generator, mean=mean, std=std, shift=shift)
+    def draw(self, settings: FlowOptim, generators: list[torch.Generator]) -> Tensor:
+        normal = torch.cat([torch.randn(1, generator=generator) for generator in generators])  # (B,)
+        return logit_normal(
+            normal, mean=settings.timestep_mean, std=settings.timestep_std, shift=settings.timestep_shift
+        )
 
     def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return interpolate(latents, noise, t)
@@ -77,8 +79,9 @@ class Diffusion:
     alphas_cumprod: Tensor  # (T,)
     prediction: Literal["epsilon", "v_prediction"]
 
-    def draw(self, settings: FlowOptim, generator: torch.Generator) -> Tensor:
-        return ddpm.draw_timesteps(1, len(self.alphas_cumprod), generator, generator.device)
+    def draw(self, settings: FlowOptim, generators: list[torch.Generator]) -> Tensor:
+        steps = len(self.alphas_cumprod)
+        return torch.cat([ddpm.draw_timesteps(1, steps, generator, generator.device) for generator in generators])
 
     def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return ddpm.add_noise(latents, noise, self.alphas_cumprod, t)
@@ -121,7 +124,7 @@ def noise_batch(
 ) -> NoisedBatch:
     """Draw condition dropout, timestep and noise of each sample, in that order. `null` replaces what is dropped."""
     dropped = draws.uniform() < settings.caption_dropout
-    t = torch.cat([objective.draw(settings, generator) for generator in draws.samples]).to(latents.device)
+    t = objective.draw(settings, draws.samples).to(latents.device)
     noise = draws.normal(*latents.shape[1:]).to(latents)
     weight = None
     if min_snr_gamma is not None:

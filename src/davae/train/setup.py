@@ -30,6 +30,9 @@ def make_accelerator(run: Run, folder: Path | None = None) -> Accelerator:
     """
     if "ACCELERATE_USE_CPU" not in os.environ and not torch.accelerator.is_available() and "LOCAL_RANK" in os.environ:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # several processes without a GPU: gloo
+    # accelerate keeps one precision a process; a table's rows may differ
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != run.mixed_precision:
+        AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
         log_with=list(run.trackers) or None,
