@@ -143,6 +143,9 @@ def paper_losses(settings: Stage1, weights: Path) -> Stage1:
 def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = True) -> dict[str, Any]:
     """The trainer's stage 1 against `PlainStage1`, with the paper's losses on the recipe's model and pictures.
 
+    Both run in the recipe's precision. The trainer keeps its losses in float32, the plain one leaves them to autocast: equal
+    to 1e-4 in float32 alone.
+
     Args:
         follow: False lets the opponent go on from its own weights.
     """
@@ -162,10 +165,11 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = Tru
             # the package's own forward pass: what one would first write
             opponent = PlainStage1(settings, rival.vae, cast(Lpips, perceptual).model, critic)
 
-            def play(turn: Turn, opponent: PlainStage1 = opponent) -> float:
+            def play(turn: Turn, opponent: PlainStage1 = opponent, run: Upgrade = run) -> float:
                 lr = learning_rate(settings, settings.lr, turn.step)
                 images = turn.batch["images"].to(opponent.vae.device, memory_format=torch.channels_last)
-                return opponent.step(images, turn.step, lr, turn.draws.afresh)
+                with run.accelerator.autocast():
+                    return opponent.step(images, turn.step, lr, turn.draws.afresh)
 
             def copy(task: Stage1Task = task, rival: Stage1Task = rival) -> None:
                 copy_weights(task.vae, rival.vae)
@@ -176,7 +180,7 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = Tru
             duels.append(Duel(Recorder(task), play, copy if follow else lambda: None))
             Trainer(task, recipe.run, run.folder, run.accelerator, duels[-1]).fit()
             run.folder.close()
-    return {"recipe": recipe.name, **result(duels, settings.batch_size)}
+    return {"recipe": recipe.name, "precision": recipe.run.mixed_precision, **result(duels, settings.batch_size)}
 
 
 class Indexed:
@@ -231,12 +235,17 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
             opponent, pictures = plain_stage2(run, rival), run.training_pictures()
 
             def play(
-                turn: Turn, opponent: PlainStage2 = opponent, noted: Indexed = noted, pictures: Any = pictures
+                turn: Turn,
+                opponent: PlainStage2 = opponent,
+                noted: Indexed = noted,
+                pictures: Any = pictures,
+                run: Upgrade = run,
             ) -> float:
                 given = noted.given[-settings.batch_size :]  # nothing is read ahead without workers
                 images = torch.stack([pictures[(i, i)]["image"] for i in given]).to(opponent.vae.device)
                 lr = learning_rate(settings, settings.lr, turn.step)
-                return opponent.step(images, turn.batch["conditions"], turn.step, lr, turn.draws)
+                with run.accelerator.autocast():
+                    return opponent.step(images, turn.batch["conditions"], turn.step, lr, turn.draws)
 
             def copy(task: Stage2Task = task, rival: Stage2Task = rival) -> None:
                 copy_weights(task.transformer, rival.transformer)
@@ -244,7 +253,7 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
             duels.append(Duel(Recorder(task), play, copy))
             Trainer(task, recipe.run, run.folder, run.accelerator, duels[-1]).fit()
             run.folder.close()
-    return {"recipe": recipe.name, **result(duels, settings.batch_size)}
+    return {"recipe": recipe.name, "precision": recipe.run.mixed_precision, **result(duels, settings.batch_size)}
 
 
 def plain_stage2(run: Upgrade, rival: Any) -> PlainStage2:
