@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from davae.bench.clock import machine, ratio, spread
 from davae.bench.plain import PlainStage1, PlainStage2
+from davae.evaluate.throughput import synchronise
 from davae.losses.flow_matching import sample_timesteps
 from davae.losses.perceptual import Lpips, random_lpips
 from davae.models.pipeline import denoiser, embed_captions
@@ -62,7 +63,7 @@ class Duel:
     steps are timed.
 
     Args:
-        play: the opponent's step; returns its loss.
+        play: fetches the opponent's pictures and returns its step, which gives its loss. Fetching is not timed.
         follow: gives the opponent the trainer's weights.
 
     Attributes:
@@ -70,23 +71,29 @@ class Duel:
     """
 
     recorder: Recorder
-    play: Callable[[Turn], float]
+    play: Callable[[Turn], Callable[[], float]]
     follow: Callable[[], None]
     ours: list[float] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)
     losses: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._before = time.perf_counter()
+        self._before = self._clock()
 
     def __call__(self, progress: Progress) -> None:
-        now = time.perf_counter()
-        self.ours.append(now - self._before)
-        loss = self.play(self.recorder.turns[-1])
-        self.plain.append(time.perf_counter() - now)
+        self.ours.append(self._clock() - self._before)
+        step = self.play(self.recorder.turns[-1])
+        started = self._clock()
+        loss = step()
+        self.plain.append(self._clock() - started)
         self.losses.append((progress.values["loss"], loss))
         self.follow()
-        self._before = time.perf_counter()
+        self._before = self._clock()
+
+    @staticmethod
+    def _clock() -> float:
+        synchronise()  # a GPU may still be at the step's last kernels
+        return time.perf_counter()
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
@@ -165,11 +172,15 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = Tru
             # the package's own forward pass: what one would first write
             opponent = PlainStage1(settings, rival.vae, cast(Lpips, perceptual).model, critic)
 
-            def play(turn: Turn, opponent: PlainStage1 = opponent, run: Upgrade = run) -> float:
+            def play(turn: Turn, opponent: PlainStage1 = opponent, run: Upgrade = run) -> Callable[[], float]:
                 lr = learning_rate(settings, settings.lr, turn.step)
                 images = turn.batch["images"].to(opponent.vae.device, memory_format=torch.channels_last)
-                with run.accelerator.autocast():
-                    return opponent.step(images, turn.step, lr, turn.draws.afresh)
+
+                def step() -> float:
+                    with run.accelerator.autocast():
+                        return opponent.step(images, turn.step, lr, turn.draws.afresh)
+
+                return step
 
             def copy(task: Stage1Task = task, rival: Stage1Task = rival) -> None:
                 copy_weights(task.vae, rival.vae)
@@ -240,12 +251,16 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
                 noted: Indexed = noted,
                 pictures: Any = pictures,
                 run: Upgrade = run,
-            ) -> float:
+            ) -> Callable[[], float]:
                 given = noted.given[-settings.batch_size :]  # nothing is read ahead without workers
                 images = torch.stack([pictures[(i, i)]["image"] for i in given]).to(opponent.vae.device)
                 lr = learning_rate(settings, settings.lr, turn.step)
-                with run.accelerator.autocast():
-                    return opponent.step(images, turn.batch["conditions"], turn.step, lr, turn.draws)
+
+                def step() -> float:
+                    with run.accelerator.autocast():
+                        return opponent.step(images, turn.batch["conditions"], turn.step, lr, turn.draws)
+
+                return step
 
             def copy(task: Stage2Task = task, rival: Stage2Task = rival) -> None:
                 copy_weights(task.transformer, rival.transformer)
