@@ -75,6 +75,7 @@ def test_an_upgrade_from_training_to_benchmarks(build: Path, tiny_base: Path, pi
             ["analyze", "spectra", "--vae", run, "--data", data, "--num", 8, "--out", tmp_path / "a"],
             ["bench", "vae", run / "vae", "--resolution", 64, "--tile", 32, "--only", "decode", "--repeats", 1],
             ["bench", "tokens", tiny_base, "--resolution", 32, "--blocks", 1, "--repeats", 1],
+            ["bench", "whole", tiny_base, "--resolution", 32, "--blocks", 1, "--repeats", 1],
             ["bench", "sample", tiny_base, run, "--steps", 2, "--repeats", 1],
             ["bench", "stage1", recipe, "--steps", 1, "--repeats", 1],
             ["bench", "stage2", recipe, "--steps", 1, "--repeats", 1],

@@ -218,6 +218,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             learned_shortcuts=start == "unfolded",  # what averages would add is not the base's latent
         )
         source = cast(Any, base_vae)
+        model = model.to(source.device)
         if source.dtype != model.dtype:
             model = model.to(source.dtype)
             model._fill_statistics()
@@ -236,7 +237,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             unfold_up(cast(DetailUp, up), *first_convolution(source, family), model.layout)
         else:
             warm_start_up(cast(DetailUp, up), *first_convolution(source, family), model.layout)
-        return model.to(source.device)
+        return model
 
     # -- statistics --------------------------------------------------------------------------------------------
 
