@@ -19,6 +19,17 @@ def own_device() -> torch.device:
     return cast(torch.device, PartialState().device)
 
 
+def send(
+    tensor: torch.Tensor, device: torch.device, memory_format: torch.memory_format | None = None
+) -> torch.Tensor:
+    """A tensor on a device. From the CPU to a GPU through pinned memory: otherwise the CPU would wait until the GPU is done
+    with all that it was given before, every step."""
+    layout = torch.preserve_format if memory_format is None else memory_format
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.contiguous(memory_format=layout).pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, memory_format=layout)
+
+
 @dataclass(frozen=True)
 class Placement:
     """Precision of the weights, and whether they wait in the CPU's memory.

@@ -19,6 +19,7 @@ from davae.losses.reconstruction import (
     reconstruction_loss,
 )
 from davae.models.discriminator import PatchDiscriminator
+from davae.models.placement import send
 from davae.recipes.sections import Reconstruction
 from davae.train.draws import Draws
 from davae.train.loop import Player
@@ -161,7 +162,7 @@ class ReconstructionTask(ABC):
     def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         if player == "discriminator":
             return self.trainer.discriminator_loss(self.modules["discriminator"])
-        images = batch["images"].to(self.device, memory_format=torch.channels_last)
+        images = send(batch["images"], self.device, torch.channels_last)
         return self.autoencoder_turn(images, step, draws)
 
     @abstractmethod

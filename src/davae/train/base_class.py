@@ -13,6 +13,7 @@ from davae.losses.flow_matching import direction_loss
 from davae.models.lightning_dit import LightningDiT
 from davae.models.new_latents import change_latents
 from davae.models.pipeline import ModelError, load_pipeline
+from davae.models.placement import send
 from davae.models.repatch import change_patch
 from davae.recipes.schema import BaseRecipe, ClassArchitecture
 from davae.recipes.sections import FlowOptim
@@ -90,7 +91,7 @@ class ClassFlowTask:
 
     def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
-        latents = batch["latents"].to(self.device)
+        latents = send(batch["latents"], self.device)
         z = (latents - over_grid(self.mean, latents)) / over_grid(self.std, latents)  # (B,C,h,w)
         flow = noise_batch(FLOW, z, batch["conditions"], self.conditioning.null, s, draws)
         velocity = self.conditioning.predict(self.modules["dit"], flow.x_t, flow.t, flow.conditions)

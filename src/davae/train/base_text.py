@@ -22,6 +22,7 @@ from transformers import (
 
 from davae.data.cache import CachedLatents, collate_latents
 from davae.models.null_tokens import draw_count, repeat_last_token
+from davae.models.placement import send
 from davae.recipes.schema import TextArchitecture
 from davae.recipes.sections import FlowOptim
 from davae.train.draws import Draws
@@ -159,7 +160,7 @@ class BaseFlowTask:
 
     def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
-        z = (batch["latents"].to(self.device) - self.mean) / self.std  # (B,C,h,w)
+        z = (send(batch["latents"], self.device) - self.mean) / self.std  # (B,C,h,w)
         flow = noise_batch(FLOW, z, batch["conditions"], "", s, draws)
         tokens = self.tokenizer(
             flow.conditions,

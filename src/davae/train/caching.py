@@ -17,6 +17,7 @@ from davae.data.cache_key import Key, fingerprint, hash_pictures, hash_weights
 from davae.data.cache_writer import write_latents, write_text
 from davae.data.latent_shards import PATTERN, STATISTICS, import_shards
 from davae.data.pictures import Pictures, by_kind, counted
+from davae.models.placement import send
 from davae.recipes.sections import Cache, Data
 from davae.train.opened import OpenedData
 from davae.train.state import replace_text, saving
@@ -82,7 +83,7 @@ def cache_pictures(
 
     @torch.no_grad()
     def on_device(images: Tensor) -> Tensor:
-        return encode(images.to(accelerator.device, memory_format=torch.channels_last))
+        return encode(send(images, accelerator.device, torch.channels_last))
 
     options: dict[str, Any] = {"batch_size": cache.batch_size, "dtype": cache.dtype, "team": together}
     with saving(folder):

@@ -16,6 +16,7 @@ from davae.data.pictures import DataError
 from davae.models.calls import CLASS_CALLS, TEXT_CALLS, bound
 from davae.models.families import transformer_family
 from davae.models.null_tokens import draw_count, repeat_last_token
+from davae.models.placement import send
 
 
 class Conditioning(Protocol):
@@ -57,7 +58,7 @@ class TextConditioning:
             self.processor.count = draw_count(generator)
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[str]) -> Tensor:
-        parts = tuple(part.to(self.device) for part in self.cache.embed(conditions))
+        parts = tuple(send(part, self.device) for part in self.cache.embed(conditions))
         return self.call.predict(model, self.config, x_t, t, parts)
 
 
@@ -72,7 +73,7 @@ class ClassConditioning:
         """Nothing else is random."""
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[int]) -> Tensor:
-        labels = torch.tensor(conditions, device=self.device)
+        labels = send(torch.tensor(conditions), self.device)
         return self.call.predict(model, self.config, x_t, t, (labels,))
 
 

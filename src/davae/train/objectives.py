@@ -17,6 +17,7 @@ from davae.losses.flow_matching import interpolate, logit_normal, velocity_targe
 from davae.losses.min_snr import Prediction, min_snr_weight
 from davae.models.families import TransformerFamily
 from davae.models.pipeline import ModelError
+from davae.models.placement import send
 from davae.recipes import RecipeError
 from davae.recipes.sections import FlowOptim
 from davae.train.draws import Draws
@@ -124,8 +125,8 @@ def noise_batch(
 ) -> NoisedBatch:
     """Draw condition dropout, timestep and noise of each sample, in that order. `null` replaces what is dropped."""
     dropped = draws.uniform() < settings.caption_dropout
-    t = objective.draw(settings, draws.samples).to(latents.device)
-    noise = draws.normal(*latents.shape[1:]).to(latents)
+    t = send(objective.draw(settings, draws.samples), latents.device)
+    noise = send(draws.normal(*latents.shape[1:]), latents.device).to(latents.dtype)
     weight = None
     if min_snr_gamma is not None:
         weight = min_snr_weight(*objective.levels(t), min_snr_gamma, objective.prediction)

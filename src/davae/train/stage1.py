@@ -11,6 +11,7 @@ from davae.data.pictures import Pictures
 from davae.losses.alignment import alignment_loss
 from davae.losses.reconstruction import adaptive_weight
 from davae.models.detail_vae import DetailVAE
+from davae.models.placement import send
 from davae.recipes.sections import Stage1
 from davae.train.adversarial import ReconstructionTask
 from davae.train.draws import Draws
@@ -70,7 +71,8 @@ class Stage1Task(ReconstructionTask):
             images = random_squares(images, s.crop, draws)  # (B,3,crop,crop)
         height, width = images.shape[-2] // factor, images.shape[-1] // factor
         noise = draws.normal(self.vae.layout.detail_channels, height, width)
-        reconstruction, z, mean, logvar = self.modules["vae"](images, noise.to(images.device), draws.uniform())
+        chance = send(draws.uniform(), images.device)
+        reconstruction, z, mean, logvar = self.modules["vae"](images, send(noise, images.device), chance)
         # looked up before any gradient is taken: FSDP2 puts the pieces back after that
         last, last_encoder = self.vae.last_decoder_weight, self.vae.last_encoder_weight
         total, pull, logged = self.trainer.autoencoder_loss(images, reconstruction, mean, logvar, last, step)

@@ -13,6 +13,7 @@ from davae.latent import LatentLayout, over_grid
 from davae.losses.detail_warmup import detail_direction_loss, detail_weight, velocity_loss
 from davae.models.expand import new_weight_masks
 from davae.models.families import transformer_family
+from davae.models.placement import send
 from davae.recipes.sections import Lora, Stage2
 from davae.train.conditioning import Conditioning
 from davae.train.draws import Draws
@@ -134,7 +135,7 @@ class Stage2Task:
 
     def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
-        raw = batch["latents"].to(self.device)  # (B,C+D,h,w)
+        raw = send(batch["latents"], self.device)  # (B,C+D,h,w)
         latents = (raw - over_grid(self.mean, raw)) / over_grid(self.std, raw)
         noisy = noise_batch(
             self.objective, latents, batch["conditions"], self.conditioning.null, s, draws, s.min_snr_gamma
