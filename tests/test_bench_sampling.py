@@ -114,6 +114,23 @@ def test_faster_cache_says_where_it_reaches_nothing() -> None:
 
 
 @pytest.mark.slow
+def test_a_pass_compiled_whole_is_the_same_and_goes_away_again() -> None:
+    """A minute of compiling."""
+    model = transformer()
+    x, text, pooled = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16), torch.randn(1, 8)
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return model(x, text, pooled, timestep=torch.tensor([500.0]), return_dict=False)[0]
+
+    whole = run()
+    with helped(model, "cuda-graphs"):
+        torch.testing.assert_close(run(), whole)
+    assert model._compiled_call_impl is None
+    assert torch.equal(run(), whole)
+
+
+@pytest.mark.slow
 def test_int8_blocks_are_near_and_go_away_again() -> None:
     """`make slow` installs torchao, whose import is noisy beside this PyTorch."""
     model = transformer()

@@ -126,9 +126,21 @@ def compiled(transformer: Any) -> Iterator[None]:
             module._compiled_call_impl = None
 
 
+@contextmanager
+def cuda_graphs(transformer: Any) -> Iterator[None]:
+    """The whole pass through `torch.compile(mode="reduce-overhead")`: on a GPU one recorded launch, where the CPU would else
+    start thousands of kernels and be the slower of the two. On a CPU it only compiles."""
+    transformer.compile(mode="reduce-overhead")
+    try:
+        yield
+    finally:
+        transformer._compiled_call_impl = None
+
+
 HELPERS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
     "plain": plain,
     "compiled": compiled,
+    "cuda-graphs": cuda_graphs,
     "first-block-cache": first_block_cache,
     "faster-cache": faster_cache,
     "int8": int8,

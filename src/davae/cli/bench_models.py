@@ -15,7 +15,7 @@ Helpers = Annotated[
     list[str] | None,
     typer.Option(
         "--helper",
-        help="Measure with first-block-cache, faster-cache, compiled or int8 too, or several as int8+compiled; "
+        help="Measure with first-block-cache, faster-cache, compiled, cuda-graphs or int8 too, or several as int8+compiled; "
         "may be repeated.",
     ),
 ]
