@@ -67,6 +67,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         base_mean, base_std: per channel, or per channel and position of a 2x2 cell, (c,2,2); z is normalised as the
             pretrained transformer expects it.
         detail_mean, detail_std: per channel, measured over the training set.
+        resolution: pixels of the pictures it was made for, which its pipeline then draws unless told otherwise.
         learned_shortcuts: the new blocks' shortcuts have weights of their own even where channels divide.
 
     Raises:
@@ -89,6 +90,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         detail_mean: list[float] | None = None,
         detail_std: list[float] | None = None,
         learned_shortcuts: bool = False,
+        resolution: int | None = None,
         block_out_channels: list[int] | None = None,
         encoder_block_out_channels: list[int] | None = None,
         latent_channels: int | None = None,

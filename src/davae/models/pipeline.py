@@ -170,7 +170,11 @@ def pixel_factor(pipeline: Any) -> int:
 
 
 def default_resolution(pipeline: Any) -> int:
-    """Pixels of the picture that a pipeline is made for: its own default, or its transformer's."""
+    """Pixels of the picture that a pipeline is made for: those an upgrade was trained on, else its own or its transformer's
+    default. A stock pipeline knows the latter alone: an upgrade from another size than the base's own needs `height` and
+    `width` there."""
+    if isinstance(pipeline.vae, DetailVAE) and pipeline.vae.config.get("resolution"):
+        return int(pipeline.vae.config["resolution"])
     model = denoiser(pipeline)
     family = transformer_family(type(model).__name__)
     if family.default_pixels is not None:

@@ -127,6 +127,7 @@ def write_card(folder: Path, origin: Origin, index: dict[str, Any]) -> Path:
         version=davae.__version__,
         sizes=sizes,
         asked=_asked(name, recipe),
+        pixels=_pixels(name, recipe),
         guided=recipe.sampling if recipe is not None else None,
         vae=read_config(str(folder), "vae"),
         licence=licence,
@@ -147,6 +148,12 @@ def _asked(pipeline: str, recipe: Recipe | None) -> str:
         return "prompt=0"
     prompts = recipe.sampling.prompts if recipe is not None else ()
     return json.dumps(prompts[0] if prompts else "a red rose", ensure_ascii=False)
+
+
+def _pixels(pipeline: str, recipe: Recipe | None) -> int | None:
+    """The size to ask a pipeline for, where it takes one: its own default may be another than the upgrade's."""
+    parameters = inspect.signature(model_class(pipeline).__call__).parameters
+    return recipe.resolution if recipe is not None and {"height", "width"} <= set(parameters) else None
 
 
 def _family(index: dict[str, Any]) -> Any:

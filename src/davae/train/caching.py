@@ -30,7 +30,8 @@ PREPARED_BY = {
     *("flip", "crop", "buckets", "background", "max_pixels"),
     *("caption_key", "caption_weights", "caption_column", "label_key", "label_column", "image_column"),
 }
-NORMALISATION = {"detail_mean", "detail_std", "latents_mean", "latents_std", "scaling_factor", "shift_factor"}
+# Of the autoencoder's config:
+NO_PART = {"resolution", "detail_mean", "detail_std", "latents_mean", "latents_std", "scaling_factor", "shift_factor"}
 
 
 def team(accelerator: Accelerator) -> Team:
@@ -41,13 +42,13 @@ def team(accelerator: Accelerator) -> Team:
 def cache_key(
     vae: nn.Module, opened: OpenedData, data: Data, cache: Cache, *, resolution: int, seed: int, text: Any = None
 ) -> Key:
-    """Everything that a cache's content hangs on. Cached latents are raw, so the autoencoder's normalisation is no part.
+    """Everything that a cache's content hangs on. Cached latents are raw, so the autoencoder's normalisation is no part, nor the size it draws.
 
     Args:
         text: plain values that tell which text encoders speak; None where nothing is embedded.
     """
     config: dict[str, Any] = dict(vae.config)  # type: ignore[arg-type]
-    fixed = {name: v for name, v in config.items() if name not in NORMALISATION and not name.startswith("_")}
+    fixed = {name: v for name, v in config.items() if name not in NO_PART and not name.startswith("_")}
     key: dict[str, Any] = {"autoencoder": hash_weights(vae.state_dict().items(), fixed)}
     if cache.shards is not None:
         files = sorted([*Path(cache.shards).glob(PATTERN), *Path(cache.shards).glob(STATISTICS)])

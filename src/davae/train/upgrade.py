@@ -135,6 +135,7 @@ class Upgrade:
             vae = DetailVAE.from_pretrained(self.init / "vae", torch_dtype=torch.float32)
             if vae.layout != self.layout:
                 raise RecipeError(f"init: {self.init} has {vae.layout}, this recipe {self.layout}")
+            vae.register_to_config(resolution=self.recipe.resolution)
             on_main(partial(save_model, vae, target))
             self.folder.mark_done("stage1")
         if not self.folder.done("stage1"):
@@ -150,6 +151,7 @@ class Upgrade:
             def save() -> None:  # into a new one: engines change the classes of what they train
                 finished = self.new_vae()
                 finished.load_state_dict(trained, strict=False)
+                finished.register_to_config(resolution=self.recipe.resolution)
                 save_model(finished, target)
 
             on_main(save)
