@@ -24,7 +24,7 @@ from test_loop import OneWeight, train
 import davae.recipes
 from davae.models.pipeline import embed_captions, load_pipeline, load_text_encoders, read_shapes, reads_silent_t5
 from davae.recipes import validate
-from davae.recipes.sections import Optim
+from davae.recipes.sections import Optim, Run
 from davae.train import loop, state
 from davae.train.average import Average
 from davae.train.draws import Draws
@@ -46,6 +46,12 @@ def quiet(progress: object) -> None:
 
 
 # -- one batch, any number of processes ----------------------------------------------------------------------------
+
+
+def test_one_process_runs_one_precision_after_the_other() -> None:
+    """A table's rows may differ in it."""
+    for precision in ("no", "bf16", "no"):
+        assert make_accelerator(Run(mixed_precision=precision)).mixed_precision == precision
 
 
 def test_noise_hangs_on_the_place_in_the_global_batch():

@@ -129,6 +129,7 @@ def test_classes_baselines_and_enlarging(build: Path, classes: Path, tmp_path: P
         tmp_path,
         [
             ["train-base", tmp_path / "base.yaml", "--out", base],
+            *(["sample", base, "1", "--num", 1, "--steps", 2, "--offload", way] for way in ("model", "sequential")),
             ["evaluate", "samples", "--pipeline", base, "--num", 4, "--steps", 2, "--out", tmp_path / "samples.npz"],
             ["train-sr", tmp_path / "network.yaml", "--out", tmp_path / "sr"],
             [*generation, "--compare-at", 32, "--upscale", tmp_path / "sr" / "network.safetensors"],

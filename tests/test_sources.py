@@ -270,6 +270,16 @@ def test_worker_processes_tell_what_they_skipped(tmp_path: Path) -> None:
     assert set(pictures.skipped) == {"cut.jpg"}
 
 
+def test_forked_workers_read_a_tar_that_is_open_already(tmp_path: Path) -> None:
+    from davae.data.order import Batches, training_loader
+
+    write_tar(tmp_path / "a.tar", {f"{number:03}.png": png(picture(number)) for number in range(200)})
+    pictures = Pictures(open_source(str(tmp_path / "a.tar"), 32), range(200), 32)
+    expected = torch.stack([pictures[(number, -1)]["image"] for number in range(200)])  # leaves the file open
+    for batch in training_loader(pictures, Batches(200, 8, seed=0, start=0, stop=50), num_workers=4):
+        assert torch.equal(batch["images"], expected[batch["indices"]])
+
+
 def test_limits_of_pixels_and_crops(tmp_path: Path) -> None:
     picture(0, 100, 50).save(tmp_path / "a.png")
     with pytest.raises(

@@ -61,7 +61,8 @@ def one_pass(transformer: nn.Module, channels: int, side: int, batch: int = 1) -
         labels = torch.zeros(batch, dtype=torch.long, device=device)
 
         with transformer.at_grid(side):  # made once a picture, not once a pass
-            tables = transformer._tables
+            assert transformer._tables is not None
+            tables = transformer._tables.on(device)
 
         def by_class() -> object:
             transformer._tables = tables

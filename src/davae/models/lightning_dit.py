@@ -223,6 +223,13 @@ class Tables:
     embedding: Tensor
     rotary: nn.Module | None
 
+    def on(self, device: torch.device) -> Tables:
+        """The same on a device; itself where it lies there."""
+        if self.embedding.device == device:
+            return self
+        rotary = None if self.rotary is None else self.rotary.to(device)
+        return Tables(self.input_size, self.embedding.to(device), rotary)
+
 
 class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Class-conditional transformer on latents (B,C,g,g).
@@ -327,6 +334,8 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             ValueError: another grid or number of channels than the model's.
         """
         config = cast(Any, self.config)
+        if self._tables is not None:  # offloaded weights reach their device with the first pass alone
+            self._tables = self._tables.on(hidden_states.device)
         tables = self._tables or Tables(config.input_size, self.pos_embed, self.feat_rope)
         size = tables.input_size
         if hidden_states.shape[1:] != (config.in_channels, size, size):
@@ -369,11 +378,10 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"input_size {input_size} is not divisible by patch_size {config.patch_size}")
         own = config.input_size // config.patch_size
         positions = grid_positions(input_size // config.patch_size, own)
-        like = self.pos_embed
-        rotary = RotaryEmbedding(positions, config.hidden_size // config.num_heads).to(like.device)
+        rotary = RotaryEmbedding(positions, config.hidden_size // config.num_heads)
         self._tables = Tables(
             input_size,
-            sinusoidal_positions(positions, config.hidden_size).to(like),
+            sinusoidal_positions(positions, config.hidden_size).to(self.pos_embed.dtype),
             rotary if config.use_rope else None,
         )
         try:
