@@ -30,6 +30,7 @@ from davae.train.average import Average
 from davae.train.draws import Draws
 from davae.train.observe import StepTimer, Watch
 from davae.train.optimizers import build_optimizer
+from davae.train.setup import make_accelerator
 from davae.train.state import Interrupted, RunError, RunFolder, new_folder, newest_checkpoint, read_metrics
 from davae.train.upgrade import Upgrade
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_training import run_cli
 
+import davae.measure
 from davae import LatentLayout
 from davae.analyze.curves import loss_curves, smooth
 from davae.data.pictures import DataError, to_images, to_tensor
-from davae.evaluate.distribution import compare, frechet_distance
+from davae.evaluate.distribution import Gaussian, compare, frechet_distance, gaussian_distance, stored_gaussian
 from davae.evaluate.features import Features, InceptionFeatures, Lite0Features, extract
 from davae.evaluate.reconstruction import psnr, score_reconstructions, ssim
 from davae.losses.perceptual import Lite0Distance, Lpips
@@ -49,6 +50,37 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
         frechet_distance(a, b[:1])
     with pytest.raises(ValueError, match="not finite"):
         frechet_distance(a, torch.full((3, 4), torch.nan))
+
+
+def test_fid_to_adm_s_reference_is_taken_to_its_stored_statistics(
+    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Corner:
+        """Stands for Inception, whose weights are not here."""
+
+        name = "fid"
+
+        def __call__(self, images: torch.Tensor) -> Features:
+            return Features(images[:, :, 0, 0])
+
+    monkeypatch.setattr(davae.measure, "make_extractor", lambda name, weights: Corner())
+    mean, covariance = np.array([0.1, 0.2, 0.3]), np.diag([1.0, 2.0, 3.0])
+    pictures = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "reference.npz", arr_0=pictures, mu=mean, sigma=covariance)
+    np.savez(tmp_path / "plain.npz", arr_0=pictures)
+    np.savez(tmp_path / "odd.npz", arr_0=pictures, mu=mean, sigma=covariance[:2])
+    options = {"resolution": 32, "num": None, "features": "inception", "feature_weights": None}
+    found = davae.measure.evaluate_pictures(str(picture_folder), f"{tmp_path}/reference.npz", **options)
+    real = davae.measure.real_pictures(str(picture_folder), 32, 0.0, "train")
+    own = Gaussian.of(torch.stack([real[(i, -1)]["image"][:, 0, 0] for i in range(len(real))]))
+    assert found["fid"] == pytest.approx(gaussian_distance(own, Gaussian(mean, covariance)))
+    assert found["fid_reference"] == "mu and sigma stored in the data"
+    plain = davae.measure.evaluate_pictures(str(picture_folder), f"{tmp_path}/plain.npz", **options)
+    assert "fid_reference" not in plain
+    assert plain["fid"] != found["fid"]
+    assert plain["kid"] == found["kid"]
+    with pytest.raises(ValueError, match=r"mu is \(3,\) and sigma \(2, 3\), expected \(F,\) and \(F,F\)"):
+        stored_gaussian(tmp_path / "odd.npz")
 
 
 def test_set_distances_tell_near_from_far():

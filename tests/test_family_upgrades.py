@@ -65,7 +65,7 @@ def test_upgrade_gives_a_stock_pipeline_at_the_doubled_size(name: str, classes: 
     upgraded = model_class(kind).from_pretrained(pipeline)
     upgraded.set_progress_bar_config(disable=True)
     assert isinstance(upgraded.vae, davae.DetailVAE)
-    # the same tokens draw a picture twice as wide; asked for no size, davae draws that of the training, a stock pipeline its own
+    # the same tokens draw a picture twice as wide; for no size, davae draws the training's, a stock pipeline its own
     assert default_resolution(upgraded) == recipe.resolution == 2 * size
     upgraded.vae.register_to_config(resolution=None)
     assert default_resolution(upgraded) == 2 * default_resolution(base)

@@ -208,6 +208,9 @@ def test_pictures_for_prompts_resume_and_are_scored(tiny_base: Path, tiny_clip: 
         evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=None, **{**options, "steps": 2})
     with pytest.raises(ModelError, match="other settings"):
         evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=None, resolution=32, **options)
+    prompts.write_text("a red square\na blue disc\na green disc\n")
+    with pytest.raises(ModelError, match="other settings"):  # the file's name is the same, its prompts are not
+        evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=None, **options)
     evaluate_prompts(str(tiny_base), prompts, tmp_path / "large", clip=None, resolution=32, **options)
     assert Image.open(tmp_path / "large" / "00000.png").size == (32, 32)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from davae.data.pictures import DataError, Pictures, grid, split, to_tensor
 from davae.data.sources import open_source, usable
-from davae.evaluate.distribution import compare
+from davae.evaluate.distribution import compare, stored_gaussian
 from davae.evaluate.features import Features, extract, make_extractor
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.throughput import time_pipelines
@@ -148,14 +148,20 @@ def evaluate_reconstruction(
 def evaluate_pictures(
     generated: str, data: str, resolution: int, *, num: int | None, features: str, feature_weights: Path | None
 ) -> dict[str, Any]:
-    """Figures of `davae evaluate pictures`: two sets of pictures that lie on disk."""
+    """Figures of `davae evaluate pictures`: two sets of pictures that lie on disk.
+
+    FID to an `.npz` with `mu` and `sigma` is taken to these, as ADM's own evaluator does; KID, precision and recall to its
+    pictures.
+    """
     extractor = make_extractor(features, feature_weights)
+    stored = stored_gaussian(Path(data)) if data.endswith(".npz") and extractor.name == "fid" else None
     sides = [
         extract(batches(real_pictures(source, resolution, 0.0, "train"), num), extractor)
         for source in (generated, data)
     ]
-    scores = compare(*sides)
-    return {"pictures": generated, "data": data, "resolution": resolution, **scores.as_dict(extractor.name)}
+    reference = {} if stored is None else {"fid_reference": "mu and sigma stored in the data"}
+    figures = compare(*sides, stored=stored).as_dict(extractor.name)
+    return {"pictures": generated, "data": data, "resolution": resolution, **figures, **reference}
 
 
 def condition_of(picture: dict[str, Any], pipeline: Any) -> str:

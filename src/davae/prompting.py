@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from davae.data.cache_key import fingerprint
 from davae.data.pictures import DataError
 from davae.data.prompts import Prompt, read_prompts
 from davae.evaluate.clip import Clip
@@ -41,6 +42,7 @@ def draw_missing(
     guidance: float,
     seed: int,
     resolution: int | None,
+    batch_size: int,
     placement: Placement,
     on_batch: Watch,
 ) -> None:
@@ -53,7 +55,14 @@ def draw_missing(
     for start, stop in stretches(missing, PART):
         texts = [prompt for prompt, _ in wanted[start:stop]]
         pictures = generate(
-            model, texts, resolution=resolution, steps=steps, guidance_scale=guidance, seed=seed, first=start
+            model,
+            texts,
+            resolution=resolution,
+            steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            first=start,
+            batch_size=batch_size,
         )
         for (_, path), picture in zip(wanted[start:stop], pictures, strict=True):
             with saving(path.parent):
@@ -95,6 +104,11 @@ def drawn_by(
     return own if resolution is None else {**own, "resolution": resolution}
 
 
+def digest(requests: list[Prompt]) -> str:
+    """Hash of prompts and their order: a picture's number stands for one of them."""
+    return fingerprint([[prompt.name, prompt.text, prompt.record] for prompt in requests])
+
+
 def evaluate_prompts(
     pipeline: str,
     prompts: Path,
@@ -107,26 +121,34 @@ def evaluate_prompts(
     clip: str | None,
     on_batch: Watch,
     resolution: int | None = None,
+    batch_size: int = 16,
     placement: Placement = FULL,
 ) -> dict[str, Any]:
     """Figures of `davae evaluate prompts`: a picture a prompt in `out`, by the prompt's name, and their CLIP score.
 
     `resolution` is in pixels; None is the pipeline's own size.
     """
-    chosen = read_prompts(prompts)[:num]
+    requests = read_prompts(prompts)
+    chosen = requests[:num]
     scorer = None if clip is None else Clip(clip)  # a wrong folder is told before drawing
     settings = {
         "pipeline": pipeline,
-        "prompts": str(prompts),
+        "prompts": digest(requests),
         **drawn_by(steps=steps, guidance=guidance, seed=seed, resolution=resolution, placement=placement),
     }
     settings_of(out, settings)
     wanted = [(prompt.text, out / f"{file_name(prompt)}.png") for prompt in chosen]
     if len({path for _, path in wanted}) < len(wanted):
         raise DataError(f"prompt file {prompts}: two prompts have the same name")
-    options = {"steps": steps, "guidance": guidance, "seed": seed, "resolution": resolution}
+    options: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "resolution": resolution,
+        "batch_size": batch_size,
+    }
     draw_missing(pipeline, wanted, **options, placement=placement, on_batch=on_batch)
-    figures: dict[str, Any] = {**settings, "pictures": len(wanted), "folder": str(out)}
+    figures: dict[str, Any] = {**settings, "prompts": str(prompts), "pictures": len(wanted), "folder": str(out)}
     if scorer is not None:
         parts = []
         for start in range(0, len(wanted), PART):
@@ -161,6 +183,7 @@ def evaluate_geneval(
     clip: str | None,
     on_batch: Watch,
     resolution: int | None = None,
+    batch_size: int = 16,
     placement: Placement = FULL,
 ) -> dict[str, Any]:
     """Figures of `davae evaluate geneval`: the official layout in `out`, judged where a detector and CLIP are given.
@@ -175,15 +198,21 @@ def evaluate_geneval(
         raise DataError(f"{prompts} is not GenEval's metadata: the prompt '{odd.text}' has no `tag` and `include`")
     judge = None if detector is None or clip is None else (Detector(detector), Clip(clip))
     how = drawn_by(steps=steps, guidance=guidance, seed=seed, resolution=resolution, placement=placement)
-    settings = {"pipeline": pipeline, "num": num, **how}
+    settings = {"pipeline": pipeline, "prompts": digest(requests), "num": num, **how}
     settings_of(out, settings)
     wanted = []
     for number, request in enumerate(requests):
         folder = write_request(out, number, request.record)
         wanted += [(request.text, folder / f"{sample:05d}.png") for sample in range(num)]
-    options = {"steps": steps, "guidance": guidance, "seed": seed, "resolution": resolution}
+    options: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "resolution": resolution,
+        "batch_size": batch_size,
+    }
     draw_missing(pipeline, wanted, **options, placement=placement, on_batch=on_batch)
-    figures: dict[str, Any] = {**settings, "pictures": len(wanted), "folder": str(out)}
+    figures: dict[str, Any] = {**settings, "prompts": str(prompts), "pictures": len(wanted), "folder": str(out)}
     if judge is not None:
         records = judge_folder(out, *judge)
         replace_text(out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import Json, Offload, Precision, write_json
+from davae.cli.options import BatchSize, Json, Offload, Precision, write_json
 
 Pipeline = Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")]
 Folder = Annotated[Path, typer.Option(help="Folder for the pictures; those already there are kept.")]
@@ -31,6 +31,7 @@ def prompts(
     seed: int = 0,
     clip: ClipModel = None,
     dtype: Precision = "float32",
+    batch_size: BatchSize = 16,
     offload: Offload = "off",
     json: Json = None,
 ) -> None:
@@ -54,6 +55,7 @@ def prompts(
             resolution=resolution,
             seed=seed,
             clip=clip,
+            batch_size=batch_size,
             placement=Placement(dtype, offload),
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         )
@@ -75,6 +77,7 @@ def geneval(
     ] = None,
     clip: ClipModel = None,
     dtype: Precision = "float32",
+    batch_size: BatchSize = 16,
     offload: Offload = "off",
     json: Json = None,
 ) -> None:
@@ -101,6 +104,7 @@ def geneval(
             seed=seed,
             detector=detector,
             clip=clip,
+            batch_size=batch_size,
             placement=Placement(dtype, offload),
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         )

@@ -47,9 +47,20 @@ def reproduce(
     """
     from davae import reproduction
     from davae.display import console, progress_display, table
+    from davae.recipes import RecipeError
     from davae.recipes.tables import load_table
 
     if name in reproduction.FIGURES:
+        given = [flag for flag, value in {"--row": row, "--seeds": seeds, "--markdown": markdown}.items() if value]
+        if given:
+            raise RecipeError(f"{given[0]} is for tables; {name} is drawn from one seed of rows of Table 5")
+        if dry_run:
+            part = "" if name in reproduction.TRAINED_WHOLE else "; of it the detail VAE and the cache alone"
+            for job in reproduction.figure_jobs(name, scale, set or []):
+                console.print(
+                    f"# {job.row}: {reproduction.cost(job)}{part}\n{job.command}", markup=False, soft_wrap=True
+                )
+            return
         with progress_display() as observer:
             done = reproduction.figure(name, scale, set or [], out, results / name, observer)
         console.print(f"{done}", markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -41,9 +42,13 @@ class Clip:
         """CLIP score of each picture with its own text: 100 max(cosine, 0), (N,)."""
         return 100 * self.similarity(images, texts).diagonal().clamp(min=0)
 
+    @torch.no_grad()
     def colour(self, crop: Image.Image, thing: str, colours: tuple[str, ...]) -> str:
-        """Which colour a crop of a thing has: three templates a colour, averaged as in zero-shot classification."""
+        """Which colour a crop of a thing has: the text embeddings of three templates
+        a colour averaged and brought back to length one, as in zero-shot classification."""
         templates = ("a photo of a {} " + thing, "a photo of a {}-colored " + thing, "a photo of a {} object")
         texts = [template.format(colour) for colour in colours for template in templates]
-        cosines = self.similarity([crop], texts)[0].unflatten(0, (len(colours), len(templates)))
-        return colours[int(cosines.mean(1).argmax())]
+        inputs = self.processor(text=texts, images=[crop], return_tensors="pt", padding=True, truncation=True)
+        output = self.model(**inputs.to(self.device))
+        by_colour = output.text_embeds.unflatten(0, (len(colours), len(templates))).mean(1)  # (colours,d)
+        return colours[int((F.normalize(by_colour, dim=1) @ output.image_embeds[0]).argmax())]

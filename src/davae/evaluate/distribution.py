@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,24 +15,64 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from davae.evaluate.features import Features
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of features (N,F), by eigenvalues in float64.
+@dataclass(frozen=True)
+class Gaussian:
+    """What a Frechet distance knows of a set: mean (F,) and covariance (F,F) of its features, float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @classmethod
+    def of(cls, features: Tensor) -> Gaussian:
+        """Features (N,F).
+
+        Raises:
+            ValueError: fewer than two rows, or rows that are not finite.
+        """
+        if len(features) < 2:
+            raise ValueError(f"a Frechet distance needs at least 2 pictures a side, found {len(features)}")
+        x = features.double().numpy()
+        if not np.isfinite(x).all():
+            raise ValueError("features are not finite: the pictures hold NaN or infinite pixels")
+        return cls(x.mean(0), np.cov(x, rowvar=False))
+
+
+def stored_gaussian(path: Path) -> Gaussian | None:
+    """`mu` and `sigma` of Inception features in an `.npz`: ADM's reference files hold those of the whole training set
+    beside a few of its pictures. None where it has none.
 
     Raises:
-        ValueError: fewer than two rows on a side, or rows that are not finite.
+        ValueError: arrays that cannot be them.
     """
-    if len(a) < 2 or len(b) < 2:
-        raise ValueError(f"a Frechet distance needs at least 2 pictures a side, found {len(a)} and {len(b)}")
-    x, y = a.double().numpy(), b.double().numpy()
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("features are not finite: the pictures hold NaN or infinite pixels")
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_x)
+    with np.load(path) as file:
+        if not {"mu", "sigma"} <= set(file.files):
+            return None
+        mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+    if covariance.shape != (*mean.shape, *mean.shape) or mean.ndim != 1:
+        raise ValueError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}, expected (F,) and (F,F)")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"{path}: mu or sigma is not finite")
+    return Gaussian(mean, covariance)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Between features (N,F); ValueError as in `Gaussian.of`."""
+    return gaussian_distance(Gaussian.of(a), Gaussian.of(b))
+
+
+def gaussian_distance(a: Gaussian, b: Gaussian) -> float:
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), by eigenvalues in float64.
+
+    Raises:
+        ValueError: features of different lengths.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"features of length {len(a.mean)} cannot be compared with features of length {len(b.mean)}")
+    values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    middle = root @ cov_y @ root
+    middle = root @ b.covariance @ root
     cross = np.sqrt(np.linalg.eigvalsh((middle + middle.T) / 2).clip(min=0)).sum()
-    distance = np.square(mean_x - mean_y).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * cross
+    distance = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
     return float(max(distance, 0.0))
 
 
@@ -71,10 +112,13 @@ class DistributionScores:
         return figures
 
 
-def compare(generated: Features, real: Features, *, subset: int = 1000, subsets: int = 100) -> DistributionScores:
+def compare(
+    generated: Features, real: Features, *, subset: int = 1000, subsets: int = 100, stored: Gaussian | None = None
+) -> DistributionScores:
     """Every distance between two sets of pictures, given their features.
 
     Args:
+        stored: what the Frechet distance is taken to, in place of the real pictures' own.
         subset, subsets: KID's subset size (lowered to the smaller set where that has fewer) and their number.
 
     Raises:
@@ -93,7 +137,7 @@ def compare(generated: Features, real: Features, *, subset: int = 1000, subsets:
         found = isc_features_to_metric(generated.logits)
         score = (found["inception_score_mean"], found["inception_score_std"])
     return DistributionScores(
-        frechet_distance(generated.features, real.features),
+        gaussian_distance(Gaussian.of(generated.features), stored or Gaussian.of(real.features)),
         kid["kernel_inception_distance_mean"],
         kid["kernel_inception_distance_std"],
         size,

@@ -5,7 +5,7 @@ takes, `speed` times the rows, `tabulate` makes the table, `figures` the paper's
 """
 
 from davae.reproduction.choose import jobs
-from davae.reproduction.figures import FIGURES, figure
+from davae.reproduction.figures import FIGURES, TRAINED_WHOLE, figure, figure_jobs
 from davae.reproduction.job import BaseJob, DrawnJob, EnlargedJob, Job, PlannedJob, UpgradeJob, model_digest
 from davae.reproduction.plans import cost, missing_parts
 from davae.reproduction.runs import finished, run_job, trained_autoencoder, trained_run, trained_stage1
@@ -14,6 +14,7 @@ from davae.reproduction.tabulate import markdown, spread, table_rows
 
 __all__ = [
     "FIGURES",
+    "TRAINED_WHOLE",
     "BaseJob",
     "DrawnJob",
     "EnlargedJob",
@@ -22,6 +23,7 @@ __all__ = [
     "UpgradeJob",
     "cost",
     "figure",
+    "figure_jobs",
     "finished",
     "jobs",
     "markdown",

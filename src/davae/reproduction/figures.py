@@ -11,23 +11,37 @@ from davae.reproduction.job import UpgradeJob
 from davae.reproduction.runs import trained_run, trained_stage1
 from davae.train.loop import Observer
 
-FIGURES = ("fig3", "fig4", "figS3", "figS5", "tableS2a")
+FIGURES = {  # the rows of Table 5 that each needs
+    "fig3": ("full", "without alignment"),
+    "fig4": ("full", "without zero initial weights"),
+    "figS3": ("full",),
+    "figS5": ("full",),
+    "tableS2a": ("full",),
+}
+TRAINED_WHOLE = ("fig4", "figS3")  # the others need no more than the detail VAE and its cache
+
+
+def figure_jobs(name: str, scale: ScaleName, overrides: list[str]) -> list[UpgradeJob]:
+    """The runs that a figure needs, in the order of `FIGURES`."""
+    found = jobs("table5", scale, 1, overrides, list(FIGURES[name]))
+    by_row = {job.row: job for job in found if isinstance(job, UpgradeJob)}
+    return [by_row[row] for row in FIGURES[name]]
 
 
 def figure(name: str, scale: ScaleName, overrides: list[str], out: Path, target: Path, observer: Observer) -> Path:
     """A figure of the paper; trains what it needs and returns its PNG."""
-    full, _, unaligned, drawn = (job for job in jobs("table5", scale, 1, overrides) if isinstance(job, UpgradeJob))
+    full, *others = figure_jobs(name, scale, overrides)
     data = full.measures["reconstruction"]["data"]
     base = str(full.recipe.base.model)
     if name == "figS3":
         return analysis.curves(trained_run(full, out, observer), target)
     if name == "fig4":
-        runs = {"zero": trained_run(full, out, observer), "random": trained_run(drawn, out, observer)}
+        runs = {"zero": trained_run(full, out, observer), "random": trained_run(others[0], out, observer)}
         return analysis.compare(runs, target)
     vae = str(trained_stage1(full, out, observer) / "vae")
     if name == "figS5":
         return analysis.spectra(vae, data, target, num=1000, held_out=0.0)
     if name == "tableS2a":
         return analysis.sensitivity(vae, base, data, target, num=500, held_out=0.0)
-    other = str(trained_stage1(unaligned, out, observer) / "vae")
+    other = str(trained_stage1(others[0], out, observer) / "vae")
     return analysis.latents(vae, other, data, target, num=2000, held_out=0.0)

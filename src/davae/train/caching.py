@@ -42,7 +42,8 @@ def team(accelerator: Accelerator) -> Team:
 def cache_key(
     vae: nn.Module, opened: OpenedData, data: Data, cache: Cache, *, resolution: int, seed: int, text: Any = None
 ) -> Key:
-    """Everything that a cache's content hangs on. Cached latents are raw, so the autoencoder's normalisation is no part, nor the size it draws.
+    """Everything that a cache's content hangs on. Cached latents are raw, so the autoencoder's normalisation is no part,
+    nor the size it draws.
 
     Args:
         text: plain values that tell which text encoders speak; None where nothing is embedded.
