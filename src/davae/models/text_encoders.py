@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from davae.models.calls import TEXT_CALLS
 from davae.models.families import model_class
 from davae.models.pipeline import read_config
 
@@ -41,23 +42,33 @@ def text_encoders(model: str, transformer_config: dict[str, Any]) -> list[TextEn
     found = [
         (name, value[1])
         for name, value in index.items()
-        if name.startswith("text_encoder") and isinstance(value, list) and value[1] is not None
+        if name.startswith("text_encoder")
+        and isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[1], str)
     ]
     encoders = []
     for name, class_name in found:
         config = read_config(model, name)
-        tokens = prompt_tokens(index["_class_name"], class_name, config, transformer_config)
+        denoiser = (index.get("transformer") or index["unet"])[1]
+        tokens = prompt_tokens(index["_class_name"], denoiser, class_name, config, transformer_config)
         encoders.append(TextEncoder(name, class_name, config, tokens))
     return encoders
 
 
 def prompt_tokens(
-    pipeline_class: str, class_name: str, config: dict[str, Any], transformer_config: dict[str, Any]
+    pipeline_class: str,
+    transformer_class: str,
+    class_name: str,
+    config: dict[str, Any],
+    transformer_config: dict[str, Any],
 ) -> int:
-    """CLIP's own limit; else what the pipeline pads to by default; Hunyuan-DiT's transformer says its lengths itself."""
+    """CLIP's own limit; else what the pipeline pads to by default; Hunyuan-DiT's transformer says its lengths itself; else
+    what stage 2 embeds."""
     if class_name.startswith("CLIP"):
         return int(config["max_position_embeddings"])
     default = inspect.signature(model_class(pipeline_class).__call__).parameters.get("max_sequence_length")
     if default is not None and default.default is not None:
         return int(default.default)
-    return int(transformer_config["text_len" if class_name == "BertModel" else "text_len_t5"])
+    own = transformer_config.get("text_len" if class_name == "BertModel" else "text_len_t5")
+    return int(own or TEXT_CALLS[transformer_class].TEXT_TOKENS)

@@ -96,7 +96,7 @@ def predict_once(model: nn.Module, transformer: nn.Module, latents: Tensor) -> T
     grid = transformer.at_grid(latents.shape[-1]) if isinstance(transformer, LightningDiT) else nullcontext()
     with grid:
         call, config = CALLS[name], transformer.config
-        parts = tuple(part.expand(batch, *part.shape[1:]) for part in call.blank(config))
+        parts = tuple(part.expand(batch, *part.shape[1:]).contiguous() for part in call.blank(config))
         return call.predict(model, config, latents, t, parts)
 
 
@@ -113,7 +113,9 @@ def text_tokens(transformer: nn.Module) -> int:
     if transformer_family(name).condition == "class":
         return 0
     with torch.device("meta"):
-        return max(part.shape[1] for part in TEXT_CALLS[name].blank(transformer.config) if part.ndim == 3)
+        call = TEXT_CALLS[name]
+        lengths = [part.shape[1] for part in call.blank(transformer.config) if part.ndim == 3]
+        return max(lengths, default=call.TEXT_TOKENS)  # Krea 2's prompts have several layers a token
 
 
 def autoencoder_flops(vae: Any, resolution: int) -> tuple[Flops, Flops]:

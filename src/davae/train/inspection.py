@@ -216,6 +216,8 @@ def _memory(
             ("stage2_lora_checkpointed", Lora(rank=LORA_RANK), True),
             ("stage2_full_checkpointed", None, True),
         ):
+            if checkpointing and not model_class(shapes.transformer_class)._supports_gradient_checkpointing:
+                continue
             settings = Stage2(max_steps=1, batch_size=1, lora=lora, gradient_checkpointing=checkpointing)
             step = stage2_memory(shapes, layout, side, settings, mixed=True)
             found |= {f"{name}_{key}_bytes": value for key, value in step.as_dict().items()}

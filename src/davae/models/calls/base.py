@@ -42,6 +42,11 @@ class Call(Protocol):
 class TextCall(Call, Protocol):
     """A call that is told prompts."""
 
+    @property
+    def TEXT_TOKENS(self) -> int:
+        """Of a prompt, as the cache keeps it."""
+        ...
+
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         """Prompt embeddings by the pipeline's own `encode_prompt`, one tensor per kind, each (B,...)."""
         ...
@@ -128,10 +133,15 @@ class Masked(Joint):
         return F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
 
 
+def valueless(tensor: Tensor) -> bool:
+    """Whether FLOPs or memory are being counted, with tensors that hold no values: masks then stand for whole prompts."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 def trimmed(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Embeddings (B,L,d) and mask (B,L) without the end that no prompt of the batch reaches, as pipelines pad them; no mask
     where every token counts."""
-    if mask.is_meta or isinstance(mask, FakeTensor):  # counting or planning, of whole prompts
+    if valueless(mask):
         return embeds, None
     reached = int(mask.any(0).nonzero().max()) + 1
     embeds, mask = embeds[:, :reached], mask[:, :reached]

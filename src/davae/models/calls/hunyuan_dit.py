@@ -31,12 +31,13 @@ def rotary_table(config: Any, height: int, width: int, device: torch.device) -> 
 class HunyuanDiTCall(PlainLatents):
     """v and a variance; tokens and masks of CLIP and T5; sizes of a picture at the base's resolution, not the doubled one."""
 
-    TEXT_TOKENS = (77, 256)
+    TEXT_TOKENS = 256  # T5's
+    TEXT_LENGTHS = (77, TEXT_TOKENS)
     ORIGINAL = 1024  # the pipeline's default for the size of the original picture
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         parts: list[Tensor] = []
-        for index, tokens in enumerate(self.TEXT_TOKENS):
+        for index, tokens in enumerate(self.TEXT_LENGTHS):
             embeds, _, mask, _ = pipeline.encode_prompt(
                 captions,
                 dtype=pipeline.transformer.dtype,
@@ -49,7 +50,7 @@ class HunyuanDiTCall(PlainLatents):
         return tuple(parts)  # (B,77,d), (B,77), (B,256,e), (B,256)
 
     def blank(self, config: Any) -> Parts:
-        clip, t5 = self.TEXT_TOKENS
+        clip, t5 = self.TEXT_LENGTHS
         return (
             torch.empty(1, clip, config["cross_attention_dim"]),
             torch.ones(1, clip),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor, nn
 
-from davae.models.calls.base import Parts, PlainLatents, masked_with_null
+from davae.models.calls.base import Parts, PlainLatents, masked_with_null, valueless
 
 
 class Lumina2Call(PlainLatents):
@@ -28,8 +29,8 @@ class Lumina2Call(PlainLatents):
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = parts
-        if x_t.is_meta:
-            _at_full_length(model)
+        if valueless(x_t):
+            _at_full_length(getattr(model, "module", model))
         return -model(
             hidden_states=x_t,
             timestep=1 - t,
@@ -40,10 +41,23 @@ class Lumina2Call(PlainLatents):
 
 
 def _at_full_length(model: Any) -> None:
-    """Let FLOPs be counted on the meta device, where the mask from which the model reads lengths holds no values."""
+    """Let FLOPs and memory be counted where the mask from which the model reads lengths holds no values."""
     embedder = model.rope_embedder
     stock = type(embedder).forward
-    embedder.forward = lambda x, mask: stock(embedder, x, torch.ones(mask.shape, dtype=torch.long, device="cpu"))
+    embedder.forward = lambda x, mask: stock(embedder, x, WholePrompts(mask.shape))
+
+
+@dataclass(frozen=True)
+class WholePrompts:
+    """What the model asks of a mask (B,L), of prompts that fill it."""
+
+    shape: torch.Size
+
+    def sum(self, dim: int) -> WholePrompts:
+        return self
+
+    def tolist(self) -> list[int]:
+        return [self.shape[1]] * self.shape[0]
 
 
 class LuminaNextCall(PlainLatents):
@@ -71,7 +85,7 @@ class LuminaNextCall(PlainLatents):
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = parts
-        last = int(mask.amax(0).nonzero().max()) + 1
+        last = mask.shape[1] if valueless(mask) else int(mask.amax(0).nonzero().max()) + 1
         length = -(-last // self.MULTIPLE) * self.MULTIPLE  # the longest prompt's
         mask = mask[:, :length].long().to(x_t.device)
         scale = math.sqrt(x_t.shape[-2] * x_t.shape[-1]) / config["sample_size"]
