@@ -15,7 +15,8 @@ import typer
 from test_training import run_cli
 
 from davae.cli import app
-from davae.recipes import shipped_recipes
+from davae.models.pipeline import ModelError
+from davae.recipes import RecipeError, shipped_recipes
 
 
 def davae(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -113,3 +114,18 @@ def test_the_page_without_its_extra_is_one_line(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(AssertionError, match="exited with 2"):
         run_cli("app")
     assert capsys.readouterr().err == ('davae: the page needs Gradio; install it with: pip install "davae[app]"\n')
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("evaluate generation --pipeline micro --data openmoji --num 2", "--num 2: at least 4 pictures are needed"),
+        ("sample micro cat --resolution 100", "100 pixels are not divisible by 8, a token's side; use 96"),
+        ("evaluate geneval-score {results} --json {results}/x.json", "--json .* cannot be written: Not a directory"),
+    ],
+)
+def test_bad_input_of_measuring_is_one_line(command: str, message: str, tmp_path: Path):
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"tag": "counting", "prompt": "p", "correct": true, "filename": "00000/samples/0.png"}\n')
+    with pytest.raises(RecipeError if "geneval" in command else ModelError, match=message):
+        app([word.format(results=results) for word in command.split()], standalone_mode=False)

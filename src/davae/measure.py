@@ -16,7 +16,7 @@ from torch import Tensor
 
 from davae.data.pictures import DataError, Pictures, grid, split, to_tensor
 from davae.data.sources import open_source, usable
-from davae.evaluate.distribution import compare, stored_gaussian
+from davae.evaluate.distribution import LEAST, compare, stored_gaussian
 from davae.evaluate.features import Features, extract, make_extractor
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.throughput import time_pipelines
@@ -160,6 +160,9 @@ def evaluate_pictures(
         for source in (generated, data)
     ]
     reference = {} if stored is None else {"fid_reference": "mu and sigma stored in the data"}
+    few = min(map(len, sides))
+    if few < LEAST:
+        raise DataError(f"at least {LEAST} pictures a side are needed, found {few} in {generated} or {data}")
     figures = compare(*sides, stored=stored).as_dict(extractor.name)
     return {"pictures": generated, "data": data, "resolution": resolution, **figures, **reference}
 
@@ -200,6 +203,8 @@ def evaluate_generation(
     batch_size: int = 32,
 ) -> dict[str, Any]:
     """Figures of `davae evaluate generation`: samples against real pictures of the same captions or classes."""
+    if num < LEAST:
+        raise ModelError(f"--num {num}: at least {LEAST} pictures are needed to compare with")
     model, _ = open_model(pipeline, placement)
     own = default_resolution(model)
     size = compare_at or resolution or own

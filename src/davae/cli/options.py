@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from davae.recipes import shipped_recipes
+from davae.recipes import RecipeError, shipped_recipes
 
 Name = Annotated[
     str,
@@ -38,5 +39,11 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:  # hours of measuring are not lost with the file
+            sys.stderr.write(json.dumps(figures) + "\n")
+            raise RecipeError(
+                f"--json {path} cannot be written: {error.strerror or error}; the figures are above"
+            ) from error

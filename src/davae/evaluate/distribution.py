@@ -14,6 +14,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from davae.evaluate.features import Features
 
+LEAST = 4  # pictures a side: precision and recall look at three neighbours
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -122,11 +124,11 @@ def compare(
         subset, subsets: KID's subset size (lowered to the smaller set where that has fewer) and their number.
 
     Raises:
-        ValueError: fewer than four pictures on a side (precision and recall look at three neighbours).
+        ValueError: fewer than `LEAST` pictures on a side.
     """
     few = min(len(generated), len(real))
-    if few < 4:
-        raise ValueError(f"at least 4 pictures a side are needed, found {len(generated)} and {len(real)}")
+    if few < LEAST:
+        raise ValueError(f"at least {LEAST} pictures a side are needed, found {len(generated)} and {len(real)}")
     size = min(subset, few)
     kid = kid_features_to_metric(
         generated.features, real.features, kid_subset_size=size, kid_subsets=subsets, verbose=False

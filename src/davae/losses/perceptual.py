@@ -116,7 +116,7 @@ class Lpips(nn.Module):
         random: leave random weights: for rehearsals, which measure nothing.
 
     Raises:
-        ValueError: when the file is missing or does not hold this network.
+        ValueError: when the file is missing or does not hold this network, or torchvision's cannot be downloaded.
     """
 
     def __init__(self, network: str, weights: str | None = None, random: bool = False):
@@ -126,7 +126,12 @@ class Lpips(nn.Module):
         if random:
             self.model = lpips.LPIPS(net=network, pretrained=False, pnet_rand=True, verbose=False)
         elif weights is None:
-            self.model = lpips.LPIPS(net=network, verbose=False)
+            try:
+                self.model = lpips.LPIPS(net=network, verbose=False)
+            except OSError as error:  # no cache, no network
+                raise ValueError(
+                    f"torchvision's weights of LPIPS {network} cannot be had ({error}); give a file of them"
+                ) from error
         else:
             from safetensors.torch import load_file
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from davae.latent import LatentLayout
 from davae.models.autoencoder_families import base_channels
 from davae.models.detail_vae import DetailVAE
-from davae.models.pipeline import default_resolution, pixel_factor
+from davae.models.families import transformer_family
+from davae.models.pipeline import ModelError, default_resolution, denoiser, patch_size, pixel_factor
 from davae.sample.call import call_pipeline, takes_noise
 
 BASE, DETAIL, STEPS = 0, 1, 1 << 62  # what noise is for
@@ -63,8 +64,17 @@ def generate(
             (ClassConditionalPipeline, DiTPipeline); base or upgraded.
         output_type: `pil` for pictures, `pt` for tensors (3,H,W) in [0,1].
         resolution: pixels; None is the pipeline's own size.
+
+    Raises:
+        ModelError: a size that does not divide into tokens.
     """
     size = resolution or default_resolution(pipeline)
+    config: Any = denoiser(pipeline).config
+    step = pixel_factor(pipeline) * patch_size(config, transformer_family(type(denoiser(pipeline)).__name__))
+    if size % step:
+        raise ModelError(
+            f"{size} pixels are not divisible by {step}, a token's side; use {max(1, round(size / step)) * step}"
+        )
     # a pipeline that takes no noise draws it, the base part first, from these; else only stochastic schedulers do
     purpose = STEPS if takes_noise(pipeline) else BASE
     pictures: list[Any] = []
