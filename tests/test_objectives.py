@@ -22,6 +22,7 @@ from davae.models.calls import CALLS
 from davae.models.expand import new_weight_masks
 from davae.models.families import transformer_family
 from davae.models.pipeline import ModelError, load_scheduler
+from davae.models.placement import send
 from davae.recipes import RecipeError, validate
 from davae.recipes.sections import FlowOptim, Stage2
 from davae.train.draws import Draws
@@ -49,6 +50,19 @@ def draw(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_tensor_goes_to_a_gpu_through_pinned_memory(monkeypatch: pytest.MonkeyPatch):
+    """No GPU is here: its two calls are noted instead."""
+    calls: list[object] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (calls.append("pin"), self)[1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *to, **how: (calls.append((to, how)), self)[1])
+    gpu = torch.device("cuda")
+    for layout in (None, torch.channels_last):
+        calls.clear()
+        sent = send(torch.arange(96.0).view(2, 3, 4, 4), gpu, layout)
+        assert sent.is_contiguous(memory_format=layout or torch.contiguous_format)
+        assert calls == ["pin", ((gpu,), {"non_blocking": True})]
+
+
 def test_noise_and_v_are_the_scheduler_s(name: str):
     scheduler = SCHEDULERS[name]
     last = len(scheduler.alphas_cumprod) - 1

@@ -24,10 +24,11 @@ def send(
 ) -> torch.Tensor:
     """A tensor on a device. From the CPU to a GPU through pinned memory: otherwise the CPU would wait until the GPU is done
     with all that it was given before, every step."""
-    layout = torch.preserve_format if memory_format is None else memory_format
+    if memory_format is not None:
+        tensor = tensor.contiguous(memory_format=memory_format)
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.contiguous(memory_format=layout).pin_memory().to(device, non_blocking=True)
-    return tensor.to(device, memory_format=layout)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass(frozen=True)
