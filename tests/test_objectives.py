@@ -50,19 +50,6 @@ def draw(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_tensor_goes_to_a_gpu_through_pinned_memory(monkeypatch: pytest.MonkeyPatch):
-    """No GPU is here: its two calls are noted instead."""
-    calls: list[object] = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (calls.append("pin"), self)[1])
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *to, **how: (calls.append((to, how)), self)[1])
-    gpu = torch.device("cuda")
-    for layout in (None, torch.channels_last):
-        calls.clear()
-        sent = send(torch.arange(96.0).view(2, 3, 4, 4), gpu, layout)
-        assert sent.is_contiguous(memory_format=layout or torch.contiguous_format)
-        assert calls == ["pin", ((gpu,), {"non_blocking": True})]
-
-
 def test_noise_and_v_are_the_scheduler_s(name: str):
     scheduler = SCHEDULERS[name]
     last = len(scheduler.alphas_cumprod) - 1
@@ -286,3 +273,16 @@ def test_a_ddpm_model_is_validated_and_shown(tmp_path: Path, picture_folder: Pat
     records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["stage"] == "stage2"]
     assert all(0 < r["validation_loss"] < 100 for r in records)
     assert (tmp_path / "run" / "progress" / "stage2-00000002.png").is_file()
+
+
+def test_a_tensor_goes_to_a_gpu_through_pinned_memory(monkeypatch: pytest.MonkeyPatch):
+    """No GPU is here: its two calls are noted instead."""
+    calls: list[object] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (calls.append("pin"), self)[1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *to, **how: (calls.append((to, how)), self)[1])
+    gpu = torch.device("cuda")
+    for layout in (None, torch.channels_last):
+        calls.clear()
+        sent = send(torch.arange(96.0).view(2, 3, 4, 4), gpu, layout)
+        assert sent.is_contiguous(memory_format=layout or torch.contiguous_format)
+        assert calls == ["pin", ((gpu,), {"non_blocking": True})]
