@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import picture
 from safetensors.torch import load_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_training import run_cli
@@ -333,3 +334,15 @@ def test_plan_counts_what_training_will_train(tiny_base: Path, picture_folder: P
     assert figures["stage1_trainable_parameters"] == sum(p.numel() for p in vae.parameters() if p.requires_grad)
     assert figures["stage2_trainable_parameters"] == trained
     assert (figures["tokens_upgraded"], figures["tokens_native"]) == (16, 64)
+
+
+def test_a_damaged_picture_is_left_out_not_its_neighbour_measured_twice(tmp_path: Path):
+    for number in range(4):
+        picture(number, 32, 32).save(tmp_path / f"{number}.png")
+    whole = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
+    pictures = davae.measure.real_pictures(str(tmp_path), 32, 0.0, "train")
+    found = torch.cat(list(davae.measure.batches(pictures, size=2)))
+    assert len(found) == 3
+    assert len({tuple(image.flatten().tolist()) for image in found}) == 3
+    assert list(pictures.skipped) == ["2.png"]

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from davae.data.pictures import DataError, Pictures, grid, split, to_tensor
+from davae.data.pictures import DataError, Pictures, UnreadablePicture, grid, split, to_tensor
 from davae.data.sources import open_source, usable
 from davae.evaluate.distribution import LEAST, compare, stored_gaussian
 from davae.evaluate.features import Features, extract, make_extractor
@@ -102,12 +102,20 @@ def real_pictures(data: str, resolution: int, held_out: float, side: Literal["tr
 
 
 def batches(pictures: Pictures, num: int | None = None, size: int = 16, *, shared: bool = False) -> Iterator[Tensor]:
-    """Plain pictures in order, (B,3,R,R); `shared` gives each process its part."""
+    """Plain pictures in order, (B,3,R,R); `shared` gives each process its part. One that turns out unreadable is left out,
+    and told: its neighbour would be measured twice."""
     count = len(pictures) if num is None else min(num, len(pictures))
     state = PartialState()
     indices = range(state.process_index, count, state.num_processes) if shared else range(count)
     for start in range(0, len(indices), size):
-        yield torch.stack([pictures[(i, -1)]["image"] for i in indices[start : start + size]])
+        images = []
+        for i in indices[start : start + size]:
+            try:
+                images.append(pictures.read(i, -1)["image"])
+            except UnreadablePicture as error:
+                pictures.skip(i, error)
+        if images:
+            yield torch.stack(images)
 
 
 def evaluate_reconstruction(
