@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,35 +35,42 @@ def open_text_model(name: str, placement: Placement = FULL) -> Any:
     return model
 
 
-def draw_missing(
-    pipeline: str,
-    wanted: list[tuple[str, Path]],
-    *,
-    steps: int,
-    guidance: float,
-    seed: int,
-    resolution: int | None,
-    batch_size: int,
-    placement: Placement,
-    on_batch: Watch,
-) -> None:
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn. `resolution` is in pixels; None is the pipeline's own size."""
+
+    steps: int
+    guidance: float
+    seed: int
+    resolution: int | None
+    batch_size: int
+    placement: Placement
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What pictures depend on beside model and prompts; the model's own size and float32 go without saying."""
+        own = {"steps": self.steps, "guidance": self.guidance, "seed": self.seed, **self.placement.changes}
+        return own if self.resolution is None else {**own, "resolution": self.resolution}
+
+
+def draw_missing(pipeline: str, wanted: list[tuple[str, Path]], how: Drawing, on_batch: Watch) -> None:
     """Draw (prompt, file) pairs whose file is not there yet. Picture i depends on the settings and i alone."""
     missing = [number for number, (_, path) in enumerate(wanted) if not path.is_file()]
     if not missing:
         return
-    model = open_text_model(pipeline, placement)
+    model = open_text_model(pipeline, how.placement)
     done = len(wanted) - len(missing)
     for start, stop in stretches(missing, PART):
         texts = [prompt for prompt, _ in wanted[start:stop]]
         pictures = generate(
             model,
             texts,
-            resolution=resolution,
-            steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
+            resolution=how.resolution,
+            steps=how.steps,
+            guidance_scale=how.guidance,
+            seed=how.seed,
             first=start,
-            batch_size=batch_size,
+            batch_size=how.batch_size,
         )
         for (_, path), picture in zip(wanted[start:stop], pictures, strict=True):
             with saving(path.parent):
@@ -96,14 +104,6 @@ def settings_of(folder: Path, settings: dict[str, Any]) -> None:
         replace_text(path, text)
 
 
-def drawn_by(
-    *, steps: int, guidance: float, seed: int, resolution: int | None, placement: Placement
-) -> dict[str, Any]:
-    """What pictures depend on beside model and prompts; the model's own size and float32 go without saying."""
-    own = {"steps": steps, "guidance": guidance, "seed": seed, **placement.changes}
-    return own if resolution is None else {**own, "resolution": resolution}
-
-
 def digest(requests: list[Prompt]) -> str:
     """Hash of prompts and their order: a picture's number stands for one of them."""
     return fingerprint([[prompt.name, prompt.text, prompt.record] for prompt in requests])
@@ -131,23 +131,13 @@ def evaluate_prompts(
     requests = read_prompts(prompts)
     chosen = requests[:num]
     scorer = None if clip is None else Clip(clip)  # a wrong folder is told before drawing
-    settings = {
-        "pipeline": pipeline,
-        "prompts": digest(requests),
-        **drawn_by(steps=steps, guidance=guidance, seed=seed, resolution=resolution, placement=placement),
-    }
+    how = Drawing(steps, guidance, seed, resolution, batch_size, placement)
+    settings = {"pipeline": pipeline, "prompts": digest(requests), **how.settings}
     settings_of(out, settings)
     wanted = [(prompt.text, out / f"{file_name(prompt)}.png") for prompt in chosen]
     if len({path for _, path in wanted}) < len(wanted):
         raise DataError(f"prompt file {prompts}: two prompts have the same name")
-    options: dict[str, Any] = {
-        "steps": steps,
-        "guidance": guidance,
-        "seed": seed,
-        "resolution": resolution,
-        "batch_size": batch_size,
-    }
-    draw_missing(pipeline, wanted, **options, placement=placement, on_batch=on_batch)
+    draw_missing(pipeline, wanted, how, on_batch)
     figures: dict[str, Any] = {**settings, "prompts": str(prompts), "pictures": len(wanted), "folder": str(out)}
     if scorer is not None:
         parts = []
@@ -197,21 +187,14 @@ def evaluate_geneval(
     if odd is not None:
         raise DataError(f"{prompts} is not GenEval's metadata: the prompt '{odd.text}' has no `tag` and `include`")
     judge = None if detector is None or clip is None else (Detector(detector), Clip(clip))
-    how = drawn_by(steps=steps, guidance=guidance, seed=seed, resolution=resolution, placement=placement)
-    settings = {"pipeline": pipeline, "prompts": digest(requests), "num": num, **how}
+    how = Drawing(steps, guidance, seed, resolution, batch_size, placement)
+    settings = {"pipeline": pipeline, "prompts": digest(requests), "num": num, **how.settings}
     settings_of(out, settings)
     wanted = []
     for number, request in enumerate(requests):
         folder = write_request(out, number, request.record)
         wanted += [(request.text, folder / f"{sample:05d}.png") for sample in range(num)]
-    options: dict[str, Any] = {
-        "steps": steps,
-        "guidance": guidance,
-        "seed": seed,
-        "resolution": resolution,
-        "batch_size": batch_size,
-    }
-    draw_missing(pipeline, wanted, **options, placement=placement, on_batch=on_batch)
+    draw_missing(pipeline, wanted, how, on_batch)
     figures: dict[str, Any] = {**settings, "prompts": str(prompts), "pictures": len(wanted), "folder": str(out)}
     if judge is not None:
         records = judge_folder(out, *judge)

@@ -36,6 +36,11 @@ def spread(seconds: list[float]) -> Spread:
     return Spread(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
 
+def gpu_rounds() -> int:
+    """Warm-up of rounds so long that a CPU needs none; a GPU's first one loads its kernels."""
+    return int(torch.cuda.is_available())
+
+
 def race(contenders: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Spread]:
     """Time each contender `repeats` times, one after the other in every round, so that drift hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.bench.clock import machine, race, ratio, spread
+from davae.bench.clock import gpu_rounds, machine, race, ratio, spread
 from davae.bench.helpers import helped, multiplies
 from davae.bench.vae import psnr
 from davae.data.pictures import to_tensor
@@ -108,7 +108,7 @@ def bench_guidance(
     def full() -> None:
         results["full"] = fully_guided(model, noise, labels, num_steps, scale, start, shift)
 
-    times = race({"davae": ours, "full": full}, repeats, warmup=int(torch.cuda.is_available()))
+    times = race({"davae": ours, "full": full}, repeats, warmup=gpu_rounds())
     unguided = int((shift_timestep(torch.linspace(0, 1, num_steps), shift)[:-1] < start).sum())
     difference = float((results["davae"] - results["full"]).abs().max() / results["full"].abs().max())
     return {

@@ -6,10 +6,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -65,6 +67,7 @@ class Duel:
     Args:
         play: fetches the opponent's pictures and returns its step, which gives its loss. Fetching is not timed.
         follow: gives the opponent the trainer's weights.
+        accelerator: the trainer's, whose mixed precision is the opponent's too.
 
     Attributes:
         ours, plain: seconds of each step. losses: (trainer's, opponent's) of each step.
@@ -73,6 +76,7 @@ class Duel:
     recorder: Recorder
     play: Callable[[Turn], Callable[[], float]]
     follow: Callable[[], None]
+    accelerator: Accelerator
     ours: list[float] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)
     losses: list[tuple[float, float]] = field(default_factory=list)
@@ -84,7 +88,8 @@ class Duel:
         self.ours.append(self._clock() - self._before)
         step = self.play(self.recorder.turns[-1])
         started = self._clock()
-        loss = step()
+        with self.accelerator.autocast():
+            loss = step()
         self.plain.append(self._clock() - started)
         self.losses.append((progress.values["loss"], loss))
         self.follow()
@@ -172,15 +177,10 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = Tru
             # the package's own forward pass: what one would first write
             opponent = PlainStage1(settings, rival.vae, cast(Lpips, perceptual).model, critic)
 
-            def play(turn: Turn, opponent: PlainStage1 = opponent, run: Upgrade = run) -> Callable[[], float]:
+            def play(turn: Turn, opponent: PlainStage1 = opponent) -> Callable[[], float]:
                 lr = learning_rate(settings, settings.lr, turn.step)
                 images = turn.batch["images"].to(opponent.vae.device, memory_format=torch.channels_last)
-
-                def step() -> float:
-                    with run.accelerator.autocast():
-                        return opponent.step(images, turn.step, lr, turn.draws.afresh)
-
-                return step
+                return partial(opponent.step, images, turn.step, lr, turn.draws.afresh)
 
             def copy(task: Stage1Task = task, rival: Stage1Task = rival) -> None:
                 copy_weights(task.vae, rival.vae)
@@ -188,7 +188,7 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = Tru
                     cast(nn.Module, task.trainer.discriminator), cast(nn.Module, rival.trainer.discriminator)
                 )
 
-            duels.append(Duel(Recorder(task), play, copy if follow else lambda: None))
+            duels.append(Duel(Recorder(task), play, copy if follow else lambda: None, run.accelerator))
             Trainer(task, recipe.run, run.folder, run.accelerator, duels[-1]).fit()
             run.folder.close()
     return {"recipe": recipe.name, "precision": recipe.run.mixed_precision, **result(duels, settings.batch_size)}
@@ -246,26 +246,17 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
             opponent, pictures = plain_stage2(run, rival), run.training_pictures()
 
             def play(
-                turn: Turn,
-                opponent: PlainStage2 = opponent,
-                noted: Indexed = noted,
-                pictures: Any = pictures,
-                run: Upgrade = run,
+                turn: Turn, opponent: PlainStage2 = opponent, noted: Indexed = noted, pictures: Any = pictures
             ) -> Callable[[], float]:
                 given = noted.given[-settings.batch_size :]  # nothing is read ahead without workers
                 images = torch.stack([pictures[(i, i)]["image"] for i in given]).to(opponent.vae.device)
                 lr = learning_rate(settings, settings.lr, turn.step)
-
-                def step() -> float:
-                    with run.accelerator.autocast():
-                        return opponent.step(images, turn.batch["conditions"], turn.step, lr, turn.draws)
-
-                return step
+                return partial(opponent.step, images, turn.batch["conditions"], turn.step, lr, turn.draws)
 
             def copy(task: Stage2Task = task, rival: Stage2Task = rival) -> None:
                 copy_weights(task.transformer, rival.transformer)
 
-            duels.append(Duel(Recorder(task), play, copy))
+            duels.append(Duel(Recorder(task), play, copy, run.accelerator))
             Trainer(task, recipe.run, run.folder, run.accelerator, duels[-1]).fit()
             run.folder.close()
     return {"recipe": recipe.name, "precision": recipe.run.mixed_precision, **result(duels, settings.batch_size)}

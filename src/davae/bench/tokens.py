@@ -60,13 +60,8 @@ def one_pass(transformer: nn.Module, channels: int, side: int, batch: int = 1) -
     if isinstance(transformer, LightningDiT):
         labels = torch.zeros(batch, dtype=torch.long, device=device)
 
-        with transformer.at_grid(side):  # made once a picture, not once a pass
-            assert transformer._tables is not None
-            tables = transformer._tables.on(device)
-
         def by_class() -> object:
-            transformer._tables = tables
-            with torch.no_grad():
+            with torch.no_grad(), transformer.at_grid(side):
                 return transformer(x, t, labels)
 
         return by_class

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from davae.bench.clock import machine, peak_memory, race, ratio
+from davae.bench.clock import gpu_rounds, machine, peak_memory, race, ratio
 from davae.models.autoencoders import load_autoencoder
 from davae.models.one_frame import decode_latents, encode_mode
 from davae.models.placement import own_device
@@ -95,7 +95,7 @@ def whole_against_tiled(
 
     sides = {"whole": None, "tiled": tile}
     works = {name: kept(name, prepare(model, given, side, dtype)) for name, side in sides.items()}
-    times = race(works, repeats, warmup=int(torch.cuda.is_available()))
+    times = race(works, repeats, warmup=gpu_rounds())
     memory = {name: peak_memory(prepare, model, given, side, dtype) for name, side in sides.items()}
     whole, tiled = made["whole"].float(), made["tiled"].float()
     if prepare is decoding:

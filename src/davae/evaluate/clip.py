@@ -32,23 +32,26 @@ class Clip:
         self.model.to(self.device)
 
     @torch.no_grad()
-    def similarity(self, images: list[Image.Image], texts: list[str]) -> Tensor:
-        """Cosines (images, texts)."""
+    def embed(self, images: list[Image.Image], texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings of length one, (images,d) and (texts,d)."""
         inputs = self.processor(text=texts, images=images, return_tensors="pt", padding=True, truncation=True)
         output = self.model(**inputs.to(self.device))
-        return (output.image_embeds @ output.text_embeds.T).cpu()  # both of length one
+        return output.image_embeds, output.text_embeds
+
+    def similarity(self, images: list[Image.Image], texts: list[str]) -> Tensor:
+        """Cosines (images, texts)."""
+        pictures, words = self.embed(images, texts)
+        return (pictures @ words.T).cpu()
 
     def score(self, images: list[Image.Image], texts: list[str]) -> Tensor:
         """CLIP score of each picture with its own text: 100 max(cosine, 0), (N,)."""
         return 100 * self.similarity(images, texts).diagonal().clamp(min=0)
 
-    @torch.no_grad()
     def colour(self, crop: Image.Image, thing: str, colours: tuple[str, ...]) -> str:
-        """Which colour a crop of a thing has: the text embeddings of three templates
-        a colour averaged and brought back to length one, as in zero-shot classification."""
+        """Which colour a crop of a thing has: the text embeddings of three templates a colour, averaged and brought back to
+        length one, as in zero-shot classification."""
         templates = ("a photo of a {} " + thing, "a photo of a {}-colored " + thing, "a photo of a {} object")
         texts = [template.format(colour) for colour in colours for template in templates]
-        inputs = self.processor(text=texts, images=[crop], return_tensors="pt", padding=True, truncation=True)
-        output = self.model(**inputs.to(self.device))
-        by_colour = output.text_embeds.unflatten(0, (len(colours), len(templates))).mean(1)  # (colours,d)
-        return colours[int((F.normalize(by_colour, dim=1) @ output.image_embeds[0]).argmax())]
+        picture, words = self.embed([crop], texts)
+        by_colour = words.unflatten(0, (len(colours), len(templates))).mean(1)  # (colours,d)
+        return colours[int((F.normalize(by_colour, dim=1) @ picture[0]).argmax())]

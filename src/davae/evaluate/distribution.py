@@ -12,6 +12,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from davae.data.pictures import DataError
 from davae.evaluate.features import Features
 
 LEAST = 4  # pictures a side: precision and recall look at three neighbours
@@ -29,13 +30,13 @@ class Gaussian:
         """Features (N,F).
 
         Raises:
-            ValueError: fewer than two rows, or rows that are not finite.
+            DataError: fewer than two rows, or rows that are not finite.
         """
         if len(features) < 2:
-            raise ValueError(f"a Frechet distance needs at least 2 pictures a side, found {len(features)}")
+            raise DataError(f"a Frechet distance needs at least 2 pictures a side, found {len(features)}")
         x = features.double().numpy()
         if not np.isfinite(x).all():
-            raise ValueError("features are not finite: the pictures hold NaN or infinite pixels")
+            raise DataError("features are not finite: the pictures hold NaN or infinite pixels")
         return cls(x.mean(0), np.cov(x, rowvar=False))
 
 
@@ -44,21 +45,21 @@ def stored_gaussian(path: Path) -> Gaussian | None:
     beside a few of its pictures. None where it has none.
 
     Raises:
-        ValueError: arrays that cannot be them.
+        DataError: arrays that cannot be them.
     """
     with np.load(path) as file:
         if not {"mu", "sigma"} <= set(file.files):
             return None
         mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
     if covariance.shape != (*mean.shape, *mean.shape) or mean.ndim != 1:
-        raise ValueError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}, expected (F,) and (F,F)")
+        raise DataError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}, expected (F,) and (F,F)")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError(f"{path}: mu or sigma is not finite")
+        raise DataError(f"{path}: mu or sigma is not finite")
     return Gaussian(mean, covariance)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Between features (N,F); ValueError as in `Gaussian.of`."""
+    """Between features (N,F); DataError as in `Gaussian.of`."""
     return gaussian_distance(Gaussian.of(a), Gaussian.of(b))
 
 
@@ -66,10 +67,10 @@ def gaussian_distance(a: Gaussian, b: Gaussian) -> float:
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), by eigenvalues in float64.
 
     Raises:
-        ValueError: features of different lengths.
+        DataError: features of different lengths.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features of length {len(a.mean)} cannot be compared with features of length {len(b.mean)}")
+        raise DataError(f"features of length {len(a.mean)} cannot be compared with features of length {len(b.mean)}")
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     middle = root @ b.covariance @ root
@@ -124,11 +125,11 @@ def compare(
         subset, subsets: KID's subset size (lowered to the smaller set where that has fewer) and their number.
 
     Raises:
-        ValueError: fewer than `LEAST` pictures on a side.
+        DataError: fewer than `LEAST` pictures on a side.
     """
     few = min(len(generated), len(real))
     if few < LEAST:
-        raise ValueError(f"at least {LEAST} pictures a side are needed, found {len(generated)} and {len(real)}")
+        raise DataError(f"at least {LEAST} pictures a side are needed, found {len(generated)} and {len(real)}")
     size = min(subset, few)
     kid = kid_features_to_metric(
         generated.features, real.features, kid_subset_size=size, kid_subsets=subsets, verbose=False

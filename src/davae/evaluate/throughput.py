@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from davae.models.families import transformer_family
-from davae.models.pipeline import denoiser, patch_size, pixel_factor
+from davae.models.pipeline import denoiser, token_side
 from davae.sample.call import call_pipeline
 
 
@@ -27,10 +26,7 @@ class Timing:
 
 def image_tokens(pipeline: Any, resolution: int) -> int:
     """Image tokens of a square picture."""
-    transformer = denoiser(pipeline)
-    patch = patch_size(transformer.config, transformer_family(type(transformer).__name__))
-    side = resolution // pixel_factor(pipeline) // patch
-    return side * side
+    return (resolution // token_side(pipeline)) ** 2
 
 
 def synchronise() -> None:

@@ -288,7 +288,8 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         config = cast(Any, self.config)
         returned = 2 if learn_sigma and prediction_type == "epsilon" else 1
         self.register_to_config(out_channels=out_channels or returned * in_channels, sample_size=input_size)
-        self._tables: Tables | None = None
+        self._tables: Tables | None = None  # of the grid that it is at
+        self._kept_tables: Tables | None = None  # of the one before
         self.gradient_checkpointing = False
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -376,18 +377,18 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         config = cast(Any, self.config)
         if input_size % config.patch_size:
             raise ValueError(f"input_size {input_size} is not divisible by patch_size {config.patch_size}")
-        own = config.input_size // config.patch_size
-        positions = grid_positions(input_size // config.patch_size, own)
-        rotary = RotaryEmbedding(positions, config.hidden_size // config.num_heads)
-        self._tables = Tables(
-            input_size,
-            sinusoidal_positions(positions, config.hidden_size).to(self.pos_embed.dtype),
-            rotary if config.use_rope else None,
-        )
+        dtype, kept = self.pos_embed.dtype, self._kept_tables
+        if kept is None or kept.input_size != input_size or kept.embedding.dtype != dtype or kept.embedding.is_meta:
+            own = config.input_size // config.patch_size
+            positions = grid_positions(input_size // config.patch_size, own)
+            rotary = RotaryEmbedding(positions, config.hidden_size // config.num_heads)
+            embedding = sinusoidal_positions(positions, config.hidden_size).to(dtype)
+            kept = Tables(input_size, embedding, rotary if config.use_rope else None)
+        self._tables = kept
         try:
             yield self
         finally:
-            self._tables = None
+            self._kept_tables, self._tables = self._tables, None
 
 
 # A pipeline's model_index.json names a component's home; diffusers takes a name only if that module is imported, and

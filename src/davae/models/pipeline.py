@@ -169,6 +169,12 @@ def pixel_factor(pipeline: Any) -> int:
     return spatial_factor(pipeline.vae.config, type(pipeline.vae).__name__)
 
 
+def token_side(pipeline: Any) -> int:
+    """Pixels of an image token of a pipeline's denoiser, each way."""
+    model = denoiser(pipeline)
+    return pixel_factor(pipeline) * patch_size(model.config, transformer_family(type(model).__name__))
+
+
 def default_resolution(pipeline: Any) -> int:
     """Pixels of the picture that a pipeline is made for: those an upgrade was trained on, else its own or its transformer's
     default. A stock pipeline knows the latter alone: an upgrade from another size than the base's own needs `height` and

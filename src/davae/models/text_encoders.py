@@ -12,7 +12,7 @@ from torch import nn
 
 from davae.models.calls import TEXT_CALLS
 from davae.models.families import model_class
-from davae.models.pipeline import read_config
+from davae.models.pipeline import COMPONENTS, read_config
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def text_encoders(model: str, transformer_config: dict[str, Any]) -> list[TextEn
         and len(value) == 2
         and isinstance(value[1], str)
     ]
+    denoiser = next((index[part][1] for part in COMPONENTS if part in index), "")
     encoders = []
     for name, class_name in found:
         config = read_config(model, name)
-        denoiser = (index.get("transformer") or index["unet"])[1]
         tokens = prompt_tokens(index["_class_name"], denoiser, class_name, config, transformer_config)
         encoders.append(TextEncoder(name, class_name, config, tokens))
     return encoders

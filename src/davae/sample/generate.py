@@ -11,8 +11,7 @@ from torch import Tensor
 from davae.latent import LatentLayout
 from davae.models.autoencoder_families import base_channels
 from davae.models.detail_vae import DetailVAE
-from davae.models.families import transformer_family
-from davae.models.pipeline import ModelError, default_resolution, denoiser, patch_size, pixel_factor
+from davae.models.pipeline import ModelError, default_resolution, pixel_factor, token_side
 from davae.sample.call import call_pipeline, takes_noise
 
 BASE, DETAIL, STEPS = 0, 1, 1 << 62  # what noise is for
@@ -69,8 +68,7 @@ def generate(
         ModelError: a size that does not divide into tokens.
     """
     size = resolution or default_resolution(pipeline)
-    config: Any = denoiser(pipeline).config
-    step = pixel_factor(pipeline) * patch_size(config, transformer_family(type(denoiser(pipeline)).__name__))
+    step = token_side(pipeline)
     if size % step:
         raise ModelError(
             f"{size} pixels are not divisible by {step}, a token's side; use {max(1, round(size / step)) * step}"

@@ -135,8 +135,7 @@ class Upgrade:
             vae = DetailVAE.from_pretrained(self.init / "vae", torch_dtype=torch.float32)
             if vae.layout != self.layout:
                 raise RecipeError(f"init: {self.init} has {vae.layout}, this recipe {self.layout}")
-            vae.register_to_config(resolution=self.recipe.resolution)
-            on_main(partial(save_model, vae, target))
+            on_main(partial(self._save_vae, vae, target))
             self.folder.mark_done("stage1")
         if not self.folder.done("stage1"):
             task = self.stage1_task()
@@ -151,12 +150,16 @@ class Upgrade:
             def save() -> None:  # into a new one: engines change the classes of what they train
                 finished = self.new_vae()
                 finished.load_state_dict(trained, strict=False)
-                finished.register_to_config(resolution=self.recipe.resolution)
-                save_model(finished, target)
+                self._save_vae(finished, target)
 
             on_main(save)
             self.folder.mark_done("stage1")
         return target
+
+    def _save_vae(self, vae: DetailVAE, target: Path) -> None:
+        """Write it with the size that its pipeline is to draw."""
+        vae.register_to_config(resolution=self.recipe.resolution)
+        save_model(vae, target)
 
     def new_vae(self) -> DetailVAE:
         """The DetailVAE as stage 1 starts it."""

@@ -138,6 +138,11 @@ def valueless(tensor: Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
+def inner(model: nn.Module) -> Any:
+    """The transformer itself, whose parts are reached into, where a wrapper stands around it."""
+    return getattr(model, "module", model)
+
+
 def trimmed(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Embeddings (B,L,d) and mask (B,L) without the end that no prompt of the batch reaches, as pipelines pad them; no mask
     where every token counts."""

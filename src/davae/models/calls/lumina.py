@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor, nn
 
-from davae.models.calls.base import Parts, PlainLatents, masked_with_null, valueless
+from davae.models.calls.base import Parts, PlainLatents, inner, masked_with_null, valueless
 
 
 class Lumina2Call(PlainLatents):
@@ -30,7 +30,7 @@ class Lumina2Call(PlainLatents):
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = parts
         if valueless(x_t):
-            _at_full_length(getattr(model, "module", model))
+            _at_full_length(inner(model))
         return -model(
             hidden_states=x_t,
             timestep=1 - t,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.models.calls.base import Masked, Packed, Parts, trimmed, valueless
+from davae.models.calls.base import Masked, Packed, Parts, inner, trimmed, valueless
 
 
 class QwenImageCall(Packed, Masked):
@@ -47,8 +47,7 @@ class QwenImage21Call(Masked):
         embeds, mask = trimmed(*parts)
         height, width = x_t.shape[-2:]
         if valueless(x_t):
-            whole = getattr(model, "module", model)
-            return self._unpack(counted_pass(whole, self.pack(x_t), t, embeds), x_t)
+            return self._unpack(counted_pass(inner(model), self.pack(x_t), t, embeds), x_t)
         image = torch.arange(embeds.shape[1] + height * width // 4, device=x_t.device) >= embeds.shape[1]
         tokens = model(
             hidden_states=self.pack(x_t),  # (B,hw,c)
