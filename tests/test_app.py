@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import picture, tiny_upgrade_recipe
+from family_pipelines import BUILDERS
 from PIL import Image
 
 from davae.app import drawing, reconstructing
@@ -26,7 +27,7 @@ from davae.data.pictures import DataError
 from davae.evaluate.detail_use import decode_faded, reconstructions
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
-from davae.models.pipeline import ModelError, load_pipeline
+from davae.models.pipeline import ModelError, denoiser, load_pipeline
 from davae.recipes import RecipeError, dump_recipe, validate
 from davae.sample.generate import generate
 from davae.train.export import assemble
@@ -273,3 +274,20 @@ def test_trainings_refuse_what_they_cannot_do(tmp_path: Path):
     with pytest.raises(RunError, match="start it first"):
         trainings.resume("x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "QwenImageTransformer2DModel"])
+def test_other_families_open_with_their_base_and_draw(name: str, tmp_path: Path):
+    """A U-Net in place of a transformer; an autoencoder that calls its channels otherwise."""
+    folder = tmp_path / "base"
+    BUILDERS[name](folder)
+    base = load_pipeline(str(folder))
+    vae = DetailVAE.from_base(base.vae, 8)
+    vae.set_detail_statistics(torch.zeros(8), torch.ones(8))
+    assemble(base, vae, expand_transformer(denoiser(base), 8)).save_pretrained(tmp_path / "upgraded")
+    pair = open_pair(str(tmp_path / "upgraded"), str(folder))
+    ways = [drawing.ENLARGED, drawing.UPGRADED]
+    options = {"seed": 0, "steps": 2, "guidance": 2.0, "stop": threading.Event()}
+    drawn = list(drawing.draw(pair, "a red square", ways, **options))
+    assert [d.way for d in drawn] == ways
+    assert {d.picture.width for d in drawn} == {pair.resolution}

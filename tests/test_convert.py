@@ -204,6 +204,12 @@ def test_bad_checkpoints_exit_2(
     assert not (tmp_path / "davae-was-here").exists()
 
 
+def test_a_text_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "notes.pt").write_text("hello\n")
+    with pytest.raises(ModelError, match=r"notes\.pt cannot be read"):
+        load_state(tmp_path / "notes.pt")
+
+
 def test_weights_that_miss_or_add_keys_are_named() -> None:
     state = random_model(torch.float32).state_dict()
     with pytest.raises(ModelError, match=r"missing blocks.1.mlp.w3.bias"):

@@ -267,6 +267,10 @@ def test_a_self_contained_folder_needs_no_davae(
     }
     for name, picture in expected.items():
         assert np.abs(np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=int) - picture).max() <= 1
+    here = load_pipeline(str(tmp_path / "class"))  # with the davae that is here, not with the folder's code
+    assert type(here).__module__.startswith("davae.")
+    assert (picture_of(here, "tench") == expected["class"]).all()
+    assert type(load_pipeline(str(tmp_path / "text")).vae) is DetailVAE
     line = fails(
         capsys, "export", str(runs["sd3"]), "--as", "upgrade", "--self-contained", "--out", str(tmp_path / "x")
     )
@@ -398,3 +402,27 @@ def test_the_page_s_commands_and_code_run_in_order(
     upgraded = StableDiffusion3Pipeline.from_pretrained("micro-128")
     upgraded.load_lora_weights("style-128.safetensors")
     assert Api.calls[0][0] == "me/micro-128"
+
+
+def test_a_truncated_upgrade_file_is_one_line(
+    bases: dict[str, Path], exports: dict[str, dict[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(exports["sd3"]["upgrade"], broken)
+    file = broken / "upgrade.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    message = fails(capsys, "apply", str(broken), "--base", str(bases["sd3"]), "--out", str(tmp_path / "out"))
+    assert str(file) in message
+    assert "damaged" in message
+
+
+def test_an_autoencoder_without_weights_is_one_line(
+    exports: dict[str, dict[str, Path]], picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    shutil.copy(exports["sd3"]["upgrade"] / "vae" / "config.json", folder)
+    message = fails(
+        capsys, "evaluate", "reconstruction", "--vae", str(folder), "--data", str(picture_folder), "--num", "4"
+    )
+    assert f"autoencoder {folder} cannot be loaded" in message

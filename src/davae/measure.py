@@ -150,7 +150,7 @@ def evaluate_reconstruction(
 
     pictures = real_pictures(data, size, held_out, "held_out")
     scores = score_reconstructions(batches(pictures, num, shared=True), reconstruct, distances, extractor)
-    return {"vae": vae, "data": data, "resolution": size, **scores.as_dict()}
+    return {"vae": vae, "data": data, "held_out": held_out, "resolution": size, **scores.as_dict()}
 
 
 def evaluate_pictures(
@@ -241,6 +241,8 @@ def evaluate_generation(
     return {
         "pipeline": pipeline,
         "data": data,
+        "held_in": held_in,
+        "dtype": placement.precision,
         **scores.as_dict(extractor.name),
         "resolution": resolution or own,
         "compared_at": size,

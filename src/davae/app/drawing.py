@@ -18,13 +18,13 @@ from davae.app.models import LOCK, Pair, Stopped, watched
 from davae.app.uploads import MAX_PROMPT, MAX_STEPS
 from davae.evaluate.throughput import image_tokens
 from davae.measure import check_classes
-from davae.models.pipeline import ModelError
+from davae.models.pipeline import ModelError, denoiser
 from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.generate import generate
 
 ENLARGED, NATIVE, UPGRADED = WAYS = ("base, enlarged", "base, native", "upgraded")
 
-_warm: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()  # transformer -> resolutions that ran once
+_warm: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()  # transformer or U-Net -> resolutions that ran once
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,10 @@ def draw(
                 raise Stopped
             on_step(way, min(done, steps), steps)
 
-        with LOCK, watched(pipeline.transformer, before_pass), _refusals(way):
+        network = denoiser(pipeline)
+        with LOCK, watched(network, before_pass), _refusals(way):
             options = {"resolution": size, "guidance_scale": guidance, "seed": seed}
-            ran = _warm.setdefault(pipeline.transformer, set())
+            ran = _warm.setdefault(network, set())
             if size not in ran:
                 generate(pipeline, [prompt], steps=1, **options)
                 ran.add(size)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from davae.measure import open_model
+from davae.models.autoencoder_families import base_channels
 from davae.models.detail_vae import DetailVAE
 from davae.models.pipeline import ModelError, default_resolution, load_pipeline
 from davae.models.placement import own_device
@@ -74,8 +75,10 @@ def open_pair(name: str, base: str | None = None) -> Pair:
     if source is None:
         return Pair(name, None, pipeline)
     opened = load_pipeline(resolve(source)).to(device)
-    found, needed = int(opened.vae.config["latent_channels"]), pipeline.vae.layout.base_channels
-    if found != needed or isinstance(opened.vae, DetailVAE):
+    if isinstance(opened.vae, DetailVAE):
+        raise ModelError(f"base {source} was upgraded itself; give the model that {name} was upgraded from with --base")
+    found, needed = base_channels(opened.vae.config, type(opened.vae).__name__), pipeline.vae.layout.base_channels
+    if found != needed:
         raise ModelError(f"base {source} has {found} latent channels, {name} was upgraded from {needed}; use --base")
     return Pair(name, opened, pipeline)
 

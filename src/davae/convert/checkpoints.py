@@ -39,7 +39,7 @@ def load_state(path: Path) -> State:
             f"checkpoint {path} holds more than tensors ({wanted}): reading it would run its code, which davae never "
             "does; save its state dict alone and try again"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, KeyError) as error:  # KeyError: text that happens to begin as a pickle
         raise ModelError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())[:160]}") from error
     for name in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):

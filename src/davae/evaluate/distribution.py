@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +46,15 @@ def stored_gaussian(path: Path) -> Gaussian | None:
     beside a few of its pictures. None where it has none.
 
     Raises:
-        DataError: arrays that cannot be them.
+        DataError: a damaged file, or arrays that cannot be them.
     """
-    with np.load(path) as file:
-        if not {"mu", "sigma"} <= set(file.files):
-            return None
-        mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+    try:
+        with np.load(path) as file:
+            if not {"mu", "sigma"} <= set(file.files):
+                return None
+            mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is no .npz that can be read: {error}") from error
     if covariance.shape != (*mean.shape, *mean.shape) or mean.ndim != 1:
         raise DataError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}, expected (F,) and (F,F)")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):

@@ -45,7 +45,10 @@ def load_autoencoder(name: str) -> Any:
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from error
     options = {"subfolder": part} if part else {}
-    return model_class(kind).from_pretrained(name, torch_dtype=torch.float32, **options).eval()
+    try:
+        return model_class(kind).from_pretrained(name, torch_dtype=torch.float32, **options).eval()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"autoencoder {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
 def latent_shape(config: Any, class_name: str) -> tuple[int, int]:

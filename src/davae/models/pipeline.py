@@ -6,6 +6,9 @@ import inspect
 import json
 import math
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,14 +239,53 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
     if model in presets() and not Path(model).is_dir():
         weights = presets()[model].hub or "its official weights, made a folder by `davae convert`"
         raise ModelError(f"model {model} is a preset, configs without weights; give {weights}")
-    name = read_config(model, "", "model_index.json").get("_class_name", "DiffusionPipeline")
+    index = read_config(model, "", "model_index.json")
+    name = class_name(index.get("_class_name", "DiffusionPipeline"))
     try:
-        pipeline = model_class(name).from_pretrained(model, torch_dtype=dtype, **dict.fromkeys(without))
+        with without_own_code(model, index) as folder:
+            pipeline = model_class(name).from_pretrained(folder, torch_dtype=dtype, **dict.fromkeys(without))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model {model} cannot be loaded: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def class_name(entry: Any) -> str:
+    """The class that an entry of a model_index.json names, with or without the module of its code before it."""
+    return entry[-1] if isinstance(entry, list) else entry
+
+
+@contextmanager
+def without_own_code(model: str, index: dict[str, Any]) -> Iterator[str]:
+    """The model; of a folder that brings davae's code along (`davae export --self-contained`) one in its place that names
+    the davae that is here, so that no code is read from it.
+
+    Args:
+        index: its model_index.json.
+
+    Raises:
+        ModelError: such a model on the hub.
+    """
+    import davae  # its public names; imported late, they live in this package's layers
+
+    known = (None, "diffusers", "transformers", davae.__name__)
+    own = [k for k, v in index.items() if isinstance(v, list) and v[0] not in known and v[-1] in davae.__all__]
+    if not own:
+        yield model
+        return
+    if not Path(model).is_dir():
+        raise ModelError(f"model {model} brings davae's code along; download it, and give its folder")
+    plain = {
+        k: v if k not in own else class_name(v) if k == "_class_name" else [davae.__name__, v[-1]]
+        for k, v in index.items()
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in Path(model).iterdir():
+            if part.is_dir():
+                (Path(scratch) / part.name).symlink_to(part.resolve())
+        (Path(scratch) / "model_index.json").write_text(json.dumps(plain), encoding="utf-8")
+        yield scratch
 
 
 def load_text_encoders(model: str, component: str, config: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -55,8 +55,11 @@ def read_metadata(path: Path) -> dict[str, str]:
     """What an upgrade file says of itself, without its tensors; ModelError when it is none."""
     if not path.is_file():
         raise ModelError(f"upgrade file {path} does not exist")
-    with safe_open(path, framework="pt") as stream:
-        metadata = stream.metadata() or {}
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+    except SafetensorError as error:
+        raise ModelError(f"upgrade file {path} is damaged ({error}); copy or download it again") from error
     if metadata.get("format") != FORMAT:
         raise ModelError(f"{path} is not a davae upgrade file")
     return metadata
