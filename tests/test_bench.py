@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from conftest import tiny_autoencoder, tiny_upgrade_recipe
 from diffusers import AutoencoderKL
 
@@ -181,6 +182,21 @@ def test_tiling_a_detail_vae_changes_nothing_that_is_seen():
         vae.enable_tiling(32)
         assert psnr(vae.encode(images).latent_dist.mode(), latents, float(latents.max() - latents.min())) > 45
         assert psnr(vae.decode(latents).sample, whole, 2.0) > 45
+
+
+def test_tiling_finds_weights_that_are_offloaded_layer_by_layer():
+    """`enable_sequential_cpu_offload`: between calls a layer has no weights, and strips do without its calls."""
+    vae = DetailVAE.from_base(tiny_autoencoder(), 8).eval()
+    vae.enable_tiling(32)
+    images = torch.rand(1, 3, 64, 96) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mode()
+        whole = vae.decode(latents).sample
+        cpu_offload(vae, torch.device("cpu"), offload_buffers=True)
+        assert vae.decoder.conv_out.weight.is_meta
+        assert torch.equal(vae.encode(images).latent_dist.mode(), latents)
+        assert torch.equal(vae.decode(latents).sample, whole)
+    assert vae.decoder.conv_out.weight.is_meta
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -418,3 +418,12 @@ def test_the_table_of_families_is_what_its_generator_gives():
     outcomes = json.loads(module["OUTCOMES"].read_text(encoding="utf-8"))
     assert module["TARGET"].read_text(encoding="utf-8") == module["page"](outcomes), "run docs/make_family_table.py"
     assert "failed" not in module["TARGET"].read_text(encoding="utf-8")
+
+
+def test_a_size_beyond_the_table_of_positions_is_one_line(tmp_path: Path):
+    """What a native pass there would need is not in the model: said, with the size, and no traceback."""
+    BUILDERS["CogView3PlusTransformer2DModel"](tmp_path / "base")
+    with pytest.raises(ModelError, match=r"base at 512 px: CogView3-Plus knows positions of 8 tokens a side"):
+        inspect_model(str(tmp_path / "base"), 512, 2, None, 30)
+    with pytest.raises(ModelError, match=r"micro at 256 px: .*pos_embed_max_size"):
+        inspect_model("micro", 256, 2, None, 30)

@@ -14,6 +14,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from davae.data.pictures import DataError
+
 
 def pca_pictures(latents: Tensor, size: int) -> list[Image.Image]:
     """Latents (N,c,h,w) as colour pictures of `size` pixels: the three main components over the whole set.
@@ -47,15 +49,17 @@ def class_knowledge(latents: Tensor, labels: list[int], seed: int = 0) -> ClassK
     The probe is a logistic regression on a random half, measured on the other.
 
     Raises:
-        ValueError: fewer than two classes.
+        DataError: fewer than two classes, or too few pictures to find two in that half.
     """
     if len(set(labels)) < 2:
-        raise ValueError("class separability needs pictures of at least two classes")
+        raise DataError("class separability needs pictures of at least two classes")
     cells = min(2, latents.shape[-1])
     features = F.adaptive_avg_pool2d(latents.float(), cells).flatten(1).numpy()
     targets = np.asarray(labels)
     order = np.random.default_rng(seed).permutation(len(targets))
     train, test = order[: len(order) // 2], order[len(order) // 2 :]
+    if len(set(targets[train])) < 2:
+        raise DataError(f"{len(labels)} pictures are too few to tell classes apart; take more with --num")
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     probe.fit(features[train], targets[train])
     scaled = StandardScaler().fit_transform(features)

@@ -76,7 +76,9 @@ def open_pair(name: str, base: str | None = None) -> Pair:
         return Pair(name, None, pipeline)
     opened = load_pipeline(resolve(source)).to(device)
     if isinstance(opened.vae, DetailVAE):
-        raise ModelError(f"base {source} was upgraded itself; give the model that {name} was upgraded from with --base")
+        raise ModelError(
+            f"base {source} was upgraded itself; give the model that {name} was upgraded from with --base"
+        )
     found, needed = base_channels(opened.vae.config, type(opened.vae).__name__), pipeline.vae.layout.base_channels
     if found != needed:
         raise ModelError(f"base {source} has {found} latent channels, {name} was upgraded from {needed}; use --base")

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UpDecoderBlock2D
@@ -240,13 +242,31 @@ def middle(x: Rows, block: Any, values: int) -> Rows:
     return x
 
 
+@contextmanager
+def weights_at_hand(network: nn.Module) -> Iterator[None]:
+    """Within, weights that accelerate keeps elsewhere (sequential offload) are where their layers compute: strips read them
+    without the calls that would bring them."""
+    kept = [module for module in network.modules() if hasattr(module, "_hf_hook")]
+    for module in kept:
+        cast(ModelHook, module._hf_hook).pre_forward(module)
+    try:
+        yield
+    finally:
+        for module in kept:
+            cast(ModelHook, module._hf_hook).post_forward(module, None)
+
+
 def decode_by_rows(decoder: Decoder, latents: Tensor, pixels: int) -> Tensor:
     """A diffusers KL decoder: latents (B,c,h,w) -> (B,3,H,W).
 
     Args:
         pixels: positions of a strip at full resolution, at most; elsewhere a strip has as many values.
     """
-    network = cast(Any, decoder)
+    with weights_at_hand(decoder):
+        return _decoded(cast(Any, decoder), latents, pixels)
+
+
+def _decoded(network: Any, latents: Tensor, pixels: int) -> Tensor:
     values = pixels * network.conv_norm_out.num_channels
     features = network.conv_in(latents)
     x = Rows.of(features, rows_of(values, *features.shape[1::2]))
@@ -268,7 +288,11 @@ def decode_by_rows(decoder: Decoder, latents: Tensor, pixels: int) -> Tensor:
 
 def encode_by_rows(encoder: Encoder, images: Tensor, pixels: int) -> Tensor:
     """A diffusers KL encoder: images (B,3,H,W) -> its last layer's output (B,c,h,w); strips as in `decode_by_rows`."""
-    network = cast(Any, encoder)
+    with weights_at_hand(encoder):
+        return _encoded(cast(Any, encoder), images, pixels)
+
+
+def _encoded(network: Any, images: Tensor, pixels: int) -> Tensor:
     values = pixels * network.conv_in.out_channels
     x = convolve(Rows.around(images), network.conv_in, values)
     for block in network.down_blocks:

@@ -110,9 +110,12 @@ def inspect_model(
     encoders = text_encoders(name, shapes.transformer_config)
     own = meta_autoencoder(shapes)
     figures |= _parameters(shapes, layout, base, vae, encoders, own)
-    figures |= _flops(
-        shapes, layout, resolution, steps, encoders, (base, wide) if family.trains else None, (own, vae)
-    )
+    try:
+        figures |= _flops(
+            shapes, layout, resolution, steps, encoders, (base, wide) if family.trains else None, (own, vae)
+        )
+    except ValueError as error:  # positions beyond the transformer's table, say
+        raise ModelError(f"model {model} at {resolution} px: {error}") from error
     figures |= _memory(shapes, layout, resolution, family.trains, figures)
     return Inspection(model, shapes, layout, figures, notes)
 

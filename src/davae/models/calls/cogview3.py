@@ -23,6 +23,11 @@ class CogView3PlusCall(SizedCall):
         return (torch.empty(1, self.TEXT_TOKENS, config["text_embed_dim"]),)
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
+        side, known = max(x_t.shape[-2:]) // config["patch_size"], config["pos_embed_max_size"]
+        if side > known:  # diffusers would stop at two tensors that do not fit
+            raise ValueError(
+                f"CogView3-Plus knows positions of {known} tokens a side, a picture of that size has {side}"
+            )
         size = size_rows(x_t, self.pixel_factor)  # (B,2)
         return model(
             hidden_states=x_t,
