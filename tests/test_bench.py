@@ -79,6 +79,9 @@ def tiny(base: Path, pictures: Path) -> Recipe:
 
 def test_stage_1_and_its_plain_opponent_have_the_same_losses(tiny_base: Path, picture_folder: Path):
     figures = bench_stage1(tiny(tiny_base, picture_folder), steps=2, repeats=1)
+    parts = figures["davae_parts_seconds"]
+    assert set(parts) == {"data", "forward", "backward", "optimizer"}
+    assert 0 < sum(parts.values()) < 1.1 * figures["davae_seconds"]["slowest"]
     assert figures["losses_compared"] == 3
     assert figures["largest_relative_loss_difference"] < 1e-4
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import torch
@@ -29,6 +31,8 @@ from davae.train.loop import Progress, Trainer, learning_rate
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
 from davae.train.upgrade import Upgrade
+
+PARTS = ("data", "forward", "backward", "optimizer")  # of a step, as the trainer times them
 
 
 @dataclass
@@ -70,7 +74,8 @@ class Duel:
         accelerator: the trainer's, whose mixed precision is the opponent's too.
 
     Attributes:
-        ours, plain: seconds of each step. losses: (trainer's, opponent's) of each step.
+        ours, plain: seconds of each step. losses: (trainer's, opponent's) of each step. parts: seconds of each part of the
+            trainer's steps but the first.
     """
 
     recorder: Recorder
@@ -80,6 +85,7 @@ class Duel:
     ours: list[float] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)
     losses: list[tuple[float, float]] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._before = self._clock()
@@ -94,6 +100,12 @@ class Duel:
         self.losses.append((progress.values["loss"], loss))
         self.follow()
         self._before = self._clock()
+
+    def end(self, folder: Path) -> None:
+        """Take the parts of the steps as the trainer timed them itself."""
+        lines = (folder / "timing.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines][1:]
+        self.parts = [{part: record[f"seconds_{part}"] for part in PARTS} for record in records]
 
     @staticmethod
     def _clock() -> float:
@@ -112,9 +124,11 @@ def result(duels: list[Duel], batch: int) -> dict[str, Any]:
     fast = spread([seconds for duel in duels for seconds in duel.ours[1:]])
     slow = spread([seconds for duel in duels for seconds in duel.plain[1:]])
     losses = [pair for duel in duels for pair in duel.losses]
+    parts = [step for duel in duels for step in duel.parts]
     return {
         "batch": batch,
         "davae_seconds": fast.as_dict(),
+        "davae_parts_seconds": {part: median(step[part] for step in parts) for part in PARTS},
         "plain_seconds": slow.as_dict(),
         "davae_images_per_second": batch / fast.median,
         "plain_images_per_second": batch / slow.median,
@@ -190,6 +204,7 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = Tru
 
             duels.append(Duel(Recorder(task), play, copy if follow else lambda: None, run.accelerator))
             Trainer(task, recipe.run, run.folder, run.accelerator, duels[-1]).fit()
+            duels[-1].end(run.folder.path)
             run.folder.close()
     return {"recipe": recipe.name, "precision": recipe.run.mixed_precision, **result(duels, settings.batch_size)}
 
@@ -258,6 +273,7 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
 
             duels.append(Duel(Recorder(task), play, copy, run.accelerator))
             Trainer(task, recipe.run, run.folder, run.accelerator, duels[-1]).fit()
+            duels[-1].end(run.folder.path)
             run.folder.close()
     return {"recipe": recipe.name, "precision": recipe.run.mixed_precision, **result(duels, settings.batch_size)}
 
