@@ -18,13 +18,13 @@ from davae import ClassConditionalPipeline, LatentLayout, LightningDiT, expand_t
 from davae.convert import lightningdit
 from davae.losses.detail_warmup import detail_direction_loss
 from davae.losses.flow_matching import direction_loss
+from davae.models.compiling import compile_blocks
 from davae.models.lightning_dit import RotaryEmbedding, grid_positions, rotary_angles
 from davae.models.pipeline import load_pipeline
 from davae.models.repatch import change_patch
 from davae.recipes.sections import Lora
 from davae.sample import euler_ode
 from davae.sample.ode import SOLVERS, solve_ode, time_grid
-from davae.train.engine import compile_blocks
 from davae.train.export import apply_upgrade, save_upgrade
 from davae.train.stage2 import choose_trainable
 

@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +20,12 @@ import torch
 import yaml
 from conftest import picture, tiny_upgrade_recipe
 from diffusers import StableDiffusion3Pipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from davae import DetailVAE
 from davae.cli import main
+from davae.models.compiling import record_passes
 from davae.models.pipeline import load_pipeline
 from davae.recipes import validate
 from davae.sample.generate import generate
@@ -177,6 +182,54 @@ def test_a_finished_run_does_nothing_again(recipe_file: Path, finished: Path, ca
     }
     assert before == after
     assert "Held-out pictures" in capsys.readouterr().out
+
+
+@contextmanager
+def dynamo_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """`torch.compile` without the compiler behind it, which takes minutes; yields what was compiled, and how."""
+    made: list[str] = []
+    compile_module = torch.nn.Module.compile
+
+    def without_inductor(module: torch.nn.Module, **options: Any) -> None:
+        made.append(f"{type(module).__name__} {options.get('mode')}")
+        compile_module(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_inductor)
+    yield made
+    torch._dynamo.reset()
+
+
+def test_compiled_passes_draw_the_same(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    words = ("sample", str(finished), "a red square", "--num", "1", "--steps", "2", "--out")
+    run_cli(*words, str(tmp_path / "eager"))
+    with dynamo_alone(monkeypatch) as made:
+        run_cli(*words, str(tmp_path / "blocks"), "--compile", "blocks")
+        assert set(made) == {"JointTransformerBlock None"}
+        pictures = [np.asarray(Image.open(next((tmp_path / n).glob("a-red*"))), int) for n in ("eager", "blocks")]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 1
+        network = load_pipeline(str(finished / "pipeline")).transformer
+        record_passes(network)
+        assert made[-1] == "SD3Transformer2DModel reduce-overhead"
+    assert "no GPU here" in fails(capsys, *words, str(tmp_path / "x"), "--compile", "graphs")
+    line = fails(capsys, *words, str(tmp_path / "x"), "--compile", "blocks", "--offload", "model")
+    assert "exclude one another" in line
+
+
+def test_a_recorded_pass_gives_tensors_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """A CUDA graph writes every pass into the same memory."""
+    memory = torch.zeros(2)
+
+    def graph(module: torch.nn.Module, **options: Any) -> None:
+        module._compiled_call_impl = lambda x: (memory.copy_(x),)  # type: ignore[assignment]
+
+    monkeypatch.setattr(torch.nn.Module, "compile", graph)
+    network = torch.nn.Identity()
+    record_passes(network)
+    (first,), (second,) = network(torch.tensor([1.0, 2.0])), network(torch.tensor([3.0, 4.0]))
+    assert first.tolist() == [1.0, 2.0]
+    assert second.tolist() == [3.0, 4.0]
 
 
 def test_sample_writes_pictures_and_a_grid(finished: Path):

@@ -11,8 +11,8 @@ from torch import nn
 
 from davae.bench.block_cache import first_block_cached
 from davae.bench.clock import Spread, ratio
+from davae.models.compiling import compile_blocks, record_passes
 from davae.models.pipeline import ModelError
-from davae.train.engine import compile_blocks
 
 THRESHOLD = 0.1  # relative change of the first block's residual below which the others are skipped
 EVERY = 2  # passes to one that computes attention, where it is taken from earlier ones
@@ -128,9 +128,8 @@ def compiled(transformer: Any) -> Iterator[None]:
 
 @contextmanager
 def cuda_graphs(transformer: Any) -> Iterator[None]:
-    """The whole pass through `torch.compile(mode="reduce-overhead")`: on a GPU one recorded launch, where the CPU would else
-    start thousands of kernels and be the slower of the two. On a CPU it only compiles."""
-    transformer.compile(mode="reduce-overhead")
+    """Whole passes recorded, as `--compile graphs` does it."""
+    record_passes(transformer)
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from davae.cli.inspect import inspect
 from davae.cli.make_data import make_data
 from davae.cli.options import (
     BatchSize,
+    Compile,
     DryRun,
     Json,
     Name,
@@ -246,6 +247,7 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures.")] = None,
     dtype: Precision = "float32",
     offload: Offload = "off",
+    compile: Compile = "off",
     batch_size: BatchSize = 4,
 ) -> None:
     """Write pictures and a grid. Example: `davae sample runs/micro "a red rose" --num 8 --seed 1`"""
@@ -254,7 +256,7 @@ def sample(
     from davae.models.placement import Placement
     from davae.train.loop import Progress
 
-    pipeline, default = open_model(run, Placement(dtype, offload))
+    pipeline, default = open_model(run, Placement(dtype, offload, compile))
     with progress_display() as observer:
         done = sample_to_folder(
             pipeline,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import BatchSize, Json, Offload, Precision, write_json
+from davae.cli.options import BatchSize, Compile, Json, Offload, Precision, write_json
 from davae.cli.prompts import geneval, geneval_score, prompts
 
 FeatureNetwork = Annotated[
@@ -88,6 +88,7 @@ def generation(
     feature_weights: Weights = None,
     dtype: Precision = "float32",
     offload: Offload = "off",
+    compile: Compile = "off",
     batch_size: BatchSize = 32,
     json: Json = None,
 ) -> None:
@@ -117,7 +118,7 @@ def generation(
             feature_weights=feature_weights,
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
             upscale=upscale,
-            placement=Placement(dtype, offload),
+            placement=Placement(dtype, offload, compile),
             batch_size=batch_size,
         )
     write_json(json, figures)
@@ -162,6 +163,7 @@ def samples(
     batch_size: BatchSize = 50,
     dtype: Precision = "float32",
     offload: Offload = "off",
+    compile: Compile = "off",
 ) -> None:
     """Pictures in the ADM format (`arr_0` uint8) for the usual FID suites. Resumes; `accelerate launch` shares the work.
 
@@ -183,6 +185,6 @@ def samples(
             seed=seed,
             batch_size=batch_size,
             on_part=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
-            placement=Placement(dtype, offload),
+            placement=Placement(dtype, offload, compile),
         )
     console.print(f"{out}" if whole else f"{out}: other processes are still drawing their parts", markup=False)

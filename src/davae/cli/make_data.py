@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import BatchSize, Offload, Precision
+from davae.cli.options import BatchSize, Compile, Offload, Precision
 
 
 def make_data(
@@ -25,6 +25,7 @@ def make_data(
     format: Annotated[Literal["png", "jpg"], typer.Option(help="jpg: quality 95, a quarter of the size.")] = "png",
     dtype: Precision = "float32",
     offload: Offload = "off",
+    compile: Compile = "off",
     batch_size: BatchSize = 8,
 ) -> None:
     """Draw a training set with the base model at its native resolution (paper, Sec. 4), as WebDataset shards.
@@ -52,7 +53,7 @@ def make_data(
             seed=seed,
             shard_size=shard_size,
             picture_format=format,
-            placement=Placement(dtype, offload),
+            placement=Placement(dtype, offload, compile),
             batch_size=batch_size,
             on_picture=lambda done, total: observer(Progress("pictures", done, total, 0.0)),
         )

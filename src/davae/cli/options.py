@@ -33,6 +33,13 @@ Offload = Annotated[
     Literal["off", "model", "sequential"],
     typer.Option(help="Keep each model, or each layer (slow), in the CPU's memory until the GPU needs it."),
 ]
+Compile = Annotated[
+    Literal["off", "blocks", "graphs"],
+    typer.Option(
+        help="torch.compile: blocks compiles each repeated block, graphs records whole passes as CUDA graphs, which a single "
+        "picture on a fast GPU needs most. Takes up to minutes before the first picture."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 

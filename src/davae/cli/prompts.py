@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import BatchSize, Json, Offload, Precision, write_json
+from davae.cli.options import BatchSize, Compile, Json, Offload, Precision, write_json
 
 Pipeline = Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")]
 Folder = Annotated[Path, typer.Option(help="Folder for the pictures; those already there are kept.")]
@@ -33,6 +33,7 @@ def prompts(
     dtype: Precision = "float32",
     batch_size: BatchSize = 16,
     offload: Offload = "off",
+    compile: Compile = "off",
     json: Json = None,
 ) -> None:
     """A picture a prompt, and their CLIP score with `--clip`. FID of the folder: `davae evaluate pictures`. Example:
@@ -56,7 +57,7 @@ def prompts(
             seed=seed,
             clip=clip,
             batch_size=batch_size,
-            placement=Placement(dtype, offload),
+            placement=Placement(dtype, offload, compile),
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         )
     write_json(json, figures)
@@ -79,6 +80,7 @@ def geneval(
     dtype: Precision = "float32",
     batch_size: BatchSize = 16,
     offload: Offload = "off",
+    compile: Compile = "off",
     json: Json = None,
 ) -> None:
     """GenEval's folder layout, for the official evaluation; judged here too with `--detector` and `--clip`.
@@ -105,7 +107,7 @@ def geneval(
             detector=detector,
             clip=clip,
             batch_size=batch_size,
-            placement=Placement(dtype, offload),
+            placement=Placement(dtype, offload, compile),
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         )
     write_json(json, figures)

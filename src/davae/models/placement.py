@@ -8,10 +8,12 @@ from typing import Any, Literal, cast
 import torch
 from accelerate import PartialState
 
-from davae.models.pipeline import ModelError
+from davae.models.compiling import block_names, compile_blocks, record_passes
+from davae.models.pipeline import ModelError, denoiser
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Offload = Literal["off", "model", "sequential"]
+Compile = Literal["off", "blocks", "graphs"]
 
 
 def own_device() -> torch.device:
@@ -33,14 +35,16 @@ def send(
 
 @dataclass(frozen=True)
 class Placement:
-    """Precision of the weights, and whether they wait in the CPU's memory.
+    """Precision of the weights, whether they wait in the CPU's memory, and whether passes are compiled.
 
     Attributes:
         offload: `model` keeps each model of a pipeline there until its turn, `sequential` each layer: least memory, and slow.
+        compile: `blocks` compiles each repeated block, `graphs` records whole passes (`record_passes`).
     """
 
     precision: Precision = "float32"
     offload: Offload = "off"
+    compile: Compile = "off"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,9 +59,11 @@ class Placement:
         """A loaded pipeline, ready to draw on this process's device.
 
         Raises:
-            ModelError: offloading where there is no other device than the CPU.
+            ModelError: offloading or graphs where there is no GPU, both at once, or a model that names no blocks to compile.
         """
         device = own_device()
+        if self.compile != "off":
+            self._compile(denoiser(pipeline), device)
         if self.offload == "off":
             return pipeline.to(device)
         if device.type == "cpu":
@@ -69,6 +75,22 @@ class Placement:
         else:
             pipeline.enable_sequential_cpu_offload(device=device)
         return pipeline
+
+    def _compile(self, network: Any, device: torch.device) -> None:
+        if self.offload != "off":
+            raise ModelError(f"--compile {self.compile} and --offload {self.offload} exclude one another; choose one")
+        if self.compile == "graphs":
+            if device.type != "cuda":
+                raise ModelError(
+                    "--compile graphs records CUDA graphs, and there is no GPU here; take --compile blocks"
+                )
+            record_passes(network)
+        elif block_names(network):
+            compile_blocks(network)
+        else:
+            raise ModelError(
+                f"a {type(network).__name__} does not name its repeated blocks; leave --compile blocks out"
+            )
 
 
 FULL = Placement()

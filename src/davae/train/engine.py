@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
+from davae.models.compiling import block_names
 from davae.recipes.sections import Optim, Run, Stage2
 from davae.train.ranks import ranks
 from davae.train.state import RunError
@@ -47,26 +48,6 @@ def check(accelerator: Accelerator, task: str, players: int, run: Run, settings:
         )
     if is_deepspeed(accelerator) and isinstance(settings, Stage2) and settings.new_weight_lr_multiplier != 1:
         raise RunError(f"{task}.new_weight_lr_multiplier: DeepSpeed flattens the weights; set it to 1, or use FSDP2")
-
-
-def block_names(module: nn.Module) -> list[str]:
-    """Classes of a model's repeated blocks, as diffusers declares them, that this model has."""
-    declared = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-    return sorted(declared & {type(part).__name__ for part in module.modules()})
-
-
-def compile_blocks(module: nn.Module, autocast_on: torch.device | None = None) -> None:
-    """torch.compile on each repeated block: one compilation serves all. Names of parameters stay as they are.
-
-    Args:
-        autocast_on: where the blocks will run in mixed precision, if they will.
-    """
-    # torch 2.14's AVX-512 code of a half-precision backward pass gives NaN, AVX2's does not (tests/test_lightning_dit.py)
-    options: Any = {"cpp.simdlen": 256} if autocast_on is not None and autocast_on.type == "cpu" else None
-    names = set(block_names(module))
-    for part in module.modules():
-        if type(part).__name__ in names:
-            part.compile(options=options)
 
 
 def prepare(

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from davae.data.order import Batches, training_loader
+from davae.models.compiling import compile_blocks
 from davae.recipes.sections import Optim, Run
 from davae.train import engine
 from davae.train.average import Average
@@ -169,7 +170,7 @@ class Trainer:
         for name, player in task.players.items():
             if run.compile == "blocks":
                 mixed = run.mixed_precision != "no"
-                engine.compile_blocks(player.module, accelerator.device if mixed else None)
+                compile_blocks(player.module, accelerator.device if mixed else None)
             optimizer = build_optimizer(settings, player.groups, player.lr)
             task.prepare_optimizer(name, optimizer)
             task.modules[name], self.optimizers[name] = engine.prepare(

@@ -1,0 +1,43 @@
+"""torch.compile, for training and drawing: repeated blocks one by one, or whole passes recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+
+def block_names(module: nn.Module) -> list[str]:
+    """Classes of a model's repeated blocks, as diffusers declares them, that this model has."""
+    declared = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    return sorted(declared & {type(part).__name__ for part in module.modules()})
+
+
+def compile_blocks(module: nn.Module, autocast_on: torch.device | None = None) -> None:
+    """torch.compile on each repeated block: one compilation serves all. Names of parameters stay as they are.
+
+    Args:
+        autocast_on: where the blocks will run in mixed precision, if they will.
+    """
+    # torch 2.14's AVX-512 code of a half-precision backward pass gives NaN, AVX2's does not (tests/test_lightning_dit.py)
+    options: Any = {"cpp.simdlen": 256} if autocast_on is not None and autocast_on.type == "cpu" else None
+    names = set(block_names(module))
+    for part in module.modules():
+        if type(part).__name__ in names:
+            part.compile(options=options)
+
+
+def record_passes(network: Any) -> None:
+    """Whole passes of a transformer or U-Net through `torch.compile(mode="reduce-overhead")`: on a GPU one recorded launch
+    each (a CUDA graph), where the CPU would else start thousands of kernels and be the slower of the two. On a CPU it only
+    compiles."""
+    network.compile(mode="reduce-overhead")
+    recorded = network._compiled_call_impl
+
+    def own_outputs(*args: Any, **kwargs: Any) -> Any:
+        """The next pass writes over a graph's outputs, and solvers of several passes a step keep them."""
+        return tree_map_only(torch.Tensor, torch.clone, recorded(*args, **kwargs))
+
+    network._compiled_call_impl = own_outputs
