@@ -21,10 +21,10 @@ from davae.data.cache import CachedLatents
 from davae.data.paired import PairedLatents, collate_pairs
 from davae.data.pictures import DataError
 from davae.models.autoencoders import load_autoencoder, raw_statistics
-from davae.models.detail_vae import downsample
 from davae.models.lightning_dit import LightningDiT
 from davae.models.one_frame import encode_mode
 from davae.models.pipeline import ModelError, load_pipeline
+from davae.models.resample import downsample
 from davae.recipes import BaseRecipe, RecipeError, differences, load_recipe, validate
 from davae.recipes.sections import Run
 from davae.train.align import BASE_CACHE, HeadTask, align, check_grids

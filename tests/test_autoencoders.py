@@ -36,10 +36,10 @@ from davae.models.autoencoder_families import (
     spatial_factor,
 )
 from davae.models.autoencoders import load_autoencoder
-from davae.models.detail_vae import downsample
 from davae.models.one_frame import decode_latents, encode_mode, frames_of
 from davae.models.pipeline import ModelError
 from davae.models.pooled_tiny import PooledAutoencoderTiny
+from davae.models.resample import downsample
 from davae.models.warm_start import filter_shares
 
 F64 = torch.float64

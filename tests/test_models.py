@@ -12,10 +12,9 @@ from diffusers import AutoencoderOobleck, AutoencoderTiny, SD3Transformer2DModel
 from test_autoencoders import TINY
 
 from davae import DetailVAE, expand_transformer
-from davae.models.detail_vae import downsample
 from davae.models.expand import by_channel, new_weight_masks
 from davae.models.null_tokens import repeat_last_token
-from davae.models.resample import DetailDown, DetailUp
+from davae.models.resample import DetailDown, DetailUp, downsample
 from davae.models.warm_start import filter_shares
 from davae.recipes.sections import Lora
 from davae.train.export import apply_upgrade, fuse, save_upgrade

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from davae.train.draws import Draws
 from davae.train.loop import Progress, Trainer, learning_rate
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
+from davae.train.state import read_metrics
 from davae.train.upgrade import Upgrade
 
 PARTS = ("data", "forward", "backward", "optimizer")  # of a step, as the trainer times them
@@ -103,9 +103,8 @@ class Duel:
 
     def end(self, folder: Path) -> None:
         """Take the parts of the steps as the trainer timed them itself."""
-        lines = (folder / "timing.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines][1:]
-        self.parts = [{part: record[f"seconds_{part}"] for part in PARTS} for record in records]
+        records = read_metrics(folder / "timing.jsonl")
+        self.parts = [{part: record[f"seconds_{part}"] for part in PARTS} for record in records[1:]]
 
     @staticmethod
     def _clock() -> float:

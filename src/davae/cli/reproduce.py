@@ -65,14 +65,14 @@ def reproduce(
             done = reproduction.figure(name, scale, set or [], out, results / name, observer)
         console.print(f"{done}", markup=False)
         return
-    todo = reproduction.jobs(name, scale, seeds, set or [], row)
+    wanted = reproduction.jobs(name, scale, seeds, set or [], row)
     if markdown:
-        console.print(reproduction.markdown(*reproduction.table_rows(todo, results)), markup=False, soft_wrap=True)
+        console.print(reproduction.markdown(*reproduction.table_rows(wanted, results)), markup=False, soft_wrap=True)
         return
-    missing = reproduction.missing_parts(todo) if scale == "paper" else []
-    plans = [job for job in todo if isinstance(job, reproduction.PlannedJob)]
+    missing = reproduction.missing_parts(wanted) if scale == "paper" else []
+    plans = [job for job in wanted if isinstance(job, reproduction.PlannedJob)]
     if dry_run or missing or plans:
-        for job in todo:
+        for job in wanted:
             state = "done" if reproduction.finished(job, results) else reproduction.cost(job)
             title = job.row if job in plans else f"{job.row}, seed {job.seed}"
             notes = "".join(f"\n# {note}" for note in job.notes) if isinstance(job, reproduction.PlannedJob) else ""
@@ -84,11 +84,11 @@ def reproduce(
         elif plans:
             console.print("These commands are for you to run; `davae reproduce` printed them.", markup=False)
         return
-    for job in todo:
+    for job in wanted:
         with progress_display() as observer:
             reproduction.run_job(job, out, results, observer)
     shown = load_table(name)
     if shown.throughput:
         with progress_display() as observer:
-            reproduction.raced(todo, out, results, observer)
-    table(f"{shown.title}\nThe paper: {shown.claim}", *reproduction.table_rows(todo, results))
+            reproduction.raced(wanted, out, results, observer)
+    table(f"{shown.title}\nThe paper: {shown.claim}", *reproduction.table_rows(wanted, results))

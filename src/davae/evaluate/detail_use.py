@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from davae.models.detail_vae import DetailVAE, downsample
+from davae.models.detail_vae import DetailVAE
 from davae.models.one_frame import decode_latents, encode_mode
+from davae.models.resample import downsample
 
 Reconstruct = Callable[[Tensor], Tensor]
 

@@ -11,7 +11,7 @@ from davae.models.autoencoder_families import autoencoder_family, base_channels,
 from davae.models.detail_vae import DetailVAE
 from davae.models.families import model_class
 from davae.models.one_frame import encode_mode
-from davae.models.pipeline import MissingPart, ModelError, read_config
+from davae.models.pipeline import MissingPart, ModelError, loading, read_config
 
 DETAIL = DetailVAE.__name__
 
@@ -45,10 +45,8 @@ def load_autoencoder(name: str) -> Any:
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from error
     options = {"subfolder": part} if part else {}
-    try:
+    with loading(f"autoencoder {name}"):
         return model_class(kind).from_pretrained(name, torch_dtype=torch.float32, **options).eval()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"autoencoder {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
 def latent_shape(config: Any, class_name: str) -> tuple[int, int]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import (
     AutoencoderMixin,
@@ -27,8 +26,6 @@ from davae.models.autoencoder_families import (
     autoencoder_family,
     base_channels,
     base_statistics,
-    first_convolution,
-    last_convolution,
     layer_path,
     packed_statistics,
     spatial_factor,
@@ -36,22 +33,13 @@ from davae.models.autoencoder_families import (
 from davae.models.by_rows import decode_by_rows, encode_by_rows
 from davae.models.one_frame import frames_of, only_frame
 from davae.models.posterior import RawLatents, StructuredPosterior
-from davae.models.resample import DetailDown, DetailUp
+from davae.models.resample import DetailDown, DetailUp, Downsample, downsample
 from davae.models.tiling import Tiling, tiled
-from davae.models.warm_start import Start, load_all_but, narrow_posterior, unfold_down, unfold_up, warm_start_up
+from davae.models.warm_start import Start, take_weights
 
-Downsample = Literal["antialias", "bicubic"]
 Encode = Callable[[Tensor], Tensor]
 # of the identity batch norm that pipelines with packed statistics find: some write this value, others read it here
 EPSILON = 1e-5
-
-
-def downsample(images: Tensor, scale: int, mode: Downsample = "antialias") -> Tensor:
-    """I from I_hr: (B,3,s*H,s*W) -> (B,3,H,W), bicubic, with antialiasing unless mode is `bicubic`."""
-    size = (images.shape[-2] // scale, images.shape[-1] // scale)
-    dtype = images.dtype if images.dtype in (torch.float32, torch.float64) else torch.float32
-    small = F.interpolate(images.to(dtype), size, mode="bicubic", align_corners=False, antialias=mode == "antialias")
-    return small.to(images.dtype)
 
 
 class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -224,21 +212,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if source.dtype != model.dtype:
             model = model.to(source.dtype)
             model._fill_statistics()
-        encoder = source.encoder.state_dict()
-        model.base_encoder.load_state_dict(encoder)
-        if family.quant and source.quant_conv is not None:
-            model.base_quant_conv.load_state_dict(source.quant_conv.state_dict())
-        last, first = f"{model._last}.", f"{model._first}."
-        load_all_but(model.detail_encoder, {n: v for n, v in encoder.items() if not n.startswith(last)}, last)
-        blocks = {n: v for n, v in source.decoder.state_dict().items() if not n.startswith(first)}
-        load_all_but(model.decoder, blocks, first)
-        up, down = model.decoder.get_submodule(model._first), model.detail_encoder.get_submodule(model._last)
-        narrow_posterior(cast(DetailDown, down), model.layout)
-        if start == "unfolded":
-            unfold_down(cast(DetailDown, down), *last_convolution(source, family), model.layout)
-            unfold_up(cast(DetailUp, up), *first_convolution(source, family), model.layout)
-        else:
-            warm_start_up(cast(DetailUp, up), *first_convolution(source, family), model.layout)
+        take_weights(model, source, start)
         return model
 
     # -- statistics --------------------------------------------------------------------------------------------

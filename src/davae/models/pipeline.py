@@ -214,17 +214,24 @@ def load_scheduler(model: str) -> Any:
     return kind.from_config(read_config(model, "scheduler", "scheduler_config.json"))
 
 
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """What diffusers cannot load, as a ModelError of one line that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{what} cannot be loaded: {reason}") from error
+
+
 def load_part(model: str, part: str, class_name: str, dtype: torch.dtype = torch.float32) -> Any:
     """One model of a diffusers folder or hub id, without the rest of the pipeline.
 
     Raises:
         ModelError: when diffusers cannot load it.
     """
-    try:
+    with loading(f"{part} of model {model}"):
         return model_class(class_name).from_pretrained(model, subfolder=part, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{part} of model {model} cannot be loaded: {reason}") from error
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple[str, ...] = ()) -> Any:
@@ -241,12 +248,8 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
         raise ModelError(f"model {model} is a preset, configs without weights; give {weights}")
     index = read_config(model, "", "model_index.json")
     name = class_name(index.get("_class_name", "DiffusionPipeline"))
-    try:
-        with without_own_code(model, index) as folder:
-            pipeline = model_class(name).from_pretrained(folder, torch_dtype=dtype, **dict.fromkeys(without))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {model} cannot be loaded: {reason}") from error
+    with loading(f"model {model}"), without_own_code(model, index) as folder:
+        pipeline = model_class(name).from_pretrained(folder, torch_dtype=dtype, **dict.fromkeys(without))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -276,15 +279,12 @@ def without_own_code(model: str, index: dict[str, Any]) -> Iterator[str]:
         return
     if not Path(model).is_dir():
         raise ModelError(f"model {model} brings davae's code along; download it, and give its folder")
-    plain = {
-        k: v if k not in own else class_name(v) if k == "_class_name" else [davae.__name__, v[-1]]
-        for k, v in index.items()
-    }
+    here = {k: class_name(index[k]) if k == "_class_name" else [davae.__name__, index[k][-1]] for k in own}
     with tempfile.TemporaryDirectory() as scratch:
         for part in Path(model).iterdir():
             if part.is_dir():
                 (Path(scratch) / part.name).symlink_to(part.resolve())
-        (Path(scratch) / "model_index.json").write_text(json.dumps(plain), encoding="utf-8")
+        (Path(scratch) / "model_index.json").write_text(json.dumps(index | here), encoding="utf-8")
         yield scratch
 
 

@@ -1,9 +1,22 @@
-"""Down and up blocks between the latent grid and the base autoencoder's feature grid, with shortcuts."""
+"""From I_hr to I, and down and up blocks between the latent grid and the base autoencoder's feature grid, with shortcuts."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Downsample = Literal["antialias", "bicubic"]
+
+
+def downsample(images: Tensor, scale: int, mode: Downsample = "antialias") -> Tensor:
+    """I from I_hr: (B,3,s*H,s*W) -> (B,3,H,W), bicubic, with antialiasing unless mode is `bicubic`."""
+    size = (images.shape[-2] // scale, images.shape[-1] // scale)
+    dtype = images.dtype if images.dtype in (torch.float32, torch.float64) else torch.float32
+    small = F.interpolate(images.to(dtype), size, mode="bicubic", align_corners=False, antialias=mode == "antialias")
+    return small.to(images.dtype)
 
 
 class DetailDown(nn.Module):

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from davae.latent import LatentLayout
+from davae.models.autoencoder_families import autoencoder_family, first_convolution, last_convolution, layer_path
 from davae.models.resample import DetailDown, DetailUp
 
 Start = Literal["enlarged", "unfolded"]  # what a new decoder makes pictures of: z alone, or z_d as well
+
+
+def take_weights(vae: Any, base: Any, start: Start) -> None:
+    """Give a new DetailVAE the weights of its base autoencoder, which lies where it does, and its new layers their start.
+
+    Raises:
+        ValueError: `unfolded` where D is not a multiple of s^2.
+    """
+    family = autoencoder_family(type(base).__name__)
+    encoder = base.encoder.state_dict()
+    vae.base_encoder.load_state_dict(encoder)
+    if family.quant and base.quant_conv is not None:
+        vae.base_quant_conv.load_state_dict(base.quant_conv.state_dict())
+    last, first = layer_path(base.encoder, family.last), layer_path(base.decoder, family.first)
+    blocks = {name: value for name, value in encoder.items() if not name.startswith(f"{last}.")}
+    load_all_but(vae.detail_encoder, blocks, f"{last}.")
+    blocks = {name: value for name, value in base.decoder.state_dict().items() if not name.startswith(f"{first}.")}
+    load_all_but(vae.decoder, blocks, f"{first}.")
+    down, up = vae.detail_encoder.get_submodule(last), vae.decoder.get_submodule(first)
+    narrow_posterior(down, vae.layout)
+    if start == "unfolded":
+        unfold_down(down, *last_convolution(base, family), vae.layout)
+        unfold_up(up, *first_convolution(base, family), vae.layout)
+    else:
+        warm_start_up(up, *first_convolution(base, family), vae.layout)
 
 
 def warm_start_up(up: DetailUp, weight: Tensor, bias: Tensor, layout: LatentLayout) -> None:

@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from davae.models.detail_vae import DetailVAE, downsample
+from davae.models.detail_vae import DetailVAE
 from davae.models.one_frame import encode_mode
 from davae.models.pipeline import HUB_ID, ModelError, fetch_file
+from davae.models.resample import downsample
 from davae.train.export import UPGRADE_FILE, read_metadata, read_upgrade
 from davae.zoo import resolve_upgrade
 

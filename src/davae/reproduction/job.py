@@ -103,9 +103,9 @@ class BaseJob(Job):
 
     @cached_property
     def key(self) -> str:
-        placeholder = {"autoencoder"} if self.detail is not None else set()
+        replaced = {"autoencoder"} if self.detail is not None else set()
         values = self.recipe.model_dump(
-            mode="json", exclude_defaults=True, exclude={"name", "run", "sampling"} | placeholder
+            mode="json", exclude_defaults=True, exclude={"name", "run", "sampling"} | replaced
         )
         start = None if self.recipe.init is None else model_digest(self.recipe.init)
         return fingerprint(values, self.autoencoder_key, start, self.recipe.run.seed, self.measures)

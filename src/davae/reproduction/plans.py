@@ -21,9 +21,9 @@ from davae.zoo.presets import find_preset, presets
 HUB_FILES = ("model_index.json", "config.json")
 
 
-def missing_parts(todo: Sequence[Job]) -> list[str]:
+def missing_parts(wanted: Sequence[Job]) -> list[str]:
     """What the jobs need and this machine lacks, each a sentence."""
-    needed = sorted({path for job in todo for path in needs(job)})
+    needed = sorted({path for job in wanted for path in needs(job)})
     lacking = [f"{path} is not here" for path in needed if not present(path)]
     return lacking if torch.cuda.is_available() else [*lacking, "there is no GPU"]
 

@@ -17,7 +17,7 @@ from davae.train.loop import Observer
 from davae.train.state import replace_text, saving
 
 
-def raced(todo: Sequence[Job], out: Path, results: Path, observer: Observer) -> dict[str, Any]:
+def raced(wanted: Sequence[Job], out: Path, results: Path, observer: Observer) -> dict[str, Any]:
     """Time one picture of each row, with the table's steps and guidance, and keep the figures beside the rows'.
 
     Args:
@@ -26,14 +26,14 @@ def raced(todo: Sequence[Job], out: Path, results: Path, observer: Observer) -> 
     Raises:
         RecipeError: the weights of a row are on another machine.
     """
-    known = speeds(todo, results)
+    known = speeds(wanted, results)
     if known is not None:
         return known
-    rows = contenders(todo)
+    rows = contenders(wanted)
     generation = settings(rows[0])
     figures = {
         "rows": time_pictures(
-            [candidate(job, todo, out, observer) for job in rows],
+            [candidate(job, wanted, out, observer) for job in rows],
             generation["data"],
             steps=generation["steps"],
             guidance=generation["guidance"],
@@ -45,15 +45,15 @@ def raced(todo: Sequence[Job], out: Path, results: Path, observer: Observer) -> 
     return figures
 
 
-def speeds(todo: Sequence[Job], results: Path) -> dict[str, Any] | None:
+def speeds(wanted: Sequence[Job], results: Path) -> dict[str, Any] | None:
     """What `raced` measured, here or elsewhere."""
-    path = path_of(contenders(todo), results)
+    path = path_of(contenders(wanted), results)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def contenders(todo: Sequence[Job]) -> list[Job]:
+def contenders(wanted: Sequence[Job]) -> list[Job]:
     """The first seed of every row: the others take as long."""
-    return [job for job in todo if job.seed == 0]
+    return [job for job in wanted if job.seed == 0]
 
 
 def path_of(rows: Sequence[Job], results: Path) -> Path:
@@ -69,14 +69,14 @@ def settings(job: Job) -> dict[str, Any]:
     raise RecipeError(f"the row '{job.row}' is not timed: it is neither an upgrade nor enlarged nor drawn")
 
 
-def candidate(job: Job, todo: Sequence[Job], out: Path, observer: Observer) -> Candidate:
+def candidate(job: Job, wanted: Sequence[Job], out: Path, observer: Observer) -> Candidate:
     """What is timed of a row."""
     if isinstance(job, DrawnJob):
         return Candidate(job.row, job.pipeline, job.resolution, job.compare_at, job.upscale)
     if isinstance(job, EnlargedJob):
         method = trained_upscaler(job, out, observer)
         return Candidate(job.row, str(job.recipe.base.model), None, job.recipe.resolution, method)
-    folders = [out / "runs" / seed.key for seed in todo if seed.row == job.row]
+    folders = [out / "runs" / seed.key for seed in wanted if seed.row == job.row]
     for folder in folders:
         if (folder / "pipeline").is_dir():
             return Candidate(job.row, str(folder))

@@ -33,11 +33,11 @@ def spread(values: list[float], decimals: int) -> str:
     return text if len(set(values)) < 2 or not decimals else f"{text} ± {stdev(values):.{decimals}f}"
 
 
-def table_rows(todo: Sequence[Job], results: Path) -> tuple[list[str], list[list[str]]]:
+def table_rows(wanted: Sequence[Job], results: Path) -> tuple[list[str], list[list[str]]]:
     """(headings, a line a row) of what has been run: mean and spread over seeds, and how many there are."""
-    done: dict[str, list[dict[str, Any]]] = {job.row: [] for job in todo}
-    timed = (speeds(todo, results) or {"rows": {}})["rows"]
-    for job in todo:
+    done: dict[str, list[dict[str, Any]]] = {job.row: [] for job in wanted}
+    timed = (speeds(wanted, results) or {"rows": {}})["rows"]
+    for job in wanted:
         figures = finished(job, results)
         if figures is not None:
             done[job.row].append(figures | {"speed": timed.get(job.row, {})})

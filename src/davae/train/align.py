@@ -36,11 +36,11 @@ from davae.data.cache import CachedLatents, is_whole, read_meta
 from davae.data.paired import PairedLatents, collate_pairs
 from davae.losses.embedding_alignment import token_alignment_loss
 from davae.models.autoencoders import autoencoder_config, latent_shape, load_autoencoder, raw_statistics
-from davae.models.detail_vae import downsample
 from davae.models.lightning_dit import LightningDiT, PatchEmbed
 from davae.models.new_latents import EMBEDDER, HEAD
 from davae.models.one_frame import encode_mode
 from davae.models.pipeline import ModelError, load_part, read_shapes
+from davae.models.resample import downsample
 from davae.recipes import RecipeError
 from davae.recipes.schema import BaseRecipe, EmbedderAlignment
 from davae.recipes.sections import FlowOptim

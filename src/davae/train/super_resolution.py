@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from davae.data.pictures import Pictures, collate
 from davae.losses.perceptual import perceptual_distance
-from davae.models.detail_vae import downsample
 from davae.models.pipeline import ModelError
+from davae.models.resample import downsample
 from davae.recipes.schema import SuperResolution, SuperResolutionRecipe
 from davae.train.draws import Draws
 from davae.train.loop import Observer, Player, Trainer, training_seed
