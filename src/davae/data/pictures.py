@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from davae.data.findings import Findings
+
 logger = logging.getLogger(__name__)
 
 
@@ -53,6 +55,11 @@ def counted(skipped: dict[str, str]) -> str:
 class PictureSource(Protocol):
     """Pictures by index, with captions."""
 
+    @property
+    def findings(self) -> Findings:
+        """Layout, unused files, duplicates and repaired captions; some grow as captions are read."""
+        ...
+
     def __len__(self) -> int: ...
 
     def key(self, index: int) -> str:
@@ -68,6 +75,10 @@ class PictureSource(Protocol):
         ...
 
     def label(self, index: int) -> int | None: ...
+
+    def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
+        """Return the caption that `load` returns for the same draw, without decoding pixels."""
+        ...
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
         """(RGB image, caption); raises UnreadablePicture."""

@@ -11,6 +11,7 @@ from PIL import Image
 
 from davae.data.captions import GUESSES, SourceOptions, as_label, choose
 from davae.data.decoding import decode, header_size
+from davae.data.findings import Findings
 from davae.data.pictures import DataError
 
 
@@ -85,6 +86,7 @@ class TableSource:
         self.name, self.options = name, options
         self.weights = column_weights(self.rows.column_names, options)
         texts = list(self.weights) + ([options.label_column] if options.label_column else [])
+        self.findings = Findings("table", ", ".join(f"column {name}" for name in self.weights) or "none")
         self.plain = self.rows.select_columns(texts) if texts else None  # without the images
 
     def __len__(self) -> int:
@@ -111,6 +113,9 @@ class TableSource:
             return None
         return as_label(self.plain[index][column], self.key(index))
 
+    def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
+        return "" if self.plain is None else choose(self.plain[index], self.weights, rng)
+
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
         picture = decode(self._stream(index), self.options.background, self.options.max_pixels)
-        return picture, "" if self.plain is None else choose(self.plain[index], self.weights, rng)
+        return picture, self.caption(index, rng)
