@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from davae.data.cache import CacheMeta, read_meta
-from davae.data.order import Batches, training_loader
+from davae.data.order import Batches, chosen_workers, training_loader
 from davae.train.draws import Draws
 from davae.train.loop import training_seed
 from davae.train.upgrade import Upgrade
@@ -91,7 +91,7 @@ def step_speed(run: Upgrade, steps: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "batch_size": settings.batch_size,
-        "num_workers": run.recipe.data.num_workers,
+        "num_workers": chosen_workers(run.recipe.data.num_workers),
         "data_share": sum(waits) / sum(whole),
         "wait_seconds": statistics.median(waits),
         "step_seconds": statistics.median(whole),

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from davae.data.cache import LABELS, NO_LABEL, CacheMeta, Team, prepare, save_whole
 from davae.data.cache_key import Key, plain
 from davae.data.caption_table import CaptionTable, pack, write_table
+from davae.data.order import chosen_workers
 from davae.data.pictures import DataError, Pictures, UnreadablePicture, collate
 
 Watch = Callable[[int, int], None]
@@ -109,7 +110,7 @@ def write_latents(
     variants: int,
     batch_size: int,
     dtype: str,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     team: Team | None = None,
     on_batch: Watch = lambda done, total: None,
 ) -> CacheMeta:
@@ -156,14 +157,14 @@ def _write_shard(
     encode: Callable[[Tensor], Tensor],
     batch_size: int,
     dtype: str,
-    num_workers: int,
+    num_workers: int | None,
 ) -> Iterator[int]:
     """Encode one shard; yields how many items are over."""
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     loader = DataLoader(
         Readable(pictures),
         batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=num_workers,
+        num_workers=chosen_workers(num_workers),
         collate_fn=lambda found: found,
     )
     parts: list[np.ndarray] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,11 +99,31 @@ class Batches:
         return max(0, self.stop - self.start)
 
 
+MOST_WORKERS = 8  # beyond, they wait for the disk or for one another
+
+
+def chosen_workers(given: int | None) -> int:
+    """Return how many processes read data for one training process.
+
+    A recipe's own number is taken as it is. None leaves one core to the training process and one to the system, and divides the
+    rest over the processes of this machine: none on two cores, 8 at most. What is read does not depend on the number.
+    """
+    if given is not None:
+        return given
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(MOST_WORKERS, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) - 2))
+
+
 def training_loader(
-    dataset: Any, batches: Batches, *, num_workers: int, collate_fn: Any = collate
+    dataset: Any, batches: Batches, *, num_workers: int | None, collate_fn: Any = collate
 ) -> Iterator[dict[str, Any]]:
     """Batches of a dataset in order. What workers had to skip is told to the dataset of this process."""
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=collate_fn)  # type: ignore[arg-type]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=chosen_workers(num_workers),
+        collate_fn=collate_fn,
+    )
     for batch in loader:
         if isinstance(batch, dict) and "skipped" in batch:
             dataset.skipped.update(batch["skipped"])

@@ -163,6 +163,7 @@ RESUMABLE = (
     "stage2.validate_every",
     "stage2.validate_pictures",
     "data.num_workers",
+    "cache.batch_size",
     "report",
     "sampling",
     "hardware",

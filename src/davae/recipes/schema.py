@@ -17,6 +17,7 @@ from pydantic import (
 from davae.recipes.sections import (
     Cache,
     Data,
+    Export,
     FlowOptim,
     Fraction,
     Hardware,
@@ -207,6 +208,7 @@ class Base(Section):
     model: str | None = None
     train: BaseRecipe | None = None  # trained into the run folder before anything else
     resolution: PositiveInt  # pixels of I, the image whose token count is kept
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights: the transformer under LoRA, text encoders
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Base:
@@ -238,6 +240,7 @@ class Recipe(Section):
     stage2: Stage2
     sampling: Sampling = Sampling()
     report: Report = Report()
+    export: Export = Export()
     run: Run = Run()
     hardware: Hardware | None = None
 
@@ -249,6 +252,14 @@ class Recipe(Section):
         if isinstance(train, dict) and "data" not in train and "data" in values:
             values = {**values, "base": {**values["base"], "train": {**train, "data": values["data"]}}}
         return values
+
+    @model_validator(mode="after")
+    def _half_base_computes_in_half(self) -> Recipe:
+        if self.base.dtype == "bfloat16" and self.run.mixed_precision != "bf16":
+            raise ValueError(
+                f"base.dtype is bfloat16 and run.mixed_precision {self.run.mixed_precision}; set run.mixed_precision to bf16"
+            )
+        return self
 
     @property
     def resolution(self) -> int:

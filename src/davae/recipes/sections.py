@@ -57,7 +57,7 @@ class Data(Section):
     split: str = "train"
     config: str | None = None
     streaming: bool = False  # copy `limit` pictures, not the whole dataset
-    num_workers: NonNegativeInt = 0
+    num_workers: NonNegativeInt | None = None  # processes that read images; None: chosen from the machine's cores
 
     @model_validator(mode="after")
     def _options_fit(self) -> Data:
@@ -151,10 +151,11 @@ class Stage2(FlowOptim):
 class Cache(Section):
     """The latent cache between the stages."""
 
-    batch_size: PositiveInt = 16
+    batch_size: PositiveInt = 16  # images encoded at a time, at most: fewer where the device's memory asks for it
     variants: PositiveInt = 1  # augmented draws (crop, flip, background, caption) kept of every picture
     dtype: Literal["float32", "float16"] = "float16"
     shards: str | None = None  # LightningDiT's latent shards to train on, instead of encoding data.source
+    text: Literal["stored", "step"] = "stored"  # prompt embeddings: written once, or computed again in every step
 
 
 class Sampling(Section):
@@ -167,6 +168,13 @@ class Sampling(Section):
 class Report(Section):
     holdout_pictures: PositiveInt = 64  # held-out pictures in the reconstruction table
     timing_repeats: PositiveInt = 5
+    batch_size: PositiveInt | None = None  # images at a time in report and validation; None: what the memory plan allows
+
+
+class Export(Section):
+    """The run's `pipeline/`."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 class Run(Section):
@@ -194,7 +202,10 @@ class Hardware(Section):
     """The GPUs that a recipe was written for: what a dry run reckons with. Training takes whatever it is started on."""
 
     gpu: str
-    count: PositiveInt = 1  # processes; every one takes batch_size pictures a step
+    count: PositiveInt = 1  # processes; every one takes its share of the batch
+    a_machine: PositiveInt = 8  # GPUs of one machine
+    host_gib: PositiveInt | None = None  # main memory of one machine; None: not checked
+    disk_gib: PositiveInt | None = None  # space for the run folder; None: not checked
 
     @field_validator("gpu")
     @classmethod

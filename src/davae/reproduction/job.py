@@ -82,6 +82,8 @@ class EnlargedJob(Job):
     @cached_property
     def key(self) -> str:
         network = None if self.super_resolution is None else self.super_resolution.model_dump(mode="json")
+        if network is not None and network["data"]["num_workers"] is None:
+            network["data"]["num_workers"] = 0  # the default when the first figures were made
         base = model_digest(self.recipe.base.model)
         return fingerprint(self.upscale, base, network, self.measures["generation"])
 

@@ -75,7 +75,7 @@ def cache_pictures(
     *,
     key: Key,
     cache: Cache,
-    num_workers: int,
+    num_workers: int | None,
     accelerator: Accelerator,
     watch: Callable[[str], Watch],
     embed: Callable[[list[str]], tuple[Tensor, ...]] | None = None,

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from davae.data.order import Batches, training_loader
+from davae.data.order import Batches, chosen_workers, training_loader
 from davae.models.compiling import compile_blocks
 from davae.recipes.sections import Optim, Run
 from davae.train import engine
@@ -244,8 +244,8 @@ class Trainer:
 
     # -- training ----------------------------------------------------------------------------------------------
 
-    def fit(self, num_workers: int = 0) -> None:
-        settings = self.task.settings
+    def fit(self, num_workers: int | None = 0) -> None:
+        settings, num_workers = self.task.settings, chosen_workers(num_workers)
         if self.step >= settings.max_steps:
             return
         metrics = Metrics(self.folder.path / "metrics.jsonl", self.task.name, self.step) if is_main() else None

@@ -24,13 +24,14 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from davae.latent import LatentLayout
 from davae.losses.detail_warmup import velocity_loss
 from davae.losses.perceptual import perceptual_distance
+from davae.models.autoencoders import encode_raw
 from davae.models.expand import expand_transformer, latent_channels
 from davae.models.pipeline import BaseShapes
 from davae.recipes.sections import Stage1, Stage2
 from davae.train.cost import decode_latents, meta_detail_vae, meta_transformer, predict_once
 from davae.train.draws import Draws
 from davae.train.stage1 import Stage1Task
-from davae.train.stage2 import choose_trainable
+from davae.train.stage2 import choose_trainable, in_full_precision
 
 # the attention that CPU tensors get, which the registry lacks
 FORMULAS: dict[Any, Callable[..., float]] = {
@@ -175,12 +176,22 @@ def _memory(
 
 
 def stage2_memory(
-    shapes: BaseShapes, layout: LatentLayout, side: int, settings: Stage2, *, mixed: bool
+    shapes: BaseShapes,
+    layout: LatentLayout,
+    side: int,
+    settings: Stage2,
+    *,
+    mixed: bool,
+    frozen: torch.dtype = torch.float32,
 ) -> TrainingStep:
-    """Of one process of stage 2 at the recipe's batch, accumulation and checkpointing; side x side latents."""
+    """Of one process of stage 2 at the recipe's batch, accumulation and checkpointing; side x side latents.
+
+    Args:
+        frozen: precision of the pretrained weights that are not trained.
+    """
     with torch.device("meta"):  # for the new weights and LoRA's
-        transformer = expand_transformer(meta_transformer(shapes), layout.detail_channels)
-        choose_trainable(transformer, settings.lora)
+        transformer = expand_transformer(meta_transformer(shapes).to(frozen), layout.detail_channels)
+        in_full_precision(choose_trainable(transformer, settings.lora))
     transformer.train()
     if settings.gradient_checkpointing:
         cast(Any, transformer).enable_gradient_checkpointing()
@@ -235,20 +246,40 @@ def sampling_bytes(run: Callable[[], object]) -> int:
     return live.peak
 
 
-def transformer_sampling_bytes(transformer: nn.Module, side: int, batch: int) -> int:
-    """Of one pass in bfloat16 over a batch of side x side latents; the transformer on the meta device."""
+def transformer_sampling_bytes(
+    transformer: nn.Module, side: int, batch: int, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Of one pass over a batch of side x side latents; the transformer on the meta device."""
     with rehearsal():
-        stand_in(transformer.to(torch.bfloat16))
-        latents = torch.empty(batch, latent_channels(transformer), side, side, dtype=torch.bfloat16)
-        return sampling_bytes(lambda: predict_in(torch.bfloat16, transformer, latents))
+        stand_in(transformer.to(dtype))
+        latents = torch.empty(batch, latent_channels(transformer), side, side, dtype=dtype)
+        return sampling_bytes(lambda: predict_in(dtype, transformer, latents))
 
 
-def decode_sampling_bytes(vae: Any, channels: int, side: int) -> int:
-    """Of decoding one picture in bfloat16, whole; the autoencoder on the meta device."""
+def decode_sampling_bytes(
+    vae: Any, channels: int, side: int, dtype: torch.dtype = torch.bfloat16, tile: int | None = None
+) -> int:
+    """Of decoding one image, whole or in tiles of `tile` pixels; the autoencoder on the meta device."""
     with rehearsal():
-        stand_in(vae.to(torch.bfloat16))
-        latents = torch.empty(1, channels, side, side, dtype=torch.bfloat16)
+        stand_in(vae.to(dtype))
+        if tile is not None:
+            vae.enable_tiling(tile)
+        latents = torch.empty(1, channels, side, side, dtype=dtype)
         return sampling_bytes(lambda: decode_latents(vae, latents))
+
+
+def encode_bytes(vae: Any, pixels: int, dtype: torch.dtype, tile: int | None = None) -> int:
+    """Return the most that encoding one square image holds, whole or in tiles of `tile` pixels.
+
+    Args:
+        vae: an autoencoder on the meta device; it is used up.
+    """
+    with rehearsal():
+        stand_in(vae.to(dtype))
+        if tile is not None:
+            vae.enable_tiling(tile)
+        images = torch.empty(1, 3, pixels, pixels, dtype=dtype)
+        return images.numel() * images.element_size() + sampling_bytes(lambda: encode_raw(vae, images))
 
 
 def predict_in(dtype: torch.dtype, transformer: nn.Module, latents: Tensor) -> Tensor:

@@ -49,6 +49,14 @@ def choose_trainable(transformer: nn.Module, lora: Lora | None) -> list[nn.Param
     return trainable
 
 
+def in_full_precision(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Move what is trained to float32 where the frozen base is held in half precision: small updates would round away."""
+    for parameter in parameters:
+        if parameter.dtype.itemsize < torch.float32.itemsize:
+            parameter.data = parameter.data.float()
+    return parameters
+
+
 class NewWeightBoost:
     """A learning-rate multiplier for P' and O' alone, which share their tensors with P and O.
 
@@ -102,7 +110,7 @@ class Stage2Task:
         self.conditioning, self.objective = conditioning, objective
         self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
         self.transformer = transformer.to(device)
-        parameters = choose_trainable(transformer, settings.lora)
+        parameters = in_full_precision(choose_trainable(transformer, settings.lora))
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()  # type: ignore[operator]
         self.masks = new_weight_masks(transformer)
