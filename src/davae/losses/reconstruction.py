@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,21 @@ def adaptive_weight(above: Tensor, below: Tensor, maximum: float = 1e4) -> Tenso
     `alignment: adaptive` (above: reconstruction, below: alignment, at the encoder's last layer).
     """
     return (above.float().norm() / (below.float().norm() + 1e-6)).clamp(max=maximum).detach()
+
+
+def gradient_at(output: Tensor, parameter: Tensor, upstream: Tensor, count: int | None = None) -> Tensor:
+    """Return the gradient at a parameter, in float32, given the one at the output; the graph is kept.
+
+    The gradient of a mean over N values is about 1/N in each, which half precision rounds to zero on its way back. It travels
+    multiplied by the power of two nearest to N, which changes no bit in float32.
+
+    Args:
+        output: what `upstream` is the gradient of, the same shape.
+        count: N; the elements of `output` where not given.
+    """
+    factor = 2.0 ** round(math.log2(count or output.numel()))
+    scaled = (upstream * factor).to(output.dtype)
+    return torch.autograd.grad(output, parameter, scaled, retain_graph=True)[0].float() / factor
 
 
 class _Carried(torch.autograd.Function):

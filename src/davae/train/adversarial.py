@@ -16,6 +16,7 @@ from davae.losses.reconstruction import (
     carry,
     discriminator_hinge,
     generator_hinge,
+    gradient_at,
     reconstruction_loss,
 )
 from davae.models.discriminator import PatchDiscriminator
@@ -109,12 +110,7 @@ class ReconstructionTrainer:
             # the mean over so many logits would underflow in half precision
             scaled = torch.autograd.grad(adversarial * logits.numel(), pixels, retain_graph=True)[0]
             push = scaled.float() / logits.numel()
-            above, below = (
-                mean_over_ranks(
-                    torch.autograd.grad(reconstruction, last_layer, g.to(reconstruction.dtype), retain_graph=True)[0]
-                )
-                for g in (pull, push)
-            )
+            above, below = (mean_over_ranks(gradient_at(reconstruction, last_layer, g)) for g in (pull, push))
             weight = adaptive_weight(above, below)
             value = value + s.lambda_adv * weight * adversarial.detach()
             gradient = pull + s.lambda_adv * weight * push

@@ -65,9 +65,12 @@ def prepare(
 
 
 def clip(accelerator: Accelerator, optimizer: Any, limit: float) -> Tensor | None:
-    """Clip a player's gradients in place; returns their norm before, whole; None where the engine does not tell."""
+    """Clip a player's unscaled gradients in place; return their whole norm before, None where the engine keeps it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = accelerator.clip_grad_norm_(parameters, limit)
+    if accelerator.scaler is not None:  # accelerate's own would unscale every optimizer, also those of other players
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+    else:
+        norm = accelerator.clip_grad_norm_(parameters, limit)
     if norm is None:
         return None
     if isinstance(norm, DTensor):
@@ -76,14 +79,19 @@ def clip(accelerator: Accelerator, optimizer: Any, limit: float) -> Tensor | Non
 
 
 def step_unless(optimizer: Any, bad: Tensor) -> None:
-    """One optimizer step, left out where `bad` is true. A fused optimizer decides on the device; others wait for it."""
+    """Step one optimizer unless `bad`. A fused optimizer decides on the device; others wait for it.
+
+    Args:
+        optimizer: as accelerate prepared it; its gradients are unscaled.
+    """
     inner = optimizer.optimizer
+    step = optimizer.step if optimizer.scaler is None else inner.step  # the wrapper's would unscale and update again
     whole = not any(isinstance(p, DTensor) for p in inner.param_groups[0]["params"])
     if inner.defaults.get("fused") and whole:
         inner.found_inf, inner.grad_scale = bad.float(), None
-        optimizer.step()
+        step()
     elif not bool(bad):
-        optimizer.step()
+        step()
 
 
 def optimizer_state(optimizer: Any, whole_state: Callable[[torch.optim.Optimizer], dict[str, Any]]) -> dict[str, Any]:

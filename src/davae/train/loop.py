@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,20 @@ from davae.models.compiling import compile_blocks
 from davae.recipes.sections import Optim, Run
 from davae.train import engine
 from davae.train.average import Average
+from davae.train.best import Best
 from davae.train.checkpoint import load_optimizer_state, optimizer_state, restore, snapshot
 from davae.train.draws import Draws
-from davae.train.observe import Parts, StepTimer, Timings, Watch, gradient_norms, open_trackers, peak_memory
+from davae.train.loss_scale import LossScale
+from davae.train.observe import (
+    Means,
+    Parts,
+    StepTimer,
+    Timings,
+    Watch,
+    gradient_norms,
+    open_trackers,
+    peak_memory,
+)
 from davae.train.optimizers import build_optimizer, learning_rate
 from davae.train.ranks import any_rank, barrier, is_main, mean_over_ranks, rank, ranks
 from davae.train.signals import stop_on_signal
@@ -31,7 +41,6 @@ from davae.train.state import (
     RunError,
     RunFolder,
     newest_checkpoint,
-    replace_text,
     save_checkpoint,
 )
 
@@ -112,9 +121,6 @@ class Periodic:
     run: Callable[[int], dict[str, float]]
 
 
-BEST = "validation_loss"
-
-
 def training_seed(settings: Optim, run: Run) -> int:
     """The seed of one training: its own, else the run's."""
     return run.seed if settings.seed is None else settings.seed
@@ -139,7 +145,8 @@ class Trainer:
 
     Raises:
         Interrupted: after a signal, with a checkpoint written.
-        RunError: when the loss stays non-finite, the batch cannot be divided, or the folder cannot be written.
+        RunError: when the loss stays non-finite, no step was taken, the batch cannot be divided, or the folder cannot be
+            written.
     """
 
     MAX_SKIPPED = 10  # non-finite steps in a row
@@ -182,7 +189,8 @@ class Trainer:
         device = accelerator.device
         # counted where the loss is computed, so that no step waits for the device: skipped ever, and in a row until now
         self.skipped, self.in_a_row = torch.zeros(2, device=device).unbind()
-        self.best = math.inf
+        self.best = Best(folder.path, task.name)
+        self.scale = LossScale(accelerator)
         if state is not None:
             self._load(state)
 
@@ -193,8 +201,9 @@ class Trainer:
             engine.load_optimizer(optimizer, state["optimizers"][name], load_optimizer_state)
         for name, average in self.ema.items():
             average.load_state_dict(state["ema"][name])
+        self.scale.load(state.get("scaler", {}))
         self.skipped += state["skipped"]
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best.value = state["step"], state["best"]
         logger.info("%s: resumed at step %d", self.task.name, self.step)
 
     def save(self) -> None:
@@ -202,13 +211,15 @@ class Trainer:
         state = {
             "step": self.step,
             "skipped": int(self.skipped),
-            "best": self.best,
+            "best": self.best.value,
             "players": {name: snapshot(p.module, p.trained) for name, p in self.task.players.items()},
             "optimizers": {name: engine.optimizer_state(o, optimizer_state) for name, o in self.optimizers.items()},
             "ema": {name: average.state_dict() for name, average in self.ema.items()},
         }
+        if scaler := self.scale.state():
+            state["scaler"] = scaler
         if is_main():
-            best, every = self._best_step(), self.run.keep_every
+            best, every = self.best.kept(), self.run.keep_every
             save_checkpoint(
                 self.folder,
                 self.task.name,
@@ -218,14 +229,6 @@ class Trainer:
                 lambda step: step == best or (every > 0 and step % every == 0),
             )
         barrier()
-
-    def _best_file(self):
-        return self.folder.path / "checkpoints" / f"{self.task.name}-best.json"
-
-    def _best_step(self) -> int:
-        """The step whose checkpoint validated best so far; -1 where none did."""
-        path = self._best_file()
-        return json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else -1
 
     def use_average(self) -> None:
         """Copy each EMA into its player: what is exported."""
@@ -245,9 +248,20 @@ class Trainer:
     # -- training ----------------------------------------------------------------------------------------------
 
     def fit(self, num_workers: int | None = 0) -> None:
-        settings, num_workers = self.task.settings, chosen_workers(num_workers)
-        if self.step >= settings.max_steps:
-            return
+        """Train from the newest checkpoint to the last step."""
+        try:
+            if self.step < self.task.settings.max_steps:
+                self._fit(chosen_workers(num_workers))
+        finally:
+            self.scale.reset()
+        if self.step and int(self.skipped) >= self.step:
+            raise RunError(
+                f"{self.task.name}: all {self.step} steps were skipped, their loss or gradient was not finite, so nothing "
+                f"was trained; look at the data, or lower {self.task.name}.lr, in a new --out"
+            )
+
+    def _fit(self, num_workers: int) -> None:
+        settings = self.task.settings
         metrics = Metrics(self.folder.path / "metrics.jsonl", self.task.name, self.step) if is_main() else None
         timings = Timings(self.folder.path / "timing.jsonl", self.task.name)
         batches = Batches(
@@ -278,9 +292,9 @@ class Trainer:
                     logs = bool(extra) or last or self.step % self.run.log_every == 0
                     if logs:
                         self._report({**values, **extra}, metrics, timings)
-                    improved = self._improved(extra)
+                    improved = self.best.improved(extra, self.step)
                     stop = (logs or ranks() == 1) and any_rank(bool(received), self.accelerator.device)
-                    broken = logs and int(self.in_a_row) >= self.MAX_SKIPPED
+                    broken = logs and any_rank(int(self.in_a_row) >= self.MAX_SKIPPED, self.accelerator.device)
                     if last or stop or broken or improved or self.step % self.run.checkpoint_every == 0:
                         if metrics is not None:
                             metrics.to_disk()
@@ -303,18 +317,9 @@ class Trainer:
             f"the weights before them are saved; lower {self.task.name}.lr in a new --out"
         )
 
-    def _improved(self, values: dict[str, float]) -> bool:
-        """Whether this step validated better than all before; notes it, so that its checkpoint is kept."""
-        if BEST not in values or not values[BEST] < self.best:
-            return False
-        self.best = values[BEST]
-        if is_main():
-            replace_text(self._best_file(), json.dumps({"step": self.step, BEST: self.best}))
-        return True
-
     def _train_step(self, loader: Iterator[Any]) -> dict[str, Any]:
         settings, timer = self.task.settings, self.timer
-        values: dict[str, Any] = {}
+        means, lost = Means(), torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         active = self.task.active(self.step)
         for name in active:
             lr = learning_rate(settings, self.task.players[name].lr, self.step)
@@ -334,25 +339,29 @@ class Trainer:
                         loss, logged = self.task.loss(name, batch, self.step, draws)
                     with timer.phase("backward"):
                         self.accelerator.backward(loss / settings.accumulation)
-                values |= logged
+                    lost = lost | ~torch.isfinite(loss.detach())
+                means.add(logged)
+        values = means.read()
         with timer.phase("optimizer"):
-            bad = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+            bad = torch.zeros_like(lost)
             for name in active:
                 bad = bad | self._update(name, values)
             self.skipped += bad
-            self.in_a_row.copy_((self.in_a_row + 1) * bad)
+            self.in_a_row.copy_((self.in_a_row + self.scale.counts(bad, lost)) * bad)
+            self.scale.update()
         values["lr"] = learning_rate(settings, next(iter(self.task.players.values())).lr, self.step)
         return values
 
     def _update(self, name: str, values: dict[str, Any]) -> Tensor:
         """One player's step, left out where its gradient is not finite; returns whether it was."""
         player, optimizer = self.task.players[name], self.optimizers[name]
+        self.scale.unscale(optimizer)
         if player.parts is not None and (self.step + 1) % self.run.log_every == 0:
             values |= gradient_norms(player.parts())
         limit = self.task.settings.max_grad_norm if player.clip else math.inf
         norm = engine.clip(self.accelerator, optimizer, limit)
         values[f"grad_norm_{name}"] = norm
-        if norm is None or self.accelerator.scaler is not None:  # the engine, or the scaler, looks after it
+        if norm is None:  # the engine looks after it
             optimizer.step()
             bad = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         else:

@@ -67,6 +67,24 @@ class StepTimer:
         return figures
 
 
+class Means:
+    """Mean of each logged value over the micro-batches of a step."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Add what one player logged on one micro-batch: numbers, or scalars on the device."""
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, Any]:
+        """Return the means; a value that was added once is returned as it came."""
+        return {name: total / n if (n := self.counts[name]) > 1 else total for name, total in self.sums.items()}
+
+
 def peak_memory(device: torch.device) -> float:
     """Most memory held so far, GiB: of the GPU, else of this process."""
     if device.type == "cuda":

@@ -16,8 +16,9 @@ from davae.data.pictures import collate, grid, to_images
 from davae.losses.detail_warmup import velocity_loss
 from davae.losses.flow_matching import shift_timestep
 from davae.recipes import RecipeError
+from davae.train.best import BEST
 from davae.train.draws import Draws
-from davae.train.loop import BEST, Periodic
+from davae.train.loop import Periodic
 from davae.train.objectives import Diffusion, noise_batch
 from davae.train.ranks import is_main
 from davae.train.stage1 import Stage1Task

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from davae.data.pictures import Pictures
 from davae.losses.alignment import alignment_loss
-from davae.losses.reconstruction import adaptive_weight
+from davae.losses.reconstruction import adaptive_weight, gradient_at
 from davae.models.detail_vae import DetailVAE
 from davae.models.placement import send
 from davae.recipes.sections import Stage1
@@ -79,10 +79,8 @@ class Stage1Task(ReconstructionTask):
         align = alignment_loss(mean.float(), z.float())
         weight: Tensor | float = s.lambda_align
         if s.alignment == "adaptive" and s.lambda_align:
-            above = torch.autograd.grad(
-                reconstruction, last_encoder, pull.to(reconstruction.dtype), retain_graph=True
-            )[0]
-            below = torch.autograd.grad(align, last_encoder, retain_graph=True)[0]
+            above = gradient_at(reconstruction, last_encoder, pull)
+            below = gradient_at(align, last_encoder, torch.ones_like(align), mean.numel())
             weight = s.lambda_align * adaptive_weight(mean_over_ranks(above), mean_over_ranks(below))
         total = total + weight * align  # Eq. 6
         return total, {"loss": total.detach(), **logged, "align": align.detach()}
