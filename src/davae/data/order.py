@@ -105,8 +105,8 @@ MOST_WORKERS = 8  # beyond, they wait for the disk or for one another
 def chosen_workers(given: int | None) -> int:
     """Return how many processes read data for one training process.
 
-    A recipe's own number is taken as it is. None leaves one core to the training process and one to the system, and divides the
-    rest over the processes of this machine: none on two cores, 8 at most. What is read does not depend on the number.
+    A recipe's own number is taken as it is. None leaves one core to the training process and one to the system, and divides
+    the rest over the processes of this machine: none on two cores, 8 at most. What is read does not depend on the number.
     """
     if given is not None:
         return given

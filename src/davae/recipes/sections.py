@@ -168,7 +168,9 @@ class Sampling(Section):
 class Report(Section):
     holdout_pictures: PositiveInt = 64  # held-out pictures in the reconstruction table
     timing_repeats: PositiveInt = 5
-    batch_size: PositiveInt | None = None  # images at a time in report and validation; None: what the memory plan allows
+    batch_size: PositiveInt | None = (
+        None  # images at a time in report and validation; None: what the memory plan allows
+    )
 
 
 class Export(Section):
