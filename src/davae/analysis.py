@@ -14,7 +14,7 @@ from torch import Tensor
 from davae.analyze.curves import compared_curves, loss_curves
 from davae.analyze.latent_maps import class_knowledge, pca_pictures
 from davae.analyze.spectra import radial_power, spectra_plot
-from davae.data.pictures import DataError, Pictures, to_images
+from davae.data.pictures import DataError, Pictures, spread, to_images
 from davae.evaluate.detail_use import reconstructions
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.losses.alignment import group_mean
@@ -81,8 +81,8 @@ def sensitivity(vae: str, base: str, data: str, out: Path, *, num: int, held_out
 def raw_latents(vae: DetailVAE, pictures: Pictures, num: int) -> tuple[Tensor, Tensor, list[int | None]]:
     """(z (N,C,h,w), z_d (N,D,h,w), labels) of pictures."""
     parts = [vae.encode_raw(images.to(vae.device)) for images in batches(pictures, num)]
-    count = min(num, len(pictures))
-    labels = [pictures.source.label(pictures.indices[i]) for i in range(count)]
+    chosen = [pictures.indices[i] for i in spread(len(pictures), num)]
+    labels = [pictures.source.label(i) for i in chosen if pictures.source.key(i) not in pictures.skipped]
     return torch.cat([part.z.cpu() for part in parts]), torch.cat([part.mean.cpu() for part in parts]), labels
 
 

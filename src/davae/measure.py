@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from davae.data.pictures import DataError, Pictures, UnreadablePicture, grid, split, to_tensor
+from davae.data.pictures import DataError, Pictures, UnreadablePicture, grid, split, spread, to_tensor
 from davae.data.sources import open_source, usable
 from davae.evaluate.distribution import LEAST, compare, stored_gaussian
 from davae.evaluate.features import Features, extract, make_extractor
@@ -102,11 +102,17 @@ def real_pictures(data: str, resolution: int, held_out: float, side: Literal["tr
 
 
 def batches(pictures: Pictures, num: int | None = None, size: int = 16, *, shared: bool = False) -> Iterator[Tensor]:
-    """Plain pictures in order, (B,3,R,R); `shared` gives each process its part. One that turns out unreadable is left out,
-    and told: its neighbour would be measured twice."""
-    count = len(pictures) if num is None else min(num, len(pictures))
-    state = PartialState()
-    indices = range(state.process_index, count, state.num_processes) if shared else range(count)
+    """Yield plain images, (B,3,R,R), in order.
+
+    An image that turns out unreadable is left out and logged: its neighbour would be measured twice.
+
+    Args:
+        num: only so many, spread over all.
+        shared: give each process its part.
+    """
+    indices = spread(len(pictures), num)
+    if shared:
+        indices = indices[PartialState().process_index :: PartialState().num_processes]
     for start in range(0, len(indices), size):
         images = []
         for i in indices[start : start + size]:

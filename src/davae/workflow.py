@@ -13,7 +13,7 @@ from PIL import Image
 from davae.analyze.curves import loss_curves
 from davae.analyze.report import Column, ReportContent, write_report
 from davae.data.openmoji import CREDIT
-from davae.data.pictures import to_images
+from davae.data.pictures import spread, to_images
 from davae.evaluate.detail_use import reconstructions
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.throughput import Timing, time_pipelines
@@ -53,7 +53,7 @@ def default_prompts(run: Upgrade) -> list[str]:
         names = {number: name for name, number in class_names(run.base).items()}
         return [names.get(number, str(number)) for number in range(min(8, class_count(run.base)))]
     pictures = run.training_pictures()
-    return [pictures[(i, -1)]["caption"] for i in range(min(8, len(pictures)))]
+    return [pictures[(i, -1)]["caption"] for i in spread(len(pictures), 8)]
 
 
 def report(run: Upgrade, observer: Observer) -> Path:
@@ -156,8 +156,7 @@ def sample_columns(run: Upgrade, upgraded: Any, shipped: Any, prompts: list[str]
 
 def reconstruction_section(run: Upgrade, upgraded: Any, shipped: Any) -> tuple[list[Column], list[dict[str, Any]]]:
     """Held-out pictures (training pictures where nothing is held out), shown and scored."""
-    indices = (run.held_out or run.square_training())[: run.recipe.report.holdout_pictures]
-    dataset = run.pictures(indices)
+    dataset = run.pictures(run.opened.shown(run.recipe.report.holdout_pictures))
     images = torch.stack([dataset[(i, -1)]["image"] for i in range(len(dataset))])
     methods = reconstructions(upgraded.vae, run.base.vae)
     if shipped is not None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from davae.app.models import LOCK
-from davae.data.pictures import Pictures, to_images
+from davae.data.pictures import to_images
 from davae.models.classes import goes_by_class
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
@@ -73,7 +73,7 @@ def _reconstructions(folder: Path, recipe: Recipe, state: dict[str, Any]) -> Pre
     vae = DetailVAE.from_base(_base(folder, recipe).vae, recipe.detail_channels, recipe.scale, recipe.downsample)
     _restore(vae, state, "vae")
     opened = open_pictures(recipe.data, recipe.resolution, bucket_step(recipe, base_shapes(recipe)))
-    pictures = Pictures(opened.source, (opened.held_out or opened.train)[:PICTURES], recipe.resolution)
+    pictures = opened.squares(opened.shown(PICTURES))
     images = torch.stack([pictures[(i, -1)]["image"] for i in range(len(pictures))])  # (B,3,R,R)
     with torch.no_grad():
         raw = vae.encode_raw(images)

@@ -42,9 +42,15 @@ def bucket_sizes(resolution: int, step: int, max_ratio: float, tokens: Tokens = 
     return [(a * step, b * step) for a, b in ordered]
 
 
-def nearest_bucket(sizes: Sequence[tuple[int, int]], width: int, height: int) -> int | None:
-    """The bucket of the nearest aspect ratio (in the logarithm) that a picture fills without being enlarged."""
-    fitting = [n for n, (w, h) in enumerate(sizes) if w <= width and h <= height]
+def nearest_bucket(sizes: Sequence[tuple[int, int]], width: int, height: int, enlarge: bool = False) -> int | None:
+    """Return the bucket of the nearest aspect ratio (in the logarithm), None where the image would have to be enlarged.
+
+    Args:
+        sizes: (width, height) of each bucket.
+        width, height: the image's.
+        enlarge: take small images too.
+    """
+    fitting = [n for n, (w, h) in enumerate(sizes) if enlarge or (w <= width and h <= height)]
     if not fitting:
         return None
     ratio = math.log(width / height)

@@ -114,7 +114,9 @@ def write_latents(
     team: Team | None = None,
     on_batch: Watch = lambda done, total: None,
 ) -> CacheMeta:
-    """Encode every picture `variants` times (other crop, flip, background, caption) into shards of one bucket each.
+    """Encode every picture `variants` times (other crop, background, caption) into shards of one bucket each.
+
+    Flips are enumerated: every other variant is mirrored. A single variant is not.
 
     Process r of R encodes shards r, r+R, ...; where shards begin does not hang on R. Pictures that cannot be read are left
     out and named in the meta. The caller seals the cache.
@@ -123,7 +125,7 @@ def write_latents(
         encode: images (B,3,H,W) in [-1,1] -> latents (B,c,h,w).
         key: what determines the content; a reader compares it.
     """
-    team = team or Team()
+    team, pictures = team or Team(), pictures.enumerating()
     prepare(folder, key, team)
     members = {int(g): np.flatnonzero(pictures.groups == g) for g in np.unique(pictures.groups)}
     plans: list[tuple[int, int, range]] = []  # bucket, number, which of its items

@@ -46,9 +46,11 @@ class Batches:
         self.own_size, self.batch_size, self.seed = batch_size, batch_size * ranks, seed
         self.start, self.stop, self.rank = start, stop, rank
         labels = np.zeros(length, np.int16) if groups is None else groups
-        self.members = [np.flatnonzero(labels == group) for group in np.unique(labels)]
+        self.labels = [int(group) for group in np.unique(labels)]
+        self.members = [np.flatnonzero(labels == group) for group in self.labels]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # bucket -> its epoch and permutation
         self._first, self._turns, self._numbers = 0, np.empty(0, int), np.empty(0, int)
+        self._before: list[int] = []
 
     def _batches_until(self, epoch: int) -> list[int]:
         """Batches of each bucket before an epoch."""
@@ -68,7 +70,18 @@ class Batches:
         for group, first in enumerate(before):
             where = turns == group
             numbers[where] = first + np.arange(where.sum())
-        self._first, self._turns, self._numbers = sum(before), turns, numbers
+        self._first, self._turns, self._numbers, self._before = sum(before), turns, numbers, before
+
+    def of_buckets(self) -> dict[int, int]:
+        """Return how many of the batches before `stop` each bucket gives.
+
+        A bucket with fewer images than a batch gives one once several epochs have gathered it, its images repeated.
+        """
+        if not self.stop:
+            return dict.fromkeys(self.labels, 0)
+        self._enter(self.stop - 1)
+        part = np.bincount(self._turns[: self.stop - self._first], minlength=len(self.members))
+        return {label: before + int(now) for label, before, now in zip(self.labels, self._before, part, strict=True)}
 
     def _position(self, group: int, place: int) -> int:
         """Picture at a place of a bucket's endless stream."""

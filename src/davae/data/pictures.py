@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from davae.data.findings import Findings
+from davae.data.adm_crop import adm_crop
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +99,31 @@ class Split:
     held_out: list[int]
 
 
-def split(source: PictureSource, share: float, count: int | None = None) -> Split:
-    """Indices to train on and to hold out, of the first `count` pictures. One at least stays in training."""
-    count = len(source) if count is None else count
-    held = {i for i in range(count) if held_out(source.key(i), share)}
-    if len(held) == count:
-        held.remove(min(held))
-    return Split([i for i in range(count) if i not in held], sorted(held))
+def split(source: PictureSource, share: float, indices: Sequence[int] | None = None) -> Split:
+    """Split images into those to train on and those to hold out. At least one stays in training.
+
+    Args:
+        source: the images.
+        share: share to hold out; a hash of each name decides.
+        indices: the images to split, in order; None takes all.
+    """
+    indices = range(len(source)) if indices is None else indices
+    held = [i for i in indices if held_out(source.key(i), share)]
+    if len(held) == len(indices):
+        held = held[1:]
+    without = set(held)
+    return Split([i for i in indices if i not in without], held)
+
+
+def spread(count: int, num: int | None) -> Sequence[int]:
+    """Return `num` of `count` places, spread over all of them, in order.
+
+    They are the first `num` of one seeded permutation: every process gets the same ones, and a smaller choice is part of a
+    larger one.
+    """
+    if num is None or num >= count:
+        return range(count)
+    return np.sort(np.random.default_rng(0).permutation(count)[:num]).tolist()
 
 
 def fit(image: Image.Image, width: int, height: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
@@ -167,6 +187,7 @@ class Pictures(Dataset):
         resolution: side of the square, pixels.
         crop: where a picture is cut that has another aspect ratio; `random` by the draw.
         sizes, groups: buckets, (width, height) each, and the bucket of every picture; without them all are squares.
+        enlarge: prepare images as ADM does, which enlarges small ones.
     """
 
     def __init__(
@@ -180,6 +201,7 @@ class Pictures(Dataset):
         crop: Literal["center", "random"] = "center",
         sizes: Sequence[tuple[int, int]] = (),
         groups: np.ndarray | None = None,
+        enlarge: bool = False,
     ):
         if not len(indices):
             raise DataError("no pictures to train on")
@@ -187,25 +209,48 @@ class Pictures(Dataset):
         self.seed, self.flip, self.crop = seed, flip, crop
         self.sizes = list(sizes) or [(resolution, resolution)]
         self.groups = np.zeros(len(indices), np.int16) if groups is None else groups
+        self.enlarge, self.enumerates = enlarge, False
         self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    def enumerating(self) -> Pictures:
+        """Return the same images for a cache: draw v * len + position is variant v, and `flip` mirrors every odd variant.
+
+        So each image is kept in both orientations, however often it is drawn. What is skipped is kept in common.
+        """
+        same = copy.copy(self)
+        same.enumerates = True
+        return same
+
     def read(self, position: int, draw: int) -> dict[str, Any]:
-        """image (3,H,W) in [-1,1], caption, index, label of one picture; raises UnreadablePicture."""
+        """Read one image.
+
+        Args:
+            position: place in `indices`.
+            draw: number of the draw.
+
+        Returns:
+            image (3,H,W) in [-1,1], caption, index, label.
+
+        Raises:
+            UnreadablePicture: it cannot be used.
+        """
         index = self.indices[position]
         rng = None if draw < 0 else np.random.default_rng((self.seed, draw))
         picture, caption = self.source.load(index, rng)
         width, height = self.sizes[self.groups[position]]
-        if picture.width < width or picture.height < height:
+        small = picture.width < width or picture.height < height
+        if small and not self.enlarge:
             raise UnreadablePicture("too small", f"{picture.width}x{picture.height}, which its header did not say")
         place = (0.5, 0.5)
         if rng is not None and self.crop == "random":
             place = (float(rng.random()), float(rng.random()))
-        pixels = to_tensor(fit(picture, width, height, place))
-        if rng is not None and self.flip and rng.random() < 0.5:
-            pixels = pixels.flip(-1)
+        pixels = to_tensor((adm_crop if self.enlarge else fit)(picture, width, height, place))
+        if rng is not None and self.flip:
+            mirrored = draw // len(self) % 2 == 1 if self.enumerates else rng.random() < 0.5
+            pixels = pixels.flip(-1) if mirrored else pixels
         return {"image": pixels, "caption": caption, "index": index, "label": self.source.label(index)}
 
     def skip(self, position: int, error: UnreadablePicture) -> None:
@@ -216,17 +261,21 @@ class Pictures(Dataset):
             logger.warning("skipped %s: %s (%d so far)", name, error, len(self.skipped))
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        """Item with its `skipped`: the images that this call left out, for the process that collects the items."""
         position, draw = item
+        met: dict[str, str] = {}
         for offset in range(len(self.indices)):
             place = (position + offset) % len(self.indices)
             if self.groups[place] != self.groups[position]:
                 continue
-            if self.source.key(self.indices[place]) in self.skipped:
+            name = self.source.key(self.indices[place])
+            if name in self.skipped:
                 continue
             try:
-                return {**self.read(place, draw), "skipped": self.skipped}
+                return {**self.read(place, draw), "skipped": met}
             except UnreadablePicture as error:
                 self.skip(place, error)
+                met[name] = self.skipped[name]
         raise DataError(f"none of the {len(self.indices)} pictures can be read; the log names each")
 
 

@@ -118,13 +118,16 @@ class Survey:
     left_out: dict[str, str]
 
 
-def survey(source: PictureSource, indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Survey:
+def survey(
+    source: PictureSource, indices: Sequence[int], sizes: Sequence[tuple[int, int]], enlarge: bool = False
+) -> Survey:
     """Which pictures fill a bucket without being enlarged; the others are named in the log, counted by kind.
 
     Pixels are not decoded: a picture that is damaged behind its header is found when it is read.
 
     Args:
         sizes: (width, height) of each bucket.
+        enlarge: keep images that are smaller than every bucket.
 
     Raises:
         DataError: when none is left, naming the largest that was found.
@@ -140,7 +143,7 @@ def survey(source: PictureSource, indices: Sequence[int], sizes: Sequence[tuple[
         except UnreadablePicture as error:
             left_out[source.key(index)] = str(error)
             continue
-        group = nearest_bucket(sizes, width, height)
+        group = nearest_bucket(sizes, width, height, enlarge)
         if group is None:
             small, largest = small + 1, max(largest, (width, height), key=min)
             left_out[source.key(index)] = f"too small: {width}x{height} is smaller than the target of {target}"
@@ -154,13 +157,13 @@ def survey(source: PictureSource, indices: Sequence[int], sizes: Sequence[tuple[
     if left_out and small == len(indices):
         raise DataError(
             f"every picture is smaller than the target of {target} (the largest is {largest[0]}x{largest[1]}): davae "
-            "never enlarges training data; use larger pictures or a smaller base.resolution"
+            "never enlarges training data unless data.enlarge is set; use larger images or a smaller base.resolution"
         )
     if left_out and not kept:
         raise DataError(f"none of the {len(indices)} pictures can be used; {counted(left_out)}")
     return Survey(kept, np.asarray(groups, np.int16), left_out)
 
 
-def usable(source: PictureSource, indices: Sequence[int], resolution: int) -> list[int]:
+def usable(source: PictureSource, indices: Sequence[int], resolution: int, enlarge: bool = False) -> list[int]:
     """The pictures that `survey` leaves for squares of `resolution` pixels."""
-    return survey(source, indices, [(resolution, resolution)]).indices
+    return survey(source, indices, [(resolution, resolution)], enlarge).indices

@@ -135,7 +135,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {path}: cannot read the value '{text}'") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+    if isinstance(value, str) and text.strip()[:1] not in ("'", '"'):  # YAML 1.1 reads 1e-4 as text
         with contextlib.suppress(ValueError):
             value = float(value)
     node[keys[-1]] = value

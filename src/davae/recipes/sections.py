@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -22,6 +24,16 @@ from davae.recipes.hardware import GPUS
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+def _as_text(value: Any) -> Any:
+    """Return the text of a number or date that YAML made of a name such as 2024 or 2024-05-01."""
+    if isinstance(value, bool):
+        raise ValueError(f"YAML reads it as {str(value).lower()}; put the name into quotes")
+    return str(value) if isinstance(value, (int, date)) else value
+
+
+Name = Annotated[str, BeforeValidator(_as_text)]  # of a file, folder or column
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,26 +48,29 @@ class Buckets(Section):
 class Data(Section):
     """Where pictures come from; see `davae.data.open_source` and docs/data.md."""
 
-    source: str = "openmoji"  # 'openmoji', a folder, shards or parquet files (also by URL), a Hugging Face dataset id
+    source: Name = (
+        "openmoji"  # 'openmoji', a folder, shards or parquet files (also by URL), a Hugging Face dataset id
+    )
     holdout: Fraction = 0.1  # share kept out of training, chosen by a hash of each picture's name
-    limit: PositiveInt | None = None  # only the first so many pictures
+    limit: PositiveInt | None = None  # only this many images, spread over the whole set
     flip: bool = False
     crop: Literal["center", "random"] = "center"  # what stays of a picture of another aspect ratio
     buckets: Buckets | None = None  # None: every picture is cut to a square
+    enlarge: bool = False  # prepare images as ADM does, which enlarges small ones; off: they are left out
     background: str = "white"  # what alpha is composited on
     max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = (
         89_478_485  # larger pictures are refused (Pillow's limits)
     )
-    caption_key: str | None = None  # key of the `.json` beside a picture; without it the `.txt` is the caption
+    caption_key: Name | None = None  # key of the `.json` beside a picture; without it the `.txt` is the caption
     caption_weights: dict[
         str, PositiveFloat
     ] = {}  # several captions: keys of the `.json` (`txt`: the `.txt`), or columns
-    label_key: str | None = None  # key of the `.json` with the class number
-    image_column: str = "image"  # tables only, as the next five
-    caption_column: str | None = None  # None: text, caption or prompt
-    label_column: str | None = None
-    split: str = "train"
-    config: str | None = None
+    label_key: Name | None = None  # key of the `.json` with the class number
+    image_column: Name = "image"  # tables only, as the next five
+    caption_column: Name | None = None  # None: text, caption or prompt
+    label_column: Name | None = None
+    split: Name = "train"
+    config: Name | None = None
     streaming: bool = False  # copy `limit` pictures, not the whole dataset
     num_workers: NonNegativeInt | None = None  # processes that read images; None: chosen from the machine's cores
 

@@ -106,7 +106,8 @@ class BaseRun:
 
     @cached_property
     def pictures(self) -> Pictures:
-        return self.opened.pictures(self.recipe.data, self.recipe.run.seed)
+        """The training images as the cache encodes them."""
+        return self.opened.pictures(self.recipe.data, self.recipe.run.seed).enumerating()
 
     def prepare(self) -> Path:
         """Up to the cache; returns the folder of the autoencoder with its normalisation, for runs that begin here."""
@@ -159,7 +160,9 @@ class BaseRun:
         assert recipe.vae is not None
         seed_initial_weights(training_seed(recipe.vae, recipe.run))
         vae: Any = build_autoencoder(recipe).to(self.accelerator.device)
-        task = AutoencoderTask(recipe.vae, vae, self.pictures, self.accelerator.device)
+        pictures = self.opened.pictures(recipe.data, recipe.run.seed)
+        pictures.skipped = self.pictures.skipped
+        task = AutoencoderTask(recipe.vae, vae, pictures, self.accelerator.device)
         trainer = Trainer(task, recipe.run, self.folder, self.accelerator, self.observer)
         trainer.fit(recipe.data.num_workers)
         trainer.use_average()

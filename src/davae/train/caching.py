@@ -30,6 +30,7 @@ PREPARED_BY = {
     *("flip", "crop", "buckets", "background", "max_pixels"),
     *("caption_key", "caption_weights", "caption_column", "label_key", "label_column", "image_column"),
 }
+LATER = {"enlarge"}  # options that caches of earlier versions do not list: no part of a key while they are off
 # Of the autoencoder's config:
 NO_PART = {"resolution", "detail_mean", "detail_std", "latents_mean", "latents_std", "scaling_factor", "shift_factor"}
 
@@ -60,6 +61,7 @@ def cache_key(
         key["preprocessing"] = {
             **{f"data.{name}": v for name, v in data.model_dump(mode="json", include=PREPARED_BY).items()},
             **{f"cache.{name}": v for name, v in cache.model_dump(include={"variants", "dtype"}).items()},
+            **{f"data.{name}": True for name in sorted(LATER) if getattr(data, name)},
             "resolution": resolution,
             "seed": seed,
         }
@@ -82,6 +84,10 @@ def cache_pictures(
 ) -> CacheMeta:
     """Latents of all pictures, and embeddings of their captions where `embed` is given; the cache is whole after it."""
     together = team(accelerator)
+    if pictures.flip and cache.variants == 1:
+        logger.warning(
+            "data.flip: the cache holds one variant of every image, not mirrored; set cache.variants to 2 for both"
+        )
 
     @torch.no_grad()
     def on_device(images: Tensor) -> Tensor:

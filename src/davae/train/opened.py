@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from davae.data.buckets import bucket_sizes, group_counts
 from davae.data.captions import SourceOptions
-from davae.data.pictures import Pictures, PictureSource, split
+from davae.data.pictures import Pictures, PictureSource, split, spread
 from davae.data.sources import open_source, survey
 from davae.recipes import RecipeError
 from davae.recipes.sections import Data
@@ -27,6 +28,20 @@ class OpenedData:
     groups: np.ndarray  # bucket of each training picture
     held_out: list[int]  # those that fill the square: what is measured is square
     left_out: dict[str, str]
+    enlarge: bool = False  # small images are enlarged, as ADM prepares them
+
+    def squares(self, indices: Sequence[int], seed: int = 0) -> Pictures:
+        """Chosen images as squares, unaugmented options: for what is measured and shown."""
+        return Pictures(self.source, indices, self.sizes[0][0], seed=seed, enlarge=self.enlarge)
+
+    def shown(self, num: int) -> list[int]:
+        """Return up to `num` held-out images that fill the square, spread over all of them; training images where none is."""
+        indices = self.held_out or [
+            i
+            for i, g in zip(self.train, self.groups, strict=True)
+            if self.enlarge or fills(self.source, i, self.sizes[0], int(g))
+        ]
+        return [indices[place] for place in spread(len(indices), num)]
 
     def pictures(self, data: Data, seed: int) -> Pictures:
         """The training pictures, in their buckets."""
@@ -39,6 +54,7 @@ class OpenedData:
             crop=data.crop,
             sizes=self.sizes,
             groups=self.groups,
+            enlarge=data.enlarge,
         )
 
 
@@ -63,9 +79,9 @@ def open_pictures(data: Data, resolution: int, step: int | None = None) -> Opene
     if data.buckets is not None:
         assert step is not None
         sizes = bucket_sizes(resolution, step, data.buckets.max_ratio, data.buckets.tokens)
-    count = min(len(source), data.limit or len(source))
-    parts = split(source, data.holdout, count)
-    found = survey(source, range(count), sizes)
+    chosen = spread(len(source), data.limit)
+    parts = split(source, data.holdout, chosen)
+    found = survey(source, chosen, sizes, data.enlarge)
     held = set(parts.held_out)
     trains = np.asarray([index not in held for index in found.indices])
     if not trains.any():  # the only usable pictures are held out: rather train on them than fail
@@ -73,11 +89,13 @@ def open_pictures(data: Data, resolution: int, step: int | None = None) -> Opene
         held = set()
     train = [index for index, own in zip(found.indices, trains, strict=True) if own]
     squares = [
-        i for i, g in zip(found.indices, found.groups, strict=True) if i in held and fills(source, i, sizes[0], g)
+        i
+        for i, g in zip(found.indices, found.groups, strict=True)
+        if i in held and (data.enlarge or fills(source, i, sizes[0], g))
     ]
     if len(sizes) > 1:
         logger.info("buckets: %s", group_counts(sizes, found.groups[trains]))
-    return OpenedData(source, sizes, train, found.groups[trains], squares, found.left_out)
+    return OpenedData(source, sizes, train, found.groups[trains], squares, found.left_out, data.enlarge)
 
 
 def fills(source: PictureSource, index: int, square: tuple[int, int], group: int) -> bool:

@@ -54,12 +54,12 @@ def write_grid(rows: list[list[Image.Image]], path: Path) -> None:
 
 
 def plain_pictures(run: Upgrade, count: int) -> dict[str, Any]:
-    """The first held-out pictures (training pictures where nothing is held out) that fill the square, plain, as one batch.
+    """Return held-out images (training images where nothing is held out) that fill the square, plain, as one batch.
 
     Raises:
         RecipeError: there are none.
     """
-    chosen = (run.held_out or run.square_training())[:count]
+    chosen = run.opened.shown(count)
     if not chosen:
         raise RecipeError(
             f"run.sample_every and stage2.validate_every show square pictures, and none fills {run.recipe.resolution} x "

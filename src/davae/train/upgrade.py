@@ -41,7 +41,7 @@ from davae.train.export import (
     save_upgrade,
 )
 from davae.train.loop import Observer, Progress, Trainer, training_seed
-from davae.train.opened import fills, open_pictures
+from davae.train.opened import open_pictures
 from davae.train.progress import stage1_pictures, stage2_pictures
 from davae.train.ranks import from_main, is_main, on_main
 from davae.train.setup import make_accelerator, seed_initial_weights
@@ -97,7 +97,7 @@ class Upgrade:
 
     def pictures(self, indices: list[int]) -> Pictures:
         """Chosen pictures as squares, for what is measured and shown."""
-        pictures = Pictures(self.opened.source, indices, self.recipe.resolution, seed=self.recipe.run.seed)
+        pictures = self.opened.squares(indices, self.recipe.run.seed)
         pictures.skipped = self.skipped
         return pictures
 
@@ -106,13 +106,6 @@ class Upgrade:
         pictures = self.opened.pictures(self.recipe.data, self.recipe.run.seed)
         pictures.skipped = self.skipped
         return pictures
-
-    def square_training(self) -> list[int]:
-        """Training pictures that fill the square: what is measured where nothing is held out."""
-        opened, square = self.opened, self.opened.sizes[0]
-        return [
-            i for i, g in zip(opened.train, opened.groups, strict=True) if fills(opened.source, i, square, int(g))
-        ]
 
     # -- base --------------------------------------------------------------------------------------------------
 
