@@ -17,12 +17,13 @@ from davae.analyze.spectra import radial_power, spectra_plot
 from davae.data.pictures import DataError, Pictures, spread, to_images
 from davae.evaluate.detail_use import reconstructions
 from davae.evaluate.reconstruction import score_reconstructions
+from davae.files import atomic_file, atomic_text
 from davae.losses.alignment import group_mean
 from davae.losses.perceptual import Lite0Distance
 from davae.measure import batches, open_autoencoder, real_pictures
 from davae.models.detail_vae import DetailVAE
 from davae.models.pipeline import ModelError
-from davae.train.state import read_metrics, replace_text, saving
+from davae.train.state import read_metrics
 
 SHOWN = 8  # pictures in a figure
 
@@ -39,14 +40,13 @@ def open_detail_vae(name: str) -> DetailVAE:
 
 def write_figure(out: Path, name: str, picture: bytes | Image.Image, figures: dict[str, Any]) -> Path:
     """`name.png` and `name.json` in a folder; returns the picture's path."""
-    with saving(out):
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / f"{name}.png"
+    path = out / f"{name}.png"
+    with atomic_file(path) as partial:
         if isinstance(picture, bytes):
-            path.write_bytes(picture)
+            partial.write_bytes(picture)
         else:
-            picture.save(path)
-    replace_text(out / f"{name}.json", json.dumps(figures, indent=2) + "\n")
+            picture.save(partial)
+    atomic_text(out / f"{name}.json", json.dumps(figures, indent=2) + "\n")
     return path
 
 

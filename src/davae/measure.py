@@ -21,6 +21,7 @@ from davae.evaluate.features import Features, extract, make_extractor
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.throughput import time_pipelines
 from davae.evaluate.upscale import make_upscaler
+from davae.files import atomic_file, saving
 from davae.losses.perceptual import Lite0Distance, Lpips
 from davae.models.autoencoders import load_autoencoder
 from davae.models.classes import class_count, class_number, goes_by_class
@@ -30,7 +31,6 @@ from davae.models.placement import FULL, Placement, own_device
 from davae.sample.adm import Labels, class_schedule, write_samples
 from davae.sample.generate import generate
 from davae.train.export import load_upgraded
-from davae.train.state import saving
 from davae.zoo import SHIPPED, UPGRADES, resolve
 
 
@@ -79,13 +79,13 @@ def sample_to_folder(
     wanted = [prompt for prompt in prompts for _ in range(num)]
     options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": batch_size}
     pictures = generate(pipeline, wanted, resolution=resolution, **options, on_batch=on_batch)
-    with saving(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, (prompt, picture) in enumerate(zip(wanted, pictures, strict=True)):
-            words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:40] or "picture"
-            picture.save(folder / f"{words}-seed{seed}-{number:03d}.png")
-        sheet = folder / f"grid-seed{seed}.png"
-        grid(pictures, num).save(sheet)
+    for number, (prompt, picture) in enumerate(zip(wanted, pictures, strict=True)):
+        words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:40] or "picture"
+        with atomic_file(folder / f"{words}-seed{seed}-{number:03d}.png") as partial:
+            picture.save(partial)
+    sheet = folder / f"grid-seed{seed}.png"
+    with atomic_file(sheet) as partial:
+        grid(pictures, num).save(partial)
     return sheet
 
 

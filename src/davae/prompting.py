@@ -16,12 +16,12 @@ from davae.data.pictures import DataError
 from davae.data.prompts import Prompt, read_prompts
 from davae.evaluate.clip import Clip
 from davae.evaluate.geneval import Detector, judge_folder, scores, write_request
+from davae.files import atomic_file, atomic_text
 from davae.measure import open_model
 from davae.models.classes import goes_by_class
 from davae.models.pipeline import ModelError
 from davae.models.placement import FULL, Placement
 from davae.sample.generate import generate
-from davae.train.state import replace_text, saving
 
 Watch = Callable[[int, int], None]
 PART = 32  # pictures between two writes to disk
@@ -73,11 +73,8 @@ def draw_missing(pipeline: str, wanted: list[tuple[str, Path]], how: Drawing, on
             batch_size=how.batch_size,
         )
         for (_, path), picture in zip(wanted[start:stop], pictures, strict=True):
-            with saving(path.parent):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_suffix(".partial")
+            with atomic_file(path) as partial:
                 picture.save(partial, format="PNG")
-                partial.replace(path)
         done += stop - start
         on_batch(done, len(wanted))
 
@@ -99,9 +96,7 @@ def settings_of(folder: Path, settings: dict[str, Any]) -> None:
     text = json.dumps(settings, indent=2) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ModelError(f"{folder} holds pictures of other settings (see {path}); use another --out")
-    with saving(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(path, text)
+    atomic_text(path, text)
 
 
 def digest(requests: list[Prompt]) -> str:
@@ -198,6 +193,6 @@ def evaluate_geneval(
     figures: dict[str, Any] = {**settings, "prompts": str(prompts), "pictures": len(wanted), "folder": str(out)}
     if judge is not None:
         records = judge_folder(out, *judge)
-        replace_text(out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        atomic_text(out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         figures |= {"detector": detector, "clip": clip, "geneval_with_this_detector": scores(records)}
     return figures

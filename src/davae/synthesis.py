@@ -15,11 +15,11 @@ from PIL import Image
 from davae.data.files import index_tar
 from davae.data.prompts import read_prompts
 from davae.data.remote import add_member
+from davae.files import atomic_file, saving
 from davae.models.pipeline import default_resolution
 from davae.models.placement import Placement
 from davae.prompting import open_text_model, settings_of, stretches
 from davae.sample.generate import generate
-from davae.train.state import saving
 
 PictureFormat = Literal["png", "jpg"]
 SAVING: dict[str, dict[str, Any]] = {
@@ -106,16 +106,13 @@ def make_data(
 
 def save_picture(path: Path, picture: Image.Image) -> None:
     """A picture that appears whole, in the format of its suffix."""
-    with saving(path):
-        partial = path.with_suffix(".partial")
+    with atomic_file(path) as partial:
         picture.save(partial, **SAVING[path.suffix.removeprefix(".")])
-        partial.replace(path)
 
 
 def pack_shard(target: Path, loose: Path, pictures: list[tuple[int, str]], about: dict[str, Any]) -> None:
     """Loose pictures into one shard of picture, `.txt` and `.json` (prompt, picture number, settings); then remove them."""
-    partial = loose / target.name
-    with saving(target):
+    with atomic_file(target) as partial:
         with tarfile.open(partial, "w") as archive:
             for number, prompt in pictures:
                 name = f"{number:08d}.{about['format']}"
@@ -124,5 +121,4 @@ def pack_shard(target: Path, loose: Path, pictures: list[tuple[int, str]], about
                 record = {"prompt": prompt, "number": number, **about}
                 add_member(archive, f"{number:08d}.json", json.dumps(record, ensure_ascii=False).encode())
         index_tar(partial)
-        partial.replace(target)
-        shutil.rmtree(loose)
+    shutil.rmtree(loose)  # only now: the shard is on the disk

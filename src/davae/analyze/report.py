@@ -14,7 +14,7 @@ import jinja2
 from PIL import Image
 
 from davae.analyze.crops import enlarged, most_different, squared_error
-from davae.train.state import replace_text
+from davae.files import atomic_text
 
 
 @dataclass
@@ -127,6 +127,6 @@ def write_report(content: ReportContent, folder: Path) -> Path:
         "skipped": content.skipped,
     }
     page = folder / "report.html"
-    replace_text(folder / "report.json", json.dumps(figures, indent=2))
-    replace_text(page, template.render(c=content, zooms=close, large=LARGE))
+    atomic_text(folder / "report.json", json.dumps(figures, indent=2))
+    atomic_text(page, template.render(c=content, zooms=close, large=LARGE))
     return page

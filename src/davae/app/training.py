@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from davae.app.uploads import MAX_TRAINING_STEPS, store_pictures
+from davae.files import atomic_text
 from davae.recipes import Recipe, RecipeError, dump_recipe, load_recipe, shipped_recipes
-from davae.train.state import RunError, read_metrics, replace_text
+from davae.train.state import RunError, read_metrics
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 GONE = "this training has no folder; start it first"
@@ -86,7 +87,7 @@ class Trainings:
             if uploads:
                 store_pictures(uploads, folder / "pictures")
             folder.mkdir(parents=True, exist_ok=True)
-            replace_text(folder / "recipe.yaml", dump_recipe(resolved))
+            atomic_text(folder / "recipe.yaml", dump_recipe(resolved))
             self._launch(name)
 
     def resume(self, name: str) -> None:

@@ -18,8 +18,9 @@ import yaml
 from accelerate import PartialState
 
 from davae.bench.clock import machine
+from davae.files import atomic_text
 from davae.recipes import Recipe, RecipeError, load_recipe
-from davae.train.state import RunError, read_metrics, replace_text
+from davae.train.state import RunError, read_metrics
 from davae.train.upgrade import Upgrade
 
 STAGES = ("stage1", "cache", "stage2")
@@ -53,7 +54,7 @@ def run_stage(stage: str, recipe: Path, out: Path) -> None:
             run.cache_latents()
             if PartialState().is_main_process:
                 figures = {"seconds": time.perf_counter() - started, "items": len(run.train)}
-                replace_text(out / CACHE_TIME, json.dumps(figures))
+                atomic_text(out / CACHE_TIME, json.dumps(figures))
         case "stage2":
             run.train_dit()
     run.folder.close()

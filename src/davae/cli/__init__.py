@@ -36,6 +36,7 @@ from davae.cli.options import (
 )
 from davae.cli.reproduce import reproduce
 from davae.cli.start import start
+from davae.errors import DavaeError, Interrupted
 from davae.recipes import (
     AnyRecipe,
     BaseRecipe,
@@ -298,12 +299,14 @@ def main() -> None:
         if len(sys.argv) > 1 and not {"--help", "-h", "--version", "recipes"} & set(sys.argv):
             _quiet_libraries()
         app()
-    except RecipeError as error:
-        _fail(error)
+    except Interrupted as error:
+        sys.stderr.write(f"davae: {error}\n")
+        sys.exit(130)
+    except DavaeError as error:
+        sys.stderr.write(f"davae: {' '.join(str(error).split())}\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, RuntimeError) as error:
-        _fail_if_users(error)
 
 
 def _quiet_libraries() -> None:
@@ -321,21 +324,3 @@ def _quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def _fail_if_users(error: Exception) -> None:
-    from davae.data.pictures import DataError
-    from davae.models.pipeline import ModelError
-    from davae.train.state import Interrupted, RunError
-
-    if isinstance(error, Interrupted):
-        sys.stderr.write(f"davae: {error}\n")
-        sys.exit(130)
-    if isinstance(error, (DataError, ModelError, RunError)):
-        _fail(error)
-    raise error
-
-
-def _fail(error: Exception) -> None:
-    sys.stderr.write(f"davae: {' '.join(str(error).split())}\n")
-    sys.exit(2)

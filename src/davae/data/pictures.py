@@ -15,26 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from davae.data.findings import Findings
 from davae.data.adm_crop import adm_crop
+from davae.data.findings import Findings
+from davae.errors import DataError, UnreadablePicture
 
 logger = logging.getLogger(__name__)
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message is one readable line."""
-
-
-class UnreadablePicture(Exception):
-    """One picture that cannot be used; the set goes on without it.
-
-    Attributes:
-        kind: what is wrong in two or three words, by which such pictures are counted.
-    """
-
-    def __init__(self, kind: str, detail: str = ""):
-        super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
 
 
 def by_kind(skipped: dict[str, str]) -> dict[str, list[str]]:

@@ -31,7 +31,7 @@ from davae.data.decoding import naming_damage
 from davae.data.files import TarSource, index_tar
 from davae.data.pictures import DataError, UnreadablePicture
 from davae.data.tables import cell_bytes, column_weights, load_rows
-from davae.data.whole_file import whole_file
+from davae.files import atomic_file, atomic_text
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def is_remote(name: str) -> bool:
 @contextmanager
 def new_shard(target: Path) -> Iterator[Path]:
     """A shard that appears under its name once it is whole and can be indexed."""
-    with whole_file(target) as partial:
+    with atomic_file(target) as partial:
         yield partial
         index_tar(partial)
 
@@ -142,8 +142,7 @@ def open_stream(name: str, options: SourceOptions) -> TarSource:
     if missing or not weights_file.is_file():
         rows = load_rows(name, options, streaming=True)
         columns = rows.column_names or list(next(iter(rows)))
-        folder.mkdir(parents=True, exist_ok=True)
-        weights_file.write_text(json.dumps(column_weights(columns, options)), encoding="utf-8")
+        atomic_text(weights_file, json.dumps(column_weights(columns, options)))
         stream: Iterator[Any] = iter(rows.skip(missing[0] * SHARD_SIZE)) if missing else iter(())
         for n in range(missing[0] if missing else len(targets), len(targets)):
             wanted = min(SHARD_SIZE, options.limit - starts[n])

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from davae.evaluate.clip import Clip
+from davae.files import atomic_text, saving
 from davae.models.pipeline import ModelError
 from davae.models.placement import own_device
 
@@ -144,8 +145,9 @@ def prompt_folder(out: Path, number: int) -> Path:
 def write_request(out: Path, number: int, request: dict[str, Any]) -> Path:
     """Folder of one prompt with its metadata; returns the folder for its pictures."""
     folder = prompt_folder(out, number)
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    (folder / "metadata.jsonl").write_text(json.dumps(request), encoding="utf-8")
+    with saving(folder):
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+    atomic_text(folder / "metadata.jsonl", json.dumps(request))
     return folder / "samples"
 
 

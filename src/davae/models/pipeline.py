@@ -19,6 +19,7 @@ from diffusers.configuration_utils import FrozenDict
 from safetensors import safe_open
 from torch import Tensor
 
+from davae.errors import ModelError
 from davae.models.autoencoder_families import autoencoder_family, base_channels, spatial_factor
 from davae.models.calls import TEXT_CALLS
 from davae.models.detail_vae import DetailVAE
@@ -33,10 +34,6 @@ LEGACY: dict[tuple[str, Any], str] = {
     ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-class ModelError(ValueError):
-    """A pretrained model that cannot be used; the message is one readable line."""
 
 
 class MissingPart(ModelError):

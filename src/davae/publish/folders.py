@@ -13,6 +13,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.utils import get_peft_model_state_dict
 
 import davae
+from davae.files import atomic_folder
 from davae.models.detail_vae import DetailVAE
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import ModelError, denoiser, load_pipeline, read_config, read_shapes
@@ -21,7 +22,6 @@ from davae.publish.standalone import home_module, standalone_source
 from davae.publish.upgrade_file import VAE_FOLDER, Upgrade, check_base_autoencoder, write_upgrade
 from davae.recipes import Recipe, load_recipe
 from davae.train.export import UPGRADE_FILE, apply_upgrade, assemble, read_metadata, trained_transformer, without_lora
-from davae.train.state import new_folder
 from davae.zoo import resolve
 
 Kind = Literal["fused", "lora", "upgrade"]
@@ -87,7 +87,7 @@ def export(
         raise ModelError("--self-contained is for whole pipelines; use it with --as fused or --as lora")
     origin = Origin(base, kind, self_contained, run.recipe, _report(run.folder))
     if kind == "upgrade":
-        with new_folder(out) as partial:
+        with atomic_folder(out) as partial:
             vae = DetailVAE.from_pretrained(run.pipeline / "vae", torch_dtype=dtype)
             vae.register_to_config(_name_or_path="")  # the run's path means nothing elsewhere
             vae.save_pretrained(partial / VAE_FOLDER)
@@ -171,7 +171,7 @@ def _save(pipeline: Any, out: Path, origin: Origin, lora: dict[str, Any]) -> Non
     for part in (pipeline, *pipeline.components.values()):
         if hasattr(part, "register_to_config"):
             part.register_to_config(_name_or_path="")  # paths of this machine mean nothing elsewhere
-    with new_folder(out) as partial:
+    with atomic_folder(out) as partial:
         pipeline.save_pretrained(partial)
         if lora:
             pipeline.save_lora_weights(partial, **lora)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from davae.files import save_tensors
 from davae.models.detail_vae import DetailVAE
 from davae.models.one_frame import encode_mode
 from davae.models.pipeline import HUB_ID, ModelError, fetch_file
@@ -62,8 +62,8 @@ def write_upgrade(source: Path, folder: Path, dtype: torch.dtype) -> None:
     """A run's upgrade file in `dtype`, beside the DetailVAE that `folder` has already, with that one's id."""
     metadata, tensors = read_upgrade(source)
     own = {"vae": json.dumps({"id": vae_id(folder / VAE_FOLDER), "path": VAE_FOLDER})}
-    save_file(
-        {name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / UPGRADE_FILE, {**metadata, **own}
+    save_tensors(
+        folder / UPGRADE_FILE, {name: tensor.to(dtype) for name, tensor in tensors.items()}, {**metadata, **own}
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from davae.errors import RecipeError
 from davae.recipes.schema import NAMED, OWN, BaseRecipe, Recipe, SuperResolutionRecipe
 
 AnyRecipe = Recipe | BaseRecipe | SuperResolutionRecipe
@@ -23,10 +24,6 @@ KINDS: dict[str, type[Recipe] | type[BaseRecipe] | type[SuperResolutionRecipe]] 
 
 FAMILIES = ("sd3", "lightningdit")  # tags that pydantic puts into the path of an architecture's fields
 TAGS = (*FAMILIES, NAMED, OWN)  # all that it puts there
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be used; the message is one readable line."""
 
 
 def shipped_recipes() -> dict[str, str]:

@@ -10,13 +10,14 @@ from typing import Any
 
 from davae.bench.clock import machine
 from davae.data.cache_key import fingerprint
+from davae.files import atomic_text, saving
 from davae.measure import evaluate_generation, evaluate_reconstruction
 from davae.recipes import RecipeError
 from davae.recipes.sections import Stage2
 from davae.reproduction.job import BaseJob, DrawnJob, EnlargedJob, Job, UpgradeJob
 from davae.train.base_run import BaseRun
 from davae.train.loop import Observer, Progress
-from davae.train.state import read_metrics, replace_text, saving, was_done
+from davae.train.state import read_metrics, was_done
 from davae.train.super_resolution import train_super_resolution
 from davae.train.upgrade import Upgrade
 
@@ -50,7 +51,7 @@ def run_job(job: Job, out: Path, results: Path, observer: Observer) -> dict[str,
         "minutes": round((time.monotonic() - started) / 60, 1),
         "machine": machine(),
     }
-    replace_text(results / f"{job.key}.json", json.dumps(figures, indent=2) + "\n")
+    atomic_text(results / f"{job.key}.json", json.dumps(figures, indent=2) + "\n")
     return figures
 
 
@@ -210,7 +211,7 @@ def reconstruction_once(first: Path, settings: dict[str, Any], resolution: int) 
     path = first / f"reconstruction-{fingerprint(settings)}.json"
     if not path.is_file():
         figures = evaluate_reconstruction(str(first / "vae"), settings["data"], resolution, settings["num"], 0.0)
-        replace_text(path, json.dumps({**figures, "vae": OWN}) + "\n")
+        atomic_text(path, json.dumps({**figures, "vae": OWN}) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from davae.bench.clock import machine
 from davae.data.cache_key import fingerprint
+from davae.files import atomic_text, saving
 from davae.measure import Candidate, time_pictures
 from davae.recipes import RecipeError
 from davae.reproduction.job import DrawnJob, EnlargedJob, Job, UpgradeJob
 from davae.reproduction.runs import trained_upscaler
 from davae.train.loop import Observer
-from davae.train.state import replace_text, saving
 
 
 def raced(wanted: Sequence[Job], out: Path, results: Path, observer: Observer) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def raced(wanted: Sequence[Job], out: Path, results: Path, observer: Observer) -
         "machine": machine(),
     }
     with saving(results):
-        replace_text(path_of(rows, results), json.dumps(figures, indent=2) + "\n")
+        atomic_text(path_of(rows, results), json.dumps(figures, indent=2) + "\n")
     return figures
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from davae.data.whole_file import whole_file
+from davae.files import atomic_file, atomic_text
 from davae.models.pipeline import ModelError
 
 Labels = Literal["balanced", "random"]
@@ -71,13 +71,13 @@ def write_samples(
         part = folder / f"part-{start:08d}.npy"
         if number % ranks == rank and not part.is_file():
             classes = [int(label) for label in labels[start : start + PART]]
-            with whole_file(part) as partial:
+            with atomic_file(part) as partial:
                 np.save(partial, field_uint8(draw(classes, start)))
         on_part(min(start + PART, len(labels)), len(labels))
     parts = [folder / f"part-{start:08d}.npy" for start in starts]
     if not all(part.is_file() for part in parts):
         return False
-    with whole_file(target) as partial:
+    with atomic_file(target) as partial:
         _join(partial, parts, labels)
     return True
 
@@ -91,8 +91,7 @@ def _claim(path: Path, settings: dict[str, object]) -> None:
             f"{path.parent} holds pictures of other settings ({odd}: {old.get(odd)}, now {settings.get(odd)}); "
             "use another file, or remove that folder"
         )
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    atomic_text(path, text)
 
 
 def _join(path: Path, parts: list[Path], labels: np.ndarray) -> None:

@@ -17,10 +17,10 @@ from davae.data.cache_key import Key, fingerprint, hash_pictures, hash_weights
 from davae.data.cache_writer import write_latents, write_text
 from davae.data.latent_shards import PATTERN, STATISTICS, import_shards
 from davae.data.pictures import Pictures, by_kind, counted
+from davae.files import atomic_text, saving
 from davae.models.placement import send
 from davae.recipes.sections import Cache, Data
 from davae.train.opened import OpenedData
-from davae.train.state import replace_text, saving
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,6 @@ def tell_left_out(path: Path, used: int, skipped: dict[str, str], accelerator: A
         return
     kinds = by_kind(skipped)
     summary = {"used": used, "left_out": {kind: len(names) for kind, names in kinds.items()}, "names": kinds}
-    replace_text(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    atomic_text(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if skipped:
         logger.warning("%d pictures train; %s; all names in %s", used, counted(skipped), path)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from davae.files import atomic_folder, save_tensors
 from davae.models.classes import label_names
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK, expand_transformer, latent_channels
@@ -20,7 +21,6 @@ from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import ModelError, denoiser
 from davae.recipes.sections import Lora
 from davae.train.stage2 import choose_trainable
-from davae.train.state import new_folder, save_tensors
 
 UPGRADE_FILE = "upgrade.safetensors"
 FORMAT = "davae-upgrade-1"
@@ -168,7 +168,7 @@ def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
 
 def save_pipeline(pipeline: Any, path: Path) -> None:
     """Write a diffusers folder that appears only once it is whole."""
-    with new_folder(path) as partial:
+    with atomic_folder(path) as partial:
         pipeline.save_pretrained(partial)
 
 

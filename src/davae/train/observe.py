@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from davae.files import saving
 from davae.recipes.sections import Run
 from davae.train.ranks import sum_over_ranks
 from davae.train.sharding import like, local
-from davae.train.state import RunError, saving
+from davae.train.state import RunError
 
 logger = logging.getLogger(__name__)
 

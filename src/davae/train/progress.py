@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from davae.data.pictures import collate, grid, to_images
+from davae.files import atomic_file
 from davae.losses.detail_warmup import velocity_loss
 from davae.losses.flow_matching import shift_timestep
 from davae.recipes import RecipeError
@@ -23,7 +24,6 @@ from davae.train.objectives import Diffusion, noise_batch
 from davae.train.ranks import is_main
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
-from davae.train.state import saving
 
 if TYPE_CHECKING:
     from davae.train.upgrade import Upgrade
@@ -48,9 +48,8 @@ def write_grid(rows: list[list[Image.Image]], path: Path) -> None:
     if not is_main():
         return
     sheet = grid([picture for row in rows for picture in row], len(rows[0]), gap=0)
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+    with atomic_file(path) as partial:
+        sheet.save(partial)
 
 
 def plain_pictures(run: Upgrade, count: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
@@ -10,28 +9,26 @@ import os
 import pickle
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from davae.recipes import RecipeError, differences, dump_recipe, validate
+from davae.errors import Interrupted, RecipeError, RunError
+from davae.files import atomic_folder, atomic_text, make_folder, require_space, save_tensors, saving, sweep
+from davae.recipes import differences, dump_recipe, validate
 from davae.recipes.loading import AnyRecipe
 from davae.train.ranks import barrier, from_main, is_main
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["Interrupted", "RunError", "RunFolder", "new_folder", "replace_text", "save_tensors"]
+new_folder, replace_text = atomic_folder, atomic_text  # the older names
 
-class RunError(RuntimeError):
-    """A run that cannot go on; the message is one readable line."""
 
-
-class Interrupted(RuntimeError):
-    """A signal asked the run to stop; everything is saved."""
+CHECKPOINT_KEPT = "the last checkpoint is whole"
 
 
 def marker(folder: Path, step: str) -> Path:
@@ -77,7 +74,7 @@ class RunFolder:
                     f"{self.path} holds a run of another recipe: {changed[0]}{more}; use another --out, or the same values"
                 )
         with saving(self.path):
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            make_folder(self.path / "checkpoints")
             self._lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,7 +82,7 @@ class RunFolder:
             raise RunError(
                 f"{self.path} is in use by another davae process; wait for it or use another --out"
             ) from error
-        replace_text(saved, dump_recipe(recipe))
+        atomic_text(saved, dump_recipe(recipe))
         for place in (self.path, self.path / "checkpoints"):
             put_back(place)
 
@@ -101,7 +98,7 @@ class RunFolder:
 
     def mark_done(self, step: str) -> None:
         if is_main():
-            replace_text(marker(self.path, step), self._goal(step))
+            atomic_text(marker(self.path, step), self._goal(step))
         barrier()
 
     def _goal(self, step: str) -> str:
@@ -115,79 +112,17 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob(f"{stage}-[0-9]*"))
 
 
-@contextmanager
-def saving(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise RunError(
-                f"cannot write {path}: {os.strerror(error.errno)}; the last checkpoint is whole, "
-                "free space and run the same command again"
-            ) from error
-        raise
-
-
-def to_disk(path: Path) -> None:
-    """Ask the system to write a file or a folder's entries out, so that a power cut finds them."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with saving(path):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        to_disk(partial)
-        partial.replace(path)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically; folders that lead there are made."""
-    partial = path.with_name(f".{path.name}.partial")
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        partial.replace(path)
-
-
 def put_back(folder: Path) -> None:
-    """Undo what a kill inside `new_folder` left: a folder moved aside whose successor never took its place."""
-    for old in folder.glob(".*.old"):
+    """Undo what a kill inside `atomic_folder` left: a folder moved aside whose successor never took its place."""
+    sweep(folder)
+    for old in folder.glob(".*.old"):  # the name that davae 0.1 moved a folder to
         name = folder / old.name.removeprefix(".").removesuffix(".old")
+        if old.is_symlink() or not old.is_dir():
+            continue
         if name.exists():
             shutil.rmtree(old)
         else:
             old.rename(name)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only once it is complete and on the disk; a half-written one is removed."""
-    partial = path.with_name(f".{path.name}.partial")
-    old = path.with_name(f".{path.name}.old")
-    if path.parent.is_dir():
-        put_back(path.parent)
-    shutil.rmtree(partial, ignore_errors=True)
-    with saving(path):
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            for written in partial.rglob("*"):
-                to_disk(written)
-            to_disk(partial)
-            if path.exists():
-                path.rename(old)
-            partial.rename(path)
-            to_disk(path.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 STATE = "state.pt"
@@ -202,16 +137,22 @@ def checksum(path: Path) -> int:
     return value
 
 
+def state_bytes(state: Any) -> int:
+    """Return how many bytes the tensors of a nested state take."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(state_bytes(value) for value in values)
+
+
 def save_checkpoint(
     folder: RunFolder, stage: str, step: int, state: dict[str, Any], keep: int, spared: Callable[[int], bool]
 ) -> Path:
     """Write `<stage>-<step>` atomically, then drop all but the newest `keep` and those that are spared."""
     target = folder.path / "checkpoints" / f"{stage}-{step:08d}"
-    with new_folder(target) as partial:
-        try:
-            torch.save(state, partial / STATE)
-        except RuntimeError as error:  # torch reports a full disk as a failed archive write
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    require_space(target, state_bytes(state), "a checkpoint")
+    with atomic_folder(target, CHECKPOINT_KEPT) as partial:
+        torch.save(state, partial / STATE)
         meta = {"stage": stage, "step": step, "crc32": checksum(partial / STATE)}
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     for old in folder.checkpoints(stage)[:-keep]:
@@ -269,17 +210,18 @@ class Metrics:
     def __init__(self, path: Path, stage: str, resumed_step: int):
         self.path, self.stage = path, stage
         kept = [record for record in read_metrics(path) if record["stage"] != stage or record["step"] <= resumed_step]
-        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        atomic_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with saving(self.path):
+        with saving(self.path, CHECKPOINT_KEPT):
             self._stream.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
             self._stream.flush()
 
     def to_disk(self) -> None:
         """Before a checkpoint: what is kept of its steps is on the disk before it is."""
-        os.fsync(self._stream.fileno())
+        with saving(self.path, CHECKPOINT_KEPT):
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         self._stream.close()

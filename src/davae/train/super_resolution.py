@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from davae.data.pictures import Pictures, collate
+from davae.files import save_tensors
 from davae.losses.perceptual import perceptual_distance
 from davae.models.pipeline import ModelError
 from davae.models.resample import downsample
@@ -20,7 +21,7 @@ from davae.train.loop import Observer, Player, Trainer, training_seed
 from davae.train.opened import open_pictures
 from davae.train.ranks import on_main
 from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
-from davae.train.state import RunFolder, save_tensors
+from davae.train.state import RunFolder
 
 WEIGHTS = "network.safetensors"
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.cache_key import Key
 from davae.data.pictures import Pictures
+from davae.files import atomic_folder
 from davae.models.autoencoders import encode_raw
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
@@ -47,12 +48,12 @@ from davae.train.ranks import from_main, is_main, on_main
 from davae.train.setup import make_accelerator, seed_initial_weights
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
-from davae.train.state import RunFolder, new_folder
+from davae.train.state import RunFolder
 from davae.zoo import resolve, resolve_upgrade
 
 
 def save_model(model: Any, folder: Path) -> None:
-    with new_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         model.eval().save_pretrained(partial)
 
 
