@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from davae.files import atomic_text
 from davae.train.ranks import is_main
-from davae.train.state import replace_text
 
 BEST = "validation_loss"
 
@@ -34,5 +34,5 @@ class Best:
             return False
         self.value = values[BEST]
         if is_main():
-            replace_text(self.path, json.dumps({"step": step, BEST: self.value}))
+            atomic_text(self.path, json.dumps({"step": step, BEST: self.value}))
         return True
