@@ -51,7 +51,14 @@ class Team:
 
 @dataclass(frozen=True)
 class CacheMeta:
-    """`meta.json`. `shards`: [file, rows, bucket]; `text`: [file, rows]; `skipped`: unreadable pictures and why."""
+    """Content of `meta.json`.
+
+    Attributes:
+        items: rows of the shards that a training takes.
+        shards: (file, rows, bucket) of each shard; text: (file, rows).
+        skipped: unusable images, and why.
+        unusable: rows of the shards that no training takes.
+    """
 
     key: dict[str, Any]
     items: int
@@ -60,6 +67,7 @@ class CacheMeta:
     shards: list[tuple[str, int, int]] = field(default_factory=list)
     text: list[tuple[str, int]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    unusable: list[int] = field(default_factory=list)
     format: int = FORMAT
 
 
@@ -178,6 +186,10 @@ class CachedLatents(Dataset):
         self.groups = np.repeat(
             np.asarray([group for _, _, group in meta.shards], np.int16), [rows for _, rows, _ in meta.shards]
         )
+        self.kept = None  # rows of the shards, where some are left out
+        if meta.unusable:
+            self.kept = np.delete(np.arange(len(self.groups)), meta.unusable)
+            self.groups = self.groups[self.kept]
         self.captions = CaptionTable(folder)
         self.text = ShardReader(folder, meta.text)
         self.conditions: Any = self.captions  # a sequence, one an item
@@ -193,7 +205,7 @@ class CachedLatents(Dataset):
         return self.meta.items
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, Any]:
-        index, _ = item
+        index = item[0] if self.kept is None else int(self.kept[item[0]])
         condition = self.conditions[index]
         return self.reader.row(index, "latents"), condition if isinstance(condition, str) else int(condition)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 from davae.data.cache import LABELS, NO_LABEL, CacheMeta, Team, prepare, save_whole
 from davae.data.cache_key import Key, plain
 from davae.data.caption_table import CaptionTable, pack, write_table
+from davae.data.finite import ALWAYS, EMBEDDING, LATENT, check_many, stored
 from davae.data.order import chosen_workers
 from davae.data.pictures import DataError, Pictures, UnreadablePicture, collate
+
+logger = logging.getLogger(__name__)
 
 Watch = Callable[[int, int], None]
 SHARD_ROWS = 1024  # at most: 256 MiB of SD3.5's latents at 1K, what an interruption can cost
 TEXT_BYTES = 1 << 28  # of one shard of text embeddings
+NOT_FINITE = "not_finite"  # metadata of a text shard: its rows that no training can use
 
 
 class ChannelStatistics:
@@ -71,8 +76,9 @@ def save_latents(
     labels: Sequence[int | None],
     statistics: ChannelStatistics,
     skipped: dict[str, str],
+    images: Sequence[int] | None = None,
 ) -> None:
-    """One shard: latents (n,c,h,w), packed captions, labels (n,), statistics."""
+    """One shard: latents (n,c,h,w), packed captions, labels (n,), statistics, and the number of each item's image."""
     texts, ends = pack(captions)
     tensors = {
         "latents": latents,
@@ -83,6 +89,8 @@ def save_latents(
         "mean": statistics.mean.numpy(),
         "squares": statistics.squares.numpy(),
     }
+    if images is not None:
+        tensors["images"] = np.asarray(images, np.int64)
     name = f"latents-{group:03d}-{number:05d}.safetensors"
     save_whole(folder / name, tensors, {"skipped": json.dumps(skipped)})
 
@@ -99,6 +107,18 @@ class Readable(Dataset):
             return position, self.pictures.read(position, draw)
         except UnreadablePicture as error:
             return position, error
+
+
+def is_finished(path: Path) -> bool:
+    """Return whether an interrupted cache's shard can stay; one with values that are not finite is made again."""
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="numpy") as shard:
+        metadata = shard.metadata() or {}
+    skipped = json.loads(metadata.get("skipped", "{}"))
+    return not json.loads(metadata.get(NOT_FINITE, "[]")) and not any(
+        why.startswith(LATENT) for why in skipped.values()
+    )
 
 
 def write_latents(
@@ -134,20 +154,25 @@ def write_latents(
         starts = range(0, len(own) * variants, rows)
         plans += [(group, n, range(s, min(s + rows, len(own) * variants))) for n, s in enumerate(starts)]
     done, total = 0, len(pictures) * variants
+    lost: dict[str, str] = {}  # by this process, to stop before the rest is encoded in vain
     for turn, (group, number, places) in enumerate(plans):
         path = folder / f"latents-{group:03d}-{number:05d}.safetensors"
-        if turn % team.ranks == team.rank and not path.is_file():
+        if turn % team.ranks == team.rank and not is_finished(path):
             turns = (divmod(place, len(members[group])) for place in places)
             items = [(int(members[group][i]), int(members[group][i]) + v * len(pictures)) for v, i in turns]
-            for step in _write_shard(folder, number, group, items, pictures, encode, batch_size, dtype, num_workers):
+            shard = _write_shard(folder, number, group, items, pictures, encode, batch_size, dtype, num_workers, lost)
+            for step in shard:
                 on_batch(done + step, total)
+                check_many(lost, min(done + step, len(pictures)) // team.ranks, 4 * ALWAYS)
         done += len(places)
         on_batch(done, total)
     team.wait()
     if team.main:
         merge_index(folder)
     team.wait()
-    return merged_meta(folder, key, pictures)
+    meta = merged_meta(folder, key, pictures)
+    check_many(meta.skipped, len(pictures))
+    return meta
 
 
 def _write_shard(
@@ -160,8 +185,9 @@ def _write_shard(
     batch_size: int,
     dtype: str,
     num_workers: int | None,
+    lost: dict[str, str],
 ) -> Iterator[int]:
-    """Encode one shard; yields how many items are over."""
+    """Encode one shard; yield how many items are done. Images whose latent is not finite are added to `lost`."""
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     loader = DataLoader(
         Readable(pictures),
@@ -172,6 +198,7 @@ def _write_shard(
     parts: list[np.ndarray] = []
     captions: list[str] = []
     labels: list[int | None] = []
+    images: list[int] = []
     skipped: dict[str, str] = {}
     statistics: ChannelStatistics | None = None
     over = 0
@@ -180,19 +207,30 @@ def _write_shard(
             if isinstance(item, UnreadablePicture):
                 pictures.skip(position, item)
                 skipped[pictures.source.key(pictures.indices[position])] = str(item)
-        good = [item for _, item in found if not isinstance(item, UnreadablePicture)]
+        good = [(position, item) for position, item in found if not isinstance(item, UnreadablePicture)]
         over += len(found)
         if good:
-            batch = collate(good)
-            encoded = encode(batch["images"])
+            encoded = encode(collate([item for _, item in good])["images"]).float().cpu()
+            values, faults = stored(encoded.numpy(), dtype)
+            for (position, _), fault in zip(good, faults, strict=True):
+                if fault is not None:
+                    pictures.skip(position, UnreadablePicture(LATENT, fault))
+                    name = pictures.source.key(pictures.indices[position])
+                    lost[name] = skipped[name] = f"{LATENT}: {fault}"
+            kept = [row for row, fault in enumerate(faults) if fault is None]
             statistics = statistics or ChannelStatistics(encoded.shape[1])
-            statistics.update(encoded)
-            parts.append(encoded.float().cpu().numpy().astype(dtype))
-            captions += batch["captions"]
-            labels += batch["labels"]
+            if kept:
+                statistics.update(encoded[kept])
+                parts.append(values[kept])
+            batch = [good[row][1] for row in kept]
+            captions += [item["caption"] for item in batch]
+            labels += [item["label"] for item in batch]
+            images += [item["index"] for item in batch]
         yield over
     latents = np.concatenate(parts) if parts else np.zeros((0,), dtype)
-    save_latents(folder, number, group, latents, captions, labels, statistics or ChannelStatistics(0), skipped)
+    save_latents(
+        folder, number, group, latents, captions, labels, statistics or ChannelStatistics(0), skipped, images
+    )
 
 
 def latent_shards(folder: Path) -> list[Path]:
@@ -266,8 +304,18 @@ def write_text(
     dtype: str,
     team: Team | None = None,
     on_batch: Watch = lambda done, total: None,
+    name_of: Callable[[int], str] = str,
 ) -> CacheMeta:
-    """Embed each distinct caption once, the empty one included, into shards of one tensor per output of the encoder."""
+    """Embed each distinct caption once, the empty one included, into shards of one tensor per output of the encoder.
+
+    Items whose caption has no finite embedding are left out and named in the meta.
+
+    Args:
+        name_of: the number of an image -> its name.
+
+    Raises:
+        DataError: the empty caption has no finite embedding, or many others have none.
+    """
     team = team or Team()
     table = CaptionTable(folder)
     row_bytes = sum(part.numel() * np.dtype(dtype).itemsize for part in encode([""]))
@@ -277,16 +325,51 @@ def write_text(
         stop = min(start + rows, table.count)
         path = folder / f"text-{number:05d}.safetensors"
         shards.append((path.name, stop - start))
-        if number % team.ranks == team.rank and not path.is_file():
+        if number % team.ranks == team.rank and not is_finished(path):
             captions = [table.distinct(row) for row in range(start, stop)]
             batches = [encode(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size)]
-            save_whole(
-                path,
-                {
-                    f"part_{n}": np.concatenate([part.float().cpu().numpy().astype(dtype) for part in parts])
-                    for n, parts in enumerate(zip(*batches, strict=True))
-                },
-            )
+            tensors, bad = {}, set[int]()
+            for n, parts in enumerate(zip(*batches, strict=True)):
+                values, faults = stored(np.concatenate([part.float().cpu().numpy() for part in parts]), dtype)
+                tensors[f"part_{n}"] = values
+                bad |= {row for row, fault in enumerate(faults) if fault is not None}
+            save_whole(path, tensors, {NOT_FINITE: json.dumps(sorted(bad))})
         on_batch(stop, table.count)
     team.wait()
-    return CacheMeta(**{**asdict(meta), "text": shards})
+    return without_lost_captions(folder, CacheMeta(**{**asdict(meta), "text": shards}), table, name_of)
+
+
+def without_lost_captions(
+    folder: Path, meta: CacheMeta, table: CaptionTable, name_of: Callable[[int], str]
+) -> CacheMeta:
+    """Return the meta without the items whose caption has no finite embedding; see `write_text`."""
+    rows: list[int] = []
+    start = 0
+    for name, count in meta.text:
+        with safe_open(folder / name, framework="numpy") as shard:
+            rows += [start + row for row in json.loads((shard.metadata() or {}).get(NOT_FINITE, "[]"))]
+        start += count
+    if not rows:
+        return meta
+    if rows[0] == 0:
+        raise DataError(
+            "cache: the embedding of the empty caption, which stands for dropped ones, is not finite; a text encoder "
+            "overflows: set cache.dtype to float32, or use another base.model"
+        )
+    numbers = [number for path in latent_shards(folder) for number in _numbers(path)]
+    unusable = np.flatnonzero(np.isin(table.rows, rows)).tolist()
+    lost: dict[str, str] = {}
+    for item in unusable:
+        name = name_of(numbers[item])
+        lost[name] = f"{EMBEDDING}: '{table[item][:60]}'"
+        logger.warning("skipped %s: %s", name, lost[name])
+    check_many(lost, len(set(numbers)))
+    return replace(meta, items=meta.items - len(unusable), unusable=unusable, skipped=meta.skipped | lost)
+
+
+def _numbers(path: Path) -> list[int]:
+    """Return the number of each item's image; -1 where the cache was imported and has no images."""
+    with safe_open(path, framework="numpy") as shard:
+        if "images" in shard.keys():  # noqa: SIM118  # not a dict
+            return shard.get_tensor("images").tolist()
+        return [-1] * len(shard.get_tensor("labels"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from davae.data.cache import CacheMeta, Team, prepare
 from davae.data.cache_key import Key
 from davae.data.cache_writer import ChannelStatistics, merge_index, merged_meta, save_latents
+from davae.data.finite import LATENT, check_many, stored
 from davae.data.pictures import DataError
 
 PATTERN = "latents_rank*_shard*.safetensors"
@@ -96,16 +97,25 @@ def import_shards(
                 rows = stream.get_slice(name)
                 for start in range(0, shard.shape[0], BLOCK):
                     block: Tensor = rows[start : start + BLOCK]
+                    values, faults = stored(block.float().numpy(), dtype)
+                    kept = [row for row, fault in enumerate(faults) if fault is None]
+                    lost = {
+                        f"{shard.path.name}, {name}[{start + row}]": f"{LATENT}: {fault}"
+                        for row, fault in enumerate(faults)
+                        if fault is not None
+                    }
                     measured = ChannelStatistics(channels)
-                    measured.update(block)
-                    own = labels[start : start + len(block)]
-                    values = block.float().numpy().astype(dtype)
-                    save_latents(target, number, 0, values, [""] * len(own), own, measured, {})
+                    if kept:
+                        measured.update(block[kept])
+                    own = [labels[start + row] for row in kept]
+                    save_latents(target, number, 0, values[kept], [""] * len(own), own, measured, lost)
                     number += 1
             over += shard.shape[0]
             on_batch(over, total)
     merge_index(target)
-    return merged_meta(target, key, given=statistics)
+    meta = merged_meta(target, key, given=statistics)
+    check_many(meta.skipped, total)
+    return meta
 
 
 def _labels(found: Tensor, shard: _Shard, num_classes: int) -> list[int]:

@@ -106,7 +106,8 @@ def cache_pictures(
             **options,
         )
         if embed is not None:
-            meta = write_text(folder, embed, meta, on_batch=watch("captions"), **options)
+            meta = write_text(folder, embed, meta, on_batch=watch("captions"), name_of=pictures.source.key, **options)
+            pictures.skipped.update(meta.skipped)
         return seal(folder, meta, together)
 
 
