@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from davae.data.cache_key import fingerprint
+from davae.data.decoding import read_image
 from davae.data.pictures import DataError
 from davae.data.prompts import Prompt, read_prompts
 from davae.evaluate.clip import Clip
@@ -138,7 +138,7 @@ def evaluate_prompts(
         parts = []
         for start in range(0, len(wanted), PART):
             part = wanted[start : start + PART]
-            images = [Image.open(path).convert("RGB") for _, path in part]
+            images = [read_image(path) for _, path in part]
             parts.append(scorer.score(images, [text for text, _ in part]))
         values = torch.cat(parts)
         figures |= {

@@ -8,11 +8,11 @@ import shutil
 import warnings
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from davae.data.decoding import decode
+from davae.data.decoding import DAMAGE, decode
+from davae.data.formats import is_image_name, open_image
 from davae.data.pictures import DataError, UnreadablePicture
-from davae.data.sources import EXTENSIONS
 
 MAX_BYTES = 20 * 2**20  # of one file
 MAX_SIDE = 12_000  # pixels
@@ -40,11 +40,13 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as picture:  # reads the header alone
+            with open_image(io.BytesIO(content)) as picture:  # reads the header alone
                 width, height = picture.size
     except Image.DecompressionBombError:
         raise DataError(f"{path.name} has more pixels than the page takes: {_BOUND}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UnreadablePicture as error:
+        raise DataError(f"{path.name}: {error}") from error
+    except DAMAGE as error:
         raise DataError(
             f"{path.name} is no picture that can be read; use PNG, JPEG, WebP, BMP, TIFF or GIF"
         ) from error
@@ -71,7 +73,7 @@ def store_pictures(uploads: list[Path], folder: Path) -> int:
     if len(pictures) > MAX_PICTURES:
         raise DataError(f"{len(pictures)} pictures; the page takes up to {MAX_PICTURES}: name a folder instead")
     for path in pictures:
-        if path.suffix.lower() not in EXTENSIONS:
+        if not is_image_name(path.name):
             raise DataError(
                 f"{path.name} is no picture that can be trained on; use PNG, JPEG, WebP, BMP, TIFF or GIF"
             )

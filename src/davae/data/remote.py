@@ -24,11 +24,11 @@ from typing import Any
 
 import fsspec
 from filelock import FileLock
-from PIL import Image
 
 from davae.data.captions import SourceOptions
 from davae.data.decoding import naming_damage
 from davae.data.files import TarSource, index_tar
+from davae.data.formats import open_image
 from davae.data.pictures import DataError, UnreadablePicture
 from davae.data.tables import cell_bytes, column_weights, load_rows
 from davae.files import atomic_file, atomic_text
@@ -185,7 +185,7 @@ def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 def picture_suffix(data: bytes) -> str:
     """png, webp, ... by the bytes; jpg for what is no picture, so that it is kept and counted as such later."""
     try:
-        with naming_damage(), Image.open(io.BytesIO(data)) as image:
+        with naming_damage(), open_image(io.BytesIO(data)) as image:
             name = (image.format or "").lower()
     except UnreadablePicture:
         return "jpg"

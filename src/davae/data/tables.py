@@ -102,7 +102,7 @@ class TableSource:
         return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else Path(cell["path"])
 
     def size(self, index: int) -> tuple[int, int]:
-        return header_size(self._stream(index), self.options.max_pixels)
+        return header_size(self._stream(index), self.options.max_pixels, self.options.float_pixels)
 
     def identity(self, index: int) -> bytes:
         return str(self.rows._fingerprint).encode()  # of the whole table: datasets hashes its files
@@ -117,5 +117,7 @@ class TableSource:
         return "" if self.plain is None else choose(self.plain[index], self.weights, rng)
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
-        picture = decode(self._stream(index), self.options.background, self.options.max_pixels)
+        picture = decode(
+            self._stream(index), self.options.background, self.options.max_pixels, self.options.float_pixels
+        )
         return picture, self.caption(index, rng)

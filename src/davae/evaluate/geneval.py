@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from davae.data.decoding import read_image
 from davae.evaluate.clip import Clip
 from davae.files import atomic_text, saving
 from davae.models.pipeline import ModelError
@@ -161,7 +162,7 @@ def judge_folder(out: Path, detector: Callable[[Image.Image], list[Found]], clip
     for folder in sorted(path for path in out.iterdir() if (path / "metadata.jsonl").is_file()):
         request = json.loads((folder / "metadata.jsonl").read_text(encoding="utf-8"))
         for path in sorted((folder / "samples").glob("*.png")):
-            picture = Image.open(path).convert("RGB")
+            picture = read_image(path)
             verdict = judge(
                 detector(picture),
                 request,

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from davae.data.decoding import read_image
 from davae.data.pictures import to_images, to_tensor
 from davae.models.pipeline import ModelError
 from davae.models.placement import own_device
@@ -103,4 +104,4 @@ def run_command(command: str, pictures: list[Image.Image]) -> list[Image.Image]:
         missing = [name for name in names if not (target / name).is_file()]
         if missing:
             raise ModelError(f"--upscale command left no {missing[0]} in its output folder ({len(missing)} missing)")
-        return [Image.open(target / name).convert("RGB") for name in names]
+        return [read_image(target / name) for name in names]

@@ -61,6 +61,7 @@ class Data(Section):
     max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = (
         89_478_485  # larger pictures are refused (Pillow's limits)
     )
+    float_pixels: Literal["refuse", "unit"] = "refuse"  # unit: floats are 0 (black) to 1 (white)
     caption_key: Name | None = None  # key of the `.json` beside a picture; without it the `.txt` is the caption
     caption_weights: dict[
         str, PositiveFloat
