@@ -161,7 +161,6 @@ def test_streams_go_on_at_their_last_whole_shard(tmp_path: Path, monkeypatch: py
 
 
 def test_shards_behind_commands_and_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("webdataset")
     monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache"))
     for number in range(2):
         write_tar(tmp_path / f"s-{number}.tar", {"x.png": png(picture(number)), "x.txt": f"text {number}".encode()})

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import DDPMScheduler
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -19,11 +18,13 @@ from torch import Tensor
 from davae.convert import dit, lightningdit, official_davae, sit, tiny_autoencoder, vavae
 from davae.convert.checkpoints import load_state
 from davae.data.latent_shards import read_statistics
+from davae.errors import RecipeError
 from davae.files import atomic_folder, save_tensors
 from davae.models.autoencoders import load_autoencoder
 from davae.models.families import model_class, transformer_family
 from davae.models.lora import widen_lora
 from davae.models.pipeline import ModelError, read_config
+from davae.recipes.values import read_yaml_file
 from davae.sample.class_conditional import ClassConditionalPipeline
 
 # the architecture of the released VA-VAE (f16, 32 channels)
@@ -47,12 +48,10 @@ UP = re.compile(r"lora_B\.|(?:lora|lora_linear_layer)[._]up\.")  # B of a LoRA u
 
 def read_section(path: Path, key: str) -> dict[str, Any]:
     """The first mapping in a YAML file, however deep, that holds `key`; ModelError when there is none."""
-    if not path.is_file():
-        raise ModelError(f"config {path} does not exist")
     try:
-        pending: list[Any] = [yaml.safe_load(path.read_text(encoding="utf-8"))]
-    except yaml.YAMLError as error:
-        raise ModelError(f"config {path} is not valid YAML: {' '.join(str(error).split())[:160]}") from error
+        pending: list[Any] = [read_yaml_file(path, f"config {path}")]
+    except RecipeError as error:
+        raise ModelError(str(error)) from error
     while pending:
         node = pending.pop(0)
         if isinstance(node, dict):

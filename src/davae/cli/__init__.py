@@ -22,6 +22,7 @@ from davae.cli.export import apply, export, push
 from davae.cli.inspect import inspect
 from davae.cli.make_data import make_data
 from davae.cli.options import (
+    AllowCommands,
     BatchSize,
     Compile,
     DryRun,
@@ -36,6 +37,7 @@ from davae.cli.options import (
 )
 from davae.cli.reproduce import reproduce
 from davae.cli.start import start
+from davae.cli.verbs import Verbs
 from davae.errors import DavaeError, Interrupted
 from davae.recipes import (
     AnyRecipe,
@@ -43,6 +45,7 @@ from davae.recipes import (
     Recipe,
     RecipeError,
     SuperResolutionRecipe,
+    check_commands,
     dump_recipe,
     load_recipe,
     shipped_recipes,
@@ -50,7 +53,7 @@ from davae.recipes import (
 
 Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
 
-app = typer.Typer(
+app = Verbs(
     invoke_without_command=True,
     callback=start,
     pretty_exceptions_enable=False,
@@ -78,7 +81,9 @@ app.command("app")(app_verb)
 def _load(name: str, data: str | None, overrides: list[str] | None) -> AnyRecipe:
     """`--data` is an override like any other."""
     extra = [f"data.source={json.dumps(data)}"] if data else []
-    return load_recipe(name, [*(overrides or []), *extra])
+    recipe = load_recipe(name, [*(overrides or []), *extra])
+    check_commands(recipe)
+    return recipe
 
 
 VERBS = {Recipe: "upgrade", BaseRecipe: "train-base", SuperResolutionRecipe: "train-sr"}
@@ -160,7 +165,12 @@ def _show_report(folder: Path) -> None:
 
 @app.command()
 def upgrade(
-    recipe: Name, out: Out = None, data: Source = None, set: Overrides = None, dry_run: DryRun = False
+    recipe: Name,
+    out: Out = None,
+    data: Source = None,
+    set: Overrides = None,
+    dry_run: DryRun = False,
+    allow_commands: AllowCommands = False,
 ) -> None:
     """Upgrade a pretrained model: stage 1, latent cache, stage 2, export, report.
 
@@ -175,7 +185,12 @@ def upgrade(
 
 @app.command("train-vae")
 def train_vae(
-    recipe: Name, out: Out = None, data: Source = None, set: Overrides = None, dry_run: DryRun = False
+    recipe: Name,
+    out: Out = None,
+    data: Source = None,
+    set: Overrides = None,
+    dry_run: DryRun = False,
+    allow_commands: AllowCommands = False,
 ) -> None:
     """Stage 1 only: the detail-aligned VAE. Example: `davae train-vae micro --out runs/micro`"""
     _run_upgrade(recipe, out, data, set, dry_run, "train-vae")
@@ -183,7 +198,12 @@ def train_vae(
 
 @app.command("cache-latents")
 def cache_latents(
-    recipe: Name, out: Out = None, data: Source = None, set: Overrides = None, dry_run: DryRun = False
+    recipe: Name,
+    out: Out = None,
+    data: Source = None,
+    set: Overrides = None,
+    dry_run: DryRun = False,
+    allow_commands: AllowCommands = False,
 ) -> None:
     """Up to the latent cache. Example: `davae cache-latents micro --out runs/micro`"""
     _run_upgrade(recipe, out, data, set, dry_run, "cache-latents")
@@ -196,6 +216,7 @@ def train_dit(
     data: Source = None,
     set: Overrides = None,
     dry_run: DryRun = False,
+    allow_commands: AllowCommands = False,
     stage1: Annotated[
         Path | None, typer.Option(help="Another run's folder: its detail VAE and cache serve here too.")
     ] = None,
@@ -210,7 +231,13 @@ def train_dit(
 
 
 @app.command("train-base")
-def train_base(recipe: Name, out: Out = None, data: Source = None, set: Overrides = None) -> None:
+def train_base(
+    recipe: Name,
+    out: Out = None,
+    data: Source = None,
+    set: Overrides = None,
+    allow_commands: AllowCommands = False,
+) -> None:
     """Pretrain a small base model from scratch. Example: `davae train-base micro-base --out runs/micro-base`"""
     resolved = _recipe(BaseRecipe, recipe, data, set)
     from davae.display import console, progress_display
@@ -222,7 +249,13 @@ def train_base(recipe: Name, out: Out = None, data: Source = None, set: Override
 
 
 @app.command("train-sr")
-def train_sr(recipe: Name, out: Out = None, data: Source = None, set: Overrides = None) -> None:
+def train_sr(
+    recipe: Name,
+    out: Out = None,
+    data: Source = None,
+    set: Overrides = None,
+    allow_commands: AllowCommands = False,
+) -> None:
     """Train a super-resolution network, the baseline of Tab. S2: weights for `davae evaluate generation --upscale`.
 
     `davae train-sr imagenette128-sr --out runs/sr`

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-analyze_app = typer.Typer(no_args_is_help=True, help="Figures of the paper for any run: a PNG and a JSON each.")
+from davae.cli.verbs import Verbs
+
+analyze_app = Verbs(no_args_is_help=True, help="Figures of the paper for any run: a PNG and a JSON each.")
 
 Vae = Annotated[str, typer.Option(help="A DetailVAE's folder, or a run's.")]
 Data = Annotated[str, typer.Option(help="Pictures, as `davae upgrade --data` takes them.")]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from davae.cli.options import Json, write_json
+from davae.cli.verbs import Verbs
 
 if TYPE_CHECKING:
     from davae.recipes import Recipe
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+bench_app = Verbs(no_args_is_help=True, help="Measure speed on this machine.")
 
 
 def show(target: Json, figures: dict[str, Any]) -> None:
@@ -25,9 +24,10 @@ def show(target: Json, figures: dict[str, Any]) -> None:
 
 def upgrade_recipe(name: str, overrides: list[str], data: str | None = None) -> Recipe:
     """The upgrade recipe of that name; RecipeError for any other kind."""
-    from davae.recipes import Recipe, RecipeError, load_recipe
+    from davae.recipes import Recipe, RecipeError, check_commands, load_recipe
 
     recipe = load_recipe(name, [*overrides, *([f"data.source={json.dumps(data)}"] if data else [])])
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe '{recipe.name}' is no upgrade recipe")
+    check_commands(recipe)
     return recipe

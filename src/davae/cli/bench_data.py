@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from davae.cli.bench import show, upgrade_recipe
-from davae.cli.options import Json, Overrides, Source
+from davae.cli.options import AllowCommands, Json, Overrides, Source
 
 Name = Annotated[str, typer.Argument(metavar="[RECIPE]", help="An upgrade recipe; the default trains no stage 1.")]
 Out = Annotated[Path, typer.Option(help="Run folder; its detail VAE and cache are made once.")]
@@ -30,6 +30,7 @@ def cache(
     out: Out = Path("runs/bench"),
     data: Source = None,
     set: Overrides = None,
+    allow_commands: AllowCommands = False,
     json: Json = None,
 ) -> None:
     """Encoding throughput and size of the latent cache. Example: `davae bench cache --set cache.variants=4`"""
@@ -43,6 +44,7 @@ def data_wait(
     out: Out = Path("runs/bench"),
     data: Source = None,
     set: Overrides = None,
+    allow_commands: AllowCommands = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps of stage 2.")] = 20,
     json: Json = None,
 ) -> None:
@@ -87,6 +89,7 @@ def growth(
     steps: Annotated[int, typer.Option(min=3, help="Steps of each stage, a third of which warms up.")] = 9,
     data: Source = None,
     set: Overrides = None,
+    allow_commands: AllowCommands = False,
     json: Json = None,
 ) -> None:
     """How each stage grows with picture size, batch and processes, one at a time; the first value is the others' own.

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 
-from davae.recipes import RecipeError
+from davae.cli.verbs import Verbs
+from davae.errors import RecipeError
+from davae.recipes.values import read_value
 
-convert_app = typer.Typer(
+convert_app = Verbs(
     no_args_is_help=True, help="Official checkpoints in, diffusers folders out. No code of a checkpoint is ever run."
 )
 
@@ -32,7 +33,7 @@ def _sizes(pairs: list[str] | None) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals:
             raise RecipeError(f"--set takes name=value, found '{pair}'")
-        values[name.strip()] = yaml.safe_load(text)
+        values[name.strip()] = read_value(text, f"--set {name}")
     return values
 
 

@@ -9,6 +9,7 @@ import typer
 
 from davae.cli.options import BatchSize, Compile, Json, Offload, Precision, write_json
 from davae.cli.prompts import geneval, geneval_score, prompts
+from davae.cli.verbs import Verbs
 
 FeatureNetwork = Annotated[
     Literal["lite0", "inception"],
@@ -19,7 +20,7 @@ OptionalFeatures = Annotated[
 ]
 Weights = Annotated[Path | None, typer.Option(help="Inception weights of torch-fidelity, where there is no network.")]
 
-evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a model on pictures.")
+evaluate_app = Verbs(no_args_is_help=True, help="Measure a model on pictures.")
 evaluate_app.command()(prompts)
 evaluate_app.command()(geneval)
 evaluate_app.command("geneval-score")(geneval_score)

@@ -11,7 +11,24 @@ import typer
 
 from davae.errors import RunError
 from davae.files import atomic_text
-from davae.recipes import RecipeError, shipped_recipes
+from davae.recipes import RecipeError, permit_commands, shipped_recipes, typed_commands
+
+
+def _typed_source(text: str | None) -> str | None:
+    """A command that the person typed may run."""
+    permit_commands([text] if text else [])
+    return text
+
+
+def _typed_overrides(texts: list[str] | None) -> list[str] | None:
+    permit_commands(typed_commands(texts or []))
+    return texts
+
+
+def _all_commands(allowed: bool) -> bool:
+    permit_commands(every=allowed)
+    return allowed
+
 
 Name = Annotated[
     str,
@@ -24,9 +41,24 @@ Name = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; the same command again resumes it.")]
 Source = Annotated[
     str | None,
-    typer.Option("--data", help="A folder of pictures, a WebDataset .tar, a Hugging Face dataset id."),
+    typer.Option(
+        "--data",
+        callback=_typed_source,
+        help="A folder of pictures, a WebDataset .tar, a Hugging Face dataset id.",
+    ),
 ]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override one recipe value.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=c", callback=_typed_overrides, help="Override one recipe value."),
+]
+AllowCommands = Annotated[
+    bool,
+    typer.Option(
+        "--allow-commands",
+        callback=_all_commands,
+        help="Run the commands in the recipe (`pipe:`), whoever wrote it; without it only those that you type run.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost, and stop.")]
 Precision = Annotated[
     Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Precision of the model's weights.")

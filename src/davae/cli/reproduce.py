@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import DryRun, Overrides
+from davae.cli.options import AllowCommands, DryRun, Overrides
 
 
 def reproduce(
@@ -38,6 +38,7 @@ def reproduce(
     ] = False,
     set: Overrides = None,
     dry_run: DryRun = False,
+    allow_commands: AllowCommands = False,
 ) -> None:
     """Train, measure and tabulate. Every run is kept under the hash of its recipe, and done once. Examples:
 

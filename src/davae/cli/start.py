@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from davae.recipes import forbid_commands
+
 NEXT = """davae gives a pretrained latent diffusion model twice the resolution at the same token count.
 
 See it work, nothing to download:
@@ -41,5 +43,6 @@ def start(
         bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
+    forbid_commands()  # before the verb's own options are read, which may permit some
     if context.invoked_subcommand is None:
         typer.echo(NEXT, nl=False)

@@ -26,6 +26,7 @@ import fsspec
 from filelock import FileLock
 
 from davae.data.captions import SourceOptions
+from davae.data.commands import PIPE, open_command
 from davae.data.decoding import naming_damage
 from davae.data.files import TarSource, index_tar
 from davae.data.formats import open_image
@@ -92,19 +93,13 @@ def fetch_shard(url: str) -> Path:
 
 
 def open_url(url: str) -> Any:
-    """A stream of bytes: `pipe:` through webdataset, which runs the command and checks its exit status; else fsspec."""
-    if not url.startswith("pipe:"):
-        return fsspec.open(url, "rb")
-    try:
-        from webdataset.gopen import gopen
-    except ImportError as error:
-        raise DataError(f"data.source '{url}': pipe: needs `pip install 'davae[hub]'`") from error
-    return gopen(url)
+    """Open a stream of bytes: what the programs behind `pipe:` write, else what fsspec reads."""
+    return open_command(url.removeprefix(PIPE)) if url.startswith(PIPE) else fsspec.open(url, "rb")
 
 
 def glob_url(url: str) -> list[str]:
     """Addresses that a pattern with * stands for, in order; a plain address is itself."""
-    if url.startswith("pipe:") or "*" not in url:
+    if url.startswith(PIPE) or "*" not in url:
         return [url]
     try:
         files = fsspec.open_files(url, "rb")

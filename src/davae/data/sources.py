@@ -13,6 +13,7 @@ import numpy as np
 
 from davae.data.buckets import nearest_bucket
 from davae.data.captions import SourceOptions
+from davae.data.commands import PIPE
 from davae.data.files import EXTENSIONS, TABLE_OPTIONS, FolderSource, NpzSource, TarSource
 from davae.data.pictures import DataError, PictureSource, UnreadablePicture, counted, target_name
 from davae.data.remote import is_remote, open_remote, open_stream
@@ -88,7 +89,7 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
 
         options.refuse("OpenMoji", ("caption_key", "caption_weights", "label_key", *TABLE_OPTIONS))
         return OpenMoji(resolution, everything=name == "openmoji-all")
-    if is_remote(name) and not name.endswith(".parquet"):
+    if name.startswith(PIPE) or (is_remote(name) and not name.endswith(".parquet")):
         return open_remote(expand_braces(name), options)
     if Path(name).is_dir():
         return open_folder(Path(name), options)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -41,8 +44,9 @@ def make_upscaler(method: str, size: int) -> Upscaler:
     if method in FILTERS:
         return lambda pictures: [picture.resize((size, size), FILTERS[method]) for picture in pictures]
     if "{input}" in method and "{output}" in method:
-        return lambda pictures: fitted(run_command(method, pictures), size)
-    if Path(method).is_file():
+        words = command_words(method)
+        return lambda pictures: fitted(run_command(words, pictures), size)
+    if os.path.isfile(method):
         network = load_network(Path(method))
         return lambda pictures: fitted(enlarge(network, pictures), size)
     raise ModelError(
@@ -82,8 +86,26 @@ def enlarge(network: Any, pictures: list[Image.Image]) -> list[Image.Image]:
     return to_images(network(images / 2 + 0.5).clamp(0, 1) * 2 - 1)
 
 
-def run_command(command: str, pictures: list[Image.Image]) -> list[Image.Image]:
-    """Through files: how SeedVR2, FMBoost or any other program takes part.
+def command_words(command: str) -> list[str]:
+    """Split a command into its words, as a shell would; it is started without one.
+
+    Raises:
+        ModelError: an open quote, or a program that is not installed.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ModelError(f"--upscale {command}: {str(error).lower()}; check the quotes") from error
+    if shutil.which(words[0]) is None:
+        raise ModelError(f"--upscale {command}: no program {words[0]}; give its full path")
+    return words
+
+
+def run_command(command: list[str], pictures: list[Image.Image]) -> list[Image.Image]:
+    """Enlarge pictures with a program that reads one folder and writes another, such as SeedVR2 or FMBoost.
+
+    Args:
+        command: its words; `{input}` and `{output}` in them become the folders, other braces stay.
 
     Raises:
         ModelError: the command fails, or leaves a picture out.
@@ -95,7 +117,8 @@ def run_command(command: str, pictures: list[Image.Image]) -> list[Image.Image]:
         names = [f"{number:05d}.png" for number in range(len(pictures))]
         for name, picture in zip(names, pictures, strict=True):
             picture.save(source / name)
-        words = [word.format(input=source, output=target) for word in shlex.split(command)]
+        folders = {"{input}": str(source), "{output}": str(target)}
+        words = [re.sub("{input}|{output}", lambda found: folders[found[0]], word) for word in command]
         try:
             subprocess.run(words, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:

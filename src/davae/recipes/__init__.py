@@ -1,8 +1,9 @@
 """Recipes: YAML in, frozen pydantic models out."""
 
+from davae.errors import RecipeError
+from davae.recipes.commands import check_commands, check_source, forbid_commands, permit_commands, typed_commands
 from davae.recipes.loading import (
     AnyRecipe,
-    RecipeError,
     differences,
     dump_recipe,
     load_recipe,
@@ -17,9 +18,14 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "SuperResolutionRecipe",
+    "check_commands",
+    "check_source",
     "differences",
     "dump_recipe",
+    "forbid_commands",
     "load_recipe",
+    "permit_commands",
     "shipped_recipes",
+    "typed_commands",
     "validate",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 from collections.abc import Iterable
 from importlib.resources import files
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from davae.errors import RecipeError
 from davae.recipes.schema import NAMED, OWN, BaseRecipe, Recipe, SuperResolutionRecipe
+from davae.recipes.values import read_value, read_yaml, read_yaml_file
 
 AnyRecipe = Recipe | BaseRecipe | SuperResolutionRecipe
 KINDS: dict[str, type[Recipe] | type[BaseRecipe] | type[SuperResolutionRecipe]] = {
@@ -42,19 +42,13 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> AnyRecipe:
     shipped = shipped_recipes()
     path = Path(name_or_path)
     if name_or_path in shipped:
-        text = shipped[name_or_path]
+        values = read_yaml(shipped[name_or_path], f"recipe {name_or_path}")
     elif path.suffix in {".yaml", ".yml"}:
-        if not path.is_file():
-            raise RecipeError(f"recipe file {path} does not exist")
-        text = path.read_text(encoding="utf-8")
+        values = read_yaml_file(path, f"recipe file {path}")
     else:
         raise RecipeError(
             f"unknown recipe '{name_or_path}'{suggestion(name_or_path, shipped)}; `davae recipes` lists them"
         )
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {name_or_path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {name_or_path} must be a mapping of keys to values")
     for override in overrides:
@@ -62,10 +56,16 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> AnyRecipe:
     return validate(values, name_or_path)
 
 
-def validate(values: dict[str, Any], name: str) -> AnyRecipe:
-    """Mapping -> recipe of its `kind`; RecipeError names the first wrong field by its dotted path."""
+def validate(values: Any, name: str) -> AnyRecipe:
+    """Return the recipe of a mapping's `kind`.
+
+    Raises:
+        RecipeError: no mapping, or a wrong field, the first one by its dotted path.
+    """
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {name} must be a mapping of keys to values")
     kind = values.get("kind", "upgrade")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise RecipeError(f"recipe {name}: kind '{kind}' is unknown; use one of {', '.join(KINDS)}")
     model = KINDS[kind]
     try:
@@ -128,14 +128,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
             raise RecipeError(f"--set {path}: '{key}' is a value, not a section")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {path}: cannot read the value '{text}'") from error
-    if isinstance(value, str) and text.strip()[:1] not in ("'", '"'):  # YAML 1.1 reads 1e-4 as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    node[keys[-1]] = value
+    node[keys[-1]] = read_value(text, f"--set {path}")
 
 
 def dump_recipe(recipe: AnyRecipe) -> str:

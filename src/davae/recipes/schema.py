@@ -9,7 +9,6 @@ from pydantic import (
     Discriminator,
     Field,
     NonNegativeFloat,
-    PositiveInt,
     Tag,
     model_validator,
 )
@@ -21,14 +20,19 @@ from davae.recipes.sections import (
     FlowOptim,
     Fraction,
     Hardware,
+    Layers,
     Optim,
+    Pixels,
+    RecipeName,
     Reconstruction,
     Report,
     Run,
     Sampling,
+    Scale,
     Section,
     Stage1,
     Stage2,
+    Width,
 )
 
 
@@ -36,10 +40,10 @@ class Autoencoder(Section):
     """Sizes of a small autoencoder, trained from scratch: an AutoencoderKL, or a deep-compression AutoencoderDC."""
 
     family: Literal["kl", "dc"] = "kl"  # dc is deterministic: no KL term
-    channels: tuple[PositiveInt, ...]
-    layers: PositiveInt = 1
-    norm_groups: PositiveInt = 8  # kl alone
-    latent_channels: PositiveInt
+    channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=10)]
+    layers: Layers = 1
+    norm_groups: Width = 8  # kl alone
+    latent_channels: Width
 
     @model_validator(mode="after")
     def _shortcuts_fit(self) -> Autoencoder:
@@ -71,26 +75,26 @@ class TextArchitecture(Section):
     """Sizes of a small Stable Diffusion 3."""
 
     family: Literal["sd3"] = "sd3"
-    text_width: PositiveInt
-    text_layers: PositiveInt = 2
-    vocabulary: PositiveInt
-    text_tokens: PositiveInt
-    layers: PositiveInt
-    heads: PositiveInt
-    head_width: PositiveInt
-    patch_size: PositiveInt = 2
-    max_grid: PositiveInt  # side of the position table, in patches
+    text_width: Width
+    text_layers: Layers = 2
+    vocabulary: Annotated[int, Field(gt=0, le=2**20)]
+    text_tokens: Width
+    layers: Layers
+    heads: Width
+    head_width: Width
+    patch_size: Width = 2
+    max_grid: Pixels  # side of the position table, in patches
 
 
 class ClassArchitecture(Section):
     """Sizes of a LightningDiT."""
 
     family: Literal["lightningdit"]
-    hidden_size: PositiveInt
-    depth: PositiveInt
-    num_heads: PositiveInt
-    patch_size: PositiveInt = 1
-    num_classes: PositiveInt
+    hidden_size: Width
+    depth: Layers
+    num_heads: Width
+    patch_size: Width = 1
+    num_classes: Annotated[int, Field(gt=0, le=2**24)]
     use_qknorm: bool = True
 
 
@@ -109,9 +113,7 @@ class HeadAlignment(FlowOptim):
 class Alignment(Section):
     """Moves the pretrained transformer of `init` into the latents of another autoencoder: DC-Gen (arXiv 2509.25180)."""
 
-    base_resolution: (
-        PositiveInt  # pixels at which the pretrained model cuts a picture into as many tokens as the new one
-    )
+    base_resolution: Pixels  # pixels at which the pretrained model cuts a picture into as many tokens as the new one
     embedder: EmbedderAlignment
     head: HeadAlignment
 
@@ -120,8 +122,8 @@ class BaseRecipe(Section):
     """Train a base model on plain latents, from scratch or from a pretrained transformer: `davae train-base`."""
 
     kind: Literal["base"] = "base"
-    name: str
-    resolution: PositiveInt
+    name: RecipeName
+    resolution: Pixels
     autoencoder: AutoencoderChoice  # trained by `vae`, or a pretrained one: a folder (a DetailVAE's too) or hub id
     architecture: Annotated[TextArchitecture | ClassArchitecture, Field(discriminator="family")]
     init: str | None = None  # a LightningDiT to start from: a pipeline's folder or hub id
@@ -177,8 +179,8 @@ class BaseRecipe(Section):
 class SuperResolution(Optim):
     """A small network that enlarges pictures, the baseline of Tab. S2."""
 
-    channels: PositiveInt = 64
-    layers: PositiveInt = 16
+    channels: Width = 64
+    layers: Layers = 16
     lambda_lpips: NonNegativeFloat = 0.1
     perceptual: Literal["lpips-vgg", "lpips-alex", "lite0"] = "lite0"
     perceptual_weights: str | None = None
@@ -188,9 +190,9 @@ class SuperResolutionRecipe(Section):
     """Train a super-resolution network on pictures alone: `davae train-sr`."""
 
     kind: Literal["super-resolution"] = "super-resolution"
-    name: str
-    resolution: PositiveInt  # pixels of the enlarged picture
-    scale: Annotated[int, Field(ge=2)] = 2
+    name: RecipeName
+    resolution: Pixels  # pixels of the enlarged picture
+    scale: Scale = 2
     data: Data = Data()
     network: SuperResolution
     run: Run = Run()
@@ -207,7 +209,7 @@ class Base(Section):
 
     model: str | None = None
     train: BaseRecipe | None = None  # trained into the run folder before anything else
-    resolution: PositiveInt  # pixels of I, the image whose token count is kept
+    resolution: Pixels  # pixels of I, the image whose token count is kept
     dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights: the transformer under LoRA, text encoders
 
     @model_validator(mode="after")
@@ -228,10 +230,10 @@ class Recipe(Section):
     """Upgrade a pretrained model: `davae upgrade`."""
 
     kind: Literal["upgrade"] = "upgrade"
-    name: str
+    name: RecipeName
     base: Base
-    scale: Annotated[int, Field(ge=2)] = 2
-    detail_channels: PositiveInt
+    scale: Scale = 2
+    detail_channels: Width
     init: str | None = None  # an upgrade to go on from, as `davae export` writes it, or an embedded one's name
     downsample: Literal["antialias", "bicubic"] = "antialias"
     data: Data = Data()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -22,6 +22,28 @@ from pydantic import (
 from davae.recipes.hardware import GPUS
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+# Upper bounds catch slips and hostile files before they take all memory; each is far above what any model takes.
+PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
+Pixels = Annotated[int, Field(gt=0, le=16_384)]
+Width = Annotated[int, Field(gt=0, le=65_536)]  # channels, heads, ranks
+Layers = Annotated[int, Field(gt=0, le=1024)]
+Batch = Annotated[int, Field(gt=0, le=65_536)]
+SamplingSteps = Annotated[int, Field(gt=0, le=10_000)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+Scale = Annotated[int, Field(ge=2, le=64)]
+LARGEST = 1e30  # float32 still holds its square root times a large sum
+
+
+def _plain_name(name: str) -> str:
+    """Refuse a name that is more than one part of a path: run folders are called by it."""
+    if not name or len(name) > 100 or name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name):
+        raise ValueError("use a plain name of up to 100 letters without slashes; a run folder is called by it")
+    return name
+
+
+RecipeName = Annotated[str, AfterValidator(_plain_name)]
 
 
 def _as_text(value: Any) -> Any:
@@ -35,7 +57,15 @@ Name = Annotated[str, BeforeValidator(_as_text)]  # of a file, folder or column
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _float32_holds_it(cls, value: Any) -> Any:
+        for number in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and abs(number) > LARGEST:
+                raise ValueError(f"use a number up to {LARGEST:g}")
+        return value
 
 
 class Buckets(Section):
@@ -74,6 +104,7 @@ class Data(Section):
     config: Name | None = None
     streaming: bool = False  # copy `limit` pictures, not the whole dataset
     num_workers: NonNegativeInt | None = None  # processes that read images; None: chosen from the machine's cores
+    num_workers: Workers = 0
 
     @model_validator(mode="after")
     def _options_fit(self) -> Data:
@@ -88,8 +119,8 @@ class Optim(Section):
     """AdamW with its schedule, for one network."""
 
     max_steps: PositiveInt
-    batch_size: PositiveInt  # of all processes together; each takes an equal share
-    accumulation: PositiveInt = 1  # batches a step
+    batch_size: Batch  # of all processes together; each takes an equal share
+    accumulation: Batch = 1  # batches a step
     lr: PositiveFloat = 1e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
@@ -99,7 +130,7 @@ class Optim(Section):
     lr_warmup_steps: NonNegativeInt = 0
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Fraction = 0.999  # 0 keeps no average
-    seed: int | None = None  # of this training alone; None takes run.seed
+    seed: Seed | None = None  # of this training alone; None takes run.seed
     gradient_checkpointing: bool = False
 
 
@@ -114,8 +145,8 @@ class Reconstruction(Optim):
     perceptual_weights: str | None = None  # safetensors with trunk and heads, where torchvision cannot download
     gan_start: NonNegativeInt = 5001
     gan_lr: PositiveFloat = 1e-4
-    gan_channels: PositiveInt = 64
-    gan_layers: PositiveInt = 3
+    gan_channels: Width = 64
+    gan_layers: Annotated[int, Field(gt=0, le=16)] = 3
 
 
 class Stage1(Reconstruction):
@@ -125,11 +156,11 @@ class Stage1(Reconstruction):
     alignment: Literal["constant", "adaptive"] = "constant"
     detail_dropout: Fraction = 0.0
     start: Literal["enlarged", "unfolded"] = "enlarged"  # of the new layers; see DetailVAE.from_base
-    crop: PositiveInt | None = None  # train on a random square of so many pixels of each picture; None: on all of it
+    crop: Pixels | None = None  # train on a random square of so many pixels of each picture; None: on all of it
 
 
 class Lora(Section):
-    rank: PositiveInt = 256
+    rank: Width = 256
     alpha: PositiveFloat | None = None  # None: equal to the rank
 
 
@@ -169,16 +200,18 @@ class Cache(Section):
 
     batch_size: PositiveInt = 16  # images encoded at a time, at most: fewer where the device's memory asks for it
     variants: PositiveInt = 1  # augmented draws (crop, flip, background, caption) kept of every picture
+    batch_size: Batch = 16
+    variants: Batch = 1  # augmented draws (crop, flip, background, caption) kept of every picture
     dtype: Literal["float32", "float16"] = "float16"
     shards: str | None = None  # LightningDiT's latent shards to train on, instead of encoding data.source
     text: Literal["stored", "step"] = "stored"  # prompt embeddings: written once, or computed again in every step
 
 
 class Sampling(Section):
-    steps: PositiveInt = 30
+    steps: SamplingSteps = 30
     guidance_scale: NonNegativeFloat = 2.5
     prompts: tuple[str, ...] = ()
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Report(Section):
@@ -193,10 +226,11 @@ class Export(Section):
     """The run's `pipeline/`."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    timing_repeats: SamplingSteps = 5
 
 
 class Run(Section):
-    seed: int = 0
+    seed: Seed = 0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 500
@@ -224,6 +258,7 @@ class Hardware(Section):
     a_machine: PositiveInt = 8  # GPUs of one machine
     host_gib: PositiveInt | None = None  # main memory of one machine; None: not checked
     disk_gib: PositiveInt | None = None  # space for the run folder; None: not checked
+    count: Batch = 1  # processes; every one takes batch_size pictures a step
 
     @field_validator("gpu")
     @classmethod

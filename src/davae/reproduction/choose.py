@@ -6,7 +6,16 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from davae.recipes import AnyRecipe, BaseRecipe, Recipe, RecipeError, SuperResolutionRecipe, load_recipe
+from davae.recipes import (
+    AnyRecipe,
+    BaseRecipe,
+    Recipe,
+    RecipeError,
+    SuperResolutionRecipe,
+    check_commands,
+    check_source,
+    load_recipe,
+)
 from davae.recipes.loading import suggestion
 from davae.recipes.tables import (
     Row,
@@ -89,6 +98,8 @@ class Maker:
     @property
     def measures(self) -> dict[str, Any]:
         generation = self.table.generation or self.scale.generation
+        for data in (generation.data, self.scale.reconstruction.data):
+            check_source(data, "the table's data")
         # without defaults, so that new options change no hash
         return {
             "generation": generation.model_dump(exclude_defaults=True),
@@ -114,6 +125,7 @@ class Maker:
         recipe = load_recipe(name, changes)
         if not isinstance(recipe, kind):
             raise RecipeError(f"recipe '{name}' is of kind {recipe.kind}, this row needs another")
+        check_commands(recipe)
         return recipe
 
     def own(self, kind: type[AnyRecipe], changes: dict[str, Any]) -> list[str]:

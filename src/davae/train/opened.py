@@ -12,7 +12,7 @@ from davae.data.buckets import bucket_sizes, group_counts
 from davae.data.captions import SourceOptions
 from davae.data.pictures import Pictures, PictureSource, split, spread
 from davae.data.sources import open_source, survey
-from davae.recipes import RecipeError
+from davae.recipes import RecipeError, check_source
 from davae.recipes.sections import Data
 
 logger = logging.getLogger(__name__)
@@ -69,9 +69,10 @@ def open_pictures(data: Data, resolution: int, step: int | None = None) -> Opene
         step: pixels that a token spans; None where a training takes squares alone.
 
     Raises:
-        RecipeError: buckets where they cannot be.
+        RecipeError: buckets where they cannot be, or a command that nobody typed.
         DataError: nothing there, or nothing left.
     """
+    check_source(data.source)
     if data.buckets is not None and step is None:
         raise RecipeError("data.buckets: this model takes square pictures only; leave it out")
     source = open_source(data.source, resolution, source_options(data))

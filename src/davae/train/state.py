@@ -20,6 +20,7 @@ from davae.errors import Interrupted, RecipeError, RunError
 from davae.files import atomic_folder, atomic_text, make_folder, require_space, save_tensors, saving, sweep
 from davae.recipes import differences, dump_recipe, validate
 from davae.recipes.loading import AnyRecipe
+from davae.recipes.values import read_yaml_file
 from davae.train.ranks import barrier, from_main, is_main
 
 logger = logging.getLogger(__name__)
@@ -57,10 +58,8 @@ class RunFolder:
         recipe = self.recipe
         saved = self.path / "recipe.yaml"
         if saved.is_file():
-            import yaml
-
             try:
-                previous = validate(yaml.safe_load(saved.read_text(encoding="utf-8")), str(saved))
+                previous = validate(read_yaml_file(saved, f"recipe {saved}"), str(saved))
             except RecipeError as error:
                 raise RunError(
                     f"{saved} was written by another version of davae ({error}); use a new --out"

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
 
-from davae.recipes.loading import RecipeError, suggestion
+from davae.errors import RecipeError
+from davae.recipes.loading import suggestion
 from davae.recipes.sections import Section
+from davae.recipes.values import read_yaml
 
 ScaleName = Literal["micro", "gpu", "paper"]
 
@@ -106,7 +107,7 @@ class Table(Section):
 
 
 def _read(name: str) -> Any:
-    return yaml.safe_load((files("davae.recipes.tables") / f"{name}.yaml").read_text(encoding="utf-8"))
+    return read_yaml((files("davae.recipes.tables") / f"{name}.yaml").read_bytes(), f"table {name}")
 
 
 def table_names() -> list[str]:
