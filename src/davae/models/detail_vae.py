@@ -32,14 +32,13 @@ from davae.models.autoencoder_families import (
 )
 from davae.models.by_rows import decode_by_rows, encode_by_rows
 from davae.models.one_frame import frames_of, only_frame
+from davae.models.pipeline_contract import pipeline_entries
 from davae.models.posterior import RawLatents, StructuredPosterior
 from davae.models.resample import DetailDown, DetailUp, Downsample, downsample
 from davae.models.tiling import Tiling, tiled
 from davae.models.warm_start import Start, take_weights
 
 Encode = Callable[[Tensor], Tensor]
-# of the identity batch norm that pipelines with packed statistics find: some write this value, others read it here
-EPSILON = 1e-5
 
 
 class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -109,7 +108,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             encoder_block_out_channels=[*widths, *widths[-1:] * int(math.log2(scale))],
             latent_channels=self.layout.channels,
             sample_size=int(base.config.get("sample_size") or 32 * self.spatial_factor // scale) * scale,
-            **self._read_by_pipelines(),
+            **pipeline_entries(self, family, base.config, self.layout.channels, self.spatial_factor),
         )
 
         self.base_encoder = base.encoder
@@ -139,24 +138,6 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.use_tiling = False
         self.tiling = Tiling(tile=self.config["sample_size"], overlap=0.25)
         self.train(False)
-
-    def _read_by_pipelines(self) -> dict[str, Any]:
-        """What pipelines of this base's kind read of an autoencoder beside the usual, said of normalised latents.
-
-        Those for video autoencoders want their attributes and a mean and std per channel; those that pack 2x2 positions a
-        batch norm `bn` over them in (c,2,2) order, here the identity.
-        """
-        channels, family = self.layout.channels, autoencoder_family(self.config["base_class"])
-        entries: dict[str, Any] = {}
-        if family.cell > 1:
-            self.bn = nn.BatchNorm2d(family.cell**2 * channels, eps=EPSILON, affine=False)
-            cast(Tensor, self.bn.running_var).fill_(1 - EPSILON)
-            entries["batch_norm_eps"] = EPSILON
-        if family.video:
-            self.temperal_downsample = [False] * int(math.log2(self.spatial_factor))  # their number tells the factor
-            entries["temperal_downsample"] = self.temperal_downsample
-            entries |= {"z_dim": channels, "latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
-        return entries
 
     def _fill_statistics(self) -> None:
         """Put the config's per-channel statistics into the buffers, at their precision."""
@@ -353,6 +334,11 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def memory_format(self) -> torch.memory_format:
         """The layout of weights in which it trains fastest; convolutions over time have no channels_last."""
         return torch.contiguous_format if self.frames.video else torch.channels_last
+
+    @property
+    def post_quant_conv(self) -> nn.Module:
+        """The decoder's first layer, by which SDXL's pipelines find the dtype in which latents are decoded."""
+        return self.decoder.get_submodule(self._first)
 
     @property
     def last_encoder_weight(self) -> Tensor:

@@ -1,0 +1,71 @@
+"""SDXL's `force_upcast`: an autoencoder that overflows in float16 runs in float32 in stock pipelines, upgraded too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_autoencoder
+from family_pipelines.diffusion import stable_diffusion_xl
+
+from davae import DetailVAE, expand_transformer
+from davae.train.export import assemble
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A tiny SDXL in float16 whose autoencoder overflows, plain and upgraded, saved and opened again."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    stable_diffusion_xl(folder / "base")
+    base = diffusers.StableDiffusionXLPipeline.from_pretrained(folder / "base")
+    for half in (base.vae.encoder, base.vae.decoder):
+        half.mid_block.resnets[0].conv2.weight.data *= 100.0
+        half.mid_block.resnets[0].norm2.weight.data *= 1e4
+    assert base.vae.config.force_upcast
+    base.save_pretrained(folder / "base")
+    upgraded = assemble(base, DetailVAE.from_base(base.vae, 4), expand_transformer(base.unet, 4))
+    upgraded.save_pretrained(folder / "upgraded")
+    return {
+        name: diffusers.StableDiffusionXLPipeline.from_pretrained(folder / name, torch_dtype=torch.float16)
+        for name in ("base", "upgraded")
+    }
+
+
+def draw(pipeline: Any, **options: Any) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    if "image" not in options:
+        options |= {"height": 32, "width": 32}
+    return pipeline("a red square", num_inference_steps=2, guidance_scale=1.0, output_type="np", **options).images
+
+
+@pytest.mark.parametrize("name", ["base", "upgraded"])
+def test_a_decoder_that_overflows_is_upcast(pipelines: dict[str, Any], name: str):
+    pipeline = pipelines[name]
+    with torch.no_grad():
+        plain = pipeline.vae.decode(torch.randn(1, pipeline.vae.config.latent_channels, 4, 4).half()).sample
+    assert not torch.isfinite(plain).all(), "it does overflow by itself"
+    images = draw(pipeline)
+    assert np.isfinite(images).all()
+    assert images.std() > 0
+    assert pipeline.vae.dtype == torch.float16, "as it was"
+
+
+@pytest.mark.parametrize("name", ["base", "upgraded"])
+def test_an_encoder_that_overflows_is_upcast(pipelines: dict[str, Any], name: str):
+    pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(**pipelines[name].components)
+    assert np.isfinite(draw(pipeline, image=torch.rand(1, 3, 32, 32), strength=0.9)).all()
+
+
+def test_the_flag_is_the_base_s_also_in_older_folders(tmp_path: Path):
+    for asked in (True, False):
+        base = tiny_autoencoder()
+        base.register_to_config(force_upcast=asked)
+        vae = DetailVAE.from_base(base, 4)
+        assert vae.config.force_upcast is asked
+        vae.register_to_config(force_upcast=False)  # what folders written by earlier versions hold
+        vae.save_pretrained(tmp_path / str(asked))
+        assert DetailVAE.from_pretrained(tmp_path / str(asked)).config.force_upcast is asked
