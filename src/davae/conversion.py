@@ -19,7 +19,7 @@ from davae.convert import dit, lightningdit, official_davae, sit, tiny_autoencod
 from davae.convert.checkpoints import load_state
 from davae.data.latent_shards import read_statistics
 from davae.errors import RecipeError
-from davae.files import atomic_folder, save_tensors
+from davae.files import model_folder, save_tensors
 from davae.models.autoencoders import load_autoencoder
 from davae.models.families import model_class, transformer_family
 from davae.models.lora import widen_lora
@@ -71,7 +71,7 @@ def convert_transformer(kind: str, checkpoint: Path, out: Path, vae: str | None,
         config = {**config, "reversed_time": True}
     model = readers[kind](state, **config)
     if vae is None:
-        with atomic_folder(out) as partial:
+        with model_folder(out) as partial:
             model.save_pretrained(partial)
         return out
     autoencoder = load_autoencoder(vae)
@@ -87,7 +87,7 @@ def convert_transformer(kind: str, checkpoint: Path, out: Path, vae: str | None,
             beta_start=1e-4, beta_end=0.02, beta_schedule="linear", variance_type="learned_range", clip_sample=False
         )
     pipeline = ClassConditionalPipeline(autoencoder, model, scheduler, **sampling)
-    with atomic_folder(out) as partial:
+    with model_folder(out) as partial:
         pipeline.save_pretrained(partial)
     return out
 
@@ -97,7 +97,7 @@ def convert_vavae(checkpoint: Path, out: Path, config: Path | None, statistics: 
     ddconfig = VAVAE_F16D32 if config is None else read_section(config, "ddconfig")["ddconfig"]
     measured = None if statistics is None else read_statistics(statistics, int(ddconfig["z_channels"]))
     model = vavae(load_state(checkpoint), ddconfig, measured)
-    with atomic_folder(out) as partial:
+    with model_folder(out) as partial:
         model.save_pretrained(partial)
     return out
 
@@ -110,7 +110,7 @@ def convert_davae(checkpoint: Path, out: Path, config: Path, statistics: Path | 
         (base_mean, detail_mean), (base_std, detail_std) = model.layout.split(mean), model.layout.split(std)
         model.register_to_config(base_mean=base_mean.flatten().tolist(), base_std=base_std.flatten().tolist())
         model.set_detail_statistics(detail_mean.flatten(), detail_std.flatten())
-    with atomic_folder(out) as partial:
+    with model_folder(out) as partial:
         model.save_pretrained(partial)
     return out
 
@@ -118,7 +118,7 @@ def convert_davae(checkpoint: Path, out: Path, config: Path, statistics: Path | 
 def convert_tiny(encoder: Path, decoder: Path, out: Path) -> Path:
     """`davae convert tiny`: TAESD's, TAEF1's or TAEF2's two files as one diffusers autoencoder."""
     model = tiny_autoencoder(load_state(encoder), load_state(decoder))
-    with atomic_folder(out) as partial:
+    with model_folder(out) as partial:
         model.save_pretrained(partial)
     return out
 

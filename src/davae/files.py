@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from davae.checksums import tensor_sums, write_sums
 from davae.errors import RunError
 
 if TYPE_CHECKING:
@@ -320,10 +321,17 @@ def _take_name(partial: Path, path: Path) -> None:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, kept: str = KEPT
 ) -> None:
-    """Write a safetensors file whole or not at all; folders that lead there are made."""
+    """Write a safetensors file whole or not at all, with a checksum per tensor; folders that lead there are made."""
     from safetensors.torch import save_file  # imports torch, which `davae --help` does without
 
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path, kept) as partial:
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, dict(metadata or {}) or None
-        )
+        save_file(whole, partial, {**(metadata or {}), **tensor_sums(whole)})
+
+
+@contextmanager
+def model_folder(path: Path, kept: str = KEPT) -> Iterator[Path]:
+    """Yield a partial folder for a model or pipeline, which appears whole and with the checksums of its files."""
+    with atomic_folder(path, kept) as partial:
+        yield partial
+        write_sums(partial)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +69,20 @@ class LatentLayout:
                 f"{z.shape[1]} and {z_d.shape[1]}"
             )
         return torch.cat([z, z_d], dim=1)
+
+
+def check_statistics(name: str, values: Sequence[float]) -> None:
+    """Check the numbers that latents are normalised by.
+
+    Args:
+        name: of the setting; one that ends in `std` must be positive.
+
+    Raises:
+        ValueError: a number that is not finite, or a standard deviation that is not positive.
+    """
+    for channel, value in enumerate(values):
+        if not math.isfinite(value) or (name.endswith("std") and value <= 0):
+            raise ValueError(f"{name}: {value} at channel {channel}; it must be finite, a std positive")
 
 
 def over_grid(statistics: Tensor, latents: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from davae.app.models import LOCK
 from davae.data.pictures import to_images
+from davae.models.autoencoders import load_detail_vae
 from davae.models.classes import goes_by_class
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
@@ -90,7 +91,7 @@ def _samples(folder: Path, recipe: Recipe, state: dict[str, Any]) -> Preview:
     transformer = expand_transformer(denoiser(base), recipe.detail_channels, recipe.stage2.new_weights)
     choose_trainable(transformer, recipe.stage2.lora)
     _restore(transformer, state, "transformer")
-    vae = DetailVAE.from_pretrained(folder / "vae")
+    vae = load_detail_vae(folder / "vae")
     pipeline = assemble(base, vae, fuse(transformer))  # type: ignore[arg-type]
     prompts = list(recipe.sampling.prompts[:PICTURES])
     if not prompts:

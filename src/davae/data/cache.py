@@ -9,29 +9,30 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from davae.checksums import KEY, file_sum
+from davae.data.cache_files import REMEDY, Shard, open_array
 from davae.data.cache_key import Key, changes, plain
-from davae.data.caption_table import CaptionTable
+from davae.data.caption_table import ITEMS, CaptionTable
 from davae.data.pictures import DataError
-from davae.files import atomic_file, atomic_text
+from davae.files import atomic_text, make_folder
 
 logger = logging.getLogger(__name__)
 
 Condition = Literal["text", "class"]
 FORMAT = 2
-KEY, META, LABELS = "key.json", "meta.json", "labels.npy"
+KEY_FILE, META, LABELS = "key.json", "meta.json", "labels.npy"
 NO_LABEL = -1
 OPEN_SHARDS = 4096  # mapped at a time: each takes kilobytes, and the system lets a process map 65,530 pieces
 
@@ -58,6 +59,7 @@ class CacheMeta:
         shards: (file, rows, bucket) of each shard; text: (file, rows).
         skipped: unusable images, and why.
         unusable: rows of the shards that no training takes.
+        sums: CRC-32 of the files that hold the class and the caption's number of every item.
     """
 
     key: dict[str, Any]
@@ -68,6 +70,7 @@ class CacheMeta:
     text: list[tuple[str, int]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     unusable: list[int] = field(default_factory=list)
+    sums: dict[str, int] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -78,24 +81,56 @@ def replace_json(path: Path, value: Any) -> None:
     atomic_text(path, json.dumps(value))
 
 
+def _changes(known: Path, key: Key) -> list[str]:
+    """Return what differs between the key of a cache folder and this one; a damaged key file is one difference."""
+    try:
+        return changes(json.loads(known.read_text(encoding="utf-8")), key)
+    except (ValueError, AttributeError, TypeError):
+        return [f"the damaged file {known.name}"]
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a folder holds; the folder itself stays, which may be a symbolic link to another disk."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def prepare(folder: Path, key: Key, team: Team) -> None:
     """Make a folder ready to be written: whole shards of the same key stay, everything else goes, with a word in the log."""
     if team.main:
-        known = folder / KEY
+        known = folder / KEY_FILE
         if folder.exists():
             if not known.is_file():
-                shutil.rmtree(folder)
-            else:
-                changed = changes(json.loads(known.read_text(encoding="utf-8")), plain(key))
-                if changed:
-                    logger.warning("cache %s is made again: %s changed", folder, " and ".join(changed))
-                    shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+                _empty(folder)
+            elif changed := _changes(known, plain(key)):
+                logger.warning("cache %s is made again: %s changed", folder, " and ".join(changed))
+                _empty(folder)
+        make_folder(folder)
         (folder / META).unlink(missing_ok=True)
         for leftover in folder.glob(".*"):
             leftover.unlink()
         replace_json(known, plain(key))
     team.wait()
+
+
+def _read_values(folder: Path) -> dict[str, Any]:
+    """Return what `meta.json` holds; DataError where it is damaged."""
+    path = folder / META
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        expected = values.pop(KEY, None)
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"cache file {path} is damaged; {REMEDY}") from error
+    if expected is not None and _sum_of(values) != expected:
+        raise DataError(f"cache file {path} is not what was written (its checksum differs); {REMEDY}")
+    return values
+
+
+def _sum_of(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def read_meta(folder: Path, key: Key | None = None) -> CacheMeta:
@@ -104,10 +139,9 @@ def read_meta(folder: Path, key: Key | None = None) -> CacheMeta:
     Raises:
         DataError: no cache, an interrupted one, one of an earlier davae, or one made from something else (says what).
     """
-    path = folder / META
-    if not path.is_file():
+    if not (folder / META).is_file():
         raise DataError(f"{folder} holds no whole latent cache; make one with `davae cache-latents`")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = _read_values(folder)
     if values.get("format") != FORMAT:
         raise DataError(f"cache {folder} was written by an earlier davae; delete it to make it again")
     meta = CacheMeta(**values)
@@ -117,21 +151,48 @@ def read_meta(folder: Path, key: Key | None = None) -> CacheMeta:
 
 
 def is_whole(folder: Path) -> bool:
-    return (folder / META).is_file()
+    """Return whether every file of a cache is there and can be opened; a word in the log names one that is not.
+
+    Writing the cache again then makes the faulty files anew and keeps the others.
+    """
+    if not (folder / META).is_file():
+        return False
+    try:
+        meta = _read_values(folder)
+        if meta.get("format") == FORMAT:
+            for name, *_ in [*meta["shards"], *meta["text"]]:
+                Shard(folder / name)
+            CaptionTable(folder)
+            open_array(folder / LABELS)
+            check_sums(folder, CacheMeta(**meta))
+    except (DataError, KeyError, TypeError) as error:
+        logger.warning("cache %s is not whole: %s", folder, error)
+        return False
+    return True
+
+
+def check_sums(folder: Path, meta: CacheMeta) -> None:
+    """Compare the small files of a cache with the meta.
+
+    Raises:
+        DataError: one is not what was written.
+    """
+    for name, expected in meta.sums.items():
+        open_array(folder / name)
+        if file_sum(folder / name) != expected:
+            raise DataError(f"cache file {folder / name} is not what was written (its checksum differs); {REMEDY}")
 
 
 def seal(folder: Path, meta: CacheMeta, team: Team | None = None) -> CacheMeta:
     """Declare a cache whole."""
     team = team or Team()
     if team.main:
-        replace_json(folder / META, asdict(meta))
+        small = [name for name in (ITEMS, LABELS) if (folder / name).is_file()]
+        meta = replace(meta, sums={name: file_sum(folder / name) for name in small})
+        values = json.loads(json.dumps(asdict(meta)))
+        replace_json(folder / META, {**values, KEY: _sum_of(values)})
     team.wait()
     return meta
-
-
-def save_whole(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    with atomic_file(path) as partial:
-        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -143,25 +204,22 @@ class ShardReader:
     def __init__(self, folder: Path, shards: Sequence[tuple[str, int]]):
         self.folder, self.files = folder, [name for name, _ in shards]
         self.starts = np.cumsum([0, *(rows for _, rows in shards)])
-        self._open: OrderedDict[int, Any] = OrderedDict()
+        self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}  # maps do not travel to workers
 
-    def shard(self, number: int) -> Any:
+    def shard(self, number: int) -> Shard:
         if number not in self._open:
             if len(self._open) >= OPEN_SHARDS:
                 self._open.popitem(last=False)
-            path = self.folder / self.files[number]
-            if not path.is_file():
-                raise DataError(f"cache shard {path} is gone; delete the cache to make it again")
-            self._open[number] = safe_open(path, framework="numpy")
+            self._open[number] = Shard(self.folder / self.files[number])
         self._open.move_to_end(number)
         return self._open[number]
 
     def row(self, index: int, tensor: str) -> np.ndarray:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.shard(number).get_slice(tensor)[int(index - self.starts[number])]
+        return self.shard(number).row(tensor, int(index - self.starts[number]))
 
 
 class CachedLatents(Dataset):
@@ -182,6 +240,7 @@ class CachedLatents(Dataset):
     def __init__(self, folder: Path, condition: Condition = "text"):
         meta = read_meta(folder)
         self.meta = meta
+        check_sums(folder, meta)
         self.reader = ShardReader(folder, [(name, rows) for name, rows, _ in meta.shards])
         self.groups = np.repeat(
             np.asarray([group for _, _, group in meta.shards], np.int16), [rows for _, rows, _ in meta.shards]
@@ -194,7 +253,7 @@ class CachedLatents(Dataset):
         self.text = ShardReader(folder, meta.text)
         self.conditions: Any = self.captions  # a sequence, one an item
         if condition == "class":
-            self.conditions = np.load(folder / LABELS, mmap_mode="r")
+            self.conditions = open_array(folder / LABELS)
             if (self.conditions == NO_LABEL).any():
                 raise DataError(
                     "a class-conditional model needs a class for every picture: one sub-folder a class, `.cls` files in "
@@ -212,7 +271,7 @@ class CachedLatents(Dataset):
     def embed(self, captions: list[str]) -> tuple[Tensor, ...]:
         """Cached text embeddings of captions, one tensor per output of the encoder; '' is the empty caption."""
         rows = [self.captions.row(caption) for caption in captions]
-        names = sorted(self.text.shard(0).keys(), key=lambda name: int(name.removeprefix("part_")))
+        names = sorted(self.text.shard(0).names, key=lambda name: int(name.removeprefix("part_")))
         return tuple(
             torch.from_numpy(np.stack([self.text.row(row, name) for row in rows]).astype(np.float32))
             for name in names

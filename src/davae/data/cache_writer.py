@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from davae.data.cache import LABELS, NO_LABEL, CacheMeta, Team, prepare, save_whole
+from davae.data.cache import LABELS, NO_LABEL, CacheMeta, Team, prepare
+from davae.data.cache_files import Shard, is_sound, save_array, save_shard
 from davae.data.cache_key import Key, plain
 from davae.data.caption_table import CaptionTable, pack, write_table
 from davae.data.finite import ALWAYS, EMBEDDING, LATENT, check_many, stored
 from davae.data.order import chosen_workers
 from davae.data.pictures import DataError, Pictures, UnreadablePicture, collate
+from davae.files import require_space
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +92,27 @@ def save_latents(
     }
     if images is not None:
         tensors["images"] = np.asarray(images, np.int64)
-    name = f"latents-{group:03d}-{number:05d}.safetensors"
-    save_whole(folder / name, tensors, {"skipped": json.dumps(skipped)})
+    save_shard(folder / _name(group, number), tensors, {"skipped": json.dumps(skipped)}, rows=("latents",))
+
+
+def _name(group: int, number: int) -> str:
+    return f"latents-{group:03d}-{number:05d}.safetensors"
+
+
+def _asking_for_space(
+    encode: Callable[[Tensor], Tensor], folder: Path, rows: int, itemsize: int
+) -> Callable[[Tensor], Tensor]:
+    """Return `encode`, which checks after its first batch that the disk has room for the latents of all rows."""
+    asked: list[bool] = []
+
+    def asking(images: Tensor) -> Tensor:
+        latents = encode(images)
+        if not asked:
+            asked.append(True)
+            require_space(folder, rows * latents[0].numel() * itemsize, "the latent cache")
+        return latents
+
+    return asking
 
 
 class Readable(Dataset):
@@ -111,10 +131,9 @@ class Readable(Dataset):
 
 def is_finished(path: Path) -> bool:
     """Return whether an interrupted cache's shard can stay; one with values that are not finite is made again."""
-    if not path.is_file():
+    if not is_sound(path):
         return False
-    with safe_open(path, framework="numpy") as shard:
-        metadata = shard.metadata() or {}
+    metadata = Shard(path).metadata
     skipped = json.loads(metadata.get("skipped", "{}"))
     return not json.loads(metadata.get(NOT_FINITE, "[]")) and not any(
         why.startswith(LATENT) for why in skipped.values()
@@ -154,9 +173,11 @@ def write_latents(
         starts = range(0, len(own) * variants, rows)
         plans += [(group, n, range(s, min(s + rows, len(own) * variants))) for n, s in enumerate(starts)]
     done, total = 0, len(pictures) * variants
+    rows_left = sum(len(places) for group, number, places in plans if not (folder / _name(group, number)).is_file())
+    encode = _asking_for_space(encode, folder, rows_left, np.dtype(dtype).itemsize) if team.main else encode
     lost: dict[str, str] = {}  # by this process, to stop before the rest is encoded in vain
     for turn, (group, number, places) in enumerate(plans):
-        path = folder / f"latents-{group:03d}-{number:05d}.safetensors"
+        path = folder / _name(group, number)
         if turn % team.ranks == team.rank and not is_finished(path):
             turns = (divmod(place, len(members[group])) for place in places)
             items = [(int(members[group][i]), int(members[group][i]) + v * len(pictures)) for v, i in turns]
@@ -245,19 +266,16 @@ class _Captions:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for path in self.paths:
-            with safe_open(path, framework="numpy") as shard:
-                yield shard.get_tensor("texts"), shard.get_tensor("ends")
+            shard = Shard(path)
+            yield shard.tensor("texts"), shard.tensor("ends")
 
 
 def merge_index(folder: Path) -> None:
     """Captions and classes of all shards, as arrays that are mapped, not read."""
     paths = latent_shards(folder)
     write_table(folder, _Captions(paths))
-    labels = []
-    for path in paths:
-        with safe_open(path, framework="numpy") as shard:
-            labels.append(shard.get_tensor("labels"))
-    np.save(folder / LABELS, np.concatenate(labels) if labels else np.empty(0, np.int64))
+    labels = [Shard(path).tensor("labels") for path in paths]
+    save_array(folder / LABELS, np.concatenate(labels) if labels else np.empty(0, np.int64))
 
 
 def merged_meta(
@@ -275,14 +293,14 @@ def merged_meta(
     skipped: dict[str, str] = {}
     statistics: ChannelStatistics | None = None
     for path in latent_shards(folder):
-        with safe_open(path, framework="pt") as shard:
-            skipped |= json.loads((shard.metadata() or {}).get("skipped", "{}"))
-            rows, mean = len(shard.get_tensor("labels")), shard.get_tensor("mean")
-            if not rows:
-                continue
-            shards.append((path.name, rows, int(path.name.split("-")[1])))
-            statistics = statistics or ChannelStatistics(len(mean))
-            statistics.merge(int(shard.get_tensor("count")), mean, shard.get_tensor("squares"))
+        shard = Shard(path)
+        skipped |= json.loads(shard.metadata.get("skipped", "{}"))
+        rows, mean = len(shard.tensor("labels")), torch.from_numpy(shard.tensor("mean"))
+        if not rows:
+            continue
+        shards.append((path.name, rows, int(path.name.split("-")[1])))
+        statistics = statistics or ChannelStatistics(len(mean))
+        statistics.merge(int(shard.tensor("count").item()), mean, torch.from_numpy(shard.tensor("squares")))
     if pictures is not None:
         pictures.skipped.update(skipped)
     if statistics is None:
@@ -320,6 +338,9 @@ def write_text(
     table = CaptionTable(folder)
     row_bytes = sum(part.numel() * np.dtype(dtype).itemsize for part in encode([""]))
     rows = max(1, min(TEXT_BYTES // row_bytes, max(16, -(-table.count // 64))))
+    if team.main:
+        written = sum(path.stat().st_size for path in folder.glob("text-*.safetensors"))
+        require_space(folder, table.count * row_bytes - written, "the cache of text embeddings")
     shards: list[tuple[str, int]] = []
     for number, start in enumerate(range(0, table.count, rows)):
         stop = min(start + rows, table.count)
@@ -333,7 +354,7 @@ def write_text(
                 values, faults = stored(np.concatenate([part.float().cpu().numpy() for part in parts]), dtype)
                 tensors[f"part_{n}"] = values
                 bad |= {row for row, fault in enumerate(faults) if fault is not None}
-            save_whole(path, tensors, {NOT_FINITE: json.dumps(sorted(bad))})
+            save_shard(path, tensors, {NOT_FINITE: json.dumps(sorted(bad))}, rows=tuple(tensors))
         on_batch(stop, table.count)
     team.wait()
     return without_lost_captions(folder, CacheMeta(**{**asdict(meta), "text": shards}), table, name_of)
@@ -346,8 +367,7 @@ def without_lost_captions(
     rows: list[int] = []
     start = 0
     for name, count in meta.text:
-        with safe_open(folder / name, framework="numpy") as shard:
-            rows += [start + row for row in json.loads((shard.metadata() or {}).get(NOT_FINITE, "[]"))]
+        rows += [start + row for row in json.loads(Shard(folder / name).metadata.get(NOT_FINITE, "[]"))]
         start += count
     if not rows:
         return meta
@@ -369,7 +389,7 @@ def without_lost_captions(
 
 def _numbers(path: Path) -> list[int]:
     """Return the number of each item's image; -1 where the cache was imported and has no images."""
-    with safe_open(path, framework="numpy") as shard:
-        if "images" in shard.keys():  # noqa: SIM118  # not a dict
-            return shard.get_tensor("images").tolist()
-        return [-1] * len(shard.get_tensor("labels"))
+    shard = Shard(path)
+    if "images" in shard.names:
+        return shard.tensor("images").tolist()
+    return [-1] * len(shard.tensor("labels"))

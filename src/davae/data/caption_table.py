@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from davae.data.cache_files import REMEDY, open_array, save_array
 from davae.data.pictures import DataError
+from davae.files import atomic_file
 
 TEXTS, ENDS, DIGESTS, ITEMS = "captions.npy", "caption_ends.npy", "caption_digests.npy", "caption_of_item.npy"
 
@@ -47,19 +49,22 @@ def write_table(folder: Path, shards: Iterable[tuple[np.ndarray, np.ndarray]]) -
     distinct, first, rows = np.unique(flat, return_index=True, return_inverse=True)
     table_ends = np.cumsum(np.concatenate([[0], sizes[first]]), dtype=np.int64)
     total = max(1, int(table_ends[-1]))
-    table = np.lib.format.open_memmap(folder / TEXTS, mode="w+", dtype=np.uint8, shape=(total,))
     row_of = np.full(len(flat), -1, np.int64)  # of captions that are met for the first time
     row_of[first] = np.arange(len(first))
-    place = 1
-    for texts, ends in shards:
-        for number, text in enumerate(unpack(texts, ends), place):
-            if (row := row_of[number]) >= 0:
-                table[table_ends[row] : table_ends[row + 1]] = np.frombuffer(text, np.uint8)
-        place += len(ends) - 1
-    table.flush()
-    np.save(folder / ENDS, table_ends)
-    np.save(folder / DIGESTS, distinct)
-    np.save(folder / ITEMS, rows.reshape(-1)[1:].astype(np.int32))
+    header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
+    with atomic_file(folder / TEXTS) as partial, partial.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        begin, place = stream.tell(), 1
+        stream.truncate(begin + total)
+        for texts, ends in shards:  # written, not mapped: a full disk is an error here, in a map it kills the process
+            for number, text in enumerate(unpack(texts, ends), place):
+                if (row := row_of[number]) >= 0 and text:
+                    stream.seek(begin + int(table_ends[row]))
+                    stream.write(text)
+            place += len(ends) - 1
+    save_array(folder / ENDS, table_ends)
+    save_array(folder / DIGESTS, distinct)
+    save_array(folder / ITEMS, rows.reshape(-1)[1:].astype(np.int32))
 
 
 class CaptionTable(Sequence[str]):
@@ -68,7 +73,7 @@ class CaptionTable(Sequence[str]):
     def __init__(self, folder: Path):
         self.folder = folder
         self.texts, self.ends, self.digests, self.rows = (
-            np.load(folder / name, mmap_mode="r") for name in (TEXTS, ENDS, DIGESTS, ITEMS)
+            open_array(folder / name) for name in (TEXTS, ENDS, DIGESTS, ITEMS)
         )
 
     def __len__(self) -> int:
@@ -83,7 +88,10 @@ class CaptionTable(Sequence[str]):
         return len(self.digests)
 
     def distinct(self, row: int) -> str:
-        return self.texts[self.ends[row] : self.ends[row + 1]].tobytes().decode()
+        text = self.texts[self.ends[row] : self.ends[row + 1]].tobytes()
+        if caption_digest(text) != self.digests[row]:
+            raise DataError(f"cache file {self.folder / TEXTS}: caption {row} is not what was written; {REMEDY}")
+        return text.decode()
 
     def row(self, caption: str) -> int:
         """Row of a caption; DataError for one that the cache does not have."""

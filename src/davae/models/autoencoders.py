@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from davae.checksums import check_folder
 from davae.models.autoencoder_families import autoencoder_family, base_channels, base_statistics, spatial_factor
 from davae.models.detail_vae import DetailVAE
 from davae.models.families import model_class
@@ -45,8 +47,20 @@ def load_autoencoder(name: str) -> Any:
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from error
     options = {"subfolder": part} if part else {}
+    check_folder(Path(name), part)
     with loading(f"autoencoder {name}"):
         return model_class(kind).from_pretrained(name, torch_dtype=torch.float32, **options).eval()
+
+
+def load_detail_vae(folder: Path, dtype: torch.dtype = torch.float32) -> DetailVAE:
+    """Load a DetailVAE from its folder, in eval mode.
+
+    Raises:
+        ModelError: nothing there, or what is there is not what was written.
+    """
+    check_folder(folder)
+    with loading(f"autoencoder {folder}"):
+        return DetailVAE.from_pretrained(folder, torch_dtype=dtype).eval()
 
 
 def latent_shape(config: Any, class_name: str) -> tuple[int, int]:

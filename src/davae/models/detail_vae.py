@@ -20,7 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from davae.latent import LatentLayout, over_grid
+from davae.latent import LatentLayout, check_statistics, over_grid
 from davae.models.autoencoder_families import (
     autoencoder_class,
     autoencoder_family,
@@ -148,6 +148,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                     values = [default] * part.shape[1]
                 if len(values) not in (part.shape[1], part[0].numel()):
                     raise ValueError(f"{name}_{group} has {len(values)} values for {part.shape[1]} channels")
+                check_statistics(f"{name}_{group}", values)
                 side = math.isqrt(len(values) // part.shape[1])
                 part.copy_(torch.tensor(values, dtype=torch.float64).view(1, -1, side, side))
 

@@ -19,6 +19,7 @@ from diffusers.configuration_utils import FrozenDict
 from safetensors import safe_open
 from torch import Tensor
 
+from davae.checksums import check_folder
 from davae.errors import ModelError
 from davae.models.autoencoder_families import autoencoder_family, base_channels, spatial_factor
 from davae.models.calls import TEXT_CALLS
@@ -227,6 +228,7 @@ def load_part(model: str, part: str, class_name: str, dtype: torch.dtype = torch
     Raises:
         ModelError: when diffusers cannot load it.
     """
+    check_folder(Path(model), part)
     with loading(f"{part} of model {model}"):
         return model_class(class_name).from_pretrained(model, subfolder=part, torch_dtype=dtype)
 
@@ -245,6 +247,7 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
         raise ModelError(f"model {model} is a preset, configs without weights; give {weights}")
     index = read_config(model, "", "model_index.json")
     name = class_name(index.get("_class_name", "DiffusionPipeline"))
+    check_folder(Path(model), without=without)
     with loading(f"model {model}"), without_own_code(model, index) as folder:
         pipeline = model_class(name).from_pretrained(folder, torch_dtype=dtype, **dict.fromkeys(without))
     pipeline.set_progress_bar_config(disable=True)

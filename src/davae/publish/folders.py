@@ -13,8 +13,8 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.utils import get_peft_model_state_dict
 
 import davae
-from davae.files import atomic_folder
-from davae.models.detail_vae import DetailVAE
+from davae.files import model_folder
+from davae.models.autoencoders import load_detail_vae
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import ModelError, denoiser, load_pipeline, read_config, read_shapes
 from davae.publish.card import Origin, write_card
@@ -87,8 +87,8 @@ def export(
         raise ModelError("--self-contained is for whole pipelines; use it with --as fused or --as lora")
     origin = Origin(base, kind, self_contained, run.recipe, _report(run.folder))
     if kind == "upgrade":
-        with atomic_folder(out) as partial:
-            vae = DetailVAE.from_pretrained(run.pipeline / "vae", torch_dtype=dtype)
+        with model_folder(out) as partial:
+            vae = load_detail_vae(run.pipeline / "vae", dtype)
             vae.register_to_config(_name_or_path="")  # the run's path means nothing elsewhere
             vae.save_pretrained(partial / VAE_FOLDER)
             write_upgrade(run.folder / UPGRADE_FILE, partial, dtype)
@@ -119,10 +119,10 @@ def apply(upgrade: Upgrade, base: str, out: Path, dtype: torch.dtype, *, self_co
             f"of {shapes.channels}"
         )
     pipeline = load_pipeline(base, dtype)
-    full: Any = DetailVAE.from_pretrained(upgrade.vae, torch_dtype=torch.float32)
+    full: Any = load_detail_vae(upgrade.vae)
     check_base_autoencoder(full, pipeline.vae.float(), base)
     transformer = apply_upgrade(denoiser(pipeline), upgrade.file)
-    vae: Any = DetailVAE.from_pretrained(upgrade.vae, torch_dtype=dtype)
+    vae: Any = load_detail_vae(upgrade.vae, dtype)
     _save(assemble(pipeline, vae, transformer), out, Origin(base, "fused", self_contained), {})
     return out
 
@@ -153,7 +153,7 @@ def _with_lora(run: FinishedRun, base: str, dtype: torch.dtype) -> tuple[Any, di
     component = transformer_family(read_metadata(run.folder / UPGRADE_FILE)["class"]).component
     transformer: Any = trained_transformer(denoiser(pipeline), run.folder / UPGRADE_FILE)
     lora = lora_layers(transformer, component, dtype)
-    vae: Any = DetailVAE.from_pretrained(run.pipeline / "vae", torch_dtype=dtype)
+    vae: Any = load_detail_vae(run.pipeline / "vae", dtype)
     return assemble(pipeline, vae, without_lora(transformer)), lora
 
 
@@ -171,7 +171,7 @@ def _save(pipeline: Any, out: Path, origin: Origin, lora: dict[str, Any]) -> Non
     for part in (pipeline, *pipeline.components.values()):
         if hasattr(part, "register_to_config"):
             part.register_to_config(_name_or_path="")  # paths of this machine mean nothing elsewhere
-    with atomic_folder(out) as partial:
+    with model_folder(out) as partial:
         pipeline.save_pretrained(partial)
         if lora:
             pipeline.save_lora_weights(partial, **lora)

@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from davae.files import atomic_folder, save_tensors
+from davae.checksums import check_tensors
+from davae.files import model_folder, save_tensors
+from davae.models.autoencoders import load_detail_vae
 from davae.models.classes import label_names
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK, expand_transformer, latent_channels
@@ -67,7 +69,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of an upgrade file; ModelError when it is none."""
-    return read_metadata(path), load_file(path)
+    metadata, tensors = read_metadata(path), load_file(path)
+    check_tensors(path, tensors, metadata, ModelError, "copy or export it again")
+    return metadata, tensors
 
 
 def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
@@ -168,11 +172,11 @@ def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
 
 def save_pipeline(pipeline: Any, path: Path) -> None:
     """Write a diffusers folder that appears only once it is whole."""
-    with atomic_folder(path) as partial:
+    with model_folder(path) as partial:
         pipeline.save_pretrained(partial)
 
 
 def load_upgraded(pipeline: Any, folder: Path) -> Any:
     """A base pipeline + a folder with `vae/` and an upgrade file -> the upgraded pipeline."""
-    vae = DetailVAE.from_pretrained(folder / "vae", torch_dtype=pipeline.vae.dtype).to(pipeline.vae.device)
+    vae = load_detail_vae(folder / "vae", pipeline.vae.dtype).to(pipeline.vae.device)
     return assemble(pipeline, vae, apply_upgrade(denoiser(pipeline), folder / UPGRADE_FILE))

@@ -13,8 +13,8 @@ from torch import Tensor
 from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.cache_key import Key
 from davae.data.pictures import Pictures
-from davae.files import atomic_folder
-from davae.models.autoencoders import encode_raw
+from davae.files import model_folder
+from davae.models.autoencoders import encode_raw, load_detail_vae
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
 from davae.models.families import transformer_family
@@ -53,7 +53,7 @@ from davae.zoo import resolve, resolve_upgrade
 
 
 def save_model(model: Any, folder: Path) -> None:
-    with atomic_folder(folder) as partial:
+    with model_folder(folder) as partial:
         model.eval().save_pretrained(partial)
 
 
@@ -126,7 +126,7 @@ class Upgrade:
             return target
         self.train_base_model()
         if self.init is not None and not self.folder.done("stage1"):
-            vae = DetailVAE.from_pretrained(self.init / "vae", torch_dtype=torch.float32)
+            vae = load_detail_vae(self.init / "vae")
             if vae.layout != self.layout:
                 raise RecipeError(f"init: {self.init} has {vae.layout}, this recipe {self.layout}")
             on_main(partial(self._save_vae, vae, target))
@@ -168,7 +168,7 @@ class Upgrade:
         return Stage1Task(recipe.stage1, self.new_vae(), self.training_pictures(), self.accelerator.device)
 
     def vae(self) -> DetailVAE:
-        return DetailVAE.from_pretrained(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
+        return load_detail_vae(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
 
     # -- cache -------------------------------------------------------------------------------------------------
 
@@ -310,7 +310,7 @@ class Upgrade:
                 pretrained = denoiser(base)
                 wide = expand_transformer(pretrained, recipe.detail_channels)
                 save_upgrade(wide, file, recipe.stage2.lora, torch.float32, tensors)
-                vae = DetailVAE.from_pretrained(self.first / "vae")
+                vae = load_detail_vae(self.first / "vae")
                 save_pipeline(assemble(base, vae, apply_upgrade(pretrained, file)), target)
 
             on_main(export)
