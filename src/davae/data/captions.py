@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from davae.data.decoding import MAX_PIXELS, Floats
 from davae.data.pictures import DataError
+from davae.data.texts import as_texts
 
 GUESSES = ("text", "caption", "prompt")  # columns tried where none is named
 
@@ -67,30 +67,3 @@ def choose(candidates: Mapping[str, Any], weights: Mapping[str, float], rng: np.
         key = keys[int(rng.choice(len(keys), p=shares / shares.sum()))]
     texts = found[key]
     return texts[0] if rng is None or len(texts) == 1 else texts[int(rng.integers(len(texts)))]
-
-
-def as_texts(value: Any) -> list[str]:
-    """A text or a list of texts, without empty ones."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [text for v in values if v is not None and (text := str(v).strip())]
-
-
-def read_record(data: bytes, name: str) -> dict[str, Any]:
-    """A `.json` beside a picture; DataError when it is no object."""
-    try:
-        record = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{name} is not valid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{name} holds no JSON object")
-    return record
-
-
-def as_label(value: Any, name: str) -> int | None:
-    """A class number; DataError when it is none."""
-    if value is None:
-        return None
-    try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name}: class '{value}' is no whole number") from error

@@ -1,170 +1,108 @@
-"""Pictures in files: a folder, tar shards on disk, a sample file of arrays."""
+"""Images in files: a folder, WebDataset shards on disk, a sample file of arrays."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
-import tarfile
-import zipfile
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
-from davae.data.captions import SourceOptions, as_label, choose, read_record
+from davae.data.captions import SourceOptions
+from davae.data.copies import cache_folder
 from davae.data.decoding import decode, header_size
-from davae.data.findings import Findings
+from davae.data.findings import Findings, Tally, add_to
+from davae.data.folder import FolderSource, printable
+from davae.data.matching import Kind
+from davae.data.npz import NpzSource, map_npz
 from davae.data.pictures import DataError
+from davae.data.sidecars import TABLE_OPTIONS, Sidecars
+from davae.data.tar_index import KINDS, TarIndex, index_tar, plain_shard, read_index, read_place
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-TRIED = 100  # pictures looked at before a caption key counts as found nowhere
-TABLE_OPTIONS = ("caption_column", "label_column", "config", "streaming")
+__all__ = ["TABLE_OPTIONS", "FolderSource", "NpzSource", "TarSource", "index_tar", "map_npz"]
 
-
-class Beside:
-    """Caption and class of a picture from what lies beside it: `.txt`, `.json`, `.cls`."""
-
-    def __init__(self, options: SourceOptions, what: str):
-        options.refuse(what, TABLE_OPTIONS)
-        self.options, self.weights = options, options.record_keys
-
-    def check(self, read: Callable[[int, str], bytes | None], count: int, name: str) -> None:
-        """DataError when none of the first pictures has a key that an option names."""
-        keys = {**self.weights, **({self.options.label_key: 1.0} if self.options.label_key else {})}
-        if not keys:
-            return
-        records = [self.record(read, i, name) for i in range(min(count, TRIED))]
-        seen = {key for record in records for key in record}
-        for key in keys:
-            if key not in seen:
-                has = ", ".join(sorted(seen)[:12]) or "no .json at all"
-                raise DataError(f"data: no .json among the first pictures of {name} has the key '{key}'; found {has}")
-
-    def record(self, read: Callable[[int, str], bytes | None], index: int, name: str) -> dict[str, Any]:
-        """The `.json` of a picture, its `.txt` under the key `txt`; empty where there is none."""
-        data = read(index, "json")
-        record = {} if data is None else read_record(data, name)
-        if "txt" in self.weights and (text := read(index, "txt")) is not None:
-            record["txt"] = text.decode("utf-8", "replace")
-        return record
-
-    def caption(
-        self, read: Callable[[int, str], bytes | None], index: int, name: str, rng: np.random.Generator | None
-    ) -> str | None:
-        """None where nothing beside the picture says anything."""
-        if self.weights:
-            return choose(self.record(read, index, name), self.weights, rng)
-        text = read(index, "txt")
-        return None if text is None else text.decode("utf-8", "replace").strip()
-
-    def label(self, read: Callable[[int, str], bytes | None], index: int, name: str) -> int | None:
-        if self.options.label_key is not None:
-            return as_label(self.record(read, index, name).get(self.options.label_key), name)
-        data = read(index, "cls")
-        return None if data is None else as_label(data.decode("utf-8", "replace").strip(), name)
-
-    def identity(self, read: Callable[[int, str], bytes | None], index: int) -> bytes:
-        kinds = ["json"] if self.weights or self.options.label_key else []
-        if not self.weights or "txt" in self.weights:
-            kinds.append("txt")
-        return b"\0".join(read(index, kind) or b"" for kind in (*kinds, "cls"))
-
-
-class FolderSource:
-    """Pictures under a folder; `.txt`, `.json`, `.cls` beside one belong to it, sub-folders are classes."""
-
-    def __init__(self, folder: Path, options: SourceOptions):
-        self.folder, self.options = folder, options
-        self.beside = Beside(options, f"the folder {folder}")
-        self.names = sorted(
-            p.relative_to(folder).as_posix()
-            for p in folder.rglob("*")
-            if p.suffix.lower() in EXTENSIONS and not p.is_dir()
-        )
-        if not self.names:
-            raise DataError(f"folder {folder} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
-        parents = sorted({Path(name).parent.name for name in self.names if "/" in name})
-        self.classes = {name: number for number, name in enumerate(parents)}
-        self.findings = Findings("class folders" if parents else "folder", class_names=tuple(parents))
-        self.beside.check(self._read, len(self.names), str(folder))
-
-    def _read(self, index: int, kind: str) -> bytes | None:
-        path = self._path(index).with_suffix(f".{kind}")
-        return path.read_bytes() if path.is_file() else None
-
-    def _path(self, index: int) -> Path:
-        return self.folder / self.names[index]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def key(self, index: int) -> str:
-        return self.names[index]
-
-    def size(self, index: int) -> tuple[int, int]:
-        return header_size(self._path(index), self.options.max_pixels, self.options.float_pixels)
-
-    def identity(self, index: int) -> bytes:
-        path = self._path(index)
-        size = path.stat().st_size if path.is_file() else 0
-        return str(size).encode() + b"\0" + self.beside.identity(self._read, index)
-
-    def label(self, index: int) -> int | None:
-        own = self.beside.label(self._read, index, self.key(index))
-        if own is not None or "/" not in self.names[index]:
-            return own
-        return self.classes[Path(self.names[index]).parent.name]
-
-    def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
-        text = self.beside.caption(self._read, index, self.key(index), rng)
-        if text is None:
-            name = self.names[index]
-            text = Path(name).parent.name.replace("_", " ") if "/" in name else ""
-        return text
-
-    def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
-        text = self.caption(index, rng)
-        return decode(
-            self._path(index), self.options.background, self.options.max_pixels, self.options.float_pixels
-        ), text
+MEMBER = 1 << 31  # bytes of a member that are read at most
+PREFIX = 1 << 15  # bytes that are read at a time while a header is looked for
 
 
 class TarSource:
-    """WebDataset shards on disk, read at random through an index of the members: 24 bytes a member and its name."""
+    """WebDataset shards on disk, read at random through an index: 64 bytes a sample and its name.
 
-    KINDS = ("picture", "txt", "json", "cls")
+    Args:
+        shards: the files, in order; compressed ones are unpacked once.
+        options: the recipe's section `data`.
+        cache: where unpacked copies are kept.
 
-    def __init__(self, shards: list[Path], options: SourceOptions):
-        self.options, self.shards = options, shards
+    Raises:
+        DataError: a shard that cannot be read, no images, or an option that has no meaning here.
+    """
+
+    KINDS = KINDS
+
+    def __init__(self, shards: list[Path], options: SourceOptions, cache: Path | None = None):
+        self.options = options
         name = ", ".join(str(shard) for shard in shards[:3]) + (", ..." if len(shards) > 3 else "")
-        self.beside = Beside(options, f"the shards {name}")
+        options.refuse(f"the shards {name}", TABLE_OPTIONS)
+        unused: dict[str, Tally] = {}
+        duplicates: dict[str, Tally] = {}
+        shards = _once_each(shards, duplicates)
+        self.shards = [plain_shard(shard, cache or cache_folder() / "shards") for shard in shards]
         self.names: list[str] = []
         self.shard_of: list[int] = []
+        self._sparse: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {}
         places: list[np.ndarray] = []
-        for number, shard in enumerate(shards):
-            samples = index_tar(shard)
-            self.names += [f"{shard.name}/{stem}" for stem in samples]
-            self.shard_of += [number] * len(samples)
-            places += list(samples.values())
+        counts: Counter[str] = Counter()
+        for number, (shard, shown) in enumerate(zip(self.shards, _shard_names(shards), strict=True)):
+            index = read_index(shard)
+            self.names += [printable(f"{shown}/{stem}") for stem in index.samples]
+            self.shard_of += [number] * len(index.samples)
+            self._sparse |= {(number, offset): pieces for offset, pieces in index.sparse.items()}
+            places += list(index.samples.values())
+            counts.update(index.counts)
+            _gather(index, shown, unused, duplicates)
         if not self.names:
-            raise DataError(f"{name}: no pictures inside")
+            raise DataError(f"{name}: no pictures inside{_kinds(unused)}")
         self.places = np.stack(places)  # (N, kinds, 2): offset and size, -1 for none
-        self.findings = Findings("shards")
         self._open: dict[int, Any] = {}
-        self.beside.check(self._read, len(self.names), name)
+        copies = sum(plain != shard for plain, shard in zip(self.shards, shards, strict=True))
+        self.findings = Findings(
+            "shards",
+            unused=unused,
+            duplicates=duplicates,
+            notes=(f"{copies} compressed shards were unpacked into {self.shards[0].parent}",) if copies else (),
+        )
+        self.beside = Sidecars(options, self, self.findings, name)
+        self.findings = self.beside.findings = Findings(
+            **{**self.findings.__dict__, "captions_from": self.beside.origin(counts)}
+        )
 
-    def _read(self, index: int, kind: str) -> bytes | None:
-        offset, size = (int(value) for value in self.places[index, self.KINDS.index(kind)])
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            self._open[shard] = self.shards[shard].open("rb")
+        return self._open[shard].fileno()
+
+    def sidecar(self, index: int, kind: Kind | str, limit: int = MEMBER) -> bytes | None:
+        """Return at most `limit` bytes of a member, None where the sample has none of the kind."""
+        offset, size = (int(value) for value in self.places[index, KINDS.index(kind)])
         if offset < 0:
             return None
         shard = self.shard_of[index]
-        if shard not in self._open:
-            self._open[shard] = self.shards[shard].open("rb")
         # forked workers share an open file's position, so none is used
-        return os.pread(self._open[shard].fileno(), size, offset)
+        return read_place(self._descriptor(shard), offset, size, self._sparse.get((shard, offset)), limit)
+
+    def sidecar_name(self, index: int, kind: Kind) -> str:
+        return f"{self.names[index]}.{kind}"
+
+    def _image(self, index: int) -> IO[bytes]:
+        """Return the image as a file that reads only what is asked for."""
+        offset, size = (int(value) for value in self.places[index, 0])
+        shard = self.shard_of[index]
+        if (shard, offset) in self._sparse or size <= PREFIX:
+            return io.BytesIO(self.sidecar(index, "picture") or b"")
+        return io.BufferedReader(_Part(self._descriptor(shard), offset, size), PREFIX)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # file handles do not travel to workers
@@ -176,103 +114,85 @@ class TarSource:
         return self.names[index]
 
     def size(self, index: int) -> tuple[int, int]:
-        return header_size(
-            io.BytesIO(self._read(index, "picture") or b""), self.options.max_pixels, self.options.float_pixels
-        )
+        return header_size(self._image(index), self.options.max_pixels, self.options.float_pixels)
 
     def identity(self, index: int) -> bytes:
-        return str(self.places[index, 0, 1]).encode() + b"\0" + self.beside.identity(self._read, index)
+        """Size in bytes and what belongs to the image; equal to that of earlier versions where they read the same."""
+        with self.beside.reading_once():
+            own = str(self.places[index, 0, 1]).encode() + b"\0" + self.beside.identity(index)
+            return own + self.beside.changed_caption(index, "", self.beside.caption_or_fault(index))
 
     def label(self, index: int) -> int | None:
-        return self.beside.label(self._read, index, self.key(index))
+        return self.beside.label(index)
 
     def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
-        return self.beside.caption(self._read, index, self.key(index), rng) or ""
+        return self.beside.caption(index, rng) or ""
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
         text = self.caption(index, rng)
-        stream = io.BytesIO(self._read(index, "picture") or b"")
+        stream = io.BytesIO(self.sidecar(index, "picture") or b"")
         return decode(stream, self.options.background, self.options.max_pixels, self.options.float_pixels), text
 
 
-def index_tar(shard: Path) -> dict[str, np.ndarray]:
-    """Stem of every sample with a picture -> (kinds, 2) offset and size of its members.
+class _Part(io.RawIOBase):
+    """A stretch of an open file, read by place: forked workers share the file's own position.
 
-    Raises:
-        DataError: a shard that is not there or not whole.
+    Args:
+        descriptor: the open file.
+        offset: first byte.
+        size: bytes.
     """
-    samples: dict[str, np.ndarray] = {}
-    try:
-        with tarfile.open(shard) as archive:
-            for member in archive:
-                stem, _, extension = member.name.rpartition(".")
-                kind = "picture" if f".{extension.lower()}" in EXTENSIONS else extension
-                if member.isfile() and kind in TarSource.KINDS:
-                    places = samples.setdefault(stem, np.full((len(TarSource.KINDS), 2), -1, np.int64))
-                    places[TarSource.KINDS.index(kind)] = member.offset_data, member.size
-                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"shard {shard} is not a whole tar file: {error}") from error
-    except OSError as error:
-        raise DataError(f"shard {shard} cannot be read: {error.strerror or error}") from error
-    return {stem: places for stem, places in samples.items() if places[0, 0] >= 0}
+
+    def __init__(self, descriptor: int, offset: int, size: int):
+        self.descriptor, self.offset, self.size, self.position = descriptor, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = max(0, offset + (0, self.position, self.size)[whence])
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self.size - self.position))
+        data = os.pread(self.descriptor, wanted, self.offset + self.position) if wanted else b""
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
 
 
-class NpzSource:
-    """Pictures of an ADM sample file: `arr_0` (N,H,W,3) uint8 and, where it has them, classes in `arr_1`."""
-
-    def __init__(self, path: Path, options: SourceOptions):
-        options.refuse(f"the arrays of {path}", ("caption_key", "caption_weights", "label_key", *TABLE_OPTIONS))
-        try:
-            with np.load(path) as file:
-                self.labels = file["arr_1"] if "arr_1" in file.files else None
-            self.pictures = map_npz(path, "arr_0.npy")
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} is no .npz with pictures in arr_0: {error}") from error
-        if self.pictures.ndim != 4 or self.pictures.shape[-1] != 3 or self.pictures.dtype != np.uint8:
-            raise DataError(f"{path}: arr_0 is {self.pictures.shape} {self.pictures.dtype}, expected (N,H,W,3) uint8")
-        self.name = path.name
-        self.findings = Findings("sample file")
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def key(self, index: int) -> str:
-        return f"{self.name}/{index}"
-
-    def size(self, index: int) -> tuple[int, int]:
-        height, width = self.pictures.shape[1:3]
-        return width, height
-
-    def identity(self, index: int) -> bytes:
-        return hashlib.sha256(np.ascontiguousarray(self.pictures[index]).tobytes()).digest()
-
-    def label(self, index: int) -> int | None:
-        return None if self.labels is None else int(self.labels[index])
-
-    def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
-        return ""
-
-    def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
-        return Image.fromarray(np.ascontiguousarray(self.pictures[index])), ""
+def _once_each(shards: list[Path], duplicates: dict[str, Tally]) -> list[Path]:
+    """Return each file once: patterns overlap, links lead to shards that are named already."""
+    kept: dict[str, Path] = {}
+    for shard in shards:
+        if kept.setdefault(os.path.realpath(shard), shard) is not shard:
+            add_to(duplicates, "shard that is named twice, read once", str(shard))
+    return list(kept.values())
 
 
-def map_npz(path: Path, member: str) -> np.ndarray:
-    """One array of an `.npz`, mapped from disk where it is stored uncompressed (50,000 pictures fill gigabytes)."""
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(member)
-        if info.compress_type != zipfile.ZIP_STORED:
-            with archive.open(member) as stream:
-                return np.lib.format.read_array(stream, allow_pickle=False)
-    with path.open("rb") as stream:
-        stream.seek(info.header_offset + 26)
-        name, extra = np.frombuffer(stream.read(4), "<u2")
-        stream.seek(info.header_offset + 30 + int(name) + int(extra))
-        version = np.lib.format.read_magic(stream)
-        read_header = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = read_header(stream)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        return np.memmap(path, dtype, "r", offset=stream.tell(), shape=shape, order="F" if fortran else "C")
+def _shard_names(shards: list[Path]) -> list[str]:
+    """Return a unique name of each shard: its file name, with its folders where two files are called alike."""
+    times = Counter(shard.name for shard in shards)
+    if max(times.values(), default=1) == 1:
+        return [shard.name for shard in shards]
+    shared = os.path.commonpath([os.path.abspath(shard.parent) for shard in shards])
+    return [
+        shard.name if times[shard.name] == 1 else Path(os.path.relpath(os.path.abspath(shard), shared)).as_posix()
+        for shard in shards
+    ]
+
+
+def _gather(index: TarIndex, shard: str, unused: dict[str, Tally], duplicates: dict[str, Tally]) -> None:
+    """Add a shard's counts to those of the source."""
+    for own, total in ((index.unused, unused), (index.duplicates, duplicates)):
+        for kind, tally in own.items():
+            for name in tally.names:
+                add_to(total, kind, printable(f"{shard}/{name}"))
+            total[kind].count += tally.count - len(tally.names)
+
+
+def _kinds(unused: dict[str, Tally]) -> str:
+    return f"; found {', '.join(f'{tally.count} {kind}' for kind, tally in unused.items())}" if unused else ""

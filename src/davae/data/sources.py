@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,40 +13,17 @@ import numpy as np
 from davae.data.buckets import nearest_bucket
 from davae.data.captions import SourceOptions
 from davae.data.commands import PIPE
-from davae.data.files import EXTENSIONS, TABLE_OPTIONS, FolderSource, NpzSource, TarSource
+from davae.data.files import TABLE_OPTIONS, FolderSource, NpzSource, TarSource
+from davae.data.formats import is_image_name
+from davae.data.matching import METADATA, is_hidden
 from davae.data.pictures import DataError, PictureSource, UnreadablePicture, counted, target_name
 from davae.data.remote import is_remote, open_remote, open_stream
+from davae.data.shard_names import expand_braces, expand_shards, is_shard, shards_in
 from davae.data.tables import TableSource
 
 logger = logging.getLogger(__name__)
 
-BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 LOGGED = 20  # left-out pictures named one by one; all are counted
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """'a-{000..003}.tar' -> its four names."""
-    found = BRACES.search(pattern)
-    if found is None:
-        return [pattern]
-    first, last = found.groups()
-    numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    return [name for n in numbers for name in expand_braces(pattern[: found.start()] + n + pattern[found.end() :])]
-
-
-def expand_shards(pattern: str) -> list[Path]:
-    """'a-{000..003}.tar' and '*.tar' -> existing files in order.
-
-    Raises:
-        DataError: a name that stands for no file.
-    """
-    paths: list[Path] = []
-    for name in expand_braces(pattern):
-        found = [Path(p) for p in sorted(glob.glob(name))]
-        if not found:
-            raise DataError(f"data.source: no shard matches {name}")
-        paths += found
-    return paths
 
 
 def open_folder(folder: Path, options: SourceOptions) -> PictureSource:
@@ -56,10 +32,13 @@ def open_folder(folder: Path, options: SourceOptions) -> PictureSource:
     Raises:
         DataError: both, where it is not plain which is meant.
     """
-    shards = sorted(folder.glob("*.tar"))
-    if not shards and not any(folder.glob("*.parquet")):
+    shards = shards_in(folder)
+    tables = [
+        path for path in folder.glob("*.parquet") if not is_hidden(path.name) and path.name.lower() not in METADATA
+    ]
+    if not shards and not tables:
         return FolderSource(folder, options)
-    loose = next((p for p in folder.glob("*") if p.suffix.lower() in EXTENSIONS), None)
+    loose = next((p for p in folder.iterdir() if is_image_name(p.name) and not is_hidden(p.name)), None)
     if loose is not None:
         raise DataError(
             f"folder {folder} holds shards and loose pictures ({loose.name}); name the shards: {folder}/*.tar"
@@ -93,7 +72,7 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
         return open_remote(expand_braces(name), options)
     if Path(name).is_dir():
         return open_folder(Path(name), options)
-    if name.endswith(".tar"):
+    if is_shard(name):
         return TarSource(expand_shards(name), options)
     if name.endswith(".npz") and Path(name).is_file():
         return NpzSource(Path(name), options)

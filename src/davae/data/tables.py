@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from davae.data.captions import GUESSES, SourceOptions, as_label, choose
+from davae.data.captions import GUESSES, SourceOptions, choose
 from davae.data.decoding import decode, header_size
 from davae.data.findings import Findings
 from davae.data.pictures import DataError
+from davae.data.texts import as_label, clean
 
 
 def load_rows(name: str, options: SourceOptions, *, streaming: bool = False) -> Any:
@@ -114,7 +115,9 @@ class TableSource:
         return as_label(self.plain[index][column], self.key(index))
 
     def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
-        return "" if self.plain is None else choose(self.plain[index], self.weights, rng)
+        if self.plain is None:
+            return ""
+        return clean(choose(self.plain[index], self.weights, rng), self.key(index), self.findings)
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
         picture = decode(

@@ -1,0 +1,279 @@
+"""Images in a folder and below, with captions, classes and metadata next to them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from davae.data.captions import GUESSES, SourceOptions, choose
+from davae.data.classes import caption_of_class, choose_split, class_names
+from davae.data.decoding import decode, header_size
+from davae.data.findings import Findings, Tally, add_to
+from davae.data.formats import image_endings, is_image_name
+from davae.data.matching import Kind, Matched, is_hidden, match, stem
+from davae.data.metadata import Metadata, read_metadata
+from davae.data.pictures import DataError
+from davae.data.sidecars import TABLE_OPTIONS, Sidecars
+from davae.data.texts import UnreadableCaption, as_label, as_texts, clean
+
+
+def printable(name: str) -> str:
+    """Return a file name as text that can be written anywhere: bytes that are not UTF-8 become `\\xff`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def walk(root: Path, unused: dict[str, Tally]) -> dict[str, list[str]]:
+    """List a folder and all below it.
+
+    Links to folders are followed after all real folders, each folder is read once, so loops end.
+
+    Args:
+        root: the folder.
+        unused: counts what is passed over; added to.
+
+    Returns:
+        Relative folder ('' the root) -> names of its files, sorted.
+    """
+    found: dict[str, list[str]] = {}
+    real, links = deque([""]), deque[str]()
+    seen: set[tuple[int, int]] = set()
+    while real or links:
+        linked = not real
+        relative = links.popleft() if linked else real.popleft()
+        path = os.path.join(root, relative)
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            add_to(unused, "link to a folder that is read already", printable(relative))
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        try:
+            with os.scandir(path) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError:
+            add_to(unused, "folder that cannot be read", printable(relative))
+            continue
+        found[relative] = []
+        for entry in entries:
+            name = f"{relative}/{entry.name}" if relative else entry.name
+            if os.path.isdir(entry.path):
+                if is_hidden(entry.name):
+                    add_to(unused, "hidden or thumbnail folder", printable(name))
+                else:
+                    (links if entry.is_symlink() else real).append(name)
+            elif is_hidden(entry.name):
+                add_to(unused, "hidden file", printable(name))
+            elif os.path.isfile(entry.path) or (entry.is_symlink() and is_image_name(entry.name)):
+                found[relative].append(entry.name)
+            else:
+                add_to(unused, "broken link" if entry.is_symlink() else "not a regular file", printable(name))
+    return found
+
+
+class FolderSource:
+    """Images under a folder; sidecar files and metadata files belong to them, several sub-folders are classes.
+
+    Args:
+        folder: the root.
+        options: the recipe's section `data`.
+
+    Raises:
+        DataError: no images, splits of which the wanted one is missing, or damaged metadata.
+    """
+
+    def __init__(self, folder: Path, options: SourceOptions):
+        self.folder, self.options = folder, options
+        unused: dict[str, Tally] = {}
+        matched = {at: match(names, f"{at}/" if at else "", unused) for at, names in walk(folder, unused).items()}
+        chosen = choose_split([at for at, part in matched.items() if part.images], options.split, str(folder))
+        elsewhere = {_join(at, name): why for at, why in chosen.left.items() for name in matched[at].images}
+        for name, why in elsewhere.items():
+            add_to(unused, f"image {why}", printable(name))
+        owner = {_join(at, name): (at, name) for at in chosen.read for name in matched[at].images}
+        self.names = sorted(owner)
+        if not self.names:
+            raise DataError(f"folder {folder} holds no pictures ({_what_is_there(unused)})")
+        self._sidecars = FolderSidecars(self.names, owner, matched)
+        of_folder = class_names(chosen.read)
+        self.classes = {name: number for number, name in enumerate(sorted(set(of_folder.values())))}
+        self._class_of = of_folder
+        self._former = _former_classes(self.names)
+        files = sorted(_join(at, name) for at, part in matched.items() for name in part.metadata)
+        self.findings = Findings(
+            f"folder with {printable(files[0])}" if files else "class folders" if of_folder else "folder",
+            unused=unused,
+            class_names=tuple(printable(name) for name in self.classes),
+        )
+        self.metadata = self._open_metadata(files, elsewhere, unused) if files else None
+        own = options
+        if self.metadata is not None:  # the options name its columns
+            own = SourceOptions()
+        own.refuse(f"the folder {folder}", TABLE_OPTIONS)
+        self.beside = Sidecars(own, self, self.findings, str(folder))
+        self._describe(chosen.split, of_folder)
+
+    def _open_metadata(self, files: list[str], elsewhere: Collection[str], unused: dict[str, Tally]) -> Metadata:
+        o = self.options
+        self._weights = dict(o.record_keys) or ({o.caption_column: 1.0} if o.caption_column else {})
+        self._label_column = o.label_key or o.label_column
+        named = [*self._weights, *([self._label_column] if self._label_column else [])]
+        duplicates: dict[str, Tally] = {}
+        found = read_metadata(
+            self.folder, files, self.names, elsewhere, {*GUESSES, *named}, self.findings, unused, duplicates
+        )
+        for column in named:
+            if column not in found.seen:
+                raise DataError(
+                    f"data: {files[0]} of {self.folder} has no column '{column}'; found {', '.join(found.seen)}"
+                )
+        self.findings = replace(self.findings, duplicates=duplicates)
+        return found
+
+    def _describe(self, split: bool, of_folder: dict[str, str]) -> None:
+        """Complete the findings: where captions come from, and the decisions that a user should know."""
+        notes = []
+        parts = [p for p in (self.beside.origin(self._sidecars.counts),) if p != "none"]
+        if self.metadata is not None:
+            columns = [*self._weights] or [c for c in GUESSES if c in self.metadata.columns]
+            parts.insert(0, "metadata, column " + ", ".join(columns) if columns else "metadata without captions")
+        elif any(caption_of_class(name) for name in of_folder.values()):
+            parts.append("names of the folders")
+        if split:
+            notes.append(f"only the split '{self.options.split}' is read; data.split names another")
+        folders = {at for at in (name.rpartition("/")[0] for name in self.names) if at}
+        if folders and not of_folder:
+            shown = ", ".join(printable(at) for at in sorted(folders)[:3])
+            notes.append(f"the names of the folders ({shown}) are neither captions nor classes")
+        elif of_folder and not any(caption_of_class(name) for name in of_folder.values()):
+            notes.append("the folders are numbered pieces: their names are no captions")
+        self.findings = replace(self.findings, captions_from=", else ".join(parts) or "none", notes=tuple(notes))
+        self.beside.findings = self.findings
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / self.names[index]
+
+    def sidecar(self, index: int, kind: Kind, limit: int) -> bytes | None:
+        name = self._sidecars.name(index, kind)
+        if name is None:
+            return None
+        try:
+            with (self.folder / name).open("rb") as stream:
+                return stream.read(limit)
+        except OSError as error:
+            raise UnreadableCaption(
+                "damaged caption", f"{printable(name)} cannot be read: {error.strerror or error}"
+            ) from error
+
+    def sidecar_name(self, index: int, kind: Kind) -> str:
+        return printable(self._sidecars.name(index, kind) or self.names[index])
+
+    def key(self, index: int) -> str:
+        return printable(self.names[index])
+
+    def size(self, index: int) -> tuple[int, int]:
+        return header_size(self._path(index), self.options.max_pixels, self.options.float_pixels)
+
+    def _class(self, index: int) -> str | None:
+        return self._class_of.get(self.names[index].rpartition("/")[0])
+
+    def identity(self, index: int) -> bytes:
+        """Size in bytes and what belongs to the image; equal to that of earlier versions where they read the same."""
+        path = self._path(index)
+        size = path.stat().st_size if path.is_file() else 0
+        with self.beside.reading_once():
+            parts = [str(size).encode() + b"\0" + self.beside.identity(index)]
+            folder = Path(self.names[index]).parent.name if "/" in self.names[index] else ""
+            try:
+                caption, label = self.caption(index), self.label(index)
+            except UnreadableCaption as error:
+                return b"\0".join([*parts, str(error).encode()])
+            parts.append(self.beside.changed_caption(index, folder.replace("_", " "), caption))
+        if self.metadata is not None:
+            parts.append(json.dumps(self.metadata.record(index)).encode())
+        elif self._class(index) is not None or folder:
+            former = self._former.get(folder)
+            parts.append(b"" if label == former or self._sidecars.name(index, "cls") else f"\0class {label}".encode())
+        return b"".join(parts)
+
+    def label(self, index: int) -> int | None:
+        own = self.beside.label(index)
+        if own is None and self.metadata is not None and self._label_column is not None:
+            own = as_label((self.metadata.record(index) or {}).get(self._label_column), self.key(index))
+        if own is not None:
+            return own
+        name = self._class(index)
+        return None if name is None else self.classes[name]
+
+    def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
+        text: str | None = None
+        if self.metadata is not None and (record := self.metadata.record(index)) is not None:
+            weights = self._weights or next(({key: 1.0} for key in GUESSES if as_texts(record.get(key))), {})
+            text = clean(choose(record, weights, rng), self.key(index), self.findings)
+        if not text:
+            text = self.beside.caption(index, rng)
+        if text is None and self.metadata is None and (name := self._class(index)) is not None:
+            text = clean(printable(caption_of_class(name) or ""), self.key(index), self.findings)
+        return text or ""
+
+    def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
+        text = self.caption(index, rng)
+        options = self.options
+        return decode(self._path(index), options.background, options.max_pixels, options.float_pixels), text
+
+
+class FolderSidecars:
+    """Names of the files next to each image, a few bytes an image: most sets have one pattern, `.txt`.
+
+    Args:
+        names: relative paths of the images, in order.
+        owner: relative path -> folder and file name.
+        matched: folder -> its files.
+    """
+
+    def __init__(self, names: Sequence[str], owner: dict[str, tuple[str, str]], matched: dict[str, Matched]):
+        self.names = names
+        self.counts: dict[str, int] = Counter()
+        self._patterns: list[dict[Kind, str]] = []
+        self._odd: dict[tuple[int, Kind], str] = {}
+        known: dict[tuple[tuple[Kind, str], ...], dict[Kind, str]] = {}
+        for index, path in enumerate(names):
+            at, name = owner[path]
+            pattern: dict[Kind, str] = {}
+            for kind, file in matched[at].sidecars.get(name, {}).items():
+                self.counts[kind] += 1
+                if file.startswith(f"{stem(name)}."):
+                    pattern[kind] = file[len(stem(name)) :]
+                else:
+                    self._odd[index, kind] = _join(at, file)
+            self._patterns.append(known.setdefault(tuple(pattern.items()), pattern))
+
+    def name(self, index: int, kind: Kind) -> str | None:
+        """Return the relative path of a file next to an image, None where there is none."""
+        if (odd := self._odd.get((index, kind))) is not None:
+            return odd
+        ending = self._patterns[index].get(kind)
+        return None if ending is None else stem(self.names[index]) + ending
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _former_classes(names: Sequence[str]) -> dict[str, int]:
+    """Return the class numbers of davae before it knew what folders are classes, which old caches were keyed by."""
+    leaves = sorted({Path(name).parent.name for name in names if "/" in name})
+    return {name: number for number, name in enumerate(leaves)}
+
+
+def _what_is_there(unused: dict[str, Tally]) -> str:
+    found = ", ".join(f"{tally.count} {kind}, e.g. {tally.names[0]}" for kind, tally in unused.items())
+    return f"found {found}" if found else ", ".join(sorted(image_endings()))
