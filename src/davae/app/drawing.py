@@ -15,7 +15,7 @@ from PIL import Image
 
 from davae.analyze.crops import enlarged, most_different
 from davae.app.models import LOCK, Pair, Stopped, watched
-from davae.app.uploads import MAX_PROMPT, MAX_STEPS
+from davae.app.uploads import MAX_PROMPT, MAX_SECONDS, MAX_STEPS
 from davae.evaluate.throughput import image_tokens
 from davae.measure import check_classes
 from davae.models.pipeline import ModelError, denoiser
@@ -69,19 +69,24 @@ def draw(
         Stopped: after `stop` was set.
     """
     _check(pair, prompt, ways, steps, guidance, seed)
+    left = float(MAX_SECONDS)
     for way in [way for way in WAYS if way in ways]:
         pipeline = pair.upgraded if way == UPGRADED else pair.base
         if pipeline is None:
             raise ModelError(f"{pair.name} is open without what draws '{way}'")
         size = pair.resolution // pair.scale if way == ENLARGED else pair.resolution
+        began = time.monotonic()
 
         def before_pass(done: int, way: str = way) -> None:
             if stop.is_set():
                 raise Stopped
+            if time.monotonic() - began > left:  # noqa: B023 - called before the next way begins
+                raise ModelError(f"a drawing may take {MAX_SECONDS} seconds; use fewer steps, or draw fewer ways")
             on_step(way, min(done, steps), steps)
 
         network = denoiser(pipeline)
         with LOCK, watched(network, before_pass), _refusals(way):
+            began = time.monotonic()
             options = {"resolution": size, "guidance_scale": guidance, "seed": seed}
             ran = _warm.setdefault(network, set())
             if size not in ran:
@@ -92,6 +97,7 @@ def draw(
             if size != pair.resolution:
                 picture = picture.resize((pair.resolution,) * 2, Image.Resampling.BICUBIC)
             seconds = time.perf_counter() - started
+            left -= time.monotonic() - began
         yield Drawn(way, picture, size, image_tokens(pipeline, size), seconds)
 
 
@@ -118,6 +124,8 @@ def _check(pair: Pair, prompt: str, ways: list[str], steps: int, guidance: float
         raise ModelError(f"seed is {seed}; the page takes 0 to {2**31 - 1}")
     if not ways:
         raise ModelError("nothing to draw; choose at least one of the ways")
+    if not set(ways) <= set(WAYS):
+        raise ModelError(f"an unknown way to draw; use {', '.join(WAYS)}")
     check_classes(pair.any, [prompt])
 
 

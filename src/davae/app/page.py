@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import gradio as gr
@@ -9,14 +19,23 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 
+from davae.app.access import Access
+from davae.app.forms import plain
+from davae.app.guard import Guard
+from davae.app.limits import Bounds
 from davae.app.models import Pair
+from davae.app.roots import Roots, label
 from davae.app.tabs import generate_tab, inspect_tab, reconstruct_tab
 from davae.app.train_tab import train_tab
 from davae.app.training import Trainings
 from davae.app.uploads import MAX_BYTES
-from davae.train.state import RunError
+from davae.display import console
+from davae.errors import RunError
 
-QUEUE = 32  # visitors that may wait; the next is told so
+QUEUE = 32  # events that may wait; the next is refused
+SESSIONS = 64  # visitors whose images are kept in memory
+CONNECTIONS = 256
+FOLDER, LOCK = "davae-app-", ".in-use"
 
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
@@ -26,32 +45,89 @@ footer { display: none !important; }
 """
 
 
-def build(pair: Pair, trainings: Trainings) -> gr.Blocks:
-    """The four tabs around a pair of models and a folder of trainings."""
-    with gr.Blocks(title=f"davae: {pair.name}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+def build(pair: Pair, trainings: Trainings, roots: Roots | None = None) -> gr.Blocks:
+    """Return the four tabs around a pair of models and a folder of trainings.
+
+    Args:
+        roots: folders whose entries the page offers by name; by default none.
+    """
+    roots = roots or Roots(model=pair.name.removesuffix("-upgraded"))
+    uploads = upload_folder()
+    title = f"davae: {label(pair.name)}"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# davae\n{_lead(pair)}")
         with gr.Tab("Generate", id="generate"):
             generate_tab(pair)
         with gr.Tab("Reconstruct", id="reconstruct"):
-            reconstruct_tab(pair)
+            reconstruct_tab(pair, uploads)
         with gr.Tab("Inspect", id="inspect"):
-            inspect_tab(pair.name)
+            inspect_tab(roots)
         with gr.Tab("Train", id="train"):
-            train_tab(trainings)
-    page.queue(max_size=QUEUE, default_concurrency_limit=8)
+            train_tab(trainings, roots, uploads)
+    page.queue(max_size=QUEUE, default_concurrency_limit=8, api_open=False)
+    # Gradio checks the files that arguments name only in a page that was launched; a mounted one is not.
+    page.has_launched = True
+    page.state_session_capacity = SESSIONS
     return page
 
 
+@cache
+def upload_folder() -> Path:
+    """Return the folder of uploads and drawn images of this process, readable by its user alone.
+
+    It is removed when the process ends, or by the next page where the process was killed. Gradio takes it from the
+    environment.
+    """
+    remove_left_folders(Path(tempfile.gettempdir()))
+    folder = tempfile.TemporaryDirectory(prefix=FOLDER)
+    path = Path(folder.name).resolve()
+    lock = (path / LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def remove() -> None:
+        lock.close()
+        folder.cleanup()
+
+    atexit.register(remove)
+    os.environ["GRADIO_TEMP_DIR"] = str(path)
+    os.environ["GRADIO_EXAMPLES_CACHE"] = str(path / "examples")
+    return path
+
+
+def remove_left_folders(temporary: Path) -> None:
+    """Remove the folders of uploads of pages that were killed: nobody holds their lock."""
+    for lock in temporary.glob(f"{FOLDER}*/{LOCK}"):
+        if lock.is_symlink() or lock.parent.is_symlink() or lock.parent.lstat().st_uid != os.getuid():
+            continue
+        with lock.open("r") as stream, contextlib.suppress(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+
+
 def _lead(pair: Pair) -> str:
-    size, scale = pair.resolution, pair.scale
+    name, size, scale = plain(label(pair.name)), pair.resolution, pair.scale
     if pair.upgraded is None:
-        return f"`{pair.name}` is a base model. Open an upgraded one to compare: `davae app micro`."
-    text = f"`{pair.name}` draws {size} pixels with the tokens of {size // scale}: {scale} times the size at the same cost."
+        return f"**{name}** is a base model. Open an upgraded one to compare: `davae app micro`."
+    text = (
+        f"**{name}** draws {size} pixels with the tokens of {size // scale}: {scale} times the size at the same cost."
+    )
     return text if pair.base is not None else f"{text} Its base is not open; name it with `--base` to compare."
 
 
-def build_server(pair: Pair, trainings: Trainings) -> FastAPI:
-    """The page at `/`, and the report of each training at `/reports/NAME`."""
+def build_server(
+    pair: Pair,
+    trainings: Trainings,
+    access: Access | None = None,
+    roots: Roots | None = None,
+    bounds: Bounds | None = None,
+) -> Guard:
+    """Return the page at `/` and the report of each training at `/reports/NAME`, behind the guard.
+
+    Args:
+        access: hosts and secrets; by default those of a page on this machine, with a new token.
+        roots: folders whose entries the page offers by name; by default none.
+        bounds: what requests may take.
+    """
     server = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @server.get("/reports/{name}")
@@ -68,23 +144,61 @@ def build_server(pair: Pair, trainings: Trainings) -> FastAPI:
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],  # nothing is fetched from another server
     )
-    return gr.mount_gradio_app(
+    page = gr.mount_gradio_app(
         server,
-        build(pair, trainings),
+        build(pair, trainings, roots),
         "/",
+        allowed_paths=[],  # of Gradio's own routes; what lies outside the folder of uploads has a route of ours
         max_file_size=MAX_BYTES,
         show_error=False,
         footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
         theme=theme,
         css=CSS,
         ssr_mode=False,
     )
+    return Guard(page, access or Access(), upload_folder(), bounds)
 
 
-def serve(pair: Pair, runs: Path, host: str, port: int) -> None:
-    """Serve until interrupted; a training that runs then is asked to save."""
+def serve(pair: Pair, runs: Path, access: Access, port: int, roots: Roots | None = None) -> None:
+    """Serve until interrupted; a training that runs then is asked to save.
+
+    Raises:
+        RunError: the address is taken or not one of this machine.
+    """
     trainings = Trainings(runs)
+    server = build_server(pair, trainings, access, roots)
+    configuration = uvicorn.Config(
+        server,
+        log_level="warning",
+        limit_concurrency=CONNECTIONS,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `finally` runs
+    with listen(access.host, port) as own:
+        console.print(access.address(port), markup=False, highlight=False, soft_wrap=True)
+        console.print("Ctrl-C ends it.", markup=False, highlight=False)
+        try:
+            uvicorn.Server(configuration).run(sockets=[own])
+        finally:
+            trainings.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address.
+
+    Raises:
+        RunError: the address is taken or not one of this machine.
+    """
     try:
-        uvicorn.run(build_server(pair, trainings), host=host, port=port, log_level="warning")
-    finally:
-        trainings.close()
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        own = socket.socket(family, kind, protocol)
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        own.bind(address)
+        own.listen(128)
+    except OSError as error:
+        raise RunError(f"--host {host} --port {port}: {error.strerror or error}; use another") from error
+    return own

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import html
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
 
-from davae.app import drawing, reconstructing
+from davae.app import drawing, forms, reconstructing
+from davae.app.forms import line_of, plain
 from davae.app.inspection import inspection
 from davae.app.models import Pair, Stopped
-from davae.app.uploads import MAX_STEPS, read_picture
-from davae.data.pictures import DataError
-from davae.models.pipeline import ModelError
-from davae.recipes import RecipeError
+from davae.app.roots import Roots, label
+from davae.app.uploads import MAX_PROMPT, MAX_STEPS, read_picture, uploaded
+from davae.errors import DavaeError
 from davae.sample.class_conditional import ClassConditionalPipeline
-from davae.train.state import RunError
 
 COMPUTE: dict[str, Any] = {"concurrency_id": "compute", "concurrency_limit": 1}  # events that hold the models
-USERS = (ModelError, DataError, RunError, RecipeError, torch.OutOfMemoryError)
+USERS = (DavaeError, torch.OutOfMemoryError)
+STATE_SECONDS = 1800  # that a visitor's images are kept after the page was closed
+SCALES = [2, 4, 8]
+MAX_RESOLUTION = 16384
 SMALL = 300  # pixels, below which a picture is shown enlarged
 
 
-def line_of(error: Exception) -> str:
-    return " ".join(str(error).split())
+def status_of(error: Exception) -> str:
+    """Return an error's line for a field that shows Markdown."""
+    return plain(line_of(error))
 
 
 def _picture(pair: Pair, label: str, **options: Any) -> gr.Image:
@@ -47,6 +52,20 @@ def _slider_of_two(pair: Pair, label: str, elem_id: str) -> gr.ImageSlider:
     return gr.ImageSlider(label=label, format="png", height=460, type="pil", elem_id=elem_id, elem_classes=classes)
 
 
+def as_user_error(function: Callable) -> Callable:
+    """Wrap a handler: errors that are a visitor's to mend become one line on the page."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except USERS as error:
+            line = html.escape(line_of(error))
+            raise gr.Error(line, duration=None, title="Not done", print_exception=False) from error
+
+    return wrapped
+
+
 # -- generate --------------------------------------------------------------------------------------------------
 
 
@@ -64,6 +83,7 @@ def generate_tab(pair: Pair) -> None:
                 label="Class number" if by_class else "Prompt",
                 elem_id="prompt",
                 max_lines=2,
+                max_length=MAX_PROMPT,
                 scale=3,
             )
         draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=1)
@@ -83,7 +103,7 @@ def generate_tab(pair: Pair) -> None:
             with gr.Column(min_width=220):
                 pictures[way] = _picture(pair, way, elem_id=f"drawn-{number}")
                 notes[way] = gr.Markdown(elem_id=f"note-{number}")
-    drawn = gr.State({})
+    drawn = gr.State({}, time_to_live=STATE_SECONDS)
     with gr.Row(visible=len(ways) > 1):
         left = gr.Dropdown(ways, value=ways[0], label="Left")
         right = gr.Dropdown(ways, value=ways[-1], label="Right")
@@ -96,11 +116,12 @@ def generate_tab(pair: Pair) -> None:
     with gr.Row():
         details = {way: _picture(pair, f"{way}: the place") for way in ways}
 
-    def two(found: dict[str, Any], first: str, second: str) -> Any:
-        return (found[first], found[second]) if first in found and second in found else None
+    def two(found: dict[str, Any], first: Any, second: Any) -> Any:
+        sides = [forms.one_of("side", side, ways) for side in (first, second)]
+        return tuple(found[side] for side in sides) if set(sides) <= found.keys() else None
 
     def run(
-        text: str, number: float, count: float, scale: float, chosen: list[str], first: str, second: str, times: float,
+        words: Any, number: Any, count: Any, scale: Any, chosen: Any, first: Any, second: Any, times: Any,
         request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008 - Gradio finds the bar by this default
     ) -> Iterator[dict[Any, Any]]:  # fmt: skip
         visitor = str(request.session_hash)
@@ -113,13 +134,17 @@ def generate_tab(pair: Pair) -> None:
             **dict.fromkeys(pictures.values()),
         } | dict.fromkeys(notes.values(), "")
         try:
+            chosen = forms.some_of("ways", chosen, ways)
+            times = forms.whole("zoom", times, 2, 8)
+            for side in (first, second):
+                forms.one_of("side", side, ways)
             for result in drawing.draw(
                 pair,
-                text or "",
+                forms.text("class" if by_class else "prompt", words, MAX_PROMPT),
                 chosen,
-                seed=int(number or 0),
-                steps=int(count),
-                guidance=float(scale),
+                seed=forms.whole("seed", number or 0, 0, 2**31 - 1),
+                steps=forms.whole("steps", count, 1, MAX_STEPS),
+                guidance=forms.number("guidance", scale, 0, 30),
                 stop=stop,
                 on_step=lambda way, done, total: progress((done, total), desc=way),
             ):
@@ -133,13 +158,13 @@ def generate_tab(pair: Pair) -> None:
             yield {status: "Stopped."}  # whichever of the two answers, this or `end`, reaches the page last
             return
         except USERS as error:
-            yield {status: line_of(error)}
+            yield {status: status_of(error)}
             return
         finally:
             if stops.get(visitor) is stop:
                 del stops[visitor]
         pictured = two(found, first, second)
-        x, y = drawing.place(pictured[0], pictured[1], int(times)) if pictured else (0.5, 0.5)
+        x, y = drawing.place(pictured[0], pictured[1], times) if pictured else (0.5, 0.5)
         places = dict(zip(details.values(), places_of(found, x, y, times), strict=True))
         yield {drawn: found, slider: pictured, status: "Done.", across: round(x, 2), down: round(y, 2), **places}
 
@@ -149,19 +174,21 @@ def generate_tab(pair: Pair) -> None:
             stop.set()
         return "Stopped."
 
-    def places_of(found: dict[str, Any], x: float, y: float, times: float) -> list[Any]:
-        return [drawing.cut(found[way], x, y, int(times)) if way in found else None for way in details]
+    def places_of(found: dict[str, Any], x: Any, y: Any, times: Any) -> list[Any]:
+        x, y = forms.number("across", x, 0, 1), forms.number("down", y, 0, 1)
+        times = forms.whole("zoom", times, 2, 8)
+        return [drawing.cut(found[way], x, y, times) if way in found else None for way in details]
 
     outputs = [drawn, slider, status, across, down, *pictures.values(), *notes.values(), *details.values()]
     inputs = [prompt, seed, steps, guidance, wanted, left, right, zoom]
     triggers = [draw.click, *([prompt.submit] if isinstance(prompt, gr.Textbox) else [])]
     drawing_now = gr.on(triggers, run, inputs, outputs, api_visibility="private", **COMPUTE)
-    halt.click(end, None, status, queue=False, cancels=[drawing_now], api_visibility="private")
+    halt.click(end, None, status, cancels=[drawing_now], api_visibility="private", concurrency_limit=None)
     for side in (left, right):
-        side.change(two, [drawn, left, right], slider, api_visibility="private")
+        side.change(as_user_error(two), [drawn, left, right], slider, api_visibility="private")
     for control in (across, down, zoom):
         control.input(
-            places_of,
+            as_user_error(places_of),
             [drawn, across, down, zoom],
             list(details.values()),
             api_visibility="private",
@@ -172,23 +199,22 @@ def generate_tab(pair: Pair) -> None:
 # -- reconstruct -----------------------------------------------------------------------------------------------
 
 
-def reconstruct_tab(pair: Pair) -> None:
+def reconstruct_tab(pair: Pair, folder: Path) -> None:
     if pair.upgraded is None:
-        gr.Markdown(f"`{pair.name}` has no detail channels; open an upgraded model to see what they add.")
+        gr.Markdown(f"{plain(label(pair.name))} has no detail channels; open an upgraded model to see what they add.")
         return
     channels = pair.upgraded.vae.layout.detail_channels
+    sizes = [pair.resolution, 2 * pair.resolution]
     with gr.Row():
         file = gr.File(label="Drop a photo", elem_id="photo", height=170)
         with gr.Column():
-            size = gr.Radio(
-                [pair.resolution, 2 * pair.resolution], value=pair.resolution, label="Pixels (centre square)"
-            )
+            size = gr.Radio(sizes, value=pair.resolution, label="Pixels (centre square)")
             strength = gr.Slider(0, 1.5, 1, step=0.05, label="Strength of the detail channels", elem_id="strength")
             with gr.Row():
                 first = gr.Slider(1, channels, 1, step=1, label="First channel")
                 last = gr.Slider(1, channels, channels, step=1, label="Last channel")
     note = gr.Markdown(elem_id="reconstruction-note")
-    encoded = gr.State(None)
+    encoded = gr.State(None, time_to_live=STATE_SECONDS)
     with gr.Row():
         original = _picture(pair, "original")
         small = _picture(pair, "base + bicubic", visible=pair.base is not None)
@@ -199,10 +225,12 @@ def reconstruct_tab(pair: Pair) -> None:
     )
     slider = _slider_of_two(pair, "base + bicubic | upgraded", "reconstruction-slider")
 
-    def fade(kept: reconstructing.Encoded | None, weight: float, low: float, high: float) -> list[Any]:
+    def fade(kept: reconstructing.Encoded | None, weight: Any, low: Any, high: Any) -> list[Any]:
+        weight = forms.number("strength", weight, 0, 1.5)
+        ends = [forms.whole("channel", end, 1, channels) for end in (low, high)]
         if kept is None:
             return [None, None, "", None]
-        weights = reconstructing.weights_of(channels, weight, int(low), int(high))
+        weights = reconstructing.weights_of(channels, weight, *ends)
         picture = reconstructing.decode(pair, kept, weights)
         text = f"PSNR against the original: upgraded {reconstructing.psnr(kept.original, picture):.2f} dB"
         if kept.base is not None:
@@ -214,14 +242,15 @@ def reconstruct_tab(pair: Pair) -> None:
             (kept.base or kept.original, picture),
         ]
 
-    def encode(path: str | None, pixels: int, weight: float, low: float, high: float) -> list[Any]:
-        if path is None:
-            return [None, None, None, None, None, "", None]
+    def encode(path: Any, pixels: Any, weight: Any, low: Any, high: Any) -> list[Any]:
         try:
-            kept = reconstructing.encode(pair, read_picture(Path(path)), int(pixels))
+            paths = uploaded(forms.files("photo", path, 1), folder)
+            if not paths:
+                return [None, None, None, None, None, "", None]
+            kept = reconstructing.encode(pair, read_picture(paths[0]), forms.one_of("pixels", pixels, sizes))
+            return [kept, kept.original, kept.base, *fade(kept, weight, low, high)]
         except USERS as error:
-            return [None, None, None, None, None, line_of(error), None]
-        return [kept, kept.original, kept.base, *fade(kept, weight, low, high)]
+            return [None, None, None, None, None, status_of(error), None]
 
     shown = [upgraded, error, note, slider]
     sliders = [strength, first, last]
@@ -235,7 +264,7 @@ def reconstruct_tab(pair: Pair) -> None:
         )
     for part in sliders:
         part.change(
-            fade,
+            as_user_error(fade),
             [encoded, *sliders],
             shown,
             api_visibility="private",
@@ -248,25 +277,34 @@ def reconstruct_tab(pair: Pair) -> None:
 # -- inspect ---------------------------------------------------------------------------------------------------
 
 
-def inspect_tab(name: str) -> None:
+def inspect_tab(roots: Roots) -> None:
+    names = roots.model_names()
     with gr.Row():
-        model = gr.Textbox(
-            name.removesuffix("-upgraded"),
-            label="Base model: micro, a diffusers folder, or a hub id",
+        model = gr.Dropdown(
+            names,
+            value=names[0],
+            label="Base model: micro, a preset, or one below --models-root",
+            allow_custom_value=True,  # a name that is not a choice gets a line, not an alert
             elem_id="inspected",
             scale=3,
         )
-        resolution = gr.Number(128, label="Pixels of the upgraded picture", precision=0, minimum=1, maximum=16384)
-        scale = gr.Dropdown([2, 4, 8], value=2, label="Scale")
+        resolution = gr.Number(
+            128, label="Pixels of the upgraded picture", precision=0, minimum=1, maximum=MAX_RESOLUTION
+        )
+        scale = gr.Dropdown(SCALES, value=2, label="Scale")
         button = gr.Button("Inspect", variant="primary", elem_id="inspect")
     bound = gr.Markdown(elem_id="bound")
     table = gr.Dataframe(headers=["", "value"], interactive=False, elem_id="inspection")
 
-    def run(source: str, pixels: float, times: int) -> tuple[str, list[list[str]]]:
+    def run(source: Any, pixels: Any, times: Any) -> tuple[str, list[list[str]]]:
         try:
-            rows, line = inspection(source.strip(), int(pixels), int(times))
+            rows, line = inspection(
+                roots.model_source(forms.text("model", source, 200).strip()),
+                forms.whole("pixels", pixels, 1, MAX_RESOLUTION),
+                forms.one_of("scale", times, SCALES),
+            )
         except USERS as error:
-            return line_of(error), []
+            return status_of(error), []
         return line, rows
 
-    button.click(run, [model, resolution, scale], [bound, table], api_visibility="private")
+    button.click(run, [model, resolution, scale], [bound, table], api_visibility="private", **COMPUTE)

@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pandas as pd
 
+from davae.app import forms
+from davae.app.forms import plain
 from davae.app.previews import preview
-from davae.app.tabs import COMPUTE, USERS, line_of
+from davae.app.roots import RECIPES_OWN, Roots
+from davae.app.tabs import COMPUTE, as_user_error
 from davae.app.training import Trainings, upgrade_recipes
-from davae.app.uploads import MAX_TRAINING_STEPS
+from davae.app.uploads import MAX_PICTURES, MAX_TRAINING_STEPS, uploaded
 from davae.recipes import Recipe, load_recipe
 
 COLOURS = "#4c78a8", "#f58518"  # blue, orange
+VALUES: dict[str, tuple[str, bool, float, float]] = {  # recipe field -> label, whole, lowest, highest
+    "stage1.batch_size": ("Batch of stage 1", True, 1, 256),
+    "stage2.batch_size": ("Batch of stage 2", True, 1, 256),
+    "stage1.lr": ("Learning rate of stage 1", False, 1e-8, 0.1),
+    "stage2.lr": ("Learning rate of stage 2", False, 1e-8, 0.1),
+    "run.seed": ("Seed", True, 0, 2**31 - 1),
+    "run.checkpoint_every": ("Steps between checkpoints", True, 1, MAX_TRAINING_STEPS),
+}
 
 
-def told(function: Callable) -> Callable:
-    """A handler whose errors that are a visitor's to mend become one line on the page."""
+def overrides_of(recipe: Recipe, first: Any, second: Any, values: Sequence[Any]) -> list[str]:
+    """Return the overrides that the fields of the page stand for.
 
-    @functools.wraps(function)
-    def wrapped(*args: Any) -> Any:
-        try:
-            return function(*args)
-        except USERS as error:
-            raise gr.Error(line_of(error), duration=None, title="Not done", print_exception=False) from error
+    Args:
+        recipe: whose warm-up is shortened where stage 2 is.
+        first, second: steps of stage 1 and 2.
+        values: one for each of VALUES, None for what the recipe has.
 
-    return wrapped
+    Raises:
+        FormError: a value out of its bounds.
+    """
+    one = forms.whole("steps of stage 1", first, 1, MAX_TRAINING_STEPS)
+    two = forms.whole("steps of stage 2", second, 1, MAX_TRAINING_STEPS)
+    warmup = min(recipe.stage2.warmup_steps, two // 4)
+    overrides = [f"stage1.max_steps={one}", f"stage2.max_steps={two}", f"stage2.warmup_steps={warmup}"]
+    for (key, (title, is_whole, low, high)), value in zip(VALUES.items(), values, strict=True):
+        if value is not None:
+            checked = (
+                forms.whole(title, value, int(low), int(high)) if is_whole else forms.number(title, value, low, high)
+            )
+            overrides.append(f"{key}={checked!r}")
+    return overrides
 
 
-def train_tab(trainings: Trainings) -> None:
+def train_tab(trainings: Trainings, roots: Roots, uploads: Path) -> None:
     choices = upgrade_recipes()
     gr.Markdown(
         "Runs `davae upgrade` on this machine, in a folder of its own. Without pictures of yours it trains on the "
@@ -42,7 +63,11 @@ def train_tab(trainings: Trainings) -> None:
     with gr.Row():
         name = gr.Textbox(f"try-{time.strftime('%H%M%S')}", label="Name", elem_id="training-name", max_lines=1)
         recipe = gr.Dropdown(
-            choices, value="micro", label="Recipe, or a YAML file", allow_custom_value=True, elem_id="recipe"
+            choices,
+            value="micro",
+            label="Recipe",
+            allow_custom_value=True,  # a name that is not a choice gets a line, not an alert
+            elem_id="recipe",
         )
         stage1 = gr.Number(
             100, label="Steps of stage 1", precision=0, minimum=1, maximum=MAX_TRAINING_STEPS, elem_id="steps-1"
@@ -51,12 +76,26 @@ def train_tab(trainings: Trainings) -> None:
             100, label="Steps of stage 2", precision=0, minimum=1, maximum=MAX_TRAINING_STEPS, elem_id="steps-2"
         )
     with gr.Row():
-        folder = gr.Textbox(
-            label="Pictures: a folder or .tar on this machine",
+        folder = gr.Dropdown(
+            roots.data_names(),
+            value=RECIPES_OWN,
+            label="Images: a folder or .tar below --data-root",
+            allow_custom_value=True,
             elem_id="training-data",
         )
-        files = gr.File(label="or upload pictures and .txt captions", file_count="multiple", height=170)
-        more = gr.Textbox(label="Other values: a.b=c, one a line", lines=4, elem_id="training-values")
+        files = gr.File(label="or upload images and .txt captions", file_count="multiple", height=170)
+    with gr.Accordion("Other values; the recipe's own where a field is empty", open=False), gr.Row():
+        more = [
+            gr.Number(
+                None,
+                label=title,
+                precision=0 if is_whole else None,
+                minimum=low,
+                maximum=high,
+                elem_id=f"value-{key.replace('.', '-')}",
+            )
+            for key, (title, is_whole, low, high) in VALUES.items()
+        ]
     with gr.Row():
         start = gr.Button("Start", variant="primary", elem_id="start-training")
         pause = gr.Button("Pause", elem_id="pause-training")
@@ -93,38 +132,40 @@ def train_tab(trainings: Trainings) -> None:
     shown = gr.State("")  # the training this visitor watches
     checkpoint = gr.State("")  # the one whose pictures are shown
 
-    def begin(
-        title: str, which: str, data: str, uploads: list[str] | None, values: str, first: float, second: float
-    ) -> str:
-        overrides = [line.strip() for line in values.splitlines() if line.strip()]
-        chosen = load_recipe(which)
-        warmup = min(chosen.stage2.warmup_steps, int(second) // 4) if isinstance(chosen, Recipe) else 0
-        sizes = [f"stage1.max_steps={int(first)}", f"stage2.max_steps={int(second)}", f"stage2.warmup_steps={warmup}"]
-        trainings.start(
-            title.strip(),
-            which,
-            data=data.strip() or None,
-            uploads=[Path(path) for path in uploads] if uploads else None,
-            overrides=[*sizes, *overrides],
-        )
-        return title.strip()
-
-    def go_on(title: str) -> str:
-        trainings.resume(title)
+    def begin(title: Any, which: Any, data: Any, sent: Any, first: Any, second: Any, *values: Any) -> str:
+        title = forms.text("name", title, 200).strip()
+        which = forms.one_of("recipe", forms.text("recipe", which, 200).strip(), choices)
+        source = roots.data_source(RECIPES_OWN if data in (None, "") else data)
+        paths = uploaded(forms.files("images", sent, 2 * MAX_PICTURES), uploads)
+        recipe = load_recipe(which)
+        assert isinstance(recipe, Recipe)
+        overrides = overrides_of(recipe, first, second, values)
+        trainings.start(title, which, data=source, uploads=paths or None, overrides=overrides)
         return title
 
-    def stop(title: str) -> str:
-        trainings.pause(title)
+    def known(title: Any) -> str:
+        return forms.one_of("training", title, trainings.names())
+
+    def go_on(title: Any) -> str:
+        trainings.resume(known(title))
         return title
+
+    def stop(title: Any) -> str:
+        trainings.pause(known(title))
+        return title
+
+    def choose(title: Any) -> tuple[str, str]:
+        return known(title), ""
 
     def look(title: str) -> list[Any]:
-        known = gr.update(choices=trainings.names())
+        names = gr.update(choices=trainings.names())
+        title = title or trainings.current()  # one that another page started, or that outlived it
         if not title:
-            return ["Nothing started.", "", None, None, known]
+            return ["", "Nothing started.", "", None, None, names]
         now = trainings.state(title)
         curves = [pd.DataFrame(rows) if rows else None for rows in trainings.curves(title).values()]
         open_it = f"[Open the report](/reports/{title})" if now.finished else ""
-        return [f"**{title}** {now.line}", open_it, *curves, known]
+        return [title, f"**{plain(title)}** {plain(forms.without_folders(now.line))}", open_it, *curves, names]
 
     def pictures(title: str, seen: str) -> list[Any]:
         if not title:
@@ -134,19 +175,23 @@ def train_tab(trainings: Trainings) -> None:
             return [gr.skip(), seen]
         return [preview(trainings.folder(title)), newest]
 
-    view = [state, link, *plots, old]
-    values = [name, recipe, folder, files, more, stage1, stage2]
-    start.click(told(begin), values, shown, api_visibility="private").success(
+    view = [shown, state, link, *plots, old]
+    one_at_a_time: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1}
+    start.click(
+        as_user_error(begin),
+        [name, recipe, folder, files, stage1, stage2, *more],
+        shown,
+        api_visibility="private",
+        **one_at_a_time,
+    ).success(look, shown, view, api_visibility="private")
+    pause.click(as_user_error(stop), shown, shown, api_visibility="private", **one_at_a_time)
+    resume.click(as_user_error(go_on), shown, shown, api_visibility="private", **one_at_a_time)
+    old.input(as_user_error(choose), old, [shown, checkpoint], api_visibility="private").then(
         look, shown, view, api_visibility="private"
     )
-    pause.click(told(stop), shown, shown, api_visibility="private")
-    resume.click(told(go_on), shown, shown, api_visibility="private")
-    old.input(lambda title: (title, ""), old, [shown, checkpoint], api_visibility="private").then(
-        look, shown, view, api_visibility="private"
-    )
-    gr.Timer(2).tick(told(look), shown, view, show_progress="hidden", api_visibility="private")
+    gr.Timer(2).tick(as_user_error(look), shown, view, show_progress="hidden", api_visibility="private")
     gr.Timer(5).tick(
-        told(pictures),
+        as_user_error(pictures),
         [shown, checkpoint],
         [gallery, checkpoint],
         show_progress="hidden",

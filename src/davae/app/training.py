@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from davae.app import slot
+from davae.app.forms import shown, without_folders
+from davae.app.limits import is_below
+from davae.app.slot import running_process
 from davae.app.uploads import MAX_TRAINING_STEPS, store_pictures
 from davae.files import atomic_text
 from davae.recipes import Recipe, RecipeError, dump_recipe, load_recipe, shipped_recipes
@@ -19,6 +26,9 @@ from davae.train.state import RunError, read_metrics
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 GONE = "this training has no folder; start it first"
+SPARE = 2**30  # bytes of the disk that are free before a training starts
+MOST = 200  # trainings below one root
+LOG_END = 64 * 2**10  # bytes of a log whose last line is shown
 
 
 @dataclass(frozen=True)
@@ -32,17 +42,19 @@ class State:
 
 @dataclass
 class Trainings:
-    """The trainings under one folder, of which one runs at a time."""
+    """The trainings under one folder, of which one runs at a time, whichever page started it."""
 
     root: Path
-    name: str = ""  # of the training that was started last
-    process: subprocess.Popen | None = None
+    process: subprocess.Popen | None = None  # the training that this page started last
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _ended: dict[str, int] = field(
+        default_factory=dict
+    )  # name -> exit status, of the trainings that this page started
 
     def folder(self, name: str) -> Path:
         """A training's run folder; RunError when the name could lead elsewhere."""
-        if not NAME.fullmatch(name):
-            raise RunError(f"'{name}' is no name for a training; use small letters, digits and '-', 40 at most")
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise RunError(f"{shown(name)} is no name for a training; use small letters, digits and '-', 40 at most")
         return self.root / name
 
     def names(self) -> list[str]:
@@ -51,8 +63,29 @@ class Trainings:
             path.parent.name for path in self.root.glob("*/recipe.yaml") if NAME.fullmatch(path.parent.name)
         )
 
+    def current(self) -> str:
+        """Return the name of the training that runs, '' where none does.
+
+        A training outlives a page that was killed: it is found by the lock that it holds on a file of the root.
+        """
+        self._reap()
+        held = slot.holder(self.root)
+        if held is not None:
+            return held.name
+        return next((name for name in self.names() if running_process(self.root / name) is not None), "")
+
     def running(self, name: str) -> bool:
-        return name == self.name and self.process is not None and self.process.poll() is None
+        """Return whether a training runs, whether this page started it, another one or the command line."""
+        folder = self.folder(name)
+        self._reap()
+        held = slot.holder(self.root)
+        return (held is not None and held.name == name) or running_process(folder) is not None
+
+    def _reap(self) -> None:
+        """Keep the exit status of the training that this page started, once it has ended."""
+        if self.process is not None and (code := self.process.poll()) is not None:
+            self._ended[Path(self.process.args[-1]).name] = code  # type: ignore[index]
+            self.process = None
 
     def start(
         self,
@@ -81,7 +114,10 @@ class Trainings:
             if steps > MAX_TRAINING_STEPS:
                 raise RecipeError(f"{stage}.max_steps: {steps}; the page trains up to {MAX_TRAINING_STEPS} steps")
         with self._lock:
+            self.root.mkdir(parents=True, exist_ok=True)
             self._refuse_second()
+            if len(self.names()) >= MOST:
+                raise RunError(f"{MOST} trainings lie here already; remove old ones")
             if (folder / "recipe.yaml").is_file():
                 raise RunError(f"there is a training '{name}' already; resume it, or choose another name")
             if uploads:
@@ -93,39 +129,52 @@ class Trainings:
     def resume(self, name: str) -> None:
         """Go on with the recipe in the training's folder; RunError when there is none, or another one runs."""
         with self._lock:
-            self._refuse_second()
             if not (self.folder(name) / "recipe.yaml").is_file():
                 raise RunError(GONE)
+            self._refuse_second()
             self._launch(name)
 
     def _refuse_second(self) -> None:
-        if self.running(self.name):
-            raise RunError(f"training '{self.name}' runs; pause it first, or wait: one runs at a time")
+        name = self.current()
+        if name:
+            raise RunError(f"training '{name}' runs; pause it first, or wait: one runs at a time")
+        free = shutil.disk_usage(self.root).free
+        if free < SPARE:
+            raise RunError(f"the disk has {free >> 20} MiB left; a training needs {SPARE >> 20} MiB to start")
 
     def _launch(self, name: str) -> None:
         folder = self.folder(name)
-        with (folder / "log.txt").open("wb") as log:
+        command = [sys.executable, "-m", "davae", "upgrade", str(folder / "recipe.yaml"), "--out", str(folder)]
+        with slot.taken(self.root, name) as held, (folder / "log.txt").open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "davae", "upgrade", str(folder / "recipe.yaml"), "--out", str(folder)],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C on the server reaches the training as a pause, through `close`
+                pass_fds=[held.fileno()],  # the lock lives as long as the training does
             )
-        self.name = name
+            slot.write(held, name, self.process.pid)
+        self._ended.pop(name, None)
 
     def pause(self, name: str) -> None:
         """Ask a running training to save and stop; it does after the step it is in. RunError when it does not run."""
         if not self.running(name):
             raise RunError(f"training '{name}' does not run")
-        assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
+        held = slot.holder(self.root)
+        pid = held.pid if held is not None and held.name == name else running_process(self.folder(name))
+        if not pid or not slot.asks_to_stop(pid, self.folder(name)):
+            raise RunError(f"training '{name}' cannot be asked to pause yet; try again in a moment")
 
     def close(self, timeout: float = 60.0) -> None:
         """Pause what runs and wait for its checkpoint: the server is about to end."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait(timeout)
+        name, end = self.current(), time.monotonic() + timeout
+        if not name:
+            return
+        with contextlib.suppress(RunError):  # it ended by itself meanwhile
+            self.pause(name)
+        while self.running(name) and time.monotonic() < end:
+            time.sleep(0.1)
 
     def state(self, name: str) -> State:
         """Whether a training runs or is done, and a line that says where it stands."""
@@ -137,8 +186,7 @@ class Trainings:
             return State(True, finished, f"running: {self._position(folder)}")
         if finished:
             return State(False, True, "finished: the report is written")
-        code = self.process.poll() if name == self.name and self.process is not None else None
-        if code in (None, 130, -signal.SIGTERM):
+        if self._ended.get(name, 130) in (130, -signal.SIGTERM):
             return State(False, False, f"paused: {self._position(folder)}")
         return State(False, False, f"stopped: {last_line(folder / 'log.txt')}")
 
@@ -146,7 +194,10 @@ class Trainings:
         """Where a run stands, from what it has written so far."""
         done = {path.stem for path in (folder / "checkpoints").glob("*.done")}
         records = read_metrics(folder / "metrics.jsonl")
-        recipe = load_recipe(str(folder / "recipe.yaml"))
+        try:
+            recipe = load_recipe(str(folder / "recipe.yaml"))
+        except RecipeError:  # whose message may hold values of the file
+            return "its recipe.yaml cannot be read"
         assert isinstance(recipe, Recipe)
         if "stage2" in done:
             return "writing the report"
@@ -162,7 +213,7 @@ class Trainings:
     def report(self, name: str) -> Path | None:
         """The report's page of a training, once it is written."""
         page = self.folder(name) / "report.html"
-        return page if page.is_file() else None
+        return page if page.is_file() and is_below(str(page.absolute()), self.root) else None
 
     def newest_checkpoint(self, name: str) -> str:
         """Folder name of the newest checkpoint, stage 2 before stage 1; empty before the first."""
@@ -190,6 +241,10 @@ def upgrade_recipes() -> list[str]:
 
 def last_line(log: Path) -> str:
     """What a process said last, cut to a line."""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+    if not log.is_file():
+        return "it said nothing"
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - LOG_END))
+        lines = stream.read().decode("utf-8", errors="replace").split("\n")
     said = [line.strip() for line in lines if line.strip()]
-    return said[-1][:300] if said else "it said nothing"
+    return without_folders(said[-1])[:300] if said else "it said nothing"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
-import warnings
 from pathlib import Path
 
 from PIL import Image
 
-from davae.data.decoding import DAMAGE, decode
-from davae.data.formats import is_image_name, open_image
+from davae.app.decoding import decode_apart
+from davae.app.limits import is_below
+from davae.data.formats import is_image_name
 from davae.data.pictures import DataError, UnreadablePicture
 
 MAX_BYTES = 20 * 2**20  # of one file
@@ -21,41 +20,53 @@ MAX_PICTURES = 500  # of one training set
 MAX_PROMPT = 500  # characters
 MAX_STEPS = 150  # of one picture
 MAX_TRAINING_STEPS = 200_000
+MAX_SECONDS = 600  # of one drawing, without the wait
 
 _BOUND = f"{MAX_SIDE:,} a side and {MAX_PIXELS // 1_000_000} million in all"
 
 
 def read_picture(path: Path) -> Image.Image:
-    """An uploaded picture as upright sRGB, read only after its header was found within bounds.
+    """Return an uploaded image as upright sRGB, decoded only after its header was found within bounds.
 
     Raises:
-        DataError: too many bytes or pixels, or no picture that can be read, in one line with the file's name.
+        DataError: too many bytes or pixels, or not an image that can be read, in one line with the file's name.
     """
-    size = path.stat().st_size
+    name = shown_name(path)
+    try:
+        size = path.stat().st_size
+        content = path.read_bytes() if size <= MAX_BYTES else b""
+    except OSError as error:
+        raise DataError(f"{name} cannot be read; upload it again") from error
     if size > MAX_BYTES:
-        raise DataError(
-            f"{path.name} has {size / 2**20:.0f} MiB; the page takes files up to {MAX_BYTES // 2**20} MiB"
-        )
-    content = path.read_bytes()
+        raise DataError(f"{name} has {size / 2**20:.0f} MiB; the page takes files up to {MAX_BYTES // 2**20} MiB")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with open_image(io.BytesIO(content)) as picture:  # reads the header alone
-                width, height = picture.size
-    except Image.DecompressionBombError:
-        raise DataError(f"{path.name} has more pixels than the page takes: {_BOUND}") from None
+        return decode_apart(content, MAX_SIDE, MAX_PIXELS)
     except UnreadablePicture as error:
-        raise DataError(f"{path.name}: {error}") from error
-    except DAMAGE as error:
-        raise DataError(
-            f"{path.name} is no picture that can be read; use PNG, JPEG, WebP, BMP, TIFF or GIF"
-        ) from error
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise DataError(f"{path.name} is {width}x{height}, more pixels than the page takes: {_BOUND}")
-    try:
-        return decode(io.BytesIO(content), "white")
-    except UnreadablePicture as error:
-        raise DataError(f"{path.name}: {error}") from error
+        found = str(error)
+    if size_found := re.fullmatch(r"too large: (\d+x\d+)", found):
+        raise DataError(f"{name} is {size_found[1]}, more pixels than the page takes: {_BOUND}")
+    if found.startswith("too many pixels"):
+        raise DataError(f"{name} has more pixels than the page takes: {_BOUND}")
+    if found.startswith(("not a picture", "empty file")):
+        raise DataError(f"{name} is no picture that can be read; use PNG, JPEG, WebP, BMP, TIFF or GIF")
+    raise DataError(f"{name}: {found}")
+
+
+def shown_name(path: Path) -> str:
+    """Return the name of an uploaded file, cut, without characters that do not print."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in path.name)
+    return name if len(name) <= 80 else f"{name[:77]}..."
+
+
+def uploaded(paths: list[str], folder: Path) -> list[Path]:
+    """Return the paths that a request names as uploads.
+
+    Raises:
+        DataError: one that does not lie in the folder of uploads, whose name is not repeated.
+    """
+    if not all(is_below(path, folder) for path in paths):
+        raise DataError("one of the files was not uploaded here; upload it again")
+    return [Path(path) for path in paths]
 
 
 def store_pictures(uploads: list[Path], folder: Path) -> int:
@@ -71,11 +82,11 @@ def store_pictures(uploads: list[Path], folder: Path) -> int:
     if not pictures:
         raise DataError("no pictures were uploaded")
     if len(pictures) > MAX_PICTURES:
-        raise DataError(f"{len(pictures)} pictures; the page takes up to {MAX_PICTURES}: name a folder instead")
+        raise DataError(f"{len(pictures)} pictures; the page takes up to {MAX_PICTURES}: put them below --data-root")
     for path in pictures:
         if not is_image_name(path.name):
             raise DataError(
-                f"{path.name} is no picture that can be trained on; use PNG, JPEG, WebP, BMP, TIFF or GIF"
+                f"{shown_name(path)} is no picture that can be trained on; use PNG, JPEG, WebP, BMP, TIFF or GIF"
             )
         read_picture(path)
     if any(path.stat().st_size > 10_000 for path in captions.values()):

@@ -15,30 +15,57 @@ def app(
     base: Annotated[
         str | None, typer.Option(help="The base of an upgraded pipeline, where no run's recipe tells it.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one that other machines reach needs --auth.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name under which browsers may ask for the page; may be repeated."),
+    ] = None,
+    auth: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DAVAE_APP_AUTH",
+            help="user:password, asked for besides the token. Others see a command line; use the variable or a file.",
+            show_envvar=True,
+        ),
+    ] = None,
+    auth_file: Annotated[
+        Path | None, typer.Option(help="File with user:password on its first line, readable by you alone.")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder of image folders and .tar files that the page may train on.")
+    ] = None,
+    models_root: Annotated[
+        Path | None, typer.Option(help="Folder of models and run folders that the page may inspect.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder for the trainings that the page starts.")] = Path("runs/app"),
 ) -> None:
     """Draw, reconstruct, inspect and train in a browser. Needs `pip install "davae[app]"`. Examples:
 
     `davae app`
 
-    `davae app runs/sd35 --port 8000`
+    `davae app runs/sd35 --port 8000 --data-root my_images/`
 
     `davae app path/to/upgraded --base path/to/sd3.5-medium`
 
-    Whoever reaches the page can compute on this machine, and train on any folder of pictures it names.
+    `davae app --host 0.0.0.0 --auth-file password.txt --allow-host gpu.example.org`
+
+    Open the address that it prints: its token lets you in. Who has it can compute on this machine.
     """
     try:
         import gradio  # noqa: F401
     except ModuleNotFoundError as error:
-        from davae.train.state import RunError
+        from davae.errors import RunError
 
         raise RunError('the page needs Gradio; install it with: pip install "davae[app]"') from error
+    from davae.app.access import grant, private_environment, read_auth
     from davae.app.models import open_pair
     from davae.app.page import serve
-    from davae.display import console
+    from davae.app.roots import open_roots
 
-    pair = open_pair(model, base)
-    console.print(f"http://{host}:{port} (Ctrl-C ends it)", markup=False)
-    serve(pair, runs, host, port)
+    access = grant(host, allow_host or (), read_auth(auth, auth_file))
+    private_environment()
+    roots = open_roots(data_root, models_root, model.removesuffix("-upgraded"))
+    serve(open_pair(model, base), runs, access, port, roots)
