@@ -24,13 +24,14 @@ from test_loop import OneWeight, train
 import davae.recipes
 from davae.models.pipeline import embed_captions, load_pipeline, load_text_encoders, read_shapes, reads_silent_t5
 from davae.recipes import validate
-from davae.recipes.sections import Optim, Run
-from davae.train import loop, state
+from davae.recipes.sections import Optim, Run, Stage1
+from davae.train import state
 from davae.train.average import Average
 from davae.train.draws import Draws
 from davae.train.observe import StepTimer, Watch
 from davae.train.optimizers import build_optimizer
 from davae.train.setup import make_accelerator
+from davae.train.shares import Share, share_of_step
 from davae.train.state import Interrupted, RunError, RunFolder, new_folder, newest_checkpoint, read_metrics
 from davae.train.upgrade import Upgrade
 
@@ -68,11 +69,10 @@ def test_noise_hangs_on_the_place_in_the_global_batch():
     assert not any(torch.equal(values[0][0], other.uniform()) for other in others)
 
 
-def test_a_batch_that_cannot_be_divided_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loop, "ranks", lambda: 4)
-    assert loop.share_of_batch(8, "stage1") == 2
+def test_a_batch_that_cannot_be_divided_is_told():
+    assert share_of_step(Stage1(max_steps=1, batch_size=8), "stage1", 4) == Share(2, 1)
     with pytest.raises(RunError, match=r"stage1\.batch_size: the global batch of 10 cannot .* 4 processes; use 8"):
-        loop.share_of_batch(10, "stage1")
+        share_of_step(Stage1(max_steps=1, batch_size=10), "stage1", 4)
 
 
 def launch(script: list[str], **environment: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -13,6 +13,9 @@ from rich.table import Table
 
 from davae.train.loop import Observer
 from davae.train.loop import Progress as Step
+
+if TYPE_CHECKING:
+    from davae.train.plan import Plan
 
 console = Console()
 status = Console(stderr=True)
@@ -69,3 +72,30 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     for row in rows:
         view.add_row(*[str(cell) for cell in row])
     console.print(view)
+
+
+def show_phases(found: Plan) -> None:
+    """Print a plan's phases as one table, and what to change where one does not fit."""
+    values = found.as_dict()
+    stated = f"{values['gpus']} x {values['gpu']} of {values['gpu_gib']:.0f} GiB"
+    rows = [
+        [
+            phase["name"],
+            f"{phase['device_gib']:.2f}",
+            f"{phase['host_gib']:.1f}",
+            f"{phase['machine_gib']:.1f}",
+            f"{phase['disk_gib']:.2f}",
+            f"{phase['hours']:.2f}",
+            phase["batch_size"] or "-",
+            "fits" if phase["fits"] else "does not fit",
+        ]
+        for phase in values["phases"]
+    ]
+    table(
+        f"Phases on {stated}",
+        ["", "GPU, GiB", "process, GiB", "machine, GiB", "disk, GiB", "hours", "images at a time", ""],
+        rows,
+    )
+    for phase in values["phases"]:
+        if phase["remedy"]:
+            console.print(f"{phase['name']}: does not fit {values['gpu']}; {phase['remedy']}.", markup=False)

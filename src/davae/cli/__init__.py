@@ -105,9 +105,12 @@ def _run_upgrade(
     dry: bool,
     verb: str,
     stage1: Path | None = None,
+    json_file: Path | None = None,
 ) -> None:
     recipe = _recipe(Recipe, name, data, overrides)
-    from davae.display import console, progress_display, table
+    if json_file is not None and not dry:
+        raise RecipeError("--json: it takes the figures of a dry run; add --dry-run, or read report.json of the run")
+    from davae.display import console, progress_display, show_phases, table
     from davae.train.plan import plan
     from davae.train.upgrade import Upgrade
     from davae.workflow import upgrade
@@ -115,11 +118,13 @@ def _run_upgrade(
     if dry:
         console.print(dump_recipe(recipe), markup=False, highlight=False)
         found = plan(recipe)
+        write_json(json_file, found.as_dict())
         table(
             "What it takes",
             ["", recipe.name],
             [[key.replace("_", " "), value] for key, value in found.figures.items()],
         )
+        show_phases(found)
         for note in found.notes:
             console.print(f"Note: {note}.", markup=False)
         return
@@ -171,6 +176,7 @@ def upgrade(
     set: Overrides = None,
     dry_run: DryRun = False,
     allow_commands: AllowCommands = False,
+    json: Json = None,
 ) -> None:
     """Upgrade a pretrained model: stage 1, latent cache, stage 2, export, report.
 
@@ -180,7 +186,7 @@ def upgrade(
 
     `davae upgrade micro --data my_pictures/ --out runs/mine --set stage2.max_steps=300`
     """
-    _run_upgrade(recipe, out, data, set, dry_run, "upgrade")
+    _run_upgrade(recipe, out, data, set, dry_run, "upgrade", json_file=json)
 
 
 @app.command("train-vae")

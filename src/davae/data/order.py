@@ -112,6 +112,41 @@ class Batches:
         return max(0, self.stop - self.start)
 
 
+class Passes:
+    """The samples of one process, pass by pass, of batches that any number of processes divide among them.
+
+    Args:
+        length, batch_size, seed, groups: as for `Batches`; `batch_size` is the recipe's, of all processes.
+        start, stop: of the recipe's batches.
+        own: samples of a pass of this process; it divides `batch_size`.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int,
+        stop: int,
+        own: int,
+        rank: int = 0,
+        ranks: int = 1,
+        groups: np.ndarray | None = None,
+    ):
+        self.whole = Batches(length, batch_size, seed=seed, start=start, stop=stop, groups=groups)
+        self.own, self.rank, self.ranks = own, rank, ranks
+        self.places = range(start * batch_size + rank * own, stop * batch_size, ranks * own)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for place in self.places:
+            number, first = divmod(place, self.whole.batch_size)
+            yield self.whole.batch(number)[first : first + self.own]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
 MOST_WORKERS = 8  # beyond, they wait for the disk or for one another
 
 
@@ -128,7 +163,7 @@ def chosen_workers(given: int | None) -> int:
 
 
 def training_loader(
-    dataset: Any, batches: Batches, *, num_workers: int | None, collate_fn: Any = collate
+    dataset: Any, batches: Batches | Passes, *, num_workers: int | None, collate_fn: Any = collate
 ) -> Iterator[dict[str, Any]]:
     """Batches of a dataset in order. What workers had to skip is told to the dataset of this process."""
     loader = DataLoader(

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from davae.data.order import Batches, chosen_workers, training_loader
+from davae.data.order import Passes, chosen_workers, training_loader
 from davae.models.compiling import compile_blocks
 from davae.recipes.sections import Optim, Run
 from davae.train import engine
@@ -34,6 +34,7 @@ from davae.train.observe import (
 )
 from davae.train.optimizers import build_optimizer, learning_rate
 from davae.train.ranks import any_rank, barrier, is_main, mean_over_ranks, rank, ranks
+from davae.train.shares import share_of_step
 from davae.train.signals import stop_on_signal
 from davae.train.state import (
     Interrupted,
@@ -126,22 +127,11 @@ def training_seed(settings: Optim, run: Run) -> int:
     return run.seed if settings.seed is None else settings.seed
 
 
-def share_of_batch(batch_size: int, name: str, processes: int | None = None) -> int:
-    """One process's samples of a global batch; RunError where it does not divide. The launch's processes unless given."""
-    processes = processes or ranks()
-    if batch_size % processes:
-        near = max(1, round(batch_size / processes)) * processes
-        raise RunError(
-            f"{name}.batch_size: the global batch of {batch_size} cannot be divided over {processes} processes; use {near}"
-        )
-    return batch_size // processes
-
-
 class Trainer:
     """Runs one task to its last step, from its newest checkpoint if there is one.
 
-    `batch_size` of the recipe is the global batch: each process takes an equal share. Any number of processes sees the same
-    samples with the same noise.
+    `batch_size` x `accumulation` of the recipe is what all processes together train on in a step: each takes an equal share,
+    in as many passes as `share_of_step` finds. Any number of processes sees the same samples with the same noise.
 
     Raises:
         Interrupted: after a signal, with a checkpoint written.
@@ -163,10 +153,12 @@ class Trainer:
         self.task, self.run, self.folder, self.accelerator = task, run, folder, accelerator
         self.observer, self.periodic = observer or (lambda progress: None), periodic
         settings = task.settings
-        self.share = share_of_batch(settings.batch_size, task.name)
+        hardware = getattr(folder.recipe, "hardware", None)
+        self.share = share_of_step(settings, task.name, ranks(), hardware)
         self.seed = training_seed(settings, run)
         self.step = 0
-        engine.check(accelerator, task.name, len(task.players), run, settings)
+        passes = settings.model_copy(update={"accumulation": self.share.passes})
+        engine.check(accelerator, task.name, len(task.players), run, passes)
         open_trackers(accelerator, run, folder.path, settings.model_dump())
         state = newest_checkpoint(folder, task.name)
         if state is not None:
@@ -181,7 +173,7 @@ class Trainer:
             optimizer = build_optimizer(settings, player.groups, player.lr)
             task.prepare_optimizer(name, optimizer)
             task.modules[name], self.optimizers[name] = engine.prepare(
-                accelerator, task.modules[name], optimizer, self.share
+                accelerator, task.modules[name], optimizer, self.share.images
             )
             if player.ema and settings.ema_decay:
                 device = torch.device("cpu") if run.ema_device == "cpu" else None
@@ -264,15 +256,16 @@ class Trainer:
         settings = self.task.settings
         metrics = Metrics(self.folder.path / "metrics.jsonl", self.task.name, self.step) if is_main() else None
         timings = Timings(self.folder.path / "timing.jsonl", self.task.name)
-        batches = Batches(
+        batches = Passes(
             len(self.task.dataset),
-            self.share,
+            settings.batch_size,
             seed=self.seed,
             start=self.step * settings.accumulation,
             stop=settings.max_steps * settings.accumulation,
+            groups=self.task.dataset.groups,
+            own=self.share.images,
             rank=rank(),
             ranks=ranks(),
-            groups=self.task.dataset.groups,
         )
         loader = iter(
             training_loader(self.task.dataset, batches, num_workers=num_workers, collate_fn=self.task.collate)
@@ -326,19 +319,20 @@ class Trainer:
             for group in self.optimizers[name].param_groups:
                 group["lr"] = lr * group["lr_multiplier"]
             self.optimizers[name].zero_grad(set_to_none=True)
-        for part in range(settings.accumulation):
+        own, passes = self.share.images, self.share.passes
+        for part in range(passes):
             with timer.phase("data"):
                 batch = next(loader)
-            number = self.step * settings.accumulation + part
-            draws = Draws(self.seed, self.task.name, number, rank() * self.share, self.share)
+            first = ((self.step * passes + part) * ranks() + rank()) * own  # place in the endless stream of samples
+            draws = Draws(self.seed, self.task.name, *divmod(first, settings.batch_size), own)
             for name in active:
                 with ExitStack() as stack:
-                    if part < settings.accumulation - 1:  # gradients stay in the process until the last part
+                    if part < passes - 1:  # gradients stay in the process until the last part
                         stack.enter_context(self.accelerator.no_sync(self.task.modules[name]))
                     with timer.phase("forward"):
                         loss, logged = self.task.loss(name, batch, self.step, draws)
                     with timer.phase("backward"):
-                        self.accelerator.backward(loss / settings.accumulation)
+                        self.accelerator.backward(loss / passes)
                     lost = lost | ~torch.isfinite(loss.detach())
                 means.add(logged)
         values = means.read()

@@ -150,6 +150,11 @@ def stand_in(module: nn.Module) -> None:
                 tensors[name] = made[id(tensor)]
 
 
+def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert a module in place without diffusers' advice to load it in that precision: it has no weights."""
+    return nn.Module.to(module, dtype)
+
+
 def bytes_of(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -190,7 +195,7 @@ def stage2_memory(
         frozen: precision of the pretrained weights that are not trained.
     """
     with torch.device("meta"):  # for the new weights and LoRA's
-        transformer = expand_transformer(meta_transformer(shapes).to(frozen), layout.detail_channels)
+        transformer = expand_transformer(converted(meta_transformer(shapes), frozen), layout.detail_channels)
         in_full_precision(choose_trainable(transformer, settings.lora))
     transformer.train()
     if settings.gradient_checkpointing:
@@ -251,7 +256,7 @@ def transformer_sampling_bytes(
 ) -> int:
     """Of one pass over a batch of side x side latents; the transformer on the meta device."""
     with rehearsal():
-        stand_in(transformer.to(dtype))
+        stand_in(converted(transformer, dtype))
         latents = torch.empty(batch, latent_channels(transformer), side, side, dtype=dtype)
         return sampling_bytes(lambda: predict_in(dtype, transformer, latents))
 
@@ -261,7 +266,7 @@ def decode_sampling_bytes(
 ) -> int:
     """Of decoding one image, whole or in tiles of `tile` pixels; the autoencoder on the meta device."""
     with rehearsal():
-        stand_in(vae.to(dtype))
+        stand_in(converted(vae, dtype))
         if tile is not None:
             vae.enable_tiling(tile)
         latents = torch.empty(1, channels, side, side, dtype=dtype)
@@ -275,7 +280,7 @@ def encode_bytes(vae: Any, pixels: int, dtype: torch.dtype, tile: int | None = N
         vae: an autoencoder on the meta device; it is used up.
     """
     with rehearsal():
-        stand_in(vae.to(dtype))
+        stand_in(converted(vae, dtype))
         if tile is not None:
             vae.enable_tiling(tile)
         images = torch.empty(1, 3, pixels, pixels, dtype=dtype)

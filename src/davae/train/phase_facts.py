@@ -71,7 +71,7 @@ def encoder_facts(encoder: TextEncoder) -> tuple[int, float, int]:
     parameters = sum(parameter.numel() for parameter in module.parameters())
     linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
     hidden = max((m.in_features for m in linear if m.in_features == m.out_features), default=0) or 1024
-    widest = max((m.out_features for m in linear), default=hidden)
+    widest = max((m.out_features for m in linear if m.out_features <= 8 * hidden), default=hidden)  # no vocabulary
     heads = _heads(encoder.config)
     values = encoder.tokens * (6 * hidden + 3 * widest) + 2 * heads * encoder.tokens**2
     return parameters, 2.0 * parameters * encoder.tokens, values
@@ -94,25 +94,21 @@ def text_facts(model: str | None, shapes: BaseShapes, encoders: list[TextEncoder
     found = [encoder_facts(encoder) for encoder in encoders]
     with torch.device("meta"):
         parts = [part.shape[1:] for part in call.blank(_Config(shapes.transformer_config))]
-    length = parts[0][0]
+    masks = {shape[0] for shape in parts if len(shape) == 1}
     short = model is not None and Path(model).is_dir() and reads_silent_t5(model)
-    if short:  # one zero token instead of T5's
-        length = encoders[0].tokens + 1
-    masked = len(parts) > 1 and len(parts[-1]) == 1 and parts[-1][0] == parts[0][0]
-    kept = min(length, TYPICAL_TOKENS) if masked else length
-
-    def values(tokens: int) -> int:
-        return sum(
-            tokens * torch.Size(shape[1:]).numel() if shape[0] == parts[0][0] else torch.Size(shape).numel()
-            for shape in parts
-        )
-
+    padded = stored = 0
+    for shape in parts:
+        length, width = (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape[0])
+        if short and len(shape) > 1:
+            length = encoders[0].tokens + 1  # one zero token instead of T5's
+        padded += length * width
+        stored += width * (min(length, TYPICAL_TOKENS) if shape[0] in masks and len(shape) > 1 else length)
     return TextFacts(
         parameters=sum(entry[0] for entry in found),
         flops=sum(entry[1] for entry in found),
         working_values=max(entry[2] for entry in found),
-        padded_values=values(length),
-        stored_values=values(kept),
+        padded_values=padded,
+        stored_values=stored,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from davae.models.families import transformer_family
 from davae.models.offline import readable
 from davae.models.pipeline import BaseShapes, read_shapes
 from davae.models.text_encoders import text_encoders
+from davae.recipes import load_recipe, shipped_recipes
 from davae.recipes.hardware import GIB, GPUS, UTILISATION
 from davae.recipes.schema import BaseRecipe, Recipe
 from davae.recipes.sections import Hardware, Optim
@@ -26,10 +28,15 @@ from davae.train.cost import (
     meta_transformer,
     transformer_flops,
 )
-from davae.train.loop import share_of_batch
 from davae.train.memory import TrainingStep, stage1_memory, stage2_memory
+from davae.train.phase_facts import TextFacts, count_images, text_facts
+from davae.train.phase_remedies import text_notes
+from davae.train.phase_sizes import Phase, Sizes
+from davae.train.phases import plan_phases
+from davae.train.shares import share_of_step
 from davae.train.stage2 import choose_trainable
 from davae.zoo import resolve
+from davae.zoo.presets import presets
 
 DAY = 86400
 
@@ -136,15 +143,31 @@ def count(parameters: Any) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a dry run shows: figures by name, and sentences."""
+    """What a dry run shows: figures by name, the phases, and sentences."""
 
     figures: dict[str, Any]
     notes: list[str]
+    phases: list[Phase] = field(default_factory=list)
+    hardware: Hardware | None = None  # what the phases are reckoned with
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the dry run's JSON."""
+        assert self.hardware is not None
+        return {
+            "gpu": self.hardware.gpu,
+            "gpus": self.hardware.count,
+            "gpu_gib": round(GPUS[self.hardware.gpu].memory / GIB, 1),
+            "phases": [phase.as_dict() for phase in self.phases],
+            **self.figures,
+            "notes": self.notes,
+        }
 
 
 def plan(recipe: Recipe) -> Plan:
     """Figures of a dry run, from configs alone; those of a hub model that cannot be reached come from its preset."""
+    recipe, missing = with_known_base(recipe)
     model, note = (None, "") if recipe.base.model is None else readable(resolve(recipe.base.model))
+    note = missing or note
     shapes = base_shapes(recipe) if model is None else read_shapes(model)
     layout = check_recipe(recipe, shapes)
     vae = meta_detail_vae(shapes, recipe.detail_channels, recipe.scale)
@@ -156,14 +179,20 @@ def plan(recipe: Recipe) -> Plan:
     side = recipe.base.resolution // shapes.vae_factor
     mixed = recipe.run.mixed_precision != "no"
     processes = 1 if recipe.hardware is None else recipe.hardware.count
-    shares = [
-        {"batch_size": share_of_batch(settings.batch_size, name, processes)}
+    share1, share2 = (
+        share_of_step(settings, name, processes, recipe.hardware)
         for name, settings in (("stage1", recipe.stage1), ("stage2", recipe.stage2))
-    ]
-    own1, own2 = recipe.stage1.model_copy(update=shares[0]), recipe.stage2.model_copy(update=shares[1])
+    )
+    own1 = recipe.stage1.model_copy(update={"batch_size": share1.images, "accumulation": share1.passes})
+    own2 = recipe.stage2.model_copy(update={"batch_size": share2.images, "accumulation": share2.passes})
+    frozen = getattr(torch, recipe.base.dtype)
     first = stage1_memory(shapes, recipe.detail_channels, recipe.scale, recipe.stage1_pixels, own1, mixed=mixed)
-    second = stage2_memory(shapes, layout, side, own2, mixed=mixed)
-    resident = pipeline_bytes(model, shapes)
+    second = stage2_memory(shapes, layout, side, own2, mixed=mixed, frozen=frozen)
+    text = TextFacts()
+    if model is not None:
+        text = text_facts(model, shapes, text_encoders(model, shapes.transformer_config))
+    base_vae = count(meta_autoencoder(shapes).parameters())
+    resident = pipeline_bytes(text, base_vae, shapes)
     if recipe.stage2.lora is None:
         resident["stage2"] += 4 * whole  # trained tensors get storage of their own, the pretrained ones stay
     resident["stage2"] += 4 * count(vae.parameters())
@@ -183,25 +212,71 @@ def plan(recipe: Recipe) -> Plan:
         "stage2_trainable_parameters": trained_dit,
     }
     notes = [note] if note else []
-    for name, settings, step in (("stage1", recipe.stage1, first), ("stage2", recipe.stage2, second)):
-        figures |= stage_figures(name, settings, step, resident[name])
+    encode, decode = autoencoder_flops(
+        meta_detail_vae(shapes, recipe.detail_channels, recipe.scale), recipe.resolution
+    )
+    sizes = Sizes(
+        recipe=recipe,
+        shapes=shapes,
+        layout=layout,
+        step1=first,
+        step2=second,
+        text=text,
+        images=count_images(recipe.data, recipe.resolution),
+        transformer=whole,
+        trained=trained_dit,
+        base_vae=base_vae,
+        detail_vae=count(vae.parameters()),
+        encode_flops=encode.total,
+        decode_flops=decode.total,
+        upgraded_flops=tokens.upgraded_flops,
+        native_flops=tokens.native_flops,
+        share1=share1,
+        share2=share2,
+    )
+    for name, settings, own, step in (
+        ("stage1", recipe.stage1, own1, first),
+        ("stage2", recipe.stage2, own2, second),
+    ):
+        figures |= stage_figures(name, own, step, resident[name])
         if recipe.hardware is not None:
-            figures |= on_hardware(name, settings, step, resident[name], recipe.hardware)
+            figures |= on_hardware(name, settings, own, step, resident[name], recipe.hardware)
+    text_figures, text_note = text_notes(sizes)
+    notes += text_note
+    if not sizes.images.counted:
+        notes.append(
+            f"{sizes.images.count:,} images assumed, as {recipe.data.source} is not here (data.limit sets them)"
+        )
     if recipe.hardware is not None:
         notes.append(
             f"days: at {UTILISATION:.0%} of the peak of {recipe.hardware.count} x {recipe.hardware.gpu}, an assumption; "
             "caching, loading and evaluation come on top, and CUDA's own memory on the memory"
         )
-    return Plan(figures, notes)
+    return Plan(figures | text_figures, notes, plan_phases(sizes), sizes.hardware)
 
 
-def pipeline_bytes(model: str | None, shapes: BaseShapes) -> dict[str, int]:
+def with_known_base(recipe: Recipe) -> tuple[Recipe, str]:
+    """Return a recipe whose base can be read from configs, and a sentence where another place is read than it names.
+
+    A folder that is still to be made is read from what makes it: `runs/NAME/pipeline` from the shipped base recipe NAME,
+    `models/NAME` from the preset NAME.
+    """
+    model = recipe.base.model
+    if model is None or Path(model).exists() or len(parts := Path(model).parts) < 2:
+        return recipe, ""
+    shipped = load_recipe(parts[-2]) if parts[-1] == "pipeline" and parts[-2] in shipped_recipes() else None
+    if isinstance(shipped, BaseRecipe):
+        base = recipe.base.model_copy(update={"model": None, "train": shipped})
+        return recipe.model_copy(update={"base": base}), f"{model} is not here: read from the recipe {shipped.name}"
+    if parts[0] == "models" and parts[-1] in presets():
+        base = recipe.base.model_copy(update={"model": parts[-1]})
+        return recipe.model_copy(update={"base": base}), f"{model} is not here: read from the preset {parts[-1]}"
+    return recipe, ""
+
+
+def pipeline_bytes(text: TextFacts, base_vae: int, shapes: BaseShapes) -> dict[str, int]:
     """Stage -> bytes of the pretrained pipeline that lie on the device while it trains, float32, beside what trains."""
-    encoders = text_encoders(model, shapes.transformer_config) if model is not None else []
-    beside = 4 * (
-        sum(count(encoder.on_meta().parameters()) for encoder in encoders)
-        + count(meta_autoencoder(shapes).parameters())
-    )
+    beside = 4 * (text.parameters + base_vae)
     return {"stage1": beside + 4 * count(meta_transformer(shapes).parameters()), "stage2": beside}
 
 
@@ -218,8 +293,10 @@ def stage_figures(name: str, settings: Optim, step: TrainingStep, resident: int)
     }
 
 
-def on_hardware(name: str, settings: Optim, step: TrainingStep, resident: int, hardware: Hardware) -> dict[str, Any]:
-    """Whether the stage fits the stated GPUs, and how long it takes: every process does its share of the batch."""
+def on_hardware(
+    name: str, settings: Optim, own: Optim, step: TrainingStep, resident: int, hardware: Hardware
+) -> dict[str, Any]:
+    """Whether the stage fits the stated GPUs, and how long it takes: every process does its share (`own`) of the batch."""
     gpu = GPUS[hardware.gpu]
     needed = step.peak + resident
     fits = f"{'fits' if needed <= gpu.memory else 'does not fit'} {hardware.gpu} ({gpu.memory / GIB:.0f} GiB)"
@@ -227,7 +304,7 @@ def on_hardware(name: str, settings: Optim, step: TrainingStep, resident: int, h
         fits += f": lower {name}.batch_size and raise {name}.accumulation"
         if not settings.gradient_checkpointing:
             fits += f", or set {name}.gradient_checkpointing"
-    seconds = step.flops * settings.accumulation * settings.max_steps / (UTILISATION * gpu.peak)
+    seconds = step.flops * own.accumulation * settings.max_steps / (UTILISATION * gpu.peak)
     pictures = settings.batch_size * settings.accumulation
     return {
         f"{name}_fits": fits,

@@ -1,0 +1,269 @@
+"""The phases of a dry run: memory, disk, time, and what to change where one does not fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from davae.cli import app
+from davae.latent import LatentLayout
+from davae.models.memory_budget import Halving, is_out_of_memory, largest_batch
+from davae.models.pipeline import read_shapes
+from davae.recipes import Recipe, RecipeError, load_recipe
+from davae.recipes.hardware import GIB
+from davae.train.cost import meta_detail_vae
+from davae.train.memory import TrainingStep, encode_bytes
+from davae.train.phase_facts import ImageFacts, TextFacts, count_images
+from davae.train.phase_remedies import checked, text_notes
+from davae.train.phase_sizes import RESERVED, Phase, Sizes
+from davae.train.phases import Drawn, cache, export, report, stage1, stage2
+from davae.train.shares import Share
+from davae.zoo import resolve
+
+NAMES = ["stage1", "cache", "stage2", "export", "report", "sampling"]
+SMALL = [
+    "stage1.lambda_lpips=0",
+    "stage1.batch_size=2",
+    "stage2.batch_size=2",
+    "base.resolution=32",
+    "data.limit=10",
+]
+
+
+def recipe(*overrides: str, name: str = "micro") -> Recipe:
+    found = load_recipe(name, overrides)
+    assert isinstance(found, Recipe)
+    return found
+
+
+def sizes(*overrides: str, **changes: Any) -> Sizes:
+    """Those of the embedded model, training rehearsals aside."""
+    chosen = recipe(*SMALL, *overrides)
+    shapes = read_shapes(resolve("micro"))
+    step = TrainingStep(weights=GIB, gradients=GIB // 2, optimizer=GIB, ema=GIB // 2, activations=GIB, flops=1e12)
+    facts = Sizes(
+        recipe=chosen,
+        shapes=shapes,
+        layout=LatentLayout(shapes.channels, 16),
+        step1=step,
+        step2=step,
+        text=TextFacts(1000, 1e9, 500, 400, 100),
+        images=ImageFacts(10, True),
+        transformer=5000,
+        trained=100,
+        base_vae=300,
+        detail_vae=400,
+        encode_flops=1e9,
+        decode_flops=2e9,
+        upgraded_flops=3e9,
+        native_flops=9e9,
+        share1=Share(2, 1),
+        share2=Share(4, 2),
+    )
+    return replace(facts, **changes)
+
+
+# -- the contract ----------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_writes_and_prints_every_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for stage in ("stage1_memory", "stage2_memory"):  # their rehearsals have tests of their own
+        monkeypatch.setattr(f"davae.train.plan.{stage}", lambda *_, **__: sizes().step1)
+    monkeypatch.setattr("davae.train.phases.drawn", lambda *_, **__: Drawn(GIB, GIB))
+    file = tmp_path / "sub" / "plan.json"
+    overrides = [word for value in SMALL for word in ("--set", value)]
+    shown = CliRunner().invoke(app, ["upgrade", "micro", "--dry-run", "--json", str(file), *overrides])
+    assert shown.exit_code == 0, shown.output
+    values = json.loads(file.read_text())
+    assert [phase["name"] for phase in values["phases"]] == NAMES
+    for phase in values["phases"]:
+        assert phase["fits"] is True
+        assert phase["remedy"] == ""
+        assert all(phase[key] >= 0 for key in ("device_gib", "host_gib", "machine_gib", "disk_gib", "hours"))
+        assert phase["name"] in shown.output
+    assert (values["gpu"], values["gpus"], values["gpu_gib"]) == ("h100-80gb", 1, 80.0)
+    assert values["stage1_parameters"] > 0, "the figures of before stay"
+    assert "fits" in shown.output
+    by_name = {phase["name"]: phase for phase in values["phases"]}
+    assert by_name["cache"]["batch_size"] == 16
+    assert by_name["export"]["device_gib"] == 0
+    assert by_name["stage2"]["device_gib"] > 0
+
+
+def test_json_without_a_dry_run_is_one_line(tmp_path: Path):
+    from davae.cli import upgrade as verb
+
+    with pytest.raises(RecipeError, match=r"--json: .*add --dry-run"):
+        verb("micro", out=tmp_path / "run", json=tmp_path / "x.json")
+    assert not (tmp_path / "run").exists()
+
+
+# -- what each phase counts ------------------------------------------------------------------------------------
+
+
+def test_training_counts_what_lies_on_the_device_and_the_copies_of_a_machine():
+    one = stage2(sizes())
+    held = one.device - sizes().step2.peak
+    assert held == 4 * 4 * 400, "a pass's prompt embeddings in float32, and no idle part of the pipeline"
+    validated = stage2(sizes("stage2.validate_every=1"))
+    assert validated.device - one.device == 4 * 400, "the detail VAE"
+    moved = stage2(sizes("run.ema_device=cpu"))
+    assert one.device - moved.device == GIB // 2
+    assert moved.host - one.host == GIB // 2
+    eight = stage2(replace(sizes(), recipe=sizes().recipe.model_copy(update={"hardware": hardware(8)})))
+    assert eight.host == one.host
+    assert eight.machine < 8 * one.host, "one copy a machine"
+    assert eight.machine - one.host == 7 * (one.host - 2 * GIB), (
+        "the checkpoint of 2 GiB is the first process's alone"
+    )
+    assert one.disk == (2 + 2) * 2 * GIB
+    assert stage2(sizes("run.keep_every=100")).disk == (2 + 2 + 46) * 2 * GIB
+
+
+def hardware(count: int, **changes: Any) -> Any:
+    from davae.recipes.sections import Hardware
+
+    return Hardware(gpu="h100-80gb", count=count, **changes)
+
+
+def test_the_export_follows_its_dtype():
+    full, half = export(sizes()), export(sizes("export.dtype=bfloat16"))
+    values = 1000 + 5000 + 400
+    assert full.disk == 4 * values + 4 * 100
+    assert half.disk == 2 * values + 4 * 100
+    assert half.host < full.host
+
+
+def test_the_cache_counts_images_and_prompts():
+    stored = cache(sizes())
+    latents = 10 * 16 * (24 * 8 * 8) * 2  # images, variants, values, bytes
+    assert stored.disk == latents + 10 * 100 * 2
+    step = cache(sizes("cache.text=step"))
+    assert stored.disk - step.disk == 10 * 100 * 2
+    assert stage2(sizes("cache.text=step")).seconds > stage2(sizes()).seconds
+    figures, notes = text_notes(sizes())
+    assert figures["text_cache_gib"] * 4 == pytest.approx(figures["text_cache_padded_gib"], abs=1e-3)
+    assert "cache.text=step" in notes[0]
+    assert text_notes(sizes(text=TextFacts())) == ({}, [])
+
+
+def test_images_are_coded_in_the_runs_precision_and_as_many_as_fit():
+    shapes = read_shapes(resolve("micro"))
+    full, half = (
+        encode_bytes(meta_detail_vae(shapes, 16, 2), 64, dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert half == pytest.approx(full / 2, rel=0.1)
+    assert cache(sizes("run.mixed_precision=bf16")).device < 0.6 * cache(sizes()).device
+    assert report(sizes("report.batch_size=2")).device < report(sizes()).device
+
+
+def test_batches_are_halved_until_they_fit():
+    assert [largest_batch(10, budget, 16) for budget in (1000, 160, 159, 20, 5)] == [16, 16, 8, 2, 1]
+
+
+# -- fits and remedies -----------------------------------------------------------------------------------------
+
+
+def named(name: str, found: Sizes) -> Phase:
+    make = {"stage1": stage1, "cache": cache, "stage2": stage2, "export": export, "report": report}[name]
+    return checked(make(found), found)
+
+
+def test_what_does_not_fit_names_the_remedy():
+    step = replace(sizes().step2, activations=80 * GIB - RESERVED)
+    found = named("stage2", sizes(step2=step))
+    assert not found.fits
+    for way in ("base.dtype=bfloat16", "stage2.gradient_checkpointing=true", "lower stage2.batch_size"):
+        assert way in found.remedy
+    tuned = sizes("stage2.lora=null", step2=step, share2=Share(1, 8))
+    assert "FSDP2" in named("stage2", tuned).remedy
+    assert "base.dtype" not in named("stage2", tuned).remedy
+    assert "stage1.crop=32" in named("stage1", sizes(step1=step)).remedy
+    assert "base.dtype=bfloat16" in named("cache", sizes(text=TextFacts(10**11, 1.0, 1, 1, 1))).remedy
+
+
+@pytest.mark.parametrize(
+    ("limit", "phase", "words"), [("host_gib", "export", "main memory"), ("disk_gib", "stage2", "keep")]
+)
+def test_machines_and_disks_that_a_recipe_states_are_checked(limit: str, phase: str, words: str):
+    base = sizes(transformer=10**9)
+    small = base.recipe.model_copy(update={"hardware": hardware(1, **{limit: 4})})
+    assert named(phase, base).fits
+    found = named(phase, replace(base, recipe=small))
+    assert not found.fits
+    assert words in found.remedy
+
+
+def test_a_base_in_half_precision_needs_a_run_in_half_precision():
+    with pytest.raises(RecipeError, match=r"base\.dtype is bfloat16 .*set run\.mixed_precision to bf16"):
+        recipe("base.dtype=bfloat16")
+    assert recipe("base.dtype=bfloat16", "run.mixed_precision=bf16").base.dtype == "bfloat16"
+
+
+def test_images_are_counted_where_they_are(tmp_path: Path):
+    assert count_images(recipe("data.source=nowhere").data, 64) == ImageFacts(500_000, False)
+    assert count_images(recipe("data.source=nowhere", "data.limit=100").data, 64) == ImageFacts(90, True)
+    from PIL import Image
+
+    for number in range(4):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
+    assert count_images(recipe(f"data.source={tmp_path}", "data.holdout=0").data, 64) == ImageFacts(4, True)
+
+
+def test_a_folder_still_to_be_made_is_read_from_what_makes_it():
+    from davae.train.plan import with_known_base
+
+    found, note = with_known_base(recipe(name="imagenette128-gpu"))
+    assert found.base.train is not None
+    assert "read from the recipe imagenette64-gpu" in note
+    found, note = with_known_base(recipe(name="imagenet512-lightningdit-xl"))
+    assert found.base.model == "lightningdit-xl"
+    assert "preset" in note
+    assert with_known_base(recipe()) == (recipe(), "")
+
+
+# -- out of memory ---------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(caplog: pytest.LogCaptureFixture):
+    seen: list[int] = []
+    tiles: list[bool] = []
+
+    def work(images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        if len(images) > 2 or (len(images) > 1 and not tiles):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return images * 2
+
+    images = torch.arange(11.0)
+    halving = Halving("latent cache", 8, lambda: tiles.append(True))
+    assert torch.equal(halving(work, images), images * 2)
+    assert seen == [8, 4, 2, *[1] * 11]
+    assert halving.size == 1
+    assert not tiles, "one image fitted whole"
+    assert "latent cache: out of memory (CUDA out of memory" in caplog.text
+    assert "with 4 images at a time" in caplog.text
+
+
+def test_one_image_that_does_not_fit_goes_in_tiles_once(caplog: pytest.LogCaptureFixture):
+    tiles: list[bool] = []
+
+    def work(images: torch.Tensor) -> torch.Tensor:
+        if not tiles:
+            raise torch.OutOfMemoryError("none left")
+        return images
+
+    assert Halving("x", 1, lambda: tiles.append(True))(work, torch.ones(3)).tolist() == [1, 1, 1]
+    assert tiles == [True]
+    assert "one by one, in tiles" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        Halving("x", 4)(lambda images: work(images) if tiles.clear() is None else images, torch.ones(3))
+    with pytest.raises(RuntimeError, match="else"):
+        Halving("x", 4)(lambda images: (_ for _ in ()).throw(RuntimeError("else")), torch.ones(3))
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
