@@ -155,7 +155,8 @@ def evaluate_reconstruction(
         return decode_latents(model, encode_mode(model, images.to(model.device)))
 
     pictures = real_pictures(data, size, held_out, "held_out")
-    scores = score_reconstructions(batches(pictures, num, shared=True), reconstruct, distances, extractor)
+    parts = batches(pictures, num, shared=True)
+    scores = score_reconstructions(parts, reconstruct, distances, extractor, shared=True)
     return {"vae": vae, "data": data, "held_out": held_out, "resolution": size, **scores.as_dict()}
 
 

@@ -24,6 +24,7 @@ from davae.sample.generate import generate
 from davae.train.export import load_upgraded
 from davae.train.loop import Observer, Progress
 from davae.train.plan import count
+from davae.train.ranks import from_main, on_main
 from davae.train.state import read_metrics
 from davae.train.upgrade import Upgrade
 from davae.zoo import shipped_upgrade
@@ -32,11 +33,14 @@ SHOWN_RECONSTRUCTIONS = 8
 
 
 def upgrade(run: Upgrade, observer: Observer) -> Path:
-    """Every step of the recipe, then the report; returns the report's path. Finished steps are skipped."""
+    """Run every step of the recipe, then write the report; return the report's path. Finished steps are skipped.
+
+    The first process of a launch makes the report alone: it draws and measures the same images in any number of processes.
+    """
     run.run()
     page = run.out / "report.html"
-    if not (run.folder.done("report") and page.is_file()):
-        page = report(run, observer)
+    if not from_main(run.folder.done("report") and page.is_file()):
+        on_main(partial(report, run, observer))
         run.folder.mark_done("report")
     return page
 

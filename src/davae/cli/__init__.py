@@ -112,6 +112,7 @@ def _run_upgrade(
         raise RecipeError("--json: it takes the figures of a dry run; add --dry-run, or read report.json of the run")
     from davae.display import console, progress_display, show_phases, table
     from davae.train.plan import plan
+    from davae.train.ranks import is_main
     from davae.train.upgrade import Upgrade
     from davae.workflow import upgrade
 
@@ -140,6 +141,8 @@ def _run_upgrade(
             done = run.run()
         else:
             done = upgrade(run, observer)
+    if not is_main():  # the first process of a launch made the report and reports
+        return
     if verb == "upgrade":
         _show_report(folder)
     console.print(f"{done}", markup=False)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from davae.checksums import KEY, file_sum
-from davae.data.cache_files import REMEDY, Shard, open_array
+from davae.data.cache_files import REMEDY, Shard, latent_shards, made_from, open_array
 from davae.data.cache_key import Key, changes, plain
 from davae.data.caption_table import ITEMS, CaptionTable
 from davae.data.pictures import DataError
@@ -110,6 +110,10 @@ def prepare(folder: Path, key: Key, team: Team) -> None:
                 _empty(folder)
         make_folder(folder)
         (folder / META).unlink(missing_ok=True)
+        for shard in latent_shards(folder):
+            if not made_from(shard, key):
+                logger.warning("cache: %s was made from other data; it is made again", shard)
+                shard.unlink()
         for leftover in folder.glob(".*"):
             leftover.unlink()
         replace_json(known, plain(key))

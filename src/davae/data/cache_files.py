@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from davae.checksums import SUFFIX, array_sum, row_sums
+from davae.data.cache_key import fingerprint, plain
 from davae.errors import DataError
 from davae.files import atomic_file
 
@@ -35,6 +37,30 @@ def save_shard(
     }
     with atomic_file(path) as partial:
         save_file({**whole, **sums}, partial, metadata)
+
+
+def latent_name(group: int, number: int) -> str:
+    """Return the file name of a shard of one bucket."""
+    return f"latents-{group:03d}-{number:05d}.safetensors"
+
+
+def latent_shards(folder: Path) -> list[Path]:
+    """Return the shards of latents in a cache, in their order."""
+    return sorted(folder.glob("latents-*.safetensors"))
+
+
+def shard_key(key: Mapping[str, Any]) -> np.ndarray:
+    """Return the short form of a cache's key that each of its shards holds."""
+    return np.frombuffer(fingerprint(plain(key)).encode(), np.uint8)
+
+
+def made_from(path: Path, key: Mapping[str, Any]) -> bool:
+    """Return whether a shard can be opened and was written for this key; shards of earlier versions name none and count."""
+    try:
+        shard = Shard(path)
+        return "key" not in shard.names or np.array_equal(shard.tensor("key"), shard_key(key))
+    except DataError:
+        return False
 
 
 def save_array(path: Path, values: np.ndarray) -> None:

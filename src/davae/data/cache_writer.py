@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from davae.data.cache import LABELS, NO_LABEL, CacheMeta, Team, prepare
-from davae.data.cache_files import Shard, is_sound, save_array, save_shard
+from davae.data.cache_files import (
+    Shard,
+    latent_name,
+    latent_shards,
+    made_from,
+    save_array,
+    save_shard,
+    shard_key,
+)
 from davae.data.cache_key import Key, plain
 from davae.data.caption_table import CaptionTable, pack, write_table
-from davae.data.finite import ALWAYS, EMBEDDING, LATENT, check_many, stored
+from davae.data.finite import ALWAYS, LATENT, NOT_FINITE, check_many, is_finished, lost_captions, stored
 from davae.data.order import chosen_workers
 from davae.data.pictures import DataError, Pictures, UnreadablePicture, collate
 from davae.files import require_space
 
-logger = logging.getLogger(__name__)
-
 Watch = Callable[[int, int], None]
 SHARD_ROWS = 1024  # at most: 256 MiB of SD3.5's latents at 1K, what an interruption can cost
 TEXT_BYTES = 1 << 28  # of one shard of text embeddings
-NOT_FINITE = "not_finite"  # metadata of a text shard: its rows that no training can use
 
 
 class ChannelStatistics:
@@ -78,8 +82,9 @@ def save_latents(
     statistics: ChannelStatistics,
     skipped: dict[str, str],
     images: Sequence[int] | None = None,
+    key: Key | None = None,
 ) -> None:
-    """One shard: latents (n,c,h,w), packed captions, labels (n,), statistics, and the number of each item's image."""
+    """One shard: latents (n,c,h,w), packed captions, labels (n,), statistics, the number of each item's image, the key."""
     texts, ends = pack(captions)
     tensors = {
         "latents": latents,
@@ -92,11 +97,9 @@ def save_latents(
     }
     if images is not None:
         tensors["images"] = np.asarray(images, np.int64)
-    save_shard(folder / _name(group, number), tensors, {"skipped": json.dumps(skipped)}, rows=("latents",))
-
-
-def _name(group: int, number: int) -> str:
-    return f"latents-{group:03d}-{number:05d}.safetensors"
+    if key is not None:
+        tensors["key"] = shard_key(key)
+    save_shard(folder / latent_name(group, number), tensors, {"skipped": json.dumps(skipped)}, rows=("latents",))
 
 
 def _asking_for_space(
@@ -127,17 +130,6 @@ class Readable(Dataset):
             return position, self.pictures.read(position, draw)
         except UnreadablePicture as error:
             return position, error
-
-
-def is_finished(path: Path) -> bool:
-    """Return whether an interrupted cache's shard can stay; one with values that are not finite is made again."""
-    if not is_sound(path):
-        return False
-    metadata = Shard(path).metadata
-    skipped = json.loads(metadata.get("skipped", "{}"))
-    return not json.loads(metadata.get(NOT_FINITE, "[]")) and not any(
-        why.startswith(LATENT) for why in skipped.values()
-    )
 
 
 def write_latents(
@@ -172,16 +164,24 @@ def write_latents(
         rows = shard_rows(len(own) * variants, batch_size)
         starts = range(0, len(own) * variants, rows)
         plans += [(group, n, range(s, min(s + rows, len(own) * variants))) for n, s in enumerate(starts)]
+    if team.main:
+        planned = {latent_name(group, number) for group, number, _ in plans}
+        for stray in latent_shards(folder):
+            if stray.name not in planned:
+                stray.unlink()
     done, total = 0, len(pictures) * variants
-    rows_left = sum(len(places) for group, number, places in plans if not (folder / _name(group, number)).is_file())
+    rows_left = sum(
+        len(places) for group, number, places in plans if not (folder / latent_name(group, number)).is_file()
+    )
     encode = _asking_for_space(encode, folder, rows_left, np.dtype(dtype).itemsize) if team.main else encode
     lost: dict[str, str] = {}  # by this process, to stop before the rest is encoded in vain
     for turn, (group, number, places) in enumerate(plans):
-        path = folder / _name(group, number)
+        path = folder / latent_name(group, number)
         if turn % team.ranks == team.rank and not is_finished(path):
             turns = (divmod(place, len(members[group])) for place in places)
             items = [(int(members[group][i]), int(members[group][i]) + v * len(pictures)) for v, i in turns]
-            shard = _write_shard(folder, number, group, items, pictures, encode, batch_size, dtype, num_workers, lost)
+            settings = (batch_size, dtype, num_workers)
+            shard = _write_shard(folder, number, group, items, pictures, encode, *settings, lost, key)
             for step in shard:
                 on_batch(done + step, total)
                 check_many(lost, min(done + step, len(pictures)) // team.ranks, 4 * ALWAYS)
@@ -207,6 +207,7 @@ def _write_shard(
     dtype: str,
     num_workers: int | None,
     lost: dict[str, str],
+    key: Key,
 ) -> Iterator[int]:
     """Encode one shard; yield how many items are done. Images whose latent is not finite are added to `lost`."""
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
@@ -250,12 +251,8 @@ def _write_shard(
         yield over
     latents = np.concatenate(parts) if parts else np.zeros((0,), dtype)
     save_latents(
-        folder, number, group, latents, captions, labels, statistics or ChannelStatistics(0), skipped, images
+        folder, number, group, latents, captions, labels, statistics or ChannelStatistics(0), skipped, images, key
     )
-
-
-def latent_shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("latents-*.safetensors"))
 
 
 class _Captions:
@@ -287,12 +284,17 @@ def merged_meta(
         given: (mean, std), each (c,), to take instead of the measured ones.
 
     Raises:
-        DataError: not one picture was readable.
+        DataError: not one picture was readable, or a process wrote a shard of other data.
     """
     shards: list[tuple[str, int, int]] = []
     skipped: dict[str, str] = {}
     statistics: ChannelStatistics | None = None
     for path in latent_shards(folder):
+        if not made_from(path, key):
+            raise DataError(
+                f"cache: {path} was written from other data by another process of this launch; give all processes the same "
+                "files and run the same command again: this shard is then made again"
+            )
         shard = Shard(path)
         skipped |= json.loads(shard.metadata.get("skipped", "{}"))
         rows, mean = len(shard.tensor("labels")), torch.from_numpy(shard.tensor("mean"))
@@ -357,39 +359,6 @@ def write_text(
             save_shard(path, tensors, {NOT_FINITE: json.dumps(sorted(bad))}, rows=tuple(tensors))
         on_batch(stop, table.count)
     team.wait()
-    return without_lost_captions(folder, CacheMeta(**{**asdict(meta), "text": shards}), table, name_of)
-
-
-def without_lost_captions(
-    folder: Path, meta: CacheMeta, table: CaptionTable, name_of: Callable[[int], str]
-) -> CacheMeta:
-    """Return the meta without the items whose caption has no finite embedding; see `write_text`."""
-    rows: list[int] = []
-    start = 0
-    for name, count in meta.text:
-        rows += [start + row for row in json.loads(Shard(folder / name).metadata.get(NOT_FINITE, "[]"))]
-        start += count
-    if not rows:
-        return meta
-    if rows[0] == 0:
-        raise DataError(
-            "cache: the embedding of the empty caption, which stands for dropped ones, is not finite; a text encoder "
-            "overflows: set cache.dtype to float32, or use another base.model"
-        )
-    numbers = [number for path in latent_shards(folder) for number in _numbers(path)]
-    unusable = np.flatnonzero(np.isin(table.rows, rows)).tolist()
-    lost: dict[str, str] = {}
-    for item in unusable:
-        name = name_of(numbers[item])
-        lost[name] = f"{EMBEDDING}: '{table[item][:60]}'"
-        logger.warning("skipped %s: %s", name, lost[name])
-    check_many(lost, len(set(numbers)))
-    return replace(meta, items=meta.items - len(unusable), unusable=unusable, skipped=meta.skipped | lost)
-
-
-def _numbers(path: Path) -> list[int]:
-    """Return the number of each item's image; -1 where the cache was imported and has no images."""
-    shard = Shard(path)
-    if "images" in shard.names:
-        return shard.tensor("images").tolist()
-    return [-1] * len(shard.tensor("labels"))
+    unusable, lost = lost_captions(folder, shards, table, name_of)
+    items, skipped = meta.items - len(unusable), meta.skipped | lost
+    return replace(meta, text=shards, items=items, unusable=unusable, skipped=skipped)

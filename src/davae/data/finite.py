@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from davae.data.cache_files import Shard, is_sound, latent_shards
+from davae.data.caption_table import CaptionTable
 from davae.data.pictures import DataError, counted
 
+logger = logging.getLogger(__name__)
+
 LATENT, EMBEDDING = "latent not finite", "caption embedding not finite"
+NOT_FINITE = "not_finite"  # metadata of a text shard: its rows that no training can use
 ALLOWED = 0.1  # share of the images; above it the model is at fault, not the images
 ALWAYS = 2  # images that are no reason to stop, however few there are
 
@@ -48,3 +56,58 @@ def check_many(skipped: Mapping[str, str], images: int, least: int = ALWAYS) -> 
             f"cache: of {images} images {counted(lost)}: {first}; the autoencoder or a text encoder overflows: set "
             "run.mixed_precision to bf16 or no and cache.dtype to float32, or use another base.model"
         )
+
+
+def is_finished(path: Path) -> bool:
+    """Return whether an interrupted cache's shard can stay; one with values that are not finite is made again."""
+    if not is_sound(path):
+        return False
+    metadata = Shard(path).metadata
+    skipped = json.loads(metadata.get("skipped", "{}"))
+    return not json.loads(metadata.get(NOT_FINITE, "[]")) and not any(
+        why.startswith(LATENT) for why in skipped.values()
+    )
+
+
+def lost_captions(
+    folder: Path, text: Sequence[tuple[str, int]], table: CaptionTable, name_of: Callable[[int], str]
+) -> tuple[list[int], dict[str, str]]:
+    """Return the items whose caption has no finite embedding, and why their images are left out, by name.
+
+    Args:
+        text: (file, rows) of the text shards.
+        table: the captions of the items.
+        name_of: the number of an image -> its name.
+
+    Raises:
+        DataError: the empty caption has no finite embedding, or many others have none.
+    """
+    rows: list[int] = []
+    start = 0
+    for name, count in text:
+        rows += [start + row for row in json.loads(Shard(folder / name).metadata.get(NOT_FINITE, "[]"))]
+        start += count
+    if not rows:
+        return [], {}
+    if rows[0] == 0:
+        raise DataError(
+            "cache: the embedding of the empty caption, which stands for dropped ones, is not finite; a text encoder "
+            "overflows: set cache.dtype to float32, or use another base.model"
+        )
+    numbers = [number for path in latent_shards(folder) for number in _numbers(path)]
+    items = np.flatnonzero(np.isin(table.rows, rows)).tolist()
+    lost: dict[str, str] = {}
+    for item in items:
+        name = name_of(numbers[item])
+        lost[name] = f"{EMBEDDING}: '{table[item][:60]}'"
+        logger.warning("skipped %s: %s", name, lost[name])
+    check_many(lost, len(set(numbers)))
+    return items, lost
+
+
+def _numbers(path: Path) -> list[int]:
+    """Return the number of each item's image; -1 where the cache was imported and has no images."""
+    shard = Shard(path)
+    if "images" in shard.names:
+        return shard.tensor("images").tolist()
+    return [-1] * len(shard.tensor("labels"))

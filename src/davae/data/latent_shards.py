@@ -108,7 +108,7 @@ def import_shards(
                     if kept:
                         measured.update(block[kept])
                     own = [labels[start + row] for row in kept]
-                    save_latents(target, number, 0, values[kept], [""] * len(own), own, measured, lost)
+                    save_latents(target, number, 0, values[kept], [""] * len(own), own, measured, lost, key=key)
                     number += 1
             over += shard.shape[0]
             on_batch(over, total)

@@ -62,12 +62,13 @@ def score_reconstructions(
     reconstruct: Callable[[Tensor], Tensor],
     distances: Mapping[str, nn.Module] | None = None,
     extractor: Extractor | None = None,
+    *,
+    shared: bool = False,
 ) -> ReconstructionScores:
     """Scores of `reconstruct` over batches of pictures (B,3,H,W) in [-1,1]; independent of the batch size.
 
-    Under several processes each passes its own pictures, and all get the scores of the whole set.
-
     Args:
+        shared: each process of a launch passes its own part of the images, and all get the scores of the whole set.
         distances: modules (images, target) -> (B,), by the name to report; lite0 by default.
         extractor: features for the Frechet distance between reconstructions and originals (rFID); None leaves it out.
 
@@ -89,7 +90,8 @@ def score_reconstructions(
         rows.append(torch.stack([score.cpu().double() for score in scores], dim=1))  # (B,2+distances)
         if extractor is not None:
             features.append((extractor(signed[0]).features.cpu(), extractor(signed[1]).features.cpu()))
-    rows, features = gather_object(rows), gather_object(features)
+    if shared:
+        rows, features = gather_object(rows), gather_object(features)
     if not rows:
         raise ValueError("no pictures to reconstruct")
     table = torch.cat(rows)

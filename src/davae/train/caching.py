@@ -13,14 +13,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from davae.data.cache import CacheMeta, Team, seal
-from davae.data.cache_key import Key, fingerprint, hash_pictures, hash_weights
+from davae.data.cache_key import Key, changes, fingerprint, hash_pictures, hash_weights, plain
 from davae.data.cache_writer import write_latents, write_text
 from davae.data.latent_shards import PATTERN, STATISTICS, import_shards
-from davae.data.pictures import Pictures, by_kind, counted
+from davae.data.pictures import DataError, Pictures, by_kind, counted
 from davae.files import atomic_text, saving
 from davae.models.placement import send
 from davae.recipes.sections import Cache, Data
 from davae.train.opened import OpenedData
+from davae.train.ranks import compare, patient_barrier
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,21 @@ NO_PART = {"resolution", "detail_mean", "detail_std", "latents_mean", "latents_s
 
 def team(accelerator: Accelerator) -> Team:
     """The processes of this run, as writers of a cache."""
-    return Team(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    return Team(accelerator.process_index, accelerator.num_processes, patient_barrier)
+
+
+def check_same_key(key: Key) -> None:
+    """Compare what all processes would make the cache from, before a shard is written; collective.
+
+    Raises:
+        DataError: another process would write other content: images or weights changed since the launch.
+    """
+    if differing := compare(plain(key)):
+        (_, _, first), (other, host, value) = differing[:2]
+        raise DataError(
+            f"cache: process {other} on {host} would write another cache than process 0, as these differ: "
+            f"{' and '.join(changes(first, value))}; give all processes the same files, then run the same command again"
+        )
 
 
 def cache_key(
@@ -123,6 +138,7 @@ def cache_shards(
 ) -> None:
     """Latents that LightningDiT's extraction wrote, instead of pictures; one process copies them."""
     assert cache.shards is not None
+    check_same_key(key)
     if accelerator.is_main_process:
         with saving(folder):
             meta = import_shards(
@@ -135,7 +151,7 @@ def cache_shards(
                 on_batch=watch("latents"),
             )
             seal(folder, meta)
-    accelerator.wait_for_everyone()
+    patient_barrier()
 
 
 def tell_left_out(path: Path, used: int, skipped: dict[str, str], accelerator: Accelerator) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from davae.data.buckets import bucket_sizes, group_counts
+from davae.data.cache_key import fingerprint, hash_pictures
 from davae.data.captions import SourceOptions
-from davae.data.pictures import Pictures, PictureSource, split, spread
+from davae.data.pictures import DataError, Pictures, PictureSource, split, spread
 from davae.data.sources import open_source, survey
 from davae.recipes import RecipeError, check_source
 from davae.recipes.sections import Data
+from davae.train.ranks import compare, ranks
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def open_pictures(data: Data, resolution: int, step: int | None = None) -> Opene
 
     Raises:
         RecipeError: buckets where they cannot be, or a command that nobody typed.
-        DataError: nothing there, or nothing left.
+        DataError: nothing there, nothing left, or other images in another process of the launch.
     """
     check_source(data.source)
     if data.buckets is not None and step is None:
@@ -96,7 +98,41 @@ def open_pictures(data: Data, resolution: int, step: int | None = None) -> Opene
     ]
     if len(sizes) > 1:
         logger.info("buckets: %s", group_counts(sizes, found.groups[trains]))
-    return OpenedData(source, sizes, train, found.groups[trains], squares, found.left_out, data.enlarge)
+    opened = OpenedData(source, sizes, train, found.groups[trains], squares, found.left_out, data.enlarge)
+    check_same_data(opened, data.source)
+    return opened
+
+
+def check_same_data(opened: OpenedData, name: str) -> None:
+    """Compare the images of all processes of a launch before anything is computed from them; collective.
+
+    Names, sizes in bytes, captions and the split are compared, not pixels.
+
+    Raises:
+        DataError: another process found other images.
+    """
+    if ranks() == 1:
+        return
+    indices = [*opened.train, *opened.held_out]
+    digest = fingerprint(
+        hash_pictures(opened.source, indices), len(opened.train), opened.groups.tolist(), sorted(opened.left_out)
+    )
+    differing = compare(digest)
+    if not differing:
+        return
+    keys = compare([opened.source.key(index) for index in indices])
+    (_, first_host, _), (other, host, _) = differing[:2]
+    found = f"process {other} on {host} has images of other sizes, captions or buckets than process 0 on {first_host}"
+    if keys:
+        own, theirs = keys[0][2], keys[1][2]
+        odd = sorted(set(own) ^ set(theirs))
+        found = (
+            f"process {other} on {host} found {len(theirs)} images, process 0 on {first_host} {len(own)}"
+            f"{f'; {odd[0]!r} is in one alone' if odd else ', in another order'}"
+        )
+    raise DataError(
+        f"data.source: {name}: {found}; give all processes the same files, on a shared disk or as equal copies"
+    )
 
 
 def fills(source: PictureSource, index: int, square: tuple[int, int], group: int) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,11 +30,39 @@ def barrier() -> None:
         dist.barrier()
 
 
+@cache
+def _patient_group(world: Any) -> Any:
+    """Return a group of all processes whose collectives wait for a year: over gloo, so that no device is kept busy."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+
+def patient_barrier() -> None:
+    """Wait for all processes, however long one of them takes."""
+    if ranks() > 1:
+        dist.barrier(_patient_group(dist.group.WORLD))
+
+
 def on_main(work: Callable[[], Any]) -> None:
-    """Do something in the first process; the others wait. A failure there ends the launch, so nobody waits for ever."""
+    """Do something in the first process; the others wait, however long it takes.
+
+    Where it fails there, the first process ends and the launcher ends the others.
+    """
     if is_main():
         work()
-    barrier()
+    patient_barrier()
+
+
+def compare(value: Any) -> list[tuple[int, str, Any]]:
+    """Return (rank, host, value) of each process whose value of a plain object differs from the first one's.
+
+    The list starts with the first process where it is not empty. All processes must ask; all get the same answer.
+    """
+    if ranks() == 1:
+        return []
+    found: list[Any] = [None] * ranks()
+    dist.all_gather_object(found, (rank(), socket.gethostname(), value))
+    others = [entry for entry in found if entry[2] != found[0][2]]
+    return [found[0], *others] if others else []
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
