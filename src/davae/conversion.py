@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+import davae
 from davae.convert import dit, lightningdit, official_davae, sit, tiny_autoencoder, vavae
 from davae.convert.checkpoints import load_state
 from davae.data.latent_shards import read_statistics
@@ -24,6 +25,7 @@ from davae.models.autoencoders import load_autoencoder
 from davae.models.families import model_class, transformer_family
 from davae.models.lora import widen_lora
 from davae.models.pipeline import ModelError, read_config
+from davae.ownership import check_out, check_tensors
 from davae.recipes.values import read_yaml_file
 from davae.sample.class_conditional import ClassConditionalPipeline
 
@@ -65,6 +67,7 @@ def read_section(path: Path, key: str) -> dict[str, Any]:
 
 def convert_transformer(kind: str, checkpoint: Path, out: Path, vae: str | None, config: dict[str, Any]) -> Path:
     """`lightningdit`, `sit`, `repa` or `dit` weights -> a transformer's folder, or a whole pipeline where `vae` is given."""
+    check_out(out, (checkpoint, vae) if vae else (checkpoint,))
     state = load_state(checkpoint)
     readers: dict[str, Any] = {"lightningdit": lightningdit, "sit": sit, "repa": sit, "dit": dit}
     if kind == "repa":
@@ -94,6 +97,7 @@ def convert_transformer(kind: str, checkpoint: Path, out: Path, vae: str | None,
 
 def convert_vavae(checkpoint: Path, out: Path, config: Path | None, statistics: Path | None) -> Path:
     """VA-VAE weights -> an AutoencoderKL's folder."""
+    check_out(out, [place for place in (checkpoint, config, statistics) if place])
     ddconfig = VAVAE_F16D32 if config is None else read_section(config, "ddconfig")["ddconfig"]
     measured = None if statistics is None else read_statistics(statistics, int(ddconfig["z_channels"]))
     model = vavae(load_state(checkpoint), ddconfig, measured)
@@ -104,6 +108,7 @@ def convert_vavae(checkpoint: Path, out: Path, config: Path | None, statistics: 
 
 def convert_davae(checkpoint: Path, out: Path, config: Path, statistics: Path | None) -> Path:
     """The authors' DA-VAE weights -> a DetailVAE's folder; `statistics` are those of all C+D channels."""
+    check_out(out, [place for place in (checkpoint, config, statistics) if place])
     model = official_davae(load_state(checkpoint), read_section(config, "ddconfig_base"))
     if statistics is not None:
         mean, std = (v.view(1, -1, 1, 1) for v in read_statistics(statistics, model.layout.channels))
@@ -117,6 +122,7 @@ def convert_davae(checkpoint: Path, out: Path, config: Path, statistics: Path | 
 
 def convert_tiny(encoder: Path, decoder: Path, out: Path) -> Path:
     """`davae convert tiny`: TAESD's, TAEF1's or TAEF2's two files as one diffusers autoencoder."""
+    check_out(out, (encoder, decoder))
     model = tiny_autoencoder(load_state(encoder), load_state(decoder))
     with model_folder(out) as partial:
         model.save_pretrained(partial)
@@ -128,7 +134,9 @@ def convert_lora(file: Path, upgraded: str, out: Path) -> Path:
 
     Raises:
         ModelError: no readable LoRA, or one of another model.
+        RunError: `out` is a file that davae did not write.
     """
+    check_tensors(out, (file,))
     index = read_config(upgraded, "", "model_index.json")
     kind = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][1]
     part = next((part for part in ("transformer", "unet") if part in index), None)
@@ -139,7 +147,9 @@ def convert_lora(file: Path, upgraded: str, out: Path) -> Path:
     with torch.device("meta"):  # shapes alone
         transformer = model.from_config(read_config(upgraded, part))
     state, settings = _read_lora(file, model_class(kind), part, transformer.config)
-    metadata = {"format": "pt", **({LORA_ADAPTER_METADATA_KEY: json.dumps(settings)} if settings else {})}
+    metadata = {"format": "pt", "davae": davae.__version__}
+    if settings:
+        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(settings)
     try:
         widened = widen_lora(state, transformer)
     except ModelError as error:

@@ -60,6 +60,12 @@ def loss_curves(records: list[dict[str, Any]], stage: str) -> bytes | None:
     return to_png(figure)
 
 
+def plain_label(name: str) -> str:
+    """Return a name as matplotlib shows it: no formula between dollars, no underscore that hides it from the legend."""
+    shown = name.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def compared_curves(runs: dict[str, list[dict[str, Any]]], names: tuple[str, ...]) -> bytes:
     """PNG of several runs' curves, a panel a quantity and a line a run: running means of what was logged."""
     figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), squeeze=False)
@@ -67,7 +73,7 @@ def compared_curves(runs: dict[str, list[dict[str, Any]]], names: tuple[str, ...
         for run, records in runs.items():
             steps = np.array([r["step"] for r in records if name in r])
             values = np.array([r[name] for r in records if name in r], dtype=float)
-            axis.plot(steps, smooth(values), label=run, linewidth=1.6)
+            axis.plot(steps, smooth(values), label=plain_label(run), linewidth=1.6)
         axis.set_title(TITLES[name], fontsize=9)
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)

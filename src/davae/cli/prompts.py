@@ -118,10 +118,11 @@ def geneval_score(
     results: Annotated[Path, typer.Argument(help="results.jsonl of the official evaluation, or of ours.")],
     json: Json = None,
 ) -> None:
-    """Scores by task and overall. Example: `davae evaluate geneval-score results.jsonl`"""
+    """Scores by task and overall, with the images behind each. Example: `davae evaluate geneval-score results.jsonl`"""
     from davae.display import console
-    from davae.evaluate.geneval import read_results, scores
+    from davae.evaluate.geneval import coverage, read_results, scores
 
-    figures = scores(read_results(results))
+    records = read_results(results)
+    figures = {**scores(records), **coverage(records)}
     write_json(json, figures)
     console.print_json(data=figures)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +21,26 @@ from davae.files import atomic_text, saving
 from davae.models.pipeline import ModelError
 from davae.models.placement import own_device
 
+logger = logging.getLogger(__name__)
+
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection's confidence; counting asks for more
-# what the official prompts call three of COCO's classes
-RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+# a detector's names -> the official prompts': three of COCO's classes, and the names that older releases give to some
+RENAMED = {
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    "sofa": "couch",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+    "aeroplane": "airplane",
+    "motorbike": "motorcycle",
+    "pottedplant": "potted plant",
+    "hair dryer": "hair drier",
+    "cellphone": "cell phone",
+}
+UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls classes without names
 MOST = 16  # detections kept of one class
 OVERLAP = 0.1  # share of both sizes by which a position must exceed mere touching
 
@@ -101,15 +120,16 @@ def judge(detections: list[Found], request: dict[str, Any], colour_of: Callable[
 
 
 def class_name(label: str) -> str:
-    """GenEval's name of one of COCO's classes."""
-    return RENAMED.get(label, label)
+    """Return GenEval's name of a detector's class."""
+    plain = " ".join(label.replace("_", " ").lower().split())
+    return RENAMED.get(plain, plain)
 
 
 class Detector:
     """An object detector of transformers with COCO's class names, from a folder or hub id.
 
     Raises:
-        ModelError: when there is none.
+        ModelError: when there is none, or its classes have no names.
     """
 
     def __init__(self, model: str):
@@ -122,6 +142,13 @@ class Detector:
             raise ModelError(f"detector {model}: {' '.join(str(error).split())[:160]}") from error
         self.device = own_device()
         self.model.to(self.device)
+        labels = [str(label) for label in self.model.config.id2label.values()]
+        unnamed = [label for label in labels if UNNAMED.fullmatch(label)]
+        if unnamed:
+            raise ModelError(
+                f"detector {model}: its classes have no names ({unnamed[0]}, ...); use one whose config names COCO's classes"
+            )
+        self.classes = {class_name(label) for label in labels}
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image) -> list[Found]:
@@ -188,6 +215,21 @@ def _pixels(found: Found, picture: Image.Image) -> tuple[int, int, int, int]:
     return left, top, min(max(right, left + 1), picture.width), min(max(bottom, top + 1), picture.height)
 
 
+def asked_classes(request: dict[str, Any]) -> set[str]:
+    """Return the classes that a prompt's request names."""
+    return {part["class"] for key in ("include", "exclude") for part in request.get(key, [])}
+
+
+def missing_classes(requests: list[dict[str, Any]], known: set[str]) -> tuple[list[str], int]:
+    """Compare what prompts ask for with what a detector can find.
+
+    Returns:
+        The classes that the detector lacks, and how many prompts ask for one of them.
+    """
+    missing = {name for request in requests for name in asked_classes(request)} - known
+    return sorted(missing), sum(bool(asked_classes(request) & missing) for request in requests)
+
+
 def read_results(path: Path) -> list[dict[str, Any]]:
     """Records of an official results file, or of ours.
 
@@ -200,8 +242,18 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except ValueError as error:
         raise ModelError(f"GenEval results {path}: not one JSON object a line") from error
-    if not records or any("tag" not in r or "correct" not in r for r in records):
+    if not records or any(not isinstance(r, dict) or "tag" not in r or "correct" not in r for r in records):
         raise ModelError(f"GenEval results {path}: every line needs `tag` and `correct`")
+    for number, record in enumerate(records, 1):
+        tag, correct = record["tag"], record["correct"]
+        if not isinstance(tag, str):
+            raise ModelError(
+                f"GenEval results {path}: result {number}: `tag` is {tag!r}; it is one of {', '.join(TASKS)}"
+            )
+        if not (isinstance(correct, bool) or correct in (0, 1)):
+            raise ModelError(
+                f"GenEval results {path}: result {number}: `correct` is {correct!r}; it is true or false"
+            )
     return records
 
 
@@ -210,3 +262,19 @@ def scores(records: list[dict[str, Any]]) -> dict[str, float]:
     tags = sorted({record["tag"] for record in records})
     tasks = {tag: mean(float(record["correct"]) for record in records if record["tag"] == tag) for tag in tags}
     return {**tasks, "overall": mean(tasks.values())}
+
+
+def coverage(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what scores rest on: `pictures` of each task, and `missing_tasks`, the official tasks without a result.
+
+    A task that is missing is named in the log too, because `overall` is then the mean of the other ones.
+    """
+    counts = Counter(record["tag"] for record in records)
+    missing = [task for task in TASKS if task not in counts]
+    if missing:
+        logger.warning(
+            "GenEval: no results of %s; `overall` is the mean of the other %d tasks, not the published figure",
+            ", ".join(missing),
+            len(counts),
+        )
+    return {"pictures": dict(sorted(counts.items())), "missing_tasks": missing}

@@ -120,7 +120,7 @@ def run_command(command: list[str], pictures: list[Image.Image]) -> list[Image.I
         folders = {"{input}": str(source), "{output}": str(target)}
         words = [re.sub("{input}|{output}", lambda found: folders[found[0]], word) for word in command]
         try:
-            subprocess.run(words, check=True, capture_output=True, text=True)
+            subprocess.run(words, check=True, capture_output=True, text=True, errors="replace")
         except (OSError, subprocess.CalledProcessError) as error:
             told = getattr(error, "stderr", None) or str(error)
             raise ModelError(f"--upscale command failed: {' '.join(told.split())[-200:]}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,7 @@ import davae
 from davae.data.openmoji import CREDIT
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import HUB_ID, MissingPart, ModelError, fetch_file, read_config
+from davae.publish.escape import as_code, as_prose, encodable, fence, one_line
 from davae.recipes import Recipe
 from davae.zoo import MODELS
 
@@ -77,11 +79,11 @@ def base_licence(base: str) -> tuple[dict[str, str], str]:
         return {}, _unknown("cannot be reached from here, so that its model card was not read")
     except (ValueError, yaml.YAMLError):
         return {}, _unknown("has a model card whose header cannot be read")
-    fields = {key: value for key, value in card.data.to_dict().items() if key in LICENCE}
+    fields = {key: one_line(value) for key, value in card.data.to_dict().items() if key in LICENCE}
     if "license" not in fields:
         return {}, _unknown("has a model card that names none")
     name = fields.get("license_name", fields["license"])
-    return fields, f"As the base: {name}. Weights that derive from the base stay under its licence."
+    return fields, f"As the base: {as_prose(name)}. Weights that derive from the base stay under its licence."
 
 
 def _unknown(why: str) -> str:
@@ -116,26 +118,29 @@ def write_card(folder: Path, origin: Origin, index: dict[str, Any]) -> Path:
         license_link=fields.get("license_link"),
     )
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"prose": as_prose, "code": as_code}
     template = environment.from_string(files("davae.publish").joinpath("card.md").read_text(encoding="utf-8"))
-    sizes = None
-    if recipe is not None:
-        sizes = (recipe.base.resolution, recipe.resolution)
+    sizes = None if recipe is None else (recipe.base.resolution, recipe.resolution)
+    asked, base = _asked(name, recipe), shlex.quote(encodable(origin.base_argument))
+    shown = None if recipe is None else public_recipe(recipe)
     body = template.render(
         o=origin,
         pipeline=name,
         home="diffusers" if hasattr(diffusers, name) else "davae",
         version=davae.__version__,
         sizes=sizes,
-        asked=_asked(name, recipe),
+        asked=asked,
+        base=base,
+        fence=fence(asked, base, shown),
         pixels=_pixels(name, recipe),
         guided=recipe.sampling if recipe is not None else None,
         vae=read_config(str(folder), "vae"),
         licence=licence,
         credit=CREDIT if origin.openmoji else None,
-        recipe=None if recipe is None else public_recipe(recipe),
+        recipe=shown,
     )
     path = folder / "README.md"
-    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
+    path.write_text(encodable(f"---\n{data.to_yaml()}\n---\n\n{body}"), encoding="utf-8")
     return path
 
 
@@ -147,7 +152,7 @@ def _asked(pipeline: str, recipe: Recipe | None) -> str:
     if pipeline == "ClassConditionalPipeline":
         return "prompt=0"
     prompts = recipe.sampling.prompts if recipe is not None else ()
-    return json.dumps(prompts[0] if prompts else "a red rose", ensure_ascii=False)
+    return encodable(json.dumps(prompts[0] if prompts else "a red rose", ensure_ascii=False))
 
 
 def _pixels(pipeline: str, recipe: Recipe | None) -> int | None:

@@ -17,6 +17,7 @@ from davae.files import model_folder
 from davae.models.autoencoders import load_detail_vae
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import ModelError, denoiser, load_pipeline, read_config, read_shapes
+from davae.ownership import check_out
 from davae.publish.card import Origin, write_card
 from davae.publish.standalone import home_module, standalone_source
 from davae.publish.upgrade_file import VAE_FOLDER, Upgrade, check_base_autoencoder, write_upgrade
@@ -80,9 +81,11 @@ def export(
 
     Raises:
         ModelError: an unfinished run, or a kind that this model cannot have.
+        RunError: `out` holds anything but an earlier export.
     """
     run = open_run(folder)
     base = run.base() if base is None else resolve(base)
+    check_out(out, (folder, base))
     if self_contained and kind == "upgrade":
         raise ModelError("--self-contained is for whole pipelines; use it with --as fused or --as lora")
     origin = Origin(base, kind, self_contained, run.recipe, _report(run.folder))
@@ -109,8 +112,10 @@ def apply(upgrade: Upgrade, base: str, out: Path, dtype: torch.dtype, *, self_co
 
     Raises:
         ModelError: a base of another class, number of channels, shapes or autoencoder than the upgrade was trained on.
+        RunError: `out` holds anything but what davae wrote.
     """
     base = resolve(base)
+    check_out(out, (upgrade.file, upgrade.vae, base))
     shapes = read_shapes(base)  # told before any weight is read
     channels, _ = upgrade.channels
     if (shapes.transformer_class, shapes.channels) != (upgrade.class_name, channels):

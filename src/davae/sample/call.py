@@ -20,6 +20,7 @@ from davae.models.pipeline import (
     pixel_factor,
     text_arguments,
 )
+from davae.sample.finite import checked_decoding
 
 DIT_NULL = 1000  # the null class that DiTPipeline has in its code
 
@@ -48,7 +49,8 @@ def call_pipeline(
         generator: draws the noise where `latents` is None, and what stochastic schedulers add.
 
     Raises:
-        ModelError: DiT's pipeline asked to guide a model whose null class is not the one it has in its code.
+        ModelError: DiT's pipeline asked to guide a model whose null class is not the one it has in its code; an image that
+            is not finite.
     """
     options: dict[str, Any] = {
         "num_inference_steps": steps,
@@ -64,7 +66,7 @@ def call_pipeline(
                 f"a {type(pipeline).__name__} guides away from class {DIT_NULL}, this model has {count} classes; "
                 "sample with guidance 1"
             )
-        with _at_size(pipeline, size):
+        with _at_size(pipeline, size), checked_decoding(pipeline, prompts):
             return pipeline([class_number(pipeline, prompt) for prompt in prompts], **options)
     if "use_resolution_binning" in parameters:  # the size asked for, not the nearest one in a table
         options["use_resolution_binning"] = False
@@ -72,7 +74,8 @@ def call_pipeline(
         model = denoiser(pipeline)
         options["latents"] = CALLS[type(model).__name__].pack(latents.to(pipeline._execution_device, model.dtype))
     options |= text_arguments(pipeline) | literal_prompts(pipeline)
-    return pipeline(prompt=prompts, height=size, width=size, **options)
+    with checked_decoding(pipeline, prompts):
+        return pipeline(prompt=prompts, height=size, width=size, **options)
 
 
 @contextmanager

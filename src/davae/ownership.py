@@ -1,0 +1,281 @@
+"""Folders that davae wrote: how they are marked, which ones may be replaced, and one writer at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import lock_descriptor
+
+import davae
+from davae.errors import RunError
+
+logger = logging.getLogger(__name__)
+
+MARK = ".davae.json"  # lies in every folder that davae writes as a whole
+LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file managers leave them anywhere
+CACHES = {"__pycache__", ".cache"}  # python and huggingface_hub leave them in model folders
+CARD = "Made with davae "  # a sentence of every model card
+RUN_PARTS: dict[str, tuple[str, ...]] = {  # what a run writes, and the steps after which the run only reads it
+    "base": ("base",),
+    "bench-cache": (),
+    "cache": ("cache",),
+    "checkpoints": (),
+    "metrics.jsonl": (),
+    "pictures.json": (),
+    "pipeline": ("stage2", "dit"),
+    "progress": (),
+    "report.html": (),
+    "report.json": (),
+    "timing.jsonl": (),
+    "upgrade.safetensors": (),
+    "vae": ("stage1", "vae"),
+}
+# files of diffusers' and davae's folders, for folders of davae versions that left no mark
+KNOWN = re.compile(
+    r"(config|generation_config|model_index|preprocessor_config|processor_config|scheduler_config|tokenizer|meta|"
+    r"tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|(merges|vocab)\.txt|spiece\.model|"
+    r"tokenizer\.model|chat_template\.jinja|(diffusion_pytorch_model|model|pytorch_lora_weights|upgrade)[\w.-]*"
+    r"\.(safetensors|index\.json)|README\.md|state\.pt|\w+\.py"
+)
+
+
+# -- marks -----------------------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the files and links below a folder as relative names, without what other programs litter."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(set(folders) - CACHES)
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        here = Path(place).relative_to(folder)
+        found += [(here / name).as_posix() for name in sorted(names + links) if name not in LITTER]
+    return [name for name in found if name != MARK]
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def mark(folder: Path) -> None:
+    """Write the mark into a folder: the names of its files, and hashes of the texts that a person may edit."""
+    names = _files(folder)
+    texts = {name: _digest(folder / name) for name in names if name.endswith(".md")}
+    values = {"davae": davae.__version__, "files": names, "texts": texts}
+    (folder / MARK).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _mark_of(folder: Path) -> dict[str, Any] | None:
+    """Return what a folder's mark contains; None without one that can be read."""
+    try:
+        values = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("files"), list) else None
+
+
+def unowned(folder: Path) -> str | None:
+    """Return why a folder may not be replaced, None where all that it holds is davae's own.
+
+    A folder is davae's where it carries the mark, or what davae versions without marks always wrote.
+    """
+    if folder.is_symlink():
+        return "it is a symbolic link; give the folder that it points to"
+    if not folder.is_dir():
+        return "it is a file"
+    names = _files(folder)
+    values = _mark_of(folder)
+    if values is None:
+        if not names and not (folder / MARK).exists():
+            return None
+        return _unowned_before_marks(folder, names)
+    strange = sorted(set(names) - set(values["files"]))
+    if strange:
+        return f"it holds {strange[0]!r}, which davae did not write"
+    texts = values.get("texts", {})
+    edited = [name for name in names if name in texts and _digest(folder / name) != texts[name]]
+    return f"{edited[0]!r} was edited since davae wrote it" if edited else None
+
+
+def _unowned_before_marks(folder: Path, names: list[str]) -> str | None:
+    strange = [name for name in names if not KNOWN.fullmatch(Path(name).name) or (folder / name).is_symlink()]
+    if strange:
+        return f"it holds {strange[0]!r}, which davae did not write"
+    if run_of(folder) is not None or _names_davae(folder):
+        return None
+    return f"davae did not write it (no {MARK} inside)"
+
+
+def _names_davae(folder: Path) -> bool:
+    """Return whether a folder without a mark has davae's model card or one of davae's own classes."""
+    card = folder / "README.md"
+    whole = any((folder / name).is_file() for name in ("model_index.json", "upgrade.safetensors"))
+    if whole and card.is_file():
+        return CARD in card.read_text(encoding="utf-8", errors="replace")
+    for name in ("model_index.json", "config.json"):
+        try:
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(values, dict):
+            classes = [value for value in values.values() if isinstance(value, list) and value]
+            return values.get("_class_name") in davae.__all__ or any(c[0] == davae.__name__ for c in classes)
+    return False
+
+
+# -- places that a person names --------------------------------------------------------------------------------------
+
+
+def check_parents(path: Path) -> None:
+    """Refuse a path below a file.
+
+    Raises:
+        RunError: an existing part of the path is not a folder.
+    """
+    above = next((place for place in path.absolute().parents if place.exists() or place.is_symlink()), None)
+    if above is not None and not above.is_dir():
+        raise RunError(f"{path}: {above} is not a folder; use another --out")
+
+
+def check_out(out: Path, reads: Iterable[str | Path] = ()) -> None:
+    """Refuse a folder to write that holds anything but davae's own, before any work.
+
+    Args:
+        out: the folder, which may be absent.
+        reads: files and folders that the verb reads; other names, hub ids for example, are left out.
+
+    Raises:
+        RunError: in one line, why the folder cannot be written or replaced.
+    """
+    place = Path(os.path.abspath(out))  # links stay as they are
+    real = place.resolve()
+    for source in map(Path, reads):
+        if source.exists() and (real == source.resolve() or real in source.resolve().parents):
+            raise RunError(f"{out}: it is or holds {source}, which this command reads; use another --out")
+    run = run_of(place)
+    if run is not None and place.relative_to(run).parts[0] in RUN_PARTS:
+        raise RunError(f"{out}: it belongs to the run {run}; use another --out")
+    check_replaceable(place, out)
+
+
+def check_replaceable(place: Path, shown: Path | None = None) -> None:
+    """Refuse a folder that `atomic_folder` would replace and that davae did not write.
+
+    Args:
+        shown: the folder's name in the message.
+
+    Raises:
+        RunError: in one line, why.
+    """
+    shown = shown or place
+    if not (place.exists() or place.is_symlink()):
+        check_parents(place)
+        return
+    reason = unowned(place)
+    if reason is None and (Path.cwd() == place.resolve() or place.resolve() in Path.cwd().parents):
+        reason = "it is or holds the current folder"
+    if reason is not None:
+        raise RunError(f"{shown}: {reason}; use another --out, or move it away")
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder looks like one of davae's runs: a recipe and checkpoints."""
+    return (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir()
+
+
+def run_of(place: Path) -> Path | None:
+    """Return the run folder that a place lies in, None where it lies in none."""
+    return next((above for above in place.parents if is_run(above)), None)
+
+
+def check_run(folder: Path, done: Callable[[str], bool]) -> None:
+    """Refuse a run folder in which the run would write over what is not its own.
+
+    Args:
+        folder: the run's folder, which may be absent; its recipe was read before.
+        done: whether a step of the run is done, so that its results are only read.
+
+    Raises:
+        RunError: in one line, what is in the way.
+    """
+    if not folder.is_dir():
+        if folder.exists() or folder.is_symlink():
+            raise RunError(f"{folder}: it is not a folder; use another --out")
+        check_parents(folder)
+        return
+    present = [name for name in RUN_PARTS if _in_the_way(folder / name)]
+    if present and not is_run(folder):
+        raise RunError(f"{folder}: it holds '{present[0]}' and is not a run of davae; use another --out")
+    for name in present:
+        place = folder / name
+        if any(map(done, RUN_PARTS[name])):
+            continue
+        if place.is_symlink():
+            raise RunError(f"{place}: it is a symbolic link; move the folder there, or use another --out")
+        if name in ("vae", "pipeline"):
+            check_replaceable(place)
+
+
+def _in_the_way(place: Path) -> bool:
+    """Return whether something is there, an empty folder aside."""
+    return place.is_symlink() or (any(place.iterdir()) if place.is_dir() else place.exists())
+
+
+# -- one writer ------------------------------------------------------------------------------------------------------
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Lock a folder against other davae processes; the lock ends with the returned descriptor, or with the process.
+
+    Returns:
+        An open descriptor, or None where the system or the file system has no such locks.
+
+    Raises:
+        RunError: another process holds the lock.
+    """
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return None
+    try:
+        free = lock_descriptor(number, blocking=False)
+    except OSError as error:
+        os.close(number)
+        logger.warning("%s cannot be locked (%s): run one davae at a time here", folder, error.strerror)
+        return None
+    if not free:
+        os.close(number)
+        raise RunError(f"{folder}: another davae process writes here; wait for it or use another --out")
+    return number
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; it is made where it is absent.
+
+    Raises:
+        RunError: another process holds it, or the folder cannot be made.
+    """
+    check_parents(folder)
+    if folder.is_symlink() and not folder.exists():
+        raise RunError(f"{folder}: it is a symbolic link to nothing; use another --out")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: it is a file; use another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    number = lock_folder(folder)
+    try:
+        yield
+    finally:
+        if number is not None:
+            os.close(number)

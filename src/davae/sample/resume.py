@@ -1,0 +1,84 @@
+"""Images that an interrupted command left: kept for the same prompts, settings and weights, refused for others."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from davae.errors import ModelError, RunError
+from davae.files import atomic_text
+from davae.ownership import LITTER, only_writer
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"
+
+
+@contextmanager
+def kept_images(
+    folder: Path,
+    settings: dict[str, Any],
+    about: dict[str, Any],
+    *,
+    former: dict[str, Any] | None = None,
+    check_former: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
+    """Hold a folder of images for one process, after a check that those in it are of the same settings.
+
+    Args:
+        folder: where the images lie, with `settings.json`; made where it is absent.
+        settings: what the images depend on.
+        about: what a reader may want to know too, and no image depends on: names and paths.
+        former: what davae versions without fingerprints wrote for the same command.
+        check_former: raises where the images of such a version are not those of the same prompts.
+
+    Raises:
+        ModelError: the images there are of other settings; names the first one that differs.
+        RunError: the folder holds something that davae did not draw, or another process draws into it.
+    """
+    with only_writer(folder):
+        path = folder / SETTINGS
+        strange = [entry.name for entry in folder.iterdir() if entry.name not in LITTER]
+        if path.is_file():
+            _compare(path, settings, set(about), former, check_former)
+        elif strange:
+            raise RunError(f"{folder}: it holds {min(strange)!r} and no {SETTINGS}; use another --out")
+        text = json.dumps({**settings, **about}, indent=2) + "\n"
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            atomic_text(path, text)
+        yield
+
+
+def _compare(
+    path: Path,
+    settings: dict[str, Any],
+    about: set[str],
+    former: dict[str, Any] | None,
+    check_former: Callable[[], None],
+) -> None:
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: not JSON; remove it with the images around it, or use another --out") from error
+    if not isinstance(old, dict):
+        raise RunError(f"{path}: not the settings of images; use another --out")
+    wanted = json.loads(json.dumps(settings))
+    if "weights" not in old and former is not None and old == json.loads(json.dumps(former)):
+        check_former()
+        logger.warning("%s: images of an earlier davae, which kept no fingerprint of the weights", path.parent)
+        return
+    differing = [name for name in {**wanted, **old} if name not in about and old.get(name) != wanted.get(name)]
+    if differing:
+        raise ModelError(
+            f"{path.parent} holds pictures of other settings ({_words(differing[0], old, wanted)}); use another --out"
+        )
+
+
+def _words(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+    if name in ("weights", "prompts"):
+        return f"the {name} changed"
+    return f"{name}: {old.get(name)}, now {new.get(name)}"
