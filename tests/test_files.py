@@ -17,6 +17,7 @@ from PIL import Image
 from davae import files
 from davae.errors import DataError, DavaeError, ModelError, RecipeError, RunError, UnreadablePicture
 from davae.files import atomic_file, atomic_folder, atomic_text, require_space, save_tensors, saving
+from davae.ownership import MARK
 
 WRITERS = 30
 
@@ -67,7 +68,7 @@ def test_processes_write_one_folder_at_once(tmp_path: Path):
     children = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
     assert [child.wait() for child in children] == [0, 0, 0]
     assert names(tmp_path) == ["x"]
-    assert names(tmp_path / "x") == ["a", "b"]
+    assert names(tmp_path / "x") == [MARK, "a", "b"]
 
 
 def test_what_a_killed_process_left_goes_and_what_it_moved_aside_comes_back(tmp_path: Path):

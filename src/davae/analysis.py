@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from davae.analyze.spectra import radial_power, spectra_plot
 from davae.data.pictures import DataError, Pictures, spread, to_images
 from davae.evaluate.detail_use import reconstructions
 from davae.evaluate.reconstruction import score_reconstructions
-from davae.files import atomic_file, atomic_text
 from davae.losses.alignment import group_mean
 from davae.losses.perceptual import Lite0Distance
 from davae.measure import batches, open_autoencoder, real_pictures
 from davae.models.detail_vae import DetailVAE
 from davae.models.pipeline import ModelError
+from davae.output_files import check_figures, check_image, save_image, write_figures
 from davae.train.state import read_metrics
 
 SHOWN = 8  # pictures in a figure
@@ -38,15 +38,21 @@ def open_detail_vae(name: str) -> DetailVAE:
     return vae
 
 
+def check_figure(out: Path, name: str) -> None:
+    """Refuse a place for a figure where something that davae did not write has its name, before any work.
+
+    Raises:
+        RunError: in one line, what is there.
+    """
+    check_image(out / f"{name}.png")
+    check_figures(out / f"{name}.json")
+
+
 def write_figure(out: Path, name: str, picture: bytes | Image.Image, figures: dict[str, Any]) -> Path:
     """`name.png` and `name.json` in a folder; returns the picture's path."""
     path = out / f"{name}.png"
-    with atomic_file(path) as partial:
-        if isinstance(picture, bytes):
-            partial.write_bytes(picture)
-        else:
-            picture.save(partial)
-    atomic_text(out / f"{name}.json", json.dumps(figures, indent=2) + "\n")
+    save_image(Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture, path)
+    write_figures(out / f"{name}.json", figures)
     return path
 
 
@@ -66,6 +72,7 @@ def contact_sheet(rows: dict[str, list[Image.Image]], cell: int) -> Image.Image:
 
 def sensitivity(vae: str, base: str, data: str, out: Path, *, num: int, held_out: float) -> Path:
     """Decoder sensitivity (Tab. S2a, S3): what full, zeroed and random detail decode to, beside base + bicubic."""
+    check_figure(out, "sensitivity")
     model, base_vae = open_detail_vae(vae), open_autoencoder(base)
     pictures = real_pictures(data, int(model.config["sample_size"]), held_out, "held_out")
     perceptual = {"lite0": Lite0Distance()}
@@ -88,6 +95,7 @@ def raw_latents(vae: DetailVAE, pictures: Pictures, num: int) -> tuple[Tensor, T
 
 def spectra(vae: str, data: str, out: Path, *, num: int, held_out: float) -> Path:
     """Radial power spectra of z, z_d and the grouped mean of z_d (Fig. S5)."""
+    check_figure(out, "spectra")
     model = open_detail_vae(vae)
     pictures = real_pictures(data, int(model.config["sample_size"]), held_out, "held_out")
     z, z_d, _ = raw_latents(model, pictures, num)
@@ -102,6 +110,7 @@ def spectra(vae: str, data: str, out: Path, *, num: int, held_out: float) -> Pat
 
 def latents(vae: str, unaligned: str | None, data: str, out: Path, *, num: int, held_out: float) -> Path:
     """Latent maps and class separability (Fig. 3): z, aligned z_d and, from a second run, unaligned z_d."""
+    check_figure(out, "latents")
     models = {"z_d": open_detail_vae(vae)}
     if unaligned is not None:
         models = {"aligned z_d": models["z_d"], "unaligned z_d": open_detail_vae(unaligned)}
@@ -139,6 +148,7 @@ def stage2_records(run: Path) -> list[dict[str, Any]]:
 
 def curves(run: Path, out: Path) -> Path:
     """Loss curves of a run's stage 2 (Fig. S3)."""
+    check_figure(out, "curves")
     records = stage2_records(run)
     picture = loss_curves(records, "stage2")
     assert picture is not None
@@ -147,6 +157,7 @@ def curves(run: Path, out: Path) -> Path:
 
 def compare(runs: dict[str, Path], out: Path) -> Path:
     """Base and detail loss of several runs side by side: zero against random new weights (Fig. 4), or any others."""
+    check_figure(out, "compare")
     records = {name: stage2_records(run) for name, run in runs.items()}
     picture = compared_curves(records, ("loss_base", "loss_detail"))
     figures = {name: {"run": str(runs[name]), "first": r[0], "last": r[-1]} for name, r in records.items()}

@@ -25,7 +25,8 @@ from davae.models.autoencoders import load_autoencoder
 from davae.models.families import model_class, transformer_family
 from davae.models.lora import widen_lora
 from davae.models.pipeline import ModelError, read_config
-from davae.ownership import check_out, check_tensors
+from davae.output_files import check_tensors
+from davae.ownership import check_out
 from davae.recipes.values import read_yaml_file
 from davae.sample.class_conditional import ClassConditionalPipeline
 

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from davae.checksums import tensor_sums, write_sums
 from davae.errors import RunError
+from davae.ownership import check_replaceable, mark
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -256,18 +257,21 @@ def atomic_text(path: Path, text: str, kept: str = KEPT) -> None:
 def atomic_folder(path: Path, kept: str = KEPT) -> Iterator[Path]:
     """Yield a partial folder to fill, which takes the name `path` at the end and is removed when that fails.
 
-    A folder that has the name already is replaced as a whole. A symbolic link is followed.
+    A folder that has the name already is replaced as a whole where davae wrote it. A symbolic link is followed. The new
+    folder carries the mark by which it is known later (see `ownership`).
 
     Args:
         path: the name it takes.
         kept: what survives a full disk, named in the message.
 
     Raises:
-        RunError: the disk is full, the place cannot be written, or `path` is a file.
+        RunError: the disk is full, the place cannot be written, `path` is a file, or a folder that davae did not write.
     """
-    path = _real(path)
+    given = Path(os.path.abspath(path))
+    path = _real(given)
     if path.is_file():
         raise RunError(f"{path} is a file, a folder is to be made there; use another name")
+    check_replaceable(given)
     partial = unique_name(path)
     with saving(path, kept):
         make_folder(path.parent)
@@ -275,6 +279,8 @@ def atomic_folder(path: Path, kept: str = KEPT) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
+            mark(partial)
+            check_replaceable(given)  # hours may have passed
             for written in [*partial.rglob("*"), partial]:
                 if not written.is_symlink():
                     to_disk(written)
@@ -314,7 +320,11 @@ def _take_name(partial: Path, path: Path) -> None:
     finally:
         for old in reversed(aside):
             if not os.path.lexists(path) and old.is_dir():
-                old.rename(path)
+                try:
+                    old.rename(path)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process took the name meanwhile
+                        raise
             shutil.rmtree(old, ignore_errors=True)
 
 

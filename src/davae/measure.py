@@ -21,17 +21,35 @@ from davae.evaluate.features import Features, extract, make_extractor
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.throughput import time_pipelines
 from davae.evaluate.upscale import make_upscaler
-from davae.files import atomic_file, saving
+from davae.files import saving
 from davae.losses.perceptual import Lite0Distance, Lpips
 from davae.models.autoencoders import load_autoencoder
 from davae.models.classes import class_count, class_number, goes_by_class
 from davae.models.one_frame import decode_latents, encode_mode
 from davae.models.pipeline import ModelError, default_resolution, load_pipeline
 from davae.models.placement import FULL, Placement, own_device
+from davae.output_files import check_image, check_place, save_image
 from davae.sample.adm import Labels, class_schedule, write_samples
+from davae.sample.fingerprint import model_fingerprint
 from davae.sample.generate import generate
 from davae.train.export import load_upgraded
 from davae.zoo import SHIPPED, UPGRADES, resolve
+
+
+def model_places(name: str) -> list[str]:
+    """Return the folders or hub ids that a model is loaded from, by the names that `open_model` takes.
+
+    Raises:
+        ModelError: a run that has no pipeline yet.
+    """
+    folder = Path(name)
+    if name in SHIPPED:
+        return [resolve(SHIPPED[name]), str(UPGRADES[SHIPPED[name]])]
+    if (folder / "pipeline" / "model_index.json").is_file():
+        return [str(folder / "pipeline")]
+    if (folder / "recipe.yaml").is_file():
+        raise ModelError(f"run {name} has no pipeline yet; run its `davae upgrade` command to the end")
+    return [resolve(name)]
 
 
 def open_model(name: str, placement: Placement = FULL) -> tuple[Any, Path]:
@@ -39,16 +57,12 @@ def open_model(name: str, placement: Placement = FULL) -> tuple[Any, Path]:
 
     `micro-upgraded` is the embedded model with the upgrade that ships with it.
     """
-    folder = Path(name)
-    samples = Path("samples") / folder.name
-    if name in SHIPPED:
-        base = load_pipeline(resolve(SHIPPED[name]), placement.dtype)
-        return placement.place(load_upgraded(base, UPGRADES[SHIPPED[name]])), samples
-    if (folder / "pipeline" / "model_index.json").is_file():
-        return placement.place(load_pipeline(str(folder / "pipeline"), placement.dtype)), folder / "samples"
-    if (folder / "recipe.yaml").is_file():
-        raise ModelError(f"run {name} has no pipeline yet; run its `davae upgrade` command to the end")
-    return placement.place(load_pipeline(resolve(name), placement.dtype)), samples
+    place, *upgrades = model_places(name)
+    pipeline = load_pipeline(place, placement.dtype)
+    for upgrade in upgrades:
+        pipeline = load_upgraded(pipeline, Path(upgrade))
+    own = Path(place) == Path(name) / "pipeline"
+    return placement.place(pipeline), Path(name) / "samples" if own else Path("samples") / Path(name).name
 
 
 def check_classes(pipeline: Any, prompts: list[str]) -> None:
@@ -74,19 +88,35 @@ def sample_to_folder(
     batch_size: int,
     on_batch: Callable[[int, int], None],
 ) -> Path:
-    """Write `num` pictures of every prompt and one grid, a row a prompt; returns the grid's path."""
+    """Write `num` pictures of every prompt and one grid, a row a prompt; returns the grid's path.
+
+    Raises:
+        ModelError: a class that the model lacks, a picture that is not finite; those before it are written.
+        RunError: files of these names are there, and davae did not write them.
+    """
     check_classes(pipeline, prompts)
     wanted = [prompt for prompt in prompts for _ in range(num)]
-    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": batch_size}
-    pictures = generate(pipeline, wanted, resolution=resolution, **options, on_batch=on_batch)
-    for number, (prompt, picture) in enumerate(zip(wanted, pictures, strict=True)):
-        words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:40] or "picture"
-        with atomic_file(folder / f"{words}-seed{seed}-{number:03d}.png") as partial:
-            picture.save(partial)
     sheet = folder / f"grid-seed{seed}.png"
-    with atomic_file(sheet) as partial:
-        grid(pictures, num).save(partial)
+    places = [folder / sample_name(prompt, seed, number) for number, prompt in enumerate(wanted)]
+    for place in (*places, sheet):
+        check_image(place)
+    pictures: list[Any] = []
+    for start in range(0, len(wanted), batch_size):
+        part = wanted[start : start + batch_size]
+        options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": batch_size}
+        drawn = generate(pipeline, part, resolution=resolution, first=start, **options)
+        for place, picture in zip(places[start:], drawn, strict=False):
+            save_image(picture, place)
+        pictures += drawn
+        on_batch(len(pictures), len(wanted))
+    save_image(grid(pictures, num), sheet)
     return sheet
+
+
+def sample_name(prompt: str, seed: int, number: int) -> str:
+    """Return the file name of one picture of `davae sample`."""
+    words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:40] or "picture"
+    return f"{words}-seed{seed}-{number:03d}.png"
 
 
 def open_autoencoder(name: str) -> Any:
@@ -324,6 +354,8 @@ def write_sample_file(
     placement: Placement = FULL,
 ) -> bool:
     """`davae evaluate samples`: whether the `.npz` is whole (False: other processes still draw their parts)."""
+    check_place(target)
+    weights = model_fingerprint(model_places(pipeline))
     model, _ = open_model(pipeline, placement)
     if not goes_by_class(model):
         raise ModelError(f"{pipeline} is no class-conditional model; sample files follow the ImageNet protocol")
@@ -344,14 +376,15 @@ def write_sample_file(
         )
         return torch.stack(pictures)
 
-    settings = {"pipeline": pipeline, "labels": labels, "steps": steps, "guidance": guidance, "seed": seed}
-    settings |= placement.changes
+    settings = {"labels": labels, "steps": steps, "guidance": guidance, "seed": seed, **placement.changes}
     with saving(target):
         return write_samples(
             target,
             schedule,
             draw,
-            settings=settings,
+            settings={**settings, "weights": weights},
+            about={"pipeline": pipeline},
+            former={**settings, "pipeline": pipeline},
             rank=state.process_index,
             ranks=state.num_processes,
             on_part=on_part,

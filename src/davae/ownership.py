@@ -50,24 +50,27 @@ KNOWN = re.compile(
 # -- marks -----------------------------------------------------------------------------------------------------------
 
 
-def _files(folder: Path) -> list[str]:
-    """Return the files and links below a folder as relative names, without what other programs litter."""
-    found = []
+def _files(folder: Path) -> Iterator[str]:
+    """Yield the files and links below a folder as relative names, without what other programs litter."""
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(set(folders) - CACHES)
         links = [name for name in folders if (Path(place) / name).is_symlink()]
+        folders[:] = sorted(set(folders) - CACHES - set(links))
         here = Path(place).relative_to(folder)
-        found += [(here / name).as_posix() for name in sorted(names + links) if name not in LITTER]
-    return [name for name in found if name != MARK]
+        for name in sorted(names + links):
+            if name not in LITTER and (here / name).as_posix() != MARK:
+                yield (here / name).as_posix()
 
 
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except FileNotFoundError:  # the folder is being replaced
+        return ""
 
 
 def mark(folder: Path) -> None:
     """Write the mark into a folder: the names of its files, and hashes of the texts that a person may edit."""
-    names = _files(folder)
+    names = list(_files(folder))
     texts = {name: _digest(folder / name) for name in names if name.endswith(".md")}
     values = {"davae": davae.__version__, "files": names, "texts": texts}
     (folder / MARK).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -85,31 +88,45 @@ def _mark_of(folder: Path) -> dict[str, Any] | None:
 def unowned(folder: Path) -> str | None:
     """Return why a folder may not be replaced, None where all that it holds is davae's own.
 
-    A folder is davae's where it carries the mark, or what davae versions without marks always wrote.
+    A folder is davae's where it carries the mark, or what davae versions without marks always wrote. A link counts as
+    what it leads to.
     """
-    if folder.is_symlink():
-        return "it is a symbolic link; give the folder that it points to"
+    while True:
+        before = _identity(folder)
+        reason = _unowned(folder)
+        if reason is None or _identity(folder) == before:  # else another process put its own there meanwhile
+            return reason
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        about = folder.stat()
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
+
+
+def _unowned(folder: Path) -> str | None:
     if not folder.is_dir():
-        return "it is a file"
-    names = _files(folder)
+        return "it is a file" if folder.exists() else None
     values = _mark_of(folder)
     if values is None:
-        if not names and not (folder / MARK).exists():
-            return None
-        return _unowned_before_marks(folder, names)
-    strange = sorted(set(names) - set(values["files"]))
-    if strange:
-        return f"it holds {strange[0]!r}, which davae did not write"
-    texts = values.get("texts", {})
-    edited = [name for name in names if name in texts and _digest(folder / name) != texts[name]]
-    return f"{edited[0]!r} was edited since davae wrote it" if edited else None
+        return _unowned_before_marks(folder)
+    known, texts = set(values["files"]), values.get("texts", {})
+    for name in _files(folder):  # no further than the first one that is not davae's: the folder may be a whole disk
+        if name not in known:
+            return f"it holds {name!r}, which davae did not write"
+        if name in texts and _digest(folder / name) != texts[name]:
+            return f"{name!r} was edited since davae wrote it"
+    return None
 
 
-def _unowned_before_marks(folder: Path, names: list[str]) -> str | None:
-    strange = [name for name in names if not KNOWN.fullmatch(Path(name).name) or (folder / name).is_symlink()]
-    if strange:
-        return f"it holds {strange[0]!r}, which davae did not write"
-    if run_of(folder) is not None or _names_davae(folder):
+def _unowned_before_marks(folder: Path) -> str | None:
+    for name in _files(folder):
+        if not KNOWN.fullmatch(Path(name).name) or (folder / name).is_symlink():
+            return f"it holds {name!r}, which davae did not write"
+    empty = next(_files(folder), None) is None and not (folder / MARK).exists()
+    if empty or run_of(folder) is not None or _names_davae(folder):
         return None
     return f"davae did not write it (no {MARK} inside)"
 
@@ -140,9 +157,9 @@ def check_parents(path: Path) -> None:
     Raises:
         RunError: an existing part of the path is not a folder.
     """
-    above = next((place for place in path.absolute().parents if place.exists() or place.is_symlink()), None)
-    if above is not None and not above.is_dir():
-        raise RunError(f"{path}: {above} is not a folder; use another --out")
+    above = next(place for place in path.absolute().parents if place.exists())
+    if not above.is_dir():
+        raise RunError(f"{path}: {above} is a file, a folder is to be made there; use another --out")
 
 
 def check_out(out: Path, reads: Iterable[str | Path] = ()) -> None:
@@ -176,12 +193,11 @@ def check_replaceable(place: Path, shown: Path | None = None) -> None:
         RunError: in one line, why.
     """
     shown = shown or place
-    if not (place.exists() or place.is_symlink()):
+    if not place.exists():
         check_parents(place)
         return
-    reason = unowned(place)
-    if reason is None and (Path.cwd() == place.resolve() or place.resolve() in Path.cwd().parents):
-        reason = "it is or holds the current folder"
+    real, here = place.resolve(), Path.cwd()
+    reason = "it is or holds the current folder" if real == here or real in here.parents else unowned(place)
     if reason is not None:
         raise RunError(f"{shown}: {reason}; use another --out, or move it away")
 
@@ -210,8 +226,8 @@ def check_run(folder: Path, done: Callable[[str], bool]) -> None:
         RunError: in one line, what is in the way.
     """
     if not folder.is_dir():
-        if folder.exists() or folder.is_symlink():
-            raise RunError(f"{folder}: it is not a folder; use another --out")
+        if folder.exists():
+            raise RunError(f"{folder}: it is a file; use another --out")
         check_parents(folder)
         return
     present = [name for name in RUN_PARTS if _in_the_way(folder / name)]
@@ -221,8 +237,6 @@ def check_run(folder: Path, done: Callable[[str], bool]) -> None:
         place = folder / name
         if any(map(done, RUN_PARTS[name])):
             continue
-        if place.is_symlink():
-            raise RunError(f"{place}: it is a symbolic link; move the folder there, or use another --out")
         if name in ("vae", "pipeline"):
             check_replaceable(place)
 
@@ -267,9 +281,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another process holds it, or the folder cannot be made.
     """
+    folder = Path(os.path.realpath(folder))
     check_parents(folder)
-    if folder.is_symlink() and not folder.exists():
-        raise RunError(f"{folder}: it is a symbolic link to nothing; use another --out")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: it is a file; use another --out")
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,15 @@ from davae.data.decoding import read_image
 from davae.data.pictures import DataError
 from davae.data.prompts import Prompt, read_prompts
 from davae.evaluate.clip import Clip
-from davae.evaluate.geneval import Detector, judge_folder, scores, write_request
+from davae.evaluate.geneval import Detector, coverage, impossible, is_request, judge_folder, scores, write_request
 from davae.files import atomic_file, atomic_text
-from davae.measure import open_model
+from davae.measure import model_places, open_model
 from davae.models.classes import goes_by_class
 from davae.models.pipeline import ModelError
 from davae.models.placement import FULL, Placement
+from davae.sample.fingerprint import model_fingerprint
 from davae.sample.generate import generate
+from davae.sample.resume import kept_images
 
 Watch = Callable[[int, int], None]
 PART = 32  # pictures between two writes to disk
@@ -90,13 +94,21 @@ def stretches(numbers: list[int], longest: int) -> list[tuple[int, int]]:
     return found
 
 
-def settings_of(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep what pictures depend on beside them; ModelError when those there were drawn otherwise."""
-    path = folder / "settings.json"
-    text = json.dumps(settings, indent=2) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise ModelError(f"{folder} holds pictures of other settings (see {path}); use another --out")
-    atomic_text(path, text)
+@contextmanager
+def kept_drawings(out: Path, pipeline: str, prompts: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Hold a folder of pictures for this process, and yield what they depend on, the model's weights included.
+
+    Args:
+        settings: the other things that they depend on.
+
+    Raises:
+        ModelError: the pictures there are of other settings, prompts or weights.
+        RunError: the folder holds something else, or another process draws into it.
+    """
+    weights = {"weights": model_fingerprint(model_places(pipeline))}
+    about = {"pipeline": pipeline, "prompt_file": str(prompts)}
+    with kept_images(out, {**settings, **weights}, about, former={**settings, "pipeline": pipeline}):
+        yield {"pipeline": pipeline, **settings, **weights}
 
 
 def digest(requests: list[Prompt]) -> str:
@@ -127,12 +139,11 @@ def evaluate_prompts(
     chosen = requests[:num]
     scorer = None if clip is None else Clip(clip)  # a wrong folder is told before drawing
     how = Drawing(steps, guidance, seed, resolution, batch_size, placement)
-    settings = {"pipeline": pipeline, "prompts": digest(requests), **how.settings}
-    settings_of(out, settings)
     wanted = [(prompt.text, out / f"{file_name(prompt)}.png") for prompt in chosen]
     if len({path for _, path in wanted}) < len(wanted):
         raise DataError(f"prompt file {prompts}: two prompts have the same name")
-    draw_missing(pipeline, wanted, how, on_batch)
+    with kept_drawings(out, pipeline, prompts, {"prompts": digest(requests), **how.settings}) as settings:
+        draw_missing(pipeline, wanted, how, on_batch)
     figures: dict[str, Any] = {**settings, "prompts": str(prompts), "pictures": len(wanted), "folder": str(out)}
     if scorer is not None:
         parts = []
@@ -151,7 +162,7 @@ def evaluate_prompts(
 
 def file_name(prompt: Prompt) -> str:
     """A prompt's own name without its suffix, numbers in five digits; MJHQ sorts into categories."""
-    stem = Path(prompt.name).stem
+    stem = re.sub(r"[\x00-\x1f]", "_", Path(prompt.name).stem)[:120] or "prompt"
     return f"{int(stem):05d}" if stem.isdigit() else stem
 
 
@@ -178,21 +189,24 @@ def evaluate_geneval(
     if (detector is None) != (clip is None):
         raise ModelError("judging pictures needs both a detector and a CLIP model (for colours)")
     requests = read_prompts(prompts)
-    odd = next((r for r in requests if "tag" not in r.record or "include" not in r.record), None)
-    if odd is not None:
-        raise DataError(f"{prompts} is not GenEval's metadata: the prompt '{odd.text}' has no `tag` and `include`")
+    wrong = next((r for r in requests if not is_request(r.record)), None)
+    if wrong is not None:
+        raise DataError(
+            f"{prompts} is not GenEval's metadata: the prompt '{wrong.text}' has no `tag` and `include` of classes and counts"
+        )
     judge = None if detector is None or clip is None else (Detector(detector), Clip(clip))
+    lacking = {} if judge is None else impossible([r.record for r in requests], judge[0].classes)
     how = Drawing(steps, guidance, seed, resolution, batch_size, placement)
-    settings = {"pipeline": pipeline, "prompts": digest(requests), "num": num, **how.settings}
-    settings_of(out, settings)
-    wanted = []
-    for number, request in enumerate(requests):
-        folder = write_request(out, number, request.record)
-        wanted += [(request.text, folder / f"{sample:05d}.png") for sample in range(num)]
-    draw_missing(pipeline, wanted, how, on_batch)
-    figures: dict[str, Any] = {**settings, "prompts": str(prompts), "pictures": len(wanted), "folder": str(out)}
-    if judge is not None:
-        records = judge_folder(out, *judge)
-        atomic_text(out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-        figures |= {"detector": detector, "clip": clip, "geneval_with_this_detector": scores(records)}
+    with kept_drawings(out, pipeline, prompts, {"prompts": digest(requests), "num": num, **how.settings}) as settings:
+        wanted = []
+        for number, request in enumerate(requests):
+            folder = write_request(out, number, request.record)
+            wanted += [(request.text, folder / f"{sample:05d}.png") for sample in range(num)]
+        draw_missing(pipeline, wanted, how, on_batch)
+        figures: dict[str, Any] = {**settings, "prompts": str(prompts), "pictures": len(wanted), "folder": str(out)}
+        if judge is not None:
+            records = judge_folder(out, *judge)
+            atomic_text(out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+            figures |= {"detector": detector, "clip": clip, "geneval_with_this_detector": scores(records)}
+            figures |= {f"geneval_{name}": value for name, value in {**coverage(records), **lacking}.items()}
     return figures

@@ -6,20 +6,26 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import PartialState
 from PIL import Image
 
+from davae.data.cache_key import fingerprint
 from davae.data.files import index_tar
 from davae.data.prompts import read_prompts
 from davae.data.remote import add_member
-from davae.files import atomic_file, saving
-from davae.models.pipeline import default_resolution
+from davae.files import atomic_file
+from davae.measure import model_places
+from davae.models.pipeline import ModelError, default_resolution
 from davae.models.placement import Placement
-from davae.prompting import open_text_model, settings_of, stretches
+from davae.prompting import open_text_model, stretches
+from davae.sample.fingerprint import model_fingerprint
 from davae.sample.generate import generate
+from davae.sample.resume import kept_images
 
 PictureFormat = Literal["png", "jpg"]
 SAVING: dict[str, dict[str, Any]] = {
@@ -53,14 +59,15 @@ def make_data(
         How many shards are still missing: other processes draw them.
 
     Raises:
-        DataError: no prompts. ModelError: a class-conditional model, or a folder with pictures of other settings.
+        DataError: no prompts.
+        ModelError: a class-conditional model, a picture that is not finite, or a folder with pictures of other settings,
+            prompts or weights.
+        RunError: a folder that holds something else, or that another process draws into.
     """
     texts = [prompt.text for prompt in read_prompts(prompts)]
     total = num or len(texts)
     state = PartialState()
     settings = {
-        "model": model,
-        "prompts": str(prompts),
         "num": total,
         "resolution": resolution,
         "steps": steps,
@@ -70,55 +77,106 @@ def make_data(
         "format": picture_format,
         "dtype": placement.precision,
     }
-    if state.is_main_process:
-        settings_of(out, settings)
-    state.wait_for_everyone()
-    starts = range(0, total, shard_size)
-    targets = [out / f"{number:05d}.tar" for number in range(len(starts))]
-    own = [n for n in range(len(starts)) if n % state.num_processes == state.process_index]
-    done = sum(min(shard_size, total - starts[n]) for n in own if targets[n].is_file())
-    whole = sum(min(shard_size, total - starts[n]) for n in own)
-    pipeline: Any = None
-    for number in own:
-        if targets[number].is_file():
-            continue
-        pipeline = pipeline or open_text_model(model, placement)
-        size = resolution or default_resolution(pipeline)
-        numbers = range(starts[number], min(starts[number] + shard_size, total))
-        loose = out / f".{number:05d}"
-        with saving(out):
-            loose.mkdir(parents=True, exist_ok=True)
-        missing = [i for i in numbers if not (loose / f"{i:08d}.{picture_format}").is_file()]
-        done += len(numbers) - len(missing)
-        on_picture(done, whole)
-        for start, stop in stretches(missing, batch_size):
-            wanted = [texts[i % len(texts)] for i in range(start, stop)]
-            options = {"steps": steps, "guidance_scale": guidance, "seed": seed, "first": start}
-            drawn = generate(pipeline, wanted, resolution=size, batch_size=batch_size, **options)
-            for i, picture in enumerate(drawn, start):
-                save_picture(loose / f"{i:08d}.{picture_format}", picture)
-            done += stop - start
-            on_picture(done, whole)
-        about = {**settings, "resolution": size, "prompts": prompts.name}
-        pack_shard(targets[number], loose, [(i, texts[i % len(texts)]) for i in numbers], about)
-    return sum(not target.is_file() for target in targets)
+    weights = model_fingerprint(model_places(model))
+    shards = plan_shards(out, texts, total, shard_size, picture_format)
+    keep = kept_images(
+        out,
+        {**settings, "prompts": fingerprint(texts), "weights": weights},
+        {"model": model, "prompt_file": str(prompts)},
+        former={"model": model, "prompts": str(prompts), **settings},
+        check_former=lambda: check_former(shards),
+    )
+    with keep if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        own = shards[state.process_index :: state.num_processes]
+        missing = {shard.target: [] if shard.target.is_file() else shard.missing() for shard in own}
+        whole = sum(len(shard.texts) for shard in own)
+        left = sum(map(len, missing.values()))
+        pipeline: Any = None
+        for shard in own:
+            if shard.target.is_file():
+                continue
+            pipeline = pipeline or open_text_model(model, placement)
+            size = resolution or default_resolution(pipeline)
+            options = {"steps": steps, "guidance_scale": guidance, "seed": seed, "resolution": size}
+            on_picture(whole - left, whole)
+            for start, stop in stretches(missing[shard.target], batch_size):
+                wanted = [shard.texts[i] for i in range(start, stop)]
+                drawn = generate(pipeline, wanted, first=start, batch_size=batch_size, **options)
+                for i, picture in enumerate(drawn, start):
+                    save_picture(shard.loose(i), picture)
+                left -= stop - start
+                on_picture(whole - left, whole)
+            shard.pack({"model": model, **settings, "resolution": size, "prompts": prompts.name})
+    return sum(not shard.target.is_file() for shard in shards)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a drawn set, whole in `target` or in loose pictures.
+
+    Attributes:
+        texts: the prompt of each of its pictures, by the picture's number.
+    """
+
+    target: Path
+    texts: dict[int, str]
+    format: str
+
+    @property
+    def folder(self) -> Path:
+        """Where its pictures lie until it is whole."""
+        return self.target.with_name(f".{self.target.stem}")
+
+    def loose(self, number: int) -> Path:
+        """Where one picture lies until the shard is whole."""
+        return self.folder / f"{number:08d}.{self.format}"
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the pictures that are not drawn yet."""
+        return [number for number in self.texts if not self.loose(number).is_file()]
+
+    def pack(self, about: dict[str, Any]) -> None:
+        """Put the loose pictures into the shard, with `.txt` and `.json` (prompt, number, settings), and remove them."""
+        with atomic_file(self.target) as partial:
+            with tarfile.open(partial, "w") as archive:
+                for number, prompt in self.texts.items():
+                    add_member(archive, self.loose(number).name, self.loose(number).read_bytes())
+                    add_member(archive, f"{number:08d}.txt", prompt.encode())
+                    record = {"prompt": prompt, "number": number, **about}
+                    add_member(archive, f"{number:08d}.json", json.dumps(record, ensure_ascii=False).encode())
+            index_tar(partial)
+        shutil.rmtree(self.folder)  # only now: the shard is on the disk
+
+    def packed_texts(self) -> dict[int, str]:
+        """Return the prompts in the whole shard, by number."""
+        with tarfile.open(self.target) as archive:
+            members = [member for member in archive if member.name.endswith(".txt")]
+            return {int(m.name[:-4]): archive.extractfile(m).read().decode() for m in members}  # type: ignore[union-attr]
+
+
+def plan_shards(out: Path, texts: list[str], total: int, size: int, picture_format: str) -> list[Shard]:
+    """Return the shards of `total` pictures, prompt after prompt and round again."""
+    parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    return [
+        Shard(out / f"{number:05d}.tar", {i: texts[i % len(texts)] for i in part}, picture_format)
+        for number, part in enumerate(parts)
+    ]
+
+
+def check_former(shards: list[Shard]) -> None:
+    """Check shards of a davae that kept the prompt file's name alone; its loose pictures are drawn again.
+
+    Raises:
+        ModelError: a shard with other prompts.
+    """
+    for shard in shards:
+        if shard.target.is_file() and shard.packed_texts() != shard.texts:
+            raise ModelError(f"{shard.target} holds pictures of other prompts; use another --out")
+        shutil.rmtree(shard.folder, ignore_errors=True)
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
     """A picture that appears whole, in the format of its suffix."""
     with atomic_file(path) as partial:
         picture.save(partial, **SAVING[path.suffix.removeprefix(".")])
-
-
-def pack_shard(target: Path, loose: Path, pictures: list[tuple[int, str]], about: dict[str, Any]) -> None:
-    """Loose pictures into one shard of picture, `.txt` and `.json` (prompt, picture number, settings); then remove them."""
-    with atomic_file(target) as partial:
-        with tarfile.open(partial, "w") as archive:
-            for number, prompt in pictures:
-                name = f"{number:08d}.{about['format']}"
-                add_member(archive, name, (loose / name).read_bytes())
-                add_member(archive, f"{number:08d}.txt", prompt.encode())
-                record = {"prompt": prompt, "number": number, **about}
-                add_member(archive, f"{number:08d}.json", json.dumps(record, ensure_ascii=False).encode())
-        index_tar(partial)
-    shutil.rmtree(loose)  # only now: the shard is on the disk

@@ -15,6 +15,7 @@ from davae.data.pictures import fit_square, to_images, to_tensor
 from davae.evaluate.detail_use import decode_faded, reconstructions
 from davae.models.detail_vae import DetailVAE
 from davae.models.pipeline import ModelError
+from davae.sample.finite import check_reconstruction
 
 ERROR_SHOWN = 0.25  # mean absolute error of a pixel, of a range of 1, that the error map shows brightest
 
@@ -43,7 +44,8 @@ def encode(pair: Pair, photo: Image.Image, resolution: int | None = None) -> Enc
         latents = vae.encode(images).latent_dist.mode()  # type: ignore[union-attr]
         small = None
         if pair.base is not None:
-            small = to_images(reconstructions(vae, pair.base.vae)["base + bicubic"](images))[0]
+            base = reconstructions(vae, pair.base.vae)["base + bicubic"]
+            small = to_images(check_reconstruction(base(images)))[0]
     return Encoded(original, small, latents)
 
 
@@ -57,7 +59,7 @@ def weights_of(channels: int, strength: float, first: int, last: int) -> Tensor:
 def decode(pair: Pair, encoded: Encoded, weights: Tensor) -> Image.Image:
     """The upgraded picture with raw z_d multiplied by `weights` (D,)."""
     with LOCK:
-        return to_images(decode_faded(_vae(pair), encoded.latents, weights))[0]
+        return to_images(check_reconstruction(decode_faded(_vae(pair), encoded.latents, weights)))[0]
 
 
 def _vae(pair: Pair) -> DetailVAE:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from davae.data.cache import CacheMeta, read_meta
+from davae.data.cache import CacheMeta, check_cache, read_meta
 from davae.data.order import Batches, chosen_workers, training_loader
 from davae.train.draws import Draws
 from davae.train.loop import training_seed
@@ -31,7 +31,9 @@ def cache_speed(run: Upgrade) -> dict[str, Any]:
         read and sized included), and megabytes that 1,000 items take, latents and text apart.
     """
     vae, folder = run.vae(), run.out / "bench-cache"
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        check_cache(folder)
+        shutil.rmtree(folder)
     moments: dict[str, float] = {}
     run.observer = lambda progress: moments.update({progress.task: time.perf_counter()})
     started = time.perf_counter()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from davae.errors import RunError
-from davae.files import atomic_text
+from davae.output_files import check_figures, write_figures
 from davae.recipes import RecipeError, permit_commands, shipped_recipes, typed_commands
 
 
@@ -75,13 +75,25 @@ Compile = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
+
+
+def _own_figures(path: Path | None) -> Path | None:
+    """Refuse a `--json` file that is not davae's, before any work."""
+    if path is not None:
+        try:
+            check_figures(path)
+        except (RunError, OSError) as error:
+            raise RecipeError(f"--json {path} cannot be written: {error}") from error
+    return path
+
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", callback=_own_figures)]
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
     if path is not None:
         try:
-            atomic_text(path, json.dumps(figures, indent=2) + "\n")
+            write_figures(path, figures)
         except (RunError, OSError) as error:  # hours of measuring are not lost with the file
             sys.stderr.write(json.dumps(figures) + "\n")
             raise RecipeError(f"--json {path} cannot be written: {error}; the figures are above") from error

@@ -27,12 +27,14 @@ from davae.data.cache_key import Key, changes, plain
 from davae.data.caption_table import ITEMS, CaptionTable
 from davae.data.pictures import DataError
 from davae.files import atomic_text, make_folder
+from davae.ownership import LITTER
 
 logger = logging.getLogger(__name__)
 
 Condition = Literal["text", "class"]
 FORMAT = 2
 KEY_FILE, META, LABELS = "key.json", "meta.json", "labels.npy"
+SUFFIXES = {".safetensors", ".npy", ".json"}  # of all files of a cache
 NO_LABEL = -1
 OPEN_SHARDS = 4096  # mapped at a time: each takes kilobytes, and the system lets a process map 65,530 pieces
 
@@ -98,11 +100,24 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
+def check_cache(folder: Path) -> None:
+    """Refuse to empty a folder that holds anything but a cache's files.
+
+    Raises:
+        DataError: names the first other file.
+    """
+    for path in sorted(folder.iterdir()):
+        ours = path.suffix in SUFFIXES and path.is_file() and not path.is_symlink()
+        if not ours and path.name not in LITTER:
+            raise DataError(f"{folder}: it holds {path.name!r}, which davae did not write; move it away")
+
+
 def prepare(folder: Path, key: Key, team: Team) -> None:
     """Make a folder ready to be written: whole shards of the same key stay, everything else goes, with a word in the log."""
     if team.main:
         known = folder / KEY_FILE
         if folder.exists():
+            check_cache(folder)
             if not known.is_file():
                 _empty(folder)
             elif changed := _changes(known, plain(key)):

@@ -50,9 +50,18 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise DataError(f"prompt file {path} cannot be read: {' '.join(str(error).split())[:120]}") from error
     prompts = [Prompt(_text(entry, path), name, entry if isinstance(entry, dict) else {}) for name, entry in entries]
     prompts = [prompt for prompt in prompts if prompt.text.strip()]
+    broken = next((prompt for prompt in prompts if not _encodable(prompt.text)), None)
+    if broken is not None:
+        raise DataError(
+            f"prompt file {path}: prompt {broken.name} holds half a character (a lone surrogate): {broken.text!r:.60}"
+        )
     if not prompts:
         raise DataError(f"prompt file {path} holds no prompts")
     return prompts
+
+
+def _encodable(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _text(record: Any, path: Path) -> str:

@@ -220,14 +220,33 @@ def asked_classes(request: dict[str, Any]) -> set[str]:
     return {part["class"] for key in ("include", "exclude") for part in request.get(key, [])}
 
 
-def missing_classes(requests: list[dict[str, Any]], known: set[str]) -> tuple[list[str], int]:
-    """Compare what prompts ask for with what a detector can find.
+def is_request(record: dict[str, Any]) -> bool:
+    """Return whether a prompt's entry is one of GenEval's: a task, and classes with counts."""
+    parts = [part for key in ("include", "exclude") for part in record.get(key, [None])]
+    whole = all(isinstance(part, dict) and {"class", "count"} <= part.keys() for part in parts if part is not None)
+    return isinstance(record.get("tag"), str) and isinstance(record.get("include"), list) and whole
+
+
+def impossible(requests: list[dict[str, Any]], known: set[str]) -> dict[str, Any]:
+    """Compare what prompts ask for with the classes that a detector can find.
 
     Returns:
-        The classes that the detector lacks, and how many prompts ask for one of them.
+        `missing_classes`, those that the detector lacks, and `impossible_prompts`, the number of prompts with one of them;
+        they are named in the log too.
+
+    Raises:
+        ModelError: the detector knows none of the classes.
     """
-    missing = {name for request in requests for name in asked_classes(request)} - known
-    return sorted(missing), sum(bool(asked_classes(request) & missing) for request in requests)
+    asked = {name for request in requests for name in asked_classes(request)}
+    missing = sorted(asked - known)
+    if asked and not asked & known:
+        raise ModelError(f"the detector knows no class of the prompts ({missing[0]}, ...); use one trained on COCO")
+    count = sum(bool(asked_classes(request) - known) for request in requests)
+    if missing:
+        logger.warning(
+            "GenEval: the detector lacks %s: %d of %d prompts cannot be met", ", ".join(missing), count, len(requests)
+        )
+    return {"missing_classes": missing, "impossible_prompts": count}
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

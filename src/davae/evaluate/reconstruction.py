@@ -13,6 +13,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from davae.evaluate.distribution import frechet_distance
 from davae.evaluate.features import Extractor
 from davae.losses.perceptual import Lite0Distance
+from davae.sample.finite import check_reconstruction
 
 WINDOW = 11  # pixels: SSIM's Gaussian
 
@@ -74,12 +75,15 @@ def score_reconstructions(
 
     Raises:
         ValueError: when there are no pictures.
+        ModelError: a reconstruction that is not finite.
     """
     distances = {"lite0": Lite0Distance()} if distances is None else distances
     rows: list[Tensor] = []
     features: list[tuple[Tensor, Tensor]] = []
+    count = 0
     for images in batches:
-        found = to_uint8_range(reconstruct(images))
+        found = to_uint8_range(check_reconstruction(reconstruct(images), count))
+        count += len(images)
         wanted = to_uint8_range(images.to(found.device))
         signed = found * 2 - 1, wanted * 2 - 1
         scores = [

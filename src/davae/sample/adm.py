@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from davae.files import atomic_file, atomic_text
+from davae.data.cache_key import fingerprint
+from davae.files import atomic_file
 from davae.models.pipeline import ModelError
+from davae.output_files import archive_comment, check_archive
+from davae.sample.resume import kept_images
 
 Labels = Literal["balanced", "random"]
 PART = 250  # pictures a part: what an interruption can cost
@@ -43,7 +45,9 @@ def write_samples(
     labels: np.ndarray,
     draw: Callable[[list[int], int], Tensor],
     *,
-    settings: dict[str, object],
+    settings: dict[str, Any],
+    about: dict[str, Any] | None = None,
+    former: dict[str, Any] | None = None,
     rank: int = 0,
     ranks: int = 1,
     on_part: Callable[[int, int], None] = lambda done, total: None,
@@ -56,16 +60,39 @@ def write_samples(
         labels: (N,) class of every picture.
         draw: (classes, number of the first) -> pictures (B,3,H,W) in [0,1].
         settings: what determines the pictures; parts of other settings are refused.
+        about: what is kept with the settings and determines nothing, such as the pipeline's path.
+        former: the settings that davae versions without fingerprints of weights kept.
 
     Returns:
         Whether `target` was written (False while other ranks still draw).
 
     Raises:
         ModelError: the parts folder belongs to other settings.
+        RunError: a file that davae did not write has the target's name, or another process draws the same file.
     """
     folder = target.with_name(f"{target.name}.parts")
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder / "settings.json", {**settings, "num": len(labels)})
+    check_archive(target, folder)
+    count = {"num": len(labels)}
+    kept = {**settings, **count}
+    comment = f"davae {fingerprint(kept)}".encode()
+    if target.is_file() and archive_comment(target) == comment:
+        return True
+    before = None if former is None else {**former, **count}
+    with kept_images(folder, kept, about or {}, former=before, first=rank == 0):
+        return _draw_parts(target, folder, labels, draw, comment, rank, ranks, on_part)
+
+
+def _draw_parts(
+    target: Path,
+    folder: Path,
+    labels: np.ndarray,
+    draw: Callable[[list[int], int], Tensor],
+    comment: bytes,
+    rank: int,
+    ranks: int,
+    on_part: Callable[[int, int], None],
+) -> bool:
+    """Draw this rank's parts, join all of them once none is missing, and return whether they were joined."""
     starts = range(0, len(labels), PART)
     for number, start in enumerate(starts):
         part = folder / f"part-{start:08d}.npy"
@@ -78,27 +105,16 @@ def write_samples(
     if not all(part.is_file() for part in parts):
         return False
     with atomic_file(target) as partial:
-        _join(partial, parts, labels)
+        _join(partial, parts, labels, comment)
     return True
 
 
-def _claim(path: Path, settings: dict[str, object]) -> None:
-    text = json.dumps(settings, sort_keys=True)
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        odd = sorted(k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k))[0]
-        raise ModelError(
-            f"{path.parent} holds pictures of other settings ({odd}: {old.get(odd)}, now {settings.get(odd)}); "
-            "use another file, or remove that folder"
-        )
-    atomic_text(path, text)
-
-
-def _join(path: Path, parts: list[Path], labels: np.ndarray) -> None:
+def _join(path: Path, parts: list[Path], labels: np.ndarray, comment: bytes) -> None:
     """One uncompressed `.npz` with `arr_0` (N,H,W,3) uint8 and `arr_1` (N,) labels; a part in memory at a time."""
     shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.comment = comment
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             np.lib.format.write_array_header_1_0(stream, header)
             for part in parts:

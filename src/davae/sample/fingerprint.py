@@ -12,7 +12,7 @@ from davae.data.cache_key import fingerprint
 from davae.data.remote import cache_folder
 from davae.errors import RunError
 from davae.files import atomic_text
-from davae.models.pipeline import fetch_file
+from davae.models.pipeline import HUB_ID, fetch_file
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ def model_fingerprint(places: Sequence[str]) -> str:
 
 def _place(place: str) -> list[tuple[str, str]]:
     folder = Path(place)
+    if not folder.is_dir() and not HUB_ID.fullmatch(place):
+        return [(place, "")]  # whoever loads it gets the error
     if not folder.is_dir():
         index = fetch_file(place, "", "model_index.json")  # .../snapshots/COMMIT/model_index.json
         return [(place, index.parent.name)]

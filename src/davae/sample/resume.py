@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from davae.errors import ModelError, RunError
-from davae.files import atomic_text
+from davae.files import MADE_HERE, atomic_text
 from davae.ownership import LITTER, only_writer
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ def kept_images(
     *,
     former: dict[str, Any] | None = None,
     check_former: Callable[[], None] = lambda: None,
+    first: bool = True,
 ) -> Iterator[None]:
     """Hold a folder of images for one process, after a check that those in it are of the same settings.
 
@@ -35,14 +36,16 @@ def kept_images(
         about: what a reader may want to know too, and no image depends on: names and paths.
         former: what davae versions without fingerprints wrote for the same command.
         check_former: raises where the images of such a version are not those of the same prompts.
+        first: whether this is the first process of its launch, which holds the folder for all of them.
 
     Raises:
         ModelError: the images there are of other settings; names the first one that differs.
         RunError: the folder holds something that davae did not draw, or another process draws into it.
     """
-    with only_writer(folder):
+    with only_writer(folder) if first else nullcontext():
         path = folder / SETTINGS
-        strange = [entry.name for entry in folder.iterdir() if entry.name not in LITTER]
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = [e.name for e in folder.iterdir() if e.name not in LITTER and not MADE_HERE.fullmatch(e.name)]
         if path.is_file():
             _compare(path, settings, set(about), former, check_former)
         elif strange:

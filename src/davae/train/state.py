@@ -18,6 +18,7 @@ from torch import Tensor
 
 from davae.errors import Interrupted, RecipeError, RunError
 from davae.files import atomic_folder, atomic_text, make_folder, require_space, save_tensors, saving, sweep
+from davae.ownership import check_run, unowned
 from davae.recipes import differences, dump_recipe, validate
 from davae.recipes.loading import AnyRecipe
 from davae.recipes.values import read_yaml_file
@@ -72,6 +73,7 @@ class RunFolder:
                 raise RunError(
                     f"{self.path} holds a run of another recipe: {changed[0]}{more}; use another --out, or the same values"
                 )
+        check_run(self.path, self.done)
         with saving(self.path):
             make_folder(self.path / "checkpoints")
             self._lock = (self.path / ".lock").open("w")
@@ -116,7 +118,7 @@ def put_back(folder: Path) -> None:
     sweep(folder)
     for old in folder.glob(".*.old"):  # the name that davae 0.1 moved a folder to
         name = folder / old.name.removeprefix(".").removesuffix(".old")
-        if old.is_symlink() or not old.is_dir():
+        if old.is_symlink() or not old.is_dir() or unowned(old) is not None:
             continue
         if name.exists():
             shutil.rmtree(old)
