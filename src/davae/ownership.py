@@ -41,7 +41,7 @@ RUN_PARTS: dict[str, tuple[str, ...]] = {  # what a run writes, and the steps af
 # files of diffusers' and davae's folders, for folders of davae versions that left no mark
 KNOWN = re.compile(
     r"(config|generation_config|model_index|preprocessor_config|processor_config|scheduler_config|tokenizer|meta|"
-    r"tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|(merges|vocab)\.txt|spiece\.model|"
+    r"tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|checksums)\.json|(merges|vocab)\.txt|spiece\.model|"
     r"tokenizer\.model|chat_template\.jinja|(diffusion_pytorch_model|model|pytorch_lora_weights|upgrade)[\w.-]*"
     r"\.(safetensors|index\.json)|README\.md|state\.pt|\w+\.py"
 )

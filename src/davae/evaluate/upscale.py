@@ -97,7 +97,7 @@ def command_words(command: str) -> list[str]:
     except ValueError as error:
         raise ModelError(f"--upscale {command}: {str(error).lower()}; check the quotes") from error
     if shutil.which(words[0]) is None:
-        raise ModelError(f"--upscale {command}: no program {words[0]}; give its full path")
+        raise ModelError(f"--upscale command failed: No such file or program {words[0]}; give its full path")
     return words
 
 
