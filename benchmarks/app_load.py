@@ -38,11 +38,12 @@ class Page:
     def __init__(self, origin: str, token: str, process: subprocess.Popen, victim: Path):
         self.origin, self.token, self.process, self.victim = origin, token, process, victim
 
-    def owner(self) -> httpx.Client:
-        """Return a client that came with the token and keeps its cookie."""
-        client = httpx.Client(base_url=self.origin, follow_redirects=True, timeout=120)
-        client.get("/", params={"token": self.token}).raise_for_status()
-        return client
+    @contextmanager
+    def owner(self) -> Iterator[httpx.Client]:
+        """Give a client that came with the token and keeps its cookie."""
+        with httpx.Client(base_url=self.origin, follow_redirects=True, timeout=300) as client:
+            client.get("/", params={"token": self.token}).raise_for_status()
+            yield client
 
     def resident(self) -> float:
         """Return the resident memory of the page's process in MiB."""

@@ -30,7 +30,8 @@ expect = playwright.expect
 
 SHOTS = Path(__file__).resolve().parents[1] / "runs" / "screenshots"
 REBOUND = "--host-resolver-rules=MAP rebound.example 127.0.0.1"  # what an attacker's DNS answers the second time
-SECONDS = 60_000  # milliseconds that a step may take on a busy machine
+OPEN = "--disable-features=LocalNetworkAccessChecks"  # newer browsers ask before a site reaches this machine
+SECONDS = 120_000  # milliseconds that a step may take on a busy machine
 
 
 ACCESS = Access()
@@ -95,7 +96,7 @@ def address(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Iterator[str
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", REBOUND])
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", REBOUND, OPEN])
         yield chromium
         chromium.close()
 
@@ -294,7 +295,7 @@ def test_other_sites_get_nothing(browser: Any, address: str):
     page.goto("http://evil.example/")
     ANSWERS.clear()
     page.evaluate(ATTACK, address)
-    foreign = [answer for answer in ANSWERS if answer[0] == f"127.0.0.1:{port}"]
+    foreign = [a for a in ANSWERS if a[0] == f"127.0.0.1:{port}" and not a[1].startswith("/assets")]
     assert len(foreign) > 20
     assert {status for _, _, status in foreign} <= {401, 403}
     ANSWERS.clear()

@@ -169,12 +169,12 @@ class Trainings:
     def close(self, timeout: float = 60.0) -> None:
         """Pause what runs and wait for its checkpoint: the server is about to end."""
         name, end = self.current(), time.monotonic() + timeout
-        if not name:
-            return
-        with contextlib.suppress(RunError):  # it ended by itself meanwhile
-            self.pause(name)
-        while self.running(name) and time.monotonic() < end:
-            time.sleep(0.1)
+        while name and self.running(name) and time.monotonic() < end:
+            with contextlib.suppress(RunError):  # it ended by itself, or cannot be asked yet
+                self.pause(name)
+            again = time.monotonic() + 10
+            while self.running(name) and time.monotonic() < min(again, end):
+                time.sleep(0.1)
 
     def state(self, name: str) -> State:
         """Whether a training runs or is done, and a line that says where it stands."""
