@@ -25,6 +25,7 @@ from davae.train.export import load_upgraded
 from davae.train.loop import Observer, Progress
 from davae.train.plan import count
 from davae.train.ranks import from_main, on_main
+from davae.train.signals import check_stop, stop_on_signal
 from davae.train.state import read_metrics
 from davae.train.upgrade import Upgrade
 from davae.zoo import shipped_upgrade
@@ -37,11 +38,19 @@ def upgrade(run: Upgrade, observer: Observer) -> Path:
 
     The first process of a launch makes the report alone: it draws and measures the same images in any number of processes.
     """
-    run.run()
-    page = run.out / "report.html"
-    if not from_main(run.folder.done("report") and page.is_file()):
-        on_main(partial(report, run, observer))
-        run.folder.mark_done("report")
+
+    def watched(progress: Progress) -> None:
+        observer(progress)
+        check_stop("the report")
+
+    with stop_on_signal(run.recipe.run.stop_signals):
+        run.run()
+        page = run.out / "report.html"
+        if not from_main(run.folder.done("report") and page.is_file()):
+            check_stop("the report")
+            on_main(partial(report, run, watched))
+            run.folder.mark_done("report")
+        check_stop(str(run.out))
     return page
 
 

@@ -23,7 +23,7 @@ def pca_pictures(latents: Tensor, size: int) -> list[Image.Image]:
     Each component is stretched between its 1st and 99th percentile; fewer channels than three leave colours at grey.
     """
     count, channels, height, width = latents.shape
-    rows = latents.double().permute(0, 2, 3, 1).reshape(-1, channels)
+    rows = latents.cpu().double().permute(0, 2, 3, 1).reshape(-1, channels)
     rows = rows - rows.mean(0)
     _, _, axes = torch.linalg.svd(rows, full_matrices=False)
     scores = rows @ axes[:3].T  # (N*h*w,3)

@@ -39,7 +39,7 @@ def radial_power(latents: Tensor) -> Spectrum:
     side = latents.shape[-1]
     if latents.shape[-2] != side or side < 4:
         raise ValueError(f"spectra need square latents of at least 4 positions, found {tuple(latents.shape[-2:])}")
-    x = latents.double()
+    x = latents.cpu().double()
     x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), unbiased=False, keepdim=True).clamp(min=1e-8)
     power = torch.fft.fft2(x, norm="ortho").abs().square().mean((0, 1)).numpy()  # (h,w)
     axis = np.fft.fftfreq(side)

@@ -45,7 +45,7 @@ class ChannelStatistics:
 
     def update(self, latents: Tensor) -> None:
         """latents (B,c,h,w)."""
-        values = latents.detach().double().cpu().transpose(0, 1).flatten(1)  # (c, B*h*w)
+        values = latents.detach().cpu().double().transpose(0, 1).flatten(1)  # (c, B*h*w)
         mean = values.mean(1)
         self.merge(values.shape[1], mean, (values - mean[:, None]).square().sum(1))
 

@@ -135,7 +135,7 @@ def base_statistics(config: Any) -> tuple[list[float], list[float]]:
 
 def packed_statistics(base_vae: Any) -> tuple[list[float], list[float]]:
     """The same of an autoencoder whose pipelines normalise 2x2 packed positions by its batch norm: 4C values, (c,2,2)."""
-    variance = base_vae.bn.running_var.double() + base_vae.config["batch_norm_eps"]
+    variance = base_vae.bn.running_var.cpu().double() + base_vae.config["batch_norm_eps"]
     return base_vae.bn.running_mean.tolist(), variance.sqrt().tolist()
 
 

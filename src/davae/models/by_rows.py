@@ -105,8 +105,9 @@ class Statistics:
         grouped = piece.reshape(len(piece), self.norm.num_groups, -1)
         if grouped.dtype == torch.float16:  # squares above 256 overflow
             grouped = grouped.float()
-        self.total = self.total + grouped.sum(-1, dtype=torch.float64)
-        self.squares = self.squares + grouped.square().sum(-1, dtype=torch.float64)
+        wide = torch.float32 if piece.device.type == "mps" else torch.float64  # Apple's devices have no float64
+        self.total = self.total + grouped.sum(-1, dtype=wide)
+        self.squares = self.squares + grouped.square().sum(-1, dtype=wide)
         self.count += grouped.shape[-1]
 
     def change(self, dtype: torch.dtype) -> Change:
@@ -114,8 +115,8 @@ class Statistics:
         norm, mean = self.norm, cast(Tensor, self.total / self.count)
         inverse = (self.squares / self.count - mean.square() + norm.eps).rsqrt()
         each = norm.num_channels // norm.num_groups
-        gain = inverse.repeat_interleave(each, 1) * norm.weight.double()  # (B,c)
-        offset = norm.bias.double() - mean.repeat_interleave(each, 1) * gain
+        gain = inverse.repeat_interleave(each, 1) * norm.weight.to(mean.dtype)  # (B,c)
+        offset = norm.bias.to(mean.dtype) - mean.repeat_interleave(each, 1) * gain
         gain, offset = gain[..., None, None].to(dtype), offset[..., None, None].to(dtype)
         return lambda piece: torch.addcmul(offset, piece, gain)
 

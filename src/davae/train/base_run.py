@@ -36,12 +36,16 @@ from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.opened import OpenedData, open_pictures
 from davae.train.ranks import from_main, is_main, on_main
 from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
+from davae.train.signals import check_stop, stop_on_signal
 from davae.train.state import RunFolder
 
 
 def train_base(recipe: BaseRecipe, out: Path, observer: Observer) -> Path:
     """Train the recipe's model; returns the folder of its pipeline. Resumes what is already there."""
-    return BaseRun(recipe, out, observer).run()
+    with stop_on_signal(recipe.run.stop_signals):
+        pipeline = BaseRun(recipe, out, observer).run()
+        check_stop(str(out))
+    return pipeline
 
 
 def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
@@ -216,7 +220,12 @@ class BaseRun:
 
     def watch(self, name: str) -> Callable[[int, int], None]:
         """Shows how far a cache is."""
-        return lambda done, total: self.observer(Progress(f"cache {name}", done, total, 0.0))
+
+        def watch(done: int, total: int) -> None:
+            self.observer(Progress(f"cache {name}", done, total, 0.0))
+            check_stop(f"the cache's {name}")
+
+        return watch
 
     # -- transformer -------------------------------------------------------------------------------------------
 

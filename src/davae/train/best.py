@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from davae.files import atomic_text
 from davae.train.ranks import is_main
+
+logger = logging.getLogger(__name__)
 
 BEST = "validation_loss"
 
@@ -26,7 +29,13 @@ class Best:
 
     def kept(self) -> int:
         """Return the step whose checkpoint is kept; -1 where no step was validated."""
-        return json.loads(self.path.read_text(encoding="utf-8"))["step"] if self.path.is_file() else -1
+        try:
+            return int(json.loads(self.path.read_bytes())["step"])
+        except FileNotFoundError:
+            return -1
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s is damaged; the checkpoint that validated best is not known any more", self.path)
+            return -1
 
     def improved(self, values: Mapping[str, float], step: int) -> bool:
         """Return whether this step validated better than all before; its number is then written down."""

@@ -294,7 +294,7 @@ class Trainer:
                         self.save()
                     if broken:
                         self._give_up()
-                    if stop and not last:
+                    if stop:  # in the last step too: what follows takes hours as well
                         raise Interrupted(
                             f"{self.task.name}: stopped at step {self.step} of {settings.max_steps}, saved; "
                             "run the same command again to go on"
@@ -368,7 +368,7 @@ class Trainer:
     def _report(self, values: dict[str, Any], metrics: Metrics | None, timings: Timings) -> None:
         settings, accelerator = self.task.settings, self.accelerator
         numbers = {
-            key: torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+            key: torch.as_tensor(value).detach().cpu().double()  # not on the device: Apple's has no float64
             for key, value in values.items()
             if value is not None
         }

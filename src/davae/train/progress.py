@@ -179,7 +179,7 @@ def solve(
 
 def ddim(objective: Diffusion) -> DDIMScheduler:
     """A solver on the objective's table, from its last timestep on."""
-    alpha_bar = objective.alphas_cumprod.double().cpu()
+    alpha_bar = objective.alphas_cumprod.cpu().double()
     betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     return DDIMScheduler(
         num_train_timesteps=len(betas),

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import pickle
 import shutil
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from davae.checksums import file_sum
 from davae.errors import Interrupted, RecipeError, RunError
 from davae.files import atomic_folder, atomic_text, make_folder, require_space, save_tensors, saving, sweep
 from davae.ownership import check_run, unowned
 from davae.recipes import differences, dump_recipe, validate
 from davae.recipes.loading import AnyRecipe
 from davae.recipes.values import read_yaml_file
+from davae.train.locking import RunLock
 from davae.train.ranks import barrier, from_main, is_main
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class RunFolder:
 
     def __init__(self, path: Path | str, recipe: AnyRecipe):
         self.path, self.recipe = Path(path), recipe
-        self._lock: IO[str] | None = None
+        self._lock: RunLock | None = None
         if is_main():
             self._open()
 
@@ -76,13 +76,7 @@ class RunFolder:
         check_run(self.path, self.done)
         with saving(self.path):
             make_folder(self.path / "checkpoints")
-            self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"{self.path} is in use by another davae process; wait for it or use another --out"
-            ) from error
+        self._lock = RunLock(self.path)
         atomic_text(saved, dump_recipe(recipe))
         for place in (self.path, self.path / "checkpoints"):
             put_back(place)
@@ -90,12 +84,13 @@ class RunFolder:
     def close(self) -> None:
         """Let another run have the folder."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
+            self._lock = None
 
     def done(self, step: str) -> bool:
         """Whether a step of the run finished with the step count the recipe asks for."""
         file = marker(self.path, step)
-        return file.is_file() and file.read_text() == self._goal(step)
+        return file.is_file() and file.read_bytes() == self._goal(step).encode()
 
     def mark_done(self, step: str) -> None:
         if is_main():
@@ -129,15 +124,6 @@ def put_back(folder: Path) -> None:
 STATE = "state.pt"
 
 
-def checksum(path: Path) -> int:
-    """CRC-32 of a file: torch reads a damaged one without a word where the damage lies in a weight."""
-    value = 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value
-
-
 def state_bytes(state: Any) -> int:
     """Return how many bytes the tensors of a nested state take."""
     if isinstance(state, Tensor):
@@ -154,7 +140,8 @@ def save_checkpoint(
     require_space(target, state_bytes(state), "a checkpoint")
     with atomic_folder(target, CHECKPOINT_KEPT) as partial:
         torch.save(state, partial / STATE)
-        meta = {"stage": stage, "step": step, "crc32": checksum(partial / STATE)}
+        meta = {"stage": stage, "step": step, "crc32": file_sum(partial / STATE)}
+        meta["recipe"] = folder.recipe.model_dump(mode="json")
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     for old in folder.checkpoints(stage)[:-keep]:
         if not spared(int(old.name.rpartition("-")[2])):
@@ -166,12 +153,34 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """RunError when the file was cut off or changed since it was written."""
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        if checksum(path / STATE) != meta["crc32"]:
+        if file_sum(path / STATE) != meta["crc32"]:
             raise RunError(f"{STATE} is not what was written (its checksum differs)")
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"checkpoint {path} cannot be read: {reason}") from error
+
+
+def check_same_recipe(path: Path, recipe: AnyRecipe) -> None:
+    """Compare the recipe that a checkpoint was trained with and this one, whatever `recipe.yaml` holds by now.
+
+    Raises:
+        RunError: they train something else: `recipe.yaml` was changed by hand, or is damaged.
+    """
+    stored = json.loads((path / "meta.json").read_text(encoding="utf-8")).get("recipe")
+    if stored is None:  # written by an earlier version
+        return
+    try:
+        before = validate(stored, str(path))
+    except RecipeError as error:
+        logger.warning("%s: its recipe is one of another version of davae and is not compared (%s)", path, error)
+        return
+    if changed := differences(before, recipe):
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise RunError(
+            f"{path} was trained with another recipe: {changed[0]}{more}; put the value back in {path.parent.parent}/"
+            "recipe.yaml, or use a new --out"
+        )
 
 
 def newest_checkpoint(folder: RunFolder, stage: str) -> dict[str, Any] | None:
@@ -199,6 +208,8 @@ def newest_checkpoint(folder: RunFolder, stage: str) -> dict[str, Any] | None:
         for path in folder.checkpoints(stage):
             if path > chosen:
                 path.rename(path.with_name(f"broken-{path.name}"))
+    if chosen is not None:
+        check_same_recipe(chosen, folder.recipe)
     chosen = from_main(chosen)
     if chosen is None or is_main():
         return state
@@ -229,13 +240,42 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of metrics.jsonl; a last line cut off by a crash is left out."""
+    """Return the records of metrics.jsonl or timing.jsonl; the log names lines that a crash or the disk has damaged."""
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s: dropped a line that a crash cut off", path)
+            record = json.loads(line)
+            if not (isinstance(record["stage"], str) and isinstance(record["step"], int)):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s: dropped line %d, which a crash cut off or the disk has damaged", path, number)
+        else:
+            records.append(record)
     return records
+
+
+def changed_inputs(folder: RunFolder, stage: str, inputs: Mapping[str, str]) -> list[str]:
+    """Return what a stage's checkpoints were trained on that is something else now; note the inputs before the first.
+
+    Args:
+        inputs: what is trained on -> its hash.
+    """
+    path = folder.path / "checkpoints" / f"{stage}-inputs.json"
+    if path.is_file() and (folder.checkpoints(stage) or was_done(folder.path, stage)):
+        try:
+            known = json.loads(path.read_bytes())
+            if changed := [name for name in inputs if known[name] != inputs[name]]:
+                return changed
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s is damaged; what %s was trained on before is not compared", path, stage)
+    atomic_text(path, json.dumps(dict(inputs)))
+    return []
+
+
+def set_aside(folder: RunFolder, stage: str) -> None:
+    """Rename a stage's checkpoints, so that it begins again; they stay for the user to look at."""
+    for path in folder.checkpoints(stage):
+        path.rename(path.with_name(f"earlier-{path.name}"))
+    marker(folder.path, stage).unlink(missing_ok=True)

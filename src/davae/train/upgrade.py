@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor
 
 from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
-from davae.data.cache_key import Key
+from davae.data.cache_key import Key, fingerprint
 from davae.data.pictures import Pictures
+from davae.errors import RunError
 from davae.files import model_folder
 from davae.models.autoencoders import encode_raw, load_detail_vae
 from davae.models.detail_vae import DetailVAE
@@ -41,15 +44,19 @@ from davae.train.export import (
     save_pipeline,
     save_upgrade,
 )
+from davae.train.locking import changing, hold_for_reading
 from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.opened import open_pictures
 from davae.train.progress import stage1_pictures, stage2_pictures
 from davae.train.ranks import from_main, is_main, on_main
 from davae.train.setup import make_accelerator, seed_initial_weights
+from davae.train.signals import check_stop, stop_on_signal
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
-from davae.train.state import RunFolder
+from davae.train.state import RunFolder, changed_inputs, set_aside
 from davae.zoo import resolve, resolve_upgrade
+
+logger = logging.getLogger(__name__)
 
 
 def save_model(model: Any, folder: Path) -> None:
@@ -88,6 +95,7 @@ class Upgrade:
         self.observer: Observer = observer if is_main() else lambda progress: None
         if stage1 is not None:
             check_shared(recipe, stage1)
+        self.shared = hold_for_reading(stage1) if stage1 is not None and is_main() else None
         self.folder = RunFolder(out, recipe)
         self.skipped = dict(self.opened.left_out)  # pictures that cannot be used, and why; more are met while reading
 
@@ -124,6 +132,10 @@ class Upgrade:
         target = self.first / "vae"
         if self.first != self.out:
             return target
+        with changing(self.out) if is_main() and not self.folder.done("stage1") else nullcontext():
+            return self._train_vae(target)
+
+    def _train_vae(self, target: Path) -> Path:
         self.train_base_model()
         if self.init is not None and not self.folder.done("stage1"):
             vae = load_detail_vae(self.init / "vae")
@@ -186,7 +198,11 @@ class Upgrade:
         )
 
     def _watch(self, name: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.observer(Progress(name, done, total, 0.0))
+        def watch(done: int, total: int) -> None:
+            self.observer(Progress(name, done, total, 0.0))
+            check_stop(f"the cache's {name}")
+
+        return watch
 
     def cache_latents(self) -> Path:
         """Raw latents of the training set, detail statistics (written into the DetailVAE's config), and text.
@@ -195,12 +211,13 @@ class Upgrade:
         """
         target = self.first / "cache"
         if self.first == self.out and not from_main(self.folder.done("cache") and is_whole(target)):
-            vae = self.vae()
-            key = self.cache_key(vae)
-            self.write_cache(vae, target, key)
-            meta = read_meta(target, key)
-            if self.init is None:  # weights to go on from were trained on the statistics they came with
-                on_main(partial(self._store_statistics, vae, meta))
+            with changing(self.out) if is_main() else nullcontext():
+                vae = self.vae()
+                key = self.cache_key(vae)
+                self.write_cache(vae, target, key)
+                meta = read_meta(target, key)
+                if self.init is None:  # weights to go on from were trained on the statistics they came with
+                    on_main(partial(self._store_statistics, vae, meta))
             if self.recipe.cache.shards is None:
                 tell_left_out(self.out / "pictures.json", len(self._used(meta)), self.skipped, self.accelerator)
             self.folder.mark_done("cache")
@@ -263,7 +280,7 @@ class Upgrade:
 
     def stage2_task(self) -> Stage2Task:
         vae = self.vae()
-        read_meta(self.first / "cache", self.cache_key(vae))
+        self.check_inputs(vae)
         seed_initial_weights(training_seed(self.recipe.stage2, self.recipe.run))
         device = self.accelerator.device
         pretrained = load_part(self.model, self.family.component, self.shapes.transformer_class)
@@ -290,6 +307,28 @@ class Upgrade:
             load_trained(task.transformer, self.init / UPGRADE_FILE)
         return task
 
+    def check_inputs(self, vae: DetailVAE) -> None:
+        """Compare the DetailVAE and the cache with those that stage 2 was begun with.
+
+        Where this run has made them anew, stage 2 begins again.
+
+        Raises:
+            DataError: the cache is not the DetailVAE's.
+            RunError: another run (`--stage1`) has made them anew since.
+        """
+        meta = read_meta(self.first / "cache", self.cache_key(vae))
+        statistics = [fingerprint(getattr(vae, name).flatten().tolist()) for name in ("mean", "std")]
+        inputs = {"the autoencoder": meta.key["autoencoder"], "its statistics": fingerprint(statistics)}
+        inputs["the cache"] = fingerprint(meta.key, meta.items, meta.mean)
+        if not is_main() or not (changed := changed_inputs(self.folder, "stage2", inputs)):
+            return
+        what = f"{' and '.join(changed)} changed since stage 2 began"
+        if self.first != self.out:
+            raise RunError(f"--stage1 {self.first}: {what}, whose weights belong to the earlier; use a new --out")
+        logger.warning("%s: %s; stage 2 begins again, its checkpoints are now named earlier-*", self.out, what)
+        set_aside(self.folder, "stage2")
+        changed_inputs(self.folder, "stage2", inputs)
+
     def train_dit(self) -> Path:
         """Stage 2 and the export; returns the pipeline's folder."""
         target = self.out / "pipeline"
@@ -311,6 +350,7 @@ class Upgrade:
                 wide = expand_transformer(pretrained, recipe.detail_channels)
                 save_upgrade(wide, file, recipe.stage2.lora, torch.float32, tensors)
                 vae = load_detail_vae(self.first / "vae")
+                self.check_inputs(vae)
                 save_pipeline(assemble(base, vae, apply_upgrade(pretrained, file)), target)
 
             on_main(export)
@@ -319,6 +359,9 @@ class Upgrade:
 
     def run(self) -> Path:
         """Every step in order."""
-        self.train_vae()
-        self.cache_latents()
-        return self.train_dit()
+        with stop_on_signal(self.recipe.run.stop_signals):
+            self.train_vae()
+            self.cache_latents()
+            target = self.train_dit()
+            check_stop(f"{self.out}: stage 2 and its export")
+        return target

@@ -1,0 +1,139 @@
+"""Who works in a run folder: one training at a time, and others that only read its autoencoder and cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from davae.errors import RunError
+from davae.files import alive, atomic_text, host_name, make_folder, saving
+
+logger = logging.getLogger(__name__)
+
+LOCK, PROCESS = ".lock", ".process.json"
+CHANGING, READERS = ".changing.lock", ".readers"
+
+
+def try_lock(path: Path) -> FileLock | None:
+    """Return the held lock of a file, None while another process or thread holds it.
+
+    A file system without locks is named in the log, once, and the lock is taken as held.
+    """
+    lock = FileLock(path, timeout=0, thread_local=False)
+    with saving(path):
+        try:
+            lock.acquire()
+        except Timeout:
+            return None
+        except NotImplementedError:
+            logger.warning("%s: this file system has no locks; never start a run twice at the same time", path.parent)
+    return lock
+
+
+class RunLock:
+    """The lock of a run folder; `release` lets another training have it, and so does the end of the process.
+
+    Raises:
+        RunError: another process holds it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        lock = try_lock(folder / LOCK)
+        if lock is None:
+            pid = running_process(folder)
+            who = "" if pid is None else f" (process {pid})"
+            raise RunError(f"{folder} is in use by another davae process{who}; wait for it or use another --out")
+        self._lock = lock
+        atomic_text(folder / PROCESS, json.dumps({"pid": os.getpid(), "host": host_name()}))
+
+    def release(self) -> None:
+        (self.folder / PROCESS).unlink(missing_ok=True)
+        self._lock.release()
+
+
+def running_process(run_folder: Path) -> int | None:
+    """Return the id of the process that trains in a run folder, None where none does on this machine.
+
+    It is found whoever started it, and not taken for another process that was given the id of a killed one.
+    """
+    try:
+        about = json.loads((run_folder / PROCESS).read_text(encoding="utf-8"))
+        pid, host = int(about["pid"]), about["host"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if host != host_name() or not alive(pid):
+        return None
+    if pid == os.getpid():
+        return pid
+    lock = try_lock(run_folder / LOCK)
+    if lock is None:
+        return pid
+    lock.release()
+    return None
+
+
+# -- the autoencoder and the cache of a run, used by others ------------------------------------------------------------
+
+
+def _readers(folder: Path) -> list[Path]:
+    """Return the lock files of runs that read this folder now; those of killed ones are removed."""
+    held = []
+    for path in sorted((folder / READERS).glob("*.lock")):
+        lock = try_lock(path)
+        if lock is None:
+            held.append(path)
+        else:
+            path.unlink(missing_ok=True)
+            lock.release()
+    return held
+
+
+def hold_for_reading(folder: Path) -> FileLock | None:
+    """Keep another run's autoencoder and cache from being changed until the lock is released, or the process ends.
+
+    Returns:
+        The lock; None where the folder cannot be written.
+
+    Raises:
+        RunError: they are being changed now.
+    """
+    place = folder / READERS
+    if not os.access(folder, os.W_OK):
+        return None
+    make_folder(place)
+    own = try_lock(place / f"{host_name()}-{os.getpid()}-{secrets.token_hex(4)}.lock")
+    changing = try_lock(folder / CHANGING)
+    if changing is None:
+        if own is not None:
+            own.release()
+        raise RunError(f"--stage1 {folder}: its stage 1 or cache is being made now; wait until its stage 2 begins")
+    changing.release()
+    return own
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Keep others from using the autoencoder and cache of a folder while they are made.
+
+    Raises:
+        RunError: another run reads them now.
+    """
+    lock = try_lock(folder / CHANGING)
+    try:
+        if readers := _readers(folder):
+            raise RunError(
+                f"{folder}: {len(readers)} other run(s) use its autoencoder and cache (--stage1); wait for them, or use "
+                "another --out"
+            )
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
