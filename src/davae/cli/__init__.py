@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -50,6 +51,7 @@ from davae.recipes import (
     load_recipe,
     shipped_recipes,
 )
+from davae.train.signals import check_stop, leave_on_signal, stop_on_signal
 
 Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
 
@@ -132,15 +134,17 @@ def _run_upgrade(
     folder = out or Path("runs") / recipe.name
     with progress_display() as observer:
         run = Upgrade(recipe, folder, observer, stage1=stage1)
-        if verb == "train-vae":
-            done = run.train_vae()
-        elif verb == "cache-latents":
-            run.train_vae()
-            done = run.cache_latents()
-        elif verb == "train-dit":
-            done = run.run()
-        else:
-            done = upgrade(run, observer)
+        with stop_on_signal(recipe.run.stop_signals):
+            if verb == "train-vae":
+                done = run.train_vae()
+            elif verb == "cache-latents":
+                run.train_vae()
+                done = run.cache_latents()
+            elif verb == "train-dit":
+                done = run.run()
+            else:
+                done = upgrade(run, observer)
+            check_stop(str(folder))
     if not is_main():  # the first process of a launch made the report and reports
         return
     if verb == "upgrade":
@@ -340,7 +344,8 @@ def main() -> None:
     try:
         if len(sys.argv) > 1 and not {"--help", "-h", "--version", "recipes"} & set(sys.argv):
             _quiet_libraries()
-        app()
+        with nullcontext() if "app" in sys.argv[1:2] else leave_on_signal():  # the page's server has its own handlers
+            app()
     except Interrupted as error:
         sys.stderr.write(f"davae: {error}\n")
         sys.exit(130)

@@ -71,8 +71,6 @@ def running_process(run_folder: Path) -> int | None:
         return None
     if host != host_name() or not alive(pid):
         return None
-    if pid == os.getpid():
-        return pid
     lock = try_lock(run_folder / LOCK)
     if lock is None:
         return pid

@@ -53,3 +53,17 @@ def check_stop(place: str) -> None:
     """
     if _received:
         raise Interrupted(f"{place}: stopped, what is finished is saved; run the same command again to go on")
+
+
+@contextmanager
+def leave_on_signal() -> Iterator[None]:
+    """Have the signals by which a cluster ends a job stop a verb as Ctrl-C does; a training takes them itself."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        previous = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
