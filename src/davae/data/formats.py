@@ -66,7 +66,8 @@ def image_endings() -> frozenset[str]:
 
 def is_image_name(name: str) -> bool:
     """Return whether a file name has an ending of a format that davae opens, in any case."""
-    return Path(name).suffix.lower() in image_endings()
+    before, dot, ending = name.rpartition(".")
+    return dot != "" and before[-1:] not in ("", "/") and f".{ending.lower()}" in image_endings()
 
 
 def unused_kind(name: str) -> str:

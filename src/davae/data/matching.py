@@ -86,10 +86,10 @@ def match(names: Iterable[str], prefix: str, unused: dict[str, Tally], *, shard:
     taken: dict[tuple[str, Kind], int] = {}
     loose: list[tuple[str, str, Kind, int]] = []
     keys = _unique(images, lambda name: name.partition(".")[0])
-    several = defaultdict(list)
+    several: dict[str, list[str]] = {}
     for name in images:
-        several[stem(name)].append(name)
-    full = {name: [name] for name in images}
+        several.setdefault(stem(name), []).append(name)
+    full = frozenset(images)
     for name in others:
         if not shard and name.lower() in METADATA:
             found.metadata.append(name)
@@ -99,7 +99,7 @@ def match(names: Iterable[str], prefix: str, unused: dict[str, Tally], *, shard:
             add_to(unused, unused_kind(name), prefix + name)
             continue
         for own, kind, rank in forms:
-            owners = several.get(own) or full.get(own)
+            owners = several.get(own) or ([own] if own in full else None)
             if owners:
                 _assign(found, taken, owners, kind, rank, name, prefix, unused)
                 break
@@ -115,12 +115,12 @@ def stem(name: str) -> str:
 
 def _sidecar_forms(name: str) -> list[tuple[str, Kind, int]]:
     """Return (stem, kind, rank) of each way to read a name as a sidecar: `1.caption.txt` is one of `1` or `1.caption`."""
-    parts = name.split(".")
-    forms: list[tuple[str, Kind, int]] = []
-    for length in (1, 2):
-        ending = ".".join(parts[-length:]).lower()
-        if len(parts) > length and ending in SIDECARS:
-            forms.append((".".join(parts[:-length]), *SIDECARS[ending]))
+    own, dot, ending = name.rpartition(".")
+    first = SIDECARS.get(ending.lower()) if dot else None
+    forms: list[tuple[str, Kind, int]] = [(own, *first)] if first else []
+    before, dot, middle = own.rpartition(".")
+    if dot and (second := SIDECARS.get(f"{middle}.{ending}".lower())):
+        forms.append((before, *second))
     return forms
 
 
