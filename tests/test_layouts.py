@@ -777,3 +777,32 @@ def test_a_messy_download_folder(tmp_path: Path) -> None:
         except UnreadablePicture as error:
             faults[source.key(index)] = error.kind
     assert faults == {"f.png": "not a picture", "j.png": "not an image that davae reads", "n.png": "missing file"}
+
+
+def test_a_touched_or_copied_table_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    from davae.data.cache_key import FORMER_DATA, changes, hash_former, hash_pictures
+    from davae.data.pictures import split
+    from davae.data.tables import TableSource, table_content
+
+    rows = [{"image": image_bytes(i), "text": "x" * i + "\0", "kind": i} for i in range(6)]
+    path, other = tmp_path / "a.parquet", tmp_path / "n" / "a.parquet"
+    path.write_bytes(as_parquet(rows))
+    source = open_source(str(path), 8)
+    assert isinstance(source, TableSource)
+    assert source.caption(3) == "xxx"
+    assert source.findings.encodings == {source.key(3): "NUL removed"}
+    before = hash_pictures(source, range(6))
+    old = {"data": hash_former(source, range(6))}
+    assert changes(old, {"data": before, FORMER_DATA: hash_former(source, range(6))}) == []
+    assert changes(old, {"data": before}) != []
+    other.parent.mkdir()
+    other.write_bytes(path.read_bytes())
+    os.utime(other, (1, 1))
+    copied = open_source(str(other), 8)
+    assert hash_pictures(copied, range(6)) == before
+    assert split(copied, 0.5) == split(source, 0.5)
+    first = table_content(str(path))
+    path.write_bytes(as_parquet([*rows[:5], {**rows[5], "text": "y"}]))
+    assert table_content(str(path)) != first
+    assert table_content("org/name") is None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from davae.data.pictures import PictureSource
+from davae.data.tables import TableSource
 
 PARTS = {
     "autoencoder": "the autoencoder's weights or config",
@@ -18,6 +19,7 @@ PARTS = {
     "preprocessing": "the preprocessing",
     "text": "the model that the text encoders belong to",
 }
+FORMER_DATA = "data_before"  # the hash under which earlier versions wrote a cache of the same data
 Key = Mapping[str, Any]  # a part of PARTS -> a hash, or plain values by name
 
 
@@ -45,12 +47,21 @@ def hash_pictures(source: PictureSource, indices: Sequence[int]) -> str:
     return digest.hexdigest()[:16]
 
 
+def hash_former(source: TableSource, indices: Sequence[int]) -> str:
+    """Return what `hash_pictures` gave for a table before files were hashed by content; caches of then still open."""
+    digest = hashlib.sha256()
+    for index in indices:
+        for part in source.former(index):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
+
+
 def changes(old: Key, new: Key) -> list[str]:
     """What differs between two keys, in words; options of the preprocessing by name, `flip: False -> True`."""
     found: list[str] = []
     for part, words in PARTS.items():
         before, after = old.get(part), new.get(part)
-        if before == after:
+        if before == after or (part == "data" and before == new.get(FORMER_DATA, after)):
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             names = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))

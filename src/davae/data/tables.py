@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from davae.data.decoding import decode, header_size
 from davae.data.findings import Findings
 from davae.data.pictures import DataError
 from davae.data.texts import as_label, clean
+
+ENDS = 1 << 16  # bytes of a parquet file's beginning and end that are hashed
 
 
 def load_rows(name: str, options: SourceOptions, *, streaming: bool = False) -> Any:
@@ -78,6 +82,28 @@ def cell_bytes(cell: dict[str, Any]) -> bytes:
         return stream.read()  # type: ignore[union-attr]
 
 
+def table_content(name: str) -> bytes | None:
+    """Return a hash of local parquet files: names, sizes, and both ends, where the places and statistics of all rows are.
+
+    Touching or copying them changes nothing.
+
+    Args:
+        name: a path or pattern; None comes back for anything else.
+    """
+    paths = sorted(Path(path) for path in glob.glob(name)) if name.endswith(".parquet") else []
+    if not paths:
+        return None
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            ends = stream.read(ENDS)
+            stream.seek(max(0, size - ENDS))
+            ends += stream.read(ENDS)
+        digest.update(f"{path.name} {size} ".encode() + hashlib.sha256(ends).digest())
+    return digest.hexdigest()[:16].encode()
+
+
 class TableSource:
     """Rows read at random from the Arrow files that `datasets` maps from disk."""
 
@@ -87,14 +113,21 @@ class TableSource:
         self.name, self.options = name, options
         self.weights = column_weights(self.rows.column_names, options)
         texts = list(self.weights) + ([options.label_column] if options.label_column else [])
-        self.findings = Findings("table", ", ".join(f"column {name}" for name in self.weights) or "none")
+        feature = self.rows.features.get(options.label_column) if self.rows.features else None
+        self.findings = Findings(
+            "table",
+            ", ".join(f"column {column}" for column in self.weights) or "none",
+            class_names=tuple(getattr(feature, "names", None) or ()),
+        )
+        self._content = table_content(name)
         self.plain = self.rows.select_columns(texts) if texts else None  # without the images
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def key(self, index: int) -> str:
-        return f"{self.name}/{index}"
+        """Name of a row; of an absolute path the last part, so that a copy elsewhere has the same rows and split."""
+        return f"{Path(self.name).name if Path(self.name).is_absolute() else self.name}/{index}"
 
     def _stream(self, index: int) -> io.BytesIO | Path:
         cell = self.rows[index][self.options.image_column]
@@ -106,7 +139,12 @@ class TableSource:
         return header_size(self._stream(index), self.options.max_pixels, self.options.float_pixels)
 
     def identity(self, index: int) -> bytes:
-        return str(self.rows._fingerprint).encode()  # of the whole table: datasets hashes its files
+        """Content of the whole table; for a dataset of the hub the hash that `datasets` keeps."""
+        return self._content or str(self.rows._fingerprint).encode()
+
+    def former(self, index: int) -> tuple[bytes, bytes]:
+        """Return name and identity as earlier versions hashed them: with the path, and the time of the last change."""
+        return f"{self.name}/{index}".encode(), str(self.rows._fingerprint).encode()
 
     def label(self, index: int) -> int | None:
         column = self.options.label_column

@@ -13,10 +13,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from davae.data.cache import CacheMeta, Team, seal
-from davae.data.cache_key import Key, changes, fingerprint, hash_pictures, hash_weights, plain
+from davae.data.cache_key import (
+    FORMER_DATA,
+    Key,
+    changes,
+    fingerprint,
+    hash_former,
+    hash_pictures,
+    hash_weights,
+    plain,
+)
 from davae.data.cache_writer import write_latents, write_text
 from davae.data.latent_shards import PATTERN, STATISTICS, import_shards
 from davae.data.pictures import DataError, Pictures, by_kind, counted
+from davae.data.tables import TableSource
 from davae.files import atomic_text, saving
 from davae.models.placement import send
 from davae.recipes.sections import Cache, Data
@@ -73,6 +83,8 @@ def cache_key(
         key["preprocessing"] = {"cache.dtype": cache.dtype}
     else:
         key["data"] = hash_pictures(opened.source, opened.train)
+        if isinstance(opened.source, TableSource):
+            key[FORMER_DATA] = hash_former(opened.source, opened.train)
         key["preprocessing"] = {
             **{f"data.{name}": v for name, v in data.model_dump(mode="json", include=PREPARED_BY).items()},
             **{f"cache.{name}": v for name, v in cache.model_dump(include={"variants", "dtype"}).items()},
