@@ -806,3 +806,37 @@ def test_a_touched_or_copied_table_is_the_same(tmp_path: Path, monkeypatch: pyte
     path.write_bytes(as_parquet([*rows[:5], {**rows[5], "text": "y"}]))
     assert table_content(str(path)) != first
     assert table_content("org/name") is None
+
+
+def test_an_index_of_many_samples_is_kept_and_made_again_when_a_shard_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from davae.data import shard_index
+
+    monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_index, "KEPT_FROM", 2)
+    opened: list[Path] = []
+    real = shard_index.read_index
+    monkeypatch.setattr(shard_index, "read_index", lambda shard: (opened.append(shard), real(shard))[1])
+    name = tar(tmp_path / "a.tar", [("1.png", ""), ("1.txt", "one"), ("2.png", ""), ("1.txt", "uno"), ("x.mp4", "x")])
+    first = open_source(name, 8)
+    again = open_source(name, 8)
+    assert len(opened) == 1
+    for source in (first, again):
+        assert (
+            captions(name)
+            == {source.key(i): source.caption(i) for i in range(2)}
+            == {"a.tar/1": "uno", "a.tar/2": ""}
+        )
+        assert counts(source.findings.unused) == {".mp4": 1}
+        assert counts(source.findings.duplicates) == {"member that comes twice, the last one is read": 1}
+    assert again.findings == first.findings
+    (kept,) = (tmp_path / "cache" / "indexes").glob("*.npz")
+    kept.write_bytes(kept.read_bytes()[:-200])
+    assert len(open_source(name, 8)) == 2
+    assert len(opened) == 2, "a damaged index is made again"
+    tar(tmp_path / "a.tar", {"1.png": "", "2.png": "", "3.png": ""})
+    assert len(open_source(name, 8)) == 3
+    (tmp_path / "cache2").write_bytes(b"no folder")
+    monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache2"))
+    assert len(open_source(name, 8)) == 3, "a place that cannot be written only costs time"

@@ -15,12 +15,13 @@ from davae.data.captions import SourceOptions
 from davae.data.copies import cache_folder
 from davae.data.decoding import decode, header_size
 from davae.data.findings import Findings, Tally, add_to
-from davae.data.folder import FolderSource, printable
+from davae.data.folder import FolderSource
 from davae.data.matching import Kind
 from davae.data.npz import NpzSource, map_npz
 from davae.data.pictures import DataError
+from davae.data.shard_index import index_shards
 from davae.data.sidecars import TABLE_OPTIONS, Sidecars
-from davae.data.tar_index import KINDS, TarIndex, index_tar, plain_shard, read_index, read_place
+from davae.data.tar_index import KINDS, index_tar, plain_shard, read_place
 
 __all__ = ["TABLE_OPTIONS", "FolderSource", "NpzSource", "TarSource", "index_tar", "map_npz"]
 
@@ -34,7 +35,7 @@ class TarSource:
     Args:
         shards: the files, in order; compressed ones are unpacked once.
         options: the recipe's section `data`.
-        cache: where unpacked copies are kept.
+        cache: where unpacked copies and indexes are kept, by default $DAVAE_CACHE.
 
     Raises:
         DataError: a shard that cannot be read, no images, or an option that has no meaning here.
@@ -46,37 +47,26 @@ class TarSource:
         self.options = options
         name = ", ".join(str(shard) for shard in shards[:3]) + (", ..." if len(shards) > 3 else "")
         options.refuse(f"the shards {name}", TABLE_OPTIONS)
-        unused: dict[str, Tally] = {}
         duplicates: dict[str, Tally] = {}
         shards = _once_each(shards, duplicates)
-        self.shards = [plain_shard(shard, cache or cache_folder() / "shards") for shard in shards]
-        self.names: list[str] = []
-        self.shard_of: list[int] = []
-        self._sparse: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {}
-        places: list[np.ndarray] = []
-        counts: Counter[str] = Counter()
-        for number, (shard, shown) in enumerate(zip(self.shards, _shard_names(shards), strict=True)):
-            index = read_index(shard)
-            self.names += [printable(f"{shown}/{stem}") for stem in index.samples]
-            self.shard_of += [number] * len(index.samples)
-            self._sparse |= {(number, offset): pieces for offset, pieces in index.sparse.items()}
-            places += list(index.samples.values())
-            counts.update(index.counts)
-            _gather(index, shown, unused, duplicates)
+        folder = cache or cache_folder()
+        self.shards = [plain_shard(shard, folder / "shards") for shard in shards]
+        index = index_shards(self.shards, _shard_names(shards), folder / "indexes")
+        self.names, self.shard_of, self.places = index.names, index.shard_of, index.places
+        self._sparse, unused = index.sparse, index.unused
         if not self.names:
             raise DataError(f"{name}: no pictures inside{_kinds(unused)}")
-        self.places = np.stack(places)  # (N, kinds, 2): offset and size, -1 for none
         self._open: dict[int, Any] = {}
         copies = sum(plain != shard for plain, shard in zip(self.shards, shards, strict=True))
         self.findings = Findings(
             "shards",
             unused=unused,
-            duplicates=duplicates,
+            duplicates={**index.duplicates, **duplicates},
             notes=(f"{copies} compressed shards were unpacked into {self.shards[0].parent}",) if copies else (),
         )
         self.beside = Sidecars(options, self, self.findings, name)
         self.findings = self.beside.findings = Findings(
-            **{**self.findings.__dict__, "captions_from": self.beside.origin(counts)}
+            **{**self.findings.__dict__, "captions_from": self.beside.origin(index.counts)}
         )
 
     def _descriptor(self, shard: int) -> int:
@@ -89,7 +79,7 @@ class TarSource:
         offset, size = (int(value) for value in self.places[index, KINDS.index(kind)])
         if offset < 0:
             return None
-        shard = self.shard_of[index]
+        shard = int(self.shard_of[index])
         # forked workers share an open file's position, so none is used
         return read_place(self._descriptor(shard), offset, size, self._sparse.get((shard, offset)), limit)
 
@@ -99,7 +89,7 @@ class TarSource:
     def _image(self, index: int) -> IO[bytes]:
         """Return the image as a file that reads only what is asked for."""
         offset, size = (int(value) for value in self.places[index, 0])
-        shard = self.shard_of[index]
+        shard = int(self.shard_of[index])
         if (shard, offset) in self._sparse or size <= PREFIX:
             return io.BytesIO(self.sidecar(index, "picture") or b"")
         return io.BufferedReader(_Part(self._descriptor(shard), offset, size), PREFIX)
@@ -183,15 +173,6 @@ def _shard_names(shards: list[Path]) -> list[str]:
         shard.name if times[shard.name] == 1 else Path(os.path.relpath(os.path.abspath(shard), shared)).as_posix()
         for shard in shards
     ]
-
-
-def _gather(index: TarIndex, shard: str, unused: dict[str, Tally], duplicates: dict[str, Tally]) -> None:
-    """Add a shard's counts to those of the source."""
-    for own, total in ((index.unused, unused), (index.duplicates, duplicates)):
-        for kind, tally in own.items():
-            for name in tally.names:
-                add_to(total, kind, printable(f"{shard}/{name}"))
-            total[kind].count += tally.count - len(tally.names)
 
 
 def _kinds(unused: dict[str, Tally]) -> str:
