@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import davae.measure
 from davae.data.pictures import DataError
+from davae.errors import DavaeError
 from davae.evaluate.detail import (
     ImageSpectrum,
     SpectrumMeter,
@@ -88,6 +93,39 @@ def test_top_octave_error_is_in_decibel_with_a_sign():
         top_octave_error(ImageSpectrum(real.frequency[:3], real.power[:3]), real)
 
 
+def test_both_verbs_report_fine_detail_and_draw_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(davae.measure, "make_extractor", lambda name, weights: Corners())
+    rng = np.random.default_rng(0)
+    for name, low in (("sharp", 0), ("other", 0), ("smooth", 120)):
+        images = rng.integers(low, 256 - low, (8, 16, 16, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+    options = {"num": None, "features": "lite0", "feature_weights": None}
+    found = {
+        name: davae.measure.evaluate_pictures(
+            f"{tmp_path}/{name}.npz",
+            f"{tmp_path}/sharp.npz",
+            16,
+            patch_size=8,
+            spectrum=tmp_path / f"{name}.png",
+            **options,
+        )
+        for name in ("sharp", "other", "smooth")
+    }
+    assert found["sharp"]["patch_corner"] == pytest.approx(0, abs=1e-9)
+    assert found["sharp"]["spectrum_top_octave_rms_db"] == 0
+    assert found["smooth"]["patch_corner"] > found["other"]["patch_corner"]
+    assert found["smooth"]["spectrum_top_octave_db"] == pytest.approx(20 * np.log10(16 / 256), abs=1.0)
+    assert abs(found["other"]["spectrum_top_octave_db"]) < 1
+    assert (found["other"]["patches"], found["other"]["patches_real"], found["other"]["patch_size"]) == (32, 32, 8)
+    with Image.open(tmp_path / "smooth.png") as drawn:
+        assert drawn.size[0] > 300
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    with pytest.raises(DavaeError, match=r"mine\.png"):
+        davae.measure.evaluate_pictures(
+            f"{tmp_path}/sharp.npz", f"{tmp_path}/sharp.npz", 16, spectrum=tmp_path / "mine.png", **options
+        )
+
+
 class Corners:
     """Features are the first pixel of each image."""
 
@@ -105,5 +143,5 @@ def test_a_set_is_measured_once_whole_and_in_crops():
     assert torch.equal(found.patches.features, image_patches(images, 4)[:, :, 0, 0])
     for size in (0, 8, 16):
         assert measure_images([images], Corners(), size).patches is None
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="no pictures"):
         measure_images([], Corners())

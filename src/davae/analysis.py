@@ -14,6 +14,7 @@ from torch import Tensor
 from davae.analyze.curves import compared_curves, loss_curves
 from davae.analyze.latent_maps import class_knowledge, pca_pictures
 from davae.analyze.spectra import radial_power, spectra_plot
+from davae.data.formats import open_image
 from davae.data.pictures import DataError, Pictures, spread, to_images
 from davae.evaluate.detail_use import reconstructions
 from davae.evaluate.reconstruction import score_reconstructions
@@ -51,7 +52,7 @@ def check_figure(out: Path, name: str) -> None:
 def write_figure(out: Path, name: str, picture: bytes | Image.Image, figures: dict[str, Any]) -> Path:
     """`name.png` and `name.json` in a folder; returns the picture's path."""
     path = out / f"{name}.png"
-    save_image(Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture, path)
+    save_image(open_image(io.BytesIO(picture)) if isinstance(picture, bytes) else picture, path)
     write_figures(out / f"{name}.json", figures)
     return path
 

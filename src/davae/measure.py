@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from davae.analyze.spectra import image_spectra_plot
+from davae.data.formats import open_image
 from davae.data.pictures import DataError, Pictures, UnreadablePicture, grid, split, spread, to_tensor
 from davae.data.sources import open_source, usable
-from davae.evaluate.distribution import LEAST, compare, stored_gaussian
-from davae.evaluate.features import Features, extract, make_extractor
+from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
+from davae.evaluate.distribution import LEAST, stored_gaussian
+from davae.evaluate.features import make_extractor
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.throughput import time_pipelines
 from davae.evaluate.upscale import make_upscaler
@@ -191,21 +195,36 @@ def evaluate_reconstruction(
 
 
 def evaluate_pictures(
-    generated: str, data: str, resolution: int, *, num: int | None, features: str, feature_weights: Path | None
+    generated: str,
+    data: str,
+    resolution: int,
+    *,
+    num: int | None,
+    features: str,
+    feature_weights: Path | None,
+    patch_size: int = PATCH_SIZE,
+    spectrum: Path | None = None,
 ) -> dict[str, Any]:
-    """Figures of `davae evaluate pictures`: two sets of pictures that lie on disk.
+    """Measure two sets of images on disk; the figures of `davae evaluate pictures`.
 
-    FID to an `.npz` with `mu` and `sigma` is taken to these, as ADM's own evaluator does; KID, precision and recall to its
-    pictures.
+    FID to an `.npz` with `mu` and `sigma` is taken to these, as ADM's own evaluator does; all else to its images.
+
+    Args:
+        patch_size: side of the crops of the patch distance, pixels; 0 leaves it out.
+        spectrum: PNG to draw both power spectra into.
     """
+    if spectrum is not None:
+        check_image(spectrum)
     extractor = make_extractor(features, feature_weights)
     stored = stored_gaussian(Path(data)) if data.endswith(".npz") and extractor.name == "fid" else None
     sides = [
-        extract(batches(real_pictures(source, resolution, 0.0, "train"), num), extractor)
+        measure_images(batches(real_pictures(source, resolution, 0.0, "train"), num), extractor, patch_size)
         for source in (generated, data)
     ]
     reference = {} if stored is None else {"fid_reference": "mu and sigma stored in the data"}
-    figures = compare(*sides, stored=stored).as_dict(extractor.name)
+    figures = compare_sets(*sides, extractor.name, patch_size, stored)
+    if spectrum is not None:
+        draw_spectra(spectrum, *sides)
     return {"pictures": generated, "data": data, "resolution": resolution, **figures, **reference}
 
 
@@ -220,10 +239,19 @@ def condition_of(picture: dict[str, Any], pipeline: Any) -> str:
     return str(picture["label"])
 
 
+def draw_spectra(target: Path, generated: ImageSet, real: ImageSet) -> None:
+    """Write the mean power spectra of two sets as a PNG."""
+    plot = image_spectra_plot({"real": real.spectrum, "generated": generated.spectrum})
+    save_image(open_image(io.BytesIO(plot)), target)
+
+
 @cache
-def real_features(data: str, size: int, held_in: float, features: str, weights: Path | None) -> Features:
-    """Features of a set of real pictures, kept for the next model that is compared with it."""
-    return extract(batches(real_pictures(data, size, held_in, "train")), make_extractor(features, weights))
+def real_images(
+    data: str, size: int, held_in: float, features: str, weights: Path | None, patch_size: int = 0
+) -> ImageSet:
+    """Measure a set of real images, kept for the next model that is compared with it."""
+    pictures = real_pictures(data, size, held_in, "train")
+    return measure_images(batches(pictures), make_extractor(features, weights), patch_size)
 
 
 def evaluate_generation(
@@ -243,8 +271,17 @@ def evaluate_generation(
     upscale: str = "bilinear",
     placement: Placement = FULL,
     batch_size: int = 32,
+    patch_size: int = PATCH_SIZE,
+    spectrum: Path | None = None,
 ) -> dict[str, Any]:
-    """Figures of `davae evaluate generation`: samples against real pictures of the same captions or classes."""
+    """Compare samples with real images of the same captions or classes; the figures of `davae evaluate generation`.
+
+    Args:
+        patch_size: side of the crops of the patch distance, pixels at the size of comparison; 0 leaves it out.
+        spectrum: PNG to draw both power spectra into.
+    """
+    if spectrum is not None:
+        check_image(spectrum)
     if num < LEAST:
         raise ModelError(f"--num {num}: at least {LEAST} pictures are needed to compare with")
     model, _ = open_model(pipeline, placement)
@@ -273,14 +310,17 @@ def evaluate_generation(
             yield torch.stack([to_tensor(sample) for sample in (enlarge(samples) if enlarge else samples)])
             on_batch(min(start + part, num), num)
 
-    real = real_features(data, size, held_in, features, feature_weights)
-    scores = compare(extract(drawn(), extractor), real)
+    real = real_images(data, size, held_in, features, feature_weights, patch_size)
+    samples = measure_images(drawn(), extractor, patch_size)
+    figures = compare_sets(samples, real, extractor.name, patch_size)
+    if spectrum is not None:
+        draw_spectra(spectrum, samples, real)
     return {
         "pipeline": pipeline,
         "data": data,
         "held_in": held_in,
         "dtype": placement.precision,
-        **scores.as_dict(extractor.name),
+        **figures,
         "resolution": resolution or own,
         "compared_at": size,
         "upscale": upscale if enlarge else None,

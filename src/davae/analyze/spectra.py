@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -67,3 +69,20 @@ def spectra_plot(spectra: dict[str, Spectrum]) -> bytes:
 
 def _within(limits: tuple[float, float], value: float) -> bool:
     return limits[0] <= value <= limits[1]
+
+
+def image_spectra_plot(spectra: Mapping[str, Any]) -> bytes:
+    """Return a PNG: power in dB against frequency, one line a set; the octave that half the size cannot hold is shaded.
+
+    Args:
+        spectra: name -> spectrum of images with `frequency` (cycles per pixel) and `power`.
+    """
+    figure, axis = plt.subplots(figsize=(4.6, 3.4))
+    axis.axvspan(0.25, 0.5, color="0.94", linewidth=0)
+    for name, spectrum in spectra.items():
+        power = 10 * np.log10(np.maximum(spectrum.power[1:], np.finfo(np.float64).tiny))
+        axis.plot(spectrum.frequency[1:], power, linewidth=1.4, label=name)
+    axis.set(xlabel="cycles per pixel", ylabel="power, dB", xlim=(0, 0.5))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    return to_png(figure)

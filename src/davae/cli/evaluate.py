@@ -18,6 +18,13 @@ FeatureNetwork = Annotated[
 OptionalFeatures = Annotated[
     Literal["lite0", "inception"] | None, typer.Option(help="Features for the distance between the two sets (rFID).")
 ]
+PatchSize = Annotated[
+    int,
+    typer.Option(
+        min=0, max=4096, help="Side of the crops of the patch distance, in pixels of the final size; 0 leaves it out."
+    ),
+]
+SpectrumFile = Annotated[Path | None, typer.Option(help="PNG of the power spectra of both sets.")]
 Weights = Annotated[Path | None, typer.Option(help="Inception weights of torch-fidelity, where there is no network.")]
 
 evaluate_app = Verbs(no_args_is_help=True, help="Measure a model on pictures.")
@@ -91,6 +98,8 @@ def generation(
     offload: Offload = "off",
     compile: Compile = "off",
     batch_size: BatchSize = 32,
+    patch_size: PatchSize = 64,
+    spectrum: SpectrumFile = None,
     json: Json = None,
 ) -> None:
     """Frechet and kernel distance, precision and recall against real pictures, prompted by their captions or classes.
@@ -121,6 +130,8 @@ def generation(
             upscale=upscale,
             placement=Placement(dtype, offload, compile),
             batch_size=batch_size,
+            patch_size=patch_size,
+            spectrum=spectrum,
         )
     write_json(json, figures)
     console.print_json(data=figures)
@@ -134,6 +145,8 @@ def pictures(
     num: Annotated[int | None, typer.Option(min=4, help="At most so many of each.")] = None,
     features: FeatureNetwork = "inception",
     feature_weights: Weights = None,
+    patch_size: PatchSize = 64,
+    spectrum: SpectrumFile = None,
     json: Json = None,
 ) -> None:
     """Two sets of pictures on disk: Frechet and kernel distance, precision, recall, Inception score.
@@ -144,7 +157,14 @@ def pictures(
     from davae.measure import evaluate_pictures
 
     figures = evaluate_pictures(
-        generated, data, resolution, num=num, features=features, feature_weights=feature_weights
+        generated,
+        data,
+        resolution,
+        num=num,
+        features=features,
+        feature_weights=feature_weights,
+        patch_size=patch_size,
+        spectrum=spectrum,
     )
     write_json(json, figures)
     console.print_json(data=figures)

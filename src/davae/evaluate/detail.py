@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from davae.data.pictures import DataError
-from davae.evaluate.features import Extractor, Features
+from davae.evaluate.distribution import Gaussian, compare, frechet_distance
+from davae.evaluate.features import Extractor, Features, joined
 
+PATCH_SIZE = 64  # pixels of a crop by default
 PATCHES_PER_IMAGE = 4
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -160,19 +162,39 @@ def measure_images(batches: Iterable[Tensor], extractor: Extractor, patch_size: 
         if 0 < patch_size < max(images.shape[-2:]) and patch_size <= min(images.shape[-2:]):
             crops += [extractor(part) for part in image_patches(images, patch_size, count).split(max(len(images), 1))]
         count += len(images)
-    if not parts:
-        raise ValueError("there are no images to measure")
     return ImageSet(joined(parts), joined(crops) if crops else None, meter.result())
 
 
-def joined(parts: list[Features]) -> Features:
-    """Return the features of all batches as one.
+def detail_scores(generated: ImageSet, real: ImageSet, frechet_name: str, patch_size: int) -> dict[str, float]:
+    """Return the figures of fine detail under plain keys.
+
+    `patch_fd_lite0` (or `patch_fid`) with `patch_size` and the number of crops a side, where both sets have crops;
+    `spectrum_top_octave_rms_db` and `spectrum_top_octave_db` of `top_octave_error`.
 
     Raises:
-        ValueError: features that are not finite.
+        DataError: images of different sizes.
     """
-    features = torch.cat([part.features.cpu() for part in parts])
-    if not torch.isfinite(features).all():
-        raise ValueError("features are not finite: the images hold NaN or infinite pixels")
-    logits = [part.logits.cpu() for part in parts if part.logits is not None]
-    return Features(features, torch.cat(logits) if logits else None)
+    rms, mean = top_octave_error(generated.spectrum, real.spectrum)
+    figures: dict[str, float] = {"spectrum_top_octave_rms_db": rms, "spectrum_top_octave_db": mean}
+    if generated.patches is not None and real.patches is not None:
+        figures[f"patch_{frechet_name}"] = frechet_distance(generated.patches.features, real.patches.features)
+        figures |= {"patch_size": patch_size, "patches": len(generated.patches), "patches_real": len(real.patches)}
+    return figures
+
+
+def compare_sets(
+    generated: ImageSet, real: ImageSet, frechet_name: str, patch_size: int, stored: Gaussian | None = None
+) -> dict[str, float]:
+    """Return every distance between two sets of images under plain keys.
+
+    Args:
+        generated, real: the sets, at one size.
+        frechet_name: of a Frechet distance on these features, `fid` or `fd_lite0`.
+        patch_size: side of the crops, pixels.
+        stored: what the global Frechet distance is taken to, in place of the real images' own features.
+
+    Raises:
+        DataError: too few images on a side, or sets of different sizes.
+    """
+    figures = compare(generated.whole, real.whole, stored=stored).as_dict(frechet_name)
+    return figures | detail_scores(generated, real, frechet_name, patch_size)

@@ -107,12 +107,20 @@ def make_extractor(name: str, weights: Path | None = None) -> Extractor:
 
 
 def extract(batches: Iterable[Tensor], extractor: Extractor) -> Features:
-    """Features of all pictures of batches (B,3,H,W).
+    """Return the features of all images of batches (B,3,H,W).
 
     Raises:
-        ValueError: no pictures, or features that are not finite.
+        ValueError: no images, or features that are not finite.
     """
-    parts = [extractor(images) for images in batches]
+    return joined([extractor(images) for images in batches])
+
+
+def joined(parts: list[Features]) -> Features:
+    """Return the features of several batches as one, on the CPU.
+
+    Raises:
+        ValueError: no batch, or features that are not finite.
+    """
     if not parts:
         raise ValueError("there are no pictures to measure")
     features = torch.cat([part.features.cpu() for part in parts])
