@@ -149,11 +149,9 @@ def attacks(served: Page) -> dict[str, list[Callable[[httpx.Client], httpx.Respo
         "damaged or oversized call": [
             *(lambda c, b=b: c.post(join, content=b) for b in bodies),
             lambda c: c.post(join, content=b" " * (2**20 + 1)),
-            lambda c: c.post(join, content=b"{}", headers={"Content-Length": "-1"}),
         ],
         "oversized upload": [
             lambda c: c.post(f"{API}/upload", files={"files": ("x.png", b"\0" * (21 * 2**20))}),
-            lambda c: c.post(f"{API}/upload", content=b"", headers={"Content-Length": str(2**40)}),
         ],
     }  # fmt: skip
 
@@ -260,9 +258,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument(
-        "--warm", type=int, default=80, help="images before the first reading: sessions fill up to 64"
+        "--warm", type=int, default=70, help="images before the first reading: sessions fill up to 64"
     )
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, page(Path(folder)) as served:

@@ -27,9 +27,9 @@ from starlette.testclient import TestClient
 from test_app import pair  # noqa: F401 - a fixture
 
 from davae.app import access as doors
-from davae.app import slot
+from davae.app import page, slot
 from davae.app.access import Access, Place, grant, parse_place, read_auth, same_origin
-from davae.app.forms import FormError
+from davae.app.forms import FormError, line_of, plain
 from davae.app.guard import Guard
 from davae.app.limits import Bounds, make_room, occupied, wrong_call
 from davae.app.page import build_server, listen, remove_left_folders, upload_folder
@@ -371,7 +371,10 @@ def test_other_machines_need_a_password():
 def test_a_page_for_every_address_answers_to_the_one_it_was_reached_at():
     access = grant("0.0.0.0", auth="a:b")
     assert access.answers_to(Place("192.168.1.7", 7860), "192.168.1.7")
+    assert access.answers_to(Place("192.168.1.7", 7860), "::ffff:192.168.1.7")
+    assert access.answers_to(Place("fe80::1", 7860), "fe80::1%eth0")
     assert not access.answers_to(Place("192.168.1.8", 7860), "192.168.1.7")
+    assert not access.answers_to(Place("192.168.1.8", 7860), None)
     assert not access.answers_to(Place("evil.example", 7860), "192.168.1.7")
     assert not grant("127.0.0.1").answers_to(Place("127.0.0.2", 7860), "127.0.0.2")
 
@@ -434,6 +437,41 @@ def test_an_address_that_is_taken_is_one_line():
         other.listen()
         with pytest.raises(RunError, match=r"--port \d+: Address already in use; use another"):
             listen("127.0.0.1", other.getsockname()[1])
+
+
+def test_the_printed_address_is_one_line_with_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    served: list[Any] = []
+    monkeypatch.setattr(page, "build_server", lambda *arguments: served.append(arguments[2]))
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: served.append(sockets[0].getsockname()))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    access = grant()
+    page.serve(None, tmp_path, access, port)  # type: ignore[arg-type]
+    assert capsys.readouterr().out.splitlines()[0] == f"http://127.0.0.1:{port}/?token={access.token}"
+    assert served == [access, ("127.0.0.1", port)]
+
+
+def test_a_full_disk_starts_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**29))
+    monkeypatch.setattr(Trainings, "_launch", lambda self, name: pytest.fail("started"))
+    with pytest.raises(RunError, match="the disk has 512 MiB left; this training needs 1024 MiB"):
+        Trainings(tmp_path / "runs").start("first", "micro")
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_answers_name_no_folder_and_show_text_as_text():
+    error = ValueError(
+        "cannot read /home/ann/secret/a.png:\n/tmp/davae-app-x/0/b.png and ~/c/d.png; http://x/y/z stays"
+    )
+    assert line_of(error) == "cannot read a.png: b.png and d.png; http://x/y/z stays"
+    assert len(line_of(ValueError("x" * 5000))) < 500
+    assert plain("<b>a</b> ![x](http://e) `c` *d* [e](f)") == (
+        r"&lt;b&gt;a&lt;/b&gt; \!\[x\]\(http://e\) \`c\` \*d\* \[e\]\(f\)"
+    )
 
 
 # -- names below roots -----------------------------------------------------------------------------------------

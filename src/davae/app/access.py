@@ -169,7 +169,7 @@ class Access:
         """
         if host.host in LOCAL_NAMES | self.names:
             return True
-        return is_wildcard(self.host) and own_address is not None and host.host == own_address
+        return is_wildcard(self.host) and own_address is not None and host.host == _unmapped(own_address)
 
     def has_token(self, token: str | None, cookie: str | None, authorization: str | None) -> bool:
         """Return whether one of three places where a request can carry the secret does: query, cookie, header."""
@@ -190,6 +190,15 @@ class Access:
         except (binascii.Error, ValueError):
             return False
         return hmac.compare_digest(given, self.auth.encode())
+
+
+def _unmapped(address: str) -> str:
+    """Return an address of this machine as a Host header writes it, `::ffff:1.2.3.4` as `1.2.3.4`."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    return str(getattr(parsed, "ipv4_mapped", None) or parsed)
 
 
 def _equal(found: str, wanted: str) -> bool:

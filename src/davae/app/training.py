@@ -115,7 +115,7 @@ class Trainings:
                 raise RecipeError(f"{stage}.max_steps: {steps}; the page trains up to {MAX_TRAINING_STEPS} steps")
         with self._lock:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._refuse_second()
+            self._refuse_second(sum(path.stat().st_size for path in uploads or ()))
             if len(self.names()) >= MOST:
                 raise RunError(f"{MOST} trainings lie here already; remove old ones")
             if (folder / "recipe.yaml").is_file():
@@ -134,13 +134,15 @@ class Trainings:
             self._refuse_second()
             self._launch(name)
 
-    def _refuse_second(self) -> None:
+    def _refuse_second(self, copied: int = 0) -> None:
+        """Refuse a training while another one runs, or on a disk without room for it and `copied` bytes of uploads."""
         name = self.current()
         if name:
             raise RunError(f"training '{name}' runs; pause it first, or wait: one runs at a time")
         free = shutil.disk_usage(self.root).free
-        if free < SPARE:
-            raise RunError(f"the disk has {free >> 20} MiB left; a training needs {SPARE >> 20} MiB to start")
+        if free < SPARE + copied:
+            needed = (SPARE + copied) >> 20
+            raise RunError(f"the disk has {free >> 20} MiB left; this training needs {needed} MiB to start")
 
     def _launch(self, name: str) -> None:
         folder = self.folder(name)
@@ -208,7 +210,7 @@ class Trainings:
         last = records[-1]
         steps = recipe.stage1.max_steps if last["stage"] == "stage1" else recipe.stage2.max_steps
         stage = {"stage1": "stage 1, detail VAE", "stage2": "stage 2, transformer"}.get(last["stage"], last["stage"])
-        return f"{stage}: step {last['step']} of {steps}, {last['images_per_second']:.0f} images/s"
+        return f"{stage}: step {last['step']} of {steps}, {last.get('images_per_second', 0):.0f} images/s"
 
     def report(self, name: str) -> Path | None:
         """The report's page of a training, once it is written."""
