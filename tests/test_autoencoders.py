@@ -319,3 +319,44 @@ def test_tiny_files_that_do_not_fit_are_refused_by_key(taef2: Path, shared: Path
     torch.save(encoder, tmp_path / "short.pth")
     with pytest.raises(ModelError, match=r"missing encoder\.layers\.3\.conv\.2\.bias"):
         convert_tiny(tmp_path / "short.pth", shared / "weights/taef2/taef2_decoder.pth", tmp_path / "out")
+
+
+def decibels(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """PSNR over the range of what is wanted."""
+    span = float(wanted.max() - wanted.min())
+    return float(20 * torch.log10(span / (found - wanted).square().mean().sqrt()))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_tiles_give_the_whole_result(name: str):
+    """Layers that see the whole image see it also in tiles: pooled blocks, linear attention, attention, group norms."""
+    vae = DetailVAE.from_base(BUILDERS[name](), 8)
+    images = F.interpolate(torch.rand(1, 3, 12, 12) * 2 - 1, (192, 160), mode="bicubic").clamp(-1, 1)
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mode()
+        whole = vae.decode(latents).sample
+        vae.enable_tiling(64, 0.25)
+        assert decibels(vae.encode(images).latent_dist.mode(), latents) > 45
+        assert decibels(vae.decode(latents).sample, whole) > 45
+
+
+@pytest.mark.slow
+def test_taef2_s_real_weights_in_tiles(taef2: Path, shared: Path):
+    """By davae's own tiles as base, and inside a DetailVAE."""
+    base = load_autoencoder(str(taef2))
+    images = torch.cat([torch.cat([*photos(shared, 4)[:2]], 2), torch.cat([*photos(shared, 4)[2:]], 2)], 1)[
+        None
+    ]  # (1,3,256,256)
+    detail = DetailVAE.from_base(base, 32)
+    with torch.no_grad():
+        latents = base.encode(images).latents
+        whole = base.decode(latents).sample
+        base.enable_tiling()
+        base.tile_latent_min_size, base.tile_sample_min_size = 16, 128
+        assert decibels(base.encode(images).latents, latents) > 45
+        assert decibels(base.decode(latents).sample, whole) > 45
+        latents = detail.encode(images).latent_dist.mode()
+        whole = detail.decode(latents).sample
+        detail.enable_tiling(128, 0.25)
+        assert decibels(detail.encode(images).latent_dist.mode(), latents) > 45
+        assert decibels(detail.decode(latents).sample, whole) > 45

@@ -37,6 +37,7 @@ from davae.models.posterior import RawLatents, StructuredPosterior
 from davae.models.resample import DetailDown, DetailUp, Downsample, downsample
 from davae.models.tiling import Tiling, tiled
 from davae.models.warm_start import Start, take_weights
+from davae.models.whole_layers import decode_in_tiles, encode_in_tiles
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -253,10 +254,15 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 lambda x: encode_by_rows(detail, x, tile**2),
             )
 
-        def whole(x: Tensor) -> Tensor:
-            return self._moments(x, base, detail)
-
-        return tiled(whole, images, tile, self.tiling.overlap, 1 / self.spatial_factor)
+        patch, scale, overlap = self.frames.patch, self.layout.scale, self.tiling.overlap
+        factor = self.spatial_factor // patch
+        if isinstance(base, Encoder):  # with gradients: its layers that see the whole image see a tile
+            return tiled(lambda x: self._moments(x, base, detail), images, tile, overlap, 1 / self.spatial_factor)
+        return self._moments(
+            images,
+            lambda x: encode_in_tiles(base, x, Tiling(tile // scale // patch, overlap), factor // scale),
+            lambda x: encode_in_tiles(detail, x, Tiling(tile // patch, overlap), factor),
+        )
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[StructuredPosterior]:
@@ -289,10 +295,15 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if self.use_tiling and max(latents.shape[-2:]) > tile:
             if isinstance(self.decoder, Decoder) and not torch.is_grad_enabled():
                 return decode_by_rows(self.decoder, latents, self.tiling.tile**2)
-            return tiled(self._decode, latents, tile, self.tiling.overlap, self.spatial_factor)
-        return self._decode(latents)
+            if isinstance(self.decoder, Decoder):
+                return tiled(self.decoder, latents, tile, self.tiling.overlap, self.spatial_factor)
+            patch = self.frames.patch
+            tiling, factor = Tiling(self.tiling.tile // patch, self.tiling.overlap), self.spatial_factor // patch
 
-    def _decode(self, latents: Tensor) -> Tensor:
+            def decode(x: Tensor, **options: bool) -> Tensor:
+                return decode_in_tiles(self.decoder, x, tiling, factor, **options)
+
+            return self.frames.decode(decode, latents)
         return self.frames.decode(self.decoder, latents)
 
     @apply_forward_hook
@@ -366,7 +377,8 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Encode and decode pictures larger than a tile with less memory; sizes in pixels.
 
         Where no gradient is asked for, KL autoencoders work in strips of as many positions as a tile has, which gives the
-        untiled result but for half-precision rounding (`by_rows`). All others run on overlapping tiles with blended seams.
+        untiled result but for half-precision rounding (`by_rows`). All others run their layers that see the whole image on
+        the whole latent grid, and the others on overlapping tiles with blended seams (`whole_layers`).
         """
         tile = tile_sample_min_size or self.tiling.tile
         overlap = self.tiling.overlap if tile_overlap_factor is None else tile_overlap_factor

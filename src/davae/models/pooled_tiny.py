@@ -7,6 +7,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch import Tensor, nn
 
+from davae.models.tiling import Tiling
+from davae.models.whole_layers import decode_in_tiles, encode_in_tiles
+
 
 class PooledBlock(AutoencoderTinyBlock):
     """A block that first adds what all positions together say: group norm over a 1x1 convolution of four times the width."""
@@ -74,6 +77,18 @@ class PooledAutoencoderTiny(AutoencoderTiny):
         ):
             for number in range(first, first + pooled_blocks):
                 layers[number] = PooledBlock(width, act_fn)
+
+    def _tiled_encode(self, x: Tensor) -> Tensor:
+        """Encode in tiles, the pooled blocks on the whole grid, where diffusers' tiles would each pool for themselves."""
+        factor = self.spatial_scale_factor
+        tiling = Tiling(self.tile_latent_min_size * factor, min(0.5, self.tile_overlap_factor))
+        return encode_in_tiles(self.encoder, x, tiling, factor)
+
+    def _tiled_decode(self, x: Tensor) -> Tensor:
+        """Decode in tiles, the pooled blocks on the whole grid."""
+        factor = self.spatial_scale_factor
+        tiling = Tiling(self.tile_latent_min_size * factor, min(0.5, self.tile_overlap_factor))
+        return decode_in_tiles(self.decoder, x, tiling, factor)
 
 
 PooledAutoencoderTiny.__module__ = "davae"  # as DetailVAE's: the name that diffusers writes into model_index.json

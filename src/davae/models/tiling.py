@@ -27,7 +27,7 @@ def tiled(network: Callable[[Tensor], Tensor], inputs: Tensor, tile: int, overla
     """Apply `network` tile by tile; neighbouring outputs are cross-faded linearly over what they share.
 
     Args:
-        inputs: (B,c,H,W).
+        inputs: (B,...,H,W).
         tile: side of a tile on the input grid; overlap: fraction of it shared with the neighbour.
         factor: output positions per input position (8 for a decoder, 1/8 for an encoder).
     """
@@ -43,8 +43,8 @@ def tiled(network: Callable[[Tensor], Tensor], inputs: Tensor, tile: int, overla
             piece = inputs[..., top : top + tile_height, left : left + tile_width]
             output = network(piece)  # (B,c',tile*factor,tile*factor)
             if result is None or total is None:
-                result = output.new_zeros(*output.shape[:2], round(height * factor), round(width * factor))
-                total = output.new_zeros(1, 1, *result.shape[-2:])
+                result = output.new_zeros(*output.shape[:-2], round(height * factor), round(width * factor))
+                total = output.new_zeros(result.shape[-2:])
             fade = round(shared * factor)
             ramp_y = _ramp(output.shape[-2], fade, top > 0, top + tile_height < height, output)
             ramp_x = _ramp(output.shape[-1], fade, left > 0, left + tile_width < width, output)
@@ -52,7 +52,7 @@ def tiled(network: Callable[[Tensor], Tensor], inputs: Tensor, tile: int, overla
             y, x = round(top * factor), round(left * factor)
             window = (..., slice(y, y + output.shape[-2]), slice(x, x + output.shape[-1]))
             result[window] += output * weight
-            total[window] += weight
+            total[window[1:]] += weight
     assert result is not None
     assert total is not None
     return result.div_(total)
@@ -73,10 +73,15 @@ def spans(length: int, tile: int, shared: int, grain: int) -> tuple[int, list[in
 
 
 def _ramp(length: int, shared: int, fade_in: bool, fade_out: bool, like: Tensor) -> Tensor:
-    """Weights along one axis: 1, falling linearly over `shared` positions towards a neighbour; never 0."""
+    """Return weights along one axis: 1, and over `shared` positions towards a neighbour linear between two flat quarters.
+
+    The outer quarter is 0: there a tile differs most from the whole, as its convolutions see zeros beyond its edge. Weights
+    of neighbours add up to 1.
+    """
     weights = torch.ones(length, device=like.device, dtype=like.dtype)
     if shared:
         slope = (torch.arange(shared, device=like.device, dtype=like.dtype) + 0.5) / shared
+        slope = (2 * slope - 0.5).clamp(0, 1)
         if fade_in:
             weights[:shared] *= slope
         if fade_out:
