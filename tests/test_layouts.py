@@ -840,3 +840,33 @@ def test_an_index_of_many_samples_is_kept_and_made_again_when_a_shard_changes(
     (tmp_path / "cache2").write_bytes(b"no folder")
     monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache2"))
     assert len(open_source(name, 8)) == 3, "a place that cannot be written only costs time"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n", ["one", "two"]),
+        ("a.TXT", "one\ntw\u0101".encode("utf-16"), ["one", "tw\u0101"]),
+        ("a.txt", b"caf\xe9", ["caf\u00e9"]),
+        ("a.csv", b"\xef\xbb\xbfprompt,x\r\none,1\r\n,2\r\n", ["one"]),
+        ("a.tsv", b"Prompt\tx\ncaf\xe9\t1", ["caf\u00e9"]),
+        ("a.jsonl", b'\xef\xbb\xbf{"prompt": "one"}\r\n{"prompt": null}', ["one"]),
+        ("a.json", '["one"]'.encode("utf-16"), ["one"]),
+        ("a.json", b"5", "found int where"),
+        ("a.json", b"[" * 100_000, "cannot be read"),
+        ("a.jsonl", b'{"prompt": ', "cannot be read"),
+        ("a.txt", b"w" * 20_000, "prompt 0 has 20,000 characters; at most 10,000"),
+        ("a.parquet", b"PAR1", "cannot be read"),
+    ],
+)
+def test_prompt_files_in_any_encoding(name: str, data: bytes, expected: list[str] | str, tmp_path: Path) -> None:
+    from davae.data.prompts import read_prompts
+
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(data)
+    if isinstance(expected, list):
+        assert [prompt.text for prompt in read_prompts(tmp_path / name)] == expected
+    else:
+        with pytest.raises(DataError, match=expected):
+            read_prompts(tmp_path / name)

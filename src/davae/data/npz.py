@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,7 +20,8 @@ from davae.data.sidecars import TABLE_OPTIONS
 UNPACKED = (
     1 << 31
 )  # bytes of a compressed array; a larger one must be stored uncompressed, then it is mapped from disk
-DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError, NotImplementedError, RuntimeError, struct.error,
+          OverflowError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)  # what zipfile and NumPy raise on damaged bytes  # fmt: skip
 
 
 class NpzSource:

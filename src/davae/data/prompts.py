@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from davae.data.pictures import DataError
+from davae.data.texts import MAX_CAPTION, decode_text
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("prompt", "Prompt", "p", "caption", "text")  # what benchmarks call it; `p` is DiffusionDB's
 
@@ -42,14 +47,20 @@ def read_prompts(path: Path) -> list[Prompt]:
         ".json": _json,
         ".parquet": _parquet,
     }
-    if path.suffix not in readers:
+    ending = path.suffix.lower()
+    if ending not in readers:
         raise DataError(f"prompt file {path}: unknown format '{path.suffix}'; there are {', '.join(readers)}")
     try:
-        entries = readers[path.suffix](path)
-    except (ValueError, UnicodeDecodeError) as error:
+        entries = readers[ending](path)
+    except (ValueError, RecursionError, csv.Error, OSError) as error:
         raise DataError(f"prompt file {path} cannot be read: {' '.join(str(error).split())[:120]}") from error
     prompts = [Prompt(_text(entry, path), name, entry if isinstance(entry, dict) else {}) for name, entry in entries]
     prompts = [prompt for prompt in prompts if prompt.text.strip()]
+    long = next((prompt for prompt in prompts if len(prompt.text) > MAX_CAPTION), None)
+    if long is not None:
+        raise DataError(
+            f"prompt file {path}: prompt {long.name} has {len(long.text):,} characters; at most {MAX_CAPTION:,} are taken"
+        )
     broken = next((prompt for prompt in prompts if not _encodable(prompt.text)), None)
     if broken is not None:
         raise DataError(
@@ -71,30 +82,40 @@ def _text(record: Any, path: Path) -> str:
         raise DataError(f"prompt file {path}: found {str(record)[:60]!r} where a text or an object belongs")
     for column in COLUMNS:
         if column in record:
-            return str(record[column])
+            return "" if record[column] is None else str(record[column])  # no prompt is not the prompt "None"
     raise DataError(f"prompt file {path}: no column {' or '.join(COLUMNS)}, found {', '.join(record) or 'none'}")
 
 
+def _decoded(path: Path) -> str:
+    """Return a file's text in any encoding that caption files may have; a guess is logged."""
+    text, guessed = decode_text(path.read_bytes(), path.name)
+    if guessed is not None:
+        logger.warning("prompt file %s is not UTF-8; it is read as %s", path, guessed)
+    return text
+
+
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _decoded(path).splitlines()
     return [(str(number), {"prompt": line}) for number, line in enumerate(lines)]
 
 
 def _table(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows = csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
-        return [(str(number), dict(row)) for number, row in enumerate(rows)]
+    stream = io.StringIO(_decoded(path), newline="")
+    rows = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    return [(str(number), dict(row)) for number, row in enumerate(rows)]
 
 
 def _json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _decoded(path).splitlines()
     return [(str(number), json.loads(line)) for number, line in enumerate(lines) if line.strip()]
 
 
 def _json(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = json.loads(_decoded(path))
     if isinstance(values, dict):
         return list(values.items())
+    if not isinstance(values, list):
+        raise ValueError(f"found {type(values).__name__} where an object or a list belongs")
     return [(str(number), value) for number, value in enumerate(values)]
 
 
