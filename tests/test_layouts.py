@@ -444,6 +444,7 @@ def test_metadata_of_another_split_and_a_text_file_as_well(tmp_path: Path) -> No
         ("metadata.jsonl", b'{"image": "a.png"}', "without the column file_name, found image"),
         ("metadata.csv", b"name,text\na.png,x\n", "without the column file_name, found name, text"),
         ("metadata.parquet", b"PAR1", "is not a parquet file that can be read"),
+        ("metadata.parquet", b"damaged name", "is not a parquet file that can be read"),
         (
             "metadata.jsonl",
             b'{"file_name": "a.png", "n": 1}\n{"file_name": "a.png", "n": 2}',
@@ -454,6 +455,8 @@ def test_metadata_of_another_split_and_a_text_file_as_well(tmp_path: Path) -> No
 def test_damaged_metadata_is_one_line(name: str, data: bytes, message: str, tmp_path: Path) -> None:
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
+    if data == b"damaged name":
+        data = as_parquet([{"file_name": "a.png"}]).replace(b"file_name", b"file_n\xffme")
     where = lay(tmp_path, {"a.png": "", name: data})
     with pytest.raises(DataError, match=message):
         open_source(where, 8, SourceOptions(label_key="n") if b'"n"' in data else None)
@@ -685,13 +688,18 @@ def test_sample_files_are_bounded_and_checked(tmp_path: Path, monkeypatch: pytes
         open_source(str(path), 8)
 
 
-@pytest.mark.parametrize("case", ["objects", "cut", "text", "other array", "huge shape", "damaged bytes"])
+@pytest.mark.parametrize(
+    "case", ["objects", "cut", "text", "other array", "huge shape", "damaged bytes", "open bracket"]
+)
 def test_damaged_sample_files_are_one_line(case: str, tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez_compressed(path, np.zeros((4, 8, 9, 3), np.uint8))
     whole = path.read_bytes()
     if case == "objects":
         np.savez(path, np.array([{}, 1], object))
+    elif case == "open bracket":
+        np.savez(path, np.zeros((4, 8, 9, 3), np.uint8))
+        path.write_bytes(path.read_bytes().replace(b"9, 3), ", b"9, 3   "))
     elif case == "other array":
         np.savez(path, x=np.zeros(3))
     elif case == "huge shape":

@@ -301,3 +301,13 @@ def test_a_named_pipe_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(UnreadablePicture, match="not a regular file"):
         decode(tmp_path / "a.png")
+
+
+def test_damaged_avif_is_left_out_by_name() -> None:
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    data = saved(Image.fromarray(CORNERS), "AVIF", quality=95)
+    body, items = data.rindex(b"mdat") + 4, data.index(b"iloc")
+    for broken in (data[:body] + b"\xff" * (len(data) - body), data[:items] + b"free" + data[items + 4 :]):
+        with pytest.raises(UnreadablePicture, match="damaged|not a picture"):
+            decode(io.BytesIO(broken))

@@ -41,6 +41,7 @@ DAMAGE = (  # what Pillow's decoders raise on damaged bytes
     EOFError,
     OverflowError,
     MemoryError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )

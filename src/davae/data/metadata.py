@@ -185,7 +185,7 @@ def _parquet_rows(path: Path, findings: Findings, name: str) -> Iterator[tuple[i
             for row in batch.to_pylist():
                 yield number, row
                 number += 1
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is not a parquet file that can be read: {' '.join(str(error).split())[:120]}"
         ) from error

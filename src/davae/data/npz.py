@@ -20,8 +20,20 @@ from davae.data.sidecars import TABLE_OPTIONS
 UNPACKED = (
     1 << 31
 )  # bytes of a compressed array; a larger one must be stored uncompressed, then it is mapped from disk
-DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError, NotImplementedError, RuntimeError, struct.error,
-          OverflowError, zipfile.BadZipFile, zlib.error, tokenize.TokenError)  # what zipfile and NumPy raise on damaged bytes  # fmt: skip
+DAMAGE = (  # what zipfile and NumPy raise on damaged bytes
+    *(
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        SyntaxError,
+        NotImplementedError,
+        RuntimeError,
+        OverflowError,
+    ),
+    *(struct.error, zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 class NpzSource:
