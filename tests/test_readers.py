@@ -309,5 +309,5 @@ def test_damaged_avif_is_left_out_by_name() -> None:
     data = saved(Image.fromarray(CORNERS), "AVIF", quality=95)
     body, items = data.rindex(b"mdat") + 4, data.index(b"iloc")
     for broken in (data[:body] + b"\xff" * (len(data) - body), data[:items] + b"free" + data[items + 4 :]):
-        with pytest.raises(UnreadablePicture, match="damaged|not a picture"):
+        with pytest.raises(UnreadablePicture, match=r"damaged|not a picture"):
             decode(io.BytesIO(broken))
