@@ -199,8 +199,8 @@ def draw(client: httpx.Client, index: int, steps: int, seed: int) -> None:
     assert client.get(f"{API}/file={shown[0]}").headers["content-type"] == "image/png"
 
 
-def load(served: Page, clients: int, requests: int) -> dict[str, Any]:
-    """All clients at once, and a visitor who measures how long the page takes to answer meanwhile."""
+def load(served: Page, clients: int, requests: int) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
+    """Run all clients at once, and a visitor who measures how long the page takes to answer; (load, attacks by kind)."""
     counts: dict[str, Counter] = {kind: Counter() for kind in ("honest", *attacks(served))}
     seconds: list[float] = []
     lock, over, waits = threading.Lock(), threading.Event(), []
@@ -232,8 +232,7 @@ def load(served: Page, clients: int, requests: int) -> dict[str, Any]:
         "seconds": round(taken, 1),
         "honest": {"attempts": honest["attempts"], "failed": honest["failed"]},
         "visitor": {"visits": len(waits), "longest_seconds": round(max(waits, default=0.0), 2)},
-        "attacks": {k: {"attempts": c["attempts"], "survived": c["survived"]} for k, c in counts.items()},
-    }
+    }, {kind: {"attempts": count["attempts"], "survived": count["survived"]} for kind, count in counts.items()}
 
 
 def memory(served: Page, images: int, warm: int, steps: int) -> dict[str, Any]:
@@ -264,7 +263,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, page(Path(folder)) as served:
-        found = {"load": load(served, options.clients, options.requests)}
+        measured, kinds = load(served, options.clients, options.requests)
+        sizes = f"--clients {options.clients} --requests {options.requests} --images {options.images}"
+        command = f"python benchmarks/app_load.py {sizes}"
+        found: dict[str, Any] = {"command": command, "attacks": kinds, "load": measured}
         found["memory"] = memory(served, options.images, options.warm, options.steps)
         copies = [
             p

@@ -88,21 +88,6 @@ def holder(root: Path) -> Holder | None:
             return Holder("", 0)
 
 
-def running_process(folder: Path) -> int | None:
-    """Return the process that trains in a run folder, from the lock that it holds there."""
-    lock = folder / ".lock"
-    locks = Path("/proc/locks")
-    if not lock.is_file() or not locks.is_file():
-        return None
-    status = lock.stat()
-    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    for line in locks.read_text().splitlines():
-        parts = line.split()
-        if "FLOCK" in parts and "WRITE" in parts and place in parts and "->" not in parts:
-            return int(parts[parts.index("WRITE") + 1])
-    return None
-
-
 def asks_to_stop(pid: int, folder: Path) -> bool:
     """Send SIGTERM to the training of a folder; return False where the process is not that training."""
     try:
