@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import picture, tiny_upgrade_recipe
+from conftest import picture, tiny_autoencoder, tiny_upgrade_recipe
 from PIL import Image
 
-from davae.analysis import compare, curves, latents, sensitivity, spectra
-from davae.analyze.latent_maps import class_knowledge, pca_pictures
+from davae import DetailVAE
+from davae.analysis import compare, curves, latents, raw_latents, sensitivity, spectra
+from davae.analyze.latent_maps import class_knowledge, embed_points, pca_pictures, scatter_plot
 from davae.analyze.spectra import radial_power
 from davae.cli import analyze
 from davae.data.pictures import DataError
+from davae.evaluate.detail_use import UNIT_NORMAL, reconstructions
+from davae.measure import real_pictures
 from davae.models.pipeline import ModelError
 from davae.recipes import validate
 from davae.train.upgrade import Upgrade
@@ -97,13 +102,19 @@ def test_every_figure_of_a_run(run: Path, tiny_base: Path, by_class: Path, pictu
     rows = numbers(sensitivity(vae, str(tiny_base), data, tmp_path, num=8, held_out=0.0))["rows"]
     assert {"full", "zero detail", "random detail"} <= set(rows)
     assert all(row["pictures"] == 8 for row in rows.values())
+    assert all(row["rfd_lite0"] >= 0 for row in rows.values())
+    assert rows["random detail, N(0, I)"]["random"] == "N(0, I), as in the paper"
 
     groups = numbers(spectra(vae, data, tmp_path, num=12, held_out=0.0))["groups"]
     assert len(groups["z_d"]["power"]) == len(groups["z"]["frequency"]) == 5  # 8 positions: rings 0 to 4
+    assert len(groups["z_d"]["energy"]) == 5
 
     found = numbers(latents(vae, vae, data, tmp_path, num=12, held_out=0.0))["rows"]
     assert found["aligned z_d"] == found["unaligned z_d"]
     assert found["z"]["alignment_error_over_variance"] is None
+    scatter = numbers(tmp_path / "latents-points.png")
+    assert [len(places) for places in scatter["points"].values()] == [12] * 3
+    assert sorted(scatter["labels"]) == [0] * 6 + [1] * 6
     assert found["aligned z_d"]["alignment_error_over_variance"] > 0
 
     assert numbers(curves(run, tmp_path))["last"]["step"] == 4
@@ -125,3 +136,66 @@ def test_runs_of_one_folder_name_are_told_apart(tmp_path: Path, monkeypatch: pyt
     told.clear()
     analyze.compare([Path("a/x"), Path("b/y")], tmp_path)
     assert list(told) == ["x", "y"]
+
+
+def test_absolute_energy_keeps_what_standardising_takes_away():
+    noise = torch.randn(64, 2, 16, 16) * torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)
+    found = radial_power(noise)
+    assert np.abs(found.power[1:] - 1).max() < 0.15
+    assert np.abs(found.energy[1:] / 5 - 1).max() < 0.15  # (1 + 9) / 2, the mean variance
+    assert np.allclose(radial_power(2 * noise).energy, 4 * found.energy)
+
+
+def test_points_of_one_class_lie_together():
+    labels = [i % 3 for i in range(45)]
+    centres = 8.0 * torch.randn(3, 4, 1, 1)
+    points = embed_points(torch.stack([centres[label] for label in labels]) + torch.randn(45, 4, 4, 4))
+    assert points.shape == (45, 2)
+    means = np.stack([points[np.equal(labels, label)].mean(0) for label in range(3)])
+    nearest = np.linalg.norm(points[:, None] - means[None], axis=-1).argmin(1)
+    assert (nearest == labels).mean() > 0.9
+    assert scatter_plot({"z": points}, labels).startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="too few for a scatter"):
+        embed_points(torch.randn(3, 2, 4, 4))
+
+
+class Encoder:
+    """Latents that hold the brightness of each image."""
+
+    device = "cpu"
+
+    def encode_raw(self, images: torch.Tensor) -> Any:
+        mean = images.mean((1, 2, 3)).view(-1, 1, 1, 1)
+        return SimpleNamespace(z=mean, mean=mean)
+
+
+def test_labels_stay_with_their_images_where_one_cannot_be_read(tmp_path: Path):
+    """Sixteen a batch: the damaged one is the third of twenty."""
+    for number in range(20):
+        folder = tmp_path / ("dark", "light")[number % 2]
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), (200 * (number % 2), 0, 0)).save(folder / f"{number:02d}.png")
+    pictures = real_pictures(str(tmp_path), 32, 0.0, "train")
+    damaged = tmp_path / "dark" / "04.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    z, z_d, labels = raw_latents(Encoder(), pictures, 20)  # type: ignore[arg-type]
+    assert len(z) == len(z_d) == len(labels) == 19
+    assert [float(value) > -0.95 for value in z.flatten()] == [label == 1 for label in labels]
+
+
+def test_random_detail_of_the_paper_is_not_that_of_the_training_set():
+    base = tiny_autoencoder()
+    vae = DetailVAE.from_base(base, 8)
+    vae.set_detail_statistics(torch.full((8,), 3.0), torch.full((8,), 0.1))
+    seen: list[torch.Tensor] = []
+    decode = vae.decode
+    vae.decode = lambda latents: seen.append(vae.layout.split(vae.denormalise(latents))[1]) or decode(latents)  # type: ignore[method-assign]
+    ways = reconstructions(vae, base, unit_normal=True)
+    assert list(ways) == ["base + bicubic", "zero detail", "random detail", UNIT_NORMAL, "full"]
+    assert UNIT_NORMAL not in reconstructions(vae, base)
+    for name in ("random detail", UNIT_NORMAL):
+        ways[name](torch.rand(4, 3, 32, 32) * 2 - 1)
+    assert abs(float(seen[0].mean()) - 3) < 0.1
+    assert abs(float(seen[0].std()) - 0.1) < 0.02
+    assert abs(float(seen[1].mean())) < 0.1
+    assert abs(float(seen[1].std()) - 1) < 0.1

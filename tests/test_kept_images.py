@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from davae import prompting, synthesis
 from davae.data.prompts import read_prompts
+from davae.drawing import sample_to_folder
 from davae.errors import DataError, ModelError, RunError
 from davae.evaluate.reconstruction import score_reconstructions
-from davae.measure import sample_to_folder
 from davae.models.pipeline import load_pipeline
 from davae.models.placement import Placement
 from davae.ownership import only_writer

@@ -7,26 +7,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from davae.analyze.curves import compared_curves, loss_curves
-from davae.analyze.latent_maps import class_knowledge, pca_pictures
+from davae.analyze.latent_maps import class_knowledge, embed_points, pca_pictures, scatter_plot
 from davae.analyze.spectra import radial_power, spectra_plot
 from davae.data.formats import open_image
-from davae.data.pictures import DataError, Pictures, spread, to_images
-from davae.evaluate.detail_use import reconstructions
-from davae.evaluate.reconstruction import score_reconstructions
+from davae.data.pictures import DataError, Pictures, to_images
+from davae.evaluate.detail_use import UNIT_NORMAL, reconstructions
+from davae.evaluate.features import make_extractor
+from davae.evaluate.reconstruction import perceptual_distances, score_reconstructions
 from davae.losses.alignment import group_mean
-from davae.losses.perceptual import Lite0Distance
-from davae.measure import batches, open_autoencoder, real_pictures
+from davae.measure import batches, numbered_batches, open_autoencoder, real_pictures
 from davae.models.detail_vae import DetailVAE
 from davae.models.pipeline import ModelError
 from davae.output_files import check_figures, check_image, save_image, write_figures
 from davae.train.state import read_metrics
 
 SHOWN = 8  # pictures in a figure
+RANDOM = {
+    "random detail": "channel means and deviations of the training set",
+    UNIT_NORMAL: "N(0, I), as in the paper",
+}
 
 
 def open_detail_vae(name: str) -> DetailVAE:
@@ -71,31 +76,49 @@ def contact_sheet(rows: dict[str, list[Image.Image]], cell: int) -> Image.Image:
     return sheet
 
 
-def sensitivity(vae: str, base: str, data: str, out: Path, *, num: int, held_out: float) -> Path:
-    """Decoder sensitivity (Tab. S2a, S3): what full, zeroed and random detail decode to, beside base + bicubic."""
+def sensitivity(
+    vae: str,
+    base: str,
+    data: str,
+    out: Path,
+    *,
+    num: int,
+    held_out: float,
+    lpips: str | None = None,
+    lpips_weights: str | None = None,
+    features: str = "lite0",
+    feature_weights: Path | None = None,
+) -> Path:
+    """Decoder sensitivity (Tab. S2a, S3): what full, zeroed and random detail decode to, beside base + bicubic.
+
+    Random detail comes twice: with the statistics of the training set, and from N(0, I) as in the paper. Each row has PSNR,
+    SSIM, perceptual distances and the Frechet distance to the originals (rFID with Inception's features).
+    """
     check_figure(out, "sensitivity")
     model, base_vae = open_detail_vae(vae), open_autoencoder(base)
     pictures = real_pictures(data, int(model.config["sample_size"]), held_out, "held_out")
-    perceptual = {"lite0": Lite0Distance()}
+    perceptual, extractor = perceptual_distances(lpips, lpips_weights), make_extractor(features, feature_weights)
     shown = next(batches(pictures, SHOWN, SHOWN))
     rows, figures = {"original": to_images(shown)}, {}
-    for name, reconstruct in reconstructions(model, base_vae).items():
+    for name, reconstruct in reconstructions(model, base_vae, unit_normal=True).items():
         rows[name] = to_images(reconstruct(shown))
-        figures[name] = score_reconstructions(batches(pictures, num), reconstruct, perceptual).as_dict()
+        scores = score_reconstructions(batches(pictures, num), reconstruct, perceptual, extractor)
+        figures[name] = scores.as_dict() | ({"random": RANDOM[name]} if name in RANDOM else {})
     return write_figure(out, "sensitivity", contact_sheet(rows, 128), {"vae": vae, "data": data, "rows": figures})
 
 
 @torch.no_grad()
 def raw_latents(vae: DetailVAE, pictures: Pictures, num: int) -> tuple[Tensor, Tensor, list[int | None]]:
-    """(z (N,C,h,w), z_d (N,D,h,w), labels) of pictures."""
-    parts = [vae.encode_raw(images.to(vae.device)) for images in batches(pictures, num)]
-    chosen = [pictures.indices[i] for i in spread(len(pictures), num)]
-    labels = [pictures.source.label(i) for i in chosen if pictures.source.key(i) not in pictures.skipped]
+    """(z (N,C,h,w), z_d (N,D,h,w), labels) of pictures; one that cannot be read has neither latents nor a label."""
+    parts, labels = [], []
+    for positions, images in numbered_batches(pictures, num):
+        parts.append(vae.encode_raw(images.to(vae.device)))
+        labels += [pictures.source.label(pictures.indices[i]) for i in positions]
     return torch.cat([part.z.cpu() for part in parts]), torch.cat([part.mean.cpu() for part in parts]), labels
 
 
 def spectra(vae: str, data: str, out: Path, *, num: int, held_out: float) -> Path:
-    """Radial power spectra of z, z_d and the grouped mean of z_d (Fig. S5)."""
+    """Radial spectra of z, z_d and the grouped mean of z_d (Fig. S5): power of standardised channels, absolute energy."""
     check_figure(out, "spectra")
     model = open_detail_vae(vae)
     pictures = real_pictures(data, int(model.config["sample_size"]), held_out, "held_out")
@@ -103,15 +126,24 @@ def spectra(vae: str, data: str, out: Path, *, num: int, held_out: float) -> Pat
     groups = {"z": z, "z_d": z_d, "group mean of z_d": group_mean(z_d, z.shape[1])}
     found = {name: radial_power(latents) for name, latents in groups.items()}
     figures = {
-        name: {"frequency": s.frequency.tolist(), "power": s.power.tolist(), "high_share": s.high_share}
+        name: {
+            "frequency": s.frequency.tolist(),
+            "power": s.power.tolist(),
+            "energy": s.energy.tolist(),
+            "high_share": s.high_share,
+        }
         for name, s in found.items()
     }
     return write_figure(out, "spectra", spectra_plot(found), {"vae": vae, "data": data, "groups": figures})
 
 
 def latents(vae: str, unaligned: str | None, data: str, out: Path, *, num: int, held_out: float) -> Path:
-    """Latent maps and class separability (Fig. 3): z, aligned z_d and, from a second run, unaligned z_d."""
+    """Latent maps, class separability and a scatter by class (Fig. 3): z, aligned z_d and, from a second run, unaligned z_d.
+
+    The scatter is a figure of its own, `latents-points`.
+    """
     check_figure(out, "latents")
+    check_figure(out, "latents-points")
     models = {"z_d": open_detail_vae(vae)}
     if unaligned is not None:
         models = {"aligned z_d": models["z_d"], "unaligned z_d": open_detail_vae(unaligned)}
@@ -134,6 +166,11 @@ def latents(vae: str, unaligned: str | None, data: str, out: Path, *, num: int, 
         z = groups["z"]
         alignment = None if name == "z" else float((group_mean(group, z.shape[1]) - z).square().mean() / z.var())
         figures[name] = {**asdict(class_knowledge(group, known)), "alignment_error_over_variance": alignment}
+    points = {name: embed_points(group) for name, group in groups.items()}
+    places = {name: np.round(found, 3).tolist() for name, found in points.items()}
+    write_figure(
+        out, "latents-points", scatter_plot(points, known), {"data": data, "labels": known, "points": places}
+    )
     return write_figure(
         out, "latents", contact_sheet(rows, 128), {"data": data, "pictures": len(known), "rows": figures}
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,24 +16,20 @@ from torch import Tensor
 
 from davae.analyze.spectra import image_spectra_plot
 from davae.data.formats import open_image
-from davae.data.pictures import DataError, Pictures, UnreadablePicture, grid, split, spread, to_tensor
+from davae.data.pictures import DataError, Pictures, UnreadablePicture, split, spread, to_tensor
 from davae.data.sources import open_source, usable
 from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST, stored_gaussian
 from davae.evaluate.features import make_extractor
-from davae.evaluate.reconstruction import score_reconstructions
+from davae.evaluate.reconstruction import perceptual_distances, score_reconstructions
 from davae.evaluate.throughput import time_pipelines
 from davae.evaluate.upscale import make_upscaler
-from davae.files import saving
-from davae.losses.perceptual import Lite0Distance, Lpips
 from davae.models.autoencoders import load_autoencoder
-from davae.models.classes import class_count, class_number, goes_by_class
+from davae.models.classes import class_number, goes_by_class
 from davae.models.one_frame import decode_latents, encode_mode
 from davae.models.pipeline import ModelError, default_resolution, load_pipeline
 from davae.models.placement import FULL, Placement, own_device
-from davae.output_files import check_image, check_place, save_image
-from davae.sample.adm import Labels, class_schedule, write_samples
-from davae.sample.fingerprint import model_fingerprint
+from davae.output_files import check_image, save_image
 from davae.sample.generate import generate
 from davae.train.export import load_upgraded
 from davae.zoo import SHIPPED, UPGRADES, resolve
@@ -79,50 +74,6 @@ def check_classes(pipeline: Any, prompts: list[str]) -> None:
                 raise ModelError(str(error)) from error
 
 
-def sample_to_folder(
-    pipeline: Any,
-    prompts: list[str],
-    folder: Path,
-    *,
-    num: int,
-    seed: int,
-    steps: int,
-    guidance: float,
-    resolution: int | None,
-    batch_size: int,
-    on_batch: Callable[[int, int], None],
-) -> Path:
-    """Write `num` pictures of every prompt and one grid, a row a prompt; returns the grid's path.
-
-    Raises:
-        ModelError: a class that the model lacks, a picture that is not finite; those before it are written.
-        RunError: files of these names are there, and davae did not write them.
-    """
-    check_classes(pipeline, prompts)
-    wanted = [prompt for prompt in prompts for _ in range(num)]
-    sheet = folder / f"grid-seed{seed}.png"
-    places = [folder / sample_name(prompt, seed, number) for number, prompt in enumerate(wanted)]
-    for place in (*places, sheet):
-        check_image(place)
-    pictures: list[Any] = []
-    for start in range(0, len(wanted), batch_size):
-        part = wanted[start : start + batch_size]
-        options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": batch_size}
-        drawn = generate(pipeline, part, resolution=resolution, first=start, **options)
-        for place, picture in zip(places[start:], drawn, strict=False):
-            save_image(picture, place)
-        pictures += drawn
-        on_batch(len(pictures), len(wanted))
-    save_image(grid(pictures, num), sheet)
-    return sheet
-
-
-def sample_name(prompt: str, seed: int, number: int) -> str:
-    """Return the file name of one picture of `davae sample`."""
-    words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:40] or "picture"
-    return f"{words}-seed{seed}-{number:03d}.png"
-
-
 def open_autoencoder(name: str) -> Any:
     """A DetailVAE or any supported diffusers autoencoder on this process's device, by folder, run or embedded model."""
     return load_autoencoder(resolve(name)).to(own_device())
@@ -136,9 +87,17 @@ def real_pictures(data: str, resolution: int, held_out: float, side: Literal["tr
 
 
 def batches(pictures: Pictures, num: int | None = None, size: int = 16, *, shared: bool = False) -> Iterator[Tensor]:
-    """Yield plain images, (B,3,R,R), in order.
+    """Yield plain images, (B,3,R,R), in order, as `numbered_batches` does."""
+    return (images for _, images in numbered_batches(pictures, num, size, shared=shared))
 
-    An image that turns out unreadable is left out and logged: its neighbour would be measured twice.
+
+def numbered_batches(
+    pictures: Pictures, num: int | None = None, size: int = 16, *, shared: bool = False
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield the positions of images and the images, (B,3,R,R), in order.
+
+    An image that turns out unreadable is left out and logged: its neighbour would be measured twice. What belongs to an
+    image, such as its class, is found by its position.
 
     Args:
         num: only so many, spread over all.
@@ -148,14 +107,15 @@ def batches(pictures: Pictures, num: int | None = None, size: int = 16, *, share
     if shared:
         indices = indices[PartialState().process_index :: PartialState().num_processes]
     for start in range(0, len(indices), size):
-        images = []
+        images, positions = [], []
         for i in indices[start : start + size]:
             try:
                 images.append(pictures.read(i, -1)["image"])
+                positions.append(int(i))
             except UnreadablePicture as error:
                 pictures.skip(i, error)
         if images:
-            yield torch.stack(images)
+            yield positions, torch.stack(images)
 
 
 def evaluate_reconstruction(
@@ -176,12 +136,7 @@ def evaluate_reconstruction(
     if resolution is None and own is None:
         raise ModelError(f"{vae}: an {type(model).__name__} does not say its size; give --resolution")
     size = int(resolution or own)
-    distances: dict[str, Any] = {"lite0": Lite0Distance()}
-    if lpips is not None:
-        try:
-            distances[f"lpips_{lpips}"] = Lpips(lpips, lpips_weights)
-        except ValueError as error:
-            raise ModelError(str(error)) from error
+    distances = perceptual_distances(lpips, lpips_weights)
     extractor = None if features is None else make_extractor(features, feature_weights)
 
     @torch.no_grad()
@@ -378,54 +333,3 @@ def time_pictures(
 def enlarged(enlarge: Callable[[list[Any]], list[Any]], picture: Any) -> Any:
     """One picture by an upscaler of several."""
     return enlarge([picture])[0]
-
-
-def write_sample_file(
-    pipeline: str,
-    target: Path,
-    *,
-    num: int,
-    labels: Labels,
-    steps: int,
-    guidance: float,
-    seed: int,
-    batch_size: int,
-    on_part: Callable[[int, int], None],
-    placement: Placement = FULL,
-) -> bool:
-    """`davae evaluate samples`: whether the `.npz` is whole (False: other processes still draw their parts)."""
-    check_place(target)
-    weights = model_fingerprint(model_places(pipeline))
-    model, _ = open_model(pipeline, placement)
-    if not goes_by_class(model):
-        raise ModelError(f"{pipeline} is no class-conditional model; sample files follow the ImageNet protocol")
-    state = PartialState()
-    schedule = class_schedule(num, class_count(model), labels, seed)
-
-    def draw(classes: list[int], first: int) -> Tensor:
-        prompts = [str(number) for number in classes]
-        pictures = generate(
-            model,
-            prompts,
-            output_type="pt",
-            steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
-            first=first,
-            batch_size=batch_size,
-        )
-        return torch.stack(pictures)
-
-    settings = {"labels": labels, "steps": steps, "guidance": guidance, "seed": seed, **placement.changes}
-    with saving(target):
-        return write_samples(
-            target,
-            schedule,
-            draw,
-            settings={**settings, "weights": weights},
-            about={"pipeline": pipeline},
-            former={**settings, "pipeline": pipeline},
-            rank=state.process_index,
-            ranks=state.num_processes,
-            on_part=on_part,
-        )

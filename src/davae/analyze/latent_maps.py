@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from davae.analyze.figure import to_png
 from davae.data.pictures import DataError
 
 
@@ -32,6 +35,39 @@ def pca_pictures(latents: Tensor, size: int) -> list[Image.Image]:
     colours = F.pad(colours, (0, 3 - colours.shape[1]), value=0.5)
     pixels = (colours * 255).round().to(torch.uint8).reshape(count, height, width, 3).numpy()
     return [Image.fromarray(p).resize((size, size), Image.Resampling.NEAREST) for p in pixels]
+
+
+def pooled(latents: Tensor) -> np.ndarray:
+    """Return latents (N,c,h,w) averaged over a 2x2 grid of cells: (N,4c) features."""
+    return F.adaptive_avg_pool2d(latents.float(), min(2, latents.shape[-1])).flatten(1).numpy()
+
+
+def embed_points(latents: Tensor, seed: int = 0) -> np.ndarray:
+    """Return a point of the plane for each of N latents, (N,2), by t-SNE of their standardised, pooled features.
+
+    Raises:
+        DataError: fewer than four latents.
+    """
+    count = len(latents)
+    if count < 4:
+        raise DataError(f"{count} images are too few for a scatter; take more with --num")
+    features = StandardScaler().fit_transform(pooled(latents))
+    return TSNE(perplexity=min(30.0, (count - 1) / 3), init="pca", random_state=seed).fit_transform(features)
+
+
+def scatter_plot(points: dict[str, np.ndarray], labels: list[int]) -> bytes:
+    """PNG of points (N,2), a panel a group and a colour a class (Fig. 3a)."""
+    figure, axes = plt.subplots(1, len(points), figsize=(3.4 * len(points), 3.4), squeeze=False)
+    classes = sorted(set(labels))
+    colours = plt.get_cmap("tab20", max(len(classes), 2))
+    rank = np.searchsorted(classes, labels)
+    for axis, (name, places) in zip(axes[0], points.items(), strict=True):
+        axis.scatter(
+            places[:, 0], places[:, 1], c=rank, cmap=colours, vmin=-0.5, vmax=max(len(classes), 2) - 0.5, s=7
+        )
+        axis.set_title(name, fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    return to_png(figure)
 
 
 @dataclass(frozen=True)
@@ -53,8 +89,7 @@ def class_knowledge(latents: Tensor, labels: list[int], seed: int = 0) -> ClassK
     """
     if len(set(labels)) < 2:
         raise DataError("class separability needs pictures of at least two classes")
-    cells = min(2, latents.shape[-1])
-    features = F.adaptive_avg_pool2d(latents.float(), cells).flatten(1).numpy()
+    features = pooled(latents)
     targets = np.asarray(labels)
     order = np.random.default_rng(seed).permutation(len(targets))
     train, test = order[: len(order) // 2], order[len(order) // 2 :]

@@ -17,10 +17,16 @@ from davae.analyze.figure import to_png
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Mean power per Fourier coefficient in rings of spatial frequency (cycles per latent position, up to 0.5)."""
+    """Mean power per Fourier coefficient in rings of spatial frequency (cycles per latent position, up to 0.5).
+
+    Attributes:
+        power: of channels standardised over the set, so that white noise has 1.
+        energy: of channels as they are, their means over the set taken off: absolute, as the paper's Fig. S5.
+    """
 
     frequency: np.ndarray
     power: np.ndarray
+    energy: np.ndarray
 
     @property
     def high_share(self) -> float:
@@ -31,9 +37,9 @@ class Spectrum:
 
 
 def radial_power(latents: Tensor) -> Spectrum:
-    """Spectrum of latents (N,c,h,w), each channel standardised over the set first, averaged over N and c.
+    """Spectrum of latents (N,c,h,w), averaged over N and c.
 
-    White noise of variance 1 has power 1 everywhere.
+    White noise has power 1 everywhere, and its variance as energy.
 
     Raises:
         ValueError: latents that are not square, or smaller than 4 positions.
@@ -42,27 +48,33 @@ def radial_power(latents: Tensor) -> Spectrum:
     if latents.shape[-2] != side or side < 4:
         raise ValueError(f"spectra need square latents of at least 4 positions, found {tuple(latents.shape[-2:])}")
     x = latents.cpu().double()
-    x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), unbiased=False, keepdim=True).clamp(min=1e-8)
-    power = torch.fft.fft2(x, norm="ortho").abs().square().mean((0, 1)).numpy()  # (h,w)
+    deviation = x.std((0, 2, 3), unbiased=False, keepdim=True).clamp(min=1e-8)  # (1,c,1,1)
+    squares = torch.fft.fft2(x - x.mean((0, 2, 3), keepdim=True), norm="ortho").abs().square()  # (N,c,h,w)
+    power = (squares / deviation.square()).mean((0, 1)).numpy()  # (h,w)
+    energy = squares.mean((0, 1)).numpy()
     axis = np.fft.fftfreq(side)
     radius = np.hypot(axis[:, None], axis[None])
     rings = np.round(radius * side).astype(int)
     kept = np.arange(side // 2 + 1)  # corners beyond Nyquist have few coefficients
-    means = np.array([power[rings == ring].mean() for ring in kept])
-    return Spectrum(kept / side, means)
+    power, energy = (np.array([values[rings == ring].mean() for ring in kept]) for values in (power, energy))
+    return Spectrum(kept / side, power, energy)
 
 
 def spectra_plot(spectra: dict[str, Spectrum]) -> bytes:
-    """PNG: power (logarithmic) against frequency, one line a group; the mean is left out."""
-    figure, axis = plt.subplots(figsize=(4.6, 3.4))
+    """PNG against frequency, one line a group, without the mean: power of standardised channels, and absolute energy."""
+    figure, (axis, absolute) = plt.subplots(1, 2, figsize=(9.2, 3.4))
     for name, spectrum in spectra.items():
-        axis.plot(spectrum.frequency[1:], spectrum.power[1:], marker="o", markersize=3, linewidth=1.4, label=name)
+        style = {"marker": "o", "markersize": 3, "linewidth": 1.4, "label": name}
+        axis.plot(spectrum.frequency[1:], spectrum.power[1:], **style)
+        absolute.plot(spectrum.frequency[1:], spectrum.energy[1:], **style)
     axis.axhline(1.0, color="0.6", linewidth=0.8, linestyle=":", label="white noise")
     axis.set(yscale="log", xlabel="cycles per latent position", ylabel="power (channels standardised)")
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_yticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if _within(axis.get_ylim(), tick)])
-    axis.spines[["top", "right"]].set_visible(False)
+    absolute.set(yscale="log", xlabel="cycles per latent position", ylabel="energy (raw latents)")
+    for part in (axis, absolute):
+        part.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     return to_png(figure)
 

@@ -299,7 +299,8 @@ def sample(
 ) -> None:
     """Write pictures and a grid. Example: `davae sample runs/micro "a red rose" --num 8 --seed 1`"""
     from davae.display import console, progress_display
-    from davae.measure import open_model, sample_to_folder
+    from davae.drawing import sample_to_folder
+    from davae.measure import open_model
     from davae.models.placement import Placement
     from davae.train.loop import Progress
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,6 +17,17 @@ Folder = Annotated[Path, typer.Option("--out", help="Folder for the PNG and the 
 Num = Annotated[int, typer.Option(min=8, help="At most so many pictures.")]
 HeldOut = Annotated[float, typer.Option(min=0.0, max=0.99, help="Only this held-out share; 0 takes all.")]
 
+LpipsNetwork = Annotated[Literal["alex", "vgg"] | None, typer.Option(help="LPIPS too, on this network.")]
+LpipsWeights = Annotated[
+    str | None, typer.Option(help="Its safetensors (trunk and heads), where torchvision cannot download.")
+]
+FeatureNetwork = Annotated[
+    Literal["lite0", "inception"], typer.Option(help="Of the distance to the originals: inception gives rFID.")
+]
+FeatureWeights = Annotated[
+    Path | None, typer.Option(help="Inception weights of torch-fidelity, where there is no network.")
+]
+
 
 @analyze_app.command()
 def sensitivity(
@@ -26,20 +37,38 @@ def sensitivity(
     out: Folder = Path("figures"),
     num: Num = 256,
     held_out: HeldOut = 0.0,
+    lpips: LpipsNetwork = None,
+    lpips_weights: LpipsWeights = None,
+    features: FeatureNetwork = "lite0",
+    feature_weights: FeatureWeights = None,
 ) -> None:
-    """Full, zeroed and random detail, decoded (Tab. S2a, S3).
+    """Full, zeroed and random detail, decoded (Tab. S2a, S3): PSNR, SSIM, distances to the originals.
+
+    Random detail comes with the training set's statistics, and from N(0, I) as in the paper.
 
     `davae analyze sensitivity --vae runs/micro --base micro --data openmoji --held-out 0.1`
     """
     from davae import analysis
     from davae.display import console
 
-    console.print(f"{analysis.sensitivity(vae, base, data, out, num=num, held_out=held_out)}", markup=False)
+    done = analysis.sensitivity(
+        vae,
+        base,
+        data,
+        out,
+        num=num,
+        held_out=held_out,
+        lpips=lpips,
+        lpips_weights=lpips_weights,
+        features=features,
+        feature_weights=feature_weights,
+    )
+    console.print(f"{done}", markup=False)
 
 
 @analyze_app.command()
 def spectra(vae: Vae, data: Data, out: Folder = Path("figures"), num: Num = 256, held_out: HeldOut = 0.0) -> None:
-    """Radial power spectra of z and z_d (Fig. S5).
+    """Radial spectra of z and z_d (Fig. S5): power of standardised channels, and absolute energy.
 
     `davae analyze spectra --vae runs/micro --data openmoji --held-out 0.1`
     """
@@ -58,7 +87,7 @@ def latents(
     num: Num = 1000,
     held_out: HeldOut = 0.0,
 ) -> None:
-    """Latent maps by PCA, a linear probe and silhouettes by class (Fig. 3).
+    """Latent maps by PCA, a linear probe, silhouettes and a scatter by class (Fig. 3).
 
     `davae analyze latents --vae runs/aligned --unaligned runs/unaligned --data photos/`
     """

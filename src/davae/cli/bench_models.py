@@ -1,4 +1,4 @@
-"""`davae bench tokens | whole | vae | stage1 | stage2 | sample | guidance`."""
+"""`davae bench tokens | whole | vae | stage1 | stage2 | sample | throughput | guidance`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from davae.cli.bench import bench_app, show, upgrade_recipe
-from davae.cli.options import Json, Offload, Overrides, Precision
+from davae.cli.options import Compile, Json, Offload, Overrides, Precision
 
 Repeats = Annotated[int, typer.Option(min=1, help="Timed repeats; rivals take turns.")]
 Steps = Annotated[int, typer.Option(min=1, help="Timed steps a repeat.")]
@@ -203,6 +203,37 @@ def sample(
         helpers=["plain", *(helper or [])],
     )
     show(json, {"base": base, "upgraded": upgraded, **figures})
+
+
+@bench_app.command()
+def throughput(
+    model: Annotated[str, typer.Argument(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")],
+    prompt: Annotated[str, typer.Option(help="A prompt, or a class.")] = "a red rose",
+    resolution: Annotated[int | None, typer.Option(min=1, help="Pixels; the pipeline's own size by default.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images drawn at a time.")] = 10,
+    steps: Annotated[int, typer.Option(min=1)] = 30,
+    guidance: Annotated[float, typer.Option(min=0.0)] = 2.5,
+    repeats: Repeats = 3,
+    dtype: Precision = "bfloat16",
+    compile: Compile = "off",
+    json: Json = None,
+) -> None:
+    """Images a second of one pipeline in batches of ten in bfloat16, as the paper's Tab. 3 counts them.
+
+    `davae bench throughput runs/sd35-medium-1k --steps 30 --guidance 2.5`
+    """
+    from davae.bench.throughput import bench_throughput
+    from davae.measure import check_classes, open_model
+    from davae.models.pipeline import default_resolution
+    from davae.models.placement import Placement
+
+    pipeline, _ = open_model(model, Placement(dtype, compile=compile))
+    check_classes(pipeline, [prompt])
+    size = resolution or default_resolution(pipeline)
+    figures = bench_throughput(
+        pipeline, prompt, resolution=size, batch=batch, steps=steps, guidance=guidance, repeats=repeats
+    )
+    show(json, {"model": model, **figures})
 
 
 @bench_app.command()

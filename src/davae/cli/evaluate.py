@@ -191,7 +191,7 @@ def samples(
     `davae evaluate samples --pipeline lightningdit-xl --out samples.npz --num 50000`
     """
     from davae.display import console, progress_display
-    from davae.measure import write_sample_file
+    from davae.drawing import write_sample_file
     from davae.models.placement import Placement
     from davae.train.loop import Progress
 

@@ -14,13 +14,19 @@ from davae.models.one_frame import decode_latents, encode_mode
 from davae.models.resample import downsample
 
 Reconstruct = Callable[[Tensor], Tensor]
+UNIT_NORMAL = "random detail, N(0, I)"
 
 
-def reconstructions(vae: DetailVAE, base_vae: Any, seed: int = 0) -> dict[str, Reconstruct]:
+def reconstructions(
+    vae: DetailVAE, base_vae: Any, seed: int = 0, *, unit_normal: bool = False
+) -> dict[str, Reconstruct]:
     """Name -> function from pictures I_hr (B,3,sH,sW) in [-1,1] to their reconstruction.
 
     `base + bicubic`: the base autoencoder at its own resolution, enlarged. `zero detail`: z_d = 0.
     `random detail`: z_d drawn from a normal with the channel means and deviations of the training set.
+
+    Args:
+        unit_normal: add `UNIT_NORMAL`, raw z_d drawn from N(0, I) as in the paper's Tab. S2a.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -45,10 +51,12 @@ def reconstructions(vae: DetailVAE, base_vae: Any, seed: int = 0) -> dict[str, R
     def random(z_d: Tensor) -> Tensor:
         return torch.randn(z_d.shape, generator=generator).to(z_d)
 
+    paper = {UNIT_NORMAL: with_detail(random, normalised=False)} if unit_normal else {}
     return {
         "base + bicubic": base_bicubic,
         "zero detail": with_detail(torch.zeros_like, normalised=False),
         "random detail": with_detail(random, normalised=True),
+        **paper,
         "full": with_detail(lambda z_d: z_d, normalised=True),
     }
 

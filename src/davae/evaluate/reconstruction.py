@@ -12,7 +12,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from davae.evaluate.distribution import frechet_distance
 from davae.evaluate.features import Extractor
-from davae.losses.perceptual import Lite0Distance
+from davae.losses.perceptual import Lite0Distance, Lpips
+from davae.models.pipeline import ModelError
 from davae.sample.finite import check_reconstruction
 
 WINDOW = 11  # pixels: SSIM's Gaussian
@@ -55,6 +56,21 @@ def ssim(images: Tensor, target: Tensor) -> Tensor:
     _, whole = structural_similarity_index_measure(images, target, data_range=1.0, return_full_image=True)
     border = WINDOW // 2
     return whole[..., border:-border, border:-border].flatten(1).mean(1)
+
+
+def perceptual_distances(lpips: str | None, weights: str | None) -> dict[str, nn.Module]:
+    """Return the distances of two images to report, by name: lite0, and LPIPS on a network where it is named.
+
+    Raises:
+        ModelError: weights that are not LPIPS's, or that cannot be had.
+    """
+    found: dict[str, nn.Module] = {"lite0": Lite0Distance()}
+    if lpips is not None:
+        try:
+            found[f"lpips_{lpips}"] = Lpips(lpips, weights)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+    return found
 
 
 @torch.no_grad()
