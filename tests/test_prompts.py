@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,18 @@ from PIL import Image
 from davae.data.pictures import DataError
 from davae.data.prompts import read_prompts
 from davae.evaluate.clip import Clip
-from davae.evaluate.geneval import Detector, Found, class_name, judge, read_results, relations, scores
+from davae.evaluate.geneval import (
+    TASKS,
+    Detector,
+    Found,
+    class_name,
+    coverage,
+    impossible,
+    judge,
+    read_results,
+    relations,
+    scores,
+)
 from davae.models.pipeline import ModelError
 from davae.prompting import evaluate_geneval, evaluate_prompts, stretches
 
@@ -234,9 +246,83 @@ def test_geneval_layout_and_judgement(tiny_base: Path, tiny_clip: Path, tiny_det
     records = read_results(tmp_path / "out/results.jsonl")
     assert len(records) == 4
     assert scores(records) == figures["geneval_with_this_detector"]
+    assert figures["geneval_pictures"] == {"colors": 2, "single_object": 2}
+    assert figures["geneval_missing_tasks"] == ["two_object", "counting", "position", "color_attr"]
+    assert figures["geneval_missing_classes"] == []
     with pytest.raises(ModelError, match="both a detector and a CLIP"):
         evaluate_geneval(str(tiny_base), metadata, tmp_path / "x", detector="d", clip=None, **options)
 
 
 def test_stretches():
     assert stretches([0, 1, 2, 5, 6, 9], 2) == [(0, 2), (2, 3), (5, 7), (9, 10)]
+
+
+def test_names_of_older_detectors_are_known():
+    older = [
+        "sofa",
+        "diningtable",
+        "tvmonitor",
+        "aeroplane",
+        "motorbike",
+        "pottedplant",
+        "traffic_light",
+        "Hair Dryer",
+    ]
+    assert [class_name(label) for label in older] == [
+        "couch", "dining table", "tv", "airplane", "motorcycle", "potted plant", "traffic light", "hair drier",
+    ]  # fmt: skip
+
+
+def test_what_a_detector_cannot_find_is_named(caplog: pytest.LogCaptureFixture):
+    requests = [
+        {"tag": "two_object", "include": [{"class": "dog", "count": 1}, {"class": "couch", "count": 1}]},
+        {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]},
+    ]
+    assert impossible(requests, {"dog", "couch"}) == {"missing_classes": [], "impossible_prompts": 0}
+    assert not caplog.text
+    assert impossible(requests, {"dog"}) == {"missing_classes": ["couch"], "impossible_prompts": 1}
+    assert "lacks couch: 1 of 2 prompts" in caplog.text
+    with pytest.raises(ModelError, match="knows no class of the prompts"):
+        impossible(requests, {"LABEL_0"})
+
+
+def test_a_detector_without_class_names_is_refused(tiny_detector: Path, tmp_path: Path):
+    folder = shutil.copytree(tiny_detector, tmp_path / "unnamed")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"its classes have no names \(LABEL_0"):
+        Detector(str(folder))
+    assert Detector(str(tiny_detector)).classes == {"bench", "cow"}
+
+
+def test_scores_rest_on_pictures_of_every_task(caplog: pytest.LogCaptureFixture):
+    records = [{"tag": tag, "correct": True} for tag in TASKS] + [{"tag": "colors", "correct": False}]
+    assert coverage(records) == {"pictures": {**dict.fromkeys(sorted(TASKS), 1), "colors": 2}, "missing_tasks": []}
+    assert not caplog.text
+    assert coverage(records[:2])["missing_tasks"] == ["counting", "colors", "position", "color_attr"]
+    assert "not the published figure" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line", ['{"tag": "colors", "correct": "True"}', '{"tag": "colors", "correct": 2}', '{"tag": 3, "correct": true}', "3",
+             '{"tag": "colors", "correct": null}', "[1]"],
+)  # fmt: skip
+def test_results_that_are_no_verdicts_are_one_line(line: str, tmp_path: Path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"tag": "colors", "correct": true}\n' + line)
+    with pytest.raises(ModelError, match=r"`correct` is|`tag` is|needs `tag` and `correct`"):
+        read_results(path)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"tag": "x", "include": "dog"}, {"tag": "x", "include": [{"class": "dog"}]}, {"tag": 1, "include": []},
+              {"include": []}, {"tag": "x", "include": [], "exclude": [3]}],
+)  # fmt: skip
+def test_prompts_that_are_no_requests_are_one_line(entry: dict, tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"prompt": "a dog", **entry}))
+    options = {"num": 1, "steps": 1, "guidance": 1.0, "seed": 0, "detector": None, "clip": None}
+    with pytest.raises(DataError, match="is not GenEval's metadata"):
+        evaluate_geneval("micro", path, tmp_path / "out", **options, on_batch=lambda done, total: None)
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from davae.errors import RunError
-from davae.output_files import check_figures, write_figures
 from davae.recipes import RecipeError, permit_commands, shipped_recipes, typed_commands
 
 
@@ -80,6 +79,8 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")
 def _own_figures(path: Path | None) -> Path | None:
     """Refuse a `--json` file that is not davae's, before any work."""
     if path is not None:
+        from davae.output_files import check_figures
+
         try:
             check_figures(path)
         except (RunError, OSError) as error:
@@ -92,6 +93,8 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
     if path is not None:
+        from davae.output_files import write_figures
+
         try:
             write_figures(path, figures)
         except (RunError, OSError) as error:  # hours of measuring are not lost with the file

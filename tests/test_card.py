@@ -1,0 +1,130 @@
+"""Text of others in a model card, a report and a figure stays text."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from PIL import Image
+
+import davae
+from davae.analyze.curves import compared_curves
+from davae.analyze.report import Column, ReportContent, write_report
+from davae.publish.card import Origin, base_licence, write_card
+from davae.publish.escape import as_code, as_prose, fence
+from davae.recipes import validate
+from davae.recipes.sections import Sampling
+
+HOSTILE = [
+    "```\n# Owned\n```",
+    "`````\n<script>alert(1)</script>",
+    "a\n\n---\nlicense: mit\n---\n",
+    "</code></pre><img src=x onerror=alert(1)>",
+    "[click](javascript:alert(1)) | a | b |\n|---|---|",
+    "'; rm -rf ~ #",
+    '"); import os; os.system("x") #',
+    "{{ 7 * 7 }} {% for x in y %}",
+    "half \udcff a character",
+    "\u2028line\x85s\x0b",
+]
+INDEX = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+VAE = {"scale": 2, "detail_channels": 8}
+
+
+def recipe_with(prompt: str) -> Any:
+    values = {
+        "name": "tiny", "base": {"model": "micro", "resolution": 64}, "detail_channels": 8,
+        "data": {"source": f"photos/{prompt}"}, "stage1": {"max_steps": 1, "batch_size": 1},
+        "stage2": {"max_steps": 1, "batch_size": 1, "warmup_steps": 0},
+    }  # fmt: skip
+    recipe = validate(values, "tiny")
+    return recipe.model_copy(update={"sampling": Sampling(prompts=(prompt,))})
+
+
+def read_markdown(card: str) -> tuple[dict[str, str], str]:
+    """Fenced blocks by language, and the HTML of everything, of a card's body."""
+    body = card.split("\n---\n", 1)[1]
+    parser = MarkdownIt("commonmark").enable("table")
+    return {t.info: t.content for t in parser.parse(body) if t.type == "fence"}, parser.render(body)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_inside_the_card_s_blocks(text: str, tmp_path: Path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(VAE))
+    row = {"name": text, "psnr": 1.0, "ssim": 1.0, "lite0": 1.0}
+    speed = {"name": text, "tokens": 1, "transformer_seconds": 1.0, "whole_seconds": 1.0, "speedup_over_native": 1.0}
+    report = {"reconstruction": [row], "speed": [speed], "facts": {"machine": text}}
+    base = text.replace("\udcff", "?")
+    for kind, languages in (("fused", ["python", "yaml"]), ("upgrade", ["sh", "yaml"])):
+        write_card(tmp_path, Origin(base, kind, False, recipe_with(text), report), INDEX)
+        card = (tmp_path / "README.md").read_text(encoding="utf-8")
+        found, shown = read_markdown(card)
+        assert list(found) == languages
+        assert "photos/" in yaml.safe_load(found["yaml"])["data"]["source"]
+        if kind == "fused":
+            compile(found["python"], "card", "exec")
+            assert "os.system" not in re.sub(r'"(\\.|[^"\\])*"', '""', found["python"])
+        else:
+            words = shlex.split(found["sh"], comments=True)
+            assert words[:4] == ["davae", "apply", ".", "--base"]
+            assert len(words) == 7
+        assert ModelCard(card).data.to_dict()["license"] == "unknown"
+        assert not re.search(r"<(script|img|/pre>\s*<img)", shown)
+        assert "<h1>Owned" not in shown
+        assert 'href="javascript' not in shown
+        assert shown.count("<table>") == 2
+        assert shown.count("<td") == 9, "a name is one cell"
+
+
+def test_the_base_s_own_card_cannot_write_into_ours(tmp_path: Path):
+    values = {"license": "other", "license_name": "x\n---\n# Owned <b>", "license_link": "a\n---\nb"}
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(values)}---\n")
+    fields, sentence = base_licence(str(tmp_path))
+    assert all("\n" not in value for value in fields.values())
+    assert "<b>" not in sentence
+    assert "\\# Owned" in sentence
+
+
+def test_escapes():
+    assert as_prose("a*b_c_ d_e\n<x> & `y`") == "a\\*b_c\\_ d_e &lt;x&gt; &amp; \\`y\\`"
+    assert as_code("a``b") == "``` a``b ```"
+    assert as_code("plain") == "`plain`"
+    assert fence("a ```` b", None) == "`````"
+    assert fence("plain") == "```"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_stays_text_in_the_report(text: str, tmp_path: Path):
+    image = Image.new("RGB", (8, 8))
+    columns = [Column(text, [image], text), Column("b", [image])]
+    row = {"name": text, "psnr": 1.0, "ssim": 1.0, "lite0": 1.0, "pictures": 1, "best": True}
+    speed = {"name": text, "pixels": 1, "tokens": 1, "transformer_seconds": 1.0, "whole_seconds": 1.0,
+             "speedup_over_native": 1.0, "upgraded": True}  # fmt: skip
+    content = ReportContent(
+        text, text, [(text, text)], text, [text], columns, columns, [speed], [row], {text: b"png"}, [text], text
+    )
+    page = write_report(content, tmp_path).read_text(encoding="utf-8")
+    for tag in ("<script>alert", "<img src=x", "</code>"):
+        assert tag not in page
+    assert page.count("<script>") == 1
+
+
+def test_every_template_escapes():
+    for path in Path(davae.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "| safe" not in text
+        for line in re.findall(r"jinja2\.Environment\(.*", text):
+            assert "autoescape=True" in line or path.name == "card.py", "a card is Markdown: its filters escape"
+
+
+def test_names_of_runs_are_no_formulas():
+    records = [{"step": n, "loss_base": 1.0, "loss_detail": 1.0} for n in range(3)]
+    assert compared_curves({"a$x^{$": records, "_hidden": records}, ("loss_base",)).startswith(b"\x89PNG")
