@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from davae.data.cache_files import REMEDY, Shard, latent_shards, made_from, open
 from davae.data.cache_key import Key, changes, plain
 from davae.data.caption_table import ITEMS, CaptionTable
 from davae.data.pictures import DataError
+from davae.data.text_rows import TextShard, stacked_rows
 from davae.files import atomic_text, make_folder
 from davae.ownership import LITTER
 
@@ -220,25 +221,54 @@ def seal(folder: Path, meta: CacheMeta, team: Team | None = None) -> CacheMeta:
 class ShardReader:
     """Rows of tensors that are cut into shards; a shard is mapped when it is first asked for."""
 
+    opens: ClassVar[Callable[[Path], Any]] = Shard
+
     def __init__(self, folder: Path, shards: Sequence[tuple[str, int]]):
         self.folder, self.files = folder, [name for name, _ in shards]
         self.starts = np.cumsum([0, *(rows for _, rows in shards)])
-        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._open: OrderedDict[int, Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}  # maps do not travel to workers
 
-    def shard(self, number: int) -> Shard:
+    def shard(self, number: int) -> Any:
         if number not in self._open:
             if len(self._open) >= OPEN_SHARDS:
                 self._open.popitem(last=False)
-            self._open[number] = Shard(self.folder / self.files[number])
+            self._open[number] = self.opens(self.folder / self.files[number])
         self._open.move_to_end(number)
         return self._open[number]
 
-    def row(self, index: int, tensor: str) -> np.ndarray:
+    def place(self, index: int) -> tuple[int, int]:
+        """Return the number of the shard that holds a row, and the row's number in it."""
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.shard(number).row(tensor, int(index - self.starts[number]))
+        return number, int(index - self.starts[number])
+
+    def row(self, index: int, tensor: str) -> np.ndarray:
+        number, row = self.place(index)
+        return self.shard(number).row(tensor, row)
+
+
+class TextReader(ShardReader):
+    """Rows of prompt embeddings."""
+
+    opens = TextShard
+
+    def embeddings(self, index: int) -> list[Tensor]:
+        """Return one caption's embeddings, one tensor per output of the encoder, as they are kept."""
+        number, row = self.place(index)
+        return self.shard(number).row(row)
+
+
+class Embedded(str):
+    """A caption with its embeddings, one tensor per output of the text encoders."""
+
+    parts: list[Tensor]
+
+    def __new__(cls, caption: str, parts: list[Tensor]) -> Embedded:
+        found = super().__new__(cls, caption)
+        found.parts = parts
+        return found
 
 
 class CachedLatents(Dataset):
@@ -248,6 +278,7 @@ class CachedLatents(Dataset):
 
     Args:
         condition: `text` gives captions, `class` gives class numbers.
+        embedded: captions come with their embeddings, as `Embedded`.
 
     Attributes:
         groups: (N,) the bucket of each item; items of one bucket have the same shape.
@@ -256,9 +287,9 @@ class CachedLatents(Dataset):
         DataError: the cache is not whole, or class numbers are asked for and some picture has none.
     """
 
-    def __init__(self, folder: Path, condition: Condition = "text"):
+    def __init__(self, folder: Path, condition: Condition = "text", *, embedded: bool = False):
         meta = read_meta(folder)
-        self.meta = meta
+        self.meta, self.embedded = meta, embedded and bool(meta.text)
         check_sums(folder, meta)
         self.reader = ShardReader(folder, [(name, rows) for name, rows, _ in meta.shards])
         self.groups = np.repeat(
@@ -269,7 +300,7 @@ class CachedLatents(Dataset):
             self.kept = np.delete(np.arange(len(self.groups)), meta.unusable)
             self.groups = self.groups[self.kept]
         self.captions = CaptionTable(folder)
-        self.text = ShardReader(folder, meta.text)
+        self.text = TextReader(folder, meta.text)
         self.conditions: Any = self.captions  # a sequence, one an item
         if condition == "class":
             self.conditions = open_array(folder / LABELS)
@@ -284,20 +315,27 @@ class CachedLatents(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[np.ndarray, Any]:
         index = item[0] if self.kept is None else int(self.kept[item[0]])
-        condition = self.conditions[index]
-        return self.reader.row(index, "latents"), condition if isinstance(condition, str) else int(condition)
+        condition, latent = self.conditions[index], self.reader.row(index, "latents")
+        if not isinstance(condition, str):
+            return latent, int(condition)
+        if self.embedded:
+            return latent, Embedded(condition, self.text.embeddings(int(self.captions.rows[index])))
+        return latent, condition
 
     def embed(self, captions: list[str]) -> tuple[Tensor, ...]:
         """Cached text embeddings of captions, one tensor per output of the encoder; '' is the empty caption."""
-        rows = [self.captions.row(caption) for caption in captions]
-        names = sorted(self.text.shard(0).names, key=lambda name: int(name.removeprefix("part_")))
-        return tuple(
-            torch.from_numpy(np.stack([self.text.row(row, name) for row in rows]).astype(np.float32))
-            for name in names
-        )
+        rows = [self.text.embeddings(self.captions.row(caption)) for caption in captions]
+        return tuple(part.float() for part in stacked_rows(rows))
 
 
 def collate_latents(items: list[tuple[np.ndarray, Any]]) -> dict[str, Any]:
-    """latents (B,c,h,w) float32, conditions [str] or [int]."""
+    """Make a batch: latents (B,c,h,w) float32, conditions [str] or [int], and `text` where captions come embedded.
+
+    `text` has one tensor (B,...) per output of the encoder, as the cache keeps it: a worker hands it over in shared memory.
+    """
     latents = torch.from_numpy(np.stack([latent for latent, _ in items]).astype(np.float32))
-    return {"latents": latents, "conditions": [condition for _, condition in items]}
+    conditions = [condition for _, condition in items]
+    if not isinstance(conditions[0], Embedded):
+        return {"latents": latents, "conditions": conditions}
+    text = stacked_rows([condition.parts for condition in conditions])
+    return {"latents": latents, "conditions": [str(condition) for condition in conditions], "text": text}

@@ -34,6 +34,7 @@ def save_shard(
     sums = {  # tensors, not metadata, whose order differs from file to file: equal contents make equal files
         f"{name}{SUFFIX}": row_sums(array) if name in rows else np.asarray(array_sum(array), np.uint32)
         for name, array in whole.items()
+        if not name.endswith(SUFFIX) and f"{name}{SUFFIX}" not in whole  # given, of rows that are not an axis
     }
     with atomic_file(path) as partial:
         save_file({**whole, **sums}, partial, metadata)
@@ -126,6 +127,15 @@ class Shard:
     def row(self, name: str, index: int) -> np.ndarray:
         """Return one row of a tensor, compared with its checksum."""
         values, sums = self.file.get_slice(name)[index], self.sums(name)
+        if sums is not None and array_sum(values) != sums[index]:
+            raise DataError(
+                f"cache shard {self.path}: row {index} of '{name}' is not what was written (its checksum differs); {REMEDY}"
+            )
+        return values
+
+    def span(self, name: str, first: int, last: int, index: int) -> np.ndarray:
+        """Return entries first..last-1 of a tensor, which are its row `index`, compared with that row's checksum."""
+        values, sums = self.file.get_slice(name)[first:last], self.sums(name)
         if sums is not None and array_sum(values) != sums[index]:
             raise DataError(
                 f"cache shard {self.path}: row {index} of '{name}' is not what was written (its checksum differs); {REMEDY}"

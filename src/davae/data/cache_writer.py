@@ -28,6 +28,7 @@ from davae.data.caption_table import CaptionTable, pack, write_table
 from davae.data.finite import ALWAYS, LATENT, NOT_FINITE, check_many, is_finished, lost_captions, stored
 from davae.data.order import chosen_workers
 from davae.data.pictures import DataError, Pictures, UnreadablePicture, collate
+from davae.data.text_rows import packed
 from davae.files import require_space
 
 Watch = Callable[[int, int], None]
@@ -351,12 +352,11 @@ def write_text(
         if number % team.ranks == team.rank and not is_finished(path):
             captions = [table.distinct(row) for row in range(start, stop)]
             batches = [encode(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size)]
-            tensors, bad = {}, set[int]()
-            for n, parts in enumerate(zip(*batches, strict=True)):
-                values, faults = stored(np.concatenate([part.float().cpu().numpy() for part in parts]), dtype)
-                tensors[f"part_{n}"] = values
-                bad |= {row for row, fault in enumerate(faults) if fault is not None}
-            save_shard(path, tensors, {NOT_FINITE: json.dumps(sorted(bad))}, rows=tuple(tensors))
+            whole = [
+                np.concatenate([part.float().cpu().numpy() for part in parts]) for parts in zip(*batches, strict=True)
+            ]
+            tensors, bad = packed(whole, dtype)
+            save_shard(path, tensors, {NOT_FINITE: json.dumps(sorted(bad))})
         on_batch(stop, table.count)
     team.wait()
     unusable, lost = lost_captions(folder, shards, table, name_of)

@@ -288,7 +288,7 @@ def without_own_code(model: str, index: dict[str, Any]) -> Iterator[str]:
         yield scratch
 
 
-def load_text_encoders(model: str, component: str, config: dict[str, Any]) -> Any:
+def load_text_encoders(model: str, component: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     """The pipeline of a folder or hub id without its transformer or U-Net, to embed prompts.
 
     Args:
@@ -299,8 +299,8 @@ def load_text_encoders(model: str, component: str, config: dict[str, Any]) -> An
     Raises:
         ModelError: when diffusers cannot load the rest.
     """
-    pipeline = load_pipeline(model, without=(component,))
-    setattr(pipeline, component, SimpleNamespace(config=FrozenDict(config), dtype=torch.float32))
+    pipeline = load_pipeline(model, dtype, without=(component,))
+    setattr(pipeline, component, SimpleNamespace(config=FrozenDict(config), dtype=dtype))
     return pipeline
 
 

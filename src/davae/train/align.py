@@ -38,9 +38,7 @@ from davae.losses.embedding_alignment import token_alignment_loss
 from davae.models.autoencoders import autoencoder_config, latent_shape, load_autoencoder, raw_statistics
 from davae.models.lightning_dit import LightningDiT, PatchEmbed
 from davae.models.new_latents import EMBEDDER, HEAD
-from davae.models.one_frame import encode_mode
 from davae.models.pipeline import ModelError, load_part, read_shapes
-from davae.models.resample import downsample
 from davae.recipes import RecipeError
 from davae.recipes.schema import BaseRecipe, EmbedderAlignment
 from davae.recipes.sections import FlowOptim
@@ -48,6 +46,7 @@ from davae.train.base import build_autoencoder
 from davae.train.base_class import ClassFlowTask
 from davae.train.caching import cache_key, cache_pictures
 from davae.train.draws import Draws
+from davae.train.encoding import run_precision
 from davae.train.loop import Player
 from davae.train.ranks import from_main
 
@@ -229,15 +228,14 @@ def cache_base(run: BaseRun, base_vae: Any) -> None:
         read_meta(target, key)
         return
 
-    def encode(images: Tensor) -> Tensor:
-        return encode_mode(base_vae, downsample(images, recipe.resolution // base_resolution))
-
     cache_pictures(
         target,
         run.pictures,
-        encode,
+        base_vae,
         key=key,
         cache=recipe.cache,
+        precision=run_precision(recipe.run),
+        smaller=recipe.resolution // base_resolution,
         num_workers=recipe.data.num_workers,
         accelerator=run.accelerator,
         watch=lambda name: run.watch(f"base {name}"),

@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.pictures import DataError, Pictures
-from davae.models.autoencoders import autoencoder_config, encode_raw, latent_shape, load_autoencoder, raw_statistics
+from davae.models.autoencoders import autoencoder_config, latent_shape, load_autoencoder, raw_statistics
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import BaseShapes
 from davae.recipes import RecipeError
@@ -31,6 +31,7 @@ from davae.train.base_text import (
     build_transformer,
 )
 from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_left_out
+from davae.train.encoding import run_precision
 from davae.train.export import save_pipeline
 from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.opened import OpenedData, open_pictures
@@ -206,9 +207,10 @@ class BaseRun:
         meta = cache_pictures(
             target,
             self.pictures,
-            partial(encode_raw, vae),
+            vae,
             key=key,
             cache=recipe.cache,
+            precision=run_precision(recipe.run),
             num_workers=recipe.data.num_workers,
             accelerator=self.accelerator,
             watch=self.watch,

@@ -28,8 +28,8 @@ from davae.data.latent_shards import PATTERN, STATISTICS, import_shards
 from davae.data.pictures import DataError, Pictures, by_kind, counted
 from davae.data.tables import TableSource
 from davae.files import atomic_text, saving
-from davae.models.placement import send
 from davae.recipes.sections import Cache, Data
+from davae.train.encoding import Encoder
 from davae.train.opened import OpenedData
 from davae.train.ranks import compare, patient_barrier
 
@@ -100,32 +100,36 @@ def cache_key(
 def cache_pictures(
     folder: Path,
     pictures: Pictures,
-    encode: Callable[[Tensor], Tensor],
+    vae: Any,
     *,
     key: Key,
     cache: Cache,
+    precision: torch.dtype,
+    smaller: int = 1,
     num_workers: int | None,
     accelerator: Accelerator,
     watch: Callable[[str], Watch],
     embed: Callable[[list[str]], tuple[Tensor, ...]] | None = None,
 ) -> CacheMeta:
-    """Latents of all pictures, and embeddings of their captions where `embed` is given; the cache is whole after it."""
+    """Write latents of all images, and embeddings of their captions where `embed` is given; the cache is whole after it.
+
+    Args:
+        vae: an autoencoder in float32, on its device.
+        precision: in which it encodes.
+        smaller: factor by which images are downsampled before.
+    """
     together = team(accelerator)
     if pictures.flip and cache.variants == 1:
         logger.warning(
             "data.flip: the cache holds one variant of every image, not mirrored; set cache.variants to 2 for both"
         )
 
-    @torch.no_grad()
-    def on_device(images: Tensor) -> Tensor:
-        return encode(send(images, accelerator.device, torch.channels_last))
-
     options: dict[str, Any] = {"batch_size": cache.batch_size, "dtype": cache.dtype, "team": together}
     with saving(folder):
         meta = write_latents(
             folder,
             pictures,
-            on_device,
+            Encoder(vae, precision, cache.batch_size, smaller=smaller),
             key=key,
             variants=cache.variants,
             num_workers=num_workers,

@@ -6,6 +6,7 @@ nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,45 @@ class Conditioning(Protocol):
         ...
 
 
+class EmbeddedInStep:
+    """Prompt embeddings computed when a step asks for them, in place of a cache's.
+
+    Args:
+        embedder: captions -> the text encoders' outputs, one tensor per kind, each (B,...).
+    """
+
+    def __init__(self, embedder: Callable[[list[str]], tuple[Tensor, ...]]):
+        self.embedder = embedder
+
+    def embed(self, captions: list[str]) -> tuple[Tensor, ...]:
+        """Return the embeddings of captions in float32, each distinct caption embedded once."""
+        distinct = list(dict.fromkeys(captions))
+        rows = torch.tensor([distinct.index(caption) for caption in captions])
+        return tuple(part.float()[rows.to(part.device)] for part in self.embedder(distinct))
+
+
+class BatchCaption(str):
+    """A caption whose embeddings came with its batch.
+
+    Attributes:
+        text: the batch's embeddings, one tensor (B,...) per kind.
+        row: the caption's place in them.
+    """
+
+    text: tuple[Tensor, ...]
+    row: int
+
+
+def of_batch(captions: list[str], text: tuple[Tensor, ...]) -> list[BatchCaption]:
+    """Return a batch's captions with its embeddings, one tensor (B,...) per kind."""
+    found = []
+    for row, caption in enumerate(captions):
+        one = BatchCaption(caption)
+        one.text, one.row = text, row
+        found.append(one)
+    return found
+
+
 class TextConditioning:
     """Prompts, embedded once in the cache."""
 
@@ -52,14 +92,34 @@ class TextConditioning:
         self.call = bound(TEXT_CALLS[type(transformer).__name__], pixel_factor, scheduler)
         self.config = transformer.config
         self.processor = repeat_last_token(transformer) if null_text else None
+        self._null: tuple[Tensor, ...] | None = None  # of the empty caption, (1,...)
 
     def draw(self, generator: torch.Generator) -> None:
         if self.processor is not None:
             self.processor.count = draw_count(generator)
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[str]) -> Tensor:
-        parts = tuple(send(part, self.device) for part in self.cache.embed(conditions))
-        return self.call.predict(model, self.config, x_t, t, parts)
+        return self.call.predict(model, self.config, x_t, t, self.parts(conditions))
+
+    def parts(self, conditions: list[str]) -> tuple[Tensor, ...]:
+        """Return the embeddings (B,...) of captions in float32 on the device, one tensor per kind.
+
+        Those of a batch are sent as they came; only what replaces a caption that was dropped is looked up.
+        """
+        text = next((caption.text for caption in conditions if isinstance(caption, BatchCaption)), None)
+        if text is None:
+            return tuple(send(part, self.device) for part in self.cache.embed(conditions))
+        found = tuple(send(part, self.device).float() for part in text)
+        dropped = torch.tensor([not isinstance(caption, BatchCaption) for caption in conditions])
+        if not bool(dropped.any()):
+            return found
+        if self._null is None:
+            self._null = tuple(send(part, self.device) for part in self.cache.embed([self.null]))
+        mask = send(dropped, self.device)
+        return tuple(
+            torch.where(mask.reshape(-1, *[1] * (part.ndim - 1)), null, part)
+            for part, null in zip(found, self._null, strict=True)
+        )
 
 
 class ClassConditioning:

@@ -150,11 +150,11 @@ def export(sizes: Sizes) -> Phase:
     recipe = sizes.recipe
     width = 4 if recipe.export.dtype == "float32" else 2
     written = width * pipeline_values(sizes) + 4 * sizes.trained
-    held = width * (sizes.text.parameters + sizes.base_vae) + 4 * (2 * sizes.transformer + sizes.detail_vae)
+    held = 4 * (sizes.text.parameters + sizes.base_vae + 2 * sizes.transformer + sizes.detail_vae)
     held += 4 * 2 * sizes.trained
     host = HOST_RUNTIME + held
     machine = host + (sizes.local - 1) * HOST_RUNTIME
-    read = width * sizes.text.parameters + 4 * sizes.transformer
+    read = 4 * (sizes.text.parameters + sizes.transformer)
     return Phase("export", host=host, machine=machine, disk=written, seconds=(read + written) / DISK_RATE)
 
 

@@ -185,7 +185,7 @@ def plan(recipe: Recipe) -> Plan:
     )
     own1 = recipe.stage1.model_copy(update={"batch_size": share1.images, "accumulation": share1.passes})
     own2 = recipe.stage2.model_copy(update={"batch_size": share2.images, "accumulation": share2.passes})
-    frozen = getattr(torch, recipe.base.dtype)
+    frozen = torch.float32 if recipe.stage2.lora is None else getattr(torch, recipe.base.dtype)
     first = stage1_memory(shapes, recipe.detail_channels, recipe.scale, recipe.stage1_pixels, own1, mixed=mixed)
     second = stage2_memory(shapes, layout, side, own2, mixed=mixed, frozen=frozen)
     text = TextFacts()

@@ -16,10 +16,14 @@ from davae.data.pictures import collate, grid, to_images
 from davae.files import atomic_file
 from davae.losses.detail_warmup import velocity_loss
 from davae.losses.flow_matching import shift_timestep
+from davae.models.memory_budget import Halving
 from davae.recipes import RecipeError
 from davae.train.best import BEST
+from davae.train.cost import meta_detail_vae
 from davae.train.draws import Draws
+from davae.train.encoding import Encoder, images_at_a_time, run_precision
 from davae.train.loop import Periodic
+from davae.train.memory import decode_sampling_bytes, encode_bytes
 from davae.train.objectives import Diffusion, noise_batch
 from davae.train.ranks import is_main
 from davae.train.stage1 import Stage1Task
@@ -74,16 +78,34 @@ def stage1_pictures(run: Upgrade, task: Stage1Task) -> list[Periodic]:
     if not every:
         return []
     images = plain_pictures(run, SHOWN)["images"].to(run.accelerator.device)
+    size = shown_at_a_time(run)
 
     @torch.no_grad()
     def show(step: int) -> dict[str, float]:
-        side = images.shape[-1] // task.vae.spatial_factor
-        noise = images.new_zeros(len(images), task.vae.layout.detail_channels, side, side)
-        reconstruction = task.modules["vae"](images, noise, torch.ones(len(images)))[0]
+        side, parts = images.shape[-1] // task.vae.spatial_factor, []
+        for part in images.split(size):
+            noise = part.new_zeros(len(part), task.vae.layout.detail_channels, side, side)
+            parts.append(task.modules["vae"](part, noise, torch.ones(len(part)))[0])
+        reconstruction = torch.cat(parts)
         write_grid([to_images(images), to_images(reconstruction)], run.out / "progress" / f"stage1-{step:08d}.png")
         return {}
 
     return [Periodic(every, show)]
+
+
+def shown_at_a_time(run: Upgrade) -> int:
+    """Images that progress and validation code at a time: `report.batch_size`, else what the memory plan allows."""
+    recipe, shapes, layout = run.recipe, run.shapes, run.layout
+
+    def one() -> int:
+        side = recipe.resolution // (shapes.vae_factor * layout.scale)
+        precision = run_precision(recipe.run)
+        return sum(
+            code(meta_detail_vae(shapes, layout.detail_channels, layout.scale), *size, precision)
+            for code, size in ((encode_bytes, (recipe.resolution,)), (decode_sampling_bytes, (layout.channels, side)))
+        )
+
+    return images_at_a_time(recipe.report.batch_size, SHOWN, run.accelerator.device, one)
 
 
 def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
@@ -110,9 +132,11 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
         prompts = list(range(min(SHOWN, conditioning.null)))
     vae, device = run.vae(), run.accelerator.device
     if recipe.stage2.validate_every:
+        encoder = Encoder(
+            vae, run_precision(recipe.run), recipe.report.batch_size or recipe.cache.batch_size, "validation"
+        )
         with torch.no_grad():
-            raw = [vae.encode_raw(images.to(device)) for images in held_out["images"].split(recipe.cache.batch_size)]
-            latents = torch.cat([vae.normalise(vae.layout.join(r.z, r.mean)) for r in raw])  # (N,C+D,h,w)
+            latents = vae.normalise(encoder(held_out["images"]))  # (N,C+D,h,w)
 
         @torch.no_grad()
         def validate(step: int) -> dict[str, float]:
@@ -132,14 +156,14 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
 
         periodic.append(Periodic(recipe.stage2.validate_every, validate))
     if recipe.run.sample_every:
-        side = recipe.base.resolution // run.shapes.vae_factor
+        side, decoding = recipe.base.resolution // run.shapes.vae_factor, Halving("progress", shown_at_a_time(run))
         draws = Draws(recipe.sampling.seed, "samples", 0, 0, len(prompts))
         noise = draws.normal(task.layout.channels, side, side).to(device)
 
         @torch.no_grad()
         def sample(step: int) -> dict[str, float]:
             latents = solve(conditioning, task, noise, prompts, recipe.sampling.steps, recipe.sampling.guidance_scale)
-            pictures = to_images(vae.decode(latents, return_dict=False)[0])
+            pictures = to_images(decoding(lambda part: vae.decode(part, return_dict=False)[0], latents))
             write_grid([pictures], run.out / "progress" / f"stage2-{step:08d}.png")
             return {}
 

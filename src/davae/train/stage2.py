@@ -15,7 +15,7 @@ from davae.models.expand import new_weight_masks
 from davae.models.families import transformer_family
 from davae.models.placement import send
 from davae.recipes.sections import Lora, Stage2
-from davae.train.conditioning import Conditioning
+from davae.train.conditioning import Conditioning, of_batch
 from davae.train.draws import Draws
 from davae.train.loop import Player
 from davae.train.objectives import Objective, noise_batch
@@ -145,9 +145,10 @@ class Stage2Task:
         s = self.settings
         raw = send(batch["latents"], self.device)  # (B,C+D,h,w)
         latents = (raw - over_grid(self.mean, raw)) / over_grid(self.std, raw)
-        noisy = noise_batch(
-            self.objective, latents, batch["conditions"], self.conditioning.null, s, draws, s.min_snr_gamma
-        )
+        conditions = batch["conditions"]
+        if "text" in batch:
+            conditions = of_batch(conditions, batch["text"])
+        noisy = noise_batch(self.objective, latents, conditions, self.conditioning.null, s, draws, s.min_snr_gamma)
         self.conditioning.draw(draws.batch)
         prediction = self.conditioning.predict(self.modules["transformer"], noisy.x_t, noisy.t, noisy.conditions)
         weight = detail_weight(step, s.warmup_steps)

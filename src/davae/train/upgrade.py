@@ -17,7 +17,7 @@ from davae.data.cache_key import Key, fingerprint
 from davae.data.pictures import Pictures
 from davae.errors import RunError
 from davae.files import model_folder
-from davae.models.autoencoders import encode_raw, load_detail_vae
+from davae.models.autoencoders import load_detail_vae
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
 from davae.models.families import transformer_family
@@ -34,7 +34,8 @@ from davae.recipes import Recipe, RecipeError
 from davae.train.base_run import train_base
 from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_left_out
 from davae.train.checks import base_objective, base_shapes, bucket_step, check_recipe, check_shared
-from davae.train.conditioning import conditioning
+from davae.train.conditioning import EmbeddedInStep, conditioning
+from davae.train.encoding import run_precision
 from davae.train.export import (
     UPGRADE_FILE,
     apply_upgrade,
@@ -44,6 +45,7 @@ from davae.train.export import (
     save_pipeline,
     save_upgrade,
 )
+from davae.train.loading import one_at_a_time
 from davae.train.locking import changing, hold_for_reading
 from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.opened import open_pictures
@@ -252,19 +254,26 @@ class Upgrade:
         cache_pictures(
             folder,
             self.training_pictures(),
-            partial(encode_raw, vae),
+            vae,
             key=key,
             cache=self.recipe.cache,
+            precision=run_precision(self.recipe.run),
             num_workers=self.recipe.data.num_workers,
             accelerator=self.accelerator,
             watch=self._watch,
-            embed=self.embedder() if self.family.condition == "text" else None,
+            embed=self.embedder() if self.family.condition == "text" and self.recipe.cache.text == "stored" else None,
         )
 
     def text_encoders(self) -> Any:
         """The pretrained pipeline without its transformer."""
         component, config = self.family.component, self.shapes.transformer_config
-        return load_text_encoders(self.model, component, config).to(self.accelerator.device)
+        with one_at_a_time(self.out):
+            return load_text_encoders(self.model, component, config, self.frozen).to(self.accelerator.device)
+
+    @property
+    def frozen(self) -> torch.dtype:
+        """The precision of pretrained weights that are not trained."""
+        return getattr(torch, self.recipe.base.dtype)
 
     def embedder(self) -> Callable[[list[str]], tuple[Tensor, ...]]:
         """Captions -> what the text encoders say of them, one tensor per kind; the encoders are loaded when first asked."""
@@ -283,9 +292,20 @@ class Upgrade:
         self.check_inputs(vae)
         seed_initial_weights(training_seed(self.recipe.stage2, self.recipe.run))
         device = self.accelerator.device
-        pretrained = load_part(self.model, self.family.component, self.shapes.transformer_class)
+        frozen = torch.float32 if self.recipe.stage2.lora is None else self.frozen
+        if frozen != torch.float32 and self.accelerator.is_fsdp2:
+            raise RecipeError(
+                f"base.dtype: {self.recipe.base.dtype} weights cannot be cut into pieces with float32 ones; set it to "
+                "float32 under FSDP2, or use DDP"
+            )
+        with one_at_a_time(self.out):
+            return self._stage2_task(vae, frozen, device)
+
+    def _stage2_task(self, vae: DetailVAE, frozen: torch.dtype, device: torch.device) -> Stage2Task:
+        """Stage 2 at its first step; its transformer is on the device."""
+        pretrained = load_part(self.model, self.family.component, self.shapes.transformer_class, frozen)
         transformer = expand_transformer(pretrained, self.recipe.detail_channels, self.recipe.stage2.new_weights)
-        cache = CachedLatents(self.first / "cache", self.family.condition)
+        cache = CachedLatents(self.first / "cache", self.family.condition, embedded=True)
         task = Stage2Task(
             self.recipe.stage2,
             vae.layout,
@@ -303,6 +323,8 @@ class Upgrade:
             self.objective,
             device,
         )
+        if self.recipe.cache.text == "step" and self.family.condition == "text":
+            task.conditioning.cache = EmbeddedInStep(self.embedder())  # type: ignore[attr-defined]
         if self.init is not None:
             load_trained(task.transformer, self.init / UPGRADE_FILE)
         return task
@@ -351,7 +373,10 @@ class Upgrade:
                 save_upgrade(wide, file, recipe.stage2.lora, torch.float32, tensors)
                 vae = load_detail_vae(self.first / "vae")
                 self.check_inputs(vae)
-                save_pipeline(assemble(base, vae, apply_upgrade(pretrained, file)), target)
+                upgraded = assemble(base, vae, apply_upgrade(pretrained, file))
+                if recipe.export.dtype != "float32":
+                    upgraded.to(dtype=getattr(torch, recipe.export.dtype))
+                save_pipeline(upgraded, target)
 
             on_main(export)
             self.folder.mark_done("stage2")

@@ -1,0 +1,124 @@
+"""Encoding for the cache: the run's precision, fewer images when memory runs out, resumed with another batch size."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_autoencoder
+from torch import Tensor
+
+from davae import DetailVAE
+from davae.models.autoencoders import encode_raw
+from davae.recipes import differences, load_recipe
+from davae.train.conditioning import EmbeddedInStep
+from davae.train.encoding import Encoder
+from davae.train.loading import one_at_a_time
+
+
+@pytest.fixture(scope="module")
+def vae() -> DetailVAE:
+    torch.manual_seed(0)
+    return DetailVAE.from_base(tiny_autoencoder(), 8)
+
+
+def images(count: int = 5) -> Tensor:
+    found = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return found.contiguous(memory_format=torch.channels_last)
+
+
+def test_float32_is_what_it_was_and_half_precision_is_near(vae: DetailVAE):
+    with torch.no_grad():
+        plain = encode_raw(vae, images())
+    assert torch.equal(Encoder(vae, torch.float32, 16)(images()), plain)
+    half = Encoder(vae, torch.bfloat16, 16)(images())
+    assert half.dtype == torch.float32
+    assert 0 < float((half - plain).std() / plain.std()) < 0.05
+    assert next(vae.parameters()).dtype == torch.float32, "the autoencoder that is saved stays as it is"
+
+
+def test_memory_that_runs_out_halves_the_batch_and_then_tiles(
+    vae: DetailVAE, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    sizes: list[tuple[int, bool]] = []
+
+    def hungry(model: Any, batch: Tensor) -> Tensor:
+        sizes.append((len(batch), model.use_tiling))
+        if len(batch) > 1 or not model.use_tiling:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode_raw(model, batch)
+
+    monkeypatch.setattr("davae.train.encoding.encode_raw", hungry)
+    encoder = Encoder(vae, torch.bfloat16, 4)
+    found = encoder(images())
+    assert sizes == [(4, False), (2, False), (1, False), *[(1, True)] * 5]
+    vae.disable_tiling()
+    monkeypatch.undo()
+    torch.testing.assert_close(found, Encoder(vae, torch.bfloat16, 16)(images()), rtol=0, atol=0.05)
+    assert "latent cache: out of memory" in caplog.text
+
+
+def test_latents_that_overflow_in_float16_are_computed_again(
+    vae: DetailVAE, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def overflowing(model: Any, batch: Tensor) -> Tensor:
+        found = encode_raw(model, batch)
+        return found if found.dtype == torch.float32 else found * 1e6
+
+    monkeypatch.setattr("davae.train.encoding.encode_raw", overflowing)
+    found = Encoder(vae, torch.float16, 16)(images())
+    with torch.no_grad():
+        assert torch.equal(found, encode_raw(vae, images()))
+    assert "overflow in float16" in caplog.text
+
+
+def test_a_gpus_batch_comes_from_the_plan(vae: DetailVAE, monkeypatch: pytest.MonkeyPatch):
+    """A stated amount of free memory stands for a GPU's."""
+    for free, expected, tiled in ((10_000, 8, False), (2_000, 2, False), (100, 1, True)):
+        monkeypatch.setattr("davae.train.encoding.free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr("davae.train.encoding.encode_bytes", lambda *options: 900 if len(options) == 3 else 90)
+        encoder = Encoder(vae, torch.bfloat16, 8)
+        encoder(images())
+        assert (encoder.halving.size, encoder.own.use_tiling) == (expected, tiled)
+        vae.disable_tiling()
+
+
+def test_the_batch_size_may_change_on_a_run_that_exists():
+    before = load_recipe("micro")
+    for change in ("cache.batch_size=2", "data.num_workers=3", "report.batch_size=1", "report.holdout_pictures=3"):
+        assert differences(before, load_recipe("micro", [change])) == []
+    for change in ("cache.dtype=float32", "cache.text=step", "export.dtype=bfloat16", "cache.variants=2"):
+        assert len(differences(before, load_recipe("micro", [change]))) == 1
+
+
+def test_prompts_embedded_in_the_step_are_those_of_the_cache():
+    asked: list[list[str]] = []
+
+    def embed(captions: list[str]) -> tuple[Tensor, ...]:
+        asked.append(captions)
+        return (torch.tensor([[float(len(caption))] for caption in captions], dtype=torch.bfloat16),)
+
+    (part,) = EmbeddedInStep(embed).embed(["aa", "", "aa", "bbb"])
+    assert part.dtype == torch.float32
+    assert part.tolist() == [[2.0], [0.0], [2.0], [3.0]]
+    assert asked == [["aa", "", "bbb"]]
+
+
+def test_processes_of_a_machine_load_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another process that holds the lock is waited for; a process on its own takes none."""
+    from filelock import FileLock, Timeout
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with one_at_a_time(tmp_path / "run"):
+        assert not list(tmp_path.glob("*.lock"))
+    monkeypatch.setattr("davae.train.loading.ranks", lambda: 2)
+    with one_at_a_time(tmp_path / "run"):
+        (lock,) = tmp_path.glob("davae-load-*.lock")
+        with pytest.raises(Timeout):
+            FileLock(lock, timeout=0.01, is_singleton=False).acquire()
+    FileLock(lock, timeout=0.01, is_singleton=False).acquire()
+    assert os.path.exists(lock)
