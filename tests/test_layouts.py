@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -878,3 +879,28 @@ def test_prompt_files_in_any_encoding(name: str, data: bytes, expected: list[str
     else:
         with pytest.raises(DataError, match=expected):
             read_prompts(tmp_path / name)
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "layouts.md"
+BLOCKS = re.findall(r"```layout\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+LINE = re.compile(r'(?P<file>\S+)(?: += (?P<content>.*)| +-> "(?P<caption>.*?)"(?:, class (?P<label>\d+))?)?')
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_layout_of_the_page_is_read_as_written(block: str, tmp_path: Path) -> None:
+    lines = block.splitlines()
+    shard = lines.pop(0).removesuffix(":") if lines[0].endswith(".tar:") else None
+    files: dict[str, bytes | str] = {}
+    expected: list[tuple[str, int | None]] = []
+    for line in lines:
+        found = LINE.fullmatch(line)
+        assert found, line
+        name = found["file"]
+        files[name] = (found["content"] or "").replace("|", "\n")
+        if found["caption"] is not None:
+            expected.append((found["caption"], None if found["label"] is None else int(found["label"])))
+    source = open_source(tar(tmp_path / shard, files) if shard else lay(tmp_path / "set", files), 8)
+    assert sorted(source.load(i)[1] for i in range(len(source))) == sorted(caption for caption, _ in expected)
+    assert {source.caption(i): source.label(i) for i in range(len(source))} == dict(expected)
