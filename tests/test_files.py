@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_autoencoder, tiny_recipe
 from PIL import Image
 
 from davae import files
 from davae.errors import DataError, DavaeError, ModelError, RecipeError, RunError, UnreadablePicture
 from davae.files import atomic_file, atomic_folder, atomic_text, require_space, save_tensors, saving
 from davae.ownership import MARK
+from davae.train.base_text import build_text_encoder, build_tokenizer
 
 WRITERS = 30
 
@@ -116,12 +118,16 @@ def test_a_file_where_a_folder_is_to_be_is_refused_and_stays(tmp_path: Path):
     assert names(tmp_path) == ["x"]
 
 
+ARCHITECTURE = tiny_recipe().architecture
+TOKENIZER = build_tokenizer(["a red square"], 600, 8)
 NOISE = np.random.default_rng(0).integers(0, 255, (1 << 18,), np.uint8)
 FILLERS = {
     "text": lambda path: path.write_bytes(NOISE.tobytes()),
     "numpy": lambda path: np.save(path.with_suffix(".npy"), NOISE),
     "torch": lambda path: torch.save(torch.from_numpy(NOISE), path),
     "image": lambda path: Image.fromarray(NOISE.reshape(512, 512)).save(path, format="PNG"),
+    "diffusers": lambda path: tiny_autoencoder().save_pretrained(path),
+    "transformers": lambda path: build_text_encoder(ARCHITECTURE, TOKENIZER).save_pretrained(path),
     "safetensors": lambda path: save_tensors(path, {"x": torch.from_numpy(NOISE)}),
 }
 
@@ -134,7 +140,7 @@ def test_a_full_disk_is_one_line_for_every_writer(tmp_path: Path, kind: str):
     child = os.fork()
     if not child:
         code = 1
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 13, 1 << 13))
         try:
             with atomic_folder(tmp_path / "x") as partial:
                 FILLERS[kind](partial / "y")
