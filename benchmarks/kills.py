@@ -54,6 +54,8 @@ VOLATILE = {"report.html", "report.json", "timing.jsonl", ".process.json", ".loc
 def prepare(place: Path, steps: int) -> dict[str, list[str]]:
     """Write the inputs of all verbs; return the command of each, without its `--out`."""
     tiny_base(place / "base")
+    config = place / "base" / "vae" / "config.json"  # the pipeline draws with a shift
+    config.write_text(json.dumps({**json.loads(config.read_text()), "shift_factor": 0.0, "scaling_factor": 1.0}))
     pictures(place / "pictures")
     values = recipe(place, steps).model_dump(mode="json", exclude_defaults=True)
     values["report"] = {"holdout_pictures": 2, "timing_repeats": 1}

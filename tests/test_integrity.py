@@ -242,3 +242,39 @@ def test_a_flipped_bit_in_a_file_of_tensors_is_found(tmp_path: Path):
         path.write_bytes(path.read_bytes()[:left])
         with pytest.raises(ModelError, match="is damaged"):
             read_upgrade(path)
+
+
+def test_a_flipped_bit_in_the_metadata_of_an_upgrade_file_is_found(tmp_path: Path):
+    path = tmp_path / "upgrade.safetensors"
+    about = {"format": "davae-upgrade-1", "class": "A", "channels": "[4, 12]", "lora": "null"}
+    save_tensors(path, {"a": torch.ones(9)}, about)
+    data = path.read_bytes()
+    for word, wrong in ((b"[4, 12]", b"[4, 13]"), (b"null", b"nulk"), (b'\\"a\\": ', b'\\"a\\"; ')):
+        assert word in data
+        path.write_bytes(data.replace(word, wrong))
+        with pytest.raises(ModelError, match=r"upgrade\.safetensors: its (metadata is not|checksums are)"):
+            read_upgrade(path)
+
+
+def test_images_parts_and_shards_that_a_power_cut_left_empty_or_cut_are_drawn_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    import tarfile
+
+    from conftest import picture
+
+    from davae.output_files import is_drawn
+
+    for name in ("a.png", "a.jpg"):
+        picture(0, 16, 16).save(tmp_path / name)
+    np.save(tmp_path / "a.npy", np.zeros((250, 4)))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "a.png", "a.png")
+    for path in list(tmp_path.iterdir()):
+        data = path.read_bytes()
+        assert is_drawn(path)
+        for left in (0, 1, 100, 600 if path.suffix == ".tar" else len(data) // 2):
+            path.write_bytes(data[:left])
+            assert not is_drawn(path), (path, left)
+            assert f"{path.name} is empty or cut; it is drawn again" in caplog.text
+    assert not is_drawn(tmp_path / "b.png")

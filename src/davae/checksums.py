@@ -56,9 +56,15 @@ def file_sum(path: Path) -> int:
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 
-def tensor_sums(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metadata entry that holds a sum per tensor."""
-    return {KEY: json.dumps({name: array_sum(values) for name, values in tensors.items()})}
+def tensor_sums(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the metadata entry that holds a sum per tensor and, under the empty name, one of the other metadata."""
+    sums = {name: array_sum(values) for name, values in tensors.items()}
+    return {KEY: json.dumps({**sums, "": _metadata_sum(metadata or {})})}
+
+
+def _metadata_sum(metadata: Mapping[str, str]) -> int:
+    others = {name: value for name, value in metadata.items() if name != KEY}
+    return zlib.crc32(json.dumps(others, sort_keys=True).encode())
 
 
 def row_sums(values: np.ndarray) -> np.ndarray:
@@ -83,7 +89,12 @@ def check_tensors(
     """
     if KEY not in metadata:
         return
-    expected = json.loads(metadata[KEY])
+    try:
+        expected = dict(json.loads(metadata[KEY]))
+    except (ValueError, TypeError) as error:
+        raise kind(f"{path}: its checksums are damaged; {remedy}") from error
+    if expected.get("", _metadata_sum(metadata)) != _metadata_sum(metadata):
+        raise kind(f"{path}: its metadata is not what was written (its checksum differs); {remedy}")
     for name, values in tensors.items():
         if name in expected and array_sum(values) != expected[name]:
             raise kind(f"{path}: '{name}' is not what was written (its checksum differs); {remedy}")

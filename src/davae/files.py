@@ -336,7 +336,7 @@ def save_tensors(
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path, kept) as partial:
-        save_file(whole, partial, {**(metadata or {}), **tensor_sums(whole)})
+        save_file(whole, partial, {**(metadata or {}), **tensor_sums(whole, metadata)})
 
 
 @contextmanager

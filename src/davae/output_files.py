@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from davae.errors import RunError
 from davae.files import atomic_file, atomic_text
 from davae.ownership import check_parents
+
+logger = logging.getLogger(__name__)
 
 SIGNED = "}\n\n"  # figures end with an empty line: no key is added to them, and no other program ends JSON so
 # keys by which other programs' files are known, among figures of davae versions that signed nothing
@@ -185,3 +191,34 @@ def archive_comment(path: Path) -> bytes:
             return archive.comment
     except (zipfile.BadZipFile, OSError):
         return b""
+
+
+# -- drawn files -------------------------------------------------------------------------------------------------------
+
+LAST = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9", ".tar": bytes(512)}  # the last bytes of a whole file
+
+
+def is_drawn(path: Path) -> bool:
+    """Return whether an image, a shard or a part of samples is there and whole; a cut one is named in the log.
+
+    Judged by the last bytes, or by the size that the header names: images are not decoded. Versions before checksums did not
+    wait for the disk, so that a power cut could leave an empty file under a final name.
+    """
+    if not path.is_file():
+        return False
+    if path.suffix == ".npy":
+        try:
+            np.load(path, mmap_mode="r")
+        except (ValueError, EOFError, OSError):
+            whole = False
+        else:
+            whole = True
+    else:
+        end = LAST[path.suffix]
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - len(end)))
+            whole = stream.read() == end
+    if not whole:
+        logger.warning("%s is empty or cut; it is drawn again", path)
+    return whole

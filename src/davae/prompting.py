@@ -23,6 +23,7 @@ from davae.measure import model_places, open_model
 from davae.models.classes import goes_by_class
 from davae.models.pipeline import ModelError
 from davae.models.placement import FULL, Placement
+from davae.output_files import is_drawn
 from davae.sample.fingerprint import model_fingerprint
 from davae.sample.generate import generate
 from davae.sample.resume import kept_images
@@ -59,7 +60,7 @@ class Drawing:
 
 def draw_missing(pipeline: str, wanted: list[tuple[str, Path]], how: Drawing, on_batch: Watch) -> None:
     """Draw (prompt, file) pairs whose file is not there yet. Picture i depends on the settings and i alone."""
-    missing = [number for number, (_, path) in enumerate(wanted) if not path.is_file()]
+    missing = [number for number, (_, path) in enumerate(wanted) if not is_drawn(path)]
     if not missing:
         return
     model = open_text_model(pipeline, how.placement)

@@ -22,6 +22,7 @@ from davae.files import atomic_file
 from davae.measure import model_places
 from davae.models.pipeline import ModelError, default_resolution
 from davae.models.placement import Placement
+from davae.output_files import is_drawn
 from davae.prompting import open_text_model, stretches
 from davae.sample.fingerprint import model_fingerprint
 from davae.sample.generate import generate
@@ -89,12 +90,12 @@ def make_data(
     with keep if state.is_main_process else nullcontext():
         state.wait_for_everyone()
         own = shards[state.process_index :: state.num_processes]
-        missing = {shard.target: [] if shard.target.is_file() else shard.missing() for shard in own}
+        missing = {shard.target: [] if is_drawn(shard.target) else shard.missing() for shard in own}
         whole = sum(len(shard.texts) for shard in own)
         left = sum(map(len, missing.values()))
         pipeline: Any = None
         for shard in own:
-            if shard.target.is_file():
+            if is_drawn(shard.target):
                 continue
             pipeline = pipeline or open_text_model(model, placement)
             size = resolution or default_resolution(pipeline)
@@ -108,7 +109,7 @@ def make_data(
                 left -= stop - start
                 on_picture(whole - left, whole)
             shard.pack({"model": model, **settings, "resolution": size, "prompts": prompts.name})
-    return sum(not shard.target.is_file() for shard in shards)
+    return sum(not is_drawn(shard.target) for shard in shards)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Shard:
 
     def missing(self) -> list[int]:
         """Return the numbers of the pictures that are not drawn yet."""
-        return [number for number in self.texts if not self.loose(number).is_file()]
+        return [number for number in self.texts if not is_drawn(self.loose(number))]
 
     def pack(self, about: dict[str, Any]) -> None:
         """Put the loose pictures into the shard, with `.txt` and `.json` (prompt, number, settings), and remove them."""
@@ -171,7 +172,7 @@ def check_former(shards: list[Shard]) -> None:
         ModelError: a shard with other prompts.
     """
     for shard in shards:
-        if shard.target.is_file() and shard.packed_texts() != shard.texts:
+        if is_drawn(shard.target) and shard.packed_texts() != shard.texts:
             raise ModelError(f"{shard.target} holds pictures of other prompts; use another --out")
         shutil.rmtree(shard.folder, ignore_errors=True)
 

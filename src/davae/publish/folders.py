@@ -135,7 +135,14 @@ def apply(upgrade: Upgrade, base: str, out: Path, dtype: torch.dtype, *, self_co
 def _report(folder: Path) -> dict[str, Any] | None:
     """The figures of a run's report, None where it has none."""
     file = folder / "report.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ModelError(
+            f"{file} is damaged; delete it and run the `davae upgrade` command of its run again"
+        ) from error
 
 
 def _check_lora(run: FinishedRun) -> None:

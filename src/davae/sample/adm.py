@@ -14,7 +14,7 @@ from torch import Tensor
 from davae.data.cache_key import fingerprint
 from davae.files import atomic_file
 from davae.models.pipeline import ModelError
-from davae.output_files import archive_comment, check_archive
+from davae.output_files import archive_comment, check_archive, is_drawn
 from davae.sample.resume import kept_images
 
 Labels = Literal["balanced", "random"]
@@ -96,13 +96,13 @@ def _draw_parts(
     starts = range(0, len(labels), PART)
     for number, start in enumerate(starts):
         part = folder / f"part-{start:08d}.npy"
-        if number % ranks == rank and not part.is_file():
+        if number % ranks == rank and not is_drawn(part):
             classes = [int(label) for label in labels[start : start + PART]]
             with atomic_file(part) as partial:
                 np.save(partial, field_uint8(draw(classes, start)))
         on_part(min(start + PART, len(labels)), len(labels))
     parts = [folder / f"part-{start:08d}.npy" for start in starts]
-    if not all(part.is_file() for part in parts):
+    if not all(is_drawn(part) for part in parts):
         return False
     with atomic_file(target) as partial:
         _join(partial, parts, labels, comment)
