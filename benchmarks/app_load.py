@@ -156,7 +156,7 @@ def attacks(served: Page) -> dict[str, list[Callable[[httpx.Client], httpx.Respo
     }  # fmt: skip
 
 
-FREQUENT = 20  # of an upload of 21 MiB only one in so many is made
+FREQUENT = 20  # times as often as the upload of 21 MiB
 
 
 def work(

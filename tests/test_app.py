@@ -129,9 +129,18 @@ def test_a_drawing_stops_between_two_steps(pair: Pair):
     assert len(list(again)) == 1
 
 
+def test_a_drawing_has_a_bound_on_time(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(drawing, "MAX_SECONDS", 0)
+    with pytest.raises(ModelError, match="a drawing may take 0 seconds; use fewer steps"):
+        list(drawing.draw(pair, "x", ["upgraded"], seed=0, steps=50, guidance=1.0, stop=threading.Event()))
+    assert len(pair.upgraded.transformer._forward_pre_hooks) == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"ways": ["upgraded", "other"]}, "an unknown way to draw"),
+        ({"guidance": float("nan")}, "guidance is nan"),
         ({"prompt": "  "}, "needs a prompt"),
         ({"prompt": "x" * 501}, "501 characters"),
         ({"steps": 0}, "1 to 150"),

@@ -33,8 +33,8 @@ def decode_apart(content: bytes, max_side: int, max_pixels: int) -> Image.Image:
         max_pixels: most pixels in all that are decoded.
 
     Raises:
-        UnreadablePicture: davae's own reasons; `too large` for more pixels than asked for; `too slow` after SECONDS;
-            `damaged` where the child died.
+        UnreadablePicture: davae's own reasons; `too large` for more pixels than allowed or more than MEMORY;
+            `too slow` after SECONDS; `damaged` where the child died.
     """
     Image.init()  # a child that imports a plugin may wait for a lock of a thread that it does not have
     fork = multiprocessing.get_context("fork")

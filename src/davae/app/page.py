@@ -1,4 +1,4 @@
-"""The page itself: four tabs in one Gradio app, served beside the reports of its trainings."""
+"""The page itself: four tabs in one Gradio app, served with the reports of its trainings."""
 
 from __future__ import annotations
 

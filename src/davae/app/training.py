@@ -33,7 +33,7 @@ LOG_END = 64 * 2**10  # bytes of a log whose last line is shown
 
 @dataclass(frozen=True)
 class State:
-    """What a run folder tells of its training."""
+    """State of a training, read from its run folder."""
 
     running: bool
     finished: bool

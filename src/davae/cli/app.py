@@ -13,7 +13,7 @@ def app(
         str, typer.Argument(help="`micro`, a run or pipeline folder, or a hub id: an upgraded model, or a base.")
     ] = "micro",
     base: Annotated[
-        str | None, typer.Option(help="The base of an upgraded pipeline, where no run's recipe tells it.")
+        str | None, typer.Option(help="The base of an upgraded pipeline, where no run's recipe names it.")
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; one that other machines reach needs --auth.")
