@@ -15,6 +15,8 @@ from typing import IO, Literal, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from davae.data.formats import open_image
 from davae.data.pictures import DataError, UnreadablePicture
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB of RGB, Pillow's own default; `data.max_pixels` moves it
 MAX_FRAMES = 1000  # counted; more is an animation all the same
+MAX_COUNTED = 1 << 24  # bytes of a GIF whose frames are counted
 MAX_METADATA = 1 << 24  # bytes of one chunk of a PNG
 ORIENTATION, TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PHOTOMETRIC = 0x0112, 256, 257, 258, 262
 SIXTEEN_BIT_AS_I = ("PNG", "PPM")  # formats whose 16 bits Pillow gives, in some releases, as 32-bit integers
@@ -108,7 +111,7 @@ def orientation(image: Image.Image, told: list[warnings.WarningMessage]) -> int:
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
     """Return (width, height) before turning; Pillow from 11.3 on gives a TIFF's size already turned."""
-    if image.format == "TIFF" and hasattr(image, "tag_v2"):
+    if isinstance(image, TiffImageFile):
         return image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
     return image.size
 
@@ -145,19 +148,37 @@ def check_header(image: Image.Image, max_pixels: int, floats: Floats = "refuse")
     width, height = image.size
     if width * height > max_pixels:
         raise UnreadablePicture("too many pixels", f"{width}x{height}, the limit data.max_pixels is {max_pixels}")
-    frames = 1 if image.format in ONE_IMAGE else count_frames(image)
-    if frames > 1:
-        raise UnreadablePicture("animation", f"{frames}{' or more' if frames == MAX_FRAMES else ''} frames")
+    if image.format not in ONE_IMAGE and (frames := frames_of(image)):
+        raise UnreadablePicture("animation", frames)
     if image.mode == "F" and floats == "refuse":
         raise UnreadablePicture("float pixels", "set data.float_pixels=unit where 0 is black and 1 is white")
     if image.mode == "I" and image.format not in SIXTEEN_BIT_AS_I:
         raise UnreadablePicture("32-bit pixels", "their range is not known; save the image with 8 or 16 bits")
 
 
-def count_frames(image: Image.Image) -> int:
-    """Return the number of frames or pages, at most MAX_FRAMES; a GIF or TIFF is searched for them one by one."""
-    if image.format not in ("GIF", "TIFF"):
-        return min(getattr(image, "n_frames", 1), MAX_FRAMES)
+def frames_of(image: Image.Image) -> str:
+    """Return the number of frames or pages in words, '' for one; at most MAX_FRAMES are counted."""
+    if image.format == "GIF":  # counting reads the whole file
+        if not getattr(image, "is_animated", False):
+            return ""
+        count = getattr(image, "n_frames", 2) if _length(image) <= MAX_COUNTED else 2
+        return f"{count}{'' if _length(image) <= MAX_COUNTED else ' or more'} frames"
+    count = getattr(image, "n_frames", 1) if image.format != "TIFF" else _pages(image)
+    return "" if count <= 1 else f"{count} frames" if count < MAX_FRAMES else f"{MAX_FRAMES} or more frames"
+
+
+def _length(image: Image.Image) -> int:
+    """Return the size of an opened file in bytes."""
+    assert isinstance(image, ImageFile)
+    assert image.fp is not None
+    position = image.fp.tell()
+    length = image.fp.seek(0, io.SEEK_END)
+    image.fp.seek(position)
+    return length
+
+
+def _pages(image: Image.Image) -> int:
+    """Count the pages of a TIFF one by one: a small file may hold millions."""
     count = 1
     try:
         while count < MAX_FRAMES:
@@ -179,6 +200,7 @@ def header_size(stream: IO[bytes] | Path, max_pixels: int = MAX_PIXELS, floats: 
         check_header(image, max_pixels, floats)
         width, height = stored_size(image)
         if image.format == "PNG":
+            assert isinstance(image, ImageFile)
             assert image.fp is not None
             with open_image(png_metadata(image.fp)) as metadata:
                 metadata.load()
@@ -251,7 +273,7 @@ def to_8_bit(image: Image.Image) -> Image.Image:
         if not (low >= 0.0 and high <= 1.0):  # also not a number
             raise UnreadablePicture("float pixels", f"values from {low:g} to {high:g} where 0 to 1 was expected")
         white = 1.0
-    elif image.format == "TIFF" and hasattr(image, "tag_v2"):
+    elif isinstance(image, TiffImageFile):
         white = 2.0 ** image.tag_v2.get(TIFF_BITS, (16,))[0] - 1
         if image.tag_v2.get(TIFF_PHOTOMETRIC) == 0:  # 0 is white, which Pillow applies to 8 bits alone
             values = white - values

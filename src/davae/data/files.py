@@ -64,9 +64,9 @@ class TarSource:
             duplicates={**index.duplicates, **duplicates},
             notes=(f"{copies} compressed shards were unpacked into {self.shards[0].parent}",) if copies else (),
         )
-        self.beside = Sidecars(options, self, self.findings, name)
-        self.findings = self.beside.findings = Findings(
-            **{**self.findings.__dict__, "captions_from": self.beside.origin(index.counts)}
+        self.sidecars = Sidecars(options, self, self.findings, name)
+        self.findings = self.sidecars.findings = Findings(
+            **{**self.findings.__dict__, "captions_from": self.sidecars.origin(index.counts)}
         )
 
     def _descriptor(self, shard: int) -> int:
@@ -108,15 +108,15 @@ class TarSource:
 
     def identity(self, index: int) -> bytes:
         """Size in bytes and what belongs to the image; equal to that of earlier versions where they read the same."""
-        with self.beside.reading_once():
-            own = str(self.places[index, 0, 1]).encode() + b"\0" + self.beside.identity(index)
-            return own + self.beside.changed_caption(index, "", self.beside.caption_or_fault(index))
+        with self.sidecars.reading_once():
+            own = str(self.places[index, 0, 1]).encode() + b"\0" + self.sidecars.identity(index)
+            return own + self.sidecars.changed_caption(index, "", self.sidecars.caption_or_fault(index))
 
     def label(self, index: int) -> int | None:
-        return self.beside.label(index)
+        return self.sidecars.label(index)
 
     def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
-        return self.beside.caption(index, rng) or ""
+        return self.sidecars.caption(index, rng) or ""
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
         text = self.caption(index, rng)

@@ -99,7 +99,7 @@ class FolderSource:
         self.names = sorted(owner)
         if not self.names:
             raise DataError(f"folder {folder} holds no pictures ({_what_is_there(unused)})")
-        self._sidecars = FolderSidecars(self.names, owner, matched)
+        self._near = FolderSidecars(self.names, owner, matched)
         of_folder = class_names(chosen.read)
         self.classes = {name: number for number, name in enumerate(sorted(set(of_folder.values())))}
         self._class_of = of_folder
@@ -115,7 +115,7 @@ class FolderSource:
         if self.metadata is not None:  # the options name its columns
             own = SourceOptions()
         own.refuse(f"the folder {folder}", TABLE_OPTIONS)
-        self.beside = Sidecars(own, self, self.findings, str(folder))
+        self.sidecars = Sidecars(own, self, self.findings, str(folder))
         self._describe(chosen.split, of_folder)
 
     def _open_metadata(self, files: list[str], elsewhere: Collection[str], unused: dict[str, Tally]) -> Metadata:
@@ -138,7 +138,7 @@ class FolderSource:
     def _describe(self, split: bool, of_folder: dict[str, str]) -> None:
         """Complete the findings: where captions come from, and the decisions that a user should know."""
         notes = []
-        parts = [p for p in (self.beside.origin(self._sidecars.counts),) if p != "none"]
+        parts = [p for p in (self.sidecars.origin(self._near.counts),) if p != "none"]
         if self.metadata is not None:
             columns = [*self._weights] or [c for c in GUESSES if c in self.metadata.columns]
             parts.insert(0, "metadata, column " + ", ".join(columns) if columns else "metadata without captions")
@@ -153,7 +153,7 @@ class FolderSource:
         elif of_folder and not any(caption_of_class(name) for name in of_folder.values()):
             notes.append("the folders are numbered pieces: their names are no captions")
         self.findings = replace(self.findings, captions_from=", else ".join(parts) or "none", notes=tuple(notes))
-        self.beside.findings = self.findings
+        self.sidecars.findings = self.findings
 
     def __len__(self) -> int:
         return len(self.names)
@@ -162,7 +162,7 @@ class FolderSource:
         return self.folder / self.names[index]
 
     def sidecar(self, index: int, kind: Kind, limit: int) -> bytes | None:
-        name = self._sidecars.name(index, kind)
+        name = self._near.name(index, kind)
         if name is None:
             return None
         try:
@@ -174,7 +174,7 @@ class FolderSource:
             ) from error
 
     def sidecar_name(self, index: int, kind: Kind) -> str:
-        return printable(self._sidecars.name(index, kind) or self.names[index])
+        return printable(self._near.name(index, kind) or self.names[index])
 
     def key(self, index: int) -> str:
         return printable(self.names[index])
@@ -189,23 +189,23 @@ class FolderSource:
         """Size in bytes and what belongs to the image; equal to that of earlier versions where they read the same."""
         path = self._path(index)
         size = path.stat().st_size if path.is_file() else 0
-        with self.beside.reading_once():
-            parts = [str(size).encode() + b"\0" + self.beside.identity(index)]
+        with self.sidecars.reading_once():
+            parts = [str(size).encode() + b"\0" + self.sidecars.identity(index)]
             folder = Path(self.names[index]).parent.name if "/" in self.names[index] else ""
             try:
                 caption, label = self.caption(index), self.label(index)
             except UnreadableCaption as error:
                 return b"\0".join([*parts, str(error).encode()])
-            parts.append(self.beside.changed_caption(index, folder.replace("_", " "), caption))
+            parts.append(self.sidecars.changed_caption(index, folder.replace("_", " "), caption))
         if self.metadata is not None:
             parts.append(json.dumps(self.metadata.record(index)).encode())
         elif self._class(index) is not None or folder:
             former = self._former.get(folder)
-            parts.append(b"" if label == former or self._sidecars.name(index, "cls") else f"\0class {label}".encode())
+            parts.append(b"" if label == former or self._near.name(index, "cls") else f"\0class {label}".encode())
         return b"".join(parts)
 
     def label(self, index: int) -> int | None:
-        own = self.beside.label(index)
+        own = self.sidecars.label(index)
         if own is None and self.metadata is not None and self._label_column is not None:
             own = as_label((self.metadata.record(index) or {}).get(self._label_column), self.key(index))
         if own is not None:
@@ -219,7 +219,7 @@ class FolderSource:
             weights = self._weights or next(({key: 1.0} for key in GUESSES if as_texts(record.get(key))), {})
             text = clean(choose(record, weights, rng), self.key(index), self.findings)
         if not text:
-            text = self.beside.caption(index, rng)
+            text = self.sidecars.caption(index, rng)
         if text is None and self.metadata is None and (name := self._class(index)) is not None:
             text = clean(printable(caption_of_class(name) or ""), self.key(index), self.findings)
         return text or ""

@@ -66,7 +66,7 @@ class TarIndex:
 
 
 def packed_by(head: bytes) -> str | None:
-    """Return the compression of a file by its first bytes, None for a plain one; its name says nothing."""
+    """Return the compression of a file by its first bytes, None for a plain one; names mislead."""
     return next((name for mark, name in PACKED_BY.items() if head.startswith(mark)), None)
 
 
@@ -220,7 +220,7 @@ def _members(shard: Path, index: TarIndex) -> dict[str, Place]:
                 continue
             if name in members:
                 add_to(index.duplicates, "member that comes twice, the last one is read", name)
-            pieces = tuple((at, length) for at, length in member.sparse) if member.issparse() else None
+            pieces = tuple((at, length) for at, length in member.sparse or ()) if member.issparse() else None
             stored = member.size if pieces is None else sum(length for _, length in pieces)
             first = members[name].position if name in members else position
             members[name] = Place(first, member.offset_data, member.size, pieces)

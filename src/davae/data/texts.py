@@ -86,7 +86,13 @@ def _utf16_by_nul(data: bytes) -> str | None:
 
 
 def clean(text: str, name: str, findings: Findings) -> str:
-    """Strip a caption, with `\\n` as line end, and remove what is no character; removals are recorded under `name`."""
+    """Strip a caption, with `\\n` as line end, remove NUL and lone surrogates, and cut it to the limit.
+
+    Args:
+        text: the caption.
+        name: its file, under which removals and cuts are recorded.
+        findings: takes them.
+    """
     text = text.replace("\r\n", "\n").replace("\r", "\n").strip().strip("\ufeff").strip()
     removed = []
     if "\0" in text:
