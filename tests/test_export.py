@@ -29,6 +29,7 @@ from test_training import fails, run_cli
 
 from davae import DetailVAE
 from davae.models.pipeline import load_pipeline
+from davae.ownership import MARK
 from davae.publish.upgrade_file import vae_id
 from davae.recipes import validate
 from davae.train.upgrade import Upgrade
@@ -426,3 +427,50 @@ def test_an_autoencoder_without_weights_is_one_line(
         capsys, "evaluate", "reconstruction", "--vae", str(folder), "--data", str(picture_folder), "--num", "4"
     )
     assert f"autoencoder {folder} cannot be loaded" in message
+
+
+def test_an_export_replaces_exports_alone(
+    runs: dict[str, Path], exports: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """The folder of somebody else, the run itself, its parts, what holds it, a file, a link to either; all stay."""
+    run = runs["sd3"]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years")
+    (tmp_path / "link").symlink_to(mine)
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "thesis.txt").write_text("put away")
+    places = [mine, mine / "thesis.txt", mine / "thesis.txt" / "x", tmp_path / "link", tmp_path]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out in [*places, run, run / "pipeline", run / "vae", run.parent]:
+        line = fails(capsys, "export", str(run), "--out", str(out))
+        assert "use another --out" in line, out
+    upgrade = exports["sd3"]["upgrade"]
+    for out in (mine, upgrade, Path(base_of(run))):
+        fails(capsys, "apply", str(upgrade), "--base", base_of(run), "--out", str(out))
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert (run / "pipeline" / "model_index.json").is_file()
+
+    for _ in range(2):  # over an export of this davae, then over one of a davae without marks
+        run_cli("export", str(run), "--out", str(tmp_path / "out"))
+        (tmp_path / "out" / MARK).unlink()
+    assert (tmp_path / ".out.old" / "thesis.txt").read_text() == "put away"
+    (tmp_path / "to").symlink_to(tmp_path / "out")
+    run_cli("export", str(run), "--out", str(tmp_path / "to"))
+    assert (tmp_path / "to").is_symlink()
+    (tmp_path / "out" / "README.md").write_text("my own words")
+    assert "'README.md' was edited" in fails(capsys, "export", str(run), "--out", str(tmp_path / "out"))
+
+
+def test_an_upgrade_takes_no_project_for_its_folder(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    recipe = str(runs["sd3"] / "recipe.yaml")
+    for name in ("cache", "vae", "pipeline", "report.html"):
+        project = tmp_path / f"project-{name}"
+        place = project / name if name == "report.html" else project / name / "mine.txt"
+        place.parent.mkdir(parents=True)
+        place.write_text("mine")
+        for verb in ("upgrade", "train-vae"):
+            assert f"holds '{name}' and is not a run of davae" in fails(capsys, verb, recipe, "--out", str(project))
+        assert [path for path in project.rglob("*") if path.is_file()] == [place]

@@ -16,6 +16,7 @@ from davae.data.pictures import DataError, Pictures
 from davae.models.autoencoders import autoencoder_config, latent_shape, load_autoencoder, raw_statistics
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import BaseShapes
+from davae.ownership import check_run
 from davae.recipes import RecipeError
 from davae.recipes.schema import BaseRecipe, ClassArchitecture, TextArchitecture
 from davae.train.align import align, check_grids, check_other_space
@@ -38,7 +39,7 @@ from davae.train.opened import OpenedData, open_pictures
 from davae.train.ranks import from_main, is_main, on_main
 from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.signals import check_stop, stop_on_signal
-from davae.train.state import RunFolder
+from davae.train.state import RunFolder, was_done
 
 
 def train_base(recipe: BaseRecipe, out: Path, observer: Observer) -> Path:
@@ -93,6 +94,7 @@ class BaseRun:
     """
 
     def __init__(self, recipe: BaseRecipe, out: Path, observer: Observer, *, first: Path | None = None):
+        check_run(out, partial(was_done, out))  # before any work
         self.recipe, self.out = recipe, out
         self.first = out if first is None else first
         self.accelerator = make_accelerator(recipe.run, out)

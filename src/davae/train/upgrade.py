@@ -30,6 +30,7 @@ from davae.models.pipeline import (
     load_text_encoders,
     reads_silent_t5,
 )
+from davae.ownership import check_run
 from davae.recipes import Recipe, RecipeError
 from davae.train.base_run import train_base
 from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_left_out
@@ -55,7 +56,7 @@ from davae.train.setup import make_accelerator, seed_initial_weights
 from davae.train.signals import check_stop, stop_on_signal
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
-from davae.train.state import RunFolder, changed_inputs, set_aside
+from davae.train.state import RunFolder, changed_inputs, set_aside, was_done
 from davae.zoo import resolve, resolve_upgrade
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class Upgrade:
     """
 
     def __init__(self, recipe: Recipe, out: Path, observer: Observer, *, stage1: Path | None = None):
+        check_run(out, partial(was_done, out))  # before any work
         self.first = out if stage1 is None else stage1  # where vae/ and cache/ lie
         self.accelerator = make_accelerator(recipe.run, out)
         if recipe.base.train is None:
