@@ -18,6 +18,7 @@ from davae import LatentLayout, expand_transformer, velocity_loss
 from davae.losses import ddpm
 from davae.losses.flow_matching import interpolate, velocity_target
 from davae.losses.min_snr import min_snr_weight
+from davae.losses.x0_ratio import x0_ratio_weight
 from davae.models.calls import CALLS
 from davae.models.expand import new_weight_masks
 from davae.models.families import transformer_family
@@ -85,6 +86,39 @@ def test_min_snr_weighs_the_error_of_the_data(gamma: float):
     expected = ((alpha / sigma) ** 2).clamp(max=gamma) * (data - x) ** 2
     weight = min_snr_weight(alpha, sigma, gamma, "flow")
     torch.testing.assert_close(weight * error**2, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("maximum", [1.0, 5.0])
+def test_the_authors_sd3_weight_is_that_of_an_x0_loss(maximum: float):
+    """weight * (velocity error)^2 = min((1-t)/t, 5) * (error of x_0 that follows from it)^2."""
+    x, noise, error = draw(9, 1, 1, 1), draw(9, 1, 1, 1), draw(9, 1, 1, 1)
+    t = torch.tensor([0.001, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.99, 1.0], dtype=F64)
+    sigma = t.view(-1, 1, 1, 1)
+    data = interpolate(x, noise, t) - sigma * (velocity_target(x, noise) + error)
+    expected = ((1 - sigma) / sigma).clamp(max=maximum) * (data - x) ** 2
+    torch.testing.assert_close(x0_ratio_weight(sigma, maximum) * error**2, expected, rtol=1e-9, atol=1e-15)
+
+
+def test_the_two_weights_differ_by_a_power_of_the_noise_level():
+    sigma = torch.tensor(0.8, dtype=F64)
+    assert float(x0_ratio_weight(sigma, 5.0)) == pytest.approx(0.16)
+    assert float(min_snr_weight(1 - sigma, sigma, 5.0, "flow")) == pytest.approx(0.04)
+    assert float(x0_ratio_weight(torch.zeros((), dtype=F64), 5.0)) == 0.0
+    latents = torch.randn(8, 4, 2, 2)
+    settings = Stage2(max_steps=1, batch_size=8, x0_ratio_max=5.0)
+    draws = Draws(0, "stage2", 0, 0, 8)
+    batch = noise_batch(FLOW, latents, ["a"] * 8, "", settings, draws, x0_ratio_max=settings.x0_ratio_max)
+    assert torch.equal(batch.weight, x0_ratio_weight(batch.t.view(-1, 1, 1, 1), 5.0))  # type: ignore[arg-type]
+
+
+def test_one_weight_at_a_time_and_each_for_its_objective():
+    with pytest.raises(ValueError, match="min_snr_gamma and x0_ratio_max are two weights of the same loss"):
+        Stage2(max_steps=1, batch_size=1, min_snr_gamma=5.0, x0_ratio_max=5.0)
+    diffusion = Diffusion(DDPMScheduler().alphas_cumprod, "epsilon")
+    with pytest.raises(
+        RecipeError, match=r"stage2\.x0_ratio_max: weighs flow matching; .* epsilon; use min_snr_gamma"
+    ):
+        check_timesteps(Stage2(max_steps=1, batch_size=1, x0_ratio_max=5.0), diffusion)
 
 
 def test_min_snr_is_finite_in_pure_noise():

@@ -162,6 +162,9 @@ class Stage1(Reconstruction):
 class Lora(Section):
     rank: Width = 256
     alpha: PositiveFloat | None = None  # None: equal to the rank
+    extra_targets: tuple[
+        str, ...
+    ] = ()  # ends of names of further layers to adapt, as norm1.linear in the authors' SD3 code
 
 
 class FlowOptim(Optim):
@@ -181,7 +184,15 @@ class Stage2(FlowOptim):
     lora: Lora | None = None  # None trains every parameter
     new_weights: Literal["zero", "random"] = "zero"  # P' and O' at the start; `random` is the ablation of Fig. 4
     new_weight_lr_multiplier: PositiveFloat = 1.0  # learning rate of P' and O' relative to the rest
-    min_snr_gamma: PositiveFloat | None = None  # min-SNR weighting for any objective; 5 in the authors' SD3 config
+    min_snr_gamma: PositiveFloat | None = (
+        None  # min-SNR weighting (arXiv 2303.09556) for any objective; 5 in its paper
+    )
+    x0_ratio_max: PositiveFloat | None = (
+        None  # the authors' SD3 weighting: x0 loss times min((1-t)/t, this); theirs is 5
+    )
+    embedded_guidance: PositiveFloat = (
+        1.0  # the input of guidance-distilled models (FLUX.1 dev, FLUX.2 dev) in training
+    )
     validate_every: NonNegativeInt = 0  # steps between losses on held-out pictures with fixed noise; 0 never
     validate_pictures: PositiveInt = 64
 
@@ -192,15 +203,15 @@ class Stage2(FlowOptim):
                 f"warmup_steps (N_warm) is {self.warmup_steps}, more than max_steps {self.max_steps}: the detail "
                 "loss would never reach its full weight; lower warmup_steps or raise max_steps"
             )
+        if self.min_snr_gamma is not None and self.x0_ratio_max is not None:
+            raise ValueError("min_snr_gamma and x0_ratio_max are two weights of the same loss; leave one of them out")
         return self
 
 
 class Cache(Section):
     """The latent cache between the stages."""
 
-    batch_size: PositiveInt = 16  # images encoded at a time, at most: fewer where the device's memory asks for it
-    variants: PositiveInt = 1  # augmented draws (crop, flip, background, caption) kept of every picture
-    batch_size: Batch = 16
+    batch_size: Batch = 16  # images encoded at a time, at most: fewer where the device's memory asks for it
     variants: Batch = 1  # augmented draws (crop, flip, background, caption) kept of every picture
     dtype: Literal["float32", "float16"] = "float16"
     shards: str | None = None  # LightningDiT's latent shards to train on, instead of encoding data.source

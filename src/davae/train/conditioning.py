@@ -6,6 +6,7 @@ nowhere else.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -24,6 +25,10 @@ class Conditioning(Protocol):
     """How one family is called."""
 
     null: Any  # the condition that stands for none, in guidance
+
+    def guided_by(self, guidance: float) -> Conditioning | None:
+        """Return this conditioning with another guidance scale as the model's input; None where it has no such input."""
+        ...
 
     def draw(self, generator: torch.Generator) -> None:
         """Whatever else is random in a training step."""
@@ -87,9 +92,12 @@ class TextConditioning:
         null_text: bool,
         pixel_factor: int,
         scheduler: Any,
+        guidance: float = 1.0,
     ):
         self.cache, self.device = cache, device
         self.call = bound(TEXT_CALLS[type(transformer).__name__], pixel_factor, scheduler)
+        self.distilled = bool(transformer.config.get("guidance_embeds"))  # type: ignore[union-attr, operator]
+        self._set_guidance(guidance)
         self.config = transformer.config
         self.processor = repeat_last_token(transformer) if null_text else None
         self._null: tuple[Tensor, ...] | None = None  # of the empty caption, (1,...)
@@ -97,6 +105,18 @@ class TextConditioning:
     def draw(self, generator: torch.Generator) -> None:
         if self.processor is not None:
             self.processor.count = draw_count(generator)
+
+    def _set_guidance(self, guidance: float) -> None:
+        if self.distilled:
+            self.call = copy.copy(self.call)
+            vars(self.call)["GUIDANCE"] = guidance  # calls may be frozen dataclasses
+
+    def guided_by(self, guidance: float) -> TextConditioning | None:
+        if not self.distilled:
+            return None
+        other = copy.copy(self)
+        other._set_guidance(guidance)
+        return other
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[str]) -> Tensor:
         return self.call.predict(model, self.config, x_t, t, self.parts(conditions))
@@ -132,6 +152,9 @@ class ClassConditioning:
     def draw(self, generator: torch.Generator) -> None:
         """Nothing else is random."""
 
+    def guided_by(self, guidance: float) -> None:
+        """Classes are guided by two passes alone."""
+
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[int]) -> Tensor:
         labels = send(torch.tensor(conditions), self.device)
         return self.call.predict(model, self.config, x_t, t, (labels,))
@@ -155,6 +178,7 @@ def conditioning(
     null_text: bool = False,
     pixel_factor: int = 8,
     scheduler: Any = None,
+    guidance: float = 1.0,
 ) -> Conditioning:
     """The conditioning of a transformer's family.
 
@@ -162,6 +186,7 @@ def conditioning(
         null_text: the prompt's last token stands for many equal ones (SD3 without a T5 that speaks).
         pixel_factor: pixels per latent position, for models that are told the size of the picture.
         scheduler: the pipeline's, for models that are told the time before its shift.
+        guidance: the input of models into which guidance was distilled.
 
     Raises:
         DataError: a class-conditional transformer, and labels that are none of its classes.
@@ -169,7 +194,13 @@ def conditioning(
     family = transformer_family(type(transformer).__name__)
     if family.classes_key is None:
         return TextConditioning(
-            transformer, cache, device, null_text=null_text, pixel_factor=pixel_factor, scheduler=scheduler
+            transformer,
+            cache,
+            device,
+            null_text=null_text,
+            pixel_factor=pixel_factor,
+            scheduler=scheduler,
+            guidance=guidance,
         )
     num_classes = int(transformer.config[family.classes_key])  # type: ignore[index]
     check_classes(cache.conditions, num_classes, "the training set")

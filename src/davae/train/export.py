@@ -48,9 +48,14 @@ def save_upgrade(
         "format": FORMAT,
         "class": type(transformer).__name__,
         "channels": json.dumps([config[MARK], latent_channels(transformer)]),
-        "lora": json.dumps(None if lora is None else lora.model_dump()),
+        "lora": json.dumps(None if lora is None else lora_values(lora)),
     }
     save_tensors(path, tensors, metadata)
+
+
+def lora_values(lora: Lora) -> dict[str, Any]:
+    """Return the settings of LoRA as an upgrade file keeps them: earlier versions read those without further targets."""
+    return lora.model_dump(mode="json", exclude=None if lora.extra_targets else {"extra_targets"})
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -15,11 +15,12 @@ from torch import Tensor
 from davae.losses import ddpm
 from davae.losses.flow_matching import interpolate, logit_normal, velocity_target
 from davae.losses.min_snr import Prediction, min_snr_weight
+from davae.losses.x0_ratio import x0_ratio_weight
 from davae.models.families import TransformerFamily
 from davae.models.pipeline import ModelError
 from davae.models.placement import send
 from davae.recipes import RecipeError
-from davae.recipes.sections import FlowOptim
+from davae.recipes.sections import FlowOptim, Stage2
 from davae.train.draws import Draws
 
 
@@ -122,14 +123,22 @@ def noise_batch(
     settings: FlowOptim,
     draws: Draws,
     min_snr_gamma: float | None = None,
+    x0_ratio_max: float | None = None,
 ) -> NoisedBatch:
-    """Draw condition dropout, timestep and noise of each sample, in that order. `null` replaces what is dropped."""
+    """Draw condition dropout, timestep and noise of each sample, in that order. `null` replaces what is dropped.
+
+    Args:
+        min_snr_gamma, x0_ratio_max: the loss weights of `min_snr_weight` and, for flow matching, of `x0_ratio_weight`; one at
+            most.
+    """
     dropped = draws.uniform() < settings.caption_dropout
     t = send(objective.draw(settings, draws.samples), latents.device)
     noise = send(draws.normal(*latents.shape[1:]), latents.device).to(latents.dtype)
     weight = None
     if min_snr_gamma is not None:
         weight = min_snr_weight(*objective.levels(t), min_snr_gamma, objective.prediction)
+    elif x0_ratio_max is not None:
+        weight = x0_ratio_weight(objective.levels(t)[1], x0_ratio_max)
     return NoisedBatch(
         conditions=[null if drop else value for value, drop in zip(conditions, dropped, strict=True)],
         t=t,
@@ -178,7 +187,11 @@ def _objective(scheduler: Any, model: str) -> Objective:
 
 
 def check_timesteps(settings: FlowOptim, objective: Objective) -> None:
-    """RecipeError when a recipe shapes the timesteps of a model that has none to shape."""
+    """Raise RecipeError when a recipe asks for timesteps or weights of flow matching for a model of another objective."""
+    if objective.prediction != "flow" and isinstance(settings, Stage2) and settings.x0_ratio_max is not None:
+        raise RecipeError(
+            f"stage2.x0_ratio_max: weighs flow matching; this model's scheduler has {objective.prediction}; use min_snr_gamma"
+        )
     for name in ("timestep_mean", "timestep_std", "timestep_shift"):
         default = FlowOptim.model_fields[name].default
         if objective.prediction != "flow" and getattr(settings, name) != default:

@@ -19,6 +19,7 @@ from davae.losses.flow_matching import shift_timestep
 from davae.models.memory_budget import Halving
 from davae.recipes import RecipeError
 from davae.train.best import BEST
+from davae.train.conditioning import Conditioning
 from davae.train.cost import meta_detail_vae
 from davae.train.draws import Draws
 from davae.train.encoding import Encoder, images_at_a_time, run_precision
@@ -162,13 +163,23 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
 
         @torch.no_grad()
         def sample(step: int) -> dict[str, float]:
-            latents = solve(conditioning, task, noise, prompts, recipe.sampling.steps, recipe.sampling.guidance_scale)
+            shown, scale = guided(conditioning, recipe.sampling.guidance_scale)
+            latents = solve(shown, task, noise, prompts, recipe.sampling.steps, scale)
             pictures = to_images(decoding(lambda part: vae.decode(part, return_dict=False)[0], latents))
             write_grid([pictures], run.out / "progress" / f"stage2-{step:08d}.png")
             return {}
 
         periodic.append(Periodic(recipe.run.sample_every, sample))
     return periodic
+
+
+def guided(conditioning: Conditioning, guidance_scale: float) -> tuple[Conditioning, float]:
+    """Return the conditioning and the scale of two-pass guidance by which a model is guided once.
+
+    Where guidance is an input of the model it gets the scale there, and a second pass would guide again.
+    """
+    embedded = conditioning.guided_by(guidance_scale)
+    return (conditioning, guidance_scale) if embedded is None else (embedded, 1.0)
 
 
 def solve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from davae.data.cache import CachedLatents, collate_latents
+from davae.errors import RecipeError
 from davae.latent import LatentLayout, over_grid
 from davae.losses.detail_warmup import detail_direction_loss, detail_weight, velocity_loss
 from davae.models.expand import new_weight_masks
@@ -35,10 +37,13 @@ def choose_trainable(transformer: nn.Module, lora: Lora | None) -> list[nn.Param
             transformer.get_parameter(name).requires_grad_(False)
     else:
         transformer.requires_grad_(False)
+        extra = tuple(re.escape(end) for end in lora.extra_targets)
+        for end, pattern in zip(lora.extra_targets, extra, strict=True):
+            check_target(transformer, end, _lora_pattern(pattern))
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
-            target_modules=rf"(?:.*\.)?(?:{'|'.join(family.lora_targets)})",
+            target_modules=_lora_pattern(*family.lora_targets, *extra),
         )
         inject_adapter_in_model(config, transformer)  # not add_adapter, which DiT and Hunyuan-DiT lack
         for path in (family.embedder, family.head):
@@ -55,6 +60,22 @@ def in_full_precision(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         if parameter.dtype.itemsize < torch.float32.itemsize:
             parameter.data = parameter.data.float()
     return parameters
+
+
+def _lora_pattern(*ends: str) -> str:
+    """Return a regular expression of whole layer names with one of these ends."""
+    return rf"(?:.*\.)?(?:{'|'.join(ends)})"
+
+
+def check_target(transformer: nn.Module, end: str, pattern: str) -> None:
+    """Raise RecipeError where no linear layer or convolution has a name with this end."""
+    for name, layer in transformer.named_modules():
+        if re.fullmatch(pattern, name) and isinstance(layer, (nn.Linear, nn.Conv2d)):
+            return
+    raise RecipeError(
+        f"stage2.lora.extra_targets: no layer of {type(transformer).__name__} has a name that ends in '{end}'; name linear "
+        "layers, as norm1.linear"
+    )
 
 
 class NewWeightBoost:
@@ -108,6 +129,8 @@ class Stage2Task:
             device,
         )
         self.conditioning, self.objective = conditioning, objective
+        # a model with guidance as its input is never called with an empty caption
+        self.drops = not transformer.config.get("guidance_embeds")  # type: ignore[union-attr, operator]
         self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
         self.transformer = transformer.to(device)
         parameters = in_full_precision(choose_trainable(transformer, settings.lora))
@@ -148,7 +171,17 @@ class Stage2Task:
         conditions = batch["conditions"]
         if "text" in batch:
             conditions = of_batch(conditions, batch["text"])
-        noisy = noise_batch(self.objective, latents, conditions, self.conditioning.null, s, draws, s.min_snr_gamma)
+        settings = s if self.drops else s.model_copy(update={"caption_dropout": 0.0})
+        noisy = noise_batch(
+            self.objective,
+            latents,
+            conditions,
+            self.conditioning.null,
+            settings,
+            draws,
+            s.min_snr_gamma,
+            s.x0_ratio_max,
+        )
         self.conditioning.draw(draws.batch)
         prediction = self.conditioning.predict(self.modules["transformer"], noisy.x_t, noisy.t, noisy.conditions)
         weight = detail_weight(step, s.warmup_steps)

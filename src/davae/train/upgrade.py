@@ -321,6 +321,7 @@ class Upgrade:
                 null_text=reads_silent_t5(self.model),
                 pixel_factor=vae.spatial_factor,
                 scheduler=load_scheduler(self.model),
+                guidance=self.recipe.stage2.embedded_guidance,
             ),
             self.objective,
             device,

@@ -14,7 +14,7 @@ class FluxCall(Packed, JointAndPooled):
     """Tokens of 2x2 positions packed (c,2,2); the model scales timesteps itself; a distilled one takes guidance as input."""
 
     TEXT_TOKENS = 512
-    GUIDANCE = 3.5  # the pipeline's default: what the distilled model is asked for while it trains
+    GUIDANCE = 3.5  # the pipeline's default; stage 2 puts its own in place
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         embeds, pooled, _ = pipeline.encode_prompt(prompt=captions, prompt_2=None, **options)

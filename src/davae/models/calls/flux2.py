@@ -15,7 +15,7 @@ class Flux2Call(PackedGrid, Joint):
     """Positions are (time, row, column, place in the text)."""
 
     TEXT_TOKENS = 512
-    GUIDANCE = 4.0  # the pipeline's default: what the distilled model is asked for while it trains
+    GUIDANCE = 4.0  # the pipeline's default; stage 2 puts its own in place
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         embeds, _ = pipeline.encode_prompt(prompt=captions, **options)

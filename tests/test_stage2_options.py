@@ -1,0 +1,132 @@
+"""Stage 2: further layers for LoRA, and models into which guidance was distilled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_transformer
+from family_models import CASES
+from safetensors import safe_open
+
+from davae import LatentLayout, expand_transformer
+from davae.errors import RecipeError
+from davae.recipes.sections import Lora, Stage2
+from davae.train.conditioning import conditioning
+from davae.train.draws import Draws
+from davae.train.export import apply_upgrade, save_upgrade
+from davae.train.objectives import FLOW
+from davae.train.progress import guided, solve
+from davae.train.stage2 import Stage2Task, choose_trainable
+
+
+def adapted(lora: Lora) -> set[str]:
+    transformer = expand_transformer(tiny_transformer(), 4)
+    choose_trainable(transformer, lora)
+    return {
+        name.partition(".lora_A")[0]
+        for name, parameter in transformer.named_parameters()
+        if ".lora_A" in name and parameter.requires_grad
+    }
+
+
+def test_lora_adapts_further_layers_by_the_end_of_their_names():
+    few, more = adapted(Lora(rank=2)), adapted(Lora(rank=2, extra_targets=("norm1.linear",)))
+    assert more - few == {f"transformer_blocks.{block}.norm1.linear" for block in range(2)}
+    assert few < more
+    for wrong in ("norm1", "no.such.layer", "orm1.linear", "norm1.*"):  # a whole name, no part of one, no pattern
+        with pytest.raises(
+            RecipeError, match=r"stage2\.lora\.extra_targets: no layer of SD3Transformer2DModel has a name"
+        ):
+            adapted(Lora(rank=2, extra_targets=(wrong,)))
+
+
+@pytest.mark.parametrize("targets", [(), ("norm1.linear", "norm1_context.linear")])
+def test_an_upgrade_file_keeps_further_layers(tmp_path: Path, targets: tuple[str, ...]):
+    base, lora = tiny_transformer(), Lora(rank=2, extra_targets=targets)
+    trained = expand_transformer(base, 4)
+    choose_trainable(trained, lora)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    save_upgrade(trained, tmp_path / "upgrade.safetensors", lora, torch.float32)
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.randn(1, 8, 8, 8),
+        "encoder_hidden_states": torch.randn(1, 5, 32),
+        "pooled_projections": torch.randn(1, 32),
+        "timestep": torch.tensor([500.0]),
+    }
+    applied = apply_upgrade(base, tmp_path / "upgrade.safetensors")
+    torch.testing.assert_close(applied(**inputs).sample, trained(**inputs).sample, rtol=1e-4, atol=1e-4)
+    with safe_open(tmp_path / "upgrade.safetensors", "pt") as stream:
+        assert ("extra_targets" in stream.metadata()["lora"]) == bool(targets), "earlier versions read the usual ones"
+
+
+class Recorder(torch.nn.Module):
+    """A FLUX that notes what it is called with."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels, self.calls = channels, []
+
+    def forward(self, hidden_states: torch.Tensor, guidance: Any, **_: Any) -> tuple[torch.Tensor]:
+        self.calls.append(guidance)
+        return (torch.zeros(*hidden_states.shape[:2], self.channels * 4),)
+
+
+class Captions:
+    """What the cache answers, and which captions it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def embed(self, captions: list[str]) -> tuple[torch.Tensor, ...]:
+        self.asked += captions
+        return torch.zeros(len(captions), 3, 8), torch.zeros(len(captions), 8)
+
+
+def flux_task(distilled: bool, **settings: Any) -> tuple[Stage2Task, Recorder, Captions]:
+    flux = CASES["FluxTransformer2DModel"].build("FluxTransformer2DModel", guidance_embeds=distilled)
+    cache, stage = Captions(), Stage2(max_steps=1, batch_size=8, lora=Lora(rank=2), caption_dropout=0.5, **settings)
+    transformer, device = expand_transformer(flux, 4), torch.device("cpu")
+    condition = conditioning(transformer, cache, device, guidance=stage.embedded_guidance)  # type: ignore[arg-type]
+    layout, ones = LatentLayout(4, 4), torch.ones(1, 8, 1, 1)
+    task = Stage2Task(stage, layout, transformer, cache, (0 * ones, ones), condition, FLOW, device)  # type: ignore[arg-type]
+    task.modules["transformer"] = Recorder(8)
+    return task, task.modules["transformer"], cache
+
+
+def train_once(task: Stage2Task) -> None:
+    batch = {"latents": torch.randn(8, 8, 4, 4), "conditions": ["a"] * 8}
+    task.loss("transformer", batch, 0, Draws(0, "stage2", 0, 0, 8))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+def test_a_guidance_distilled_model_trains_at_guidance_one_on_all_captions(guidance: float):
+    task, model, cache = flux_task(True, **({} if guidance == 1 else {"embedded_guidance": guidance}))
+    train_once(task)
+    assert torch.equal(model.calls[0], torch.full((8,), guidance))
+    assert cache.asked == ["a"] * 8, "it is never called with an empty caption"
+
+
+def test_a_model_that_is_guided_by_two_passes_still_drops_captions():
+    task, model, cache = flux_task(False)
+    train_once(task)
+    assert model.calls == [None]
+    assert set(cache.asked) == {"a", ""}
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_pictures_of_progress_are_guided_once(distilled: bool):
+    task, model, cache = flux_task(distilled)
+    conditioning, scale = guided(task.conditioning, 3.5)
+    solve(conditioning, task, torch.randn(2, 8, 4, 4), ["a", "b"], steps=3, guidance_scale=scale)
+    if distilled:
+        assert [float(guidance[0]) for guidance in model.calls] == [3.5] * 3
+        assert "" not in cache.asked
+        train_once(task)
+        assert float(model.calls[-1][0]) == 1.0, "training goes on at its own"
+    else:
+        assert len(model.calls) == 6, "two passes a step"
