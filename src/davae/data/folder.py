@@ -43,10 +43,10 @@ def walk(root: Path, unused: dict[str, Tally]) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     real, links = deque([""]), deque[str]()
-    seen: set[tuple[int, int]] = set()
+    above = [os.stat(folder) for folder in Path(os.path.realpath(root)).parents]
+    seen = {(status.st_dev, status.st_ino) for status in above}  # a link to one of them is a loop, too
     while real or links:
-        linked = not real
-        relative = links.popleft() if linked else real.popleft()
+        relative = real.popleft() if real else links.popleft()
         path = os.path.join(root, relative)
         status = os.stat(path)
         if (status.st_dev, status.st_ino) in seen:
@@ -62,17 +62,20 @@ def walk(root: Path, unused: dict[str, Tally]) -> dict[str, list[str]]:
         found[relative] = []
         for entry in entries:
             name = f"{relative}/{entry.name}" if relative else entry.name
-            if os.path.isdir(entry.path):
+            linked = entry.is_symlink()  # of anything else the listing knows the kind: no further call per file
+            if os.path.isdir(entry.path) if linked else entry.is_dir():
                 if is_hidden(entry.name):
                     add_to(unused, "hidden or thumbnail folder", printable(name))
                 else:
-                    (links if entry.is_symlink() else real).append(name)
+                    (links if linked else real).append(name)
             elif is_hidden(entry.name):
                 add_to(unused, "hidden file", printable(name))
-            elif os.path.isfile(entry.path) or (entry.is_symlink() and is_image_name(entry.name)):
+            elif (os.path.isfile(entry.path) if linked else entry.is_file()) or (
+                linked and is_image_name(entry.name)
+            ):
                 found[relative].append(entry.name)
             else:
-                add_to(unused, "broken link" if entry.is_symlink() else "not a regular file", printable(name))
+                add_to(unused, "broken link" if linked else "not a regular file", printable(name))
     return found
 
 

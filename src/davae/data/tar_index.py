@@ -220,7 +220,8 @@ def _members(shard: Path, index: TarIndex) -> dict[str, Place]:
                 continue
             if name in members:
                 add_to(index.duplicates, "member that comes twice, the last one is read", name)
-            pieces = tuple((at, length) for at, length in member.sparse or ()) if member.issparse() else None
+            sparse: Any = member.sparse
+            pieces = tuple((at, length) for at, length in sparse) if member.issparse() else None
             stored = member.size if pieces is None else sum(length for _, length in pieces)
             first = members[name].position if name in members else position
             members[name] = Place(first, member.offset_data, member.size, pieces)
