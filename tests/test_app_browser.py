@@ -31,7 +31,7 @@ expect = playwright.expect
 SHOTS = Path(__file__).resolve().parents[1] / "runs" / "screenshots"
 REBOUND = "--host-resolver-rules=MAP rebound.example 127.0.0.1"  # what an attacker's DNS answers the second time
 OPEN = "--disable-features=LocalNetworkAccessChecks"  # newer browsers ask before a site reaches this machine
-SECONDS = 120_000  # milliseconds that a step may take on a busy machine
+SECONDS = 240_000  # milliseconds that a step may take on a busy machine
 
 
 ACCESS = Access()
