@@ -66,8 +66,12 @@ class Sidecars:
         keys = {**self.weights, **({self.options.label_key: 1.0} if self.options.label_key else {})}
         if not keys:
             return
-        records = [self.record(i) for i in range(min(len(self.files), TRIED))]
-        seen = {key for record in records for key in record}
+        seen: set[str] = set()
+        for index in range(min(len(self.files), TRIED)):
+            try:
+                seen |= self.record(index).keys()
+            except UnreadableCaption:  # its image is left out by name when it is read
+                continue
         for key in keys:
             if key not in seen:
                 has = ", ".join(sorted(seen)[:12]) or "no .json at all"

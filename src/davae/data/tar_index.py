@@ -180,8 +180,8 @@ def read_index(shard: Path) -> TarIndex:
         if part.twice:
             first, second = part.twice[0]
             raise DataError(
-                f"shard {shard}: {len(part.twice)} keys have two images, such as {prefix}{first} and {prefix}{second}; "
-                "keep one image of each key"
+                f"shard {shard}: {prefix}{first} and {prefix}{second} are two images of one key "
+                f"({len(part.twice)} such pairs); keep one image of each key"
             )
         for image in part.images:
             own: dict[str, Place] = {"picture": members[prefix + image]}

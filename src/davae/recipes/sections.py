@@ -100,7 +100,7 @@ class Data(Section):
     image_column: Name = "image"  # tables only, as the next five
     caption_column: Name | None = None  # None: text, caption or prompt
     label_column: Name | None = None
-    split: Name = "train"
+    split: Name = "train"  # of a table; or of train/, val/, test/ side by side in a folder
     config: Name | None = None
     streaming: bool = False  # copy `limit` pictures, not the whole dataset
     num_workers: NonNegativeInt | None = None  # processes that read images; None: chosen from the machine's cores
