@@ -13,8 +13,7 @@ from davae.data.findings import Findings
 from davae.data.matching import Kind
 from davae.data.pictures import DataError
 from davae.data.texts import (
-    MAX_RECORD,
-    MAX_TEXT,
+    MAX_FILE,
     UnreadableCaption,
     as_label,
     as_texts,
@@ -27,7 +26,7 @@ from davae.data.texts import (
 
 TRIED = 100  # images looked at before a key of the `.json` counts as found nowhere
 TABLE_OPTIONS = ("caption_column", "label_column", "config", "streaming")
-LIMITS: dict[Kind, int] = {"txt": MAX_TEXT + 1, "json": MAX_RECORD + 1, "cls": 1024}
+LIMITS: dict[Kind, int] = {"txt": MAX_FILE + 1, "json": MAX_FILE + 1, "cls": 1024}
 
 
 class SidecarFiles(Protocol):

@@ -13,8 +13,7 @@ from davae.data.findings import Findings
 from davae.errors import DataError, UnreadableImage
 
 MAX_CAPTION = 10_000  # characters; no text encoder reads a tenth of it, and tokenising megabytes takes minutes
-MAX_TEXT = 4 * MAX_CAPTION + 1024  # bytes of a caption file that are read
-MAX_RECORD = 1 << 26  # bytes of a `.json`
+MAX_FILE = 1 << 26  # bytes of a caption file or `.json` that are read
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -112,13 +111,9 @@ def clean(text: str, name: str, findings: Findings) -> str:
 
 def read_text(data: bytes, name: str, findings: Findings) -> str:
     """Return a caption file's clean text; a guessed encoding is recorded."""
-    text, guessed = decode_text(data[:MAX_TEXT], name, cut=len(data) > MAX_TEXT)
+    text, guessed = decode_text(data[:MAX_FILE], name, cut=len(data) > MAX_FILE)
     if guessed is not None:
         findings.encodings[name] = guessed
-    if len(data) > MAX_TEXT:
-        text = clean(text, name, findings)
-        findings.cut[name] = max(len(data), len(text))
-        return text
     return clean(text, name, findings)
 
 
@@ -128,8 +123,8 @@ def read_json(data: bytes, name: str, findings: Findings) -> Any:
     Raises:
         UnreadableCaption: damaged or too large.
     """
-    if len(data) > MAX_RECORD:
-        raise UnreadableCaption("damaged caption", f"{name} has {len(data):,} bytes; at most {MAX_RECORD:,} are read")
+    if len(data) > MAX_FILE:
+        raise UnreadableCaption("damaged caption", f"{name} has {len(data):,} bytes; at most {MAX_FILE:,} are read")
     text, guessed = decode_text(data, name)
     if guessed is not None:
         findings.encodings[name] = guessed

@@ -92,7 +92,9 @@ class Data(Section):
         89_478_485  # larger pictures are refused (Pillow's limits)
     )
     float_pixels: Literal["refuse", "unit"] = "refuse"  # unit: floats are 0 (black) to 1 (white)
-    caption_key: Name | None = None  # key of the `.json` beside a picture; without it the `.txt` is the caption
+    caption_key: Name | None = (
+        None  # key of the `.json` beside a picture; without it the `.txt`, else its `text`, `caption` or `prompt`
+    )
     caption_weights: dict[
         str, PositiveFloat
     ] = {}  # several captions: keys of the `.json` (`txt`: the `.txt`), or columns
