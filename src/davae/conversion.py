@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DDPMScheduler
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -25,6 +24,7 @@ from davae.models.autoencoders import load_autoencoder
 from davae.models.families import model_class, transformer_family
 from davae.models.lora import widen_lora
 from davae.models.pipeline import ModelError, read_config
+from davae.models.stored import check_config, planned
 from davae.output_files import check_tensors
 from davae.ownership import check_out
 from davae.recipes.values import read_yaml_file
@@ -145,8 +145,10 @@ def convert_lora(file: Path, upgraded: str, out: Path) -> Path:
         raise ModelError(f"model {upgraded} ({kind}) has no transformer or unet")
     model = model_class(index[part][1])
     transformer_family(index[part][1])
-    with torch.device("meta"):  # shapes alone
-        transformer = model.from_config(read_config(upgraded, part))
+    config = read_config(upgraded, part)
+    check_config(config, f"{part} of model {upgraded}")
+    with planned(f"{part} of model {upgraded}"):  # shapes alone
+        transformer = model.from_config(config)
     state, settings = _read_lora(file, model_class(kind), part, transformer.config)
     metadata = {"format": "pt", "davae": davae.__version__}
     if settings:

@@ -13,7 +13,8 @@ from davae.models.autoencoder_families import autoencoder_family, base_channels,
 from davae.models.detail_vae import DetailVAE
 from davae.models.families import model_class
 from davae.models.one_frame import encode_mode
-from davae.models.pipeline import MissingPart, ModelError, loading, read_config
+from davae.models.pipeline import MissingPart, ModelError, read_config
+from davae.models.stored import load_component
 
 DETAIL = DetailVAE.__name__
 
@@ -46,10 +47,8 @@ def load_autoencoder(name: str) -> Any:
             autoencoder_family(kind)
         except ValueError as error:
             raise ModelError(f"{name}: {error}") from error
-    options = {"subfolder": part} if part else {}
     check_folder(Path(name), part)
-    with loading(f"autoencoder {name}"):
-        return model_class(kind).from_pretrained(name, torch_dtype=torch.float32, **options).eval()
+    return load_component(name, part, model_class(kind), torch.float32, f"autoencoder {name}")
 
 
 def load_detail_vae(folder: Path, dtype: torch.dtype = torch.float32) -> DetailVAE:
@@ -59,8 +58,7 @@ def load_detail_vae(folder: Path, dtype: torch.dtype = torch.float32) -> DetailV
         ModelError: nothing there, or what is there is not what was written.
     """
     check_folder(folder)
-    with loading(f"autoencoder {folder}"):
-        return DetailVAE.from_pretrained(folder, torch_dtype=dtype).eval()
+    return load_component(str(folder), "", DetailVAE, dtype, f"DetailVAE {folder}")
 
 
 def latent_shape(config: Any, class_name: str) -> tuple[int, int]:

@@ -379,6 +379,7 @@ def model_class(name: str) -> Any:
     import davae  # its public names; imported late, they live in this package's layers
 
     home = diffusers if hasattr(diffusers, name) else davae
-    if not hasattr(home, name):
-        raise ValueError(f"neither diffusers nor davae has a class {name}")
-    return getattr(home, name)
+    found = getattr(home, name, None) if name.isidentifier() else None
+    if not isinstance(found, type):
+        raise ValueError(f"neither diffusers nor davae has a class {name[:80]}")
+    return found

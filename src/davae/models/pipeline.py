@@ -27,6 +27,8 @@ from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK
 from davae.models.families import TRANSFORMERS, model_class, transformer_family
 from davae.models.family import TransformerFamily
+from davae.models.stored import check_config, check_index, load_component, load_components, loading
+from davae.reading import read_object
 from davae.zoo.presets import nearest_presets, presets
 
 COMPONENTS = tuple(dict.fromkeys(row.component for row in TRANSFORMERS.values()))
@@ -94,7 +96,10 @@ def read_config(model: str, part: str, filename: str = "config.json") -> dict[st
         if config is None:
             raise MissingPart(f"preset {model} has no {Path(part) / filename}")
         return config
-    return json.loads(fetch_file(model, part, filename).read_text(encoding="utf-8"))
+    config = read_object(fetch_file(model, part, filename))
+    if filename == "model_index.json":
+        check_index(config, model)
+    return config
 
 
 def read_shapes(model: str, *, to_train: bool = True) -> BaseShapes:
@@ -106,12 +111,19 @@ def read_shapes(model: str, *, to_train: bool = True) -> BaseShapes:
     Raises:
         ModelError: not a diffusers pipeline, an unsupported class, or a model that was upgraded already.
     """
+    with loading(f"model {model}"):
+        return _read_shapes(model, to_train)
+
+
+def _read_shapes(model: str, to_train: bool) -> BaseShapes:
     index = read_config(model, "", "model_index.json")
     part = next((name for name in COMPONENTS if name in index), None)
     if part is None or "vae" not in index:
         raise ModelError(f"model {model} ({index.get('_class_name')}) has no transformer or U-Net and vae to upgrade")
     vae_class = index["vae"][1]
     transformer, vae = read_config(model, part), read_config(model, "vae")
+    check_config(transformer, f"{part} of model {model}")
+    check_config(vae, f"vae of model {model}")
     # the official folders of DiT and PixArt name the class they had before it was split
     named = str(index[part][1])
     transformer_class = LEGACY.get((named, transformer.get("norm_type")), named)
@@ -209,17 +221,10 @@ def load_scheduler(model: str) -> Any:
         kind = model_class(name)
     except ValueError as error:
         raise ModelError(f"model {model}: {error}") from error
-    return kind.from_config(read_config(model, "scheduler", "scheduler_config.json"))
-
-
-@contextmanager
-def loading(what: str) -> Iterator[None]:
-    """What diffusers cannot load, as a ModelError of one line that names it."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{what} cannot be loaded: {reason}") from error
+    config = read_config(model, "scheduler", "scheduler_config.json")
+    with loading(f"scheduler of model {model}"):
+        check_config(config, f"scheduler of model {model}")
+        return kind.from_config(config)
 
 
 def load_part(model: str, part: str, class_name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -229,8 +234,7 @@ def load_part(model: str, part: str, class_name: str, dtype: torch.dtype = torch
         ModelError: when diffusers cannot load it.
     """
     check_folder(Path(model), part)
-    with loading(f"{part} of model {model}"):
-        return model_class(class_name).from_pretrained(model, subfolder=part, torch_dtype=dtype)
+    return load_component(model, part, model_class(class_name), dtype)
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple[str, ...] = ()) -> Any:
@@ -248,8 +252,13 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
     index = read_config(model, "", "model_index.json")
     name = class_name(index.get("_class_name", "DiffusionPipeline"))
     check_folder(Path(model), without=without)
-    with loading(f"model {model}"), without_own_code(model, index) as folder:
-        pipeline = model_class(name).from_pretrained(folder, torch_dtype=dtype, **dict.fromkeys(without))
+    what = f"model {model}"
+    with loading(what), without_own_code(model, index) as folder:
+        kind = model_class(name)
+        if not Path(folder).is_dir():
+            folder = str(kind.download(model, use_safetensors=True, **dict.fromkeys(without)))
+        parts = dict.fromkeys(without) | load_components(Path(folder), model, dtype, without)
+        pipeline = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -6,13 +6,13 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 
 from davae.models.calls import TEXT_CALLS
 from davae.models.families import model_class
 from davae.models.pipeline import COMPONENTS, read_config
+from davae.models.stored import check_config, planned
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TextEncoder:
 
     def on_meta(self) -> nn.Module:
         """Its modules without weights."""
-        with torch.device("meta"):
+        with planned(f"{self.component} ({self.class_name})"):
             return self.build()
 
 
@@ -51,6 +51,7 @@ def text_encoders(model: str, transformer_config: dict[str, Any]) -> list[TextEn
     encoders = []
     for name, class_name in found:
         config = read_config(model, name)
+        check_config(config, f"{name} of model {model}")
         tokens = prompt_tokens(index["_class_name"], denoiser, class_name, config, transformer_config)
         encoders.append(TextEncoder(name, class_name, config, tokens))
     return encoders

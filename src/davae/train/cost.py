@@ -18,6 +18,7 @@ from davae.models.families import model_class, transformer_family
 from davae.models.lightning_dit import LightningDiT
 from davae.models.one_frame import decode_latents, encode_mode
 from davae.models.pipeline import BaseShapes
+from davae.models.stored import planned
 
 BATCHED = ("aten.bmm", "aten.baddbmm")  # what attention becomes where it is not one operator
 
@@ -68,19 +69,19 @@ def _kind(operator: str) -> str:
 
 def meta_transformer(shapes: BaseShapes) -> nn.Module:
     """The transformer's modules without weights."""
-    with torch.device("meta"):
+    with planned(f"the {shapes.transformer_class}"):
         return model_class(shapes.transformer_class).from_config(shapes.transformer_config)
 
 
 def meta_detail_vae(shapes: BaseShapes, detail_channels: int, scale: int) -> DetailVAE:
     """The DetailVAE's modules without weights."""
-    with torch.device("meta"):
+    with planned(f"the DetailVAE of {shapes.vae_class}"):
         return DetailVAE(shapes.vae_class, shapes.vae_config, detail_channels, scale)
 
 
 def meta_autoencoder(shapes: BaseShapes) -> Any:
     """The base autoencoder's modules without weights."""
-    with torch.device("meta"):
+    with planned(f"the {shapes.vae_class}"):
         return model_class(shapes.vae_class).from_config(shapes.vae_config)
 
 
