@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,33 +162,50 @@ def _check_entry(key: str, value: Any, what: str, depth: int) -> None:
 # -- how much is built -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Bound:
+    """How much the construction of a model may register.
+
+    Attributes:
+        parameters: numbers in parameters.
+        buffers: numbers in buffers, such as tables of positions.
+        modules: modules of all kinds.
+    """
+
+    parameters: int = MOST_PARAMETERS
+    buffers: int = MOST_PARAMETERS
+    modules: int = MOST_MODULES
+
+
 @contextmanager
-def bounded(limit: int, what: str) -> Iterator[None]:
-    """Stop the construction of modules that hold more numbers than `limit`.
+def bounded(bound: Bound, what: str) -> Iterator[None]:
+    """Stop the construction of modules that hold more than a bound.
 
     Raises:
-        ModelError: more parameters and buffers than that, or more modules than any model has.
+        ModelError: names `what` and how much its config asks for.
     """
-    held = {"numbers": 0, "modules": 0}
+    held = {"parameters": 0, "buffers": 0, "modules": 0}
 
-    def count(module: nn.Module, name: str, value: Any) -> None:
-        held["numbers" if isinstance(value, torch.Tensor) else "modules"] += (
-            value.numel() if isinstance(value, torch.Tensor) else 1
-        )
-        if held["numbers"] > limit or held["modules"] > MOST_MODULES:
-            raise ModelError(
-                f"{what}: its config asks for more than {min(held['numbers'], limit) / 1e6:.0f} M parameters"
-                f"{' and tables' if limit != MOST_PARAMETERS else ''}, more than its weights hold; the config is damaged "
-                "or belongs to another model"
-            )
+    def count(kind: str) -> Callable[[nn.Module, str, Any], None]:
+        most = getattr(bound, kind)
+
+        def registered(module: nn.Module, name: str, value: Any) -> None:
+            held[kind] += value.numel() if isinstance(value, torch.Tensor) else 1
+            if held[kind] > most:
+                raise ModelError(
+                    f"{what}: its config asks for more than {most} numbers or modules ({kind}), far more than its weights "
+                    "hold; the config is damaged or belongs to another model"
+                )
+
+        return registered
 
     with ExitStack() as stack:
-        for register in (
-            hooks.register_module_parameter_registration_hook,
-            hooks.register_module_buffer_registration_hook,
-            hooks.register_module_module_registration_hook,
+        for register, kind in (
+            (hooks.register_module_parameter_registration_hook, "parameters"),
+            (hooks.register_module_buffer_registration_hook, "buffers"),
+            (hooks.register_module_module_registration_hook, "modules"),
         ):
-            stack.callback(register(count).remove)
+            stack.callback(register(count(kind)).remove)
         yield
 
 
@@ -198,7 +216,7 @@ def planned(what: str) -> Iterator[None]:
     Raises:
         ModelError: a config that its class cannot take, or one of absurd size.
     """
-    with loading(what), bounded(MOST_PARAMETERS, what), torch.device("meta"):
+    with loading(what), bounded(Bound(), what), torch.device("meta"):
         yield
 
 
@@ -233,24 +251,24 @@ def weight_files(folder: Path, what: str) -> list[Path]:
     return found
 
 
-def stored_numbers(files: list[Path], what: str) -> int:
-    """Return how many numbers safetensors files hold, from their headers.
+def stored_bound(files: list[Path], what: str) -> Bound:
+    """Return what a model may hold that is built for these safetensors files, from their headers.
 
     Raises:
         ModelError: a damaged header, or weights that are not floating-point numbers.
     """
-    total = 0
+    total = tensors = 0
     for file in files:
         try:
             with safe_open(file, framework="pt") as stream:
                 for name in stream.keys():  # noqa: SIM118 - no mapping
                     part = stream.get_slice(name)
-                    total += math.prod(part.get_shape())
+                    total, tensors = total + math.prod(part.get_shape()), tensors + 1
                     if name.endswith((".weight", ".bias")) and "F" not in part.get_dtype():
                         raise ModelError(f"{what}: {name} is stored as {part.get_dtype()}; davae reads float weights")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{what}: {file} is damaged ({error}); download it again") from error
-    return total
+    return Bound(total * 5 // 4 + 2**20, total + ROOM, 2000 + 20 * tensors)
 
 
 def check_whole(info: dict[str, Any], what: str) -> None:
@@ -306,14 +324,14 @@ def component_class(entry: Any) -> Any:
     return kind if is_model else None
 
 
-def check_component(folder: Path, what: str) -> int:
-    """Check a model's config and the headers of its weights; return how many numbers it may hold once it is built.
+def check_component(folder: Path, what: str) -> Bound:
+    """Check a model's config and the headers of its weights; return how much it may hold once it is built.
 
     Raises:
         ModelError: what no model has in its config, or weights that are missing, pickled, damaged or not floats.
     """
     check_config(read_object(folder / "config.json"), what)
-    return stored_numbers(weight_files(folder, what), what) * 5 // 4 + ROOM
+    return stored_bound(weight_files(folder, what), what)
 
 
 def load_component(model: str, part: str, kind: Any, dtype: torch.dtype, what: str = "") -> Any:
@@ -329,10 +347,10 @@ def load_component(model: str, part: str, kind: Any, dtype: torch.dtype, what: s
     """
     what = what or f"{f'{part} of ' if part else ''}model {model}"
     folder = Path(model) / part
-    limit = check_component(folder, what) if folder.is_dir() else MOST_PARAMETERS
+    bound = check_component(folder, what) if folder.is_dir() else Bound()
     options: dict[str, Any] = {"subfolder": part} if part else {}
     options["dtype" if issubclass(kind, transformers.PreTrainedModel) else "torch_dtype"] = dtype
-    with loading(what), bounded(limit, what):
+    with loading(what), bounded(bound, what):
         loaded, info = kind.from_pretrained(model, use_safetensors=True, output_loading_info=True, **options)
     check_whole(info, what)
     check_finite(loaded, what)

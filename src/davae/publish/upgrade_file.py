@@ -15,7 +15,9 @@ from davae.models.detail_vae import DetailVAE
 from davae.models.one_frame import encode_mode
 from davae.models.pipeline import HUB_ID, ModelError, fetch_file
 from davae.models.resample import downsample
-from davae.train.export import UPGRADE_FILE, read_metadata, read_upgrade
+from davae.models.stored import check_component
+from davae.reading import read_object
+from davae.train.export import UPGRADE_FILE, read_details, read_metadata, read_upgrade
 from davae.zoo import resolve_upgrade
 
 VAE_FOLDER = "vae"  # beside the upgrade file
@@ -37,13 +39,13 @@ class Upgrade:
     @property
     def channels(self) -> tuple[int, int]:
         """C and C+D."""
-        base, all_of_them = json.loads(self.metadata["channels"])
-        return base, all_of_them
+        details = read_details(self.file, self.metadata)
+        return details.base_channels, details.channels
 
 
 def vae_id(folder: Path) -> str:
     """Content of a saved autoencoder as a SHA-256: its config and every tensor with name, type, shape and bytes."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(public, sort_keys=True).encode())
     where = {}
@@ -83,13 +85,15 @@ def find_upgrade(name: str, vae: Path | None = None) -> Upgrade:
         place = _download(name)
     metadata = read_metadata(place)
     # a run's own file and those of davae 0.1 name no DetailVAE: it lies beside them
-    named = json.loads(metadata["vae"]) if "vae" in metadata else {"id": None, "path": VAE_FOLDER}
-    folder = vae or place.parent / named["path"]
+    details = read_details(place, metadata)
+    folder = vae or place.parent / (details.vae_path or VAE_FOLDER)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{place} needs its DetailVAE, and {folder} has none; give its folder with --vae")
-    if named["id"] is not None and (found := vae_id(folder)) != named["id"]:
+    check_component(folder, f"DetailVAE {folder}")
+    if details.vae_id is not None and (found := vae_id(folder)) != details.vae_id:
         raise ModelError(
-            f"{place} was trained with DetailVAE {named['id'][:12]}, {folder} is {found[:12]}; give the right one with --vae"
+            f"{place} was trained with DetailVAE {str(details.vae_id)[:12]}, {folder} is {found[:12]}; give the right one "
+            "with --vae"
         )
     return Upgrade(place, folder, metadata)
 

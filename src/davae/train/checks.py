@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from davae.data.buckets import bucket_sizes
 from davae.data.cache import is_whole
 from davae.data.pictures import DataError
@@ -11,11 +13,16 @@ from davae.latent import LatentLayout
 from davae.models.autoencoder_families import autoencoder_family
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import BaseShapes, ModelError, load_scheduler, read_shapes
+from davae.models.stored import check_component
 from davae.models.warm_start import filter_shares
+from davae.reading import read_object
 from davae.recipes import Recipe, RecipeError, differences, load_recipe
+from davae.recipes.sections import Lora
 from davae.train.base_run import planned_shapes
+from davae.train.cost import meta_transformer
+from davae.train.export import UPGRADE_FILE, check_fit, read_details, read_metadata
 from davae.train.objectives import FLOW, Objective, check_timesteps, choose_objective
-from davae.zoo import resolve
+from davae.zoo import resolve, resolve_upgrade
 
 
 def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
@@ -72,6 +79,48 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
         if recipe.base.resolution != own:
             raise RecipeError(f"base.resolution: {recipe.base.name} draws {own} pixels and no other size; use {own}")
     return layout
+
+
+def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
+    """Check that an upgrade to go on from fits the recipe, by its metadata, headers and configs.
+
+    Raises:
+        RecipeError: another LoRA, D, scale or base than the recipe's, with the dotted path.
+        ModelError: nothing there, or what is there is damaged.
+    """
+    if recipe.init is None:
+        return
+    folder = resolve_upgrade(recipe.init)
+    file = folder / UPGRADE_FILE
+    details = read_details(file, read_metadata(file))
+    if (details.class_name, details.base_channels) != (shapes.transformer_class, shapes.channels):
+        raise RecipeError(
+            f"init: {recipe.init} upgrades a {details.class_name} of {details.base_channels} channels, {recipe.base.name} "
+            f"has a {shapes.transformer_class} of {shapes.channels}"
+        )
+    detail = details.channels - details.base_channels
+    if detail != recipe.detail_channels:
+        raise RecipeError(f"init: {recipe.init} has {detail} detail channels; set detail_channels to {detail}")
+    (own, own_text), (found, found_text) = (_lora_text(lora) for lora in (recipe.stage2.lora, details.lora))
+    if own != found:
+        raise RecipeError(
+            f"stage2.lora: {own_text}, and init goes on from {recipe.init} with {found_text}; set stage2.lora to it"
+        )
+    vae = read_object(folder / "vae" / "config.json")
+    check_component(folder / "vae", f"DetailVAE {folder / 'vae'}")
+    for key, wanted in (("base_class", shapes.vae_class), ("scale", recipe.scale), ("downsample", recipe.downsample)):
+        if vae.get(key, {"scale": 2, "downsample": "antialias"}.get(key)) != wanted:
+            raise RecipeError(f"init: the DetailVAE of {recipe.init} has {key} {vae.get(key)}, this recipe {wanted}")
+    with torch.device("meta"):
+        check_fit(file, meta_transformer(shapes))
+
+
+def _lora_text(lora: Lora | None) -> tuple[tuple[int, float] | None, str]:
+    """Return (rank, alpha) of a LoRA, alpha being the rank where it is not given, and how to write it in a recipe."""
+    if lora is None:
+        return None, "null"
+    alpha = float(lora.alpha or lora.rank)
+    return (lora.rank, alpha), f"{{rank: {lora.rank}, alpha: {alpha:g}}}"
 
 
 SHARED_STEPS = ("base", "scale", "detail_channels", "init", "downsample", "data", "stage1", "cache")

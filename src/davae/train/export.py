@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,11 +23,14 @@ from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK, expand_transformer, latent_channels
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import ModelError, denoiser
+from davae.models.stored import planned
+from davae.reading import parse_json
 from davae.recipes.sections import Lora
 from davae.train.stage2 import choose_trainable
 
 UPGRADE_FILE = "upgrade.safetensors"
 FORMAT = "davae-upgrade-1"
+MOST_CHANNELS = 65_536
 
 
 def save_upgrade(
@@ -65,18 +70,114 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"upgrade file {path} is damaged ({error}); copy or download it again") from error
     if metadata.get("format") != FORMAT:
         raise ModelError(f"{path} is not a davae upgrade file")
+    read_details(path, metadata)
     return metadata
 
 
+@dataclass(frozen=True)
+class Details:
+    """What an upgrade file's metadata tell.
+
+    Attributes:
+        class_name: class of the transformer.
+        base_channels, channels: C and C+D.
+        lora: its rank and alpha; None where every weight was trained.
+        vae_id, vae_path: content and folder of its DetailVAE, where the file names one.
+    """
+
+    class_name: str
+    base_channels: int
+    channels: int
+    lora: Lora | None
+    vae_id: str | None
+    vae_path: str | None
+
+
+def read_details(path: Path, metadata: dict[str, str]) -> Details:
+    """Read the metadata of an upgrade file.
+
+    Raises:
+        ModelError: an entry that is missing or is not what davae writes there.
+    """
+    values = {
+        key: parse_json(metadata[key], f"upgrade file {path}, {key}") if key in metadata else None
+        for key in ("channels", "lora", "vae")
+    }
+    channels, lora, vae = values["channels"], values["lora"], values["vae"]
+    numbers = channels if isinstance(channels, list) and all(type(one) is int for one in channels) else []
+    if len(numbers) != 2 or not 0 < numbers[0] < numbers[1] <= MOST_CHANNELS:
+        raise ModelError(f"upgrade file {path}: channels are {str(channels)[:80]}, expected [C, C+D]; it is damaged")
+    try:
+        rank = None if lora is None else Lora.model_validate(lora)
+    except ValidationError as error:
+        raise ModelError(f"upgrade file {path}: lora is {str(lora)[:80]}; it is damaged") from error
+    if vae is not None:
+        place = vae.get("path") if isinstance(vae, dict) else None
+        if not isinstance(place, str) or "\0" in place or Path(place).is_absolute() or ".." in Path(place).parts:
+            raise ModelError(f"upgrade file {path}: {str(place)[:80]!r} is not a folder beside it; it is damaged")
+    try:
+        transformer_family(metadata.get("class", ""))
+    except ValueError as error:
+        raise ModelError(f"upgrade file {path}: {error}") from error
+    named = vae or {"id": None, "path": None}
+    return Details(metadata["class"], numbers[0], numbers[1], rank, named.get("id"), named["path"])
+
+
 def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """(metadata, tensors) of an upgrade file; ModelError when it is none."""
+    """Return (metadata, tensors) of an upgrade file.
+
+    Raises:
+        ModelError: not an upgrade file, or weights that are damaged or not finite.
+    """
     metadata, tensors = read_metadata(path), load_file(path)
     check_tensors(path, tensors, metadata, ModelError, "copy or export it again")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise ModelError(
+                f"upgrade file {path}: {name} contains values that are not finite numbers; it is damaged"
+            )
     return metadata, tensors
+
+
+def check_fit(path: Path, transformer: nn.Module) -> None:
+    """Compare the names and shapes in an upgrade file's header with what a pretrained transformer gets; no weight is read.
+
+    Args:
+        transformer: on any device; only its class and config are used.
+
+    Raises:
+        ModelError: not an upgrade file, or one for another transformer, D or LoRA rank.
+    """
+    details = read_details(path, read_metadata(path))
+    if details.class_name != type(transformer).__name__ or latent_channels(transformer) != details.base_channels:
+        raise ModelError(
+            f"{path} upgrades a {details.class_name} of {details.base_channels} channels, "
+            f"this is a {type(transformer).__name__} of {latent_channels(transformer)}"
+        )
+    with safe_open(path, framework="pt") as stream:
+        shapes = {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
+    with planned(f"the transformer of {path}"):
+        empty = type(transformer).from_config(transformer.config)  # type: ignore[attr-defined]
+        expanded = expand_transformer(empty, details.channels - details.base_channels)
+        choose_trainable(expanded, details.lora)
+        _compare(path, shapes, {n: tuple(p.shape) for n, p in expanded.named_parameters() if p.requires_grad})
+
+
+def _compare(path: Path, found: dict[str, tuple[int, ...]], needed: dict[str, tuple[int, ...]]) -> None:
+    """Refuse an upgrade file whose tensors are not the trained ones."""
+    if found.keys() != needed.keys():
+        odd = sorted(found.keys() ^ needed.keys())[0]
+        where = "the file" if odd in found else "the transformer"
+        raise ModelError(f"{path} does not fit this transformer: only {where} has '{odd}'")
+    for name, shape in needed.items():
+        if found[name] != shape:
+            raise ModelError(
+                f"{path} does not fit this transformer: '{name}' has shape {found[name]}, needed is {shape}"
+            )
 
 
 def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
@@ -90,16 +191,10 @@ def trained_transformer(transformer: nn.Module, path: Path) -> nn.Module:
     Raises:
         ModelError: not an upgrade file, or one for another transformer.
     """
-    metadata = read_metadata(path)
-    base_channels, channels = json.loads(metadata["channels"])
-    if metadata["class"] != type(transformer).__name__ or latent_channels(transformer) != base_channels:
-        raise ModelError(
-            f"{path} upgrades a {metadata['class']} of {base_channels} channels, "
-            f"this is a {type(transformer).__name__} of {latent_channels(transformer)}"
-        )
-    lora = json.loads(metadata["lora"])
-    expanded = expand_transformer(transformer, channels - base_channels)
-    choose_trainable(expanded, None if lora is None else Lora(**lora))
+    check_fit(path, transformer)
+    details = read_details(path, read_metadata(path))
+    expanded = expand_transformer(transformer, details.channels - details.base_channels)
+    choose_trainable(expanded, details.lora)
     load_trained(expanded, path)
     return expanded
 
@@ -112,15 +207,7 @@ def load_trained(transformer: nn.Module, path: Path) -> None:
     """
     _, tensors = read_upgrade(path)
     own = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())[0]
-        raise ModelError(f"{path} does not fit this transformer: '{odd}' stands in only one of them")
-    for name, parameter in own.items():
-        if parameter.shape != tensors[name].shape:
-            raise ModelError(
-                f"{path} does not fit this transformer: '{name}' has shape {tuple(tensors[name].shape)}, "
-                f"needed is {tuple(parameter.shape)}"
-            )
+    _compare(path, {n: tuple(t.shape) for n, t in tensors.items()}, {n: tuple(p.shape) for n, p in own.items()})
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])

@@ -20,7 +20,7 @@ from davae.recipes.schema import BaseRecipe, Recipe
 from davae.recipes.sections import Hardware, Optim
 from davae.train.base import build_autoencoder
 from davae.train.base_run import new_transformer
-from davae.train.checks import base_objective, base_shapes, check_recipe
+from davae.train.checks import base_objective, base_shapes, check_init, check_recipe
 from davae.train.cost import (
     autoencoder_flops,
     meta_autoencoder,
@@ -170,6 +170,7 @@ def plan(recipe: Recipe) -> Plan:
     note = missing or note
     shapes = base_shapes(recipe) if model is None else read_shapes(model)
     layout = check_recipe(recipe, shapes)
+    check_init(recipe, shapes)
     vae = meta_detail_vae(shapes, recipe.detail_channels, recipe.scale)
     with torch.device("meta"):
         transformer = expand_transformer(meta_transformer(shapes), recipe.detail_channels)

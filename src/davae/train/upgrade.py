@@ -34,7 +34,7 @@ from davae.ownership import check_run
 from davae.recipes import Recipe, RecipeError
 from davae.train.base_run import train_base
 from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_left_out
-from davae.train.checks import base_objective, base_shapes, bucket_step, check_recipe, check_shared
+from davae.train.checks import base_objective, base_shapes, bucket_step, check_init, check_recipe, check_shared
 from davae.train.conditioning import EmbeddedInStep, conditioning
 from davae.train.encoding import run_precision
 from davae.train.export import (
@@ -42,7 +42,6 @@ from davae.train.export import (
     apply_upgrade,
     assemble,
     load_trained,
-    read_metadata,
     save_pipeline,
     save_upgrade,
 )
@@ -93,8 +92,7 @@ class Upgrade:
         self.opened = open_pictures(recipe.data, recipe.resolution, bucket_step(recipe, self.shapes))
         self.train, self.held_out = self.opened.train, self.opened.held_out
         self.init = None if recipe.init is None else resolve_upgrade(recipe.init)
-        if self.init is not None:
-            read_metadata(self.init / UPGRADE_FILE)  # a wrong folder is told now, not after the cache is written
+        check_init(recipe, self.shapes)  # before any work
         self.recipe, self.out = recipe, out
         self.observer: Observer = observer if is_main() else lambda progress: None
         if stage1 is not None:
