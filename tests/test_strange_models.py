@@ -246,10 +246,10 @@ def test_tensors_of_strange_upgrade_files(upgrade: Path) -> None:
     transformer = load_part(resolve("micro"), "transformer", "SD3Transformer2DModel")
     first = next(iter(load_file(upgrade / UPGRADE_FILE)))
     for change, metadata, message in (
-        (lambda t: {k: v for k, v in t.items() if k != first}, {}, "only the transformer has"),
-        (lambda t: {**t, "x": torch.ones(1)}, {}, "only the file has 'x'"),
+        (lambda t: {k: v for k, v in t.items() if k != first}, {}, "stands in only one"),
+        (lambda t: {**t, "x": torch.ones(1)}, {}, "'x' stands in only one"),
         (lambda t: {k: v for k, v in t.items() if k != "x"}, {"lora": '{"rank": 60000}'}, "has shape"),
-        (lambda t: t, {"lora": "null"}, "only the"),
+        (lambda t: t, {"lora": "null"}, "stands in only one"),
         (lambda t: t, {"lora": '{"rank": 64}', "channels": "[8, 60000]"}, "has shape"),
     ):
         file = rewrite(upgrade, change, **metadata)

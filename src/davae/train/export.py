@@ -171,8 +171,7 @@ def _compare(path: Path, found: dict[str, tuple[int, ...]], needed: dict[str, tu
     """Refuse an upgrade file whose tensors are not the trained ones."""
     if found.keys() != needed.keys():
         odd = sorted(found.keys() ^ needed.keys())[0]
-        where = "the file" if odd in found else "the transformer"
-        raise ModelError(f"{path} does not fit this transformer: only {where} has '{odd}'")
+        raise ModelError(f"{path} does not fit this transformer: '{odd}' stands in only one of them")
     for name, shape in needed.items():
         if found[name] != shape:
             raise ModelError(
