@@ -89,7 +89,6 @@ TRANSFORMERS = {
             (*ATTENTION, "ff.conv_inverted", "ff.conv_point"),
             # the pipeline picks its table of sizes by sample_size; positions are sample_size / interpolation_scale apart
             scaled_config=("sample_size", "interpolation_scale"),
-            distilled=("SanaSprintPipeline",),
         ),
         TransformerFamily(
             "PixArtTransformer2DModel",

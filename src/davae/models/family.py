@@ -43,7 +43,6 @@ class TransformerFamily:
         scaled_config: entries of the transformer's config from which its pipeline reads sizes in pixels of the base; an
             upgrade multiplies them by s.
         scaled_options: the same among the pipeline's own options, given in pixels.
-        distilled: pipelines of the family whose models were distilled to a few steps and cannot go on by flow matching.
     """
 
     class_name: str
@@ -70,7 +69,6 @@ class TransformerFamily:
     upgraded_pipelines: tuple[str, ...] = ()
     scaled_config: tuple[str, ...] = ()
     scaled_options: tuple[str, ...] = ()
-    distilled: tuple[str, ...] = ()
 
     @property
     def trains(self) -> bool:

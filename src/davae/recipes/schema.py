@@ -211,6 +211,9 @@ class Base(Section):
     train: BaseRecipe | None = None  # trained into the run folder before anything else
     resolution: Pixels  # pixels of I, the image whose token count is kept
     dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights: the transformer under LoRA, text encoders
+    distilled: Literal["refuse", "train"] = (
+        "refuse"  # a model that was distilled to a few steps; training undoes that
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Base:

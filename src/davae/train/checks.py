@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from davae.data.cache import is_whole
 from davae.data.pictures import DataError
 from davae.latent import LatentLayout
 from davae.models.autoencoder_families import autoencoder_family
+from davae.models.distilled import Distilled, distilled
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import BaseShapes, ModelError, load_scheduler, read_shapes
 from davae.models.stored import check_component
@@ -25,18 +27,17 @@ from davae.train.objectives import FLOW, Objective, check_timesteps, choose_obje
 from davae.zoo import resolve, resolve_upgrade
 
 
-def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
+def check_recipe(recipe: Recipe, shapes: BaseShapes, configs: str | None = None) -> LatentLayout:
     """What a recipe can get wrong about its base model, before any weight is read.
+
+    Args:
+        configs: where to read them, when not from the model itself.
 
     Raises:
         RecipeError: D not a multiple of C, a size that does not divide or that the model cannot draw, a distilled model, or
             gradient checkpointing where the class has none, with the dotted path.
     """
-    if shapes.pipeline_class in transformer_family(shapes.transformer_class).distilled:
-        raise RecipeError(
-            f"base.model: {recipe.base.name} is a {shapes.pipeline_class}, distilled to a few steps, which flow matching "
-            f"would undo; upgrade the model that it was distilled from instead: SANA-1.5"
-        )
+    check_distilled(recipe, configs)
     if recipe.detail_channels % shapes.channels:
         raise RecipeError(
             f"detail_channels: {recipe.detail_channels} is not a multiple of the {shapes.channels} latent channels of "
@@ -81,6 +82,28 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes) -> LatentLayout:
     return layout
 
 
+def check_distilled(recipe: Recipe, configs: str | None = None) -> Distilled | None:
+    """Refuse a base that was distilled to a few steps; return what is known of any other distillation.
+
+    Args:
+        configs: where to read the base's configs, when not from the model itself.
+
+    Raises:
+        RecipeError: a distilled base, unless the recipe sets `base.distilled` to `train`.
+    """
+    if recipe.base.model is None:
+        return None
+    model = configs or resolve(recipe.base.model)
+    found = distilled(model, recipe.base.model)
+    if found is None or found.kind == "guidance":
+        return found
+    text = f"base.model: {found.note(recipe.base.name)}"
+    if recipe.base.distilled == "refuse":
+        raise RecipeError(f"{text}; or set base.distilled to train, if it is not distilled or you want that")
+    logger.warning("%s", text)
+    return found
+
+
 def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
     """Check that an upgrade to go on from fits the recipe, by its metadata, headers and configs.
 
@@ -123,6 +146,7 @@ def _lora_text(lora: Lora | None) -> tuple[tuple[int, float] | None, str]:
     return (lora.rank, alpha), f"{{rank: {lora.rank}, alpha: {alpha:g}}}"
 
 
+logger = logging.getLogger(__name__)
 SHARED_STEPS = ("base", "scale", "detail_channels", "init", "downsample", "data", "stage1", "cache")
 
 

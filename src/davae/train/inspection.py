@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from davae.latent import LatentLayout
+from davae.models.distilled import distilled
 from davae.models.expand import expand_transformer
 from davae.models.families import model_class, transformer_family
 from davae.models.offline import preset_of, readable
@@ -78,7 +79,8 @@ def inspect_model(
     name, note = readable(resolve(model))
     shapes = read_shapes(name, to_train=False)
     family = transformer_family(shapes.transformer_class)
-    notes = [note] if note else []
+    known = distilled(name, model)
+    notes = [*([note] if note else []), *([] if known is None else [known.note(model)])]
     resolution = resolution or scale * native_resolution(name, shapes)
     try:
         layout = LatentLayout(shapes.channels, detail_channels or shapes.channels, scale)

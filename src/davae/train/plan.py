@@ -20,7 +20,7 @@ from davae.recipes.schema import BaseRecipe, Recipe
 from davae.recipes.sections import Hardware, Optim
 from davae.train.base import build_autoencoder
 from davae.train.base_run import new_transformer
-from davae.train.checks import base_objective, base_shapes, check_init, check_recipe
+from davae.train.checks import base_objective, base_shapes, check_distilled, check_init, check_recipe
 from davae.train.cost import (
     autoencoder_flops,
     meta_autoencoder,
@@ -169,7 +169,7 @@ def plan(recipe: Recipe) -> Plan:
     model, note = (None, "") if recipe.base.model is None else readable(resolve(recipe.base.model))
     note = missing or note
     shapes = base_shapes(recipe) if model is None else read_shapes(model)
-    layout = check_recipe(recipe, shapes)
+    layout = check_recipe(recipe, shapes, model)
     check_init(recipe, shapes)
     vae = meta_detail_vae(shapes, recipe.detail_channels, recipe.scale)
     with torch.device("meta"):
@@ -213,6 +213,8 @@ def plan(recipe: Recipe) -> Plan:
         "stage2_trainable_parameters": trained_dit,
     }
     notes = [note] if note else []
+    known = check_distilled(recipe, model)
+    notes += [] if known is None else [known.note(recipe.base.name)]
     encode, decode = autoencoder_flops(
         meta_detail_vae(shapes, recipe.detail_channels, recipe.scale), recipe.resolution
     )
