@@ -108,7 +108,7 @@ def test_damaged_json_is_one_line(model: Path, part: str, data: bytes) -> None:
         (lambda t: {k: v for k, v in t.items() if k != "decoder.conv_out.bias"}, "lack decoder.conv_out.bias"),
         (lambda t: {**t, "x.weight": torch.ones(2)}, "hold x.weight, which"),
         (lambda t: {**t, "decoder.conv_out.bias": torch.ones(4)}, "decoder.conv_out.bias"),
-        (lambda t: {}, "the weights lack|has no weights|cannot be loaded"),
+        (lambda t: {}, "the weights lack|cannot be loaded"),
     ],
 )
 def test_weights_that_do_not_belong_to_their_config(model: Path, change: Any, message: str) -> None:
@@ -124,7 +124,7 @@ def test_files_that_are_no_weights(model: Path) -> None:
         file.write_bytes(data)
         refused("is damaged|no tensors|lack", load_part, str(model), "vae", "AutoencoderKL")
     file.unlink()
-    refused("has no weights", load_part, str(model), "vae", "AutoencoderKL")
+    refused("no .safetensors file", load_part, str(model), "vae", "AutoencoderKL")
     torch.save({"a": torch.ones(1)}, model / "vae" / "diffusion_pytorch_model.bin")
     refused("is a pickle", load_part, str(model), "vae", "AutoencoderKL")
     refused("is a pickle", load_pipeline, str(model))

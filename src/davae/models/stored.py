@@ -247,7 +247,7 @@ def weight_files(folder: Path, what: str) -> list[Path]:
             raise ModelError(
                 f"{what}: {pickled.name} is a pickle, which can run code when it is read; save the model as safetensors"
             )
-        raise ModelError(f"{what} has no weights: no .safetensors file in {folder}")
+        raise ModelError(f"{what} cannot be loaded: no .safetensors file in {folder}")
     return found
 
 
