@@ -26,11 +26,14 @@ from davae.evaluate.throughput import time_pipelines
 from davae.evaluate.upscale import make_upscaler
 from davae.models.autoencoders import load_autoencoder
 from davae.models.classes import class_number, goes_by_class
+from davae.models.detail_vae import DetailVAE
+from davae.models.memory_budget import TILE, Halving
 from davae.models.one_frame import decode_latents, encode_mode
 from davae.models.pipeline import ModelError, default_resolution, load_pipeline
-from davae.models.placement import FULL, Placement, own_device
+from davae.models.placement import FULL, Placement, Precision, own_device
 from davae.output_files import check_image, save_image
 from davae.sample.generate import generate
+from davae.train.encoding import coding_bytes, images_at_a_time
 from davae.train.export import load_upgraded
 from davae.zoo import SHIPPED, UPGRADES, resolve
 
@@ -129,9 +132,17 @@ def evaluate_reconstruction(
     lpips_weights: str | None = None,
     features: str | None = None,
     feature_weights: Path | None = None,
+    batch_size: int | None = None,
+    precision: Precision = "float32",
 ) -> dict[str, Any]:
-    """Figures of `davae evaluate reconstruction`."""
-    model = open_autoencoder(vae)
+    """Return the figures of `davae evaluate reconstruction`.
+
+    Args:
+        batch_size: images at a time; None takes what the memory plan allows. Fewer when memory runs out.
+        precision: of the autoencoder.
+    """
+    dtype = getattr(torch, precision)
+    model = open_autoencoder(vae).to(dtype)
     own = model.config.get("sample_size")  # some classes have none
     if resolution is None and own is None:
         raise ModelError(f"{vae}: an {type(model).__name__} does not say its size; give --resolution")
@@ -141,12 +152,16 @@ def evaluate_reconstruction(
 
     @torch.no_grad()
     def reconstruct(images: Tensor) -> Tensor:
-        return decode_latents(model, encode_mode(model, images.to(model.device)))
+        return decode_latents(model, encode_mode(model, images.to(model.device, dtype)))
 
     pictures = real_pictures(data, size, held_out, "held_out")
-    parts = batches(pictures, num, shared=True)
-    scores = score_reconstructions(parts, reconstruct, distances, extractor, shared=True)
-    return {"vae": vae, "data": data, "held_out": held_out, "resolution": size, **scores.as_dict()}
+    chosen = images_at_a_time(batch_size, 16, model.device, lambda: coding_bytes(model, size, dtype))
+    tiles = (lambda: model.enable_tiling(TILE)) if isinstance(model, DetailVAE) else None
+    parts = batches(pictures, num, chosen, shared=True)
+    halved = partial(Halving("reconstruction", chosen, tiles), reconstruct)
+    scores = score_reconstructions(parts, halved, distances, extractor, shared=True)
+    settings = {} if precision == "float32" else {"dtype": precision}
+    return {"vae": vae, "data": data, "held_out": held_out, "resolution": size, **settings, **scores.as_dict()}
 
 
 def evaluate_pictures(

@@ -19,8 +19,10 @@ from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.throughput import Timing, time_pipelines
 from davae.losses.perceptual import Lite0Distance
 from davae.models.classes import class_count, class_names, goes_by_class
+from davae.models.memory_budget import Halving, OneOnDevice
 from davae.models.pipeline import denoiser, load_pipeline
 from davae.sample.generate import generate
+from davae.train.encoding import coding_bytes, images_at_a_time, run_precision
 from davae.train.export import load_upgraded
 from davae.train.loop import Observer, Progress
 from davae.train.plan import count
@@ -31,6 +33,7 @@ from davae.train.upgrade import Upgrade
 from davae.zoo import shipped_upgrade
 
 SHOWN_RECONSTRUCTIONS = 8
+AT_A_TIME = 16  # images that are drawn, or encoded and decoded, at a time, at most
 
 
 def upgrade(run: Upgrade, observer: Observer) -> Path:
@@ -72,16 +75,17 @@ def default_prompts(run: Upgrade) -> list[str]:
 def report(run: Upgrade, observer: Observer) -> Path:
     """Sample, reconstruct, time, plot, and write the page of a finished run."""
     recipe = run.recipe
-    upgraded = load_pipeline(str(run.out / "pipeline")).to(run.accelerator.device)
+    upgraded = load_pipeline(str(run.out / "pipeline"), run_precision(recipe.run))
+    turn = OneOnDevice(run.accelerator.device)
     shipped = shipped_upgrade(recipe.base.name)
     shipped_pipeline = load_upgraded(run.base, shipped) if shipped is not None and shipped.is_dir() else None
 
     prompts = default_prompts(run)
-    samples = sample_columns(run, upgraded, shipped_pipeline, prompts)
+    samples = sample_columns(run, turn, upgraded, shipped_pipeline, prompts)
     observer(Progress("report", 1, 4, 0.0))
-    pictures, quality = reconstruction_section(run, upgraded, shipped_pipeline)
+    pictures, quality = reconstruction_section(run, turn, upgraded, shipped_pipeline)
     observer(Progress("report", 2, 4, 0.0))
-    speed = speed_section(run, upgraded, prompts[0])
+    speed = speed_section(run, turn, upgraded, prompts[0])
     observer(Progress("report", 3, 4, 0.0))
     records = read_metrics(run.out / "metrics.jsonl")
     openmoji = recipe.data.source == "openmoji" or recipe.base.model == "micro"
@@ -139,7 +143,19 @@ def facts(run: Upgrade, upgraded: Any) -> list[tuple[str, str]]:
     ]
 
 
-def sample_columns(run: Upgrade, upgraded: Any, shipped: Any, prompts: list[str]) -> list[Column]:
+def at_a_time(run: Upgrade, what: str, vae: Any) -> Halving:
+    """Work on as many images as `report.batch_size`, else as the memory plan allows; halved when memory runs out."""
+    recipe = run.recipe
+
+    def one() -> int:
+        return coding_bytes(vae, recipe.resolution, run_precision(recipe.run))
+
+    size = images_at_a_time(recipe.report.batch_size, AT_A_TIME, run.accelerator.device, one)
+    return Halving(f"report, {what}", size)
+
+
+def sample_columns(run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any, prompts: list[str]) -> list[Column]:
+    """Return a column of samples for each way to a picture, one model at a time on the device."""
     recipe = run.recipe
     high, low = recipe.resolution, recipe.base.resolution
     options: dict[str, Any] = {
@@ -147,27 +163,40 @@ def sample_columns(run: Upgrade, upgraded: Any, shipped: Any, prompts: list[str]
         "guidance_scale": recipe.sampling.guidance_scale,
         "seed": recipe.sampling.seed,
     }
-    base = [enlarge(picture, high) for picture in generate(run.base, prompts, resolution=low, **options)]
+    halving = at_a_time(run, "samples", upgraded.vae)
+
+    def drawn(pipeline: Any, pixels: int) -> list[Any]:
+        turn(pipeline)
+
+        def draw(first: int, last: int) -> list[Any]:
+            part = prompts[first:last]
+            return generate(pipeline, part, resolution=pixels, first=first, batch_size=len(part), **options)
+
+        return [picture for part in halving.parts(draw, len(prompts)) for picture in part]
+
+    base = [enlarge(picture, high) for picture in drawn(run.base, low)]
     columns = [
         Column("base, enlarged", base, f"{low} px, bilinear to {high}"),
         Column(
             "base, native",
-            generate(run.base, prompts, resolution=high, **options),
+            drawn(run.base, high),
             f"{high} px, 4x the tokens",
         ),
         Column(
             "this run",
-            generate(upgraded, prompts, resolution=high, **options),
+            drawn(upgraded, high),
             f"{high} px, same tokens as {low}",
         ),
     ]
     columns[1].note = f"{high} px, {recipe.scale**2}x the tokens"
     if shipped is not None:
-        columns.append(Column("shipped", generate(shipped, prompts, resolution=high, **options), "trained longer"))
+        columns.append(Column("shipped", drawn(shipped, high), "trained longer"))
     return columns
 
 
-def reconstruction_section(run: Upgrade, upgraded: Any, shipped: Any) -> tuple[list[Column], list[dict[str, Any]]]:
+def reconstruction_section(
+    run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any
+) -> tuple[list[Column], list[dict[str, Any]]]:
     """Held-out pictures (training pictures where nothing is held out), shown and scored."""
     dataset = run.pictures(run.opened.shown(run.recipe.report.holdout_pictures))
     images = torch.stack([dataset[(i, -1)]["image"] for i in range(len(dataset))])
@@ -177,14 +206,17 @@ def reconstruction_section(run: Upgrade, upgraded: Any, shipped: Any) -> tuple[l
     perceptual = Lite0Distance()
     columns = [Column("original", to_images(images[:SHOWN_RECONSTRUCTIONS]))]
     rows: list[dict[str, Any]] = []
-    for name, reconstruct in methods.items():
+    halving = at_a_time(run, "reconstructions", upgraded.vae)
+    for name, method in methods.items():
+        turn({"base + bicubic": run.base.vae, "full, shipped": getattr(shipped, "vae", None)}.get(name, upgraded.vae))
+        reconstruct = partial(halving, method)
         columns.append(Column(name, to_images(reconstruct(images[:SHOWN_RECONSTRUCTIONS]))))
-        scores = score_reconstructions(images.split(16), reconstruct, {"lite0": perceptual})
+        scores = score_reconstructions(images.split(AT_A_TIME), reconstruct, {"lite0": perceptual})
         rows.append({"name": name, **scores.as_dict(), "best": name.startswith("full")})
     return columns, rows
 
 
-def speed_section(run: Upgrade, upgraded: Any, prompt: str) -> list[dict[str, Any]]:
+def speed_section(run: Upgrade, turn: OneOnDevice, upgraded: Any, prompt: str) -> list[dict[str, Any]]:
     recipe = run.recipe
     high, low = recipe.resolution, recipe.base.resolution
     rows: list[Timing] = time_pipelines(
@@ -197,6 +229,7 @@ def speed_section(run: Upgrade, upgraded: Any, prompt: str) -> list[dict[str, An
         steps=recipe.sampling.steps,
         guidance_scale=recipe.sampling.guidance_scale,
         repeats=recipe.report.timing_repeats,
+        turn=turn,
     )
     native = rows[1].whole
     return [

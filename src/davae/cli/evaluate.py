@@ -46,6 +46,11 @@ def reconstruction(
     ] = None,
     features: OptionalFeatures = None,
     feature_weights: Weights = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images at a time; by default as many as the memory plan allows, up to 16."),
+    ] = None,
+    dtype: Precision = "float32",
     json: Json = None,
 ) -> None:
     """PSNR, SSIM, perceptual distances, and rFID with `--features`. `accelerate launch` shares the work. Example:
@@ -65,6 +70,8 @@ def reconstruction(
         lpips_weights=lpips_weights,
         features=features,
         feature_weights=feature_weights,
+        batch_size=batch_size,
+        precision=dtype,
     )
     write_json(json, figures)
     console.print_json(data=figures)

@@ -32,14 +32,14 @@ def reconstructions(
 
     @torch.no_grad()
     def base_bicubic(images: Tensor) -> Tensor:
-        small = downsample(images.to(base_vae.device), vae.layout.scale, vae.config["downsample"])
+        small = downsample(images.to(base_vae.device, base_vae.dtype), vae.layout.scale, vae.config["downsample"])
         small = decode_latents(base_vae, encode_mode(base_vae, small))
         return F.interpolate(small, images.shape[-2:], mode="bicubic", align_corners=False)
 
     def with_detail(change: Callable[[Tensor], Tensor], normalised: bool) -> Reconstruct:
         @torch.no_grad()
         def reconstruct(images: Tensor) -> Tensor:
-            latents = vae.encode(images.to(vae.device)).latent_dist.mode()  # type: ignore[union-attr]
+            latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()  # type: ignore[union-attr]
             if not normalised:
                 latents = vae.denormalise(latents)
             z, z_d = vae.layout.split(latents)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,28 @@ def free_bytes(device: torch.device) -> int | None:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether an error means that a device, or the CPU's allocator, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class OneOnDevice:
+    """Keeps one model at a time on a device, the others in main memory. On the CPU nothing moves.
+
+    Args:
+        device: where the model whose turn it is computes.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self._there = device, None
+
+    def __call__(self, model: Any) -> Any:
+        """Return a pipeline or module, on the device; the one before it goes back to main memory."""
+        if self.device.type == "cpu":
+            return model
+        if self._there is not None and self._there is not model:
+            self._there.to("cpu")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        self._there = model
+        return model.to(self.device)
 
 
 class Halving:
@@ -91,8 +113,3 @@ class Halving:
             if self.alone is not None or self.size > 1
             else "one by one, in tiles"
         )
-
-
-def divided(items: Sequence[Result], size: int) -> list[Sequence[Result]]:
-    """Return consecutive parts of at most `size` items."""
-    return [items[first : first + size] for first in range(0, len(items), size)]

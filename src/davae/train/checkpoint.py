@@ -47,6 +47,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         optimizer.load_state_dict(state)
+        for (
+            entry
+        ) in optimizer.state.values():  # on the CPU they would stay in the checkpoint's file, which goes one day
+            entry.update({k: v.clone() for k, v in entry.items() if isinstance(v, Tensor) and v.device.type == "cpu"})
         return
     for number, entry in state["state"].items():
         parameter = parameters[number]

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.models.autoencoders import encode_raw
+from davae.models.autoencoders import encode_raw, latent_shape
 from davae.models.memory_budget import TILE, Halving, free_bytes, largest_batch
 from davae.models.placement import send
 from davae.models.resample import downsample
 from davae.recipes.sections import Run
-from davae.train.memory import encode_bytes
-from davae.train.ranks import from_main
+from davae.train.memory import decode_sampling_bytes, encode_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ def run_precision(run: Run) -> torch.dtype:
 
 
 def images_at_a_time(given: int | None, at_most: int, device: torch.device, one: Callable[[], int]) -> int:
-    """Return how many images a device draws or decodes at a time; the same in every process.
+    """Return how many images a device draws or decodes at a time, in this process.
 
     Args:
         given: the recipe's own number.
@@ -37,8 +36,20 @@ def images_at_a_time(given: int | None, at_most: int, device: torch.device, one:
         one: plans the bytes of one image.
     """
     free = free_bytes(device)
-    chosen = given or (at_most if free is None else largest_batch(one(), free, at_most))
-    return from_main(chosen)
+    return given or (at_most if free is None else largest_batch(one(), free, at_most))
+
+
+def coding_bytes(vae: Any, pixels: int, precision: torch.dtype) -> int:
+    """Return the most that encoding and decoding one square image holds.
+
+    Args:
+        vae: the autoencoder, whose config is read.
+    """
+    with torch.device("meta"):
+        bare = type(vae).from_config(vae.config)
+    factor, channels = latent_shape(vae.config, type(vae).__name__)
+    decoding = decode_sampling_bytes(copy.deepcopy(bare), channels, pixels // factor, precision)
+    return max(encode_bytes(bare, pixels, precision), decoding) + 4 * 3 * pixels**2
 
 
 class Encoder:

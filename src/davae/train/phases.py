@@ -18,7 +18,7 @@ from davae.train.phase_sizes import HOST_RUNTIME, Phase, Sizes
 from davae.train.shares import Share
 
 DISK_RATE = 1e9  # bytes a second that a run folder's disk writes; an assumption
-REPORT_BATCH = 8  # images that the report draws and decodes at a time, at most
+REPORT_BATCH = 16  # images that the report draws and decodes at a time, at most
 
 
 def plan_phases(sizes: Sizes) -> list[Phase]:

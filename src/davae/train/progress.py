@@ -22,11 +22,10 @@ from davae.train.best import BEST
 from davae.train.conditioning import Conditioning
 from davae.train.cost import meta_detail_vae
 from davae.train.draws import Draws
-from davae.train.encoding import Encoder, images_at_a_time, run_precision
+from davae.train.encoding import Encoder, coding_bytes, images_at_a_time, run_precision
 from davae.train.loop import Periodic
-from davae.train.memory import decode_sampling_bytes, encode_bytes
 from davae.train.objectives import Diffusion, noise_batch
-from davae.train.ranks import is_main
+from davae.train.ranks import from_main, is_main
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
 
@@ -99,14 +98,11 @@ def shown_at_a_time(run: Upgrade) -> int:
     recipe, shapes, layout = run.recipe, run.shapes, run.layout
 
     def one() -> int:
-        side = recipe.resolution // (shapes.vae_factor * layout.scale)
-        precision = run_precision(recipe.run)
-        return sum(
-            code(meta_detail_vae(shapes, layout.detail_channels, layout.scale), *size, precision)
-            for code, size in ((encode_bytes, (recipe.resolution,)), (decode_sampling_bytes, (layout.channels, side)))
-        )
+        vae = meta_detail_vae(shapes, layout.detail_channels, layout.scale)
+        return coding_bytes(vae, recipe.resolution, run_precision(recipe.run))
 
-    return images_at_a_time(recipe.report.batch_size, SHOWN, run.accelerator.device, one)
+    chosen = images_at_a_time(recipe.report.batch_size, SHOWN, run.accelerator.device, one)
+    return from_main(chosen)  # all processes run the wrapped model as often
 
 
 def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from davae.train.ranks import is_main
+
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process keeps; the tensor itself where it is whole. Writing to it changes both."""
@@ -20,17 +22,21 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, on the CPU. Collective where it lies in pieces: every process must ask, in the same order."""
+    """Return the whole tensor, on the CPU, in the first process; the others, which write nothing, get what they hold.
+
+    Collective where it lies in pieces: every process must ask, in the same order.
+    """
     if hasattr(tensor, "ds_tensor"):
         return whole_parameter(tensor, local(tensor))
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
-        return tensor.full_tensor().cpu()
-    return tensor.cpu()
+        found = tensor.full_tensor()
+        return found.cpu() if is_main() else tensor.to_local()
+    return tensor.cpu() if is_main() else tensor
 
 
 def whole_parameter(parameter: Tensor, part: Tensor) -> Tensor:
-    """Put together what every process keeps for a parameter (`part`, shaped like `local(parameter)`), on the CPU."""
+    """Put together what every process keeps for a parameter (`part`, shaped like `local(parameter)`), as `whole` does."""
     if isinstance(parameter, DTensor):
         wrapped = DTensor.from_local(
             part.to(parameter.to_local().device),
@@ -39,13 +45,16 @@ def whole_parameter(parameter: Tensor, part: Tensor) -> Tensor:
             shape=parameter.shape,
             stride=parameter.stride(),
         )
-        return wrapped.full_tensor().cpu()
+        found = wrapped.full_tensor()
+        return found.cpu() if is_main() else part
     if hasattr(parameter, "ds_tensor"):
         piece: Any = part.to(parameter.device)
         pieces = [torch.empty_like(piece) for _ in range(dist.get_world_size())]
         dist.all_gather(pieces, piece)
+        if not is_main():
+            return part
         return torch.cat(pieces)[: parameter.ds_numel].view(parameter.ds_shape).cpu()  # type: ignore[attr-defined]
-    return part.detach().cpu()
+    return part.detach().cpu() if is_main() else part.detach()
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:

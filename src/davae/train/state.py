@@ -155,7 +155,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         if file_sum(path / STATE) != meta["crc32"]:
             raise RunError(f"{STATE} is not what was written (its checksum differs)")
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+        # mapped, not read: the processes of a machine share one copy, which the system takes back when it needs it
+        return torch.load(str(path / STATE), map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"checkpoint {path} cannot be read: {reason}") from error

@@ -103,8 +103,8 @@ class Upgrade:
 
     @cached_property
     def base(self) -> Any:
-        """The whole pretrained pipeline, on the device: for pictures. Training steps load the parts that they need."""
-        return load_pipeline(self.model).to(self.accelerator.device)
+        """The whole pretrained pipeline in the run's precision, in main memory: for images. Training loads what it needs."""
+        return load_pipeline(self.model, run_precision(self.recipe.run))
 
     def pictures(self, indices: list[int]) -> Pictures:
         """Chosen pictures as squares, for what is measured and shown."""

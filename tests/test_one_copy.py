@@ -1,0 +1,57 @@
+"""One copy of a checkpoint a machine: mapped when it is read, gathered by the first process alone when it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from davae.train import sharding
+from davae.train.checkpoint import load_optimizer_state, optimizer_state
+from davae.train.state import load_checkpoint
+
+
+def test_processes_that_write_nothing_copy_nothing(monkeypatch: pytest.MonkeyPatch):
+    copied: list[int] = []
+
+    def counting(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counting)
+    weight = torch.nn.Parameter(torch.ones(3))
+    for main, copies in ((True, [3, 3]), (False, [])):
+        copied.clear()
+        monkeypatch.setattr(sharding, "is_main", lambda main=main: main)
+        sharding.whole(weight)
+        sharding.whole_parameter(weight, torch.zeros(3))
+        assert copied == copies
+
+
+def test_a_checkpoint_is_mapped_and_what_is_loaded_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options: list[bool] = []
+    plain = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: options.append(k.get("mmap", False)) or plain(*a, **k))
+    weight = torch.nn.Parameter(torch.ones(1000))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.full_like(weight, 0.5)
+    optimizer.step()
+    folder = tmp_path / "c"
+    folder.mkdir()
+    torch.save({"optimizer": optimizer_state(optimizer)}, folder / "state.pt")
+    from davae.checksums import file_sum
+
+    (folder / "meta.json").write_text(f'{{"crc32": {file_sum(folder / "state.pt")}}}')
+    state = load_checkpoint(folder)
+    assert options == [True]
+    again = torch.optim.AdamW([weight], lr=0.1)
+    load_optimizer_state(again, state["optimizer"])
+    moments = again.state[weight]["exp_avg"]
+    assert (
+        moments.untyped_storage().data_ptr() != state["optimizer"]["state"][0]["exp_avg"].untyped_storage().data_ptr()
+    )
+    expected = moments.clone()
+    del state
+    (folder / "state.pt").write_bytes(b"gone")
+    assert torch.equal(moments, expected)
