@@ -22,6 +22,7 @@ from davae.data.decoding import decode, header_size
 from davae.data.formats import formats, is_image_name, unused_kind
 from davae.data.openmoji import OpenMoji
 from davae.data.pictures import DataError, UnreadablePicture
+from davae.data.png_metadata import TAIL
 from davae.data.sources import open_source
 
 
@@ -72,6 +73,15 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def many_chunks(png: bytes, late: bytes, size: int) -> bytes:
+    """A PNG with its pixels in chunks of `size` bytes, chunks between that say IDAT inside, and `late` behind them."""
+    start = png.index(b"IDAT") - 4
+    pixels = zlib.decompress(png[start + 8 : start + 8 + struct.unpack_from(">I", png, start)[0]])
+    packed = zlib.compress(pixels, 0)
+    chunks = b"".join(chunk(b"IDAT", packed[at : at + size]) for at in range(0, len(packed), size))
+    return png[:start] + chunks + chunk(b"tEXt", b"c\0\0\0\0\x04IDAT") + late + png[-12:]
+
+
 def oriented(where: str, value: int) -> bytes:
     """CORNERS as a camera stores it under orientation `value`, which is written in the place `where`."""
     turn = STORED[value - 1]
@@ -89,6 +99,8 @@ def oriented(where: str, value: int) -> bytes:
         "MPO EXIF": lambda: saved(image, "MPO", save_all=True, append_images=[image], exif=exif, quality=95),
         "PNG EXIF": lambda: saved(image, "PNG", exif=exif),
         "PNG late EXIF": lambda: png[:-12] + chunk(b"eXIf", block.removeprefix(b"Exif\0\0")) + png[-12:],
+        "PNG late EXIF, many chunks": lambda: many_chunks(png, chunk(b"eXIf", block.removeprefix(b"Exif\0\0")), 8),
+        "PNG long late XMP": lambda: many_chunks(png, chunk(b"tEXt", b"x\0" + b"y" * TAIL) + text, 16),
         "PNG XMP": lambda: png[:33] + text + png[33:],
         "PNG late XMP": lambda: png[:-12] + text + png[-12:],
         "PNG raw profile": lambda: (
@@ -107,7 +119,8 @@ def oriented(where: str, value: int) -> bytes:
 
 @pytest.mark.parametrize(
     "where",
-    ["JPEG EXIF", "JPEG XMP", "MPO EXIF", "PNG EXIF", "PNG late EXIF", "PNG XMP", "PNG late XMP", "PNG raw profile",
+    ["JPEG EXIF", "JPEG XMP", "MPO EXIF", "PNG EXIF", "PNG late EXIF", "PNG XMP",
+     "PNG late EXIF, many chunks", "PNG long late XMP", "PNG late XMP", "PNG raw profile",
      "WEBP EXIF", "WEBP XMP", "AVIF EXIF", "AVIF XMP", "TIFF", "TIFF LZW", "TIFF XMP"],
 )  # fmt: skip
 def test_every_orientation_is_turned_once_and_measured_turned(where: str) -> None:

@@ -20,13 +20,13 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from davae.data.formats import open_image
 from davae.data.pictures import DataError, UnreadablePicture
+from davae.data.png_metadata import png_metadata
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB of RGB, Pillow's own default; `data.max_pixels` moves it
 MAX_FRAMES = 1000  # counted; more is an animation all the same
 MAX_COUNTED = 1 << 24  # bytes of a GIF whose frames are counted
-MAX_METADATA = 1 << 24  # bytes of one chunk of a PNG
 ORIENTATION, TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PHOTOMETRIC = 0x0112, 256, 257, 258, 262
 SIXTEEN_BIT_AS_I = ("PNG", "PPM")  # formats whose 16 bits Pillow gives, in some releases, as 32-bit integers
 ONE_IMAGE = (
@@ -114,29 +114,6 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
     if isinstance(image, TiffImageFile):
         return image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
     return image.size
-
-
-def png_metadata(stream: IO[bytes]) -> io.BytesIO:
-    """Copy a PNG's metadata, also what comes after the pixels, into a PNG of one pixel.
-
-    Pillow then finds the orientation by its own rules without decoding the pixels, which are skipped.
-    """
-    stream.seek(8)
-    parts = [b"\x89PNG\r\n\x1a\n", _chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))]
-    while len(head := stream.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        if kind == b"IEND":
-            break
-        if kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt") and length <= MAX_METADATA:
-            parts.append(head + stream.read(length + 4))
-        else:
-            stream.seek(length + 4, io.SEEK_CUR)
-    parts += [_chunk(b"IDAT", zlib.compress(b"\0\0")), _chunk(b"IEND", b"")]
-    return io.BytesIO(b"".join(parts))
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def check_header(image: Image.Image, max_pixels: int, floats: Floats = "refuse") -> None:
