@@ -17,7 +17,7 @@ from PIL import Image
 
 from davae import files
 from davae.errors import DataError, DavaeError, ModelError, RecipeError, RunError, UnreadablePicture
-from davae.files import atomic_file, atomic_folder, atomic_text, require_space, save_tensors, saving
+from davae.files import atomic_file, atomic_folder, atomic_text, make_folder, require_space, save_tensors, saving
 from davae.ownership import MARK
 from davae.train.base_text import build_text_encoder, build_tokenizer
 
@@ -105,6 +105,9 @@ def test_links_stay_and_what_they_lead_to_is_replaced(tmp_path: Path):
     assert (tmp_path / "disk" / "pipeline" / "x").read_text() == "2"
     assert names(tmp_path / "disk") == ["dangling", "pipeline"]
     assert names(tmp_path / "run") == ["dangling", "pipeline"]
+    (tmp_path / "run" / "cache").symlink_to(tmp_path / "elsewhere" / "cache")
+    make_folder(tmp_path / "run" / "cache")
+    assert (tmp_path / "elsewhere" / "cache").is_dir()
 
 
 def test_a_file_where_a_folder_is_to_be_is_refused_and_stays(tmp_path: Path):
@@ -127,6 +130,7 @@ FILLERS = {
     "torch": lambda path: torch.save(torch.from_numpy(NOISE), path),
     "image": lambda path: Image.fromarray(NOISE.reshape(512, 512)).save(path, format="PNG"),
     "diffusers": lambda path: tiny_autoencoder().save_pretrained(path),
+    "tokenizers": lambda path: TOKENIZER.save_pretrained(path),
     "transformers": lambda path: build_text_encoder(ARCHITECTURE, TOKENIZER).save_pretrained(path),
     "safetensors": lambda path: save_tensors(path, {"x": torch.from_numpy(NOISE)}),
 }
@@ -140,7 +144,7 @@ def test_a_full_disk_is_one_line_for_every_writer(tmp_path: Path, kind: str):
     child = os.fork()
     if not child:
         code = 1
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 13, 1 << 13))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, 1 << 12))
         try:
             with atomic_folder(tmp_path / "x") as partial:
                 FILLERS[kind](partial / "y")
@@ -161,6 +165,11 @@ def test_errors_of_the_disk_name_what_survives(number: int):
     )
     with pytest.raises(RunError, match=line), saving(Path("x"), kept):
         raise OSError(number, os.strerror(number))
+    for words in ("problem writing element 16384 to file", "1048576 requested and 524256 written"):  # numpy's
+        with pytest.raises(RunError, match="No space left on device"), saving(Path("x")):
+            raise OSError(words)
+    with pytest.raises(RunError, match="No space left on device"), saving(Path("x")):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
     with pytest.raises(FileNotFoundError), saving(Path("x")):
         raise FileNotFoundError(errno.ENOENT, "what is read is another matter")
     with pytest.raises(RuntimeError, match="shapes"), saving(Path("x")):

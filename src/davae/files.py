@@ -44,9 +44,9 @@ BARRED = {
 }
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV}
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors reports the system's error as text
-CUT_SHORT = re.compile(
-    r"\d+ requested and \d+ written|inline_container|PytorchStreamWriter"
-)  # numpy, torch: a full disk
+CUT_SHORT = re.compile(  # numpy and torch name no system error where a disk is full
+    r"\d+ requested and \d+ written|problem writing element \d+ to file|inline_container|PytorchStreamWriter"
+)
 DAY = 86_400.0
 SWAPS = 100  # tries to take a name that other processes take at the same time
 
@@ -54,8 +54,7 @@ SWAPS = 100  # tries to take a name that other processes take at the same time
 # -- errors of the disk ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def saving(path: Path, kept: str = KEPT) -> Iterator[None]:
+class saving:
     """Turn a full disk or a place that cannot be written into one clear line.
 
     Args:
@@ -65,11 +64,17 @@ def saving(path: Path, kept: str = KEPT) -> Iterator[None]:
     Raises:
         RunError: the disk is full, or the place cannot be written.
     """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        _explain(error, path, kept)
-        raise
+
+    def __init__(self, path: Path, kept: str = KEPT):
+        self.path, self.kept = path, kept
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # tokenizers reports a full disk as a bare Exception
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception:
+            _explain(error, self.path, self.kept)
 
 
 def _explain(error: Exception, path: Path, kept: str) -> None:
@@ -210,7 +215,7 @@ def make_folder(folder: Path) -> None:
         if place.is_file():
             raise RunError(f"{place} is a file, a folder is to be made there; use another name")
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    _real(folder).mkdir(parents=True, exist_ok=True)
     for place in reversed(missing):
         to_disk(place.parent)
 
