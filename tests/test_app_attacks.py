@@ -35,7 +35,7 @@ from davae.app.limits import Bounds, make_room, occupied, wrong_call
 from davae.app.page import build_server, listen, remove_left_folders, upload_folder
 from davae.app.roots import RECIPES_OWN, Roots, open_roots
 from davae.app.training import Trainings
-from davae.recipes import load_recipe
+from davae.recipes import dump_recipe, load_recipe
 from davae.train.state import RunError
 
 SECRET = "the victim's words, 6f1e"
@@ -662,6 +662,21 @@ def test_folders_of_killed_pages_are_removed_and_those_of_living_ones_kept(tmp_p
         remove_left_folders(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["davae-app-alive", "other"]
     assert upload_folder().stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ("", "paused: no step logged yet"),
+        ("davae: stopped by SIGTERM, saved; run the same command again to go on\n", "paused: no step logged yet"),
+        ("davae: /home/ann/data/x.tar does not exist\n", "stopped: davae: x.tar does not exist"),
+    ],
+)
+def test_how_a_training_of_an_earlier_page_ended(tmp_path: Path, log: str, line: str):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "recipe.yaml").write_text(dump_recipe(load_recipe("micro")))
+    (tmp_path / "first" / "log.txt").write_text(log)
+    assert Trainings(tmp_path).state("first").line == line
 
 
 def test_the_slot_outlives_its_page(tmp_path: Path):

@@ -26,6 +26,7 @@ from davae.train.state import RunError, read_metrics
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 GONE = "this training has no folder; start it first"
+SAVED = "run the same command"  # in the last line of a training that saved and stopped
 SPARE = 2**30  # bytes of the disk that are free before a training starts
 MOST = 200  # trainings below one root
 LOG_END = 64 * 2**10  # bytes of a log whose last line is shown
@@ -188,9 +189,17 @@ class Trainings:
             return State(True, finished, f"running: {self._position(folder)}")
         if finished:
             return State(False, True, "finished: the report is written")
-        if self._ended.get(name, 130) in (130, -signal.SIGTERM):
-            return State(False, False, f"paused: {self._position(folder)}")
-        return State(False, False, f"stopped: {last_line(folder / 'log.txt')}")
+        if self._failed(name):
+            return State(False, False, f"stopped: {last_line(folder / 'log.txt')}")
+        return State(False, False, f"paused: {self._position(folder)}")
+
+    def _failed(self, name: str) -> bool:
+        """Return whether a training ended by an error, known from its log where another page started it."""
+        code = self._ended.get(name)
+        if code is not None:
+            return code not in (130, -signal.SIGTERM)
+        line = last_line(self.folder(name) / "log.txt")
+        return line.startswith("davae: ") and SAVED not in line
 
     def _position(self, folder: Path) -> str:
         """Where a run stands, from what it has written so far."""
