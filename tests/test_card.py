@@ -13,8 +13,10 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
+from rich.console import Console
 
 import davae
+from davae import display
 from davae.analyze.curves import compared_curves
 from davae.analyze.report import Column, ReportContent, write_report
 from davae.publish.card import Origin, base_licence, write_card
@@ -128,3 +130,11 @@ def test_every_template_escapes():
 def test_names_of_runs_are_no_formulas():
     records = [{"step": n, "loss_base": 1.0, "loss_detail": 1.0} for n in range(3)]
     assert compared_curves({"a$x^{$": records, "_hidden": records}, ("loss_base",)).startswith(b"\x89PNG")
+
+
+def test_names_with_brackets_are_no_markup(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(display, "console", Console(width=80))
+    display.table("of x[/y]", ["", "[red]"], [["a[/b]", "[bold]1"]])
+    shown = capsys.readouterr().out
+    for name in ("x[/y]", "[red]", "a[/b]", "[bold]1"):
+        assert name in shown

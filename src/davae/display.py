@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -65,12 +66,12 @@ def progress_display() -> Iterator[Observer]:
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """Print a table; numbers are right-aligned."""
-    view = Table(title=title, title_justify="left")
+    """Print a table; numbers are right-aligned, and names with brackets are no markup."""
+    view = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
-        view.add_column(column, justify="left" if number == 0 else "right")
+        view.add_column(escape(column), justify="left" if number == 0 else "right")
     for row in rows:
-        view.add_row(*[str(cell) for cell in row])
+        view.add_row(*[escape(str(cell)) for cell in row])
     console.print(view)
 
 
