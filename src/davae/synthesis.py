@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from davae.measure import model_places
 from davae.models.pipeline import ModelError, default_resolution
 from davae.models.placement import Placement
 from davae.output_files import is_drawn
-from davae.prompting import open_text_model, stretches
+from davae.prompting import Drawing, open_text_model, stretches
 from davae.sample.fingerprint import model_fingerprint
 from davae.sample.generate import generate
 from davae.sample.resume import kept_images
@@ -89,27 +89,37 @@ def make_data(
     )
     with keep if state.is_main_process else nullcontext():
         state.wait_for_everyone()
+        how = Drawing(steps, guidance, seed, resolution, batch_size, placement)
         own = shards[state.process_index :: state.num_processes]
-        missing = {shard.target: [] if is_drawn(shard.target) else shard.missing() for shard in own}
-        whole = sum(len(shard.texts) for shard in own)
-        left = sum(map(len, missing.values()))
-        pipeline: Any = None
-        for shard in own:
-            if is_drawn(shard.target):
-                continue
-            pipeline = pipeline or open_text_model(model, placement)
-            size = resolution or default_resolution(pipeline)
-            options = {"steps": steps, "guidance_scale": guidance, "seed": seed, "resolution": size}
-            on_picture(whole - left, whole)
-            for start, stop in stretches(missing[shard.target], batch_size):
-                wanted = [shard.texts[i] for i in range(start, stop)]
-                drawn = generate(pipeline, wanted, first=start, batch_size=batch_size, **options)
-                for i, picture in enumerate(drawn, start):
-                    save_picture(shard.loose(i), picture)
-                left -= stop - start
-                on_picture(whole - left, whole)
-            shard.pack({"model": model, **settings, "resolution": size, "prompts": prompts.name})
+        draw_shards(own, model, how, {"model": model, **settings, "prompts": prompts.name}, on_picture)
     return sum(not is_drawn(shard.target) for shard in shards)
+
+
+def draw_shards(
+    shards: Sequence[Shard], model: str, how: Drawing, about: dict[str, Any], on_picture: Callable[[int, int], None]
+) -> None:
+    """Draw what is missing of shards; each appears whole, and its pictures stay loose until then.
+
+    Args:
+        about: what each picture's record has besides its prompt, its number and the size.
+    """
+    missing = {shard.target: shard.missing() for shard in shards if not is_drawn(shard.target)}
+    whole, left = sum(len(shard.texts) for shard in shards), sum(map(len, missing.values()))
+    pipeline = open_text_model(model, how.placement) if missing else None
+    size = how.resolution or (default_resolution(pipeline) if missing else 0)
+    options = {"steps": how.steps, "guidance_scale": how.guidance, "seed": how.seed, "resolution": size}
+    for shard in shards:
+        if shard.target not in missing:
+            continue
+        on_picture(whole - left, whole)
+        for start, stop in stretches(missing[shard.target], how.batch_size):
+            wanted = [shard.texts[i] for i in range(start, stop)]
+            drawn = generate(pipeline, wanted, first=start, batch_size=how.batch_size, **options)
+            for i, picture in enumerate(drawn, start):
+                save_picture(shard.loose(i), picture)
+            left -= stop - start
+            on_picture(whole - left, whole)
+        shard.pack({**about, "resolution": size})
 
 
 @dataclass(frozen=True)
