@@ -64,12 +64,16 @@ def opened(folders: list[Path], rank: int) -> int:
 
 
 def test_the_first_process_works_alone_and_the_others_wait(tmp_path: Path):
-    def work(rank: int) -> float:
-        started = time.monotonic()
-        ranks.on_main(partial(time.sleep, 0.5))
-        return time.monotonic() - started
+    def work(rank: int) -> bool:
+        def slow() -> None:
+            time.sleep(0.3)
+            (tmp_path / f"by-{rank}").touch()
 
-    assert all(seconds >= 0.5 for seconds in in_processes(work, tmp_path))
+        ranks.on_main(slow)
+        return (tmp_path / "by-0").exists()
+
+    assert in_processes(work, tmp_path) == [True, True]
+    assert not (tmp_path / "by-1").exists()
 
 
 def test_waiting_for_the_first_process_outlives_the_time_out_of_collectives(
