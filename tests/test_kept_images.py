@@ -261,3 +261,34 @@ def test_half_a_character_in_a_prompt_is_one_line(tmp_path: Path):
     (tmp_path / "p.json").write_text('["a cat", "a \\udcff dog"]')
     with pytest.raises(DataError, match="half a character"):
         read_prompts(tmp_path / "p.json")
+
+
+def test_parts_and_prompts_of_a_davae_without_fingerprints_resume(model: Path, tmp_path: Path, drawn: list[str]):
+    target, calls = tmp_path / "s.npz", []
+
+    def draw(classes: list[int], first: int) -> torch.Tensor:
+        calls.append(first)
+        return torch.zeros(len(classes), 3, 2, 2)
+
+    former = {"seed": 0, "pipeline": "x"}
+    options: dict[str, Any] = {"settings": {"seed": 0, "weights": "a"}, "about": {"pipeline": "x"}, "former": former}
+    assert write_samples(target, np.zeros(3, int), draw, **options)
+    target.unlink()
+    (tmp_path / "s.npz.parts" / "settings.json").write_text(json.dumps({**former, "num": 3}, sort_keys=True))
+    assert write_samples(target, np.zeros(3, int), draw, **options)
+    assert calls == [0]
+    target.unlink()
+    (tmp_path / "s.npz.parts" / "settings.json").write_text(json.dumps({**former, "num": 3, "seed": 1}))
+    with pytest.raises(ModelError, match="other settings"):
+        write_samples(target, np.zeros(3, int), draw, **options)
+
+    prompts, out = tmp_path / "p.txt", tmp_path / "out"
+    prompts.write_text("one\n")
+    evaluate(model, prompts, out)
+    values = json.loads((out / "settings.json").read_text())
+    for name in ("weights", "prompt_file"):
+        del values[name]
+    (out / "settings.json").write_text(json.dumps(values))
+    evaluate(model, prompts, out)
+    assert drawn == ["one"]
+    assert "weights" in json.loads((out / "settings.json").read_text())

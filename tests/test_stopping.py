@@ -254,7 +254,7 @@ def test_damaged_small_files_of_a_run_folder_do_not_stop_it(tmp_path: Path, capl
 def test_a_run_folder_that_is_a_file_is_one_line(tmp_path: Path):
     (tmp_path / "out").write_text("mine")
     for out in (tmp_path / "out", tmp_path / "out" / "run"):
-        with pytest.raises(RunError, match="out.* is a file"):
+        with pytest.raises(RunError, match=r"out.* is a file"):
             RunFolder(out, tiny_recipe())
     assert (tmp_path / "out").read_text() == "mine"
 
