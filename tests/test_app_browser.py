@@ -232,6 +232,7 @@ def test_a_training_starts_and_pauses(browser: Any, address: str, tiny: str):
     other.get_by_role("tab", name="Train").click()
     says(other, "#training-state", r"by-browser running")
     other.click("#pause-training")
+    says(other, "#training-state", r"by-browser paused")
     other.context.close()
     says(page, "#training-state", r"by-browser paused: stage 1, detail VAE: step \d+")
     says(page, "#checkpoint", r"stage 1, step \d+")  # its pictures, drawn from the checkpoint that the pause wrote
