@@ -15,6 +15,8 @@ from davae.models.pipeline import ModelError
 
 State = dict[str, Tensor]
 WRAPPERS = ("ema", "model", "state_dict")  # where training scripts keep the weights, the average first
+# what torch.load raises over damaged files and over text that happens to begin as a pickle
+UNREADABLE = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
 PREFIXES = ("module.", "_orig_mod.")  # left behind by data-parallel and compiled models
 
 
@@ -29,7 +31,7 @@ def load_state(path: Path) -> State:
     if path.suffix == ".safetensors":
         try:
             return strip_prefixes(load_file(path))
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ModelError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -39,7 +41,7 @@ def load_state(path: Path) -> State:
             f"checkpoint {path} holds more than tensors ({wanted}): reading it would run its code, which davae never "
             "does; save its state dict alone and try again"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError) as error:  # KeyError: text that happens to begin as a pickle
+    except UNREADABLE as error:
         raise ModelError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())[:160]}") from error
     for name in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
@@ -47,7 +49,11 @@ def load_state(path: Path) -> State:
             break
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"checkpoint {path} holds no state dict")
-    return strip_prefixes({name: value for name, value in content.items() if isinstance(value, Tensor)})
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ModelError(f"checkpoint {path}: {name} contains NaN or infinite values; the file is damaged")
+    return strip_prefixes(state)
 
 
 def strip_prefixes(state: State) -> State:

@@ -31,11 +31,16 @@ def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     try:
         values: Any = torch.load(path, map_location="cpu", weights_only=True)
         mean, std = (values[name].flatten().float() for name in ("mean", "std"))
-    except (pickle.UnpicklingError, KeyError, TypeError, AttributeError, RuntimeError, EOFError) as error:
+    except (
+        *(pickle.UnpicklingError, LookupError, TypeError, AttributeError, RuntimeError),
+        *(EOFError, OSError, ValueError, AssertionError),
+    ) as error:
         reason = " ".join(str(error).split())[:160]
         raise DataError(f"{path} holds no plain tensors named mean and std: {reason}") from error
     if len(mean) != channels or len(std) != channels:
         raise DataError(f"{path} has statistics of {len(mean)} channels, the latents have {channels}")
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+        raise DataError(f"{path}: mean and std must be finite, and std above 0")
     return mean, std
 
 

@@ -83,7 +83,9 @@ def _text(record: Any, path: Path) -> str:
     for column in COLUMNS:
         if column in record:
             return "" if record[column] is None else str(record[column])  # no prompt is not the prompt "None"
-    raise DataError(f"prompt file {path}: no column {' or '.join(COLUMNS)}, found {', '.join(record) or 'none'}")
+    raise DataError(
+        f"prompt file {path}: no column {' or '.join(COLUMNS)}, found {', '.join(map(str, record))[:200] or 'none'}"
+    )
 
 
 def _decoded(path: Path) -> str:
