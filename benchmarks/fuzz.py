@@ -309,7 +309,7 @@ def _alarm(number: int, frame: Any) -> None:
 
 def work(door: str, seeds: Iterator[int], until: float, pipe: Any) -> None:
     """Worker: read inputs until the time is over; what it is at is sent before, what came of it after."""
-    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     signal.signal(signal.SIGALRM, _alarm)
     files = DOORS[door][0]()
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

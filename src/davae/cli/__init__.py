@@ -355,6 +355,20 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the program that reads the output has ended, as `davae recipes | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    except (OSError, MemoryError) as error:
+        sys.stderr.write(f"davae: {explain(error)}\n")
+        sys.exit(2)
+
+
+def explain(error: OSError | MemoryError) -> str:
+    """Return one line on a file that the system refuses, or on memory that it does not have."""
+    if isinstance(error, MemoryError):
+        return "out of memory; use a smaller model, resolution or batch"
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return " ".join(f"{place}{error.strerror or error}".split())[:500]
 
 
 def _quiet_libraries() -> None:
