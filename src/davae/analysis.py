@@ -21,10 +21,12 @@ from davae.evaluate.detail_use import UNIT_NORMAL, reconstructions
 from davae.evaluate.features import make_extractor
 from davae.evaluate.reconstruction import perceptual_distances, score_reconstructions
 from davae.losses.alignment import group_mean
-from davae.measure import batches, numbered_batches, open_autoencoder, real_pictures
+from davae.measure import open_autoencoder
 from davae.models.detail_vae import DetailVAE
 from davae.models.pipeline import ModelError
 from davae.output_files import check_figures, check_image, save_image, write_figures
+from davae.recipes.sections import Data
+from davae.train.dataset import as_data, batches, numbered_batches, real_pictures
 from davae.train.state import read_metrics
 
 SHOWN = 8  # pictures in a figure
@@ -79,7 +81,7 @@ def contact_sheet(rows: dict[str, list[Image.Image]], cell: int) -> Image.Image:
 def sensitivity(
     vae: str,
     base: str,
-    data: str,
+    data: str | Data,
     out: Path,
     *,
     num: int,
@@ -96,7 +98,7 @@ def sensitivity(
     """
     check_figure(out, "sensitivity")
     model, base_vae = open_detail_vae(vae), open_autoencoder(base)
-    pictures = real_pictures(data, int(model.config["sample_size"]), held_out, "held_out")
+    pictures = real_pictures(data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "data.json")
     perceptual, extractor = perceptual_distances(lpips, lpips_weights), make_extractor(features, feature_weights)
     shown = next(batches(pictures, SHOWN, SHOWN))
     rows, figures = {"original": to_images(shown)}, {}
@@ -104,7 +106,8 @@ def sensitivity(
         rows[name] = to_images(reconstruct(shown))
         scores = score_reconstructions(batches(pictures, num), reconstruct, perceptual, extractor)
         figures[name] = scores.as_dict() | ({"random": RANDOM[name]} if name in RANDOM else {})
-    return write_figure(out, "sensitivity", contact_sheet(rows, 128), {"vae": vae, "data": data, "rows": figures})
+    source = as_data(data).source
+    return write_figure(out, "sensitivity", contact_sheet(rows, 128), {"vae": vae, "data": source, "rows": figures})
 
 
 @torch.no_grad()
@@ -117,11 +120,11 @@ def raw_latents(vae: DetailVAE, pictures: Pictures, num: int) -> tuple[Tensor, T
     return torch.cat([part.z.cpu() for part in parts]), torch.cat([part.mean.cpu() for part in parts]), labels
 
 
-def spectra(vae: str, data: str, out: Path, *, num: int, held_out: float) -> Path:
+def spectra(vae: str, data: str | Data, out: Path, *, num: int, held_out: float) -> Path:
     """Radial spectra of z, z_d and the grouped mean of z_d (Fig. S5): power of standardised channels, absolute energy."""
     check_figure(out, "spectra")
     model = open_detail_vae(vae)
-    pictures = real_pictures(data, int(model.config["sample_size"]), held_out, "held_out")
+    pictures = real_pictures(data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "data.json")
     z, z_d, _ = raw_latents(model, pictures, num)
     groups = {"z": z, "z_d": z_d, "group mean of z_d": group_mean(z_d, z.shape[1])}
     found = {name: radial_power(latents) for name, latents in groups.items()}
@@ -134,10 +137,12 @@ def spectra(vae: str, data: str, out: Path, *, num: int, held_out: float) -> Pat
         }
         for name, s in found.items()
     }
-    return write_figure(out, "spectra", spectra_plot(found), {"vae": vae, "data": data, "groups": figures})
+    return write_figure(
+        out, "spectra", spectra_plot(found), {"vae": vae, "data": as_data(data).source, "groups": figures}
+    )
 
 
-def latents(vae: str, unaligned: str | None, data: str, out: Path, *, num: int, held_out: float) -> Path:
+def latents(vae: str, unaligned: str | None, data: str | Data, out: Path, *, num: int, held_out: float) -> Path:
     """Latent maps, class separability and a scatter by class (Fig. 3): z, aligned z_d and, from a second run, unaligned z_d.
 
     The scatter is a figure of its own, `latents-points`.
@@ -148,7 +153,7 @@ def latents(vae: str, unaligned: str | None, data: str, out: Path, *, num: int, 
     if unaligned is not None:
         models = {"aligned z_d": models["z_d"], "unaligned z_d": open_detail_vae(unaligned)}
     first = next(iter(models.values()))
-    pictures = real_pictures(data, int(first.config["sample_size"]), held_out, "held_out")
+    pictures = real_pictures(data, int(first.config["sample_size"]), held_out, "held_out", summary=out / "data.json")
     groups: dict[str, Tensor] = {}
     labels: list[int | None] = []
     for name, model in models.items():
@@ -169,10 +174,16 @@ def latents(vae: str, unaligned: str | None, data: str, out: Path, *, num: int, 
     points = {name: embed_points(group) for name, group in groups.items()}
     places = {name: np.round(found, 3).tolist() for name, found in points.items()}
     write_figure(
-        out, "latents-points", scatter_plot(points, known), {"data": data, "labels": known, "points": places}
+        out,
+        "latents-points",
+        scatter_plot(points, known),
+        {"data": as_data(data).source, "labels": known, "points": places},
     )
     return write_figure(
-        out, "latents", contact_sheet(rows, 128), {"data": data, "pictures": len(known), "rows": figures}
+        out,
+        "latents",
+        contact_sheet(rows, 128),
+        {"data": as_data(data).source, "pictures": len(known), "rows": figures},
     )
 
 

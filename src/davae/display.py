@@ -65,11 +65,11 @@ def progress_display() -> Iterator[Observer]:
         yield observe
 
 
-def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """Print a table; numbers are right-aligned, and names with brackets are no markup."""
+def table(title: str, columns: list[str], rows: list[list[Any]], right: bool = True) -> None:
+    """Print a table; `right` aligns all but the first column as numbers are, and names with brackets are no markup."""
     view = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
-        view.add_column(escape(column), justify="left" if number == 0 else "right")
+        view.add_column(escape(column), justify="right" if number and right else "left")
     for row in rows:
         view.add_row(*[escape(str(cell)) for cell in row])
     console.print(view)

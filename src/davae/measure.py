@@ -5,19 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from davae.analyze.spectra import image_spectra_plot
 from davae.data.formats import open_image
-from davae.data.pictures import DataError, Pictures, UnreadablePicture, split, spread, to_tensor
-from davae.data.sources import open_source, usable
+from davae.data.pictures import DataError, Pictures, to_tensor
 from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST, stored_gaussian
 from davae.evaluate.features import make_extractor
@@ -31,10 +29,14 @@ from davae.models.memory_budget import TILE, Halving
 from davae.models.one_frame import decode_latents, encode_mode
 from davae.models.pipeline import ModelError, default_resolution, load_pipeline
 from davae.models.placement import FULL, Placement, Precision, own_device
+from davae.models.text_encoders import pipeline_limits
 from davae.output_files import check_image, save_image
+from davae.recipes.sections import Data
 from davae.sample.generate import generate
+from davae.train.dataset import as_data, batches, real_pictures
 from davae.train.encoding import coding_bytes, images_at_a_time
 from davae.train.export import load_upgraded
+from davae.train.opened import with_counts
 from davae.zoo import SHIPPED, UPGRADES, resolve
 
 
@@ -82,52 +84,14 @@ def open_autoencoder(name: str) -> Any:
     return load_autoencoder(resolve(name)).to(own_device())
 
 
-def real_pictures(data: str, resolution: int, held_out: float, side: Literal["train", "held_out"]) -> Pictures:
-    """Pictures of a source at `resolution`: all, or one side of the split that holds out this share."""
-    source = open_source(data, resolution)
-    indices = getattr(split(source, held_out), side) if held_out else list(range(len(source)))
-    return Pictures(source, usable(source, indices, resolution), resolution)
-
-
-def batches(pictures: Pictures, num: int | None = None, size: int = 16, *, shared: bool = False) -> Iterator[Tensor]:
-    """Yield plain images, (B,3,R,R), in order, as `numbered_batches` does."""
-    return (images for _, images in numbered_batches(pictures, num, size, shared=shared))
-
-
-def numbered_batches(
-    pictures: Pictures, num: int | None = None, size: int = 16, *, shared: bool = False
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield the positions of images and the images, (B,3,R,R), in order.
-
-    An image that turns out unreadable is left out and logged: its neighbour would be measured twice. What belongs to an
-    image, such as its class, is found by its position.
-
-    Args:
-        num: only so many, spread over all.
-        shared: give each process its part.
-    """
-    indices = spread(len(pictures), num)
-    if shared:
-        indices = indices[PartialState().process_index :: PartialState().num_processes]
-    for start in range(0, len(indices), size):
-        images, positions = [], []
-        for i in indices[start : start + size]:
-            try:
-                images.append(pictures.read(i, -1)["image"])
-                positions.append(int(i))
-            except UnreadablePicture as error:
-                pictures.skip(i, error)
-        if images:
-            yield positions, torch.stack(images)
-
-
 def evaluate_reconstruction(
     vae: str,
-    data: str,
+    data: str | Data,
     resolution: int | None,
     num: int | None,
     held_out: float,
     *,
+    summary: Path | None = None,
     lpips: str | None = None,
     lpips_weights: str | None = None,
     features: str | None = None,
@@ -154,19 +118,26 @@ def evaluate_reconstruction(
     def reconstruct(images: Tensor) -> Tensor:
         return decode_latents(model, encode_mode(model, images.to(model.device, dtype)))
 
-    pictures = real_pictures(data, size, held_out, "held_out")
+    pictures = real_pictures(data, size, held_out, "held_out", summary=summary)
     chosen = images_at_a_time(batch_size, 16, model.device, lambda: coding_bytes(model, size, dtype))
     tiles = (lambda: model.enable_tiling(TILE)) if isinstance(model, DetailVAE) else None
     parts = batches(pictures, num, chosen, shared=True)
     halved = partial(Halving("reconstruction", chosen, tiles), reconstruct)
     scores = score_reconstructions(parts, halved, distances, extractor, shared=True)
     settings = {} if precision == "float32" else {"dtype": precision}
-    return {"vae": vae, "data": data, "held_out": held_out, "resolution": size, **settings, **scores.as_dict()}
+    return {
+        "vae": vae,
+        "data": as_data(data).source,
+        "held_out": held_out,
+        "resolution": size,
+        **settings,
+        **scores.as_dict(),
+    }
 
 
 def evaluate_pictures(
     generated: str,
-    data: str,
+    data: str | Data,
     resolution: int,
     *,
     num: int | None,
@@ -174,6 +145,7 @@ def evaluate_pictures(
     feature_weights: Path | None,
     patch_size: int = PATCH_SIZE,
     spectrum: Path | None = None,
+    summary: Path | None = None,
 ) -> dict[str, Any]:
     """Measure two sets of images on disk; the figures of `davae evaluate pictures`.
 
@@ -185,17 +157,21 @@ def evaluate_pictures(
     """
     if spectrum is not None:
         check_image(spectrum)
-    extractor = make_extractor(features, feature_weights)
-    stored = stored_gaussian(Path(data)) if data.endswith(".npz") and extractor.name == "fid" else None
+    extractor, real = make_extractor(features, feature_weights), as_data(data)
+    stored = stored_gaussian(Path(real.source)) if real.source.endswith(".npz") and extractor.name == "fid" else None
+    # options of captions and tables are those of the real images
+    drawn = Data(source=generated, enlarge=real.enlarge, background=real.background, max_pixels=real.max_pixels)
     sides = [
-        measure_images(batches(real_pictures(source, resolution, 0.0, "train"), num), extractor, patch_size)
-        for source in (generated, data)
+        measure_images(
+            batches(real_pictures(source, resolution, 0.0, "train", summary=path), num), extractor, patch_size
+        )
+        for source, path in ((drawn, None), (real, summary))
     ]
     reference = {} if stored is None else {"fid_reference": "mu and sigma stored in the data"}
     figures = compare_sets(*sides, extractor.name, patch_size, stored)
     if spectrum is not None:
         draw_spectra(spectrum, *sides)
-    return {"pictures": generated, "data": data, "resolution": resolution, **figures, **reference}
+    return {"pictures": generated, "data": real.source, "resolution": resolution, **figures, **reference}
 
 
 def condition_of(picture: dict[str, Any], pipeline: Any) -> str:
@@ -215,18 +191,22 @@ def draw_spectra(target: Path, generated: ImageSet, real: ImageSet) -> None:
     save_image(open_image(io.BytesIO(plot)), target)
 
 
-@cache
+_real: dict[tuple[str, int, float, str, Path | None, int], ImageSet] = {}
+
+
 def real_images(
-    data: str, size: int, held_in: float, features: str, weights: Path | None, patch_size: int = 0
+    pictures: Pictures, data: Data, held_in: float, features: str, weights: Path | None, patch_size: int = 0
 ) -> ImageSet:
     """Measure a set of real images, kept for the next model that is compared with it."""
-    pictures = real_pictures(data, size, held_in, "train")
-    return measure_images(batches(pictures), make_extractor(features, weights), patch_size)
+    key = data.model_dump_json(), pictures.resolution, held_in, features, weights, patch_size
+    if key not in _real:
+        _real[key] = measure_images(batches(pictures), make_extractor(features, weights), patch_size)
+    return _real[key]
 
 
 def evaluate_generation(
     pipeline: str,
-    data: str,
+    data: str | Data,
     *,
     num: int,
     resolution: int | None,
@@ -243,6 +223,7 @@ def evaluate_generation(
     batch_size: int = 32,
     patch_size: int = PATCH_SIZE,
     spectrum: Path | None = None,
+    summary: Path | None = None,
 ) -> dict[str, Any]:
     """Compare samples with real images of the same captions or classes; the figures of `davae evaluate generation`.
 
@@ -257,7 +238,8 @@ def evaluate_generation(
     model, _ = open_model(pipeline, placement)
     own = default_resolution(model)
     size = compare_at or resolution or own
-    pictures = real_pictures(data, size, held_in, "train")
+    limits = [] if goes_by_class(model) else with_counts(pipeline_limits(model))
+    pictures = real_pictures(data, size, held_in, "train", summary=summary, limits=limits)
     order = np.random.default_rng(seed).permutation(max(num, len(pictures)))[:num] % len(pictures)
     prompts = [condition_of(pictures[(int(i), -1)], model) for i in order]
     check_classes(model, prompts)
@@ -280,14 +262,14 @@ def evaluate_generation(
             yield torch.stack([to_tensor(sample) for sample in (enlarge(samples) if enlarge else samples)])
             on_batch(min(start + part, num), num)
 
-    real = real_images(data, size, held_in, features, feature_weights, patch_size)
+    real = real_images(pictures, as_data(data), held_in, features, feature_weights, patch_size)
     samples = measure_images(drawn(), extractor, patch_size)
     figures = compare_sets(samples, real, extractor.name, patch_size)
     if spectrum is not None:
         draw_spectra(spectrum, samples, real)
     return {
         "pipeline": pipeline,
-        "data": data,
+        "data": as_data(data).source,
         "held_in": held_in,
         "dtype": placement.precision,
         **figures,
@@ -315,7 +297,7 @@ class Candidate:
 
 
 def time_pictures(
-    candidates: Sequence[Candidate], data: str, *, steps: int, guidance: float, repeats: int = 5
+    candidates: Sequence[Candidate], data: str | Data, *, steps: int, guidance: float, repeats: int = 5
 ) -> dict[str, dict[str, float]]:
     """Tokens and median seconds of one picture by each candidate, enlarging included; they take turns.
 

@@ -47,6 +47,7 @@ def upgrade(run: Upgrade, observer: Observer) -> Path:
         check_stop("the report")
 
     with stop_on_signal(run.recipe.run.stop_signals):
+        run.check_data()
         run.run()
         page = run.out / "report.html"
         if not from_main(run.folder.done("report") and page.is_file()):
@@ -68,7 +69,7 @@ def default_prompts(run: Upgrade) -> list[str]:
     if goes_by_class(run.base):
         names = {number: name for name, number in class_names(run.base).items()}
         return [names.get(number, str(number)) for number in range(min(8, class_count(run.base)))]
-    pictures = run.training_pictures()
+    pictures = run.data.for_cache()
     return [pictures[(i, -1)]["caption"] for i in spread(len(pictures), 8)]
 
 
@@ -88,7 +89,8 @@ def report(run: Upgrade, observer: Observer) -> Path:
     speed = speed_section(run, turn, upgraded, prompts[0])
     observer(Progress("report", 3, 4, 0.0))
     records = read_metrics(run.out / "metrics.jsonl")
-    openmoji = recipe.data.source == "openmoji" or recipe.base.model == "micro"
+    sources = {recipe.stage1_data.source, recipe.stage2_data.source}
+    openmoji = "openmoji" in sources or recipe.base.model == "micro"
     content = ReportContent(
         title=f"{recipe.name}: {recipe.base.resolution} to {recipe.resolution} pixels at the same tokens",
         lead=lead(run, shipped_pipeline is not None),
@@ -138,9 +140,16 @@ def facts(run: Upgrade, upgraded: Any) -> list[tuple[str, str]]:
         ("latent", f"{side}×{side}×({layout.base_channels} + {layout.detail_channels})"),
         ("transformer", f"{count(denoiser(upgraded).parameters()) / 1e6:.2f} M parameters"),
         ("detail VAE", f"{count(upgraded.vae.parameters()) / 1e6:.2f} M parameters"),
-        ("training pictures", str(len(run.train))),
+        ("training pictures", training_images(run)),
         ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"),
     ]
+
+
+def training_images(run: Upgrade) -> str:
+    """Return how many images trained, by stage where the stages have images of their own."""
+    if run.init is not None or run.recipe.stage1_data == run.recipe.stage2_data:
+        return str(len(run.train))
+    return f"{len(run.data.stage1.train)} in stage 1, {len(run.train)} in stage 2"
 
 
 def at_a_time(run: Upgrade, what: str, vae: Any) -> Halving:
@@ -198,7 +207,8 @@ def reconstruction_section(
     run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any
 ) -> tuple[list[Column], list[dict[str, Any]]]:
     """Held-out pictures (training pictures where nothing is held out), shown and scored."""
-    dataset = run.pictures(run.opened.shown(run.recipe.report.holdout_pictures))
+    opened = run.opened if run.init is not None else run.data.stage1
+    dataset = opened.squares(opened.shown(run.recipe.report.holdout_pictures), run.recipe.run.seed)
     images = torch.stack([dataset[(i, -1)]["image"] for i in range(len(dataset))])
     methods = reconstructions(upgraded.vae, run.base.vae)
     if shipped is not None:

@@ -73,7 +73,7 @@ def _restore(module: torch.nn.Module, state: dict[str, Any], player: str) -> Non
 def _reconstructions(folder: Path, recipe: Recipe, state: dict[str, Any]) -> Preview:
     vae = DetailVAE.from_base(_base(folder, recipe).vae, recipe.detail_channels, recipe.scale, recipe.downsample)
     _restore(vae, state, "vae")
-    opened = open_pictures(recipe.data, recipe.resolution, bucket_step(recipe, base_shapes(recipe)))
+    opened = open_pictures(recipe.stage1_data, recipe.resolution, bucket_step(recipe, base_shapes(recipe)))
     pictures = opened.squares(opened.shown(PICTURES))
     images = torch.stack([pictures[(i, -1)]["image"] for i in range(len(pictures))])  # (B,3,R,R)
     with torch.no_grad():

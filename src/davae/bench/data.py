@@ -75,7 +75,9 @@ def step_speed(run: Upgrade, steps: int) -> dict[str, Any]:
     batches = Batches(
         len(task.dataset), settings.batch_size, seed=seed, start=0, stop=stop, groups=task.dataset.groups
     )
-    loader = training_loader(task.dataset, batches, num_workers=run.recipe.data.num_workers, collate_fn=task.collate)
+    loader = training_loader(
+        task.dataset, batches, num_workers=run.recipe.stage2_data.num_workers, collate_fn=task.collate
+    )
     waits, whole = [], []
     for step in range(stop):
         began = time.perf_counter()
@@ -93,7 +95,7 @@ def step_speed(run: Upgrade, steps: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "batch_size": settings.batch_size,
-        "num_workers": chosen_workers(run.recipe.data.num_workers),
+        "num_workers": chosen_workers(run.recipe.stage2_data.num_workers),
         "data_share": sum(waits) / sum(whole),
         "wait_seconds": statistics.median(waits),
         "step_seconds": statistics.median(whole),

@@ -257,7 +257,7 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
             task, rival = run.stage2_task(), run.stage2_task()
             noted = Indexed(task.dataset)
             task.dataset = cast(Any, noted)
-            opponent, pictures = plain_stage2(run, rival), run.training_pictures()
+            opponent, pictures = plain_stage2(run, rival), run.data.for_cache()
 
             def play(
                 turn: Turn, opponent: PlainStage2 = opponent, noted: Indexed = noted, pictures: Any = pictures

@@ -18,6 +18,7 @@ from davae.cli.app import app as app_verb
 from davae.cli.bench_data import cache, data_wait, growth, scale
 from davae.cli.bench_models import bench_app
 from davae.cli.convert import convert_app
+from davae.cli.data import data
 from davae.cli.evaluate import evaluate_app
 from davae.cli.export import apply, export, push
 from davae.cli.inspect import inspect
@@ -71,6 +72,7 @@ bench_app.command("data")(data_wait)
 bench_app.command()(scale)
 bench_app.command()(growth)
 app.add_typer(bench_app, name="bench")
+app.command()(data)
 app.command()(inspect)
 app.command()(reproduce)
 app.command()(export)
@@ -138,9 +140,11 @@ def _run_upgrade(
             if verb == "train-vae":
                 done = run.train_vae()
             elif verb == "cache-latents":
+                run.check_data()
                 run.train_vae()
                 done = run.cache_latents()
             elif verb == "train-dit":
+                run.check_data()
                 done = run.run()
             else:
                 done = upgrade(run, observer)

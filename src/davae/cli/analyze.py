@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from davae.cli.options import Options, chosen_data
 from davae.cli.verbs import Verbs
 
 analyze_app = Verbs(no_args_is_help=True, help="Figures of the paper for any run: a PNG and a JSON each.")
@@ -41,6 +42,7 @@ def sensitivity(
     lpips_weights: LpipsWeights = None,
     features: FeatureNetwork = "lite0",
     feature_weights: FeatureWeights = None,
+    set: Options = None,
 ) -> None:
     """Full, zeroed and random detail, decoded (Tab. S2a, S3): PSNR, SSIM, distances to the originals.
 
@@ -54,7 +56,7 @@ def sensitivity(
     done = analysis.sensitivity(
         vae,
         base,
-        data,
+        chosen_data(data, set, {}),
         out,
         num=num,
         held_out=held_out,
@@ -67,7 +69,14 @@ def sensitivity(
 
 
 @analyze_app.command()
-def spectra(vae: Vae, data: Data, out: Folder = Path("figures"), num: Num = 256, held_out: HeldOut = 0.0) -> None:
+def spectra(
+    vae: Vae,
+    data: Data,
+    out: Folder = Path("figures"),
+    num: Num = 256,
+    held_out: HeldOut = 0.0,
+    set: Options = None,
+) -> None:
     """Radial spectra of z and z_d (Fig. S5): power of standardised channels, and absolute energy.
 
     `davae analyze spectra --vae runs/micro --data openmoji --held-out 0.1`
@@ -75,7 +84,9 @@ def spectra(vae: Vae, data: Data, out: Folder = Path("figures"), num: Num = 256,
     from davae import analysis
     from davae.display import console
 
-    console.print(f"{analysis.spectra(vae, data, out, num=num, held_out=held_out)}", markup=False)
+    console.print(
+        f"{analysis.spectra(vae, chosen_data(data, set, {}), out, num=num, held_out=held_out)}", markup=False
+    )
 
 
 @analyze_app.command()
@@ -86,6 +97,7 @@ def latents(
     out: Folder = Path("figures"),
     num: Num = 1000,
     held_out: HeldOut = 0.0,
+    set: Options = None,
 ) -> None:
     """Latent maps by PCA, a linear probe, silhouettes and a scatter by class (Fig. 3).
 
@@ -94,7 +106,10 @@ def latents(
     from davae import analysis
     from davae.display import console
 
-    console.print(f"{analysis.latents(vae, unaligned, data, out, num=num, held_out=held_out)}", markup=False)
+    console.print(
+        f"{analysis.latents(vae, unaligned, chosen_data(data, set, {}), out, num=num, held_out=held_out)}",
+        markup=False,
+    )
 
 
 @analyze_app.command()

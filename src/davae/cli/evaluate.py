@@ -7,7 +7,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import BatchSize, Compile, Json, Offload, Precision, write_json
+from davae.cli.options import (
+    BatchSize,
+    CaptionColumn,
+    CaptionKey,
+    Compile,
+    Enlarge,
+    ImageColumn,
+    Json,
+    LabelColumn,
+    LabelKey,
+    Offload,
+    Options,
+    Precision,
+    chosen_data,
+    summary_path,
+    write_json,
+)
 from davae.cli.prompts import geneval, geneval_score, prompts
 from davae.cli.verbs import Verbs
 
@@ -51,6 +67,9 @@ def reconstruction(
         typer.Option(min=1, help="Images at a time; by default as many as the memory plan allows, up to 16."),
     ] = None,
     dtype: Precision = "float32",
+    image_column: ImageColumn = None,
+    enlarge: Enlarge = None,
+    set: Options = None,
     json: Json = None,
 ) -> None:
     """PSNR, SSIM, perceptual distances, and rFID with `--features`. `accelerate launch` shares the work. Example:
@@ -62,10 +81,11 @@ def reconstruction(
 
     figures = evaluate_reconstruction(
         vae,
-        data,
+        chosen_data(data, set, {"image_column": image_column, "enlarge": enlarge}),
         resolution,
         num,
         held_out,
+        summary=summary_path(json),
         lpips=lpips,
         lpips_weights=lpips_weights,
         features=features,
@@ -107,6 +127,13 @@ def generation(
     batch_size: BatchSize = 32,
     patch_size: PatchSize = 64,
     spectrum: SpectrumFile = None,
+    caption_key: CaptionKey = None,
+    caption_column: CaptionColumn = None,
+    label_key: LabelKey = None,
+    label_column: LabelColumn = None,
+    image_column: ImageColumn = None,
+    enlarge: Enlarge = None,
+    set: Options = None,
     json: Json = None,
 ) -> None:
     """Frechet and kernel distance, precision and recall against real pictures, prompted by their captions or classes.
@@ -120,10 +147,18 @@ def generation(
     from davae.models.placement import Placement
     from davae.train.loop import Progress
 
+    plain = {
+        "caption_key": caption_key,
+        "caption_column": caption_column,
+        "label_key": label_key,
+        "label_column": label_column,
+        "image_column": image_column,
+        "enlarge": enlarge,
+    }
     with progress_display() as observer:
         figures = evaluate_generation(
             pipeline,
-            data,
+            chosen_data(data, set, plain),
             num=num,
             resolution=resolution,
             compare_at=compare_at,
@@ -139,6 +174,7 @@ def generation(
             batch_size=batch_size,
             patch_size=patch_size,
             spectrum=spectrum,
+            summary=summary_path(json),
         )
     write_json(json, figures)
     console.print_json(data=figures)
@@ -154,6 +190,13 @@ def pictures(
     feature_weights: Weights = None,
     patch_size: PatchSize = 64,
     spectrum: SpectrumFile = None,
+    caption_key: CaptionKey = None,
+    caption_column: CaptionColumn = None,
+    label_key: LabelKey = None,
+    label_column: LabelColumn = None,
+    image_column: ImageColumn = None,
+    enlarge: Enlarge = None,
+    set: Options = None,
     json: Json = None,
 ) -> None:
     """Two sets of pictures on disk: Frechet and kernel distance, precision, recall, Inception score.
@@ -163,15 +206,24 @@ def pictures(
     from davae.display import console
     from davae.measure import evaluate_pictures
 
+    plain = {
+        "caption_key": caption_key,
+        "caption_column": caption_column,
+        "label_key": label_key,
+        "label_column": label_column,
+        "image_column": image_column,
+        "enlarge": enlarge,
+    }
     figures = evaluate_pictures(
         generated,
-        data,
+        chosen_data(data, set, plain),
         resolution,
         num=num,
         features=features,
         feature_weights=feature_weights,
         patch_size=patch_size,
         spectrum=spectrum,
+        summary=summary_path(json),
     )
     write_json(json, figures)
     console.print_json(data=figures)

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from davae.errors import RunError
-from davae.recipes import RecipeError, permit_commands, shipped_recipes, typed_commands
+from davae.recipes import RecipeError, load_data, permit_commands, shipped_recipes, typed_commands
+from davae.recipes.sections import Data
 
 
-def _typed_source(text: str | None) -> str | None:
+def typed_source(text: str | None) -> str | None:
     """A command that the person typed may run."""
     permit_commands([text] if text else [])
     return text
@@ -42,7 +43,7 @@ Source = Annotated[
     str | None,
     typer.Option(
         "--data",
-        callback=_typed_source,
+        callback=typed_source,
         help="A folder of pictures, a WebDataset .tar, a Hugging Face dataset id.",
     ),
 ]
@@ -89,6 +90,39 @@ def _own_figures(path: Path | None) -> Path | None:
 
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", callback=_own_figures)]
+
+
+CaptionKey = Annotated[str | None, typer.Option(help="data.caption_key: key of the .json next to an image.")]
+CaptionColumn = Annotated[str | None, typer.Option(help="data.caption_column: column of a table.")]
+LabelKey = Annotated[str | None, typer.Option(help="data.label_key: key of the .json with the class number.")]
+LabelColumn = Annotated[str | None, typer.Option(help="data.label_column: column of a table.")]
+ImageColumn = Annotated[str | None, typer.Option(help="data.image_column: column of a table.")]
+Enlarge = Annotated[
+    bool | None,
+    typer.Option(
+        "--enlarge/--no-enlarge", help="data.enlarge: prepare images as ADM does, which enlarges small ones."
+    ),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="data.x=y", callback=_typed_overrides, help="Any option of a recipe's data."),
+]
+
+
+def chosen_data(source: str, overrides: list[str] | None, plain: dict[str, Any], start: Data | None = None) -> Data:
+    """Return a section `data` from a source, `--set data.x=y` and the options that have a name of their own.
+
+    Args:
+        plain: option of `data` -> value; None leaves it as it is.
+        start: section to change; the defaults, unless given.
+    """
+    given = [f"data.{name}={json.dumps(value)}" for name, value in plain.items() if value is not None]
+    return load_data(source, [*(overrides or []), *given], start)
+
+
+def summary_path(json_path: Path | None) -> Path | None:
+    """Return where the summary of the data goes: next to the figures, `figures.data.json`."""
+    return None if json_path is None else json_path.with_suffix(".data.json")
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:

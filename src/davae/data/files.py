@@ -106,6 +106,9 @@ class TarSource:
     def size(self, index: int) -> tuple[int, int]:
         return header_size(self._image(index), self.options.max_pixels, self.options.float_pixels)
 
+    def stamp(self, index: int) -> bytes:
+        return str(self.places[index, 0, 1]).encode()
+
     def identity(self, index: int) -> bytes:
         """Size in bytes and what belongs to the image; equal to that of earlier versions where they read the same."""
         with self.sidecars.reading_once():

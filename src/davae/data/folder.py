@@ -188,6 +188,10 @@ class FolderSource:
     def _class(self, index: int) -> str | None:
         return self._class_of.get(self.names[index].rpartition("/")[0])
 
+    def stamp(self, index: int) -> bytes:
+        path = self._path(index)
+        return str(path.stat().st_size if path.is_file() else -1).encode()
+
     def identity(self, index: int) -> bytes:
         """Size in bytes and what belongs to the image; equal to that of earlier versions where they read the same."""
         path = self._path(index)

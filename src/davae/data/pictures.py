@@ -61,6 +61,10 @@ class PictureSource(Protocol):
         """What tells this picture and its captions from another version of them, without reading its pixels."""
         ...
 
+    def stamp(self, index: int) -> bytes:
+        """Return what changes when the image's file is replaced, such as its size in bytes, without opening it."""
+        ...
+
     def label(self, index: int) -> int | None: ...
 
     def caption(self, index: int, rng: np.random.Generator | None = None) -> str:

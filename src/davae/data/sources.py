@@ -6,6 +6,7 @@ import glob
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from davae.data.commands import PIPE
 from davae.data.files import TABLE_OPTIONS, FolderSource, NpzSource, TarSource
 from davae.data.formats import is_image_name
 from davae.data.matching import METADATA, is_hidden
-from davae.data.pictures import DataError, PictureSource, UnreadablePicture, counted, target_name
+from davae.data.pictures import DataError, PictureSource, counted, target_name
 from davae.data.remote import is_remote, open_remote, open_stream
 from davae.data.shard_names import expand_braces, expand_shards, is_shard, shards_in
+from davae.data.survey import Sizes, measure_sizes
 from davae.data.tables import TableSource
 
 logger = logging.getLogger(__name__)
@@ -85,63 +87,73 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
 
 @dataclass(frozen=True)
 class Survey:
-    """What the headers of a source's pictures say.
+    """Images of a source that can be used, by their headers.
 
     Attributes:
-        indices: pictures that are large enough.
-        groups: the bucket of each of them.
-        left_out: the other pictures' names, and why.
+        indices: images that can be used.
+        groups: bucket of each of them.
+        left_out: name of every other image, and why.
+        pixels: (N,2) width and height of the usable ones.
     """
 
     indices: list[int]
     groups: np.ndarray
     left_out: dict[str, str]
+    pixels: np.ndarray
 
 
 def survey(
-    source: PictureSource, indices: Sequence[int], sizes: Sequence[tuple[int, int]], enlarge: bool = False
+    source: PictureSource,
+    indices: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    enlarge: bool = False,
+    measured: Sizes | None = None,
+    strict: bool = True,
 ) -> Survey:
-    """Which pictures fill a bucket without being enlarged; the others are named in the log, counted by kind.
+    """Find the images that fill a bucket without being enlarged; log the others by name, counted by kind.
 
-    Pixels are not decoded: a picture that is damaged behind its header is found when it is read.
+    Pixels are not decoded: an image that is damaged behind its header is found when it is read.
 
     Args:
-        sizes: (width, height) of each bucket.
+        sizes: (width, height) of each bucket; none keeps images of every size.
         enlarge: keep images that are smaller than every bucket.
+        measured: sizes of the images, where they are known.
+        strict: refuse a source without a usable image.
 
     Raises:
         DataError: when none is left, naming the largest that was found.
     """
-    kept: list[int] = []
+    measured = measured or measure_sizes(source, indices)
+    kept: list[int] = []  # places
     groups: list[int] = []
     left_out: dict[str, str] = {}
     largest, small = (0, 0), 0
-    target = target_name(*sizes[0])
-    for index in indices:
-        try:
-            width, height = source.size(index)
-        except UnreadablePicture as error:
-            left_out[source.key(index)] = str(error)
+    target = target_name(*sizes[0]) if sizes else ""
+    bucket_of = lru_cache(100_000)(lambda width, height: nearest_bucket(sizes, width, height, enlarge))
+    for place, (width, height) in enumerate(measured.pixels.tolist()):
+        if place in measured.reasons:
+            left_out[source.key(indices[place])] = measured.reasons[place]
             continue
-        group = nearest_bucket(sizes, width, height, enlarge)
+        group = bucket_of(width, height) if sizes else 0
         if group is None:
             small, largest = small + 1, max(largest, (width, height), key=min)
-            left_out[source.key(index)] = f"too small: {width}x{height} is smaller than the target of {target}"
+            reason = f"too small: {width}x{height} is smaller than the target of {target}"
+            left_out[source.key(indices[place])] = reason
             continue
-        kept.append(index)
+        kept.append(place)
         groups.append(group)
     for name, reason in list(left_out.items())[:LOGGED]:
         logger.warning("left out %s: %s", name, reason)
     if left_out:
         logger.warning("%d of %d pictures can be used; %s", len(kept), len(indices), counted(left_out))
-    if left_out and small == len(indices):
+    if strict and left_out and small == len(indices):
         raise DataError(
             f"every picture is smaller than the target of {target} (the largest is {largest[0]}x{largest[1]}): davae "
             "never enlarges training data unless data.enlarge is set; use larger images or a smaller base.resolution"
         )
-    if left_out and not kept:
+    if strict and left_out and not kept:
         raise DataError(f"none of the {len(indices)} pictures can be used; {counted(left_out)}")
-    return Survey(kept, np.asarray(groups, np.int16), left_out)
+    return Survey([indices[place] for place in kept], np.asarray(groups, np.int16), left_out, measured.pixels[kept])
 
 
 def usable(source: PictureSource, indices: Sequence[int], resolution: int, enlarge: bool = False) -> list[int]:

@@ -138,6 +138,9 @@ class TableSource:
     def size(self, index: int) -> tuple[int, int]:
         return header_size(self._stream(index), self.options.max_pixels, self.options.float_pixels)
 
+    def stamp(self, index: int) -> bytes:
+        return self.identity(index)
+
     def identity(self, index: int) -> bytes:
         """Content of the whole table; for a dataset of the hub the hash that `datasets` keeps."""
         return self._content or str(self.rows._fingerprint).encode()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -11,8 +14,10 @@ from torch import nn
 
 from davae.models.calls import TEXT_CALLS
 from davae.models.families import model_class
-from davae.models.pipeline import COMPONENTS, read_config
+from davae.models.pipeline import COMPONENTS, denoiser, loading, read_config, reads_silent_t5, silent_t5
 from davae.models.stored import check_config, planned
+
+TokenCount = Callable[[list[str]], list[int]]
 
 
 @dataclass(frozen=True)
@@ -73,3 +78,62 @@ def prompt_tokens(
         return int(default.default)
     own = transformer_config.get("text_len" if class_name == "BertModel" else "text_len_t5")
     return int(own or TEXT_CALLS[transformer_class].TEXT_TOKENS)
+
+
+def token_limits(model: str, transformer_config: dict[str, Any]) -> list[tuple[str, int, TokenCount | None]]:
+    """Return the limit of every text encoder of a pipeline whose output is used.
+
+    Args:
+        model: a diffusers folder, hub id or preset.
+        transformer_config: config of its transformer.
+
+    Returns:
+        (component, tokens that it reads of a caption, captions -> tokens of each before anything is cut). The count is None
+        where the pipeline has no tokenizer for it; the tokenizer is loaded when it is first called.
+    """
+    index = read_config(model, "", "model_index.json")
+    found: list[tuple[str, int, TokenCount | None]] = []
+    for encoder in text_encoders(model, transformer_config):
+        tokenizer = encoder.component.replace("text_encoder", "tokenizer")
+        entry = index.get(tokenizer)
+        if encoder.component == "text_encoder_3" and Path(model).is_dir() and reads_silent_t5(model):
+            continue
+        known = isinstance(entry, list) and isinstance(entry[-1], str) and hasattr(transformers, entry[-1])
+        found.append((encoder.component, encoder.tokens, _counter(model, tokenizer) if known else None))
+    return found
+
+
+def pipeline_limits(pipeline: Any) -> list[tuple[str, int, TokenCount | None]]:
+    """Return the same as `token_limits` for a pipeline that is loaded; nothing for a class-conditional one."""
+    found: list[tuple[str, int, TokenCount | None]] = []
+    model = denoiser(pipeline)
+    for name, encoder in pipeline.components.items():
+        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"), None)
+        if not name.startswith("text_encoder") or encoder is None or tokenizer is None:
+            continue
+        if name == "text_encoder_3" and silent_t5(pipeline):
+            continue
+        kind, config = type(encoder).__name__, encoder.config.to_dict()
+        tokens = prompt_tokens(type(pipeline).__name__, type(model).__name__, kind, config, dict(model.config))
+        found.append((name, tokens, partial(count_tokens, tokenizer)))
+    return found
+
+
+def count_tokens(tokenizer: Any, captions: list[str]) -> list[int]:
+    """Return the tokens of each caption, special ones included, before anything is cut."""
+    return [len(tokens) for tokens in tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
+
+
+def _counter(model: str, component: str) -> TokenCount:
+    """Return a function that counts the tokens of captions, special ones included."""
+
+    @cache
+    def tokenizer() -> Any:
+        name = read_config(model, "", "model_index.json")[component][-1]
+        with loading(f"{component} of {model}"):
+            return getattr(transformers, name).from_pretrained(model, subfolder=component)
+
+    def count(captions: list[str]) -> list[int]:
+        return count_tokens(tokenizer(), captions)
+
+    return count

@@ -65,7 +65,9 @@ class Origin:
     @property
     def openmoji(self) -> bool:
         """Whether OpenMoji's artwork trained it, or its embedded base."""
-        data = self.recipe is not None and self.recipe.data.source.startswith("openmoji")
+        data = self.recipe is not None and any(
+            part.source.startswith("openmoji") for part in (self.recipe.stage1_data, self.recipe.stage2_data)
+        )
         return data or self.base == str(MODELS["micro"])
 
 

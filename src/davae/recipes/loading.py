@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from davae.errors import RecipeError
-from davae.recipes.schema import NAMED, OWN, BaseRecipe, Recipe, SuperResolutionRecipe
+from davae.recipes.schema import NAMED, OWN, BaseRecipe, DataAlone, Recipe, SuperResolutionRecipe
+from davae.recipes.sections import Data
 from davae.recipes.values import read_value, read_yaml, read_yaml_file
 
 AnyRecipe = Recipe | BaseRecipe | SuperResolutionRecipe
@@ -72,6 +73,29 @@ def validate(values: Any, name: str) -> AnyRecipe:
         return model.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"recipe {name}: {describe(error, model)}") from error
+
+
+def load_data(source: str, overrides: Iterable[str] = (), start: Data | None = None) -> Data:
+    """Return a section `data` on its own, for verbs that read images without a recipe.
+
+    Args:
+        source: its `source`.
+        overrides: `data.x=y` each.
+        start: section whose values hold where no override changes them; the defaults, unless given.
+
+    Raises:
+        RecipeError: an override of another section, an unknown option or an impossible value, by its dotted path.
+    """
+    values: dict[str, Any] = {"data": {} if start is None else start.model_dump(mode="json", exclude_defaults=True)}
+    for override in overrides:
+        if not override.strip().startswith("data."):
+            raise RecipeError(f"--set {override.partition('=')[0]}: this verb takes options of data alone, data.x=y")
+        apply_override(values, override)
+    values["data"]["source"] = source
+    try:
+        return DataAlone.model_validate(values).data
+    except ValidationError as error:
+        raise RecipeError(describe(error, DataAlone)) from error
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
@@ -153,6 +177,7 @@ RESUMABLE = (
     "stage2.validate_every",
     "stage2.validate_pictures",
     "data.num_workers",
+    "data.require_captions",
     "cache.batch_size",
     "report",
     "sampling",

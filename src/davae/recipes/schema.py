@@ -36,6 +36,12 @@ from davae.recipes.sections import (
 )
 
 
+class DataAlone(Section):
+    """The section `data` without a recipe around it."""
+
+    data: Data
+
+
 class Autoencoder(Section):
     """Sizes of a small autoencoder, trained from scratch: an AutoencoderKL, or a deep-compression AutoencoderDC."""
 
@@ -270,6 +276,16 @@ class Recipe(Section):
     def resolution(self) -> int:
         """Pixels of I_hr."""
         return self.base.resolution * self.scale
+
+    @property
+    def stage1_data(self) -> Data:
+        """Images of stage 1."""
+        return self.stage1.data or self.data
+
+    @property
+    def stage2_data(self) -> Data:
+        """Images of the latent cache and stage 2."""
+        return self.stage2.data or self.data
 
     @property
     def stage1_pixels(self) -> int:

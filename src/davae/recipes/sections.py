@@ -104,6 +104,7 @@ class Data(Section):
     label_column: Name | None = None
     split: Name = "train"  # of a table; or of train/, val/, test/ side by side in a folder
     config: Name | None = None
+    require_captions: bool = True  # a text-to-image run stops where most captions are empty or the same
     streaming: bool = False  # copy `limit` pictures, not the whole dataset
     num_workers: NonNegativeInt | None = None  # processes that read images; None: chosen from the machine's cores
     num_workers: Workers = 0
@@ -157,6 +158,7 @@ class Stage1(Reconstruction):
     lambda_align: NonNegativeFloat = 0.5
     alignment: Literal["constant", "adaptive"] = "constant"
     detail_dropout: Fraction = 0.0
+    data: Data | None = None  # images of stage 1 alone; None: the recipe's data
     start: Literal["enlarged", "unfolded"] = "enlarged"  # of the new layers; see DetailVAE.from_base
     crop: Pixels | None = None  # train on a random square of so many pixels of each picture; None: on all of it
 
@@ -184,6 +186,7 @@ class Stage2(FlowOptim):
 
     warmup_steps: NonNegativeInt = 0  # N_warm of Eq. 12
     lora: Lora | None = None  # None trains every parameter
+    data: Data | None = None  # images of the cache and stage 2 alone; None: the recipe's data
     new_weights: Literal["zero", "random"] = "zero"  # P' and O' at the start; `random` is the ablation of Fig. 4
     new_weight_lr_multiplier: PositiveFloat = 1.0  # learning rate of P' and O' relative to the rest
     min_snr_gamma: PositiveFloat | None = (

@@ -62,6 +62,8 @@ class UpgradeJob(Job):
         """Hash of what stage 1 and the cache hang on."""
         fields = {"base", "scale", "detail_channels", "downsample", "data", "stage1", "cache", "init"}
         values = self.recipe.model_dump(mode="json", exclude_defaults=True, include=fields)
+        if self.recipe.stage2.data is not None:
+            values["stage2.data"] = self.recipe.stage2.data.model_dump(mode="json", exclude_defaults=True)
         return fingerprint(values, model_digest(self.recipe.base.model), self.recipe.run.seed)
 
 

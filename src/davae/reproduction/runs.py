@@ -12,8 +12,8 @@ from davae.bench.clock import machine
 from davae.data.cache_key import fingerprint
 from davae.files import atomic_text, saving
 from davae.measure import evaluate_generation, evaluate_reconstruction
-from davae.recipes import RecipeError
-from davae.recipes.sections import Stage2
+from davae.recipes import BaseRecipe, Recipe, RecipeError
+from davae.recipes.sections import Data, Stage2
 from davae.reproduction.job import BaseJob, DrawnJob, EnlargedJob, Job, UpgradeJob
 from davae.train.base_run import BaseRun
 from davae.train.loop import Observer, Progress
@@ -77,7 +77,8 @@ def trained_stage1(job: UpgradeJob, out: Path, observer: Observer) -> Path:
     first = out / "stage1" / job.stage1_key
     if was_done(first, "cache"):  # in another precision perhaps: hashes leave `run` out
         return first
-    run = Upgrade(job.recipe.model_copy(update={"stage2": UNUSED}), first, observer)
+    unused = UNUSED.model_copy(update={"data": job.recipe.stage2.data})
+    run = Upgrade(job.recipe.model_copy(update={"stage2": unused}), first, observer)
     run.train_vae()
     run.cache_latents()
     run.folder.close()
@@ -129,10 +130,16 @@ def trained_base(job: BaseJob, first: Path, out: Path, observer: Observer) -> Pa
 def upgraded_figures(job: UpgradeJob, out: Path, observer: Observer) -> dict[str, Any]:
     """Train an upgrade, and measure it."""
     folder, first = trained_run(job, out, observer), out / "stage1" / job.stage1_key
-    generation = measured_generation(str(folder), job.measures["generation"], observer, job.recipe.resolution)
+    generation = measured_generation(
+        str(folder),
+        job.measures["generation"],
+        observer,
+        job.recipe.resolution,
+        enlarge=job.recipe.data.enlarge,
+    )
     return {
         "generation": generation | {"pipeline": OWN},
-        "reconstruction": reconstruction_once(first, job.measures["reconstruction"], job.recipe.resolution),
+        "reconstruction": reconstruction_once(first, job.measures["reconstruction"], job.recipe),
         "training": last_losses(folder, "stage2", ("loss_base", "loss_detail")),
         "recipe": job.recipe.model_dump(mode="json", exclude_defaults=True),
     }
@@ -142,7 +149,12 @@ def enlarged_figures(job: EnlargedJob, out: Path, observer: Observer) -> dict[st
     """Measure the base model's pictures, enlarged."""
     method = trained_upscaler(job, out, observer)
     figures = measured_generation(
-        str(job.recipe.base.model), job.measures["generation"], observer, job.recipe.resolution, upscale=method
+        str(job.recipe.base.model),
+        job.measures["generation"],
+        observer,
+        job.recipe.resolution,
+        upscale=method,
+        enlarge=job.recipe.data.enlarge,
     )
     return {"generation": figures | {"upscale": job.upscale}}
 
@@ -151,10 +163,16 @@ def base_figures(job: BaseJob, out: Path, observer: Observer) -> dict[str, Any]:
     """Train a transformer on plain latents, and measure it and its autoencoder."""
     first = trained_autoencoder(job, out, observer)
     folder = trained_base(job, first, out, observer)
-    generation = measured_generation(str(folder), job.measures["generation"], observer, job.recipe.resolution)
+    generation = measured_generation(
+        str(folder),
+        job.measures["generation"],
+        observer,
+        job.recipe.resolution,
+        enlarge=job.recipe.data.enlarge,
+    )
     figures = {
         "generation": generation | {"pipeline": OWN},
-        "reconstruction": reconstruction_once(first, job.measures["reconstruction"], job.recipe.resolution),
+        "reconstruction": reconstruction_once(first, job.measures["reconstruction"], job.recipe),
         "training": last_losses(folder, "dit", ("loss",)),
         "recipe": job.recipe.model_dump(mode="json", exclude_defaults=True),
     }
@@ -183,6 +201,7 @@ def measured_generation(
     observer: Observer,
     compare_at: int | None,
     *,
+    enlarge: bool = False,
     resolution: int | None = None,
     upscale: str = "bilinear",
     seed: int = 0,
@@ -190,7 +209,7 @@ def measured_generation(
     """FD or FID of samples at `compare_at` pixels, as a table says."""
     return evaluate_generation(
         pipeline,
-        chosen["data"],
+        Data(source=chosen["data"], enlarge=enlarge),
         num=chosen["num"],
         resolution=resolution,
         compare_at=compare_at,
@@ -206,11 +225,12 @@ def measured_generation(
     )
 
 
-def reconstruction_once(first: Path, settings: dict[str, Any], resolution: int) -> dict[str, Any]:
-    """Reconstruction figures of a shared autoencoder, measured once and kept beside it."""
+def reconstruction_once(first: Path, settings: dict[str, Any], recipe: Recipe | BaseRecipe) -> dict[str, Any]:
+    """Return reconstruction figures of a shared autoencoder, measured once, of images prepared as its training does."""
     path = first / f"reconstruction-{fingerprint(settings)}.json"
     if not path.is_file():
-        figures = evaluate_reconstruction(str(first / "vae"), settings["data"], resolution, settings["num"], 0.0)
+        data = Data(source=settings["data"], enlarge=recipe.data.enlarge)
+        figures = evaluate_reconstruction(str(first / "vae"), data, recipe.resolution, settings["num"], 0.0)
         atomic_text(path, json.dumps({**figures, "vae": OWN}) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
 

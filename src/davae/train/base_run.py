@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.pictures import DataError, Pictures
+from davae.data.summary import check_captions
 from davae.models.autoencoders import autoencoder_config, latent_shape, load_autoencoder, raw_statistics
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import BaseShapes
@@ -35,7 +36,7 @@ from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_le
 from davae.train.encoding import run_precision
 from davae.train.export import save_pipeline
 from davae.train.loop import Observer, Progress, Trainer, training_seed
-from davae.train.opened import OpenedData, open_pictures
+from davae.train.opened import SUMMARY, OpenedData, announce, architecture_limits, bucket_notes, open_pictures
 from davae.train.ranks import from_main, is_main, on_main
 from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.signals import check_stop, stop_on_signal
@@ -106,10 +107,27 @@ class BaseRun:
 
     @cached_property
     def opened(self) -> OpenedData:
+        """Images of the recipe, summarised; a folder in which nothing was trained then takes a corrected recipe."""
+        try:
+            return self._opened()
+        except DataError:
+            self.folder.forget()
+            raise
+
+    def _opened(self) -> OpenedData:
         recipe, step = self.recipe, None
         if isinstance(recipe.architecture, TextArchitecture):
             step = planned_shapes(recipe).vae_factor * recipe.architecture.patch_size
-        return open_pictures(recipe.data, recipe.resolution, step)
+        opened, stage = open_pictures(recipe.data, recipe.resolution, step, folder=self.out), recipe.dit
+        opened.keep(self.out)
+        summary = opened.summary(
+            architecture_limits(recipe), bucket_notes(opened, "dit", stage, recipe.cache.variants)
+        )
+        announce(summary, self.out / SUMMARY)
+        reads_text = isinstance(recipe.architecture, TextArchitecture) and recipe.cache.shards is None
+        if reads_text and recipe.data.require_captions and not from_main(is_whole(self.first / "cache")):
+            check_captions(summary)
+        return opened
 
     @cached_property
     def pictures(self) -> Pictures:

@@ -164,7 +164,7 @@ def check_shared(recipe: Recipe, folder: Path) -> None:
     changed = [
         change
         for change in differences(other, recipe, free=("num_workers",))
-        if change.partition(":")[0].partition(".")[0] in SHARED_STEPS
+        if change.partition(":")[0].partition(".")[0] in SHARED_STEPS or change.startswith("stage2.data")
     ]
     if changed:
         raise DataError(f"--stage1 {folder} was made from another autoencoder or data: {changed[0]}")

@@ -1,52 +1,66 @@
-"""A recipe's pictures, opened: source, buckets, what trains and what is held out."""
+"""A recipe's images, opened: source, buckets, what trains and what is held out, and the summary of all that."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from davae.data.buckets import bucket_sizes, group_counts
 from davae.data.cache_key import fingerprint, hash_pictures
 from davae.data.captions import SourceOptions
+from davae.data.order import Batches
 from davae.data.pictures import DataError, Pictures, PictureSource, split, spread
-from davae.data.sources import open_source, survey
-from davae.recipes import RecipeError, check_source
-from davae.recipes.sections import Data
-from davae.train.ranks import compare, ranks
+from davae.data.sources import Survey, open_source, survey
+from davae.data.summary import CLIP_AT_LEAST, EXAMPLES, Summary, TokenLimit, count_words, summarise
+from davae.data.survey import Sizes, keep_sizes, load_sizes, measure_sizes, sizes_key
+from davae.errors import ModelError, RecipeError
+from davae.files import atomic_text
+from davae.models.text_encoders import TokenCount, token_limits
+from davae.recipes import check_source
+from davae.recipes.schema import BaseRecipe, TextArchitecture
+from davae.recipes.sections import Data, Optim
+from davae.train.ranks import compare, from_main, is_main, ranks
 
 logger = logging.getLogger(__name__)
+
+SUMMARY = "data.json"  # in a run folder
 
 
 @dataclass(frozen=True)
 class OpenedData:
-    """A recipe's pictures, looked through once: which train, which are held out, which are left out and why."""
+    """A recipe's images, looked through once: which train, which are held out, which are left out and why."""
 
     source: PictureSource
     sizes: list[tuple[int, int]]  # (width, height) of the buckets; one square without them
     train: list[int]
-    groups: np.ndarray  # bucket of each training picture
+    groups: np.ndarray  # bucket of each training image
     held_out: list[int]  # those that fill the square: what is measured is square
-    left_out: dict[str, str]
-    enlarge: bool = False  # small images are enlarged, as ADM prepares them
+    data: Data
+    survey: Survey  # of training and held-out images
+    measured: Sizes
+    found: int  # images that were looked at
+    seconds: float
 
-    def squares(self, indices: Sequence[int], seed: int = 0) -> Pictures:
-        """Chosen images as squares, unaugmented options: for what is measured and shown."""
-        return Pictures(self.source, indices, self.sizes[0][0], seed=seed, enlarge=self.enlarge)
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Name of every image that cannot be used, and why."""
+        return self.survey.left_out
 
-    def shown(self, num: int) -> list[int]:
-        """Return up to `num` held-out images that fill the square, spread over all of them; training images where none is."""
-        indices = self.held_out or [
-            i
-            for i, g in zip(self.train, self.groups, strict=True)
-            if self.enlarge or fills(self.source, i, self.sizes[0], int(g))
-        ]
-        return [indices[place] for place in spread(len(indices), num)]
+    def keep(self, folder: Path) -> None:
+        """Keep the sizes in a run folder: the next start reads no header."""
+        if is_main():
+            chosen = spread(len(self.source), self.data.limit)
+            keep_sizes(folder, sizes_key(self.source, chosen, repr(source_options(self.data))), self.measured)
 
     def pictures(self, data: Data, seed: int) -> Pictures:
-        """The training pictures, in their buckets."""
+        """Return the training images, in their buckets."""
         return Pictures(
             self.source,
             self.train,
@@ -59,46 +73,130 @@ class OpenedData:
             enlarge=data.enlarge,
         )
 
+    def squares(self, indices: Sequence[int], seed: int = 0) -> Pictures:
+        """Return chosen images as squares, for what is measured and shown."""
+        return Pictures(self.source, indices, self.sizes[0][0], seed=seed, enlarge=self.data.enlarge)
+
+    def shown(self, num: int) -> list[int]:
+        """Return up to `num` held-out images that fill the square, spread over all; training images where none is."""
+        square, large = self.sizes[0], self.data.enlarge
+        indices = self.held_out or [
+            i for i, g in zip(self.train, self.groups, strict=True) if large or fills(self.source, i, square, int(g))
+        ]
+        return [indices[place] for place in spread(len(indices), num)]
+
+    def summary(
+        self,
+        limits: Sequence[TokenLimit] = (CLIP_AT_LEAST,),
+        notes: Sequence[str] = (),
+        examples: int = EXAMPLES,
+        partial: str = "",
+    ) -> Summary:
+        """Return the summary of all usable images; every process gets the first one's.
+
+        Args:
+            limits: limits of the model's text encoders; none for a model without any.
+            notes: sentences to add.
+            examples: images to describe one by one.
+            partial: what of a remote source was looked at.
+        """
+        if not is_main():
+            return from_main(None)
+        started = time.perf_counter()
+        found = summarise(
+            self.source,
+            self.data.source,
+            self.survey.indices,
+            found=self.found,
+            pixels=self.survey.pixels,
+            left_out=self.left_out,
+            buckets=group_counts(self.sizes, self.survey.groups),
+            limits=limits,
+            notes=notes,
+            examples=examples,
+            seconds=self.seconds,
+            partial=partial,
+        )
+        return from_main(replace(found, seconds=self.seconds + time.perf_counter() - started))
+
 
 def source_options(data: Data) -> SourceOptions:
     return SourceOptions(**data.model_dump(include={field.name for field in fields(SourceOptions)}))
 
 
-def open_pictures(data: Data, resolution: int, step: int | None = None) -> OpenedData:
-    """The pictures of a recipe; those that fill no bucket are left out by name.
-
-    Args:
-        step: pixels that a token spans; None where a training takes squares alone.
+def open_pictures(
+    data: Data, resolution: int | None, step: int | None = None, *, folder: Path | None = None, strict: bool = True
+) -> OpenedData:
+    """Open the images of a recipe, unless its source is a command that nobody typed; see `open_images`.
 
     Raises:
-        RecipeError: buckets where they cannot be, or a command that nobody typed.
-        DataError: nothing there, nothing left, or other images in another process of the launch.
+        RecipeError: such a command, or buckets where they cannot be.
+        DataError: nothing there, or nothing left.
     """
     check_source(data.source)
-    if data.buckets is not None and step is None:
+    return open_images(data, resolution, step, folder=folder, strict=strict)
+
+
+def open_images(
+    data: Data,
+    resolution: int | None,
+    step: int | None = None,
+    *,
+    folder: Path | None = None,
+    strict: bool = True,
+    side: Literal["both", "train", "held_out"] = "both",
+) -> OpenedData:
+    """Open the images of a source; those that fill no bucket are left out by name.
+
+    Headers are read by the first process alone; the others receive the sizes.
+
+    Args:
+        resolution: pixels of the square; None keeps images of every size.
+        step: pixels that a token spans; None where a training takes squares alone.
+        folder: run folder that may keep the sizes of an earlier start, next to the cache.
+        strict: refuse a source without a usable image.
+        side: side of the split to look at.
+
+    Raises:
+        RecipeError: buckets where they cannot be.
+        DataError: nothing there, or nothing left.
+    """
+    if data.buckets is not None and (step is None or resolution is None):
         raise RecipeError("data.buckets: this model takes square pictures only; leave it out")
-    source = open_source(data.source, resolution, source_options(data))
-    sizes = [(resolution, resolution)]
+    started = time.perf_counter()
+    source = open_source(data.source, resolution or 1, source_options(data))
+    sizes = [] if resolution is None else [(resolution, resolution)]
     if data.buckets is not None:
         assert step is not None
+        assert resolution is not None
         sizes = bucket_sizes(resolution, step, data.buckets.max_ratio, data.buckets.tokens)
     chosen = spread(len(source), data.limit)
     parts = split(source, data.holdout, chosen)
-    found = survey(source, chosen, sizes, data.enlarge)
+    chosen = chosen if side == "both" else getattr(parts, side)
+    measured = None
+    if is_main():
+        if folder is not None and any(folder.glob("survey-*.npz")):
+            measured = load_sizes(folder, sizes_key(source, chosen, repr(source_options(data))), len(chosen))
+        measured = measured or measure_sizes(source, chosen)
+    measured = from_main(measured)
+    if len(measured.pixels) != len(chosen):  # this process found other files, which the comparison below names
+        measured = measure_sizes(source, chosen)
+    found = survey(source, chosen, sizes, data.enlarge, measured, strict)
     held = set(parts.held_out)
-    trains = np.asarray([index not in held for index in found.indices])
+    trains = np.asarray([index not in held for index in found.indices], bool)
     if not trains.any():  # the only usable pictures are held out: rather train on them than fail
         trains = ~trains
         held = set()
     train = [index for index, own in zip(found.indices, trains, strict=True) if own]
     squares = [
         i
-        for i, g in zip(found.indices, found.groups, strict=True)
-        if i in held and (data.enlarge or fills(source, i, sizes[0], g))
+        for i, g, size in zip(found.indices, found.groups, found.pixels, strict=True)
+        if i in held and (data.enlarge or g == 0 or min(size) >= sizes[0][0])
     ]
-    if len(sizes) > 1:
-        logger.info("buckets: %s", group_counts(sizes, found.groups[trains]))
-    opened = OpenedData(source, sizes, train, found.groups[trains], squares, found.left_out, data.enlarge)
+    seconds = time.perf_counter() - started
+    opened = OpenedData(
+        source, sizes, train, found.groups[trains], squares, data, found, measured, len(chosen), seconds
+    )
     check_same_data(opened, data.source)
     return opened
 
@@ -138,3 +236,79 @@ def check_same_data(opened: OpenedData, name: str) -> None:
 def fills(source: PictureSource, index: int, square: tuple[int, int], group: int) -> bool:
     """Whether a usable picture is large enough for the square; one whose bucket is the square is."""
     return group == 0 or min(source.size(index)) >= square[0]
+
+
+def architecture_limits(recipe: BaseRecipe) -> list[TokenLimit]:
+    """Return the limit of a text encoder that is trained from scratch, its tokens counted as words at least."""
+    architecture = recipe.architecture
+    if not isinstance(architecture, TextArchitecture):
+        return []
+    return [TokenLimit("text_encoder", architecture.text_tokens, count_words)]
+
+
+def model_limits(model: str, transformer_config: dict[str, Any]) -> list[TokenLimit]:
+    """Return the limits of a model's text encoders; words are counted where it has no tokenizer that can be loaded."""
+    return with_counts(token_limits(model, transformer_config))
+
+
+def with_counts(limits: Sequence[tuple[str, int, TokenCount | None]]) -> list[TokenLimit]:
+    """Return limits that count words where no tokenizer is known."""
+    return [TokenLimit(name, tokens, with_words(count) if count else count_words) for name, tokens, count in limits]
+
+
+def with_words(count: Callable[[list[str]], list[int]]) -> Callable[[list[str]], list[int]]:
+    """Count tokens, or words at least where the tokenizer cannot be loaded, with one warning."""
+    missing: list[str] = []
+
+    def tokens(captions: list[str]) -> list[int]:
+        if not missing:
+            try:
+                return count(captions)
+            except ModelError as error:
+                missing.append(str(error))
+                logger.warning("captions are counted by their words, at least: %s", error)
+        return count_words(captions)
+
+    return tokens
+
+
+def announce(summary: Summary, path: Path | None) -> None:
+    """Log a summary as a table and write it as JSON, in the first process."""
+    if not is_main():
+        return
+    logger.info("data\n%s", summary.table())
+    if path is not None and not same_facts(path, summary):
+        atomic_text(path, json.dumps(summary.as_dict(), indent=1, ensure_ascii=False) + "\n")
+
+
+def same_facts(path: Path, summary: Summary) -> bool:
+    """Return whether a file holds this summary already, but for the time that it took."""
+    if not path.is_file():
+        return False
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(written, dict) and {**written, "seconds": 0} == {**summary.as_dict(), "seconds": 0}
+
+
+def bucket_notes(opened: OpenedData, stage: str, settings: Optim, variants: int = 1) -> list[str]:
+    """Return a sentence on each bucket with fewer images than a batch of a stage: how often it is drawn."""
+    if len(opened.sizes) == 1:
+        return []
+    groups = np.repeat(opened.groups, variants)
+    steps, size = settings.max_steps * settings.accumulation, settings.batch_size
+    order = Batches(len(groups), size, seed=0, start=0, stop=steps, groups=groups)
+    notes = []
+    for group, batches in order.of_buckets().items():
+        count = int((groups == group).sum())
+        if count >= size:
+            continue
+        width, height = opened.sizes[group]
+        drawn = f"{batches:,} of {steps:,} batches are of it, its images repeated within each"
+        never = f"none of the {steps:,} batches is of it; raise {stage}.max_steps or lower data.buckets.max_ratio"
+        notes.append(
+            f"{stage}: bucket {width}x{height} holds {count:,} items, fewer than a batch of {size:,}: "
+            f"{drawn if batches else never}"
+        )
+    return notes

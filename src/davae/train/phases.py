@@ -39,7 +39,7 @@ def trained_phase(name: str, sizes: Sizes, settings: Optim, step: TrainingStep, 
             bytes of an item of a batch. `extra_disk`: bytes of what the phase leaves besides checkpoints.
     """
     run, recipe = sizes.recipe.run, sizes.recipe
-    workers = recipe.data.num_workers if recipe.data.num_workers is not None else 8
+    workers = recipe.stage2_data.num_workers if recipe.stage2_data.num_workers is not None else 8
     checkpoint = 4 * counts["kept"]
     average = counts["average"] if run.ema_device == "cpu" else 0
     queue = 2 * max(1, workers) * share.images * counts["item"]

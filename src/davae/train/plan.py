@@ -225,7 +225,7 @@ def plan(recipe: Recipe) -> Plan:
         step1=first,
         step2=second,
         text=text,
-        images=count_images(recipe.data, recipe.resolution),
+        images=count_images(recipe.stage2_data, recipe.resolution),
         transformer=whole,
         trained=trained_dit,
         base_vae=base_vae,
@@ -248,7 +248,7 @@ def plan(recipe: Recipe) -> Plan:
     notes += text_note
     if not sizes.images.counted:
         notes.append(
-            f"{sizes.images.count:,} images assumed, as {recipe.data.source} is not here (data.limit sets them)"
+            f"{sizes.images.count:,} images assumed, as {recipe.stage2_data.source} is not here (data.limit sets them)"
         )
     if recipe.hardware is not None:
         notes.append(

@@ -30,6 +30,7 @@ from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
 
 if TYPE_CHECKING:
+    from davae.train.opened import OpenedData
     from davae.train.upgrade import Upgrade
 
 SHOWN = 8  # pictures in a grid
@@ -56,19 +57,19 @@ def write_grid(rows: list[list[Image.Image]], path: Path) -> None:
         sheet.save(partial)
 
 
-def plain_pictures(run: Upgrade, count: int) -> dict[str, Any]:
+def plain_pictures(run: Upgrade, opened: OpenedData, count: int) -> dict[str, Any]:
     """Return held-out images (training images where nothing is held out) that fill the square, plain, as one batch.
 
     Raises:
         RecipeError: there are none.
     """
-    chosen = run.opened.shown(count)
+    chosen = opened.shown(count)
     if not chosen:
         raise RecipeError(
             f"run.sample_every and stage2.validate_every show square pictures, and none fills {run.recipe.resolution} x "
             f"{run.recipe.resolution} pixels; set both to 0, or give larger pictures"
         )
-    pictures = run.pictures(chosen)
+    pictures = opened.squares(chosen, run.recipe.run.seed)
     return collate([pictures[(place, -1)] for place in range(len(pictures))])
 
 
@@ -77,7 +78,7 @@ def stage1_pictures(run: Upgrade, task: Stage1Task) -> list[Periodic]:
     every = run.recipe.run.sample_every
     if not every:
         return []
-    images = plain_pictures(run, SHOWN)["images"].to(run.accelerator.device)
+    images = plain_pictures(run, run.data.stage1, SHOWN)["images"].to(run.accelerator.device)
     size = shown_at_a_time(run)
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
     recipe, periodic = run.recipe, []
     if not (recipe.stage2.validate_every or recipe.run.sample_every):
         return []
-    held_out = plain_pictures(run, recipe.stage2.validate_pictures)
+    held_out = plain_pictures(run, run.opened, recipe.stage2.validate_pictures)
     prompts: list[Any] = list(recipe.sampling.prompts)[:SHOWN]
     conditioning = copy.copy(task.conditioning)
     if run.family.condition == "text":

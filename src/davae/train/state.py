@@ -87,6 +87,12 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
+    def forget(self) -> None:
+        """Close the folder; without its recipe where nothing was trained, so that a corrected recipe may take it."""
+        if is_main() and not (self.path / "metrics.jsonl").is_file() and not any(self.path.glob("checkpoints/*")):
+            (self.path / "recipe.yaml").unlink(missing_ok=True)
+        self.close()
+
     def done(self, step: str) -> bool:
         """Whether a step of the run finished with the step count the recipe asks for."""
         file = marker(self.path, step)

@@ -18,7 +18,7 @@ from davae.models.resample import downsample
 from davae.recipes.schema import SuperResolution, SuperResolutionRecipe
 from davae.train.draws import Draws
 from davae.train.loop import Observer, Player, Trainer, training_seed
-from davae.train.opened import open_pictures
+from davae.train.opened import SUMMARY, announce, open_pictures
 from davae.train.ranks import on_main
 from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.state import RunFolder
@@ -77,7 +77,10 @@ def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: O
     folder = RunFolder(out, recipe)
     target = out / WEIGHTS
     if not (folder.done("network") and target.is_file()):
-        pictures = open_pictures(recipe.data, recipe.resolution).pictures(recipe.data, recipe.run.seed)
+        opened = open_pictures(recipe.data, recipe.resolution, folder=out)
+        opened.keep(out)
+        announce(opened.summary(()), out / SUMMARY)
+        pictures = opened.pictures(recipe.data, recipe.run.seed)
         seed_initial_weights(training_seed(recipe.network, recipe.run))
         network = build_network(recipe.network, recipe.scale)
         task = SuperResolutionTask(recipe, network, pictures, accelerator.device)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.cache_key import Key, fingerprint
-from davae.data.pictures import Pictures
-from davae.errors import RunError
+from davae.errors import DataError, RunError
 from davae.files import model_folder
 from davae.models.autoencoders import load_detail_vae
 from davae.models.detail_vae import DetailVAE
@@ -34,7 +33,7 @@ from davae.ownership import check_run
 from davae.recipes import Recipe, RecipeError
 from davae.train.base_run import train_base
 from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_left_out
-from davae.train.checks import base_objective, base_shapes, bucket_step, check_init, check_recipe, check_shared
+from davae.train.checks import base_objective, base_shapes, check_init, check_recipe, check_shared
 from davae.train.conditioning import EmbeddedInStep, conditioning
 from davae.train.encoding import run_precision
 from davae.train.export import (
@@ -48,13 +47,14 @@ from davae.train.export import (
 from davae.train.loading import one_at_a_time
 from davae.train.locking import changing, hold_for_reading
 from davae.train.loop import Observer, Progress, Trainer, training_seed
-from davae.train.opened import open_pictures
+from davae.train.opened import OpenedData
 from davae.train.progress import stage1_pictures, stage2_pictures
 from davae.train.ranks import from_main, is_main, on_main
 from davae.train.setup import make_accelerator, seed_initial_weights
 from davae.train.signals import check_stop, stop_on_signal
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
+from davae.train.stage_data import StageData
 from davae.train.state import RunFolder, changed_inputs, set_aside, was_done
 from davae.zoo import resolve, resolve_upgrade
 
@@ -89,34 +89,44 @@ class Upgrade:
         self.family = transformer_family(self.shapes.transformer_class)
         self.layout = check_recipe(recipe, self.shapes)
         self.objective = base_objective(recipe, self.shapes)
-        self.opened = open_pictures(recipe.data, recipe.resolution, bucket_step(recipe, self.shapes))
-        self.train, self.held_out = self.opened.train, self.opened.held_out
-        self.init = None if recipe.init is None else resolve_upgrade(recipe.init)
         check_init(recipe, self.shapes)  # before any work
         self.recipe, self.out = recipe, out
+        self.data = StageData(recipe, self.shapes, self.model, out)
+        if recipe.stage2.data is None:
+            self.opened  # noqa: B018  # a fault in it is found before the folder is made
+        self.init = None if recipe.init is None else resolve_upgrade(recipe.init)
         self.observer: Observer = observer if is_main() else lambda progress: None
         if stage1 is not None:
             check_shared(recipe, stage1)
         self.shared = hold_for_reading(stage1) if stage1 is not None and is_main() else None
         self.folder = RunFolder(out, recipe)
-        self.skipped = dict(self.opened.left_out)  # pictures that cannot be used, and why; more are met while reading
+        if recipe.stage2.data is None:
+            self.data.summary  # noqa: B018
+
+    @property
+    def opened(self) -> OpenedData:
+        """Images of the latent cache and stage 2."""
+        return self.data.stage2
+
+    @property
+    def train(self) -> list[int]:
+        """Images that stage 2 trains on."""
+        return self.opened.train
+
+    @property
+    def held_out(self) -> list[int]:
+        """Images that stage 2 does not train on and that fill the square."""
+        return self.opened.held_out
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Images of stage 2 that cannot be used, and why."""
+        return self.data.skipped
 
     @cached_property
     def base(self) -> Any:
         """The whole pretrained pipeline in the run's precision, in main memory: for images. Training loads what it needs."""
         return load_pipeline(self.model, run_precision(self.recipe.run))
-
-    def pictures(self, indices: list[int]) -> Pictures:
-        """Chosen pictures as squares, for what is measured and shown."""
-        pictures = self.opened.squares(indices, self.recipe.run.seed)
-        pictures.skipped = self.skipped
-        return pictures
-
-    def training_pictures(self) -> Pictures:
-        """The training set, in its buckets."""
-        pictures = self.opened.pictures(self.recipe.data, self.recipe.run.seed)
-        pictures.skipped = self.skipped
-        return pictures
 
     # -- base --------------------------------------------------------------------------------------------------
 
@@ -150,7 +160,7 @@ class Upgrade:
             trainer = Trainer(
                 task, self.recipe.run, self.folder, self.accelerator, self.observer, stage1_pictures(self, task)
             )
-            trainer.fit(self.recipe.data.num_workers)
+            trainer.fit(self.recipe.stage1_data.num_workers)
             trainer.use_average()
             trained = trainer.whole_state("vae")
             trainer.release()
@@ -179,7 +189,7 @@ class Upgrade:
         """Stage 1 at its first step."""
         recipe = self.recipe
         seed_initial_weights(training_seed(recipe.stage1, recipe.run))
-        return Stage1Task(recipe.stage1, self.new_vae(), self.training_pictures(), self.accelerator.device)
+        return Stage1Task(recipe.stage1, self.new_vae(), self.data.for_stage1(), self.accelerator.device)
 
     def vae(self) -> DetailVAE:
         return load_detail_vae(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
@@ -192,7 +202,7 @@ class Upgrade:
         return cache_key(
             vae,
             self.opened,
-            recipe.data,
+            recipe.stage2_data,
             recipe.cache,
             resolution=recipe.resolution,
             seed=recipe.run.seed,
@@ -253,12 +263,12 @@ class Upgrade:
     def _cache_pictures(self, vae: DetailVAE, folder: Path, key: Key) -> None:
         cache_pictures(
             folder,
-            self.training_pictures(),
+            self.data.for_cache(),
             vae,
             key=key,
             cache=self.recipe.cache,
             precision=run_precision(self.recipe.run),
-            num_workers=self.recipe.data.num_workers,
+            num_workers=self.recipe.stage2_data.num_workers,
             accelerator=self.accelerator,
             watch=self._watch,
             embed=self.embedder() if self.family.condition == "text" and self.recipe.cache.text == "stored" else None,
@@ -361,7 +371,7 @@ class Upgrade:
             trainer = Trainer(
                 task, recipe.run, self.folder, self.accelerator, self.observer, stage2_pictures(self, task)
             )
-            trainer.fit(recipe.data.num_workers)
+            trainer.fit(recipe.stage2_data.num_workers)
             trainer.use_average()
             state = trainer.whole_state("transformer")
             tensors = {name: state[name] for name in task.players["transformer"].trained}
@@ -382,6 +392,20 @@ class Upgrade:
             on_main(export)
             self.folder.mark_done("stage2")
         return target
+
+    def check_data(self) -> None:
+        """Refuse images that the steps ahead cannot learn from, before anything is trained.
+
+        Raises:
+            DataError: captions that are mostly empty or the same; the folder then takes a corrected recipe.
+        """
+        if from_main(self.folder.done("cache")):
+            return
+        try:
+            self.data.check_captions()
+        except DataError:
+            self.folder.forget()
+            raise
 
     def run(self) -> Path:
         """Every step in order."""

@@ -1,0 +1,321 @@
+"""Summary of a data source: what was found, what trains, and what is not used and why."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from davae.data.findings import Tally
+from davae.data.pictures import DataError, PictureSource, by_kind, spread
+
+READ = 100_000  # captions and classes that a summary reads; of a larger set it reads this many, spread over all
+NAMED = 3  # names shown of each reason
+EXAMPLES = 20
+CLIP_TOKENS = 77
+WORD = re.compile(r"[^\W\d_]+|\d|[^\s\w]+|_")  # each is at least one of CLIP's tokens
+MARGIN = 4  # tokens that a tokenizer may add to those that stand for characters
+
+
+@dataclass(frozen=True)
+class TokenLimit:
+    """Limit of one text encoder.
+
+    Attributes:
+        name: its component in the pipeline.
+        tokens: tokens that it reads of a caption, special ones included.
+        count: captions -> tokens of each before anything is cut.
+    """
+
+    name: str
+    tokens: int
+    count: Callable[[list[str]], list[int]]
+
+
+def count_words(captions: list[str]) -> list[int]:
+    """Return how many of CLIP's tokens each caption has at least: its words, digits and marks, and two special ones."""
+    return [len(WORD.findall(caption)) + 2 for caption in captions]
+
+
+CLIP_AT_LEAST = TokenLimit("CLIP", CLIP_TOKENS, count_words)  # where no model is known
+
+
+@dataclass
+class CaptionFacts:
+    """Counts over the captions that were read."""
+
+    present: int = 0
+    empty: int = 0
+    distinct: int = 0
+    cut: int = 0  # by one text encoder or more
+    cut_by: dict[str, dict[str, int]] = field(default_factory=dict)  # encoder -> tokens, captions
+    longest: int = 0  # characters
+    longest_name: str = ""
+    commonest: str = ""
+    commonest_count: int = 0
+
+
+def read_captions(source: PictureSource, indices: Sequence[int], limits: Sequence[TokenLimit]) -> CaptionFacts:
+    """Count captions: distinct ones by a hash, cut ones by each tokenizer. Memory is 8 bytes a distinct caption."""
+    facts = CaptionFacts(cut_by={limit.name: {"tokens": limit.tokens, "captions": 0} for limit in limits})
+    seen: Counter[bytes] = Counter()
+    first: dict[bytes, int] = {}
+    for index in indices:
+        text = source.caption(index).strip()
+        if not text:
+            facts.empty += 1
+            continue
+        facts.present += 1
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        seen[digest] += 1
+        first.setdefault(digest, index)
+        if len(text) > facts.longest:
+            facts.longest, facts.longest_name = len(text), source.key(index)
+        # a token stands for one byte or more: most captions need no tokenizer
+        long = [limit for limit in limits if len(text.encode("utf-8", "replace")) + MARGIN > limit.tokens]
+        over = [limit for limit in long if limit.count([text])[0] > limit.tokens]
+        for limit in over:
+            facts.cut_by[limit.name]["captions"] += 1
+        facts.cut += bool(over)
+    facts.distinct = len(seen)
+    if seen:
+        digest, facts.commonest_count = seen.most_common(1)[0]
+        facts.commonest = source.caption(first[digest]).strip()
+    return facts
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Facts about a source as training takes it; `as_dict` is the content of `data.json`.
+
+    Attributes:
+        found: images in the source, or the part that data.limit chooses.
+        images: those that can be used; captions, classes and sizes are theirs.
+        read: images whose caption and class were read: all, or a part spread over a very large set.
+        sizes: smallest, median, largest -> (width, height).
+        buckets: `1024x1024` -> images.
+        left_out: reason -> names.
+        partial: what of a remote source was looked at; empty where all was.
+    """
+
+    source: str
+    layout: str
+    captions_from: str
+    found: int
+    images: int
+    read: int
+    captions: CaptionFacts
+    classes: dict[str, int]
+    sizes: dict[str, tuple[int, int]]
+    buckets: dict[str, int]
+    left_out: dict[str, list[str]]
+    unused: dict[str, Tally]
+    duplicates: dict[str, Tally]
+    encodings: dict[str, list[str]]
+    notes: tuple[str, ...]
+    examples: list[dict[str, Any]]
+    seconds: float
+    partial: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values under the keys that DESIGN 10 names, and more."""
+        captions = asdict(self.captions)
+        return {
+            "source": self.source,
+            "layout": self.layout,
+            "images": self.images,
+            "images_found": self.found,
+            "captions": self.captions.present,
+            "captions_distinct": self.captions.distinct,
+            "captions_empty": self.captions.empty,
+            "captions_cut": self.captions.cut,
+            "captions_cut_by": self.captions.cut_by,
+            "captions_from": self.captions_from,
+            "captions_read": self.read,
+            "caption_longest": {"characters": self.captions.longest, "name": self.captions.longest_name},
+            "caption_commonest": {"caption": captions["commonest"], "images": captions["commonest_count"]},
+            "classes": self.classes,
+            "sizes": {name: list(size) for name, size in self.sizes.items()},
+            "buckets": self.buckets,
+            "left_out": {reason: len(names) for reason, names in self.left_out.items()},
+            "left_out_first": {reason: names[:NAMED] for reason, names in self.left_out.items()},
+            "duplicates": sum(tally.count for tally in self.duplicates.values()),
+            "duplicates_by_kind": _counts(self.duplicates),
+            "unused": _counts(self.unused),
+            "encodings": {how: len(names) for how, names in self.encodings.items()},
+            "encodings_first": {how: names[:NAMED] for how, names in self.encodings.items()},
+            "notes": list(self.notes),
+            "partial": self.partial,
+            "examples": self.examples,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def line(self) -> str:
+        """Return '4,812 images, 4,790 captions (4,655 distinct, 31 cut at 77 tokens), 22 without'."""
+        facts = self.captions
+        parts = [f"{facts.distinct:,} distinct"]
+        cuts: dict[int, int] = {}
+        for limit in facts.cut_by.values():
+            cuts[limit["tokens"]] = max(cuts.get(limit["tokens"], 0), limit["captions"])
+        parts += [f"{count:,} cut at {tokens} tokens" for tokens, count in sorted(cuts.items()) if count]
+        captions = f"{facts.present:,} captions ({', '.join(parts)}), {facts.empty:,} without"
+        if self.read < self.images:
+            captions = f"of {self.read:,} read: {captions}"
+        return f"{self.images:,} images, {captions}"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the table: what, and its value in words."""
+        rows = [
+            ("source", f"{self.source} ({self.layout})"),
+            ("images", self.line()),
+            ("captions from", self.captions_from),
+        ]
+        if self.captions.longest:
+            rows.append(("longest caption", f"{self.captions.longest:,} characters ({self.captions.longest_name})"))
+        if self.classes:
+            shown = ", ".join(f"{name} {count:,}" for name, count in islice(self.classes.items(), 8))
+            rows.append(("classes", f"{len(self.classes):,}: {shown}{', ...' if len(self.classes) > 8 else ''}"))
+        if self.sizes:
+            rows.append(("sizes", ", ".join(f"{name} {w}x{h}" for name, (w, h) in self.sizes.items())))
+        if len(self.buckets) > 1:
+            rows.append(("buckets", ", ".join(f"{name} {count:,}" for name, count in self.buckets.items())))
+        for reason, names in self.left_out.items():
+            rows.append((f"left out: {reason}", _named(len(names), names)))
+        for title, tallies in (("duplicates", self.duplicates), ("not used", self.unused)):
+            rows += [(f"{title}: {kind}", _named(tally.count, tally.names)) for kind, tally in tallies.items()]
+        rows += [(f"text: {how}", _named(len(names), names)) for how, names in self.encodings.items()]
+        rows += [("note", note) for note in self.notes]
+        if self.partial:
+            rows.append(("looked at", self.partial))
+        return [*rows, ("time", f"{self.seconds:.1f} s")]
+
+    def table(self) -> str:
+        """Return `rows` as aligned lines."""
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _counts(tallies: Mapping[str, Tally]) -> dict[str, int]:
+    return {kind: tally.count for kind, tally in tallies.items()}
+
+
+def _named(count: int, names: Sequence[str]) -> str:
+    """Return '12 (a.jpg, b.jpg, c.jpg, ...)'."""
+    return f"{count:,} ({', '.join(names[:NAMED])}{', ...' if count > NAMED else ''})"
+
+
+def summarise(
+    source: PictureSource,
+    name: str,
+    usable: Sequence[int],
+    *,
+    found: int,
+    pixels: np.ndarray,
+    left_out: dict[str, str],
+    buckets: dict[str, int],
+    limits: Sequence[TokenLimit] = (CLIP_AT_LEAST,),
+    notes: Sequence[str] = (),
+    examples: int = EXAMPLES,
+    seconds: float = 0.0,
+    partial: str = "",
+) -> Summary:
+    """Read captions and classes of a source and put all facts together.
+
+    Args:
+        source, name: the source and what `data.source` calls it.
+        usable: images that can be used.
+        found: images that were looked at.
+        pixels: (N,2) width and height of the usable ones.
+        left_out: name of every other image -> why.
+        buckets: bucket -> images.
+        limits: limits of the model's text encoders; CLIP's where no model is known.
+        notes: sentences of the caller.
+        examples: images to describe one by one.
+        seconds: time that was spent before.
+        partial: what of a remote source was looked at.
+    """
+    read = [usable[place] for place in spread(len(usable), READ)]
+    labels = Counter(source.label(index) for index in read)
+    captions = read_captions(source, read, limits)
+    findings = source.findings
+    encodings: dict[str, list[str]] = {}
+    for file, how in findings.encodings.items():
+        encodings.setdefault(how, []).append(file)
+    too_long = [f"{file}: a caption of {length:,} characters is cut" for file, length in findings.cut.items()]
+    return Summary(
+        source=name,
+        layout=findings.layout,
+        captions_from=findings.captions_from,
+        found=found,
+        images=len(usable),
+        read=len(read),
+        captions=captions,
+        classes={class_name(source, label): labels[label] for label in sorted(n for n in labels if n is not None)},
+        sizes=size_facts(pixels),
+        buckets=buckets,
+        left_out=by_kind(left_out),
+        unused=dict(findings.unused),
+        duplicates=dict(findings.duplicates),
+        encodings=encodings,
+        notes=(*findings.notes, *too_long[:NAMED], *notes),
+        examples=[example(source, index, size) for index, size in islice(zip(usable, pixels, strict=True), examples)],
+        seconds=seconds,
+        partial=partial,
+    )
+
+
+def class_name(source: PictureSource, label: int) -> str:
+    """Return the name of a class, its number where the source has no names."""
+    names = source.findings.class_names
+    return names[label] if 0 <= label < len(names) else str(label)
+
+
+def example(source: PictureSource, index: int, size: Sequence[int]) -> dict[str, Any]:
+    """Describe one image; `file` is where `davae data --show` writes it."""
+    label = source.label(index)
+    named = label is not None and label < len(source.findings.class_names)
+    return {
+        "name": source.key(index),
+        "caption": source.caption(index),
+        "class": class_name(source, label) if named and label is not None else label,
+        "label": label,
+        "width": int(size[0]),
+        "height": int(size[1]),
+        "file": None,
+    }
+
+
+def size_facts(pixels: np.ndarray) -> dict[str, tuple[int, int]]:
+    """Return smallest, median and largest (width, height), by number of pixels."""
+    if not len(pixels):
+        return {}
+    order = np.argsort(pixels[:, 0].astype(np.int64) * pixels[:, 1], kind="stable")
+    places = {"smallest": order[0], "median": order[(len(order) - 1) // 2], "largest": order[-1]}
+    return {name: (int(pixels[place, 0]), int(pixels[place, 1])) for name, place in places.items()}
+
+
+def check_captions(summary: Summary) -> None:
+    """Refuse a text-to-image run in which most captions are empty or the same.
+
+    Raises:
+        DataError: naming what was found and how to give the caption.
+    """
+    facts, read = summary.captions, summary.read
+    found = ""
+    if 2 * facts.empty > read:
+        found = f"{facts.empty:,} of {read:,} images have no caption"
+    elif read > 1 and 2 * facts.commonest_count > read:
+        found = f"{facts.commonest_count:,} of {read:,} captions are the same, {facts.commonest[:60]!r}"
+    if found:
+        raise DataError(
+            f"data.source {summary.source}: {found} (captions from: {summary.captions_from}); put a .txt with the name of "
+            "the image next to each, or name the caption by data.caption_key (a key of the .json) or data.caption_column "
+            "(a column of the table); data.require_captions=false trains as it is"
+        )

@@ -1,0 +1,82 @@
+"""Sizes of a source's images: read from their headers once, kept in a file, never read again while nothing changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from davae.data.pictures import PictureSource, UnreadablePicture
+from davae.errors import RunError
+from davae.files import atomic_file
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of chosen images, as decoding gives them.
+
+    Attributes:
+        pixels: (N,2) int32, (width, height) of each; 0 where its header cannot be read.
+        reasons: place -> why it cannot be used.
+    """
+
+    pixels: np.ndarray
+    reasons: dict[int, str]
+
+
+def measure_sizes(source: PictureSource, indices: Sequence[int]) -> Sizes:
+    """Read the header of each chosen image. Pixels are not decoded."""
+    pixels = np.zeros((len(indices), 2), np.int32)
+    reasons: dict[int, str] = {}
+    for place, index in enumerate(indices):
+        try:
+            pixels[place] = source.size(index)
+        except UnreadablePicture as error:
+            reasons[place] = str(error)
+    return Sizes(pixels, reasons)
+
+
+def sizes_key(source: PictureSource, indices: Sequence[int], options: str) -> str:
+    """Return a hash of the names and the bytes of the chosen images' files, and of the options that refuse some."""
+    digest = hashlib.sha256(f"{FORMAT} {options}".encode())
+    for index in indices:
+        digest.update(source.key(index).encode("utf-8", "surrogateescape") + b"\0" + source.stamp(index) + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def load_sizes(folder: Path, key: str, count: int) -> Sizes | None:
+    """Return the sizes that a folder keeps under a key; None where it has none, with a warning where they are damaged."""
+    path = folder / f"survey-{key}.npz"
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as file:
+            pixels, reasons = file["pixels"], json.loads(file["reasons"].tobytes())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logger.warning("%s cannot be read (%s): the sizes are measured again", path, error)
+        return None
+    found = Sizes(pixels, {int(place): reason for place, reason in reasons.items()})
+    return found if pixels.shape == (count, 2) else None
+
+
+def keep_sizes(folder: Path, key: str, sizes: Sizes) -> None:
+    """Write sizes for the next start, unless they are there. A folder that cannot be written costs a warning, not the run."""
+    path = folder / f"survey-{key}.npz"
+    if path.is_file():
+        return
+    text = np.frombuffer(json.dumps(sizes.reasons).encode(), np.uint8)
+    try:
+        with atomic_file(path) as partial, partial.open("wb") as stream:
+            np.savez(stream, pixels=sizes.pixels, reasons=text)
+    except RunError as error:
+        logger.warning("%s; the next start measures the sizes again", error)
