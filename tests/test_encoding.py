@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_autoencoder
+from PIL import Image
 from torch import Tensor
 
 from davae import DetailVAE
+from davae.data.cache import CachedLatents, seal
+from davae.data.cache_writer import write_latents
+from davae.data.pictures import Pictures
+from davae.data.sources import open_source
 from davae.models.autoencoders import encode_raw
 from davae.recipes import differences, load_recipe
 from davae.train.conditioning import EmbeddedInStep
@@ -122,3 +127,43 @@ def test_processes_of_a_machine_load_one_after_another(tmp_path: Path, monkeypat
             FileLock(lock, timeout=0.01, is_singleton=False).acquire()
     FileLock(lock, timeout=0.01, is_singleton=False).acquire()
     assert os.path.exists(lock)
+
+
+def test_an_interrupted_cache_goes_on_with_another_batch_size(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for number in range(70):
+        Image.new("RGB", (16, 16), (3 * number, 0, 0)).save(tmp_path / f"{number:02d}.png")
+    pictures = Pictures(open_source(str(tmp_path), 16), range(70), 16)
+    calls: list[int] = []
+
+    def write(name: str, batch: int, *, stop: int = 10**6) -> dict[str, bytes]:
+        def encode(batch: Tensor) -> Tensor:
+            calls.append(len(batch))
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return batch[:, :, ::4, ::4].mean(dim=(2, 3), keepdim=True)
+
+        calls.clear()
+        options: dict[str, Any] = {"key": {"data": "d"}, "variants": 2, "dtype": "float32"}
+        seal(tmp_path / name, write_latents(tmp_path / name, pictures, encode, batch_size=batch, **options))
+        return {path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())}
+
+    whole = write("whole", 5)
+    with pytest.raises(KeyboardInterrupt):
+        write("parts", 5, stop=12)
+    parts = write("parts", 3)
+    assert parts.keys() == whole.keys()
+    first, second = CachedLatents(tmp_path / "whole"), CachedLatents(tmp_path / "parts")
+    assert all((first[(item, 0)][0] == second[(item, 0)][0]).all() for item in range(140))
+    assert first.meta.mean == pytest.approx(second.meta.mean, rel=1e-12)
+    assert max(calls) == 3
+    assert sum(calls) < 140, "whole shards were kept"
+    old = tmp_path / "old"
+    with pytest.raises(KeyboardInterrupt):
+        write("old", 5, stop=12)
+    (old / "shards.json").unlink()  # as an earlier version leaves it
+    found = write("old", 3)
+    assert "cache.batch_size changed" in caplog.text
+    assert len(CachedLatents(old)) == 140
+    assert {name for name in found if name.startswith("latents")} != {
+        name for name in whole if name.startswith("latents")
+    }

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from davae.analyze.spectra import image_spectra_plot
 from davae.data.formats import open_image
@@ -106,7 +106,7 @@ def evaluate_reconstruction(
         precision: of the autoencoder.
     """
     dtype = getattr(torch, precision)
-    model = open_autoencoder(vae).to(dtype)
+    model = nn.Module.to(open_autoencoder(vae), dtype)
     own = model.config.get("sample_size")  # some classes have none
     if resolution is None and own is None:
         raise ModelError(f"{vae}: an {type(model).__name__} does not say its size; give --resolution")

@@ -19,10 +19,10 @@ from davae.data.cache_writer import (
     merge_index,
     merged_meta,
     save_latents,
-    shard_rows,
     write_text,
 )
 from davae.data.order import Batches, training_loader
+from davae.data.shard_plan import shard_rows
 
 SHAPE = (4, 4, 4)  # (c,h,w) of a latent; float16: 128 bytes
 DTYPE = "float16"

@@ -28,11 +28,11 @@ from davae.data.caption_table import CaptionTable, pack, write_table
 from davae.data.finite import ALWAYS, LATENT, NOT_FINITE, check_many, is_finished, lost_captions, stored
 from davae.data.order import chosen_workers
 from davae.data.pictures import DataError, Pictures, UnreadablePicture, collate
+from davae.data.shard_plan import begun_with, shard_rows
 from davae.data.text_rows import packed
 from davae.files import require_space
 
 Watch = Callable[[int, int], None]
-SHARD_ROWS = 1024  # at most: 256 MiB of SD3.5's latents at 1K, what an interruption can cost
 TEXT_BYTES = 1 << 28  # of one shard of text embeddings
 
 
@@ -65,12 +65,6 @@ class ChannelStatistics:
 
 
 # -- latents ---------------------------------------------------------------------------------------------------------
-
-
-def shard_rows(total: int, batch_size: int) -> int:
-    """Rows of a shard: 64 shards or so, of whole batches, each of 16 to SHARD_ROWS rows. Processes do not count."""
-    rows = min(SHARD_ROWS, max(16, -(-total // 64)))
-    return -(-rows // batch_size) * batch_size
 
 
 def save_latents(
@@ -160,9 +154,11 @@ def write_latents(
     team, pictures = team or Team(), pictures.enumerating()
     prepare(folder, key, team)
     members = {int(g): np.flatnonzero(pictures.groups == g) for g in np.unique(pictures.groups)}
+    first = variants * len(next(iter(members.values()), ()))
+    unit = begun_with(folder, batch_size, first, variants, team)
     plans: list[tuple[int, int, range]] = []  # bucket, number, which of its items
     for group, own in members.items():
-        rows = shard_rows(len(own) * variants, batch_size)
+        rows = shard_rows(len(own) * variants, unit)
         starts = range(0, len(own) * variants, rows)
         plans += [(group, n, range(s, min(s + rows, len(own) * variants))) for n, s in enumerate(starts)]
     if team.main:

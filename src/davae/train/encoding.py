@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from davae.models.autoencoders import encode_raw, latent_shape
 from davae.models.memory_budget import TILE, Halving, free_bytes, largest_batch
@@ -71,7 +71,7 @@ class Encoder:
         self, vae: Any, precision: torch.dtype, at_most: int, what: str = "latent cache", *, smaller: int = 1
     ):
         self.vae, self.precision, self.at_most, self.smaller = vae, precision, at_most, smaller
-        self.own = vae if precision == torch.float32 else copy.deepcopy(vae).to(precision)
+        self.own = vae if precision == torch.float32 else nn.Module.to(copy.deepcopy(vae), precision)
         self.halving = Halving(what, at_most, self._tile if hasattr(vae, "enable_tiling") else None)
         self._planned: set[tuple[int, ...]] = set()
 
