@@ -145,6 +145,20 @@ def test_the_line_and_the_contract(tmp_path: Path) -> None:
     )
 
 
+def test_images_with_a_damaged_caption_or_class_are_left_out_by_name(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "set", {"0": "one", "1": "two", "2": "three", "3": "", "4": "five"})
+    (folder / "1.cls").write_bytes(b"cat")
+    (folder / "3.txt").unlink(missing_ok=True)
+    (folder / "3.json").write_bytes(b'{"caption": "a')
+    (folder / "4.json").write_bytes(b'{"caption": "a"}')
+    (folder / "4.txt").unlink()
+    (folder / "0.cls").write_bytes(b"7")
+    values = look_at(Data(source=str(folder)), 8).as_dict()
+    assert values["left_out"] == {"damaged caption": 1, "damaged class": 1}
+    assert (values["images"], values["captions"], values["captions_empty"], values["classes"]) == (3, 3, 0, {"7": 1})
+    assert [entry["caption"] for entry in values["examples"]] == ["one", "three", "a"]
+
+
 def test_a_very_large_set_is_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from davae.data import summary as module
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from davae.data.findings import Tally
 from davae.data.pictures import DataError, PictureSource, by_kind, spread
+from davae.errors import UnreadableImage
 
 READ = 100_000  # captions and classes that a summary reads; of a larger set it reads this many, spread over all
 NAMED = 3  # names shown of each reason
@@ -59,6 +60,7 @@ class CaptionFacts:
     longest_name: str = ""
     commonest: str = ""
     commonest_count: int = 0
+    damaged: dict[int, str] = field(default_factory=dict)  # image whose caption cannot be read -> why
 
 
 def read_captions(source: PictureSource, indices: Sequence[int], limits: Sequence[TokenLimit]) -> CaptionFacts:
@@ -67,7 +69,11 @@ def read_captions(source: PictureSource, indices: Sequence[int], limits: Sequenc
     seen: Counter[bytes] = Counter()
     first: dict[bytes, int] = {}
     for index in indices:
-        text = source.caption(index).strip()
+        try:
+            text = source.caption(index).strip()
+        except UnreadableImage as error:
+            facts.damaged[index] = str(error)
+            continue
         if not text:
             facts.empty += 1
             continue
@@ -242,8 +248,15 @@ def summarise(
         partial: what of a remote source was looked at.
     """
     read = [usable[place] for place in spread(len(usable), READ)]
-    labels = Counter(source.label(index) for index in read)
-    captions = read_captions(source, read, limits)
+    label_of, damaged = read_labels(source, read)
+    captions = read_captions(source, list(label_of), limits)
+    damaged |= captions.damaged
+    labels = Counter(label for index, label in label_of.items() if index not in damaged)
+    if damaged:  # training leaves these images out, too
+        left_out = {**left_out, **{source.key(index): why for index, why in damaged.items()}}
+        kept = [place for place, index in enumerate(usable) if index not in damaged]
+        usable, pixels = [usable[place] for place in kept], pixels[kept]
+        read = [index for index in read if index not in damaged]
     findings = source.findings
     encodings: dict[str, list[str]] = {}
     for file, how in findings.encodings.items():
@@ -269,6 +282,18 @@ def summarise(
         seconds=seconds,
         partial=partial,
     )
+
+
+def read_labels(source: PictureSource, indices: Sequence[int]) -> tuple[dict[int, int | None], dict[int, str]]:
+    """Return the class of each image, and of the images whose class cannot be read why."""
+    labels: dict[int, int | None] = {}
+    damaged: dict[int, str] = {}
+    for index in indices:
+        try:
+            labels[index] = source.label(index)
+        except UnreadableImage as error:
+            damaged[index] = str(error)
+    return labels, damaged
 
 
 def class_name(source: PictureSource, label: int) -> str:
