@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -168,3 +170,14 @@ def test_a_helper_multiplies_where_it_gains_as_much_on_both() -> None:
     alone = {"native": spread([8.0]), "upgraded": spread([2.0])}
     assert multiplies(alone, {"native": spread([4.0]), "upgraded": spread([1.0])}) == 1.0
     assert multiplies(alone, {"native": spread([4.0]), "upgraded": spread([2.0])}) == 0.5
+
+
+def test_throughput_counts_images_of_whole_batches(tiny_base: Path):
+    from davae.bench.throughput import bench_throughput
+    from davae.models.pipeline import load_pipeline
+
+    pipeline = load_pipeline(str(tiny_base), torch.bfloat16)
+    found = bench_throughput(pipeline, "a red square", resolution=16, batch=3, steps=1, guidance=2.0, repeats=2)
+    assert found["images_per_second"] == pytest.approx(3 / found["batch_seconds"]["median"])
+    assert (found["batch"], found["dtype"], found["batch_seconds"]["repeats"]) == (3, "bfloat16", 2)
+    assert found["tokens"] == 16
