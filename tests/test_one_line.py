@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from davae import cli
+from davae.conversion import convert_lora
+from davae.convert import tiny_autoencoder
+from davae.data.latent_shards import read_statistics
+from davae.errors import DataError, ModelError
 
 
 @pytest.mark.parametrize(
@@ -40,3 +47,19 @@ def test_a_fault_of_davae_stays_a_traceback(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "argv", ["davae", "recipes"])
     with pytest.raises(TypeError):
         cli.main()
+
+
+def test_files_of_another_kind_are_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file({"x": torch.ones(2)}, file)
+    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(DataError, match="no plain tensors named mean and std"):
+        read_statistics(tmp_path / "cut.safetensors", 2)
+    for weights in ({"x": torch.ones(2)}, {}, {"1.bias": torch.ones(2)}):
+        with pytest.raises(ModelError, match="does not fit a tiny autoencoder"):
+            tiny_autoencoder(weights, {"0.weight": torch.ones(1)})
+    (tmp_path / "model").mkdir()
+    for index in ("{}", '{"_class_name": "X"}', '{"_class_name": "FluxPipeline", "transformer": ["diffusers"]}'):
+        (tmp_path / "model" / "model_index.json").write_text(index)
+        with pytest.raises(ModelError):
+            convert_lora(file, str(tmp_path / "model"), tmp_path / "out.safetensors")

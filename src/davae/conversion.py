@@ -23,8 +23,8 @@ from davae.files import model_folder, save_tensors
 from davae.models.autoencoders import load_autoencoder
 from davae.models.families import model_class, transformer_family
 from davae.models.lora import widen_lora
-from davae.models.pipeline import ModelError, read_config
-from davae.models.stored import check_config, planned
+from davae.models.pipeline import ModelError, class_name, read_config
+from davae.models.stored import check_config, loading, planned
 from davae.output_files import check_tensors
 from davae.ownership import check_out
 from davae.recipes.values import read_yaml_file
@@ -139,12 +139,13 @@ def convert_lora(file: Path, upgraded: str, out: Path) -> Path:
     """
     check_tensors(out, (file,))
     index = read_config(upgraded, "", "model_index.json")
-    kind = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][1]
+    kind = class_name(index.get("_class_name", "DiffusionPipeline"))
     part = next((part for part in ("transformer", "unet") if part in index), None)
     if part is None:
         raise ModelError(f"model {upgraded} ({kind}) has no transformer or unet")
-    model = model_class(index[part][1])
-    transformer_family(index[part][1])
+    with loading(f"model {upgraded}"):
+        model = model_class(index[part][1])
+        transformer_family(index[part][1])
     config = read_config(upgraded, part)
     check_config(config, f"{part} of model {upgraded}")
     with planned(f"{part} of model {upgraded}"):  # shapes alone

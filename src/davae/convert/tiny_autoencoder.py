@@ -8,6 +8,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from davae.convert.checkpoints import load_strictly
+from davae.errors import ModelError
 from davae.models.pooled_tiny import PooledAutoencoderTiny
 
 
@@ -20,8 +21,13 @@ def tiny_autoencoder(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> 
     Raises:
         ModelError: keys or shapes that do not fit, named.
     """
-    numbers = [int(name.partition(".")[0]) for name in encoder]
-    channels = len(encoder[f"{max(numbers)}.weight"])
+    odd = next((name for name in (*encoder, *decoder) if not name.partition(".")[0].isdecimal()), None)
+    last = max((int(name.partition(".")[0]) for name in encoder), default=0) if odd is None else 0
+    if odd is not None or f"{last}.weight" not in encoder or max(map(len, (*encoder, *decoder))) > 200:
+        raise ModelError(
+            f"'{str(odd or f'{last}.weight')[:80]}' does not fit a tiny autoencoder; its layers are numbered"
+        )
+    channels = len(encoder[f"{last}.weight"])
     pooled = len({name.partition(".")[0] for name in encoder if ".pool." in name})
     options: dict[str, Any] = {"latent_channels": channels}
     model = PooledAutoencoderTiny(pooled_blocks=pooled, **options) if pooled else AutoencoderTiny(**options)

@@ -33,7 +33,7 @@ def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
         mean, std = (values[name].flatten().float() for name in ("mean", "std"))
     except (
         *(pickle.UnpicklingError, LookupError, TypeError, AttributeError, RuntimeError),
-        *(EOFError, OSError, ValueError, AssertionError),
+        *(EOFError, OSError, ValueError, AssertionError, SafetensorError),
     ) as error:
         reason = " ".join(str(error).split())[:160]
         raise DataError(f"{path} holds no plain tensors named mean and std: {reason}") from error
