@@ -395,3 +395,77 @@ def test_a_summary_is_logged_once_and_rewritten_only_when_it_changes(
     picture(5, 12, 12).save(folder / "1.png")
     announce(look_at(Data(source=str(folder)), 8), file)
     assert json.loads(file.read_text())["images"] == 2
+
+
+# -- a download folder as people have it -----------------------------------------------------------------------------
+
+
+def messy(folder: Path) -> Path:
+    """Twenty faults in one folder."""
+    folder.mkdir()
+
+    def put(name: str, seed: int, text: bytes | None = None, size: tuple[int, int] = (20, 20)) -> None:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture(seed, *size).save(target)
+        if text is not None:
+            target.with_suffix(".txt").write_bytes(text)
+
+    put("a.jpg", 1, b"a red square")
+    put("b.jpg", 2, b"\xef\xbb\xbfa blue square")  # a byte order mark
+    put("c.jpg", 3, "ein grünes Bild".encode("utf-16"))
+    put("d.jpg", 4, "café".encode("cp1252"))
+    put("e.png", 5, b"a red square")  # the same caption again
+    put("f.png", 6, b"")
+    put("g.png", 7)  # no caption
+    put("h.webp", 8, b"word " * 90)  # too long for CLIP
+    put("2.image.png", 9)
+    (folder / "2.caption.txt").write_text("a paired caption")
+    picture(10, 20, 20).save(folder / "i.jfif", "JPEG")
+    (folder / "i.TXT").write_text("upper case")
+    put("small.png", 11, b"small", (4, 4))
+    put(".ipynb_checkpoints/a.jpg", 12)
+    for name, data in {"empty.jpg": b"", "page.jpg": b"<html>", "._a.jpg": b"\0\5\x16\7", "film.mp4": b"x",
+                       "art.psd": b"8BPS", "notes.pdf": b"%PDF", "Thumbs.db": b"x"}.items():  # fmt: skip
+        (folder / name).write_bytes(data)
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    return folder
+
+
+def test_a_messy_download_folder(tmp_path: Path) -> None:
+    found = look_at(Data(source=str(messy(tmp_path / "messy"))), 16)
+    values = found.as_dict()
+    assert found.line() == "10 images, 8 captions (7 distinct, 1 cut at 77 tokens), 2 without"
+    expected = {
+        "images": 10,
+        "images_found": 14,
+        "captions": 8,
+        "captions_distinct": 7,
+        "captions_empty": 2,
+        "captions_cut": 1,
+        "captions_from": ".txt",
+        "classes": {},
+        "left_out": {"empty file": 1, "missing file": 1, "not a picture": 1, "too small": 1},
+        "duplicates": 0,
+        "encodings_first": {"cp1252": ["d.txt"]},
+        "unused": {
+            "hidden file": 2,
+            "hidden or thumbnail folder": 1,
+            ".psd (not an image that davae reads)": 1,
+            ".mp4": 1,
+            ".pdf": 1,
+        },
+    }
+    assert {name: values[name] for name in expected} == expected
+    assert {entry["name"]: entry["caption"] for entry in values["examples"]} == {
+        "a.jpg": "a red square",
+        "b.jpg": "a blue square",
+        "c.jpg": "ein grünes Bild",
+        "d.jpg": "café",
+        "e.png": "a red square",
+        "f.png": "",
+        "g.png": "",
+        "h.webp": ("word " * 90).strip(),
+        "2.image.png": "a paired caption",
+        "i.jfif": "upper case",
+    }
