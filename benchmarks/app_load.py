@@ -4,7 +4,7 @@
 
 Starts `davae app` with the embedded model on this machine alone, as a user would. Each client sends its requests one after
 another, hostile ones mixed in; a visitor asks for the page once a second. Then images are drawn, some to warm up and
-the rest between two readings of the resident memory. An attack survives where its answer is 200 or holds the victim's words.
+the rest between two readings of the resident memory. An attack gets through where its answer is 200 or holds the victim's words.
 Writes docs/results/security/app.json.
 """
 
@@ -184,7 +184,7 @@ def work(
             with lock:
                 seconds.append(time.perf_counter() - started)
                 counts[kind]["attempts"] += 1
-                counts[kind]["failed" if kind == "honest" else "survived"] += not good
+                counts[kind]["failed" if kind == "honest" else "got_through"] += not good
 
 
 def draw(client: httpx.Client, index: int, steps: int, seed: int) -> None:
@@ -232,7 +232,7 @@ def load(served: Page, clients: int, requests: int) -> tuple[dict[str, Any], dic
         "seconds": round(taken, 1),
         "honest": {"attempts": honest["attempts"], "failed": honest["failed"]},
         "visitor": {"visits": len(waits), "longest_seconds": round(max(waits, default=0.0), 2)},
-    }, {kind: {"attempts": count["attempts"], "survived": count["survived"]} for kind, count in counts.items()}
+    }, {kind: {"attempts": count["attempts"], "got_through": count["got_through"]} for kind, count in counts.items()}
 
 
 def memory(served: Page, images: int, warm: int, steps: int) -> dict[str, Any]:
