@@ -4,7 +4,8 @@
 
 Starts `davae app` with the embedded model on this machine alone, as a user would. Each client sends its requests one after
 another, hostile ones mixed in; a visitor asks for the page once a second. Then images are drawn, some to warm up and
-the rest between two readings of the resident memory. An attack gets through where its answer is 200 or holds the victim's words.
+the rest between two readings of the resident memory. An attack gets through where its answer is 200 or holds the
+victim's words.
 Writes docs/results/security/app.json.
 """
 
