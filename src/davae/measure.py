@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from davae.analyze.spectra import image_spectra_plot
 from davae.data.formats import open_image
@@ -106,7 +106,7 @@ def evaluate_reconstruction(
         precision: of the autoencoder.
     """
     dtype = getattr(torch, precision)
-    model = nn.Module.to(open_autoencoder(vae), dtype)
+    model: Any = open_autoencoder(vae).to(dtype)
     own = model.config.get("sample_size")  # some classes have none
     if resolution is None and own is None:
         raise ModelError(f"{vae}: an {type(model).__name__} does not say its size; give --resolution")
@@ -161,16 +161,16 @@ def evaluate_pictures(
     stored = stored_gaussian(Path(real.source)) if real.source.endswith(".npz") and extractor.name == "fid" else None
     # options of captions and tables are those of the real images
     drawn = Data(source=generated, enlarge=real.enlarge, background=real.background, max_pixels=real.max_pixels)
-    sides = [
+    samples, originals = (
         measure_images(
             batches(real_pictures(source, resolution, 0.0, "train", summary=path), num), extractor, patch_size
         )
         for source, path in ((drawn, None), (real, summary))
-    ]
+    )
     reference = {} if stored is None else {"fid_reference": "mu and sigma stored in the data"}
-    figures = compare_sets(*sides, extractor.name, patch_size, stored)
+    figures = compare_sets(samples, originals, extractor.name, patch_size, stored)
     if spectrum is not None:
-        draw_spectra(spectrum, *sides)
+        draw_spectra(spectrum, samples, originals)
     return {"pictures": generated, "data": real.source, "resolution": resolution, **figures, **reference}
 
 

@@ -221,7 +221,7 @@ def seal(folder: Path, meta: CacheMeta, team: Team | None = None) -> CacheMeta:
 class ShardReader:
     """Rows of tensors that are cut into shards; a shard is mapped when it is first asked for."""
 
-    opens: ClassVar[Callable[[Path], Any]] = Shard
+    opens: ClassVar[Any] = Shard
 
     def __init__(self, folder: Path, shards: Sequence[tuple[str, int]]):
         self.folder, self.files = folder, [name for name, _ in shards]

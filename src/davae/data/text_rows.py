@@ -49,7 +49,7 @@ def kept_values(values: np.ndarray, dtype: str) -> tuple[np.ndarray, list[str | 
             finite = np.isfinite(values).reshape(len(values), -1).all(1)
             large = finite & (np.abs(values).reshape(len(values), -1).max(1) > BEYOND)
         if large[:1].any() or large.sum() > max(1, ALLOWED * len(values)):
-            faults = [None if fine else "NaN or infinity" for fine in finite]
+            faults = [None if fine else "NaN or infinity" for fine in finite.reshape(-1)]
             return bits_of(values), faults
     return stored(values, dtype)
 
@@ -70,7 +70,7 @@ def packed(parts: Sequence[np.ndarray], dtype: str) -> tuple[dict[str, np.ndarra
         name = f"part_{number}"
         values, faults = kept_values(whole, dtype)
         bad |= {row for row, fault in enumerate(faults) if fault is not None}
-        rows: Sequence[np.ndarray] = values
+        rows: Sequence[np.ndarray] = list(values)
         if values.ndim > 2 and len(values):
             lengths = lengths_of(values)
             if lengths.sum() < WORTH * values.shape[0] * values.shape[1]:

@@ -35,7 +35,7 @@ def pipeline_entries(
         vae.bn = norm
         entries["batch_norm_eps"] = EPSILON
     if family.video:
-        vae.temperal_downsample = [False] * int(math.log2(spatial_factor))  # their number gives the factor
+        cast(Any, vae).temperal_downsample = [False] * int(math.log2(spatial_factor))  # their number gives the factor
         entries["temperal_downsample"] = vae.temperal_downsample
         entries |= {"z_dim": channels, "latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
     return entries

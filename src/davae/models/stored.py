@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -351,7 +351,9 @@ def load_component(model: str, part: str, kind: Any, dtype: torch.dtype, what: s
     options: dict[str, Any] = {"subfolder": part} if part else {}
     options["dtype" if issubclass(kind, transformers.PreTrainedModel) else "torch_dtype"] = dtype
     with loading(what), bounded(bound, what):
-        loaded, info = kind.from_pretrained(model, use_safetensors=True, output_loading_info=True, **options)
+        loaded, info = cast(Any, kind).from_pretrained(
+            model, use_safetensors=True, output_loading_info=True, **options
+        )
     check_whole(info, what)
     check_finite(loaded, what)
     return loaded.eval()

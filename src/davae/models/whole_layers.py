@@ -72,13 +72,14 @@ def decoder_layers(decoder: Any, **options: Any) -> list[Layer]:
     if isinstance(decoder, DecoderTiny):
         return [lambda x: torch.tanh(x / 3) * 3, *decoder.layers, lambda x: x.mul(2).sub(1)]
     if isinstance(decoder, autoencoder_dc.Decoder):
-        return [
+        layers: list[Any] = [
             lambda x: _with_repeated(decoder, x),
             *reversed(decoder.up_blocks),
             lambda x: decoder.norm_out(x.movedim(1, -1)).movedim(-1, 1),
             decoder.conv_act,
             decoder.conv_out,
         ]
+        return layers
     if isinstance(decoder, VIDEO_DECODERS):
         blocks = [_Called(block, options) for block in decoder.up_blocks] if options else [*decoder.up_blocks]
         end = [decoder.norm_out, decoder.nonlinearity, decoder.conv_out]

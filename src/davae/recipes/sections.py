@@ -106,8 +106,7 @@ class Data(Section):
     config: Name | None = None
     require_captions: bool = True  # a text-to-image run stops where most captions are empty or the same
     streaming: bool = False  # copy `limit` pictures, not the whole dataset
-    num_workers: NonNegativeInt | None = None  # processes that read images; None: chosen from the machine's cores
-    num_workers: Workers = 0
+    num_workers: Workers | None = None  # processes that read images; None: chosen from the machine's cores
 
     @model_validator(mode="after")
     def _options_fit(self) -> Data:

@@ -71,7 +71,7 @@ class Encoder:
         self, vae: Any, precision: torch.dtype, at_most: int, what: str = "latent cache", *, smaller: int = 1
     ):
         self.vae, self.precision, self.at_most, self.smaller = vae, precision, at_most, smaller
-        self.own = vae if precision == torch.float32 else nn.Module.to(copy.deepcopy(vae), precision)
+        self.own: Any = vae if precision == torch.float32 else nn.Module.to(copy.deepcopy(vae), precision)
         self.halving = Halving(what, at_most, self._tile if hasattr(vae, "enable_tiling") else None)
         self._planned: set[tuple[int, ...]] = set()
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -95,7 +95,7 @@ def peak_memory(device: torch.device) -> float:
     except ImportError:  # Windows
         import psutil
 
-        return psutil.Process().memory_info().peak_wset / 2**30
+        return cast(Any, psutil.Process().memory_info()).peak_wset / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
