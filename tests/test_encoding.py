@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from davae import DetailVAE
-from davae.data.cache import CachedLatents, seal
+from davae.data.cache import CachedLatents, Team, seal
 from davae.data.cache_writer import write_latents
 from davae.data.pictures import Pictures
+from davae.data.shard_plan import FLIPS, begun_with
 from davae.data.sources import open_source
 from davae.models.autoencoders import encode_raw
 from davae.recipes import differences, load_recipe
@@ -127,6 +129,22 @@ def test_processes_of_a_machine_load_one_after_another(tmp_path: Path, monkeypat
             FileLock(lock, timeout=0.01, is_singleton=False).acquire()
     FileLock(lock, timeout=0.01, is_singleton=False).acquire()
     assert os.path.exists(lock)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_an_interrupted_cache_of_drawn_flips_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, flip: bool
+):
+    """One cache holds one rule of flips: shards that an earlier version began, which drew them, are not kept."""
+    shard = tmp_path / "latents-0000-00000.safetensors"
+    for known in ({"batch_size": 5}, {"batch_size": 5, "flips": "drawn"}, {"batch_size": 5, "flips": FLIPS}):
+        caplog.clear()
+        shard.write_bytes(b"")
+        (tmp_path / "shards.json").write_text(json.dumps(known))
+        kept = not flip or known.get("flips") == FLIPS
+        assert begun_with(tmp_path, 7, 70, 2, Team(), flip=flip) == (5 if kept else 7)
+        assert shard.exists() == kept
+        assert ("by another rule" in caplog.text) == (not kept)
 
 
 def test_an_interrupted_cache_goes_on_with_another_batch_size(tmp_path: Path, caplog: pytest.LogCaptureFixture):

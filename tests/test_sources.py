@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -307,3 +308,21 @@ def test_limits_of_pixels_and_crops(tmp_path: Path) -> None:
 def test_data_options_that_cannot_be(data: dict, message: str, tiny_base: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         validate({**tiny_upgrade_recipe(tiny_base, tiny_base), "data": data}, "x")
+
+
+def test_a_small_image_of_a_shard_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PNG's metadata lie at both ends: two reads of a file that fits into them cost more than the file."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 8)).save(buffer, "PNG")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, size in (("small.png", 40_000), ("large.png", 1 << 20)):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            archive.addfile(member, io.BytesIO(buffer.getvalue().ljust(size, b"\0")))
+    source = open_source(str(tmp_path / "a.tar"), 8)
+    read: list[int] = []
+    monkeypatch.setattr(os, "pread", lambda f, n, at, real=os.pread: read.append(len(d := real(f, n, at))) or d)
+    assert (source.size(0), sum(read)) == ((9, 8), 40_000)
+    read.clear()
+    assert source.size(1) == (9, 8)
+    assert sum(read) < 1 << 18

@@ -154,6 +154,10 @@ def test_images_with_a_damaged_caption_or_class_are_left_out_by_name(tmp_path: P
     (folder / "4.txt").unlink()
     (folder / "0.cls").write_bytes(b"7")
     values = look_at(Data(source=str(folder)), 8).as_dict()
+    for resolution in (8, None):  # what is shown leaves out the same images
+        shown = look_at(Data(source=str(folder)), resolution, show=9, out=tmp_path / f"shown{resolution}").as_dict()
+        assert shown["left_out"] == values["left_out"]
+        assert [entry["caption"] for entry in shown["examples"]] == ["one", "three", "a"]
     assert values["left_out"] == {"damaged caption": 1, "damaged class": 1}
     assert (values["images"], values["captions"], values["captions_empty"], values["classes"]) == (3, 3, 0, {"7": 1})
     assert [entry["caption"] for entry in values["examples"]] == ["one", "three", "a"]

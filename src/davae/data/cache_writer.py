@@ -155,7 +155,7 @@ def write_latents(
     prepare(folder, key, team)
     members = {int(g): np.flatnonzero(pictures.groups == g) for g in np.unique(pictures.groups)}
     first = variants * len(next(iter(members.values()), ()))
-    unit = begun_with(folder, batch_size, first, variants, team)
+    unit = begun_with(folder, batch_size, first, variants, team, flip=pictures.flip)
     plans: list[tuple[int, int, range]] = []  # bucket, number, which of its items
     for group, own in members.items():
         rows = shard_rows(len(own) * variants, unit)

@@ -27,6 +27,7 @@ __all__ = ["TABLE_OPTIONS", "FolderSource", "NpzSource", "TarSource", "index_tar
 
 MEMBER = 1 << 31  # bytes of a member that are read at most
 PREFIX = 1 << 15  # bytes that are read at a time while a header is looked for
+SMALL = 2 * PREFIX  # bytes of a file that is read whole: a PNG's metadata at both ends takes two reads
 
 
 class TarSource:
@@ -90,7 +91,7 @@ class TarSource:
         """Return the image as a file that reads only what is asked for."""
         offset, size = (int(value) for value in self.places[index, 0])
         shard = int(self.shard_of[index])
-        if (shard, offset) in self._sparse or size <= PREFIX:
+        if (shard, offset) in self._sparse or size <= SMALL:
             return io.BytesIO(self.sidecar(index, "picture") or b"")
         return io.BufferedReader(_Part(self._descriptor(shard), offset, size), PREFIX)
 

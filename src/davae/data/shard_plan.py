@@ -12,7 +12,8 @@ from davae.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-FILE = "shards.json"  # the batch size that a cache was begun with
+FILE = "shards.json"  # the batch size that a cache was begun with, and its rule of flips
+FLIPS = "enumerated"  # every other variant is mirrored; earlier versions drew the flip of each
 SHARD_ROWS = 1024  # at most: 256 MiB of SD3.5's latents at 1K, what an interruption can cost
 
 
@@ -22,20 +23,23 @@ def shard_rows(total: int, batch_size: int) -> int:
     return -(-rows // batch_size) * batch_size
 
 
-def begun_with(folder: Path, batch_size: int, first: int, variants: int, team: Team) -> int:
+def begun_with(folder: Path, batch_size: int, first: int, variants: int, team: Team, *, flip: bool = False) -> int:
     """Return the batch size that a cache's shards were cut by: its own when it goes on, `batch_size` when it begins.
 
     An interrupted cache of an earlier davae does not hold it. Its shards are made again where they cannot have been cut
-    by `batch_size`.
+    by `batch_size`, or where they are mirrored by another rule: one cache holds one rule.
 
     Args:
         first: items of the first bucket, variants counted.
         variants: of each image.
+        flip: whether images are mirrored.
 
     Raises:
         DataError: the file that holds it is damaged.
     """
     path = folder / FILE
+    if team.main and flip:
+        _same_flips(folder, path)
     if team.main and not path.is_file():
         shards = sorted(folder.glob("latents-*.safetensors"))
         if shards and not _cut_by(shards[0], min(first, shard_rows(first, batch_size)), variants):
@@ -44,12 +48,27 @@ def begun_with(folder: Path, batch_size: int, first: int, variants: int, team: T
             )
             for shard in shards:
                 shard.unlink()
-        replace_json(path, {"batch_size": batch_size})
+        replace_json(path, {"batch_size": batch_size, "flips": FLIPS})
     team.wait()
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["batch_size"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"cache file {path} is damaged; {REMEDY}") from error
+
+
+def _same_flips(folder: Path, path: Path) -> None:
+    """Remove the shards of an earlier version, which drew the flip of each image."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")).get("flips") if path.is_file() else None
+    except (ValueError, AttributeError):
+        return  # damaged, which is an error in `begun_with`
+    shards = sorted(folder.glob("latents-*.safetensors"))
+    if known == FLIPS or not shards:
+        return
+    logger.warning("cache %s is made again: an earlier version began it and mirrors images by another rule", folder)
+    for shard in shards:
+        shard.unlink()
+    path.unlink(missing_ok=True)
 
 
 def _cut_by(path: Path, rows: int, variants: int) -> bool:

@@ -147,6 +147,7 @@ def prepared(
                 item = pictures.read(place, place)
                 yield place, to_images(item["image"][None])[0], item["caption"]
                 continue
+            opened.source.label(index)  # a damaged class leaves its image out
             rng = np.random.default_rng((seed, place))
             image, caption = opened.source.load(index, rng)
             mirrored = data.flip and rng.random() < 0.5

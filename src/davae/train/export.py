@@ -22,9 +22,10 @@ from davae.models.classes import label_names
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK, expand_transformer, latent_channels
 from davae.models.families import model_class, transformer_family
-from davae.models.pipeline import ModelError, denoiser
+from davae.models.pipeline import ModelError, denoiser, load_pipeline
 from davae.models.stored import planned
 from davae.reading import parse_json
+from davae.recipes import Recipe
 from davae.recipes.sections import Lora
 from davae.train.stage2 import choose_trainable
 
@@ -265,6 +266,30 @@ def save_pipeline(pipeline: Any, path: Path) -> None:
     """Write a diffusers folder that appears only once it is whole."""
     with model_folder(path) as partial:
         pipeline.save_pretrained(partial)
+
+
+def export_upgraded(
+    model: str, vae: DetailVAE, trained: dict[str, Tensor], recipe: Recipe, file: Path, target: Path
+) -> None:
+    """Write the upgrade file, and the pipeline in the precision of `export.dtype`.
+
+    Args:
+        model: the base's folder or hub id.
+        vae: the autoencoder of stage 1.
+        trained: parameters that stage 2 trained, by name.
+        recipe: the run's recipe.
+        file: the upgrade file.
+        target: the pipeline's folder.
+    """
+    base = load_pipeline(model)
+    pretrained = denoiser(base)
+    save_upgrade(
+        expand_transformer(pretrained, recipe.detail_channels), file, recipe.stage2.lora, torch.float32, trained
+    )
+    upgraded = assemble(base, vae, apply_upgrade(pretrained, file))
+    if recipe.export.dtype != "float32":
+        upgraded.to(dtype=getattr(torch, recipe.export.dtype))
+    save_pipeline(upgraded, target)
 
 
 def load_upgraded(pipeline: Any, folder: Path) -> Any:

@@ -286,3 +286,24 @@ def set_aside(folder: RunFolder, stage: str) -> None:
     for path in folder.checkpoints(stage):
         path.rename(path.with_name(f"earlier-{path.name}"))
     marker(folder.path, stage).unlink(missing_ok=True)
+
+
+def check_stage2_inputs(folder: RunFolder, inputs: Mapping[str, str], first: Path) -> None:
+    """Compare what stage 2 trains on with what it began with; begin again where this run made it anew.
+
+    Args:
+        folder: the run.
+        inputs: what is trained on -> its hash.
+        first: folder of the run that made it.
+
+    Raises:
+        RunError: another run (`--stage1`) has made it anew since.
+    """
+    if not (changed := changed_inputs(folder, "stage2", inputs)):
+        return
+    what = f"{' and '.join(changed)} changed since stage 2 began"
+    if first != folder.path:
+        raise RunError(f"--stage1 {first}: {what}, whose weights belong to the earlier; use a new --out")
+    logger.warning("%s: %s; stage 2 begins again, its checkpoints are now named earlier-*", folder.path, what)
+    set_aside(folder, "stage2")
+    changed_inputs(folder, "stage2", inputs)

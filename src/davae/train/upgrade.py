@@ -14,14 +14,13 @@ from torch import Tensor
 
 from davae.data.cache import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.cache_key import Key, fingerprint
-from davae.errors import DataError, RunError
+from davae.errors import DataError
 from davae.files import model_folder
 from davae.models.autoencoders import load_detail_vae
 from davae.models.detail_vae import DetailVAE
 from davae.models.expand import expand_transformer
 from davae.models.families import transformer_family
 from davae.models.pipeline import (
-    denoiser,
     embed_captions,
     load_part,
     load_pipeline,
@@ -36,14 +35,7 @@ from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_le
 from davae.train.checks import base_objective, base_shapes, check_init, check_recipe, check_shared
 from davae.train.conditioning import EmbeddedInStep, conditioning
 from davae.train.encoding import run_precision
-from davae.train.export import (
-    UPGRADE_FILE,
-    apply_upgrade,
-    assemble,
-    load_trained,
-    save_pipeline,
-    save_upgrade,
-)
+from davae.train.export import UPGRADE_FILE, export_upgraded, load_trained
 from davae.train.loading import one_at_a_time
 from davae.train.locking import changing, hold_for_reading
 from davae.train.loop import Observer, Progress, Trainer, training_seed
@@ -55,7 +47,7 @@ from davae.train.signals import check_stop, stop_on_signal
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
 from davae.train.stage_data import StageData
-from davae.train.state import RunFolder, changed_inputs, set_aside, was_done
+from davae.train.state import RunFolder, check_stage2_inputs, was_done
 from davae.zoo import resolve, resolve_upgrade
 
 logger = logging.getLogger(__name__)
@@ -353,14 +345,8 @@ class Upgrade:
         statistics = [fingerprint(getattr(vae, name).flatten().tolist()) for name in ("mean", "std")]
         inputs = {"the autoencoder": meta.key["autoencoder"], "its statistics": fingerprint(statistics)}
         inputs["the cache"] = fingerprint(meta.key, meta.items, meta.mean)
-        if not is_main() or not (changed := changed_inputs(self.folder, "stage2", inputs)):
-            return
-        what = f"{' and '.join(changed)} changed since stage 2 began"
-        if self.first != self.out:
-            raise RunError(f"--stage1 {self.first}: {what}, whose weights belong to the earlier; use a new --out")
-        logger.warning("%s: %s; stage 2 begins again, its checkpoints are now named earlier-*", self.out, what)
-        set_aside(self.folder, "stage2")
-        changed_inputs(self.folder, "stage2", inputs)
+        if is_main():
+            check_stage2_inputs(self.folder, inputs, self.first)
 
     def train_dit(self) -> Path:
         """Stage 2 and the export; returns the pipeline's folder."""
@@ -378,16 +364,9 @@ class Upgrade:
             trainer.release()
 
             def export() -> None:
-                base, file = load_pipeline(self.model), self.out / UPGRADE_FILE
-                pretrained = denoiser(base)
-                wide = expand_transformer(pretrained, recipe.detail_channels)
-                save_upgrade(wide, file, recipe.stage2.lora, torch.float32, tensors)
                 vae = load_detail_vae(self.first / "vae")
                 self.check_inputs(vae)
-                upgraded = assemble(base, vae, apply_upgrade(pretrained, file))
-                if recipe.export.dtype != "float32":
-                    upgraded.to(dtype=getattr(torch, recipe.export.dtype))
-                save_pipeline(upgraded, target)
+                export_upgraded(self.model, vae, tensors, recipe, self.out / UPGRADE_FILE, target)
 
             on_main(export)
             self.folder.mark_done("stage2")
