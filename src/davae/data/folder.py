@@ -101,7 +101,7 @@ class FolderSource:
         owner = {_join(at, name): (at, name) for at in chosen.read for name in matched[at].images}
         self.names = sorted(owner)
         if not self.names:
-            raise DataError(f"folder {folder} holds no pictures ({_what_is_there(unused)})")
+            raise DataError(f"folder {folder} holds no pictures ({_what_is_there(folder, unused)})")
         self._near = FolderSidecars(self.names, owner, matched)
         of_folder = class_names(chosen.read)
         self.classes = {name: number for number, name in enumerate(sorted(set(of_folder.values())))}
@@ -281,6 +281,10 @@ def _former_classes(names: Sequence[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(leaves)}
 
 
-def _what_is_there(unused: dict[str, Tally]) -> str:
+def _what_is_there(root: Path, unused: dict[str, Tally]) -> str:
     found = ", ".join(f"{tally.count} {kind}, e.g. {tally.names[0]}" for kind, tally in unused.items())
+    packed = next(((kind, unused[kind].names[0]) for kind in (".tar", ".parquet") if kind in unused), None)
+    if packed is not None:
+        kind, name = packed
+        found += f"; name the files in data.source, as {root / Path(name).parent}/*{kind}"
     return f"found {found}" if found else ", ".join(sorted(image_endings()))

@@ -76,4 +76,6 @@ def expand_shards(pattern: str) -> list[Path]:
 
 def shards_in(folder: Path) -> list[Path]:
     """Return the shards that lie directly in a folder, in order."""
-    return sorted(path for path in folder.iterdir() if is_shard(path.name) and not is_hidden(path.name))
+    return sorted(
+        path for path in folder.iterdir() if is_shard(path.name) and not is_hidden(path.name) and not path.is_dir()
+    )

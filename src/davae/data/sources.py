@@ -14,42 +14,16 @@ import numpy as np
 from davae.data.buckets import nearest_bucket
 from davae.data.captions import SourceOptions
 from davae.data.commands import PIPE
-from davae.data.files import TABLE_OPTIONS, FolderSource, NpzSource, TarSource
-from davae.data.formats import is_image_name
-from davae.data.matching import METADATA, is_hidden
+from davae.data.files import TABLE_OPTIONS, NpzSource, TarSource
 from davae.data.pictures import DataError, PictureSource, counted, target_name
-from davae.data.remote import is_remote, open_remote, open_stream
-from davae.data.shard_names import expand_braces, expand_shards, is_shard, shards_in
+from davae.data.remote import is_remote, open_remote
+from davae.data.shard_folder import open_file, open_folder, open_table
+from davae.data.shard_names import expand_braces, expand_shards, is_shard
 from davae.data.survey import Sizes, measure_sizes
-from davae.data.tables import TableSource
 
 logger = logging.getLogger(__name__)
 
 LOGGED = 20  # left-out pictures named one by one; all are counted
-
-
-def open_folder(folder: Path, options: SourceOptions) -> PictureSource:
-    """Loose pictures, or the `.tar` shards or `.parquet` files that lie directly in the folder.
-
-    Raises:
-        DataError: both, where it is not plain which is meant.
-    """
-    shards = shards_in(folder)
-    tables = [
-        path for path in folder.glob("*.parquet") if not is_hidden(path.name) and path.name.lower() not in METADATA
-    ]
-    if not shards and not tables:
-        return FolderSource(folder, options)
-    loose = next((p for p in folder.iterdir() if is_image_name(p.name) and not is_hidden(p.name)), None)
-    if loose is not None:
-        raise DataError(
-            f"folder {folder} holds shards and loose pictures ({loose.name}); name the shards: {folder}/*.tar"
-        )
-    return TarSource(shards, options) if shards else open_table(f"{folder}/*.parquet", options)
-
-
-def open_table(name: str, options: SourceOptions) -> PictureSource:
-    return open_stream(name, options) if options.streaming else TableSource(name, options)
 
 
 def open_source(name: str, resolution: int, options: SourceOptions | None = None) -> PictureSource:
@@ -80,6 +54,13 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
         return NpzSource(Path(name), options)
     if name.endswith(".parquet") and (is_remote(name) or glob.glob(name)):
         return open_table(name, options)
+    if Path(name).is_file():
+        return open_file(Path(name), options)
+    if glob.has_magic(name) and (found := glob.glob(name)):
+        raise DataError(
+            f"data.source: {name} names {len(found)} files; patterns are for .tar and .parquet files, give the folder of "
+            f"images: {Path(found[0]).parent}"
+        )
     if name.startswith((".", "/", "~")) or Path(name).suffix:
         raise DataError(f"data.source: {name} does not exist")
     return open_table(name, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,29 @@ from davae.data.texts import as_label, clean
 ENDS = 1 << 16  # bytes of a parquet file's beginning and end that are hashed
 
 
-def load_rows(name: str, options: SourceOptions, *, streaming: bool = False) -> Any:
+def holds_images(path: Path, column: str) -> bool:
+    """Return whether a parquet file has the column; True where only opening it will show."""
+    try:
+        import pyarrow as pa
+        from pyarrow.parquet import read_schema
+    except ImportError:
+        return True
+    try:
+        return column in read_schema(path).names
+    except (pa.ArrowException, OSError, ValueError):
+        return True
+
+
+def load_rows(
+    name: str, options: SourceOptions, *, streaming: bool = False, files: Sequence[Path] | None = None
+) -> Any:
     """Rows of a hub id, a folder that `datasets` understands, or parquet files; images left as bytes.
+
+    Args:
+        name: what `data.source` calls them.
+        options: the recipe's section `data`.
+        streaming: read row by row.
+        files: the parquet files, where they are not all that the name matches.
 
     Raises:
         DataError: no dataset there, or an image column that it does not have.
@@ -31,9 +53,10 @@ def load_rows(name: str, options: SourceOptions, *, streaming: bool = False) -> 
         from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     except ImportError as error:
         raise DataError(f"data.source '{name}': Hugging Face datasets need `pip install 'davae[hub]'`") from error
+    chosen = name if files is None else [str(path) for path in files]
     try:
         if name.endswith(".parquet"):
-            rows: Any = datasets.load_dataset("parquet", data_files=name, split="train", streaming=streaming)
+            rows: Any = datasets.load_dataset("parquet", data_files=chosen, split="train", streaming=streaming)
         else:
             rows = datasets.load_dataset(name, options.config, split=options.split, streaming=streaming)
     except (
@@ -44,6 +67,8 @@ def load_rows(name: str, options: SourceOptions, *, streaming: bool = False) -> 
         ValueError,
     ) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
+        if name.endswith(".parquet"):
+            raise DataError(f"data.source: {name} cannot be read as a table: {reason}") from error
         raise DataError(
             f"data.source '{name}' is no file or folder here, and the hub gave no dataset: {reason}"
         ) from error
@@ -82,15 +107,18 @@ def cell_bytes(cell: dict[str, Any]) -> bytes:
         return stream.read()  # type: ignore[union-attr]
 
 
-def table_content(name: str) -> bytes | None:
+def table_content(name: str, files: Sequence[Path] | None = None) -> bytes | None:
     """Return a hash of local parquet files: names, sizes, and both ends, where the places and statistics of all rows are.
 
     Touching or copying them changes nothing.
 
     Args:
         name: a path or pattern; None comes back for anything else.
+        files: the files, where they are not all that the name matches.
     """
-    paths = sorted(Path(path) for path in glob.glob(name)) if name.endswith(".parquet") else []
+    paths = list(files or ())
+    if not paths and name.endswith(".parquet"):
+        paths = sorted(Path(path) for path in glob.glob(name))
     if not paths:
         return None
     digest = hashlib.sha256()
@@ -107,9 +135,9 @@ def table_content(name: str) -> bytes | None:
 class TableSource:
     """Rows read at random from the Arrow files that `datasets` maps from disk."""
 
-    def __init__(self, name: str, options: SourceOptions):
+    def __init__(self, name: str, options: SourceOptions, files: Sequence[Path] | None = None):
         options.refuse("a table", ("caption_key", "label_key"))
-        self.rows = load_rows(name, options)
+        self.rows = load_rows(name, options, files=files)
         self.name, self.options = name, options
         self.weights = column_weights(self.rows.column_names, options)
         texts = list(self.weights) + ([options.label_column] if options.label_column else [])
@@ -119,7 +147,7 @@ class TableSource:
             ", ".join(f"column {column}" for column in self.weights) or "none",
             class_names=tuple(getattr(feature, "names", None) or ()),
         )
-        self._content = table_content(name)
+        self._content = table_content(name, files)
         self.plain = self.rows.select_columns(texts) if texts else None  # without the images
 
     def __len__(self) -> int:

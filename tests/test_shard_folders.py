@@ -1,0 +1,131 @@
+"""Folders of shards and tables: which files are read, what is counted, and files that are no source."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_layouts import captions, counts, image_bytes, lay, tar
+
+from davae.data.captions import SourceOptions
+from davae.data.pictures import DataError
+from davae.data.sources import open_source
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(pa.table({key: [row[key] for row in rows] for key in rows[0]}), path)
+
+
+def row(text: str) -> dict[str, Any]:
+    return {"image": {"bytes": image_bytes(), "path": None}, "text": text}
+
+
+def test_lists_of_addresses_next_to_shards_are_counted(tmp_path: Path) -> None:
+    tar(tmp_path / "00000.tar", {"0.jpg": "", "0.txt": "a cat"})
+    table(tmp_path / "00000.parquet", [{"url": "u", "caption": "a cat"}])
+    lay(tmp_path, {"00000_stats.json": "{}", "README.md": "x", "more/1.jpg": "", "._00000.tar": "x"})
+    source = open_source(str(tmp_path), 8)
+    assert captions(str(tmp_path)) == {"00000.tar/0": "a cat"}
+    assert counts(source.findings.unused) == {
+        ".parquet": 1,
+        ".json": 1,
+        ".md": 1,
+        "folder next to shards or tables": 1,
+        "hidden file": 1,
+    }
+
+
+@pytest.mark.parametrize("below", ["", "00000/"])
+def test_lists_of_addresses_next_to_loose_images_are_counted(tmp_path: Path, below: str) -> None:
+    table(tmp_path / "00000.parquet", [{"url": "u", "caption": "a cat"}])
+    lay(tmp_path, {f"{below}0.jpg": "", f"{below}0.txt": "a cat"})
+    assert captions(str(tmp_path)) == {f"{below}0.jpg": "a cat"}
+    assert counts(open_source(str(tmp_path), 8).findings.unused)[".parquet"] == 1
+
+
+def test_a_table_without_the_image_column_alone_names_its_columns(tmp_path: Path) -> None:
+    table(tmp_path / "a.parquet", [{"url": "u", "caption": "a cat"}])
+    with pytest.raises(DataError, match=r"data\.image_column 'image' is not in .*; it has url, caption"):
+        open_source(str(tmp_path), 8)
+
+
+def test_shards_and_tables_with_images_are_refused(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {"0.jpg": ""})
+    table(tmp_path / "b.parquet", [row("a cat")])
+    with pytest.raises(DataError, match=r"shards and tables with images \(b\.parquet\)"):
+        open_source(str(tmp_path), 8)
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "read"),
+    [
+        (("train-0.tar", "val-0.tar"), "train", ["train-0.tar"]),
+        (("set-train-0.tar", "set-validation-0.tar", "set-test.tar"), "valid", ["set-validation-0.tar"]),
+        (("a.tar", "b.tar"), "train", ["a.tar", "b.tar"]),
+        (("val-0.tar", "val-1.tar"), "train", ["val-0.tar", "val-1.tar"]),
+        (("train.tar", "test.tar"), "val", "none of val"),
+        (("train.tar", "test.tar", "c.tar"), "train", r"several splits, and c\.tar"),
+        (("a.tar", "b.tar"), "val", "no files named after splits"),
+    ],
+)
+def test_splits_in_the_names_of_shards(tmp_path: Path, names: tuple[str, ...], split: str, read: list[str] | str):
+    for name in names:
+        tar(tmp_path / name, {"0.jpg": "", "0.txt": name})
+    options = SourceOptions(split=split)
+    if isinstance(read, str):
+        with pytest.raises(DataError, match=read):
+            open_source(str(tmp_path), 8, options)
+        return
+    source = open_source(str(tmp_path), 8, options)
+    assert [source.caption(index) for index in range(len(source))] == read
+    assert sum(counts(source.findings.unused).values()) == len(names) - len(read)
+
+
+def test_splits_in_the_names_of_tables(tmp_path: Path) -> None:
+    table(tmp_path / "train-00000-of-00001.parquet", [row("a cat")])
+    table(tmp_path / "test-00000-of-00001.parquet", [row("a dog")])
+    assert list(captions(str(tmp_path)).values()) == ["a cat"]
+    assert list(captions(str(tmp_path), split="test").values()) == ["a dog"]
+    assert counts(open_source(str(tmp_path), 8).findings.unused) == {"file of the split test": 1}
+
+
+def test_files_that_are_no_source(tmp_path: Path) -> None:
+    lay(tmp_path, {"a.jpg": "", "list.txt": "a.jpg"})
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("a.jpg", image_bytes())
+    (tmp_path / "a.zip").write_bytes(packed.getvalue())
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    for name, message in {
+        "a.jpg": "one image; give the folder",
+        "a.zip": "a zip archive; unpack it",
+        "list.txt": "a file that is no shard",
+        "*.jpg": "names 1 files; .* give the folder of images",
+        "b.parquet": "cannot be read as a table",
+        "c.jpg": "does not exist",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            open_source(str(tmp_path / name), 8)
+
+
+def test_a_shard_of_any_name_is_known_by_its_content(tmp_path: Path) -> None:
+    for name in ("shard", "shard.000"):
+        assert captions(tar(tmp_path / name, {"0.jpg": "", "0.txt": "a cat"})) == {f"{name}/0": "a cat"}
+
+
+def test_packed_files_in_sub_folders_are_named(tmp_path: Path) -> None:
+    tar(tmp_path / "train" / "0.tar", {"0.jpg": ""})
+    with pytest.raises(DataError, match=r"name the files in data\.source, as .*/train/\*\.tar"):
+        open_source(str(tmp_path), 8)
+
+
+def test_a_folder_that_is_called_like_a_shard_is_a_folder(tmp_path: Path) -> None:
+    lay(tmp_path, {"a.tar/0.jpg": "", "a.tar/0.txt": "a cat"})
+    assert captions(str(tmp_path)) == {"a.tar/0.jpg": "a cat"}
