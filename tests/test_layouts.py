@@ -92,6 +92,8 @@ SIDECARS: dict[str, tuple[dict[str, bytes | str], str]] = {
     "json list": ({"a.jpg": "", "a.json": '["a cat", "a pet"]'}, "a cat"),
     "json text": ({"a.jpg": "", "a.json": '"a cat"'}, "a cat"),
     "json key with a list": ({"a.jpg": "", "a.json": '{"caption": ["", null, "a cat"]}'}, "a cat"),
+    "json, several captions": ({"a.jpg": "", "a.json": '{"captions": ["a cat", "a pet"]}'}, "a cat"),
+    "json of LAION": ({"a.jpg": "", "a.json": '{"URL": "u", "TEXT": "a cat"}'}, "a cat"),
     "json number": ({"a.jpg": "", "a.json": '{"caption": 7}'}, "7"),
     "json null": ({"a.jpg": "", "a.json": '{"caption": null}'}, ""),
     "json object": ({"a.jpg": "", "a.json": '{"caption": {"a": 1}}'}, ""),
@@ -904,3 +906,45 @@ def test_every_layout_of_the_page_is_read_as_written(block: str, tmp_path: Path)
     source = open_source(tar(tmp_path / shard, files) if shard else lay(tmp_path / "set", files), 8)
     assert sorted(source.load(i)[1] for i in range(len(source))) == sorted(caption for caption, _ in expected)
     assert {source.caption(i): source.label(i) for i in range(len(source))} == dict(expected)
+
+
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [
+        (("a.jpg", "a_mask.png", "b.png", "b-masklabel.png"), ["a.jpg", "b.png"]),
+        (("face_mask.jpg", "mask.jpg"), ["face_mask.jpg", "mask.jpg"]),
+        (("images/a.jpg", "masks/a.png"), ["images/a.jpg"]),
+        (("a.jpg", "masks/a_mask.png"), ["a.jpg"]),
+        (("images/train/a.jpg", "images/val/b.jpg", "masks/train/a.png", "masks/val/b.png"), ["images/train/a.jpg"]),
+        (("train/a.jpg", "val/b.jpg", "train_masks/a_mask.gif"), ["train/a.jpg"]),
+        (("image/a.jpg", "conditioning_images/a.jpg"), ["image/a.jpg"]),
+        (("cat/a.jpg", "cat/masks/a.png", "dog/b.jpg"), ["cat/a.jpg", "dog/b.jpg"]),
+        (("NORMAL/1.jpg", "PNEUMONIA/1.jpg"), ["NORMAL/1.jpg", "PNEUMONIA/1.jpg"]),
+        (("hats/1.jpg", "masks/2.jpg", "masks/3.jpg"), ["hats/1.jpg", "masks/2.jpg", "masks/3.jpg"]),
+        (("masks/2.jpg", "masks/3.jpg"), ["masks/2.jpg", "masks/3.jpg"]),
+    ],
+)
+def test_masks_do_not_train(tmp_path: Path, files: tuple[str, ...], read: list[str]) -> None:
+    source = open_source(lay(tmp_path, dict.fromkeys(files, "")), 8)
+    assert [source.key(index) for index in range(len(source))] == read
+    unused = counts(source.findings.unused)
+    assert sum(unused.values()) == len(files) - len(read)
+
+
+def test_folders_inside_a_class_are_noted(tmp_path: Path) -> None:
+    name = lay(tmp_path, {"dog/1.jpg": "", "dog/puppies/2.jpg": "", "cat/3.jpg": ""})
+    assert labels(name) == {"cat/3.jpg": 0, "dog/1.jpg": 1, "dog/puppies/2.jpg": 2}
+    assert open_source(name, 8).findings.notes == ("folders inside a class are classes of their own, as dog/puppies",)
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("10_sks dog", "5_cat"), ["sks dog", "cat"]),
+        (("001.Black_Albatross", "002.Tern"), ["Black Albatross", "Tern"]),
+        (("10_sks dog", "cat"), ["10 sks dog", "cat"]),
+        (("2019", "2020"), ["", ""]),
+    ],
+)
+def test_numbers_before_the_names_of_folders(tmp_path: Path, folders: tuple[str, ...], expected: list[str]) -> None:
+    assert list(captions(lay(tmp_path, {f"{name}/1.jpg": "" for name in folders})).values()) == expected

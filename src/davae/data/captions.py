@@ -12,7 +12,7 @@ from davae.data.decoding import MAX_PIXELS, Floats
 from davae.data.pictures import DataError
 from davae.data.texts import as_texts
 
-GUESSES = ("text", "caption", "prompt")  # columns tried where none is named
+GUESSES = ("text", "caption", "prompt", "captions", "TEXT")  # columns tried where none is named
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -23,6 +23,7 @@ CONTAINERS = frozenset(
     ("image", "images", "img", "imgs", "pictures", "photos", "data", "jpg", "jpeg", "png", "jpegimages")
 )  # names that only say that images are inside
 NUMBERED = re.compile(r"\d{4,}")
+PREFIXED = re.compile(r"\d{1,4}[ _.-]+(\S.*)")  # `10_sks dog`, ten repeats; `001.Black_footed_Albatross`
 
 
 def split_of(name: str) -> str | None:
@@ -114,3 +115,10 @@ def class_names(read: dict[str, tuple[str, ...]]) -> dict[str, str]:
 def caption_of_class(name: str) -> str | None:
     """Return a class's name as a caption; None for numbered folders, which only divide a set into pieces."""
     return None if NUMBERED.fullmatch(name.rpartition("/")[2]) else name.replace("/", " ").replace("_", " ")
+
+
+def captions_of_classes(names: Collection[str]) -> tuple[dict[str, str | None], bool]:
+    """Return the caption of each class, without the numbers before all names, and whether there are such."""
+    found = {name: PREFIXED.fullmatch(name) for name in names}
+    numbered = bool(found) and all(found.values())
+    return {name: caption_of_class(own[1] if numbered and own else name) for name, own in found.items()}, numbered

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from davae.data.captions import GUESSES, SourceOptions, choose
-from davae.data.classes import caption_of_class, choose_split, class_names
+from davae.data.classes import captions_of_classes, choose_split, class_names
 from davae.data.decoding import decode, header_size
 from davae.data.findings import Findings, Tally, add_to
 from davae.data.formats import image_endings, is_image_name
-from davae.data.matching import Kind, Matched, is_hidden, match, stem
+from davae.data.matching import Kind, Matched, is_hidden, match, part_folders, stem
 from davae.data.metadata import Metadata, read_metadata
 from davae.data.pictures import DataError
 from davae.data.sidecars import TABLE_OPTIONS, Sidecars
@@ -94,6 +94,9 @@ class FolderSource:
         self.folder, self.options = folder, options
         unused: dict[str, Tally] = {}
         matched = {at: match(names, f"{at}/" if at else "", unused) for at, names in walk(folder, unused).items()}
+        for at in part_folders({at: part.images for at, part in matched.items() if part.images}):
+            for name in matched.pop(at).images:
+                add_to(unused, "other part of a sample", printable(_join(at, name)))
         chosen = choose_split([at for at, part in matched.items() if part.images], options.split, str(folder))
         elsewhere = {_join(at, name): why for at, why in chosen.left.items() for name in matched[at].images}
         for name, why in elsewhere.items():
@@ -106,6 +109,7 @@ class FolderSource:
         of_folder = class_names(chosen.read)
         self.classes = {name: number for number, name in enumerate(sorted(set(of_folder.values())))}
         self._class_of = of_folder
+        self._caption_of, self._numbered = captions_of_classes(self.classes)
         self._former = _former_classes(self.names)
         files = sorted(_join(at, name) for at, part in matched.items() for name in part.metadata)
         self.findings = Findings(
@@ -145,15 +149,21 @@ class FolderSource:
         if self.metadata is not None:
             columns = [*self._weights] or [c for c in GUESSES if c in self.metadata.columns]
             parts.insert(0, "metadata, column " + ", ".join(columns) if columns else "metadata without captions")
-        elif any(caption_of_class(name) for name in of_folder.values()):
+        elif any(self._caption_of.values()):
             parts.append("names of the folders")
+        inside = (at for at in sorted(of_folder) if any(above.as_posix() in of_folder for above in Path(at).parents))
+        if (inner := next(inside, None)) is not None:
+            notes.append(f"folders inside a class are classes of their own, as {printable(inner)}")
         if split:
             notes.append(f"only the split '{self.options.split}' is read; data.split names another")
         folders = {at for at in (name.rpartition("/")[0] for name in self.names) if at}
         if folders and not of_folder:
             shown = ", ".join(printable(at) for at in sorted(folders)[:3])
             notes.append(f"the names of the folders ({shown}) are neither captions nor classes")
-        elif of_folder and not any(caption_of_class(name) for name in of_folder.values()):
+        elif self._numbered:
+            first = printable(next(iter(self.classes)))
+            notes.append(f"numbers before the names of the folders ({first}) are no part of captions, nor repeats")
+        elif of_folder and not any(self._caption_of.values()):
             notes.append("the folders are numbered pieces: their names are no captions")
         self.findings = replace(self.findings, captions_from=", else ".join(parts) or "none", notes=tuple(notes))
         self.sidecars.findings = self.findings
@@ -228,7 +238,7 @@ class FolderSource:
         if not text:
             text = self.sidecars.caption(index, rng)
         if text is None and self.metadata is None and (name := self._class(index)) is not None:
-            text = clean(printable(caption_of_class(name) or ""), self.key(index), self.findings)
+            text = clean(printable(self._caption_of[name] or ""), self.key(index), self.findings)
         return text or ""
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:

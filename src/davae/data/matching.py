@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +31,11 @@ OTHER_PARTS = frozenset(
     ("seg", "segmentation", "mask", "masks", "depth", "normal", "normals", "edge", "edges", "canny", "pose", "alpha", "matte",
      "label", "labels", "labelids", "flow", "disparity", "thumb", "thumbnail", "preview")
 )  # fmt: skip
+JOINED = re.compile(
+    r"(?:(.*)[_-])?(masks?|masklabels?|seg|segmentations?|depths?|canny|mattes?|alphas?|labelids|thumbs?|thumbnails?"
+    r"|annotations|conditioning(?:_images)?)",
+    re.IGNORECASE,
+)  # `a_mask.png` next to `a.jpg`; folders `masks/`, `train_masks/` next to the images'
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 JUNK = frozenset(
     ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found",
@@ -188,6 +194,10 @@ def _without_parts(images: list[str], prefix: str, unused: dict[str, Tally], sha
     folder, where dots in names mean nothing, only parts with a known word are.
     """
     stems = {stem(name) for name in images}
+    joined = {name for name in images if (own := JOINED.fullmatch(stem(name))) and own[1] in stems}
+    for name in sorted(joined):
+        add_to(unused, "other part of a sample", prefix + name)
+    images = [name for name in images if name not in joined]
     if not any("." in own for own in stems):
         return images
     groups: dict[str, list[str]] = defaultdict(list)
@@ -205,3 +215,35 @@ def _without_parts(images: list[str], prefix: str, unused: dict[str, Tally], sha
         if name in parts:
             add_to(unused, "other part of a sample", prefix + name)
     return [name for name in images if name not in parts]
+
+
+def part_folders(images: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return the folders of masks, depth maps and the like: most of their names are those of images next to them.
+
+    Args:
+        images: relative path of a folder, '' the root -> names of its images.
+    """
+    paths = {folder: tuple(folder.split("/")) if folder else () for folder in images}
+    place = {
+        folder: next((at for at, name in enumerate(parts) if JOINED.fullmatch(name)), None)
+        for folder, parts in paths.items()
+    }
+    if all(at is None for at in place.values()):
+        return []
+    near: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = defaultdict(list)
+    for folder, parts in paths.items():
+        if place[folder] is None:
+            for at in range(len(parts) + 1):
+                near[parts[:at], parts[at:]].append(folder)  # `a.jpg`, `masks/a.png`
+                near[parts[:at], parts[at + 1 :]].append(folder)  # `images/a.jpg`, `masks/a.png`
+    found = []
+    for folder, at in place.items():
+        if at is None:
+            continue
+        own = {stem(name) for name in images[folder]}
+        own = {joined[1] if (joined := JOINED.fullmatch(name)) and joined[1] else name for name in own}
+        others = near.get((paths[folder][:at], paths[folder][at + 1 :]), ())
+        known = {stem(name) for other in others for name in images[other]}
+        if own and 2 * len(own & known) >= len(own):
+            found.append(folder)
+    return found
