@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from test_lightning_dit import random_model, small_autoencoder
 from test_training import run_cli, training_records
 
 from davae import ClassConditionalPipeline
-from davae.data.cache import CachedLatents
+from davae.data.cache import CachedLatents, read_meta, seal
 from davae.data.paired import PairedLatents, collate_pairs
 from davae.data.pictures import DataError
 from davae.models.autoencoders import load_autoencoder, raw_statistics
@@ -183,9 +184,9 @@ def test_caches_of_other_pictures_are_refused(finished: Path, tmp_path: Path) ->
     other.mkdir()
     for file in (finished / BASE_CACHE).iterdir():
         (other / file.name).write_bytes(file.read_bytes())
-    meta = json.loads((other / "meta.json").read_text())
-    meta["shards"][0][1] -= 1
-    (other / "meta.json").write_text(json.dumps(meta))
+    meta = read_meta(other)
+    file, rows, bucket = meta.shards[0]
+    seal(other, replace(meta, shards=[(file, rows - 1, bucket), *meta.shards[1:]]))
     with pytest.raises(DataError, match="holds other pictures than"):
         PairedLatents(finished / "cache", other)
 

@@ -137,7 +137,7 @@ def test_the_export_follows_its_dtype():
     values = 1000 + 5000 + 400
     assert full.disk == 4 * values + 4 * 100
     assert half.disk == 2 * values + 4 * 100
-    assert half.host < full.host
+    assert half.host == full.host  # read in float32, converted before it is written
 
 
 def test_the_cache_counts_images_and_prompts():
