@@ -76,7 +76,8 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes, configs: str | None = None)
             f"{shapes.vae_factor} x patch {cell}); use {below or step} or {below + step}"
         )
     if transformer_family(shapes.transformer_class).condition == "class":
-        own = shapes.transformer_config["sample_size"] * shapes.vae_factor
+        config = shapes.transformer_config  # LightningDiT's own configs have input_size alone
+        own = (config.get("sample_size") or config["input_size"]) * shapes.vae_factor
         if recipe.base.resolution != own:
             raise RecipeError(f"base.resolution: {recipe.base.name} draws {own} pixels and no other size; use {own}")
     return layout

@@ -30,6 +30,7 @@ from davae.models.pipeline import BaseShapes
 from davae.recipes.sections import Stage1, Stage2
 from davae.train.cost import decode_latents, meta_detail_vae, meta_transformer, predict_once
 from davae.train.draws import Draws
+from davae.train.repeated_blocks import Repeats
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import choose_trainable, in_full_precision
 
@@ -134,13 +135,27 @@ def rehearsal() -> Iterator[None]:
         yield
 
 
+class Undrawn(Draws):
+    """Draws of a rehearsal: shapes alone, so that a batch of any size takes no time. Call it inside a rehearsal."""
+
+    def __init__(self, count: int):
+        super().__init__(0, "rehearsal", 0, 0, 0)
+        self.count = count
+
+    def uniform(self) -> Tensor:
+        return torch.empty(self.count)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.empty(self.count, *shape)
+
+
 def stand_in(module: nn.Module) -> None:
     """Replace tensors on the meta device by fake ones, shared ones by one; `to_empty` cannot do a shared tensor twice."""
     made: dict[int, Any] = {}
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
-                if tensor is None:
+                if tensor is None or tensor.device.type != "meta":
                     continue
                 if id(tensor) not in made:
                     fake = torch.empty_like(tensor, device="cpu")
@@ -160,23 +175,43 @@ def bytes_of(tensors: Any) -> int:
 
 
 def _memory(
-    modules: list[nn.Module], step: Callable[[], None], passes: int, *, averaged: list[nn.Parameter]
+    modules: list[nn.Module],
+    step: Callable[[], None],
+    passes: int,
+    *,
+    averaged: list[nn.Parameter],
+    repeats: Repeats | None = None,
 ) -> TrainingStep:
-    """Of `passes` forward-backward passes, whose gradients add up."""
+    """Of `passes` forward-backward passes, whose gradients add up.
+
+    Args:
+        repeats: equal blocks of the modules, on the meta device; few are rehearsed for all. The rest is not on it.
+    """
     parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
     buffers = [buffer for module in modules for buffer in module.buffers()]
     trained = bytes_of(p for p in parameters if p.requires_grad)
-    live = LiveBytes()
-    with live:
-        for _ in range(passes):
+    weights, average = bytes_of(parameters) + bytes_of(buffers), bytes_of(averaged)
+
+    def measure() -> tuple[float, ...]:
+        for module in modules:
+            stand_in(module)
+        live = LiveBytes()
+        with live:
+            for module in modules:
+                for parameter in module.parameters():
+                    late = parameter.requires_grad and passes > 1  # a later pass begins with all gradients
+                    parameter.grad = torch.empty_like(parameter) if late else None
             step()
+        return live.peak, live.flops
+
+    peak, flops = measure() if repeats is None else repeats.whole(measure)
     return TrainingStep(
-        weights=bytes_of(parameters) + bytes_of(buffers),
+        weights=weights,
         gradients=trained,
         optimizer=2 * trained,
-        ema=bytes_of(averaged),
-        activations=live.peak,
-        flops=live.flops / passes,
+        ema=average,
+        activations=int(peak),
+        flops=flops,
     )
 
 
@@ -200,8 +235,9 @@ def stage2_memory(
     transformer.train()
     if settings.gradient_checkpointing:
         cast(Any, transformer).enable_gradient_checkpointing()
+    trained = [p for p in transformer.parameters() if p.requires_grad]
+    averaged = trained if settings.ema_decay else []
     with rehearsal():
-        stand_in(transformer)
         model = Mixed(transformer, mixed)
         latents = torch.empty(settings.batch_size, layout.channels, side, side)
 
@@ -209,9 +245,8 @@ def stage2_memory(
             prediction = predict_once(model, transformer, latents)
             velocity_loss(prediction, latents, layout, 1.0).total.backward()
 
-        trained = [p for p in transformer.parameters() if p.requires_grad]
-        averaged = trained if settings.ema_decay else []
-        return _memory([transformer], step, min(2, settings.accumulation), averaged=averaged)
+        repeats = Repeats(transformer)
+        return _memory([transformer], step, settings.accumulation, averaged=averaged, repeats=repeats)
 
 
 def stage1_memory(
@@ -226,13 +261,11 @@ def stage1_memory(
     parts = [vae, task.trainer.discriminator, perceptual]
     modules = [module for module in parts if module is not None]
     with rehearsal():
-        for module in modules:
-            stand_in(module)
         task.device = torch.device("cpu")
         task.trainer.settings, task.trainer.perceptual = settings, perceptual
         task.modules = {name: Mixed(module, mixed) for name, module in task.modules.items()}
         images = torch.empty(settings.batch_size, 3, resolution, resolution)
-        draws = Draws(0, "stage1", 0, 0, settings.batch_size)
+        draws = Undrawn(settings.batch_size)
         last = settings.max_steps + settings.gan_start  # any step at which the discriminator plays
 
         def step() -> None:
@@ -240,7 +273,7 @@ def stage1_memory(
                 task.loss(player, {"images": images}, last, draws)[0].backward()
 
         averaged = [p for p in vae.parameters() if p.requires_grad] if settings.ema_decay else []
-        return _memory(modules, step, min(2, settings.accumulation), averaged=averaged)
+        return _memory(modules, step, settings.accumulation, averaged=averaged)
 
 
 def sampling_bytes(run: Callable[[], object]) -> int:
@@ -256,7 +289,10 @@ def transformer_sampling_bytes(
 ) -> int:
     """Of one pass over a batch of side x side latents; the transformer on the meta device."""
     with rehearsal():
-        stand_in(converted(transformer, dtype))
+        repeats = Repeats(converted(transformer, dtype))
+        if repeats.lengths:  # a pass without gradients holds one block's activations at a time, whatever their number
+            repeats.shorten()
+        stand_in(transformer)
         latents = torch.empty(batch, latent_channels(transformer), side, side, dtype=dtype)
         return sampling_bytes(lambda: predict_in(dtype, transformer, latents))
 

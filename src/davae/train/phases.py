@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,23 @@ def plan_phases(sizes: Sizes) -> list[Phase]:
     """Return the six phases in order, each checked against the hardware."""
     phases = [make(sizes) for make in (stage1, cache, stage2, export, report, sampling)]
     return [checked(phase, sizes) for phase in phases]
+
+
+_REHEARSED: dict[str, int] = {}  # what was asked -> bytes; a process plans the same sizes for several phases
+
+
+def rehearsed(work: Callable[[], int], *asked: Any) -> int:
+    """Return `work()`, or what it returned before in this process for a request whose parts print the same."""
+    key = repr(asked)
+    if key not in _REHEARSED:
+        _REHEARSED[key] = work()
+    return _REHEARSED[key]
+
+
+def encoding(sizes: Sizes, tile: int | None = None) -> int:
+    """Bytes of encoding one image with the detail VAE in the run's precision."""
+    asked = sizes.shapes, sizes.layout, sizes.recipe.resolution, sizes.precision, tile
+    return rehearsed(lambda: encode_bytes(sizes.meta_detail(), *asked[2:]), "encode", asked)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -111,9 +129,9 @@ def cache(sizes: Sizes) -> Phase:
     """Images in the run's precision, as many at a time as fit, in tiles where one does not; then prompts."""
     recipe, text, dtype = sizes.recipe, sizes.text, sizes.precision
     weights = (4 + (dtype.itemsize if dtype.itemsize < 4 else 0)) * sizes.detail_vae
-    one = encode_bytes(sizes.meta_detail(), recipe.resolution, dtype) + sizes.image_bytes(recipe.resolution)
+    one = encoding(sizes) + sizes.image_bytes(recipe.resolution)
     if weights + one > sizes.budget:
-        one = encode_bytes(sizes.meta_detail(), recipe.resolution, dtype, TILE)
+        one = encoding(sizes, TILE)
     batch = largest_batch(one, sizes.budget - weights, recipe.cache.batch_size)
     items = sizes.images.count * recipe.cache.variants
     device, flops, disk = weights + batch * one, sizes.encode_flops * items, items * sizes.latent_bytes
@@ -172,22 +190,27 @@ def drawn(sizes: Sizes, *, upgraded: bool) -> Drawn:
     side = recipe.resolution // (shapes.vae_factor * (layout.scale if upgraded else 1))
     channels = layout.channels if upgraded else layout.base_channels
 
-    def vae() -> Any:
-        return sizes.meta_detail() if upgraded else meta_autoencoder(shapes)
+    def decoding(tile: int | None = None) -> int:
+        vae = sizes.meta_detail() if upgraded else meta_autoencoder(shapes)
+        return decode_sampling_bytes(vae, channels, side, dtype, tile)
 
+    def a_pass() -> int:
+        with torch.device("meta"):
+            transformer = meta_transformer(shapes)
+            if upgraded:
+                transformer = expand_transformer(transformer, layout.detail_channels)
+        try:
+            return transformer_sampling_bytes(transformer, side, sizes.passes, dtype)
+        except ValueError:  # the base has no positions for the larger size, and is not drawn there
+            return 0
+
+    asked = shapes, layout, side, dtype, upgraded
     values = sizes.text.parameters + sizes.transformer + (sizes.detail_vae if upgraded else sizes.base_vae)
     weights = dtype.itemsize * values
-    decode = decode_sampling_bytes(vae(), channels, side, dtype)
+    decode = rehearsed(decoding, "decode", asked)
     if upgraded and weights + decode > sizes.budget:
-        decode = decode_sampling_bytes(vae(), channels, side, dtype, TILE)
-    with torch.device("meta"):
-        transformer = meta_transformer(shapes)
-        if upgraded:
-            transformer = expand_transformer(transformer, layout.detail_channels)
-    try:
-        step = transformer_sampling_bytes(transformer, side, sizes.passes, dtype)
-    except ValueError:  # the base has no positions for the larger size, and is not drawn there
-        step = 0
+        decode = rehearsed(lambda: decoding(TILE), "decode in tiles", asked)
+    step = rehearsed(a_pass, "pass", sizes.passes, asked)
     return Drawn(max(decode, step), weights)
 
 
@@ -197,7 +220,7 @@ def report(sizes: Sizes) -> Phase:
     at_most = recipe.report.batch_size or REPORT_BATCH
     models = [drawn(sizes, upgraded=upgraded) for upgraded in (False, True)]
     vae = sizes.precision.itemsize * (sizes.detail_vae + sizes.base_vae)
-    encode = encode_bytes(sizes.meta_detail(), recipe.resolution, sizes.precision)
+    encode = encoding(sizes)
     parts = [*models, Drawn(encode, vae)]
     batch = min(largest_batch(part.one, sizes.budget - part.weights, at_most) for part in parts)
     prompts, steps = max(1, len(recipe.sampling.prompts) or 8), recipe.sampling.steps

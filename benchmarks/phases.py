@@ -1,0 +1,56 @@
+"""The phases of every shipped upgrade recipe: memory, disk, hours on the stated GPUs, and whether each one fits.
+
+    python benchmarks/phases.py                         # all of them, into docs/results/phases.json
+    python benchmarks/phases.py flux1-dev-2k sana-2k    # these, the others stay as they are
+
+The file is written after each recipe. Exit status 1 where a phase does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from davae.recipes import load_recipe, shipped_recipes
+from davae.recipes.schema import Recipe
+from davae.train.plan import plan
+
+RESULT = Path(__file__).resolve().parents[1] / "docs/results/phases.json"
+
+
+def upgrade_recipes() -> list[str]:
+    """Return the names of the shipped recipes that upgrade a model."""
+    return [name for name in shipped_recipes() if isinstance(load_recipe(name), Recipe)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", help="names; all shipped upgrade recipes by default")
+    parser.add_argument("--json", type=Path, default=RESULT, help="the file to write or bring up to date")
+    options = parser.parse_args()
+    known = upgrade_recipes()
+    unknown = [name for name in options.recipes if name not in known]
+    if unknown:
+        parser.error(f"recipes: {', '.join(unknown)}; use {', '.join(known)}")
+    found = json.loads(options.json.read_text()) if options.json.exists() else {}
+    too_large = 0
+    for name in options.recipes or known:
+        start = time.process_time()
+        recipe = load_recipe(name)
+        assert isinstance(recipe, Recipe)
+        values = plan(recipe).as_dict()
+        found[name] = {key: values[key] for key in ("gpu", "gpus", "gpu_gib", "phases")}
+        options.json.write_text(json.dumps(dict(sorted(found.items())), indent=2) + "\n")
+        print(f"{name}: {time.process_time() - start:.0f} s of CPU", flush=True)
+        for phase in values["phases"]:
+            if not phase["fits"]:
+                too_large += 1
+                print(f"  {phase['name']}: {phase['device_gib']:g} GiB of a GPU; {phase['remedy']}", flush=True)
+    return 1 if too_large else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
