@@ -948,3 +948,17 @@ def test_folders_inside_a_class_are_noted(tmp_path: Path) -> None:
 )
 def test_numbers_before_the_names_of_folders(tmp_path: Path, folders: tuple[str, ...], expected: list[str]) -> None:
     assert list(captions(lay(tmp_path, {f"{name}/1.jpg": "" for name in folders})).values()) == expected
+
+
+def test_the_layout_names_a_metadata_file_that_is_read(tmp_path: Path) -> None:
+    for split, text in (("train", "a cat"), ("test", "a dog")):
+        lay(
+            tmp_path,
+            {f"{split}/1.jpg": "", f"{split}/metadata.jsonl": json.dumps({"file_name": "1.jpg", "text": text})},
+        )
+    assert open_source(str(tmp_path), 8).findings.layout == "folder with train/metadata.jsonl"
+    assert captions(str(tmp_path)) == {"train/1.jpg": "a cat"}
+    assert (
+        open_source(str(tmp_path), 8, SourceOptions(split="test")).findings.layout
+        == "folder with test/metadata.jsonl"
+    )

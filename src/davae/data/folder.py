@@ -112,8 +112,9 @@ class FolderSource:
         self._caption_of, self._numbered = captions_of_classes(self.classes)
         self._former = _former_classes(self.names)
         files = sorted(_join(at, name) for at, part in matched.items() for name in part.metadata)
+        shown = [name for name in files if name.rpartition("/")[0] in chosen.read] or files
         self.findings = Findings(
-            f"folder with {printable(files[0])}" if files else "class folders" if of_folder else "folder",
+            f"folder with {printable(shown[0])}" if files else "class folders" if of_folder else "folder",
             unused=unused,
             class_names=tuple(printable(name) for name in self.classes),
         )
@@ -162,7 +163,9 @@ class FolderSource:
             notes.append(f"the names of the folders ({shown}) are neither captions nor classes")
         elif self._numbered:
             first = printable(next(iter(self.classes)))
-            notes.append(f"numbers before the names of the folders ({first}) are no part of captions, nor repeats")
+            notes.append(
+                f"numbers before the names of the folders ({first}) are left out of captions; repeats are not applied"
+            )
         elif of_folder and not any(self._caption_of.values()):
             notes.append("the folders are numbered pieces: their names are no captions")
         self.findings = replace(self.findings, captions_from=", else ".join(parts) or "none", notes=tuple(notes))
