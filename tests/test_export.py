@@ -28,8 +28,9 @@ from test_lora import base_lora
 from test_training import fails, run_cli
 
 from davae import DetailVAE
-from davae.models.pipeline import load_pipeline
+from davae.models.pipeline import ModelError, load_pipeline
 from davae.ownership import MARK
+from davae.publish.hub import push
 from davae.publish.upgrade_file import vae_id
 from davae.recipes import validate
 from davae.train.upgrade import Upgrade
@@ -346,6 +347,30 @@ class Api:
 
     def upload_folder(self, **options: Any) -> None:
         self.calls.append(("upload", options))
+
+
+def test_push_uploads_nothing_that_lies_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("davae.publish.hub.HfApi", Api)
+    monkeypatch.setattr(Api, "calls", [], raising=False)
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key").write_text("secret")
+    folder = tmp_path / "model"
+    (folder / "vae").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    (folder / "inner").symlink_to("model_index.json")
+    push(folder, "me/tiny")
+    assert len(Api.calls) == 2
+    for name, target in (
+        ("key", "../secrets/key"),
+        ("vae/all", tmp_path / "secrets"),
+        ("b", "gone/../.."),
+        ("c", "."),
+    ):
+        (folder / name).symlink_to(target)
+        with pytest.raises(ModelError, match=f"{name}: it is a link to"):
+            push(folder, "me/tiny")
+        (folder / name).unlink()
+    assert len(Api.calls) == 2
 
 
 def test_push(exports: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture):

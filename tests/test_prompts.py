@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from davae.data.pictures import DataError
 from davae.data.prompts import read_prompts
@@ -201,6 +205,66 @@ def test_a_detector_of_transformers(tiny_detector: Path):
     assert {f.label for f in found} <= {"bench", "cow"}
     with pytest.raises(ModelError, match="detector /nowhere"):
         Detector("/nowhere")
+
+
+class Planted:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("kind", ["clip", "detector"])
+def test_models_of_judges_are_checked_like_any_other(
+    kind: str, tiny_clip: Path, tiny_detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source, load = {"clip": (tiny_clip, Clip), "detector": (tiny_detector, Detector)}[kind]
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    number = count()
+
+    def refused(message: str, change: Callable[[Path], object]) -> None:
+        folder = shutil.copytree(source, tmp_path / str(next(number)))
+        change(folder)
+        with pytest.raises(ModelError, match=message):
+            load(str(folder))
+
+    def configure(folder: Path, name: str, **values: Any) -> None:
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **values}))
+
+    def weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        tensors = change(load_file(folder / "model.safetensors"))
+        (folder / "model.safetensors").unlink()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    def pickled(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save(Planted(tmp_path / "ran"), folder / "pytorch_model.bin")
+
+    def own_code(folder: Path, name: str, **auto_map: str) -> None:
+        (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+        configure(folder, name, **({"model_type": "own"} if name == "config.json" else {}), auto_map=auto_map)
+
+    refused("is a pickle", pickled)
+    refused("the weights lack", lambda f: weights(f, lambda t: dict(list(t.items())[1:])))
+    refused("which the config does not ask for", lambda f: weights(f, lambda t: {**t, "x": torch.ones(1)}))
+    refused(
+        "NaN or infinite", lambda f: weights(f, lambda t: {k: torch.full_like(v, torch.nan) for k, v in t.items()})
+    )
+    size = {"shortest_edge": 10**9, "longest_edge": 10**9}
+    name = next(n for n in ("preprocessor_config.json", "processor_config.json") if (source / n).is_file())
+    refused("edge is 1000000000", lambda f: configure(f, name, size=size, image_processor={"size": size}))
+    if kind == "detector":
+        model = {"AutoConfig": "code.Own", "AutoModelForObjectDetection": "code.Own"}
+        refused("cannot be loaded", lambda f: own_code(f, "config.json", **model))
+        folder = shutil.copytree(source, tmp_path / "own")
+        own_code(folder, name, AutoImageProcessor="code.Own")
+        Detector(str(folder))  # the processor that its model's config names, not the code
+    assert not (tmp_path / "ran").exists()
+    assert not asked
 
 
 def test_pictures_for_prompts_resume_and_are_scored(tiny_base: Path, tiny_clip: Path, tmp_path: Path):

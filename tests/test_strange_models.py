@@ -274,3 +274,12 @@ def test_an_upgrade_to_go_on_from_is_checked_in_the_dry_run(override: str, messa
     recipe = load_recipe("micro", ["init=micro-upgraded", override])
     with pytest.raises((RecipeError, ModelError), match=message):
         plan(recipe)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [10**12, 10**30, 21, 0, -1, "many", True, None])
+def test_a_tokenizer_longer_than_its_encoder_is_refused(length: Any, model: Path):
+    path = model / "tokenizer" / "tokenizer_config.json"
+    read = json.loads((model / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
+    wrong = read + 1 if length == 21 else length
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": wrong}))
+    refused("tokenizer of model .*(model_max_length is|cannot be loaded)|cannot be loaded", load_pipeline, str(model))

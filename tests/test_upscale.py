@@ -89,3 +89,26 @@ def test_a_trained_network_enlarges(picture_folder: Path, tmp_path: Path):
     broken.write_bytes(b"no weights")
     with pytest.raises(ModelError, match=r"broken\.safetensors"):
         make_upscaler(str(broken), 32)
+
+
+def test_a_network_s_file_runs_no_torchscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("spandrel")
+
+    class Planted(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+        @torch.jit.export
+        def __getstate__(self) -> tuple[str, bool]:
+            return "", self.training
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[str, bool]) -> None:
+            self.training = state[1]
+            torch.save(torch.ones(1), "ran")
+
+    torch.jit.script(Planted()).save(str(tmp_path / "network.pt"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"network\.pt"):
+        make_upscaler(str(tmp_path / "network.pt"), 32)
+    assert [path.name for path in tmp_path.iterdir()] == ["network.pt"]

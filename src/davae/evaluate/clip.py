@@ -9,25 +9,24 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from davae.models.pipeline import ModelError
 from davae.models.placement import own_device
+from davae.models.processors import load_processor
+from davae.models.stored import load_component
 
 
 class Clip:
     """A CLIP model of transformers, from a folder or hub id.
 
     Raises:
-        ModelError: when there is none.
+        ModelError: there is none, it needs code of its folder, or its weights are pickled, damaged or of another model.
     """
 
     def __init__(self, model: str):
         from transformers import CLIPModel, CLIPProcessor
 
-        try:
-            self.processor: Any = CLIPProcessor.from_pretrained(model)
-            self.model: Any = CLIPModel.from_pretrained(model).eval()
-        except (OSError, ValueError) as error:
-            raise ModelError(f"CLIP model {model}: {' '.join(str(error).split())[:160]}") from error
+        what = f"CLIP model {model}"
+        self.model: Any = load_component(model, "", CLIPModel, torch.float32, what)
+        self.processor: Any = load_processor(model, CLIPProcessor, what)
         self.device = own_device()
         self.model.to(self.device)
 

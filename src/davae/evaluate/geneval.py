@@ -20,6 +20,8 @@ from davae.evaluate.clip import Clip
 from davae.files import atomic_text, saving
 from davae.models.pipeline import ModelError
 from davae.models.placement import own_device
+from davae.models.processors import load_processor
+from davae.models.stored import load_component
 
 logger = logging.getLogger(__name__)
 
@@ -129,17 +131,16 @@ class Detector:
     """An object detector of transformers with COCO's class names, from a folder or hub id.
 
     Raises:
-        ModelError: when there is none, or its classes have no names.
+        ModelError: there is none, it needs code of its folder, its weights are pickled, damaged or of another model, or
+            its classes have no names.
     """
 
     def __init__(self, model: str):
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-        try:
-            self.processor: Any = AutoImageProcessor.from_pretrained(model)
-            self.model: Any = AutoModelForObjectDetection.from_pretrained(model).eval()
-        except (OSError, ValueError) as error:
-            raise ModelError(f"detector {model}: {' '.join(str(error).split())[:160]}") from error
+        what = f"detector {model}"
+        self.model: Any = load_component(model, "", AutoModelForObjectDetection, torch.float32, what)
+        self.processor: Any = load_processor(model, AutoImageProcessor, what)
         self.device = own_device()
         self.model.to(self.device)
         labels = [str(label) for label in self.model.config.id2label.values()]

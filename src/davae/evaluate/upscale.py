@@ -67,11 +67,15 @@ def load_network(path: Path) -> Any:
         ModelError: spandrel is not installed, or does not know the file.
     """
     try:
-        from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
+        from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError, canonicalize_state_dict
     except ImportError as error:
         raise ModelError("super-resolution networks need `pip install 'davae[sr]'`") from error
     try:
-        model = ModelLoader().load_from_file(path)
+        if path.suffix.lower() == ".pt":  # spandrel would run TorchScript, which can write files
+            state = canonicalize_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            state = ModelLoader().load_state_dict_from_file(path)
+        model = ModelLoader().load_from_state_dict(state)
     except (UnsupportedModelError, SafetensorError, UnpicklingError, ValueError, RuntimeError, OSError) as error:
         raise ModelError(f"--upscale {path}: {' '.join(str(error).split())[:160] or type(error).__name__}") from error
     if not isinstance(model, ImageModelDescriptor) or model.input_channels != 3:

@@ -27,6 +27,7 @@ from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK
 from davae.models.families import TRANSFORMERS, model_class, transformer_family
 from davae.models.family import TransformerFamily
+from davae.models.processors import check_tokenizers
 from davae.models.stored import check_config, check_index, load_component, load_components, loading
 from davae.reading import read_object
 from davae.zoo.presets import nearest_presets, presets
@@ -259,6 +260,7 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
             folder = str(kind.download(model, use_safetensors=True, **dict.fromkeys(without)))
         parts = dict.fromkeys(without) | load_components(Path(folder), model, dtype, without)
         pipeline = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **parts)
+    check_tokenizers(pipeline, what)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

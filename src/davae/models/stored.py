@@ -32,7 +32,8 @@ MOST_REPEATS = 4096  # layers, blocks, heads of one kind
 MOST_ENTRIES = 100_000  # of a list, such as one shift for each channel
 LARGEST_TABLE = 4 * 10**8  # numbers in a table of positions; that of SD3.5 Medium has 2.3e8
 LARGEST_SIDE = 16_384  # pixels, latent positions or tokens
-MOST = {"sample_size": LARGEST_SIDE, "pos_embed_max_size": LARGEST_SIDE, "num_train_timesteps": 100_000}
+SIDES = ("sample_size", "pos_embed_max_size", "height", "width", "shortest_edge", "longest_edge")
+MOST = {**dict.fromkeys(SIDES, LARGEST_SIDE), "num_train_timesteps": 100_000}
 ROOM = 64 * 2**20  # numbers that a model may hold beside its file: tables of positions
 STATISTICS = (
     *("scaling_factor", "shift_factor", "latents_mean", "latents_std"),
@@ -349,7 +350,10 @@ def load_component(model: str, part: str, kind: Any, dtype: torch.dtype, what: s
     folder = Path(model) / part
     bound = check_component(folder, what) if folder.is_dir() else Bound()
     options: dict[str, Any] = {"subfolder": part} if part else {}
-    options["dtype" if issubclass(kind, transformers.PreTrainedModel) else "torch_dtype"] = dtype
+    if kind.__module__.startswith("transformers."):
+        options |= {"dtype": dtype, "trust_remote_code": False}
+    else:
+        options["torch_dtype"] = dtype
     with loading(what), bounded(bound, what):
         loaded, info = cast(Any, kind).from_pretrained(
             model, use_safetensors=True, output_loading_info=True, **options

@@ -14,7 +14,8 @@ from torch import nn
 
 from davae.models.calls import TEXT_CALLS
 from davae.models.families import model_class
-from davae.models.pipeline import COMPONENTS, denoiser, loading, read_config, reads_silent_t5, silent_t5
+from davae.models.pipeline import COMPONENTS, denoiser, read_config, reads_silent_t5, silent_t5
+from davae.models.processors import load_processor
 from davae.models.stored import check_config, planned
 
 TokenCount = Callable[[list[str]], list[int]]
@@ -130,8 +131,7 @@ def _counter(model: str, component: str) -> TokenCount:
     @cache
     def tokenizer() -> Any:
         name = read_config(model, "", "model_index.json")[component][-1]
-        with loading(f"{component} of {model}"):
-            return getattr(transformers, name).from_pretrained(model, subfolder=component)
+        return load_processor(model, getattr(transformers, name), f"{component} of {model}", component)
 
     def count(captions: list[str]) -> list[int]:
         return count_tokens(tokenizer(), captions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -18,7 +19,7 @@ def push(folder: Path, repo_id: str, *, public: bool = False, message: str | Non
     A repository that exists keeps its visibility.
 
     Raises:
-        ModelError: not an exported folder, or no hub id.
+        ModelError: not an exported folder, one with links to files elsewhere, or no hub id.
         RunError: no network, not logged in, or refused by the hub.
     """
     if not any((folder / name).is_file() for name in ("model_index.json", UPGRADE_FILE)):
@@ -27,6 +28,7 @@ def push(folder: Path, repo_id: str, *, public: bool = False, message: str | Non
         )
     if (folder / "recipe.yaml").is_file():  # a run: its cache and checkpoints are nobody else's
         raise ModelError(f"{folder} is a run, with its data and checkpoints; give a folder that `davae export` wrote")
+    check_links(folder)
     if not HUB_ID.fullmatch(repo_id):
         raise ModelError(f"'{repo_id}' is no hub id; it is ORGANISATION/NAME or USER/NAME")
     api = HfApi()
@@ -44,3 +46,17 @@ def push(folder: Path, repo_id: str, *, public: bool = False, message: str | Non
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"the hub did not take {folder}: {reason}; check the network and `hf auth login`") from error
     return str(where)
+
+
+def check_links(folder: Path) -> None:
+    """Refuse links in a folder that lead out of it: their targets would be uploaded.
+
+    Raises:
+        ModelError: names the link and where it leads.
+    """
+    home = Path(os.path.realpath(folder))
+    for place, folders, names in os.walk(folder):
+        for path in (Path(place) / name for name in (*folders, *names)):
+            target = Path(os.path.realpath(path))
+            if path.is_symlink() and home not in target.parents:
+                raise ModelError(f"{path}: it is a link to {target}, outside of {folder}; remove it or copy the file")
