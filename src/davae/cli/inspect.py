@@ -37,16 +37,12 @@ def inspect(
     if model is None:
         _list()
         return
-    from davae.display import console, show_phases
-    from davae.train.inspected_phases import inspected_phases
+    from davae.display import console
     from davae.train.inspection import inspect_model
 
     found = inspect_model(model, resolution, scale, detail_channels, steps)
-    phases = inspected_phases(found)
-    write_json(json, found.as_dict() | ({} if phases is None else phases.as_dict() | {"notes": found.notes}))
+    write_json(json, found.as_dict())
     _show(found)
-    if phases is not None:
-        show_phases(phases)
     for note in found.notes:
         console.print(f"Note: {note}.", markup=False)
 

@@ -122,11 +122,6 @@ def inspect_model(
     return Inspection(model, shapes, layout, figures, notes)
 
 
-def readable_name(model: str) -> str:
-    """Return where a model's configs are read from."""
-    return readable(resolve(model))[0]
-
-
 def native_resolution(model: str, shapes: BaseShapes) -> int:
     """Pixels that the model draws by default.
 
