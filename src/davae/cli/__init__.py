@@ -326,7 +326,6 @@ def sample(
 
 
 @app.command()
-@app.command()
 def recipes(json: Json = None) -> None:
     """List the shipped recipes. Example: `davae recipes --json recipes.json`"""
     from rich.console import Console
