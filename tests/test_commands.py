@@ -161,7 +161,10 @@ def test_an_enlarging_command_gets_its_folders_as_words(tmp_path: Path) -> None:
     )
     words = f"{sys.executable} '{program}' {{input}} {{output}} {{foo}} {{input.__class__}} -n"
     assert make_upscaler(words, 40)([picture(0, 20, 20)])[0].size == (40, 40)
-    for command, message in (("cat 'a {input} {output}", "quot"), ("no-such-program {input} {output}", "no program")):
+    for command, message in (
+        ("cat 'a {input} {output}", "quot"),
+        ("no-such-program {input} {output}", "program no-such-program"),
+    ):
         with pytest.raises(ModelError, match=message):
             make_upscaler(command, 8)
     with pytest.raises(ModelError, match="neither"):
