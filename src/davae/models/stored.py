@@ -128,7 +128,10 @@ def check_config(config: Any, what: str) -> None:
             divides = key == "scaling_factor" or key.endswith("_std")
             if not isinstance(number, (int, float)) or not math.isfinite(number) or (divides and number <= 0):
                 raise ModelError(f"{what}: {key} contains {str(number)[:40]}, by which no latent can be normalised")
-    side = max((_first(config.get(key)) for key in ("sample_size", "pos_embed_max_size", "input_size")), default=0)
+    sides = ["sample_size", "pos_embed_max_size", "input_size"]
+    if "num_mmdit_layers" in config:  # AuraFlow's pos_embed_max_size counts positions, not those of a side
+        sides.remove("pos_embed_max_size")
+    side = max(_first(config.get(key)) for key in sides)
     width = max(
         _first(config.get("num_attention_heads")) * _first(config.get("attention_head_dim")),
         *(_first(config.get(key)) for key in ("hidden_size", "caption_projection_dim")),
