@@ -14,6 +14,7 @@ from davae.latent import LatentLayout
 from davae.models.autoencoder_families import autoencoder_family
 from davae.models.distilled import Distilled, distilled
 from davae.models.families import model_class, transformer_family
+from davae.models.offline import readable
 from davae.models.pipeline import BaseShapes, ModelError, load_scheduler, read_shapes
 from davae.models.stored import check_component
 from davae.models.warm_start import filter_shares
@@ -94,7 +95,7 @@ def check_distilled(recipe: Recipe, configs: str | None = None) -> Distilled | N
     """
     if recipe.base.model is None:
         return None
-    model = configs or resolve(recipe.base.model)
+    model = configs or readable(resolve(recipe.base.model))[0]
     found = distilled(model, recipe.base.model)
     if found is None or found.kind == "guidance":
         return found
