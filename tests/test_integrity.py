@@ -231,9 +231,8 @@ def test_statistics_that_cannot_be_divided_by_are_refused(vae: Path, value: floa
 
 def test_a_flipped_bit_in_a_file_of_tensors_is_found(tmp_path: Path):
     path = tmp_path / "upgrade.safetensors"
-    save_tensors(
-        path, {"a": torch.ones(9), "b": torch.tensor(2, dtype=torch.bfloat16)}, {"format": "davae-upgrade-1"}
-    )
+    about = {"format": "davae-upgrade-1", "class": "PixArtTransformer2DModel", "channels": "[4, 12]"}
+    save_tensors(path, {"a": torch.ones(9), "b": torch.tensor(2, dtype=torch.bfloat16)}, about)
     assert set(read_upgrade(path)[1]) == {"a", "b"}
     flip(path)
     with pytest.raises(ModelError, match=r"upgrade\.safetensors: '[ab]' is not what was written"):

@@ -124,10 +124,12 @@ def check_config(config: Any, what: str) -> None:
         _check_entry(str(key), value, what, 0)
     for key in STATISTICS:
         values = config.get(key)
-        for number in values if isinstance(values, list) else [] if values is None else [values]:
+        for channel, number in enumerate(values if isinstance(values, list) else [] if values is None else [values]):
             divides = key == "scaling_factor" or key.endswith("_std")
             if not isinstance(number, (int, float)) or not math.isfinite(number) or (divides and number <= 0):
-                raise ModelError(f"{what}: {key} contains {str(number)[:40]}, by which no latent can be normalised")
+                found = f"{str(number)[:40]} at channel {channel}" if isinstance(values, list) else str(number)[:40]
+                wanted = "finite and positive" if divides else "finite"
+                raise ModelError(f"{what}: {key}: found {found}; it must be {wanted}, for latents are normalised by it")
     sides = ["sample_size", "pos_embed_max_size", "input_size"]
     if "num_mmdit_layers" in config:  # AuraFlow's pos_embed_max_size counts positions, not those of a side
         sides.remove("pos_embed_max_size")

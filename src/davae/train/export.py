@@ -31,6 +31,7 @@ from davae.train.stage2 import choose_trainable
 
 UPGRADE_FILE = "upgrade.safetensors"
 FORMAT = "davae-upgrade-1"
+REMEDY = "copy or export it again"
 MOST_CHANNELS = 65_536
 
 
@@ -75,6 +76,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise ModelError(f"upgrade file {path} is damaged ({error}); copy or download it again") from error
     if metadata.get("format") != FORMAT:
         raise ModelError(f"{path} is not a davae upgrade file")
+    check_tensors(path, {}, metadata, ModelError, REMEDY)
     read_details(path, metadata)
     return metadata
 
@@ -135,7 +137,7 @@ def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         ModelError: not an upgrade file, or weights that are damaged or not finite.
     """
     metadata, tensors = read_metadata(path), load_file(path)
-    check_tensors(path, tensors, metadata, ModelError, "copy or export it again")
+    check_tensors(path, tensors, metadata, ModelError, REMEDY)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise ModelError(
