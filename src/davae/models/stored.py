@@ -129,7 +129,9 @@ def check_config(config: Any, what: str) -> None:
             if not isinstance(number, (int, float)) or not math.isfinite(number) or (divides and number <= 0):
                 found = f"{str(number)[:40]} at channel {channel}" if isinstance(values, list) else str(number)[:40]
                 wanted = "finite and positive" if divides else "finite"
-                raise ModelError(f"{what}: {key}: found {found}; it must be {wanted}, for latents are normalised by it")
+                raise ModelError(
+                    f"{what}: {key}: found {found}; it must be {wanted}, for latents are normalised by it"
+                )
     sides = ["sample_size", "pos_embed_max_size", "input_size"]
     if "num_mmdit_layers" in config:  # AuraFlow's pos_embed_max_size counts positions, not those of a side
         sides.remove("pos_embed_max_size")
