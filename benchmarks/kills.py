@@ -48,7 +48,7 @@ from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.train.state import load_checkpoint
 
 SIZES = {"input_size": 8, "in_channels": 4, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-VOLATILE = {"report.html", "report.json", "timing.jsonl", ".process.json", ".lock"}  # times differ from run to run
+VOLATILE = {"report.html", "report.json", "timing.jsonl", "times.json", ".process.json", ".lock"}  # not the same twice
 
 
 def prepare(place: Path, steps: int) -> dict[str, list[str]]:

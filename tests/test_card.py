@@ -21,8 +21,10 @@ from davae.analyze.curves import compared_curves
 from davae.analyze.report import Column, ReportContent, write_report
 from davae.publish.card import Origin, base_licence, write_card
 from davae.publish.escape import as_code, as_prose, fence
+from davae.publish.folders import _report as report_of
 from davae.recipes import validate
 from davae.recipes.sections import Sampling
+from davae.train.state import marker
 
 HOSTILE = [
     "```\n# Owned\n```",
@@ -84,6 +86,43 @@ def test_hostile_text_stays_inside_the_card_s_blocks(text: str, tmp_path: Path):
         assert 'href="javascript' not in shown
         assert shown.count("<table>") == 2
         assert shown.count("<td") == 9, "a name is one cell"
+
+
+def test_a_card_is_about_its_own_model(tmp_path: Path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(VAE))
+    rows = [
+        {"name": name, "psnr": psnr, "ssim": 0.5, "lite0": 0.5}
+        for name, psnr in (("base + bicubic", 23.46), ("full", 19.21), ("full, shipped", 29.03))
+    ]
+    rows.append({"name": "another name", "model": "shipped", "psnr": 31.5, "ssim": 0.5, "lite0": 0.5})
+    for written, holdout, words in (
+        ({}, 0.1, "Held-out images, encoded"),
+        ({}, 0.0, "Training images (the run held none out"),  # a report of a version without the marker
+        ({"reconstruction_images": "training"}, 0.1, "Training images (the run held none out"),
+        ({"reconstruction_images": "held out"}, 0.0, "Held-out images, encoded"),
+    ):
+        recipe = recipe_with("x")
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"holdout": holdout})})
+        report = {"reconstruction": rows, "speed": [], "facts": {"machine": "m"}, **written}
+        write_card(tmp_path, Origin("micro", "fused", False, recipe, report), INDEX)
+        card = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert words in card
+        assert "19.21" in card
+        assert "23.46" in card
+        assert "29.03" not in card
+        assert "31.50" not in card
+
+
+def test_a_report_on_a_shorter_training_is_not_carried(tmp_path: Path):
+    recipe = recipe_with("x")
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    assert report_of(tmp_path, recipe) == {}, "folders of earlier versions may lack the marker"
+    marker(tmp_path, "report").write_text("1/1")
+    assert report_of(tmp_path, recipe) == {}
+    marker(tmp_path, "report").write_text("1/20")
+    assert report_of(tmp_path, recipe) is None
 
 
 def test_the_base_s_own_card_cannot_write_into_ours(tmp_path: Path):

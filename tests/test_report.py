@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from davae.analyze.crops import most_different
-from davae.analyze.report import Column, ReportContent, data_uri, write_report, zooms
+from davae.analyze.report import Column, ReportContent, data_uri, duration, write_report, zooms
 
 
 def marked(size: int, box: tuple[int, int, int, int] | None) -> Image.Image:
@@ -69,6 +70,53 @@ def test_the_page_holds_everything_and_asks_for_nothing(tmp_path: Path):
     assert figures["zooms"][0] == {
         "caption": "a rose", "left": 40, "top": 12, "side": 16, "between": ["base, enlarged", "this run"],
     }  # fmt: skip
+
+
+def with_a_shipped_upgrade() -> ReportContent:
+    found = content()
+    plain, other = marked(64, None), marked(64, (0, 32, 16, 48))
+    found.samples[1].role = "own"
+    found.samples.append(Column("shipped", [other] * 2, role="shipped"))
+    found.reconstructions[2].role = "own"
+    found.reconstructions.append(Column("full, shipped", [plain], role="shipped"))
+    rows = {"base + bicubic": (23.46, 0.93, 0.14), "full": (19.21, 0.95, 0.20), "full, shipped": (23.0, 0.90, 0.05)}
+    found.quality = [
+        {"name": name, "psnr": p, "ssim": s, "lite0": d, "pictures": 1} for name, (p, s, d) in rows.items()
+    ]
+    return found
+
+
+def test_the_run_s_own_model_comes_first_and_best_is_best(tmp_path: Path):
+    page = write_report(with_a_shipped_upgrade(), tmp_path).read_text(encoding="utf-8")
+    figures = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    right = re.search(r'<select id="right">(.*?)</select>', page, re.S)
+    assert right is not None
+    assert '<option value="1" selected>this run</option>' in right[1], "the slider opens on the run's own model"
+    assert [zoom["between"] for zoom in figures["zooms"]] == [
+        ["base, enlarged", "this run"], ["base, enlarged", "this run"], ["base + bicubic", "full"],
+    ]  # fmt: skip
+    assert figures["zooms"][0]["top"] == 12, "the place is chosen by the run's own images"
+    assert re.findall(r'<td class="best">([\d.]+)</td>', page) == ["23.46", "0.9500", "0.0500"]
+
+
+@pytest.mark.parametrize("kind", ["held out", "training"])
+def test_training_images_are_never_called_held_out(kind: str, tmp_path: Path):
+    found = content()
+    found.reconstruction_images = kind  # type: ignore[assignment]
+    page = write_report(found, tmp_path).read_text(encoding="utf-8").lower()
+    figures = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert figures["reconstruction_images"] == kind
+    held = re.sub(r"<style>.*?</style>|data\.holdout", "", page, flags=re.S)
+    assert ("held out" in held or "held-out" in held) == (kind == "held out")
+    assert figures["zooms"][-1]["caption"] == ("held out" if kind == "held out" else "training image")
+
+
+def test_phases_are_shown_with_their_times(tmp_path: Path):
+    found = content()
+    found.phases = {"stage1": 12.0, "stage2": 3725.0}
+    page = write_report(found, tmp_path).read_text(encoding="utf-8")
+    assert "<td>12 s</td><td>1 h 2 min</td>" in page
+    assert [duration(s) for s in (0.25, 59.6, 3600, 100_000)] == ["0.2 s", "1 min", "1 h", "1 d 3 h"]
 
 
 def test_large_pictures_are_stored_as_jpeg():

@@ -34,6 +34,7 @@ RUN_PARTS: dict[str, tuple[str, ...]] = {  # what a run writes, and the steps af
     "progress": (),
     "report.html": (),
     "report.json": (),
+    "times.json": (),
     "timing.jsonl": (),
     "upgrade.safetensors": (),
     "vae": ("stage1", "vae"),

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from davae.analyze.curves import loss_curves
-from davae.analyze.report import Column, ReportContent, write_report
+from davae.analyze.report import Column, ReportContent, best_rows, write_report
 from davae.data.openmoji import CREDIT
 from davae.data.pictures import spread, to_images
 from davae.evaluate.detail_use import reconstructions
@@ -25,14 +25,17 @@ from davae.sample.generate import generate
 from davae.train.encoding import coding_bytes, images_at_a_time, run_precision
 from davae.train.export import load_upgraded
 from davae.train.loop import Observer, Progress
+from davae.train.opened import OpenedData
 from davae.train.plan import count
 from davae.train.ranks import from_main, on_main
 from davae.train.signals import check_stop, stop_on_signal
 from davae.train.state import read_metrics
+from davae.train.times import read_times, timed
 from davae.train.upgrade import Upgrade
 from davae.zoo import shipped_upgrade
 
 SHOWN_RECONSTRUCTIONS = 8
+SHIPPED = "full, shipped"  # row of the upgrade that comes with davae
 AT_A_TIME = 16  # images that are drawn, or encoded and decoded, at a time, at most
 
 
@@ -52,7 +55,8 @@ def upgrade(run: Upgrade, observer: Observer) -> Path:
         page = run.out / "report.html"
         if not from_main(run.folder.done("report") and page.is_file()):
             check_stop("the report")
-            on_main(partial(report, run, watched))
+            with timed(run.out, "report"):
+                on_main(partial(report, run, watched))
             run.folder.mark_done("report")
         check_stop(str(run.out))
     return page
@@ -78,9 +82,7 @@ def report(run: Upgrade, observer: Observer) -> Path:
     recipe = run.recipe
     upgraded = load_pipeline(str(run.out / "pipeline"), run_precision(recipe.run))
     turn = OneOnDevice(run.accelerator.device)
-    shipped = shipped_upgrade(recipe.base.name)
-    shipped_pipeline = load_upgraded(run.base, shipped) if shipped is not None and shipped.is_dir() else None
-
+    shipped_pipeline = comparable_upgrade(run)
     prompts = default_prompts(run)
     samples = sample_columns(run, turn, upgraded, shipped_pipeline, prompts)
     observer(Progress("report", 1, 4, 0.0))
@@ -109,6 +111,8 @@ def report(run: Upgrade, observer: Observer) -> Path:
         },
         skipped=sorted(set(run.skipped)),
         credits=CREDIT if openmoji else "",
+        reconstruction_images=shown_data(run).shown_from,
+        phases=read_times(run.out),
     )
     page = write_report(content, run.out)
     observer(Progress("report", 4, 4, 0.0))
@@ -124,10 +128,25 @@ def lead(run: Upgrade, shipped: bool) -> str:
     )
     if shipped:
         text += (
-            " The column 'this run' is what this machine trained just now; 'shipped' is the upgrade of the same base that "
-            "comes with davae and was trained longer."
+            f" 'This run' is the model that this run trained. 'Shipped' is {recipe.base.name}-upgraded, another upgrade of "
+            "the same base, which comes with davae and was trained longer: compare with it, but it is not this run's result."
         )
     return text
+
+
+def comparable_upgrade(run: Upgrade) -> Any:
+    """Return the upgraded pipeline that ships with the run's base, None without one that draws the same size."""
+    folder = shipped_upgrade(run.recipe.base.name)
+    if folder is None or not folder.is_dir():
+        return None
+    pipeline = load_upgraded(run.base, folder)
+    own = run.recipe.resolution, run.layout.scale
+    return pipeline if (pipeline.vae.config["sample_size"], pipeline.vae.layout.scale) == own else None
+
+
+def shown_data(run: Upgrade) -> OpenedData:
+    """Return the images of which the report shows reconstructions."""
+    return run.opened if run.init is not None else run.data.stage1
 
 
 def facts(run: Upgrade, upgraded: Any) -> list[tuple[str, str]]:
@@ -189,41 +208,46 @@ def sample_columns(run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any,
         Column(
             "base, native",
             drawn(run.base, high),
-            f"{high} px, 4x the tokens",
+            f"{high} px, {recipe.scale**2}x the tokens",
         ),
         Column(
             "this run",
             drawn(upgraded, high),
             f"{high} px, same tokens as {low}",
+            "own",
         ),
     ]
-    columns[1].note = f"{high} px, {recipe.scale**2}x the tokens"
     if shipped is not None:
-        columns.append(Column("shipped", drawn(shipped, high), "trained longer"))
+        columns.append(
+            Column("shipped", drawn(shipped, high), f"{recipe.base.name}-upgraded, not this run", "shipped")
+        )
     return columns
 
 
 def reconstruction_section(
     run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any
 ) -> tuple[list[Column], list[dict[str, Any]]]:
-    """Held-out pictures (training pictures where nothing is held out), shown and scored."""
-    opened = run.opened if run.init is not None else run.data.stage1
+    """Return reconstructions of held-out images (training images where none is held out) and their scores."""
+    opened = shown_data(run)
     dataset = opened.squares(opened.shown(run.recipe.report.holdout_pictures), run.recipe.run.seed)
     images = torch.stack([dataset[(i, -1)]["image"] for i in range(len(dataset))])
     methods = reconstructions(upgraded.vae, run.base.vae)
     if shipped is not None:
-        methods["full, shipped"] = reconstructions(shipped.vae, run.base.vae)["full"]
+        methods[SHIPPED] = reconstructions(shipped.vae, run.base.vae)["full"]
     perceptual = Lite0Distance()
     columns = [Column("original", to_images(images[:SHOWN_RECONSTRUCTIONS]))]
     rows: list[dict[str, Any]] = []
     halving = at_a_time(run, "reconstructions", upgraded.vae)
     for name, method in methods.items():
-        turn({"base + bicubic": run.base.vae, "full, shipped": getattr(shipped, "vae", None)}.get(name, upgraded.vae))
+        turn({"base + bicubic": run.base.vae, SHIPPED: getattr(shipped, "vae", None)}.get(name, upgraded.vae))
         reconstruct = partial(halving, method)
-        columns.append(Column(name, to_images(reconstruct(images[:SHOWN_RECONSTRUCTIONS]))))
+        roles: dict[str, Any] = {"full": "own", SHIPPED: "shipped"}
+        pictures = to_images(reconstruct(images[:SHOWN_RECONSTRUCTIONS]))
+        columns.append(Column(name, pictures, role=roles.get(name, "")))
         scores = score_reconstructions(images.split(AT_A_TIME), reconstruct, {"lite0": perceptual})
-        rows.append({"name": name, **scores.as_dict(), "best": name.startswith("full")})
-    return columns, rows
+        rows.append({"name": name, **scores.as_dict(), "model": "shipped" if name == SHIPPED else "this run"})
+    best = best_rows(rows)["psnr"]
+    return columns, [{**row, "best": place in best} for place, row in enumerate(rows)]
 
 
 def speed_section(run: Upgrade, turn: OneOnDevice, upgraded: Any, prompt: str) -> list[dict[str, Any]]:

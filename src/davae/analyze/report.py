@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from PIL import Image
@@ -19,16 +19,26 @@ from davae.files import atomic_text
 
 @dataclass
 class Column:
-    """One variant of a picture grid."""
+    """One variant of an image grid.
+
+    Attributes:
+        role: `own`, made by the run that the page is about; `shipped`, made by the upgrade that comes with davae.
+    """
 
     title: str
     pictures: list[Image.Image]
     note: str = ""
+    role: Literal["", "own", "shipped"] = ""
 
 
 @dataclass
 class ReportContent:
-    """What the page shows. Tables are lists of rows of text or numbers, the first row the heading."""
+    """Content of the page.
+
+    Attributes:
+        reconstruction_images: where the reconstructed images come from: `held out`, or `training`, where none is held out.
+        phases: seconds that each phase of the run took, by its name.
+    """
 
     title: str
     lead: str
@@ -42,6 +52,29 @@ class ReportContent:
     curves: dict[str, bytes | None]
     skipped: list[str] = field(default_factory=list)
     credits: str = ""
+    reconstruction_images: Literal["held out", "training"] = "held out"
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+# metric -> whether a higher value is better
+METRICS = {"psnr": True, "ssim": True, "lite0": False}
+
+
+def own_column(columns: list[Column]) -> int:
+    """Return the place of the run's own column: the last one that is not the shipped upgrade's where none is marked."""
+    own = [place for place, column in enumerate(columns) if column.role == "own"]
+    others = [place for place, column in enumerate(columns) if column.role != "shipped"]
+    return (own or others)[-1]
+
+
+def best_rows(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Return, for each metric, the places of the rows with the best value."""
+    found = {}
+    for name, higher in METRICS.items():
+        values = [row[name] for row in rows]
+        best = (max if higher else min)(values, default=None)
+        found[name] = [place for place, value in enumerate(values) if value == best]
+    return found
 
 
 @dataclass
@@ -85,6 +118,16 @@ def zooms(columns: list[Column], captions: list[str], first: int, second: int) -
     ]
 
 
+def duration(seconds: float) -> str:
+    """Return a time for people: `45 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    whole = round(seconds)
+    for large, small, big, little in ((86400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
+        if whole >= large:
+            rest = whole % large // small
+            return f"{whole // large} {big} {rest} {little}" if rest else f"{whole // large} {big}"
+    return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"
+
+
 def data_uri(picture: Image.Image | bytes) -> str:
     """A picture for inside the page: a PNG, or a JPEG where it is large."""
     if isinstance(picture, bytes):
@@ -104,16 +147,13 @@ def _inline(kind: str, content: bytes) -> str:
 def write_report(content: ReportContent, folder: Path) -> Path:
     """Write `report.html` and `report.json` into `folder`; returns the page's path."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["data_uri"] = data_uri
+    environment.filters |= {"data_uri": data_uri, "duration": duration}
     template = environment.from_string(files("davae.analyze").joinpath("report.html").read_text(encoding="utf-8"))
+    samples, decoded = content.samples, content.reconstructions
+    place = f"{content.reconstruction_images} image" if content.reconstruction_images == "training" else "held out"
     close = [
-        *zooms(content.samples, content.prompts, 0, len(content.samples) - 1),
-        *zooms(
-            content.reconstructions,
-            ["held out"] * len(content.reconstructions[0].pictures),
-            1,
-            len(content.reconstructions) - 1,
-        ),
+        *zooms(samples, content.prompts, 0, own_column(samples)),
+        *zooms(decoded, [place] * len(decoded[0].pictures), 1, own_column(decoded)),
     ]
     figures = {
         "title": content.title,
@@ -121,6 +161,8 @@ def write_report(content: ReportContent, folder: Path) -> Path:
         "prompts": content.prompts,
         "speed": content.speed,
         "reconstruction": content.quality,
+        "reconstruction_images": content.reconstruction_images,
+        "phases": content.phases,
         "zooms": [
             {"caption": z.caption, "left": z.left, "top": z.top, "side": z.side, "between": z.between} for z in close
         ],
@@ -128,5 +170,6 @@ def write_report(content: ReportContent, folder: Path) -> Path:
     }
     page = folder / "report.html"
     atomic_text(folder / "report.json", json.dumps(figures, indent=2))
-    atomic_text(page, template.render(c=content, zooms=close, large=LARGE))
+    shown = {"own": own_column(samples), "best": best_rows(content.quality), "large": LARGE}
+    atomic_text(page, template.render(c=content, zooms=close, **shown))
     return page

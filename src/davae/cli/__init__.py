@@ -169,8 +169,9 @@ def _show_report(folder: Path) -> None:
             for row in figures["speed"]
         ],
     )  # fmt: skip
+    kind = "Training" if figures.get("reconstruction_images") == "training" else "Held-out"
     table(
-        "Held-out pictures, encoded and decoded",
+        f"{kind} pictures, encoded and decoded",
         ["decoder input", "PSNR, dB", "SSIM", "perceptual"],
         [
             [row["name"], f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", f"{row['lite0']:.4f}"]

@@ -63,6 +63,22 @@ class Origin:
         )
 
     @property
+    def own_reconstructions(self) -> list[dict[str, Any]]:
+        """The report's rows of this model and its base, without those of the upgrade that ships with davae."""
+        rows = self.report["reconstruction"] if self.report is not None else []
+        return [row for row in rows if row.get("model") != "shipped" and row["name"] != "full, shipped"]
+
+    @property
+    def reconstruction_images(self) -> str:
+        """What the reconstructed images are; reports of earlier versions do not contain it."""
+        known = (self.report or {}).get("reconstruction_images")
+        if known is None and self.recipe is not None and self.recipe.stage1_data.holdout == 0:
+            known = "training"
+        if known == "training":
+            return "Training images (the run held none out, so these figures do not measure new images)"
+        return "Held-out images"
+
+    @property
     def openmoji(self) -> bool:
         """Whether OpenMoji's artwork trained it, or its embedded base."""
         data = self.recipe is not None and any(
@@ -140,6 +156,7 @@ def write_card(folder: Path, origin: Origin, index: dict[str, Any]) -> Path:
         licence=licence,
         credit=CREDIT if origin.openmoji else None,
         recipe=shown,
+        images=origin.reconstruction_images,
     )
     path = folder / "README.md"
     path.write_text(encodable(f"---\n{data.to_yaml()}\n---\n\n{body}"), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,10 @@ from davae.publish.standalone import home_module, standalone_source
 from davae.publish.upgrade_file import VAE_FOLDER, Upgrade, check_base_autoencoder, write_upgrade
 from davae.recipes import Recipe, load_recipe
 from davae.train.export import UPGRADE_FILE, apply_upgrade, assemble, read_metadata, trained_transformer, without_lora
+from davae.train.state import goal, marker
 from davae.zoo import resolve
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["fused", "lora", "upgrade"]
 
@@ -88,7 +92,7 @@ def export(
     check_out(out, (folder, base))
     if self_contained and kind == "upgrade":
         raise ModelError("--self-contained is for whole pipelines; use it with --as fused or --as lora")
-    origin = Origin(base, kind, self_contained, run.recipe, _report(run.folder))
+    origin = Origin(base, kind, self_contained, run.recipe, _report(run.folder, run.recipe))
     if kind == "upgrade":
         with model_folder(out) as partial:
             vae = load_detail_vae(run.pipeline / "vae", dtype)
@@ -132,10 +136,16 @@ def apply(upgrade: Upgrade, base: str, out: Path, dtype: torch.dtype, *, self_co
     return out
 
 
-def _report(folder: Path) -> dict[str, Any] | None:
-    """The figures of a run's report, None where it has none."""
+def _report(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """Return the figures of a run's report, None where it has none, or one on the weights of a shorter training."""
     file = folder / "report.json"
     if not file.is_file():
+        return None
+    done = marker(folder, "report")
+    if done.is_file() and done.read_text(encoding="utf-8") != goal(recipe, "report"):
+        logger.warning(
+            "%s is about a shorter training; the card carries no figures until `davae upgrade` is run again", file
+        )
         return None
     try:
         return json.loads(file.read_bytes())

@@ -44,6 +44,7 @@ from davae.train.state import (
     newest_checkpoint,
     save_checkpoint,
 )
+from davae.train.times import timed
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +244,8 @@ class Trainer:
         """Train from the newest checkpoint to the last step."""
         try:
             if self.step < self.task.settings.max_steps:
-                self._fit(chosen_workers(num_workers))
+                with timed(self.folder.path, self.task.name):
+                    self._fit(chosen_workers(num_workers))
         finally:
             self.scale.reset()
         if self.step and int(self.skipped) >= self.step:

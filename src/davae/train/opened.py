@@ -77,6 +77,11 @@ class OpenedData:
         """Return chosen images as squares, for what is measured and shown."""
         return Pictures(self.source, indices, self.sizes[0][0], seed=seed, enlarge=self.data.enlarge)
 
+    @property
+    def shown_from(self) -> Literal["held out", "training"]:
+        """Where the images of `shown` come from."""
+        return "held out" if self.held_out else "training"
+
     def shown(self, num: int) -> list[int]:
         """Return up to `num` held-out images that fill the square, spread over all; training images where none is."""
         square, large = self.sizes[0], self.data.enlarge

@@ -43,6 +43,16 @@ def was_done(folder: Path, step: str) -> bool:
     return marker(folder, step).is_file()
 
 
+def goal(recipe: AnyRecipe, step: str) -> str:
+    """Return the step counts that a step's marker contains when it is done.
+
+    Raising `max_steps` makes the step, and all that follow from it, due again.
+    """
+    sections = [getattr(recipe, name, None) for name in ("vae", "dit", "stage1", "stage2", "network")]
+    goals = [str(section.max_steps) for section in sections if section is not None]
+    return "/".join(goals[:1] if step in {"stage1", "cache", "vae"} else goals)
+
+
 class RunFolder:
     """One run's files (DESIGN, section 10). Opening it refuses another recipe's folder, and one that is in use.
 
@@ -96,18 +106,12 @@ class RunFolder:
     def done(self, step: str) -> bool:
         """Whether a step of the run finished with the step count the recipe asks for."""
         file = marker(self.path, step)
-        return file.is_file() and file.read_bytes() == self._goal(step).encode()
+        return file.is_file() and file.read_bytes() == goal(self.recipe, step).encode()
 
     def mark_done(self, step: str) -> None:
         if is_main():
-            atomic_text(marker(self.path, step), self._goal(step))
+            atomic_text(marker(self.path, step), goal(self.recipe, step))
         barrier()
-
-    def _goal(self, step: str) -> str:
-        """What the step was asked to do: a longer training makes it, and what follows from it, due again."""
-        sections = [getattr(self.recipe, name, None) for name in ("vae", "dit", "stage1", "stage2", "network")]
-        goals = [str(section.max_steps) for section in sections if section is not None]
-        return "/".join(goals[:1] if step in {"stage1", "cache", "vae"} else goals)
 
     def checkpoints(self, stage: str) -> list[Path]:
         """Complete checkpoints of a stage, oldest first."""
@@ -285,7 +289,8 @@ def set_aside(folder: RunFolder, stage: str) -> None:
     """Rename a stage's checkpoints, so that it begins again; they stay for the user to look at."""
     for path in folder.checkpoints(stage):
         path.rename(path.with_name(f"earlier-{path.name}"))
-    marker(folder.path, stage).unlink(missing_ok=True)
+    for step in (stage, "report"):  # the report is about the weights that are now set aside
+        marker(folder.path, step).unlink(missing_ok=True)
 
 
 def check_stage2_inputs(folder: RunFolder, inputs: Mapping[str, str], first: Path) -> None:

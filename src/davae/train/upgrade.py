@@ -48,6 +48,7 @@ from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
 from davae.train.stage_data import StageData
 from davae.train.state import RunFolder, check_stage2_inputs, was_done
+from davae.train.times import timed
 from davae.zoo import resolve, resolve_upgrade
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ class Upgrade:
         """
         target = self.first / "cache"
         if self.first == self.out and not from_main(self.folder.done("cache") and is_whole(target)):
-            with changing(self.out) if is_main() else nullcontext():
+            with changing(self.out) if is_main() else nullcontext(), timed(self.out, "cache"):
                 vae = self.vae()
                 key = self.cache_key(vae)
                 self.write_cache(vae, target, key)
