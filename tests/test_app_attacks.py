@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,14 +28,16 @@ from starlette.testclient import TestClient
 from test_app import pair  # noqa: F401 - a fixture
 
 from davae.app import access as doors
-from davae.app import page, slot
+from davae.app import drawing, page, slot
 from davae.app.access import Access, Place, grant, parse_place, read_auth, same_origin
 from davae.app.forms import FormError, line_of, plain
 from davae.app.guard import Guard
 from davae.app.limits import Bounds, make_room, occupied, wrong_call
+from davae.app.models import Stopped
 from davae.app.page import build_server, listen, remove_left_folders, upload_folder
 from davae.app.roots import RECIPES_OWN, Roots, open_roots
 from davae.app.training import Trainings
+from davae.app.turns import Turns
 from davae.recipes import dump_recipe, load_recipe
 from davae.train.state import RunError
 
@@ -711,3 +714,84 @@ def test_the_slot_outlives_its_page(tmp_path: Path):
         child.stdin.close()  # type: ignore[union-attr]
     assert trainings.current() == ""
     assert not trainings.running("first")
+
+
+# -- stop ------------------------------------------------------------------------------------------------------
+
+
+def handlers_of(page: Any, button: str) -> list[Any]:
+    """The functions that a button calls."""
+    return [
+        fn for fn in page.fns.values() if any(part and page.blocks[part].elem_id == button for part, _ in fn.targets)
+    ]
+
+
+def test_a_stop_that_is_handled_late_ends_no_newer_drawing(served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    """Gradio may call `end` after a newer drawing has begun: what counts is the order in which the requests arrived."""
+
+    def draw(*args: Any, stop: Any, **options: Any) -> Iterator[Any]:
+        for _ in range(3):
+            if stop.is_set():
+                raise Stopped
+            yield drawing.Drawn("upgraded", picture(0, 8, 8), 8, 1, 0.1)
+
+    monkeypatch.setattr(drawing, "draw", draw)
+    (run,), (end,) = handlers_of(served.page, "draw"), handlers_of(served.page, "stop-drawing")
+    values = [part.value for part in run.inputs]
+
+    def asked(arrival: int, visitor: str = "one") -> SimpleNamespace:
+        return SimpleNamespace(session_hash=visitor, headers={"x-davae-arrival": str(arrival)})
+
+    def status(answers: Iterator[dict]) -> list[str]:
+        return [value for answer in answers for part, value in answer.items() if part.elem_id == "draw-status"]
+
+    stopped, other, newer = (run.fn(*values, asked(n, v)) for n, v in ((1, "one"), (2, "two"), (4, "one")))
+    for begun in (stopped, other, newer):
+        next(begun), next(begun)
+    late = end.fn(asked(3))
+    assert late != "Stopped."  # the newer drawing's line stays
+    assert status(stopped)[-1] == "Stopped."
+    assert status(newer)[-1] == "Done."
+    assert status(other)[-1] == "Done."
+    waiting = run.fn(*values, asked(5))  # in the queue while the Stop arrives
+    assert end.fn(asked(6)) == "Stopped."
+    assert status(waiting) == ["Waiting for the model.", "Stopped."]
+    assert status(run.fn(*values, asked(7)))[-1] == "Done."
+    end.fn(asked(10**12, "through-the-guard"))  # later than what is asked for now, by the numbers of the guard
+    for visitor, line in (("through-the-guard", "Stopped."), ("another", "Done.")):
+        (answer,) = fire(served.client, [(run._id, values)], visitor)
+        assert line in json.dumps(answer["output"])
+    assert not end.cancels  # Gradio would end a newer drawing too, and close the page's stream
+    assert run.trigger_mode == "always_last"  # a click while a stopped drawing ends is not lost
+
+
+def test_the_guard_numbers_requests_in_their_order():
+    seen = []
+
+    async def keep(scope: Any, receive: Any, send: Any) -> None:
+        seen.append([value for name, value in scope["headers"] if name == b"x-davae-arrival"])
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    client = TestClient(Guard(keep, ACCESS, Path("/")), base_url=OWN)
+    for forged in ("0", "999999999"):
+        client.get("/config", headers={"X-Davae-Arrival": forged, **COOKIE})
+    assert [len(numbers) for numbers in seen] == [1, 1]
+    assert int(seen[0][0]) < int(seen[1][0]) < 999999999
+
+
+def test_stops_of_many_visitors_take_bounded_memory():
+    turns = Turns()
+    for number in range(3000):
+        turns.stop(str(number), number)
+        turns.begin(str(number), number)
+        turns.end(str(number), number)
+    assert len(turns._stopped) <= 1024
+    assert not turns._begun
+
+
+def test_a_system_without_the_locks_of_unix_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    from davae.cli.app import app
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # an import of it fails, as on Windows
+    with pytest.raises(RunError, match="the page needs Linux or macOS"):
+        app("micro")

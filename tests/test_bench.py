@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from conftest import tiny_autoencoder, tiny_upgrade_recipe
 from diffusers import AutoencoderKL
 
 from davae import DetailVAE
+from davae.bench import clock
 from davae.bench.clock import Spread, peak_memory, race, ratio, spread
 from davae.bench.plain import explicit_attention, softmax_attention
 from davae.bench.sampling import bench_guidance
@@ -40,6 +42,15 @@ def test_rivals_take_turns_and_the_first_round_is_left_out():
 def allocate(mebibytes: int):
     """Work that touches so much memory."""
     return lambda: torch.ones(mebibytes * 2**18).sum()
+
+
+def test_memory_is_measured_without_linux_and_without_unix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(clock, "STATUS", tmp_path / "absent")
+    assert clock._peak(reset=True) > 2**20
+    source = Path(clock.__file__).parents[1]
+    unix = re.compile(r"^(import|from) (fcntl|resource|pwd|grp|termios)\b", re.MULTILINE)
+    needs = {file.relative_to(source).parts[0] for file in source.rglob("*.py") if unix.search(file.read_text())}
+    assert needs == {"app"}  # which names the systems that it needs
 
 
 def test_peak_memory_is_what_the_work_takes():

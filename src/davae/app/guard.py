@@ -27,6 +27,7 @@ from davae.app.limits import (
     replayed,
     wrong_call,
 )
+from davae.app.turns import number_request
 
 API = "/gradio_api"
 FILE = f"{API}/file="
@@ -228,9 +229,10 @@ def check_route(scope: Scope) -> None:
 
 
 def _without_forwarding(scope: Scope) -> Scope:
-    """Return a scope without headers by which a client could choose the addresses that the page writes."""
+    """Return a scope with its number, without headers by which a client could choose the addresses that the page writes."""
     dropped = (b"x-forwarded-host", b"x-gradio-server", b"x-direct-url", b"forwarded")
-    return {**scope, "headers": [(name, value) for name, value in scope["headers"] if name.lower() not in dropped]}
+    kept = [(name, value) for name, value in scope["headers"] if name.lower() not in dropped]
+    return {**scope, "headers": number_request(kept)}
 
 
 def _with_headers(scope: Scope, send: Send) -> Send:

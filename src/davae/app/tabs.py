@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import html
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from davae.app.forms import line_of, plain
 from davae.app.inspection import inspection
 from davae.app.models import Pair, Stopped
 from davae.app.roots import Roots, label
+from davae.app.turns import Turns, arrival_of
 from davae.app.uploads import MAX_PROMPT, MAX_STEPS, read_picture, uploaded
 from davae.errors import DavaeError
 from davae.sample.class_conditional import ClassConditionalPipeline
@@ -26,6 +26,7 @@ USERS = (DavaeError, torch.OutOfMemoryError)
 STATE_SECONDS = 1800  # that a visitor's images are kept after the page was closed
 SCALES = [2, 4, 8]
 MAX_RESOLUTION = 16384
+STOPPED = "Stopped."
 SMALL = 300  # pixels, below which a picture is shown enlarged
 
 
@@ -70,7 +71,7 @@ def as_user_error(function: Callable) -> Callable:
 
 
 def generate_tab(pair: Pair) -> None:
-    stops: dict[str, threading.Event] = {}  # of the drawing that each visitor waits for
+    turns = Turns()
     ways = drawing.ways_of(pair)
     by_class = isinstance(pair.any, ClassConditionalPipeline)
 
@@ -124,8 +125,8 @@ def generate_tab(pair: Pair) -> None:
         words: Any, number: Any, count: Any, scale: Any, chosen: Any, first: Any, second: Any, times: Any,
         request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008 - Gradio finds the bar by this default
     ) -> Iterator[dict[Any, Any]]:  # fmt: skip
-        visitor = str(request.session_hash)
-        stop = stops[visitor] = threading.Event()
+        visitor, arrival = str(request.session_hash), arrival_of(request)
+        stop = turns.begin(visitor, arrival)
         found: dict[str, Any] = {}
         yield {
             drawn: {},
@@ -155,24 +156,21 @@ def generate_tab(pair: Pair) -> None:
                     status: f"{len(found)} of {len(chosen)} drawn.",
                 }
         except Stopped:
-            yield {status: "Stopped."}  # whichever of the two answers, this or `end`, reaches the page last
+            yield {status: STOPPED}
             return
         except USERS as error:
             yield {status: status_of(error)}
             return
         finally:
-            if stops.get(visitor) is stop:
-                del stops[visitor]
+            turns.end(visitor, arrival)
         pictured = two(found, first, second)
         x, y = drawing.place(pictured[0], pictured[1], times) if pictured else (0.5, 0.5)
         places = dict(zip(details.values(), places_of(found, x, y, times), strict=True))
         yield {drawn: found, slider: pictured, status: "Done.", across: round(x, 2), down: round(y, 2), **places}
 
-    def end(request: gr.Request) -> str:
-        stop = stops.get(str(request.session_hash))
-        if stop is not None:
-            stop.set()
-        return "Stopped."
+    def end(request: gr.Request) -> Any:
+        last = turns.stop(str(request.session_hash), arrival_of(request))
+        return STOPPED if last else gr.skip()
 
     def places_of(found: dict[str, Any], x: Any, y: Any, times: Any) -> list[Any]:
         x, y = forms.number("across", x, 0, 1), forms.number("down", y, 0, 1)
@@ -182,8 +180,10 @@ def generate_tab(pair: Pair) -> None:
     outputs = [drawn, slider, status, across, down, *pictures.values(), *notes.values(), *details.values()]
     inputs = [prompt, seed, steps, guidance, wanted, left, right, zoom]
     triggers = [draw.click, *([prompt.submit] if isinstance(prompt, gr.Textbox) else [])]
-    drawing_now = gr.on(triggers, run, inputs, outputs, api_visibility="private", **COMPUTE)
-    halt.click(end, None, status, cancels=[drawing_now], api_visibility="private", concurrency_limit=None)
+    # A click while a stopped drawing ends is kept, not lost. Gradio's own `cancels` ends whatever runs when its request
+    # arrives, a newer drawing too, and closes the stream by which the page gets its answers.
+    gr.on(triggers, run, inputs, outputs, trigger_mode="always_last", api_visibility="private", **COMPUTE)
+    halt.click(end, None, status, api_visibility="private", concurrency_limit=None)
     for side in (left, right):
         side.change(as_user_error(two), [drawn, left, right], slider, api_visibility="private")
     for control in (across, down, zoom):

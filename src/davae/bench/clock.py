@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from davae.evaluate.throughput import synchronise
+from davae.train import observe
 
 STATUS = Path("/proc/self/status")  # Linux alone has it
 
@@ -125,7 +125,7 @@ def _grown(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, .
 def _peak(reset: bool = False) -> int:
     """Highest resident bytes since the last reset. Linux alone can reset it; elsewhere it is that of the whole process."""
     if not STATUS.is_file():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+        return int(observe.peak_memory(torch.device("cpu")) * 2**30)
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return resident("VmHWM")

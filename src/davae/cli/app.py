@@ -54,11 +54,16 @@ def app(
 
     Open the address that it prints: its token lets you in. Who has it can compute on this machine.
     """
+    from davae.errors import RunError
+
+    try:
+        import fcntl  # noqa: F401 - its locks, and processes that are forked, guard the page
+        import resource  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise RunError("davae app: this system has no fcntl; the page needs Linux or macOS, or WSL") from error
     try:
         import gradio  # noqa: F401
     except ModuleNotFoundError as error:
-        from davae.errors import RunError
-
         raise RunError('the page needs Gradio; install it with: pip install "davae[app]"') from error
     from davae.app.access import grant, private_environment, read_auth
     from davae.app.models import open_pair

@@ -1,0 +1,66 @@
+"""Which drawings are still wanted: a Stop ends those that were asked for before it, never a later one."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Any
+
+ARRIVAL = "x-davae-arrival"  # header by which the guard numbers the requests in their order
+MOST = 1024  # visitors whose last Stop is kept; the queue is far shorter
+_numbers = itertools.count(1)
+
+
+def number_request(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return a request's headers with its place in the order of all requests, which no client can choose."""
+    kept = [(name, value) for name, value in headers if name.lower() != ARRIVAL.encode()]
+    return [*kept, (ARRIVAL.encode(), str(next(_numbers)).encode())]
+
+
+def arrival_of(request: Any) -> int:
+    """Return the place of a request in the order of all; one that passed no guard arrives when it is asked.
+
+    Gradio calls handlers late and in any order, so that the time of the call is no order.
+    """
+    headers = getattr(request, "headers", None)
+    given = None if headers is None else headers.get(ARRIVAL)
+    return next(_numbers) if given is None else int(given)
+
+
+class Turns:
+    """The drawings of all visitors, and until which arrival each visitor stopped them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stopped: dict[str, int] = {}
+        self._begun: dict[str, dict[int, threading.Event]] = {}
+
+    def begin(self, visitor: str, arrival: int) -> threading.Event:
+        """Return the event that ends a drawing; it is set already where a Stop arrived while the drawing waited."""
+        stop = threading.Event()
+        with self._lock:
+            self._begun.setdefault(visitor, {})[arrival] = stop
+            if arrival < self._stopped.get(visitor, 0):
+                stop.set()
+        return stop
+
+    def end(self, visitor: str, arrival: int) -> None:
+        """Forget a drawing that has ended."""
+        with self._lock:
+            begun = self._begun.get(visitor, {})
+            begun.pop(arrival, None)
+            if not begun:
+                self._begun.pop(visitor, None)
+
+    def stop(self, visitor: str, arrival: int) -> bool:
+        """Stop what a visitor asked for before an arrival; return whether nothing newer of theirs is drawn."""
+        with self._lock:
+            before = self._stopped.pop(visitor, 0)  # the newest lie last
+            self._stopped[visitor] = max(before, arrival)
+            while len(self._stopped) > MOST:
+                del self._stopped[next(iter(self._stopped))]
+            begun = self._begun.get(visitor, {})
+            for asked, stop in begun.items():
+                if asked < arrival:
+                    stop.set()
+            return all(asked < arrival for asked in begun)
