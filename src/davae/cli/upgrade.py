@@ -1,0 +1,223 @@
+"""`davae upgrade` and its steps, `train-base`, `train-sr`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from davae.cli.options import AllowCommands, DryRun, Json, Name, Out, Overrides, Source, write_json
+from davae.recipes import (
+    AnyRecipe,
+    BaseRecipe,
+    Recipe,
+    RecipeError,
+    SuperResolutionRecipe,
+    check_commands,
+    dump_recipe,
+    load_recipe,
+)
+from davae.train.signals import check_stop, stop_on_signal
+
+Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
+
+
+def _load(name: str, data: str | None, overrides: list[str] | None) -> AnyRecipe:
+    """`--data` is an override like any other."""
+    extra = [f"data.source={json.dumps(data)}"] if data else []
+    recipe = load_recipe(name, [*(overrides or []), *extra])
+    check_commands(recipe)
+    return recipe
+
+
+VERBS = {Recipe: "upgrade", BaseRecipe: "train-base", SuperResolutionRecipe: "train-sr"}
+
+
+def _recipe(kind: type[Kind], name: str, data: str | None, overrides: list[str] | None) -> Kind:
+    """A recipe of the kind that a verb works on; RecipeError names the verb for any other."""
+    recipe = _load(name, data, overrides)
+    if not isinstance(recipe, kind):
+        raise RecipeError(f"recipe '{recipe.name}' is for another verb; use `davae {VERBS[type(recipe)]} {name}`")
+    return recipe
+
+
+def _run_upgrade(
+    name: str,
+    out: Path | None,
+    data: str | None,
+    overrides: list[str] | None,
+    dry: bool,
+    verb: str,
+    stage1: Path | None = None,
+    json_file: Path | None = None,
+) -> None:
+    recipe = _recipe(Recipe, name, data, overrides)
+    if json_file is not None and not dry:
+        raise RecipeError("--json: it takes the figures of a dry run; add --dry-run, or read report.json of the run")
+    from davae.display import console, progress_display, show_phases, table
+    from davae.train.plan import plan
+    from davae.train.ranks import is_main
+    from davae.train.upgrade import Upgrade
+    from davae.workflow import upgrade
+
+    if dry:
+        console.print(dump_recipe(recipe), markup=False, highlight=False)
+        found = plan(recipe)
+        write_json(json_file, found.as_dict())
+        table(
+            "What it takes",
+            ["", recipe.name],
+            [[key.replace("_", " "), value] for key, value in found.figures.items()],
+        )
+        show_phases(found)
+        for note in found.notes:
+            console.print(f"Note: {note}.", markup=False)
+        return
+    folder = out or Path("runs") / recipe.name
+    with progress_display() as observer:
+        run = Upgrade(recipe, folder, observer, stage1=stage1)
+        with stop_on_signal(recipe.run.stop_signals):
+            if verb == "train-vae":
+                done = run.train_vae()
+            elif verb == "cache-latents":
+                run.check_data()
+                run.train_vae()
+                done = run.cache_latents()
+            elif verb == "train-dit":
+                run.check_data()
+                done = run.run()
+            else:
+                done = upgrade(run, observer)
+            check_stop(str(folder))
+    if not is_main():  # the first process of a launch made the report and reports
+        return
+    if verb == "upgrade":
+        _show_report(folder)
+    console.print(f"{done}", markup=False)
+
+
+def _show_report(folder: Path) -> None:
+    from davae.display import table
+
+    figures = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    table(
+        "Tokens and time of one picture",
+        ["model", "image tokens", "transformer, s", "whole, s", "against native"],
+        [
+            [row["name"], row["tokens"], f"{row['transformer_seconds']:.3f}", f"{row['whole_seconds']:.3f}",
+             f"{row['speedup_over_native']:.2f}x"]
+            for row in figures["speed"]
+        ],
+    )  # fmt: skip
+    kind = "Training" if figures.get("reconstruction_images") == "training" else "Held-out"
+    table(
+        f"{kind} pictures, encoded and decoded",
+        ["decoder input", "PSNR, dB", "SSIM", "perceptual"],
+        [
+            [row["name"], f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", f"{row['lite0']:.4f}"]
+            for row in figures["reconstruction"]
+        ],
+    )
+
+
+def upgrade(
+    recipe: Name,
+    out: Out = None,
+    data: Source = None,
+    set: Overrides = None,
+    dry_run: DryRun = False,
+    allow_commands: AllowCommands = False,
+    json: Json = None,
+) -> None:
+    """Upgrade a pretrained model: stage 1, latent cache, stage 2, export, report.
+
+    Finished steps are skipped when the command is run again. Examples:
+
+    `davae upgrade micro --out runs/micro`
+
+    `davae upgrade micro --data my_pictures/ --out runs/mine --set stage2.max_steps=300`
+    """
+    _run_upgrade(recipe, out, data, set, dry_run, "upgrade", json_file=json)
+
+
+def train_vae(
+    recipe: Name,
+    out: Out = None,
+    data: Source = None,
+    set: Overrides = None,
+    dry_run: DryRun = False,
+    allow_commands: AllowCommands = False,
+) -> None:
+    """Stage 1 only: the detail-aligned VAE. Example: `davae train-vae micro --out runs/micro`"""
+    _run_upgrade(recipe, out, data, set, dry_run, "train-vae")
+
+
+def cache_latents(
+    recipe: Name,
+    out: Out = None,
+    data: Source = None,
+    set: Overrides = None,
+    dry_run: DryRun = False,
+    allow_commands: AllowCommands = False,
+) -> None:
+    """Up to the latent cache. Example: `davae cache-latents micro --out runs/micro`"""
+    _run_upgrade(recipe, out, data, set, dry_run, "cache-latents")
+
+
+def train_dit(
+    recipe: Name,
+    out: Out = None,
+    data: Source = None,
+    set: Overrides = None,
+    dry_run: DryRun = False,
+    allow_commands: AllowCommands = False,
+    stage1: Annotated[
+        Path | None, typer.Option(help="Another run's folder: its detail VAE and cache serve here too.")
+    ] = None,
+) -> None:
+    """Up to the exported pipeline, without the report. Examples:
+
+    `davae train-dit micro --out runs/micro`
+
+    `davae train-dit micro --out runs/other --stage1 runs/micro --set stage2.lr=0.0005`
+    """
+    _run_upgrade(recipe, out, data, set, dry_run, "train-dit", stage1)
+
+
+def train_base(
+    recipe: Name,
+    out: Out = None,
+    data: Source = None,
+    set: Overrides = None,
+    allow_commands: AllowCommands = False,
+) -> None:
+    """Pretrain a small base model from scratch. Example: `davae train-base micro-base --out runs/micro-base`"""
+    resolved = _recipe(BaseRecipe, recipe, data, set)
+    from davae.display import console, progress_display
+    from davae.train.base_run import train_base as run
+
+    with progress_display() as observer:
+        done = run(resolved, out or Path("runs") / resolved.name, observer)
+    console.print(f"{done}", markup=False)
+
+
+def train_sr(
+    recipe: Name,
+    out: Out = None,
+    data: Source = None,
+    set: Overrides = None,
+    allow_commands: AllowCommands = False,
+) -> None:
+    """Train a super-resolution network, the baseline of Tab. S2: weights for `davae evaluate generation --upscale`.
+
+    `davae train-sr imagenette128-sr --out runs/sr`
+    """
+    resolved = _recipe(SuperResolutionRecipe, recipe, data, set)
+    from davae.display import console, progress_display
+    from davae.train.super_resolution import train_super_resolution as run
+
+    with progress_display() as observer:
+        done = run(resolved, out or Path("runs") / resolved.name, observer)
+    console.print(f"{done}", markup=False)
