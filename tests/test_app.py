@@ -293,6 +293,7 @@ def test_other_families_open_with_their_base_and_draw(name: str, tmp_path: Path)
     base = load_pipeline(str(folder))
     vae = DetailVAE.from_base(base.vae, 8)
     vae.set_detail_statistics(torch.zeros(8), torch.ones(8))
+    vae.register_to_config(resolution=64)
     assemble(base, vae, expand_transformer(denoiser(base), 8)).save_pretrained(tmp_path / "upgraded")
     pair = open_pair(str(tmp_path / "upgraded"), str(folder))
     ways = [drawing.ENLARGED, drawing.UPGRADED]
