@@ -38,6 +38,11 @@ class SourceOptions:
         """Keys of a `.json` that hold captions, with their weights."""
         return dict(self.caption_weights) or ({self.caption_key: 1.0} if self.caption_key else {})
 
+    @property
+    def names_columns(self) -> bool:
+        """Whether an option names a column of a table."""
+        return self.caption_column is not None or self.label_column is not None
+
     def refuse(self, source: str, names: Iterable[str]) -> None:
         """DataError when an option is set that this source cannot use."""
         default = SourceOptions()

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 NAMED = 10
+NOT_BYTES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # lone surrogates that do not come from a file name
+
+
+def printable(name: str) -> str:
+    """Return a file name as text that can be written anywhere: bytes that are not UTF-8 become `\\xff`."""
+    return os.fsencode(NOT_BYTES.sub("\ufffd", name)).decode("utf-8", "backslashreplace")
 
 
 @dataclass
@@ -29,7 +37,7 @@ class Tally:
 
 def add_to(tallies: dict[str, Tally], kind: str, name: str) -> None:
     """Count `name` under `kind`."""
-    tallies.setdefault(kind, Tally()).add(name)
+    tallies.setdefault(kind, Tally()).add(printable(name))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +15,16 @@ from PIL import Image
 from davae.data.captions import GUESSES, SourceOptions, choose
 from davae.data.classes import captions_of_classes, choose_split, class_names
 from davae.data.decoding import decode, header_size
-from davae.data.findings import Findings, Tally, add_to
+from davae.data.findings import Findings, Tally, add_to, printable
 from davae.data.formats import image_endings, is_image_name
+from davae.data.image_names import ImageNames
+from davae.data.lists import CAPTION, LABEL, read_lists
 from davae.data.matching import Kind, Matched, is_hidden, match, part_folders, stem
-from davae.data.metadata import Metadata, read_metadata
+from davae.data.metadata import read_metadata
+from davae.data.parallel import Owner, assign_parallel
 from davae.data.pictures import DataError
 from davae.data.sidecars import TABLE_OPTIONS, Sidecars
 from davae.data.texts import UnreadableCaption, as_label, as_texts, clean
-
-
-def printable(name: str) -> str:
-    """Return a file name as text that can be written anywhere: bytes that are not UTF-8 become `\\xff`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def walk(root: Path, unused: dict[str, Tally]) -> dict[str, list[str]]:
@@ -50,14 +48,14 @@ def walk(root: Path, unused: dict[str, Tally]) -> dict[str, list[str]]:
         path = os.path.join(root, relative)
         status = os.stat(path)
         if (status.st_dev, status.st_ino) in seen:
-            add_to(unused, "link to a folder that is read already", printable(relative))
+            add_to(unused, "link to a folder that is read already", relative)
             continue
         seen.add((status.st_dev, status.st_ino))
         try:
             with os.scandir(path) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError:
-            add_to(unused, "folder that cannot be read", printable(relative))
+            add_to(unused, "folder that cannot be read", relative)
             continue
         found[relative] = []
         for entry in entries:
@@ -65,17 +63,17 @@ def walk(root: Path, unused: dict[str, Tally]) -> dict[str, list[str]]:
             linked = entry.is_symlink()  # of anything else the listing knows the kind: no further call per file
             if os.path.isdir(entry.path) if linked else entry.is_dir():
                 if is_hidden(entry.name):
-                    add_to(unused, "hidden or thumbnail folder", printable(name))
+                    add_to(unused, "hidden or thumbnail folder", name)
                 else:
                     (links if linked else real).append(name)
             elif is_hidden(entry.name):
-                add_to(unused, "hidden file", printable(name))
+                add_to(unused, "hidden file", name)
             elif (os.path.isfile(entry.path) if linked else entry.is_file()) or (
                 linked and is_image_name(entry.name)
             ):
                 found[relative].append(entry.name)
             else:
-                add_to(unused, "broken link" if linked else "not a regular file", printable(name))
+                add_to(unused, "broken link" if linked else "not a regular file", name)
     return found
 
 
@@ -95,53 +93,74 @@ class FolderSource:
         unused: dict[str, Tally] = {}
         matched = {at: match(names, f"{at}/" if at else "", unused) for at, names in walk(folder, unused).items()}
         for at in part_folders({at: part.images for at, part in matched.items() if part.images}):
-            for name in matched.pop(at).images:
-                add_to(unused, "other part of a sample", printable(_join(at, name)))
+            for name in matched[at].images:
+                add_to(unused, "other part of a sample", _join(at, name))
+            matched[at].images.clear()
         chosen = choose_split([at for at, part in matched.items() if part.images], options.split, str(folder))
         elsewhere = {_join(at, name): why for at, why in chosen.left.items() for name in matched[at].images}
         for name, why in elsewhere.items():
-            add_to(unused, f"image {why}", printable(name))
+            add_to(unused, f"image {why}", name)
         owner = {_join(at, name): (at, name) for at in chosen.read for name in matched[at].images}
         self.names = sorted(owner)
-        if not self.names:
-            raise DataError(f"folder {folder} holds no pictures ({_what_is_there(folder, unused)})")
-        self._near = FolderSidecars(self.names, owner, matched)
         of_folder = class_names(chosen.read)
         self.classes = {name: number for number, name in enumerate(sorted(set(of_folder.values())))}
         self._class_of = of_folder
         self._caption_of, self._numbered = captions_of_classes(self.classes)
         self._former = _former_classes(self.names)
-        files = sorted(_join(at, name) for at, part in matched.items() for name in part.metadata)
-        shown = [name for name in files if name.rpartition("/")[0] in chosen.read] or files
-        self.findings = Findings(
-            f"folder with {printable(shown[0])}" if files else "class folders" if of_folder else "folder",
-            unused=unused,
-            class_names=tuple(printable(name) for name in self.classes),
-        )
-        self.metadata = self._open_metadata(files, elsewhere, unused) if files else None
-        own = options
-        if self.metadata is not None:  # the options name its columns
-            own = SourceOptions()
+        parallel, used = assign_parallel(matched)
+        self._near = FolderSidecars(self.names, owner, matched, parallel)
+        self.findings = Findings("", unused=unused)
+        self._read_tables(matched, used, elsewhere, chosen.read)
+        if not self.names:
+            raise DataError(f"folder {folder} holds no pictures ({_what_is_there(folder, unused)})")
+        own = SourceOptions() if self._options_taken else options
         own.refuse(f"the folder {folder}", TABLE_OPTIONS)
         self.sidecars = Sidecars(own, self, self.findings, str(folder))
         self._describe(chosen.split, of_folder)
 
-    def _open_metadata(self, files: list[str], elsewhere: Collection[str], unused: dict[str, Tally]) -> Metadata:
-        o = self.options
+    def _read_tables(
+        self,
+        matched: Mapping[str, Matched],
+        used: dict[str, set[str]],
+        elsewhere: Collection[str],
+        read: Collection[str],
+    ) -> None:
+        """Read metadata files and other lists of captions, count all other files, and set the layout."""
+        o, unused = self.options, self.findings.unused
+        assert isinstance(unused, dict)
         self._weights = dict(o.record_keys) or ({o.caption_column: 1.0} if o.caption_column else {})
         self._label_column = o.label_key or o.label_column
         named = [*self._weights, *([self._label_column] if self._label_column else [])]
+        images = ImageNames(os.path.abspath(self.folder), self.names, elsewhere)
+        files = sorted(_join(at, name) for at, part in matched.items() for name in part.metadata)
         duplicates: dict[str, Tally] = {}
-        found = read_metadata(
-            self.folder, files, self.names, elsewhere, {*GUESSES, *named}, self.findings, unused, duplicates
-        )
-        for column in named:
-            if column not in found.seen:
-                raise DataError(
-                    f"data: {files[0]} of {self.folder} has no column '{column}'; found {', '.join(found.seen)}"
-                )
-        self.findings = replace(self.findings, duplicates=duplicates)
-        return found
+        self.metadata = None
+        if files and self.names:
+            columns = {*GUESSES, *named}
+            self.metadata = read_metadata(self.folder, files, images, columns, self.findings, unused, duplicates)
+        rest = [
+            _join(at, name)
+            for at, part in matched.items()
+            for name in (*part.others, *(name for name, _, kind in part.loose if kind != "cls"))
+            if name not in used.get(at, ())
+        ]
+        self.listed, lists = read_lists(self.folder, rest, images, named, self.findings, unused)
+        for file in lists:
+            used[file.rpartition("/")[0]].add(file.rpartition("/")[2])
+        for at, part in matched.items():
+            part.count_rest(f"{at}/" if at else "", unused, used.get(at, ()))
+        seen = [column for table in (self.metadata, self.listed) if table is not None for column in table.seen]
+        missing = next((column for column in named if column not in seen), None)
+        self._options_taken = self.metadata is not None or bool(named and missing is None)
+        if missing is not None and (self.metadata is not None or (self.listed is not None and o.names_columns)):
+            shown = (files or lists)[0]
+            raise DataError(f"data: {shown} of {self.folder} has no column '{missing}'; found {', '.join(seen)}")
+        shown = [name for name in files if name.rpartition("/")[0] in read] or files or lists
+        layout = f"folder with {printable(shown[0])}" if shown else "class folders" if self._class_of else "folder"
+        self._lists = ", ".join(printable(name) for name in lists[:3])
+        labelled = self.listed is not None and LABEL in self.listed.columns
+        names = () if labelled else tuple(printable(name) for name in self.classes)
+        self.findings = replace(self.findings, layout=layout, duplicates=duplicates, class_names=names)
 
     def _describe(self, split: bool, of_folder: dict[str, str]) -> None:
         """Complete the findings: where captions come from, and the decisions that a user should know."""
@@ -150,7 +169,9 @@ class FolderSource:
         if self.metadata is not None:
             columns = [*self._weights] or [c for c in GUESSES if c in self.metadata.columns]
             parts.insert(0, "metadata, column " + ", ".join(columns) if columns else "metadata without captions")
-        elif any(self._caption_of.values()):
+        if self.listed is not None and (texts := self.listed.columns - {LABEL}):
+            parts.append(f"{self._lists}, column {', '.join(sorted(texts))}")
+        if self.metadata is None and any(self._caption_of.values()):
             parts.append("names of the folders")
         inside = (at for at in sorted(of_folder) if any(above.as_posix() in of_folder for above in Path(at).parents))
         if (inner := next(inside, None)) is not None:
@@ -217,6 +238,8 @@ class FolderSource:
             except UnreadableCaption as error:
                 return b"\0".join([*parts, str(error).encode()])
             parts.append(self.sidecars.changed_caption(index, folder.replace("_", " "), caption))
+        if self.listed is not None and not self.sidecars.caption(index, None) and self.listed.record(index):
+            parts.append(b"\0list" + json.dumps(self.listed.record(index)).encode())
         if self.metadata is not None:
             parts.append(json.dumps(self.metadata.record(index)).encode())
         elif self._class(index) is not None or folder:
@@ -228,6 +251,8 @@ class FolderSource:
         own = self.sidecars.label(index)
         if own is None and self.metadata is not None and self._label_column is not None:
             own = as_label((self.metadata.record(index) or {}).get(self._label_column), self.key(index))
+        if own is None and self.listed is not None:
+            own = as_label((self.listed.record(index) or {}).get(self._label_column or LABEL), self.key(index))
         if own is not None:
             return own
         name = self._class(index)
@@ -240,6 +265,9 @@ class FolderSource:
             text = clean(choose(record, weights, rng), self.key(index), self.findings)
         if not text:
             text = self.sidecars.caption(index, rng)
+        if not text and self.listed is not None and (record := self.listed.record(index)) is not None:
+            weights = self._weights if self._weights.keys() & set(self.listed.seen) else {CAPTION: 1.0}
+            text = clean(choose(record, weights, rng), self.key(index), self.findings) or text
         if text is None and self.metadata is None and (name := self._class(index)) is not None:
             text = clean(printable(self._caption_of[name] or ""), self.key(index), self.findings)
         return text or ""
@@ -257,31 +285,41 @@ class FolderSidecars:
         names: relative paths of the images, in order.
         owner: relative path -> folder and file name.
         matched: folder -> its files.
+        parallel: folder and file name of an image -> files in a folder of captions.
     """
 
-    def __init__(self, names: Sequence[str], owner: dict[str, tuple[str, str]], matched: dict[str, Matched]):
+    def __init__(
+        self,
+        names: Sequence[str],
+        owner: dict[str, tuple[str, str]],
+        matched: Mapping[str, Matched],
+        parallel: Mapping[Owner, Mapping[Kind, str]],
+    ):
         self.names = names
         self.counts: dict[str, int] = Counter()
-        self._patterns: list[dict[Kind, str]] = []
+        self._patterns: list[dict[Kind, tuple[str, str]]] = []  # folder of the file, and its ending
         self._odd: dict[tuple[int, Kind], str] = {}
-        known: dict[tuple[tuple[Kind, str], ...], dict[Kind, str]] = {}
+        known: dict[tuple[tuple[Kind, tuple[str, str]], ...], dict[Kind, tuple[str, str]]] = {}
         for index, path in enumerate(names):
             at, name = owner[path]
-            pattern: dict[Kind, str] = {}
-            for kind, file in matched[at].sidecars.get(name, {}).items():
+            pattern: dict[Kind, tuple[str, str]] = {}
+            near = {kind: _join(at, file) for kind, file in matched[at].sidecars.get(name, {}).items()}
+            for kind, file in {**parallel.get(owner[path], {}), **near}.items():
                 self.counts[kind] += 1
-                if file.startswith(f"{stem(name)}."):
-                    pattern[kind] = file[len(stem(name)) :]
+                folder, _, own = file.rpartition("/")
+                if own.startswith(f"{stem(name)}."):
+                    pattern[kind] = folder, own[len(stem(name)) :]
                 else:
-                    self._odd[index, kind] = _join(at, file)
+                    self._odd[index, kind] = file
             self._patterns.append(known.setdefault(tuple(pattern.items()), pattern))
 
     def name(self, index: int, kind: Kind) -> str | None:
         """Return the relative path of a file next to an image, None where there is none."""
         if (odd := self._odd.get((index, kind))) is not None:
             return odd
-        ending = self._patterns[index].get(kind)
-        return None if ending is None else stem(self.names[index]) + ending
+        if (found := self._patterns[index].get(kind)) is None:
+            return None
+        return _join(found[0], stem(self.names[index].rpartition("/")[2]) + found[1])
 
 
 def _join(folder: str, name: str) -> str:

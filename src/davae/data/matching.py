@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,12 +62,26 @@ class Matched:
         sidecars: image -> kind -> name of the file.
         metadata: files of the imagefolder convention.
         twice: pairs of images with one stem (`1.png`, `1.jpg`).
+        loose: (name, stem, kind) of captions and classes without an image here.
+        others: names of files that are neither images nor sidecars.
     """
 
     images: list[str]
     sidecars: dict[str, dict[Kind, str]] = field(default_factory=lambda: defaultdict(dict))
     metadata: list[str] = field(default_factory=list)
     twice: list[tuple[str, str]] = field(default_factory=list)
+    loose: list[tuple[str, str, Kind]] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    def count_rest(self, prefix: str, unused: dict[str, Tally], used: Collection[str] = ()) -> None:
+        """Count what belongs to no image of this folder, without the names that are `used` all the same."""
+        for name in self.others:
+            if name not in used:
+                add_to(unused, unused_kind(name), prefix + name)
+        for name, _, kind in self.loose:
+            if name not in used:
+                word = {"txt": "caption", "json": ".json", "cls": ".cls"}[kind]
+                add_to(unused, f"{word} without an image", prefix + name)
 
 
 def match(names: Iterable[str], prefix: str, unused: dict[str, Tally], *, shard: bool = False) -> Matched:
@@ -76,7 +90,7 @@ def match(names: Iterable[str], prefix: str, unused: dict[str, Tally], *, shard:
     Args:
         names: file names without folder.
         prefix: the folder with a trailing `/`, or '', for the names in `unused`.
-        unused: counts, by kind, of what is neither image nor caption; added to.
+        unused: counts, by kind, of parts and second captions of an image; added to. `count_rest` adds the others.
         shard: WebDataset's rules: up to the first dot a name is the sample's key, so a further image of a key is a part.
     """
     images: list[str] = []
@@ -102,7 +116,7 @@ def match(names: Iterable[str], prefix: str, unused: dict[str, Tally], *, shard:
             continue
         forms = _sidecar_forms(name)
         if not forms:
-            add_to(unused, unused_kind(name), prefix + name)
+            found.others.append(name)
             continue
         for own, kind, rank in forms:
             owners = several.get(own) or ([own] if own in full else None)
@@ -169,8 +183,7 @@ def _assign_loose(
         key = name.partition(".")[0]
         owner = keys.get(key) or by_fold.get(folded(own)) or by_fold.get(folded(key))
         if owner is None:
-            word = {"txt": "caption", "json": ".json", "cls": ".cls"}[kind]
-            add_to(unused, f"{word} without an image", prefix + name)
+            found.loose.append((name, own, kind))
         else:
             _assign(found, taken, [owner], kind, rank, name, prefix, unused)
 

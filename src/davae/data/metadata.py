@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import posixpath
-import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from davae.data.findings import Findings, Tally, add_to
+from davae.data.image_names import ImageNames
 from davae.data.pictures import DataError
 from davae.data.texts import MAX_CAPTION, as_texts, decode_text
 
@@ -48,8 +48,7 @@ class Metadata:
 def read_metadata(
     folder: Path,
     files: list[str],
-    names: list[str],
-    elsewhere: Collection[str],
+    names: ImageNames,
     columns: Collection[str],
     findings: Findings,
     unused: dict[str, Tally],
@@ -60,8 +59,7 @@ def read_metadata(
     Args:
         folder: root of the source.
         files: relative paths of the metadata files.
-        names: relative paths of the images.
-        elsewhere: images that exist but are not read (another split).
+        names: the images.
         columns: columns to keep.
         findings: takes guessed encodings.
         unused: counts rows without an image.
@@ -70,19 +68,16 @@ def read_metadata(
     Raises:
         DataError: a damaged file, no column `file_name`, or two rows of one image with different values that are not texts.
     """
-    place = {unicodedata.normalize("NFC", name): index for index, name in enumerate(names)}
-    other = {unicodedata.normalize("NFC", name) for name in elsewhere}
     rows: dict[int, dict[str, Any]] = {}
     seen: dict[str, None] = {}
     for file in files:
         for number, row in _rows(folder / file, findings, file):
             seen |= dict.fromkeys(row)
             name = _file_name(row, file)
-            path = _join(posixpath.dirname(file), name)
-            index = place.get(path, place.get(_join(posixpath.dirname(file), name.replace("\\", "/"))))
+            index = names.find(posixpath.dirname(file), name)
             if index is None:
-                if path not in other:
-                    add_to(unused, "row of metadata without an image", f"{file}: {name}")
+                add_to(unused, "row of metadata without an image", f"{file}: {name}")
+            if index is None or index >= names.count:
                 continue
             record = {key: row[key] for key in columns if row.get(key) is not None}
             if index in rows:
@@ -91,11 +86,7 @@ def read_metadata(
                     continue
                 record = _merge(rows[index], record, f"{file}, row {number}: {name}")
             rows[index] = record
-    return Metadata(rows, len(names), seen)
-
-
-def _join(folder: str, name: str) -> str:
-    return unicodedata.normalize("NFC", posixpath.normpath(posixpath.join(folder, name)))
+    return Metadata(rows, names.count, seen)
 
 
 def _file_name(row: Mapping[str, Any], file: str) -> str:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from davae.data.findings import Tally, add_to
-from davae.data.folder import printable
+from davae.data.findings import Tally, add_to, printable
 from davae.data.formats import image_endings
 from davae.data.tar_index import TarIndex, read_index
 from davae.errors import RunError
@@ -116,7 +115,7 @@ def _gather(index: TarIndex, shard: str, whole: ShardIndex) -> None:
     for own, total in ((index.unused, whole.unused), (index.duplicates, whole.duplicates)):
         for kind, tally in own.items():
             for name in tally.names:
-                add_to(total, kind, printable(f"{shard}/{name}"))
+                add_to(total, kind, f"{shard}/{name}")
             total[kind].count += tally.count - len(tally.names)
 
 

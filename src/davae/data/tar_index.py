@@ -177,6 +177,7 @@ def read_index(shard: Path) -> TarIndex:
     for folder, names in folders.items():
         prefix = f"{folder}/" if folder else ""
         part = match(names, prefix, index.unused, shard=True)
+        part.count_rest(prefix, index.unused)
         if part.twice:
             first, second = part.twice[0]
             raise DataError(

@@ -23,6 +23,10 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 SURROGATE = re.compile("[\ud800-\udfff]")
+NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+BOXES = re.compile(
+    rf"(?:\d+(?:[ \t]+{NUMBER}){{4,}}\s*)+", re.IGNORECASE
+)  # class x y width height, a line an object: YOLO
 NUL_SHARE = 0.3  # of the bytes, above which text is UTF-16 without a mark
 
 
@@ -110,11 +114,15 @@ def clean(text: str, name: str, findings: Findings) -> str:
 
 
 def read_text(data: bytes, name: str, findings: Findings) -> str:
-    """Return a caption file's clean text; a guessed encoding is recorded."""
+    """Return a caption file's clean text, '' for boxes of objects; they and a guessed encoding are recorded."""
     text, guessed = decode_text(data[:MAX_FILE], name, cut=len(data) > MAX_FILE)
     if guessed is not None:
         findings.encodings[name] = guessed
-    return clean(text, name, findings)
+    text = clean(text, name, findings)
+    if "." in text[:200] and BOXES.fullmatch(text):
+        findings.encodings[name] = "boxes of objects, not a caption"
+        return ""
+    return text
 
 
 def read_json(data: bytes, name: str, findings: Findings) -> Any:
