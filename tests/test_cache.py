@@ -6,6 +6,8 @@ import os
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -28,7 +30,9 @@ from davae.data.cache_writer import (
 from davae.data.order import Batches, training_loader
 from davae.data.pictures import DataError, Pictures
 from davae.data.sources import open_source
-from davae.recipes import validate
+from davae.models.pipeline import read_shapes
+from davae.recipes import Recipe, validate
+from davae.train.checks import check_buckets, check_recipe
 from davae.train.upgrade import Upgrade
 
 KEY = {"autoencoder": "a", "data": "d"}
@@ -194,6 +198,32 @@ def test_class_models_take_squares(tiny_base: Path, bucket_folder: Path, tmp_pat
     values = tiny_upgrade_recipe(tiny_base, bucket_folder, data__buckets={"max_ratio": 16})
     with pytest.raises(ValueError, match=r"asks for 16 tokens in a row, .* knows positions up to 8; lower it"):
         Upgrade(validate(values, "tiny"), tmp_path / "out", lambda progress: None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("data", r"^data\.buckets\.max_ratio: 16.* asks for 16 tokens in a row"),
+        ("stage2", r"^stage2\.data\.buckets\.max_ratio: 16.* asks for 16 tokens in a row"),
+        ("stage1", None),  # the autoencoder has no table of positions
+    ],
+)
+def test_buckets_of_each_stages_own_images_are_checked(
+    tiny_base: Path, bucket_folder: Path, section: str, message: str | None
+) -> None:
+    values = tiny_upgrade_recipe(tiny_base, bucket_folder)
+    if section == "data":
+        values["data"]["buckets"] = {"max_ratio": 16}
+    else:
+        values[section]["data"] = {**values["data"], "buckets": {"max_ratio": 16}}
+    recipe = validate(values, "tiny")
+    assert isinstance(recipe, Recipe)
+    shapes = read_shapes(str(tiny_base))
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_recipe(recipe, shapes)
+    square = replace(shapes, transformer_class="LightningDiT")
+    with pytest.raises(ValueError, match=r"buckets: this model takes square images only"):
+        check_buckets(recipe, square)
 
 
 def open_files() -> int:

@@ -76,6 +76,7 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes, configs: str | None = None)
             f"base.resolution: {recipe.base.resolution} is not divisible by {step} (autoencoder factor "
             f"{shapes.vae_factor} x patch {cell}); use {below or step} or {below + step}"
         )
+    check_buckets(recipe, shapes)
     if transformer_family(shapes.transformer_class).condition == "class":
         config = shapes.transformer_config  # LightningDiT's own configs have input_size alone
         own = (config.get("sample_size") or config["input_size"]) * shapes.vae_factor
@@ -207,22 +208,32 @@ def base_objective(recipe: Recipe, shapes: BaseShapes, configs: str | None = Non
 
 
 def bucket_step(recipe: Recipe, shapes: BaseShapes) -> int | None:
-    """Pixels that a token spans; None for models of square pictures alone.
-
-    Raises:
-        RecipeError: a bucket longer than the transformer's table of positions.
-    """
+    """Return the pixels that a token spans, None for models of square images alone."""
     if transformer_family(shapes.transformer_class).condition == "class":
         return None
-    step = shapes.vae_factor * recipe.scale * shapes.patch_size
-    longest = shapes.transformer_config.get("pos_embed_max_size")
-    buckets = recipe.data.buckets
-    if buckets is not None and longest is not None:
+    return shapes.vae_factor * recipe.scale * shapes.patch_size
+
+
+def check_buckets(recipe: Recipe, shapes: BaseShapes) -> None:
+    """Check the buckets of both stages before any of them trains.
+
+    Raises:
+        RecipeError: buckets of a model of squares, or one of stage 2 longer than the transformer's table of positions.
+    """
+    step, longest = bucket_step(recipe, shapes), shapes.transformer_config.get("pos_embed_max_size")
+    for stage, data, own in (
+        ("stage1", recipe.stage1_data, recipe.stage1.data),
+        ("stage2", recipe.stage2_data, recipe.stage2.data),
+    ):
+        if (buckets := data.buckets) is None:
+            continue
+        path = "data.buckets" if own is None else f"{stage}.data.buckets"
+        if step is None:
+            raise RecipeError(f"{path}: this model takes square images only; leave it out")
         sizes = bucket_sizes(recipe.resolution, step, buckets.max_ratio, buckets.tokens)
         side = max(max(size) for size in sizes) // step
-        if side > longest:
+        if stage == "stage2" and longest is not None and side > longest:
             raise RecipeError(
-                f"data.buckets.max_ratio: {buckets.max_ratio} asks for {side} tokens in a row, {recipe.base.name} knows "
+                f"{path}.max_ratio: {buckets.max_ratio} asks for {side} tokens in a row, {recipe.base.name} knows "
                 f"positions up to {longest}; lower it"
             )
-    return step
