@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ from davae.data.adm_crop import adm_crop
 from davae.data.buckets import nearest_bucket
 from davae.data.cache import CachedLatents, seal
 from davae.data.cache_writer import write_latents, write_text
+from davae.data.equal import equal_images
 from davae.data.order import Batches
-from davae.data.pictures import DataError, Pictures, collate, split, spread
+from davae.data.pictures import DataError, Pictures, collate, held_out, split, spread
 from davae.data.sources import open_source, survey
+from davae.data.summary import EQUAL
 from davae.measure import batches, real_pictures
 from davae.recipes import RecipeError, load_recipe
 from davae.recipes.sections import Data
-from davae.train.opened import open_pictures
+from davae.train.opened import open_images, open_pictures
 
 # -- a part of a set -------------------------------------------------------------------------------------------------
 
@@ -205,3 +209,91 @@ def test_a_source_may_look_like_a_number(given: list[str], source: str) -> None:
 def test_a_source_that_yaml_reads_as_a_truth_value() -> None:
     with pytest.raises(RecipeError, match=r"data\.source: YAML reads it as true; put the name into quotes"):
         load_recipe("micro", ["data.source=yes"])
+
+
+# -- equal files ---------------------------------------------------------------------------------------------------------
+
+
+def shades(folder: Path, values: dict[str, int], size: int = 0) -> Path:
+    """Write images, equal ones for equal values, padded to `size` bytes."""
+    folder.mkdir()
+    for name, value in values.items():
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 20), (value, 0, 0)).save(buffer, "PNG")
+        (folder / name).write_bytes(buffer.getvalue().ljust(size, b"\0"))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["folder", "shard"])
+@pytest.mark.parametrize("size", [0, 20_000, 70_000])
+def test_equal_files_are_counted(tmp_path: Path, form: str, size: int) -> None:
+    folder = shades(tmp_path / "set", {"a.png": 1, "b.png": 2, "c.png": 1, "d.png": 1, "e.png": 3}, size)
+    with (folder / "e.png").open("r+b") as stream:  # differs from nothing else in size
+        stream.seek(0, io.SEEK_END)
+        stream.write(b"\0")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "void.png").write_bytes(b"")
+    where, prefix = str(folder), ""
+    if form == "shard":
+        where, prefix = str(tmp_path / "a.tar"), "a.tar/"
+        with tarfile.open(where, "w") as archive:
+            for path in sorted(folder.iterdir()):
+                archive.add(path, path.name)
+    opened = open_pictures(Data(source=where, holdout=0.0), 8)
+    values = opened.summary().as_dict()
+    end = ".png" if form == "folder" else ""
+    assert (values["duplicates"], list(values["duplicates_by_kind"].values())) == (2, [2])
+    assert opened.summary().duplicates[EQUAL].names == [f"{prefix}{n}{end} = {prefix}a{end}" for n in "cd"]
+    assert values["images"] == 5
+    opened.keep(tmp_path / "run")
+    again = open_pictures(Data(source=where, holdout=0.0), 8, folder=tmp_path / "run")
+    assert again.equal == opened.equal
+    assert len(again.equal) == 2
+
+
+def test_files_that_differ_between_the_samples_are_not_equal(tmp_path: Path) -> None:
+    folder = shades(tmp_path / "set", {"a.png": 1, "b.png": 1}, 40_000)
+    with (folder / "b.png").open("r+b") as stream:
+        stream.seek(10_000)
+        stream.write(b"x")
+    assert not open_pictures(Data(source=str(folder)), 8).equal
+
+
+def test_only_files_of_equal_size_are_read_and_whole_ones_where_their_samples_agree(tmp_path: Path) -> None:
+    read: list[tuple[int, int]] = []
+
+    class Files:
+        content = (b"a" * 90_000, b"a" * 90_001, b"a" * 45_000 + b"b" * 45_000, b"a" * 90_000)
+
+        def length(self, index: int) -> int:
+            return len(self.content[index])
+
+        def parts(self, index: int, stretches: Any) -> Any:
+            for offset, size in stretches:
+                read.append((index, len(self.content[index][offset : offset + size])))
+                yield self.content[index][offset : offset + size]
+
+    assert equal_images(Files(), range(4)) == {3: 0}
+    assert {index: sum(size for own, size in read if own == index) for index in range(4)} == {
+        0: 3 * 4096 + 90_000,
+        1: 0,
+        2: 3 * 4096,
+        3: 3 * 4096 + 90_000,
+    }
+    assert equal_images(Files(), range(4), {0}) == {}
+
+
+def test_a_held_out_image_whose_equal_trains_is_not_measured(tmp_path: Path) -> None:
+    names = [f"{n}.png" for n in range(40)]
+    held = [name for name in names if held_out(name, 0.3)]
+    trains = next(name for name in names if name not in held)
+    values = {name: number for number, name in enumerate(names)}
+    folder = shades(tmp_path / "set", {**values, held[0]: values[trains], held[2]: values[held[1]]})
+    data = Data(source=str(folder), holdout=0.3)
+    opened = open_pictures(data, 8)
+    keys = {opened.source.key(index) for index in opened.held_out}
+    assert keys == set(held) - {held[0]}
+    assert {opened.source.key(index) for index in opened.train} == set(names) - set(held)
+    assert "1 held-out images are equal to training images" in opened.summary().table()
+    side = open_images(data, 8, side="held_out")
+    assert {side.source.key(index) for index in side.survey.indices} == keys

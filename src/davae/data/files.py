@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -109,6 +110,15 @@ class TarSource:
 
     def stamp(self, index: int) -> bytes:
         return str(self.places[index, 0, 1]).encode()
+
+    def length(self, index: int) -> int:
+        return int(self.places[index, 0, 1])
+
+    def parts(self, index: int, stretches: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+        stream = self._image(index)
+        for offset, size in stretches:
+            stream.seek(offset)
+            yield stream.read(size)
 
     def identity(self, index: int) -> bytes:
         """Size in bytes and what belongs to the image; equal to that of earlier versions where they read the same."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,15 +224,29 @@ class FolderSource:
         return self._class_of.get(self.names[index].rpartition("/")[0])
 
     def stamp(self, index: int) -> bytes:
-        path = self._path(index)
-        return str(path.stat().st_size if path.is_file() else -1).encode()
+        return str(self._bytes(index)).encode()
+
+    def length(self, index: int) -> int:
+        return max(0, self._bytes(index))
+
+    def _bytes(self, index: int) -> int:
+        """Return the size of an image's file, -1 where there is none."""
+        try:
+            status = os.stat(os.path.join(self.folder, self.names[index]))
+        except OSError:
+            return -1
+        return status.st_size if stat.S_ISREG(status.st_mode) else -1
+
+    def parts(self, index: int, stretches: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+        with self._path(index).open("rb", buffering=0) as stream:
+            for offset, size in stretches:
+                stream.seek(offset)
+                yield stream.read(size)
 
     def identity(self, index: int) -> bytes:
         """Size in bytes and what belongs to the image; equal to that of earlier versions where they read the same."""
-        path = self._path(index)
-        size = path.stat().st_size if path.is_file() else 0
         with self.sidecars.reading_once():
-            parts = [str(size).encode() + b"\0" + self.sidecars.identity(index)]
+            parts = [str(self.length(index)).encode() + b"\0" + self.sidecars.identity(index)]
             folder = Path(self.names[index]).parent.name if "/" in self.names[index] else ""
             try:
                 caption, label = self.caption(index), self.label(index)

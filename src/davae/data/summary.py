@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from davae.data.findings import Tally
+from davae.data.findings import Tally, add_to
 from davae.data.pictures import DataError, PictureSource, by_kind, spread
 from davae.errors import UnreadableImage
 
 READ = 100_000  # captions and classes that a summary reads; of a larger set it reads this many, spread over all
 NAMED = 3  # names shown of each reason
 EXAMPLES = 20
+EQUAL = "image whose file is there under another name, too; both are used"
 CLIP_TOKENS = 77
 WORD = re.compile(r"[^\W\d_]+|\d|[^\s\w]+|_")  # each is at least one of CLIP's tokens
 MARGIN = 4  # tokens that a tokenizer may add to those that stand for characters
@@ -228,6 +229,7 @@ def summarise(
     buckets: dict[str, int],
     limits: Sequence[TokenLimit] = (CLIP_AT_LEAST,),
     notes: Sequence[str] = (),
+    equal: Mapping[str, str] | None = None,
     examples: int = EXAMPLES,
     seconds: float = 0.0,
     partial: str = "",
@@ -243,6 +245,7 @@ def summarise(
         buckets: bucket -> images.
         limits: limits of the model's text encoders; CLIP's where no model is known.
         notes: sentences of the caller.
+        equal: name of an image whose file comes a second time -> name of the first one.
         examples: images to describe one by one.
         seconds: time that was spent before.
         partial: what of a remote source was looked at.
@@ -275,13 +278,21 @@ def summarise(
         buckets=buckets,
         left_out=by_kind(left_out),
         unused=dict(findings.unused),
-        duplicates=dict(findings.duplicates),
+        duplicates=dict(findings.duplicates) | equal_files(equal or {}),
         encodings=encodings,
         notes=(*findings.notes, *too_long[:NAMED], *notes),
         examples=[example(source, index, size) for index, size in islice(zip(usable, pixels, strict=True), examples)],
         seconds=seconds,
         partial=partial,
     )
+
+
+def equal_files(equal: Mapping[str, str]) -> dict[str, Tally]:
+    """Return the count of images whose file is there under another name, too."""
+    tallies: dict[str, Tally] = {}
+    for name, first in equal.items():
+        add_to(tallies, EQUAL, f"{name} = {first}")
+    return tallies
 
 
 def read_labels(source: PictureSource, indices: Sequence[int]) -> tuple[dict[int, int | None], dict[int, str]]:

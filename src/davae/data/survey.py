@@ -7,11 +7,12 @@ import json
 import logging
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from davae.data.equal import FileImages, equal_images
 from davae.data.pictures import PictureSource, UnreadablePicture
 from davae.errors import RunError
 from davae.files import atomic_file
@@ -28,14 +29,16 @@ class Sizes:
     Attributes:
         pixels: (N,2) int32, (width, height) of each; 0 where its header cannot be read.
         reasons: place -> why it cannot be used.
+        equal: place of an image whose file comes a second time -> place of the first one; none of an older file of sizes.
     """
 
     pixels: np.ndarray
     reasons: dict[int, str]
+    equal: dict[int, int] = field(default_factory=dict)
 
 
 def measure_sizes(source: PictureSource, indices: Sequence[int]) -> Sizes:
-    """Read the header of each chosen image. Pixels are not decoded."""
+    """Read the header of each chosen image, and find those with equal files. Pixels are not decoded."""
     pixels = np.zeros((len(indices), 2), np.int32)
     reasons: dict[int, str] = {}
     for place, index in enumerate(indices):
@@ -43,7 +46,7 @@ def measure_sizes(source: PictureSource, indices: Sequence[int]) -> Sizes:
             pixels[place] = source.size(index)
         except UnreadablePicture as error:
             reasons[place] = str(error)
-    return Sizes(pixels, reasons)
+    return Sizes(pixels, reasons, equal_images(source, indices, reasons) if isinstance(source, FileImages) else {})
 
 
 def sizes_key(source: PictureSource, indices: Sequence[int], options: str) -> str:
@@ -62,10 +65,11 @@ def load_sizes(folder: Path, key: str, count: int) -> Sizes | None:
     try:
         with np.load(path) as file:
             pixels, reasons = file["pixels"], json.loads(file["reasons"].tobytes())
+            equal = file["equal"].tolist() if "equal" in file else []
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("%s cannot be read (%s): the sizes are measured again", path, error)
         return None
-    found = Sizes(pixels, {int(place): reason for place, reason in reasons.items()})
+    found = Sizes(pixels, {int(place): reason for place, reason in reasons.items()}, dict(equal))
     return found if pixels.shape == (count, 2) else None
 
 
@@ -75,8 +79,9 @@ def keep_sizes(folder: Path, key: str, sizes: Sizes) -> None:
     if path.is_file():
         return
     text = np.frombuffer(json.dumps(sizes.reasons).encode(), np.uint8)
+    equal = np.asarray(list(sizes.equal.items()), np.int64).reshape(-1, 2)
     try:
         with atomic_file(path) as partial, partial.open("wb") as stream:
-            np.savez(stream, pixels=sizes.pixels, reasons=text)
+            np.savez(stream, pixels=sizes.pixels, reasons=text, equal=equal)
     except RunError as error:
         logger.warning("%s; the next start measures the sizes again", error)

@@ -15,8 +15,9 @@ import numpy as np
 from davae.data.buckets import bucket_sizes, group_counts
 from davae.data.cache_key import fingerprint, hash_pictures
 from davae.data.captions import SourceOptions
+from davae.data.equal import FileImages, equal_images
 from davae.data.order import Batches
-from davae.data.pictures import DataError, Pictures, PictureSource, split, spread
+from davae.data.pictures import DataError, Pictures, PictureSource, Split, split, spread
 from davae.data.sources import Survey, open_source, survey
 from davae.data.summary import CLIP_AT_LEAST, EXAMPLES, Summary, TokenLimit, count_words, summarise
 from davae.data.survey import Sizes, keep_sizes, load_sizes, measure_sizes, sizes_key
@@ -47,6 +48,8 @@ class OpenedData:
     measured: Sizes
     found: int  # images that were looked at
     seconds: float
+    equal: dict[int, int]  # image whose file comes a second time -> the first one
+    equal_held: int  # held-out images that are not measured, because their equals train
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -108,6 +111,12 @@ class OpenedData:
         if not is_main():
             return from_main(None)
         started = time.perf_counter()
+        if self.equal_held:
+            notes = [
+                *notes,
+                f"{self.equal_held:,} held-out images are equal to training images: they are neither trained nor measured",
+            ]
+        equal = {self.source.key(index): self.source.key(first) for index, first in self.equal.items()}
         found = summarise(
             self.source,
             self.data.source,
@@ -118,6 +127,7 @@ class OpenedData:
             buckets=group_counts(self.sizes, self.survey.groups),
             limits=limits,
             notes=notes,
+            equal=equal,
             examples=examples,
             seconds=self.seconds,
             partial=partial,
@@ -177,6 +187,8 @@ def open_images(
         sizes = bucket_sizes(resolution, step, data.buckets.max_ratio, data.buckets.tokens)
     chosen = spread(len(source), data.limit)
     parts = split(source, data.holdout, chosen)
+    if side == "held_out":
+        parts = Split(parts.train, apart_from(source, chosen, parts))
     chosen = chosen if side == "both" else getattr(parts, side)
     measured = None
     if is_main():
@@ -198,12 +210,39 @@ def open_images(
         for i, g, size in zip(found.indices, found.groups, found.pixels, strict=True)
         if i in held and (data.enlarge or g == 0 or min(size) >= sizes[0][0])
     ]
+    equal = {chosen[place]: chosen[first] for place, first in measured.equal.items()}
+    trained = {equal.get(index, index) for index in train}
+    apart = [index for index in squares if equal.get(index, index) not in trained]
     seconds = time.perf_counter() - started
     opened = OpenedData(
-        source, sizes, train, found.groups[trains], squares, data, found, measured, len(chosen), seconds
+        source,
+        sizes,
+        train,
+        found.groups[trains],
+        apart,
+        data,
+        found,
+        measured,
+        len(chosen),
+        seconds,
+        equal,
+        len(squares) - len(apart),
     )
     check_same_data(opened, data.source)
     return opened
+
+
+def apart_from(source: PictureSource, chosen: Sequence[int], parts: Split) -> list[int]:
+    """Return the held-out images without those whose file equals a training image's; all of them where none is left."""
+    equal: dict[int, int] = {}
+    if is_main() and isinstance(source, FileImages) and parts.held_out:
+        equal = {chosen[place]: chosen[first] for place, first in equal_images(source, chosen).items()}
+    equal = from_main(equal)
+    trained = {equal.get(index, index) for index in parts.train}
+    apart = [index for index in parts.held_out if equal.get(index, index) not in trained]
+    if len(apart) < len(parts.held_out):
+        logger.warning("%d held-out images are equal to training images", len(parts.held_out) - len(apart))
+    return apart or parts.held_out
 
 
 def check_same_data(opened: OpenedData, name: str) -> None:
