@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from davae.recipes.sections import Data
 from davae.train.dataset import as_data, batches, numbered_batches, real_pictures
 from davae.train.state import read_metrics
 
-SHOWN = 8  # pictures in a figure
+SHOWN = 8  # images in a figure
+ORIGIN = ("run", "vae", "unaligned", "base", "data", "settings")  # keys of what a figure was made of
 RANDOM = {
     "random detail": "channel means and deviations of the training set",
     UNIT_NORMAL: "N(0, I), as in the paper",
@@ -56,12 +58,49 @@ def check_figure(out: Path, name: str) -> None:
     check_figures(out / f"{name}.json")
 
 
+def free_name(out: Path, name: str, figures: dict[str, Any]) -> str:
+    """Return the name under which to write a figure: figures of other models or data keep theirs.
+
+    Args:
+        figures: values of the new figure; what it was made of is under `run`, `vae`, `unaligned`, `base`, `data`, `settings`.
+    """
+
+    def origin(values: Any) -> dict[str, Any]:
+        if not isinstance(values, dict):
+            return {}
+        compared = {name: row["run"] for name, row in values.items() if isinstance(row, dict) and "run" in row}
+        return {**{key: values.get(key) for key in ORIGIN}, "compared": compared}
+
+    again, chosen = 1, name
+    while (out / f"{chosen}.png").exists() or (out / f"{chosen}.json").exists():
+        check_figure(out, chosen)
+        try:
+            there = json.loads((out / f"{chosen}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            there = None
+        if origin(there) == origin(json.loads(json.dumps(figures))):
+            break
+        again += 1
+        chosen = f"{name}-{again}"
+    return chosen
+
+
 def write_figure(out: Path, name: str, picture: bytes | Image.Image, figures: dict[str, Any]) -> Path:
-    """`name.png` and `name.json` in a folder; returns the picture's path."""
+    """Write `name.png` and `name.json` into a folder and return the image's path.
+
+    A figure of another run, model or data that has the name already is kept: the new one is `name-2`, `name-3`, ...
+    """
+    name = free_name(out, name, figures)
     path = out / f"{name}.png"
     save_image(open_image(io.BytesIO(picture)) if isinstance(picture, bytes) else picture, path)
     write_figures(out / f"{name}.json", figures)
     return path
+
+
+def figure_settings(data: str | Data, num: int, held_out: float) -> dict[str, Any]:
+    """Return what else a figure depends on, by which it is known from others of the same name."""
+    options = as_data(data).model_dump(mode="json", exclude_defaults=True, exclude={"source"})
+    return {"num": num, "held_out": held_out, **({"options": options} if options else {})}
 
 
 def contact_sheet(rows: dict[str, list[Image.Image]], cell: int) -> Image.Image:
@@ -98,7 +137,9 @@ def sensitivity(
     """
     check_figure(out, "sensitivity")
     model, base_vae = open_detail_vae(vae), open_autoencoder(base)
-    pictures = real_pictures(data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "data.json")
+    pictures = real_pictures(
+        data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "sensitivity.data.json"
+    )
     perceptual, extractor = perceptual_distances(lpips, lpips_weights), make_extractor(features, feature_weights)
     shown = next(batches(pictures, SHOWN, SHOWN))
     rows, figures = {"original": to_images(shown)}, {}
@@ -107,7 +148,13 @@ def sensitivity(
         scores = score_reconstructions(batches(pictures, num), reconstruct, perceptual, extractor)
         figures[name] = scores.as_dict() | ({"random": RANDOM[name]} if name in RANDOM else {})
     source = as_data(data).source
-    return write_figure(out, "sensitivity", contact_sheet(rows, 128), {"vae": vae, "data": source, "rows": figures})
+    settings = figure_settings(data, num, held_out) | {"features": features, "lpips": lpips}
+    return write_figure(
+        out,
+        "sensitivity",
+        contact_sheet(rows, 128),
+        {"vae": vae, "base": base, "data": source, "settings": settings, "rows": figures},
+    )
 
 
 @torch.no_grad()
@@ -124,7 +171,9 @@ def spectra(vae: str, data: str | Data, out: Path, *, num: int, held_out: float)
     """Radial spectra of z, z_d and the grouped mean of z_d (Fig. S5): power of standardised channels, absolute energy."""
     check_figure(out, "spectra")
     model = open_detail_vae(vae)
-    pictures = real_pictures(data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "data.json")
+    pictures = real_pictures(
+        data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "spectra.data.json"
+    )
     z, z_d, _ = raw_latents(model, pictures, num)
     groups = {"z": z, "z_d": z_d, "group mean of z_d": group_mean(z_d, z.shape[1])}
     found = {name: radial_power(latents) for name, latents in groups.items()}
@@ -138,7 +187,15 @@ def spectra(vae: str, data: str | Data, out: Path, *, num: int, held_out: float)
         for name, s in found.items()
     }
     return write_figure(
-        out, "spectra", spectra_plot(found), {"vae": vae, "data": as_data(data).source, "groups": figures}
+        out,
+        "spectra",
+        spectra_plot(found),
+        {
+            "vae": vae,
+            "data": as_data(data).source,
+            "settings": figure_settings(data, num, held_out),
+            "groups": figures,
+        },
     )
 
 
@@ -153,7 +210,9 @@ def latents(vae: str, unaligned: str | None, data: str | Data, out: Path, *, num
     if unaligned is not None:
         models = {"aligned z_d": models["z_d"], "unaligned z_d": open_detail_vae(unaligned)}
     first = next(iter(models.values()))
-    pictures = real_pictures(data, int(first.config["sample_size"]), held_out, "held_out", summary=out / "data.json")
+    pictures = real_pictures(
+        data, int(first.config["sample_size"]), held_out, "held_out", summary=out / "latents.data.json"
+    )
     groups: dict[str, Tensor] = {}
     labels: list[int | None] = []
     for name, model in models.items():
@@ -173,17 +232,14 @@ def latents(vae: str, unaligned: str | None, data: str | Data, out: Path, *, num
         figures[name] = {**asdict(class_knowledge(group, known)), "alignment_error_over_variance": alignment}
     points = {name: embed_points(group) for name, group in groups.items()}
     places = {name: np.round(found, 3).tolist() for name, found in points.items()}
-    write_figure(
-        out,
-        "latents-points",
-        scatter_plot(points, known),
-        {"data": as_data(data).source, "labels": known, "points": places},
-    )
+    origin: dict[str, Any] = {"vae": vae, "unaligned": unaligned, "data": as_data(data).source}
+    origin["settings"] = figure_settings(data, num, held_out)
+    write_figure(out, "latents-points", scatter_plot(points, known), {**origin, "labels": known, "points": places})
     return write_figure(
         out,
         "latents",
         contact_sheet(rows, 128),
-        {"data": as_data(data).source, "pictures": len(known), "rows": figures},
+        {**origin, "pictures": len(known), "rows": figures},
     )
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from diffusers import DDPMScheduler
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
-from diffusers.utils import convert_unet_state_dict_to_peft
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
 import davae
 from davae.convert import dit, lightningdit, official_davae, sit, tiny_autoencoder, vavae
 from davae.convert.checkpoints import load_state
+from davae.convert.lora import read_lora
 from davae.data.latent_shards import read_statistics
 from davae.errors import RecipeError
 from davae.files import model_folder, save_tensors
@@ -46,7 +42,6 @@ VAVAE_F16D32: dict[str, Any] = {
 # how the official samplers treat each model
 LIGHTNING_SAMPLING = {"timestep_shift": 0.3, "cfg_interval_start": 0.2, "cfg_channels": 3}
 DIT_SAMPLING = {"cfg_channels": 3}
-UP = re.compile(r"lora_B\.|(?:lora|lora_linear_layer)[._]up\.")  # B of a LoRA under diffusers' and kohya's names
 
 
 def read_section(path: Path, key: str) -> dict[str, Any]:
@@ -150,7 +145,7 @@ def convert_lora(file: Path, upgraded: str, out: Path) -> Path:
     check_config(config, f"{part} of model {upgraded}")
     with planned(f"{part} of model {upgraded}"):  # shapes alone
         transformer = model.from_config(config)
-    state, settings = _read_lora(file, model_class(kind), part, transformer.config)
+    state, settings = read_lora(file, model_class(kind), part, transformer.config)
     metadata = {"format": "pt", "davae": davae.__version__}
     if settings:
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(settings)
@@ -160,43 +155,3 @@ def convert_lora(file: Path, upgraded: str, out: Path) -> Path:
         raise ModelError(f"{file} does not fit {upgraded}: {error}") from error
     save_tensors(out, widened, metadata)
     return out
-
-
-def _read_lora(file: Path, pipeline: Any, part: str, config: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """(tensors under diffusers' names, peft settings where the file has them); kohya's alphas are multiplied into B."""
-    if not file.is_file():
-        raise ModelError(f"LoRA file {file} does not exist")
-    if file.suffix != ".safetensors":
-        raise ModelError(f"LoRA file {file} is no .safetensors; no code of a checkpoint is ever run")
-    try:
-        with safe_open(file, framework="pt") as stream:
-            names = list(stream.keys())
-        if any("dora_scale" in name or "lora_magnitude_vector" in name for name in names):
-            raise ModelError(f"LoRA file {file} is a DoRA; only plain LoRA can be converted")
-        if not issubclass(pipeline, LoraBaseMixin):
-            return load_file(file), None
-        read: Any = pipeline.lora_state_dict
-        state, *more = read(str(file), unet_config=config, return_alphas=True, return_lora_metadata=True)
-    except (OSError, KeyError, RuntimeError, SafetensorError, ValueError) as error:
-        raise ModelError(f"LoRA file {file} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    alphas = dict(more[0] or {}) if len(more) > 1 else {}
-    scaled = {name: _scaled(name, tensor, alphas) for name, tensor in state.items()}
-    if alphas:
-        raise ModelError(f"LoRA file {file}: '{min(alphas)}' belongs to no weight")
-    inside = {name.removeprefix(f"{part}."): t for name, t in scaled.items() if name.startswith(f"{part}.")}
-    if inside and not any("lora_A" in name for name in inside):
-        inside = convert_unet_state_dict_to_peft(inside)
-    outside = {name: tensor for name, tensor in scaled.items() if not name.startswith(f"{part}.")}
-    return {**{f"{part}.{name}": tensor for name, tensor in inside.items()}, **outside}, more[-1]
-
-
-def _scaled(name: str, tensor: Tensor, alphas: dict[str, float]) -> Tensor:
-    """B times alpha / rank, so that the file says all by itself; A as it is. Takes what it uses out of `alphas`."""
-    match = UP.search(name)
-    if match is None:
-        return tensor
-    layer, down = name[: match.start()].rstrip("."), name.replace("lora_B", "lora_A").replace("up.", "down.")
-    for key in (f"{layer}.alpha", f"{down}.alpha"):
-        if key in alphas:
-            return tensor * (float(alphas.pop(key)) / tensor.shape[1])
-    return tensor

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 from torch import Tensor
 
+from davae.convert.lora import read_lora
 from davae.data.pictures import grid
-from davae.files import saving
+from davae.data.prompts import read_prompts
+from davae.files import save_tensors, saving
 from davae.measure import check_classes, model_places, open_model
 from davae.models.classes import class_count, goes_by_class
-from davae.models.pipeline import ModelError
+from davae.models.expand import MARK
+from davae.models.families import transformer_family
+from davae.models.lora import widen_lora
+from davae.models.pipeline import ModelError, denoiser
 from davae.models.placement import FULL, Placement
 from davae.output_files import check_image, check_place, save_image
 from davae.sample.adm import Labels, class_schedule, write_samples
@@ -32,27 +40,28 @@ def sample_to_folder(
     seed: int,
     steps: int,
     guidance: float,
-    resolution: int | None,
+    resolution: int | tuple[int, int] | None,
     batch_size: int,
     on_batch: Callable[[int, int], None],
+    negative_prompt: str | None = None,
 ) -> Path:
-    """Write `num` pictures of every prompt and one grid, a row a prompt; returns the grid's path.
+    """Write `num` images of every prompt and one grid, a row a prompt; return the grid's path.
+
+    Images of an earlier call are kept: where one of the names is taken, all get the next free `set2`, `set3`, ...
 
     Raises:
-        ModelError: a class that the model lacks, a picture that is not finite; those before it are written.
+        ModelError: a class that the model lacks, an image that is not finite; those before it are written.
         RunError: files of these names are there, and davae did not write them.
     """
     check_classes(pipeline, prompts)
     wanted = [prompt for prompt in prompts for _ in range(num)]
-    sheet = folder / f"grid-seed{seed}.png"
-    places = [folder / sample_name(prompt, seed, number) for number, prompt in enumerate(wanted)]
-    for place in (*places, sheet):
-        check_image(place)
+    *places, sheet = free_places(folder, wanted, seed)
     pictures: list[Any] = []
     for start in range(0, len(wanted), batch_size):
         part = wanted[start : start + batch_size]
         options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": batch_size}
-        drawn = generate(pipeline, part, resolution=resolution, first=start, **options)
+        options |= {"resolution": resolution, "negative_prompt": negative_prompt}
+        drawn = generate(pipeline, part, first=start, **options)
         for place, picture in zip(places[start:], drawn, strict=False):
             save_image(picture, place)
         pictures += drawn
@@ -61,10 +70,64 @@ def sample_to_folder(
     return sheet
 
 
-def sample_name(prompt: str, seed: int, number: int) -> str:
-    """Return the file name of one picture of `davae sample`."""
+def sample_name(prompt: str, seed: int, number: int, again: int = 1) -> str:
+    """Return the file name of one image of `davae sample`; `again` counts the sets of one folder and seed."""
     words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:40] or "picture"
-    return f"{words}-seed{seed}-{number:03d}.png"
+    return f"{words}-seed{seed}{_set(again)}-{number:03d}.png"
+
+
+def _set(again: int) -> str:
+    return f"-set{again}" if again > 1 else ""
+
+
+def free_places(folder: Path, wanted: list[str], seed: int) -> list[Path]:
+    """Return where to write the images of `davae sample` and, last, their grid: names that nothing has yet.
+
+    Raises:
+        RunError: a file that davae did not write has one of the first names.
+    """
+    again = 1
+    while True:
+        names = [sample_name(prompt, seed, number, again) for number, prompt in enumerate(wanted)]
+        places = [folder / name for name in (*names, f"grid-seed{seed}{_set(again)}.png")]
+        if again == 1:
+            for place in places:
+                check_image(place)
+        if not any(place.exists() for place in places):
+            return places
+        again += 1
+
+
+def read_prompt_texts(path: Path) -> list[str]:
+    """Return the prompts of a file, in its order.
+
+    Raises:
+        DataError: no such file, another format, no prompts in it.
+    """
+    return [prompt.text for prompt in read_prompts(path)]
+
+
+def add_lora(pipeline: Any, file: Path) -> None:
+    """Load a LoRA of the base into its pipeline, or into an upgraded one, for which it is widened.
+
+    Raises:
+        ModelError: a pipeline that loads no LoRA, a file that is not one or does not fit.
+    """
+    if not isinstance(pipeline, LoraBaseMixin):
+        raise ModelError(f"--lora {file}: a {type(pipeline).__name__} loads no LoRA files; leave it out")
+    transformer = denoiser(pipeline)
+    part = transformer_family(type(transformer).__name__).component
+    state, settings = read_lora(file, type(pipeline), part, transformer.config)
+    metadata = {"format": "pt"} | ({LORA_ADAPTER_METADATA_KEY: json.dumps(settings)} if settings else {})
+    try:
+        if MARK in transformer.config:
+            state = widen_lora(state, transformer)
+        with TemporaryDirectory(prefix="davae-lora-") as folder:
+            save_tensors(Path(folder) / "lora.safetensors", state, metadata)
+            pipeline.load_lora_weights(folder, weight_name="lora.safetensors")  # type: ignore[attr-defined]
+    except (ModelError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"--lora {file}: it does not fit this {type(transformer).__name__}: {reason}") from error
 
 
 def write_sample_file(

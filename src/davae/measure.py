@@ -56,16 +56,22 @@ def model_places(name: str) -> list[str]:
     return [resolve(name)]
 
 
-def open_model(name: str, placement: Placement = FULL) -> tuple[Any, Path]:
-    """(pipeline on its device, folder for its samples) of a run or pipeline folder, an embedded model or a hub id.
+def open_model(
+    name: str, placement: Placement = FULL, prepare: Callable[[Any], None] = lambda pipeline: None
+) -> tuple[Any, Path]:
+    """Return (pipeline on its device, folder for its samples) of a run or pipeline folder, embedded model or hub id.
 
-    `micro-upgraded` is the embedded model with the upgrade that ships with it.
+    Args:
+        name: `micro-upgraded` is the embedded model with the upgrade that ships with it.
+        placement: where it computes, and how exactly.
+        prepare: changes the loaded pipeline before it is placed.
     """
     place, *upgrades = model_places(name)
     pipeline = load_pipeline(place, placement.dtype)
     for upgrade in upgrades:
         pipeline = load_upgraded(pipeline, Path(upgrade))
     own = Path(place) == Path(name) / "pipeline"
+    prepare(pipeline)
     return placement.place(pipeline), Path(name) / "samples" if own else Path("samples") / Path(name).name
 
 

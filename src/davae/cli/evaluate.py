@@ -8,11 +8,14 @@ from typing import Annotated, Literal
 import typer
 
 from davae.cli.options import (
+    GUIDANCE,
+    STEPS,
     BatchSize,
     CaptionColumn,
     CaptionKey,
     Compile,
     Enlarge,
+    Guidance,
     ImageColumn,
     Json,
     LabelColumn,
@@ -20,6 +23,8 @@ from davae.cli.options import (
     Offload,
     Options,
     Precision,
+    Seed,
+    Steps,
     chosen_data,
     summary_path,
     write_json,
@@ -113,9 +118,9 @@ def generation(
             "with {input} and {output} folders."
         ),
     ] = "bilinear",
-    steps: Annotated[int, typer.Option(min=1)] = 30,
-    guidance: Annotated[float, typer.Option(min=0.0)] = 2.5,
-    seed: int = 0,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
+    seed: Seed = 0,
     held_in: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Only the training side of a split that holds out this share.")
     ] = 0.0,
@@ -237,9 +242,14 @@ def samples(
     labels: Annotated[
         Literal["balanced", "random"], typer.Option(help="Equal numbers a class, or drawn by seed.")
     ] = ("balanced"),
-    steps: Annotated[int, typer.Option(min=1, help="Updates of the ODE.")] = 249,
-    guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
-    seed: int = 0,
+    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1, help="Updates of the ODE.")] = 249,
+    guidance: Annotated[
+        float,
+        typer.Option(
+            "--guidance", "--guidance-scale", min=0.0, help="Guidance scale; the ImageNet protocol's by default."
+        ),
+    ] = 4.0,
+    seed: Seed = 0,
     batch_size: BatchSize = 50,
     dtype: Precision = "float32",
     offload: Offload = "off",

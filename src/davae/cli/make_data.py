@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import BatchSize, Compile, Offload, Precision
+from davae.cli.options import GUIDANCE, STEPS, BatchSize, Compile, Guidance, Offload, Precision, Seed, Steps
 
 
 def make_data(
@@ -18,9 +18,9 @@ def make_data(
     out: Annotated[Path, typer.Option(help="Folder for the shards; the same command again draws what is missing.")],
     num: Annotated[int | None, typer.Option(min=1, help="Pictures; by default one a prompt.")] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="Pixels; the model's own by default.")] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 30,
-    guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
-    seed: int = 0,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
+    seed: Seed = 0,
     shard_size: Annotated[int, typer.Option(min=1, help="Pictures a shard.")] = 1000,
     format: Annotated[Literal["png", "jpg"], typer.Option(help="jpg: quality 95, a quarter of the size.")] = "png",
     dtype: Precision = "float32",

@@ -74,7 +74,14 @@ Compile = Annotated[
         "picture on a fast GPU needs most. Takes up to minutes before the first picture."
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at a time.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images drawn at a time.")]
+# One default for every verb that draws: the paper's (Sec. 4), and that of a recipe's `sampling`.
+STEPS, GUIDANCE = 30, 2.5
+Steps = Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1, help="Sampling steps.")]
+Guidance = Annotated[
+    float, typer.Option("--guidance", "--guidance-scale", min=0.0, help="Guidance scale; 1 is no guidance.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the noise.")]
 
 
 def _own_figures(path: Path | None) -> Path | None:

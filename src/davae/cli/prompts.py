@@ -7,12 +7,22 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import BatchSize, Compile, Json, Offload, Precision, write_json
+from davae.cli.options import (
+    GUIDANCE,
+    STEPS,
+    BatchSize,
+    Compile,
+    Guidance,
+    Json,
+    Offload,
+    Precision,
+    Seed,
+    Steps,
+    write_json,
+)
 
 Pipeline = Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")]
 Folder = Annotated[Path, typer.Option(help="Folder for the pictures; those already there are kept.")]
-Steps = Annotated[int, typer.Option(min=1)]
-Guidance = Annotated[float, typer.Option(min=0.0)]
 Resolution = Annotated[int | None, typer.Option(min=1, help="Pixels; the pipeline's own size by default.")]
 ClipModel = Annotated[str | None, typer.Option(help="A CLIP model of transformers: folder or hub id.")]
 
@@ -25,10 +35,10 @@ def prompts(
     ],
     out: Folder,
     num: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
-    steps: Steps = 30,
-    guidance: Guidance = 2.5,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
     resolution: Resolution = None,
-    seed: int = 0,
+    seed: Seed = 0,
     clip: ClipModel = None,
     dtype: Precision = "float32",
     batch_size: BatchSize = 16,
@@ -69,10 +79,10 @@ def geneval(
     prompts: Annotated[Path, typer.Option(help="GenEval's evaluation_metadata.jsonl.")],
     out: Folder,
     num: Annotated[int, typer.Option(min=1, help="Pictures a prompt; 4 in published tables.")] = 4,
-    steps: Steps = 30,
-    guidance: Guidance = 2.5,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
     resolution: Resolution = None,
-    seed: int = 0,
+    seed: Seed = 0,
     detector: Annotated[
         str | None, typer.Option(help="A COCO object detector of transformers, to judge the pictures here.")
     ] = None,

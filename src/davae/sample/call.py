@@ -33,24 +33,27 @@ def takes_noise(pipeline: Any) -> bool:
 def call_pipeline(
     pipeline: Any,
     prompts: list[str],
-    size: int,
+    size: int | tuple[int, int],
     *,
+    negative_prompt: str | None = None,
     latents: Tensor | None = None,
     generator: torch.Generator | list[torch.Generator],
     steps: int,
     guidance_scale: float,
     output_type: str = "pil",
 ) -> Any:
-    """What the pipeline returns for squares of `size` pixels, `.images` among it.
+    """Return what the pipeline returns for images of a size, `.images` among it.
 
     Args:
-        prompts: text, or classes by name or number where the pipeline goes by classes.
+        prompts: text, or classes by name or number where the pipeline takes classes.
+        size: pixels of a square's side, or (height, width).
+        negative_prompt: what to guide away from; None is the pipeline's own default.
         latents: starting noise (B,c,h,w). DiT's pipeline takes none and draws it from `generator`.
         generator: draws the noise where `latents` is None, and what stochastic schedulers add.
 
     Raises:
-        ModelError: DiT's pipeline asked to guide a model whose null class is not the one it has in its code; an image that
-            is not finite.
+        ModelError: DiT's pipeline asked to guide a model whose null class is not the one it has in its code, or for an image
+            that is not a square; a negative prompt that the pipeline would ignore; an image that is not finite.
     """
     options: dict[str, Any] = {
         "num_inference_steps": steps,
@@ -59,14 +62,27 @@ def call_pipeline(
         "output_type": output_type,
     }
     parameters = inspect.signature(pipeline.__call__).parameters
+    if negative_prompt is not None:
+        if "negative_prompt" not in parameters:
+            raise ModelError(f"--negative-prompt: a {type(pipeline).__name__} takes none; leave it out")
+        if guidance_scale <= 1 or options.get("true_cfg_scale") == 1:
+            raise ModelError(
+                "--negative-prompt: this model is not guided away from anything here; use --guidance above 1, or leave it out"
+            )
+        options["negative_prompt"] = [negative_prompt] * len(prompts)
+    height, width = (size, size) if isinstance(size, int) else size
     if "class_labels" in parameters:
+        if height != width:
+            raise ModelError(
+                f"a {type(pipeline).__name__} draws squares, {width} x {height} is none; use --resolution"
+            )
         count = class_count(pipeline)
         if guidance_scale > 1 and count != DIT_NULL:
             raise ModelError(
                 f"a {type(pipeline).__name__} guides away from class {DIT_NULL}, this model has {count} classes; "
                 "sample with guidance 1"
             )
-        with _at_size(pipeline, size), checked_decoding(pipeline, prompts):
+        with _at_size(pipeline, height), checked_decoding(pipeline, prompts):
             return pipeline([class_number(pipeline, prompt) for prompt in prompts], **options)
     if "use_resolution_binning" in parameters:  # the size asked for, not the nearest one in a table
         options["use_resolution_binning"] = False
@@ -75,7 +91,7 @@ def call_pipeline(
         options["latents"] = CALLS[type(model).__name__].pack(latents.to(pipeline._execution_device, model.dtype))
     options |= text_arguments(pipeline) | literal_prompts(pipeline)
     with checked_decoding(pipeline, prompts):
-        return pipeline(prompt=prompts, height=size, width=size, **options)
+        return pipeline(prompt=prompts, height=height, width=width, **options)
 
 
 @contextmanager

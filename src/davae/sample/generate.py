@@ -33,13 +33,18 @@ def _generator(seed: int, index: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + purpose)
 
 
-def start_noise(pipeline: Any, seed: int, index: int, resolution: int) -> Tensor:
-    """Noise for one picture of `resolution` pixels, structured where the pipeline is an upgraded one."""
-    side = resolution // pixel_factor(pipeline)
+def start_noise(pipeline: Any, seed: int, index: int, resolution: int | tuple[int, int]) -> Tensor:
+    """Return noise for one image of a square's side or (height, width) in pixels, structured for an upgraded pipeline."""
+    factor = pixel_factor(pipeline)
+    height, width = (side // factor for side in _height_width(resolution))
     vae = pipeline.vae
     if isinstance(vae, DetailVAE):
-        return structured_noise(seed, index, vae.layout, side, side)
-    return base_noise(seed, index, base_channels(vae.config, type(vae).__name__), side, side)
+        return structured_noise(seed, index, vae.layout, height, width)
+    return base_noise(seed, index, base_channels(vae.config, type(vae).__name__), height, width)
+
+
+def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 @torch.no_grad()
@@ -48,7 +53,8 @@ def generate(
     prompts: list[str],
     *,
     output_type: str = "pil",
-    resolution: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
+    negative_prompt: str | None = None,
     steps: int = 30,
     guidance_scale: float = 2.5,
     seed: int = 0,
@@ -62,17 +68,19 @@ def generate(
         pipeline: a stock diffusers text-to-image pipeline, or one whose prompts are classes by name or number
             (ClassConditionalPipeline, DiTPipeline); base or upgraded.
         output_type: `pil` for pictures, `pt` for tensors (3,H,W) in [0,1].
-        resolution: pixels; None is the pipeline's own size.
+        resolution: pixels of a square's side, or (height, width); None is the pipeline's own size.
+        negative_prompt: what to guide away from; None is the pipeline's own, the empty prompt in most.
 
     Raises:
-        ModelError: a size that does not divide into tokens.
+        ModelError: a size that does not divide into tokens; a negative prompt that the pipeline would ignore.
     """
     size = resolution or default_resolution(pipeline)
     step = token_side(pipeline)
-    if size % step:
-        raise ModelError(
-            f"{size} pixels are not divisible by {step}, a token's side; use {max(1, round(size / step)) * step}"
-        )
+    for side in _height_width(size):
+        if side % step:
+            raise ModelError(
+                f"{side} pixels are not divisible by {step}, a token's side; use {max(1, round(side / step)) * step}"
+            )
     # a pipeline that takes no noise draws it, the base part first, from these; else only stochastic schedulers do
     purpose = STEPS if takes_noise(pipeline) else BASE
     pictures: list[Any] = []
@@ -85,6 +93,7 @@ def generate(
             size,
             steps=steps,
             guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
             latents=torch.cat([start_noise(pipeline, seed, number, size) for number in numbers]),
             generator=[_generator(seed, number, purpose) for number in numbers],
             output_type=output_type,
