@@ -48,7 +48,14 @@ from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.train.state import load_checkpoint
 
 SIZES = {"input_size": 8, "in_channels": 4, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-VOLATILE = {"report.html", "report.json", "timing.jsonl", "times.json", ".process.json", ".lock"}  # not the same twice
+VOLATILE = {
+    "report.html",
+    "report.json",
+    "timing.jsonl",
+    "times.json",
+    ".process.json",
+    ".lock",
+}  # not the same twice
 
 
 def prepare(place: Path, steps: int) -> dict[str, list[str]]:
@@ -186,8 +193,11 @@ def contents(out: Path) -> dict[str, Any]:
         elif path.name == "metrics.jsonl":
             records = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: v for k, v in record.items() if k != "images_per_second"} for record in records]
-        elif path.suffix in (".npy", ".npz", ".tar", ".png"):
-            found[name] = path.read_bytes() if path.suffix != ".npz" else np.load(path)["arr_0"].tobytes()
+        elif path.suffix == ".npz":  # whose entries are dated
+            with np.load(path) as arrays:
+                found[name] = {key: arrays[key].tobytes() for key in arrays.files}
+        elif path.suffix in (".npy", ".tar", ".png"):
+            found[name] = path.read_bytes()
         elif path.name not in VOLATILE and "checkpoints" not in path.parts:
             found[name] = None  # its name
     return found

@@ -244,10 +244,11 @@ def latents(vae: str, unaligned: str | None, data: str | Data, out: Path, *, num
 
 
 def stage2_records(run: Path) -> list[dict[str, Any]]:
-    """What stage 2 of a run logged; ModelError when it is less than two steps."""
-    records = [r for r in read_metrics(run / "metrics.jsonl") if r["stage"] == "stage2"]
+    """Return what stage 2 of a run logged; ModelError when it is less than two steps."""
+    found = [r for r in read_metrics(run / "metrics.jsonl") if r["stage"] == "stage2"]
+    records = [record for record in found if {"loss_base", "loss_detail"} <= record.keys()]
     if len(records) < 2:
-        raise ModelError(f"run {run} has logged no steps of stage 2")
+        raise ModelError(f"run {run} has logged no two steps of stage 2; train it first, or name another run")
     return records
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from davae.errors import DavaeError, ModelError
+from davae.reading import load_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +91,7 @@ def check_tensors(
     if KEY not in metadata:
         return
     try:
-        expected = dict(json.loads(metadata[KEY]))
+        expected = dict(load_json(metadata[KEY]))
     except (ValueError, TypeError) as error:
         raise kind(f"{path}: its checksums are damaged; {remedy}") from error
     if expected.get("", _metadata_sum(metadata)) != _metadata_sum(metadata):
@@ -142,7 +143,9 @@ _checked: set[tuple[str, int, int, int]] = set()  # files that this process has 
 
 def _check_files(home: Path, prefix: str, without: tuple[str, ...]) -> None:
     try:
-        expected: dict[str, int] = json.loads((home / SUMS).read_text(encoding="utf-8"))[KEY]
+        expected: dict[str, int] = load_json((home / SUMS).read_text(encoding="utf-8"))[KEY]
+        if not all(type(value) is int for value in expected.values()):
+            raise ValueError("sums that are no numbers")
         names = [name for name in expected if name.startswith(prefix) and name.partition("/")[0] not in without]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{home / SUMS} is damaged; copy the folder again, or delete this file") from error

@@ -16,6 +16,7 @@ import numpy as np
 from davae.errors import RunError
 from davae.files import atomic_file, atomic_text
 from davae.ownership import check_parents
+from davae.reading import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +73,13 @@ def check_figures(path: Path) -> None:
         refuse(path, "a file of figures that davae wrote")
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if text.strip() else {}
-    except ValueError:
+        values = load_json(text) if text.strip() else {}
+        former = isinstance(values, dict) and text == json.dumps(values, indent=2) + "\n"
+        former = former and _has_number(values)
+    except (ValueError, RecursionError):  # deeper than davae's own
         refuse(path, "a file of figures that davae wrote")
         return
-    former = isinstance(values, dict) and text == json.dumps(values, indent=2) + "\n"
-    if text and not (text.endswith(SIGNED) or (former and _has_number(values) and not FOREIGN & values.keys())):
+    if text and not (text.endswith(SIGNED) or (former and not FOREIGN & values.keys())):
         refuse(path, "a file of figures that davae wrote")
 
 

@@ -16,6 +16,7 @@ from filelock import lock_descriptor
 
 import davae
 from davae.errors import RunError
+from davae.reading import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +81,13 @@ def mark(folder: Path) -> None:
 def _mark_of(folder: Path) -> dict[str, Any] | None:
     """Return what a folder's mark contains; None without one that can be read."""
     try:
-        values = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        values = load_json((folder / MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return values if isinstance(values, dict) and isinstance(values.get("files"), list) else None
+    if not isinstance(values, dict) or not isinstance(values.get("texts", {}), dict):
+        return None
+    names = values.get("files")
+    return values if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def unowned(folder: Path) -> str | None:
@@ -140,7 +144,7 @@ def _names_davae(folder: Path) -> bool:
         return CARD in card.read_text(encoding="utf-8", errors="replace")
     for name in ("model_index.json", "config.json"):
         try:
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            values = load_json((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(values, dict):
@@ -174,9 +178,11 @@ def check_out(out: Path, reads: Iterable[str | Path] = ()) -> None:
         RunError: in one line, why the folder cannot be written or replaced.
     """
     place = Path(os.path.abspath(out))  # links stay as they are
-    real = place.resolve()
+    real = Path(os.path.realpath(place))
     for source in map(Path, reads):
-        if source.exists() and (real == source.resolve() or real in source.resolve().parents):
+        if source.exists() and (
+            real == Path(os.path.realpath(source)) or real in Path(os.path.realpath(source)).parents
+        ):
             raise RunError(f"{out}: it is or holds {source}, which this command reads; use another --out")
     run = run_of(place)
     if run is not None and place.relative_to(run).parts[0] in RUN_PARTS:
@@ -197,7 +203,7 @@ def check_replaceable(place: Path, shown: Path | None = None) -> None:
     if not place.exists():
         check_parents(place)
         return
-    real, here = place.resolve(), Path.cwd()
+    real, here = Path(os.path.realpath(place)), Path.cwd()
     reason = "it is or holds the current folder" if real == here or real in here.parents else unowned(place)
     if reason is not None:
         raise RunError(f"{shown}: {reason}; use another --out, or move it away")

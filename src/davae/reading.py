@@ -1,4 +1,4 @@
-"""JSON files from strangers, read within bounds or refused in one line."""
+"""JSON from strangers and from damaged disks, read within bounds or refused in one line. All of davae reads JSON here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,29 @@ from typing import Any
 from davae.errors import DavaeError, ModelError
 
 MAX_JSON = 64 << 20  # the largest known, tokenizers of language models, have half of it
+
+
+def load_json(text: str | bytes) -> Any:
+    """Return the value of JSON text, for callers with a message of their own.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or nested so deeply that the parser gives up.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def whole_number(value: Any) -> int:
+    """Return a whole number as JSON has it.
+
+    Raises:
+        ValueError: another kind of value, such as 1.5, true, "1" or Infinity.
+    """
+    if type(value) is not int:
+        raise ValueError(f"found {str(value)[:40]!r} where a whole number belongs")
+    return value
 
 
 def read_text(path: Path, error: type[DavaeError] = ModelError, limit: int = MAX_JSON) -> str:
@@ -74,6 +97,6 @@ def parse_json(text: str, what: str, error: type[DavaeError] = ModelError) -> An
         DavaeError: of kind `error`: not JSON, nested without end, or with a number of thousands of digits.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as bad:
+        return load_json(text)
+    except ValueError as bad:
         raise error(f"{what}: not valid JSON ({' '.join(str(bad).split())[:160]}); the file is damaged") from bad

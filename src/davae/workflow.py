@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from davae.analyze.curves import loss_curves
-from davae.analyze.report import Column, ReportContent, best_rows, write_report
+from davae.analyze.report import Column, ReportContent, best_rows, read_report, write_report
 from davae.data.openmoji import CREDIT
 from davae.data.pictures import spread, to_images
 from davae.evaluate.detail_use import reconstructions
@@ -20,7 +21,7 @@ from davae.evaluate.throughput import Timing, time_pipelines
 from davae.losses.perceptual import Lite0Distance
 from davae.models.classes import class_count, class_names, goes_by_class
 from davae.models.memory_budget import Halving, OneOnDevice
-from davae.models.pipeline import denoiser, load_pipeline
+from davae.models.pipeline import ModelError, denoiser, load_pipeline
 from davae.sample.generate import generate
 from davae.train.encoding import coding_bytes, images_at_a_time, run_precision
 from davae.train.export import load_upgraded
@@ -33,6 +34,8 @@ from davae.train.state import read_metrics
 from davae.train.times import read_times, timed
 from davae.train.upgrade import Upgrade
 from davae.zoo import shipped_upgrade
+
+logger = logging.getLogger(__name__)
 
 SHOWN_RECONSTRUCTIONS = 8
 SHIPPED = "full, shipped"  # row of the upgrade that comes with davae
@@ -53,13 +56,22 @@ def upgrade(run: Upgrade, observer: Observer) -> Path:
         run.check_data()
         run.run()
         page = run.out / "report.html"
-        if not from_main(run.folder.done("report") and page.is_file()):
+        if not from_main(run.folder.done("report") and page.is_file() and is_sound(run.out)):
             check_stop("the report")
             with timed(run.out, "report"):
                 on_main(partial(report, run, watched))
             run.folder.mark_done("report")
         check_stop(str(run.out))
     return page
+
+
+def is_sound(folder: Path) -> bool:
+    """Return whether a run's `report.json` has its figures; the log names one that is damaged."""
+    try:
+        return bool(read_report(folder))
+    except ModelError as error:
+        logger.warning("%s; here it is made again", error)
+        return False
 
 
 def enlarge(picture: Image.Image, size: int) -> Image.Image:

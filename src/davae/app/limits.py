@@ -126,7 +126,7 @@ def is_below(path: str, folder: Path) -> bool:
         return False
     try:
         real = Path(path).resolve(strict=True)
-        return real.is_relative_to(folder.resolve()) and real.is_file()
+        return real.is_relative_to(os.path.realpath(folder)) and real.is_file()
     except (OSError, RuntimeError, ValueError):  # absent, a loop of links, no characters of a file name
         return False
 

@@ -80,7 +80,7 @@ def upload_folder() -> Path:
     """
     remove_left_folders(Path(tempfile.gettempdir()))
     folder = tempfile.TemporaryDirectory(prefix=FOLDER)
-    path = Path(folder.name).resolve()
+    path = Path(os.path.realpath(folder.name))
     lock = (path / LOCK).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
 

@@ -43,7 +43,7 @@ class Roots:
             FormError: not one of `data_names`.
         """
         chosen = one_of("images", name, self.data_names())
-        return None if chosen == RECIPES_OWN or self.data is None else str(self.data.resolve() / chosen)
+        return None if chosen == RECIPES_OWN or self.data is None else str(Path(os.path.realpath(self.data)) / chosen)
 
     def model_names(self) -> list[str]:
         """Return the models to inspect: the page's own, embedded ones, entries of the models root, presets."""
@@ -62,11 +62,11 @@ class Roots:
             return self.model
         if self.models is None or chosen in MODELS or chosen not in _entries(self.models, _is_model):
             return chosen
-        folder = self.models.resolve() / chosen
+        folder = Path(os.path.realpath(self.models)) / chosen
         if (folder / "model_index.json").is_file():
             return str(folder)
         pipeline = folder / "pipeline"
-        if not pipeline.resolve().is_relative_to(self.models.resolve()):
+        if not Path(os.path.realpath(pipeline)).is_relative_to(Path(os.path.realpath(self.models))):
             raise ModelError(f"model {chosen}: its pipeline lies elsewhere; copy it below the models root")
         return str(pipeline)
 
@@ -85,7 +85,7 @@ def open_roots(data: Path | None, models: Path | None, model: str | None = None)
 
 def label(model: str) -> str:
     """Return the name under which the page shows a model: of a folder, its last part."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    return Path(os.path.realpath(model)).name if Path(model).is_dir() else model
 
 
 def _is_model(path: Path) -> bool:
@@ -96,11 +96,11 @@ def _entries(root: Path | None, wanted: Callable[[Path], bool]) -> list[str]:
     """Return sorted names of the direct entries of a folder; links that lead out of it are left out."""
     if root is None or not root.is_dir():
         return []
-    real, names = root.resolve(), []
+    real, names = Path(os.path.realpath(root)), []
     with os.scandir(root) as entries:
         for entry in entries:
             path = real / entry.name
-            if not NAME.fullmatch(entry.name) or not path.resolve().is_relative_to(real):
+            if not NAME.fullmatch(entry.name) or not Path(os.path.realpath(path)).is_relative_to(real):
                 continue
             if path.exists() and wanted(path):
                 names.append(entry.name)

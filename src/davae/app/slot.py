@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from davae.errors import RunError
+from davae.reading import load_json, whole_number
 
 FILE = ".training"
 
@@ -82,8 +83,8 @@ def holder(root: Path) -> Holder | None:
         except BlockingIOError:
             pass
         try:
-            written = json.loads(stream.read(4096))
-            return Holder(str(written["name"]), int(written["pid"]))
+            written = load_json(stream.read(4096))
+            return Holder(str(written["name"]), whole_number(written["pid"]))
         except (ValueError, KeyError, TypeError):  # between two writes
             return Holder("", 0)
 

@@ -19,6 +19,7 @@ from accelerate import PartialState
 
 from davae.bench.clock import machine
 from davae.files import atomic_text
+from davae.reading import load_json
 from davae.recipes import Recipe, RecipeError, load_recipe, permit_commands
 from davae.train.state import RunError, read_metrics
 from davae.train.upgrade import Upgrade
@@ -106,7 +107,7 @@ def measure(recipe: Recipe, processes: int) -> dict[str, Any]:
         for stage in STAGES:
             launch(stage, path, out, processes)
         records = read_metrics(out / "timing.jsonl")
-        cached = json.loads((out / CACHE_TIME).read_text(encoding="utf-8"))
+        cached = load_json((out / CACHE_TIME).read_text(encoding="utf-8"))
     return {
         "stage1": stage_figures(records, "stage1"),
         "cache": {"items": cached["items"], "items_per_second": cached["items"] / cached["seconds"]},

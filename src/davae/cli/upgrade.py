@@ -99,9 +99,10 @@ def _run_upgrade(
 
 
 def _show_report(folder: Path) -> None:
+    from davae.analyze.report import read_report
     from davae.display import table
 
-    figures = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    figures = read_report(folder)
     table(
         "Tokens and time of one picture",
         ["model", "image tokens", "transformer, s", "whole, s", "against native"],

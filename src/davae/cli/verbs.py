@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -65,11 +66,11 @@ def check_value(name: str, shown: str, value: Any) -> None:
         high = LARGEST.get(name, LARGEST_INT)
         if not low <= value <= high:
             raise RecipeError(f"{shown}: found {value}; use a number from {low} to {high}")
-    if isinstance(value, str):
+    if isinstance(value, (str, Path)):
         try:
-            value.encode()
+            str(value).encode()
         except UnicodeEncodeError as error:
-            raise RecipeError(f"{shown}: {value[:60]!r} is not UTF-8 text") from error
+            raise RecipeError(f"{shown}: {str(value)[:60]!r} is not UTF-8 text") from error
 
 
 class Verbs(typer.Typer):

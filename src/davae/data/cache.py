@@ -29,6 +29,7 @@ from davae.data.pictures import DataError
 from davae.data.text_rows import TextShard, stacked_rows
 from davae.files import atomic_text, make_folder
 from davae.ownership import LITTER
+from davae.reading import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def replace_json(path: Path, value: Any) -> None:
 def _changes(known: Path, key: Key) -> list[str]:
     """Return what differs between the key of a cache folder and this one; a damaged key file is one difference."""
     try:
-        return changes(json.loads(known.read_text(encoding="utf-8")), key)
+        return changes(load_json(known.read_text(encoding="utf-8")), key)
     except (ValueError, AttributeError, TypeError):
         return [f"the damaged file {known.name}"]
 
@@ -140,9 +141,9 @@ def _read_values(folder: Path) -> dict[str, Any]:
     """Return what `meta.json` holds; DataError where it is damaged."""
     path = folder / META
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path.read_text(encoding="utf-8"))
         expected = values.pop(KEY, None)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f"cache file {path} is damaged; {REMEDY}") from error
     if expected is not None and _sum_of(values) != expected:
         raise DataError(f"cache file {path} is not what was written (its checksum differs); {REMEDY}")
@@ -164,7 +165,10 @@ def read_meta(folder: Path, key: Key | None = None) -> CacheMeta:
     values = _read_values(folder)
     if values.get("format") != FORMAT:
         raise DataError(f"cache {folder} was written by an earlier davae; delete it to make it again")
-    meta = CacheMeta(**values)
+    try:
+        meta = CacheMeta(**values)
+    except TypeError as error:
+        raise DataError(f"cache file {folder / META} is damaged ({error}); {REMEDY}") from error
     if key is not None and (changed := changes(meta.key, plain(key))):
         raise DataError(f"cache {folder} is stale: {' and '.join(changed)} changed; delete it to make it again")
     return meta

@@ -31,6 +31,7 @@ from davae.data.pictures import DataError, Pictures, UnreadablePicture, collate
 from davae.data.shard_plan import begun_with, shard_rows
 from davae.data.text_rows import packed
 from davae.files import require_space
+from davae.reading import load_json
 
 Watch = Callable[[int, int], None]
 TEXT_BYTES = 1 << 28  # of one shard of text embeddings
@@ -293,7 +294,7 @@ def merged_meta(
                 "files and run the same command again: this shard is then made again"
             )
         shard = Shard(path)
-        skipped |= json.loads(shard.metadata.get("skipped", "{}"))
+        skipped |= load_json(shard.metadata.get("skipped", "{}"))
         rows, mean = len(shard.tensor("labels")), torch.from_numpy(shard.tensor("mean"))
         if not rows:
             continue

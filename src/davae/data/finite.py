@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from davae.data.cache_files import Shard, is_sound, latent_shards
 from davae.data.caption_table import CaptionTable
 from davae.data.pictures import DataError, counted
+from davae.reading import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,8 @@ def is_finished(path: Path) -> bool:
     if not is_sound(path):
         return False
     metadata = Shard(path).metadata
-    skipped = json.loads(metadata.get("skipped", "{}"))
-    return not json.loads(metadata.get(NOT_FINITE, "[]")) and not any(
+    skipped = load_json(metadata.get("skipped", "{}"))
+    return not load_json(metadata.get(NOT_FINITE, "[]")) and not any(
         why.startswith(LATENT) for why in skipped.values()
     )
 
@@ -85,7 +85,7 @@ def lost_captions(
     rows: list[int] = []
     start = 0
     for name, count in text:
-        rows += [start + row for row in json.loads(Shard(folder / name).metadata.get(NOT_FINITE, "[]"))]
+        rows += [start + row for row in load_json(Shard(folder / name).metadata.get(NOT_FINITE, "[]"))]
         start += count
     if not rows:
         return [], {}

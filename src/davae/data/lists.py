@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import mmap
 import posixpath
 import re
@@ -18,6 +17,7 @@ from davae.data.image_names import ImageNames
 from davae.data.metadata import Metadata
 from davae.data.pictures import DataError
 from davae.data.texts import UnreadableCaption, as_texts, decode_text
+from davae.reading import load_json
 
 ENDINGS = (".txt", ".csv", ".tsv", ".jsonl", ".json")
 FEW = 20  # files of one ending in a folder; more of them belong to one image each
@@ -182,7 +182,7 @@ def _listed(rows: Sequence[Any], named: Collection[str]) -> list[Row] | None:
 
 def _of_json(text: str, named: Collection[str], find: Callable[[str], int | None]) -> list[Row] | None:
     try:
-        value = json.loads(text)
+        value = load_json(text)
     except (ValueError, RecursionError):
         return None
     if isinstance(value, dict):
@@ -236,7 +236,7 @@ def _of_json_lines(text: str, path: Path, named: Collection[str]) -> list[Row] |
         if not line.strip().strip("\0"):
             continue
         try:
-            row = json.loads(line)
+            row = load_json(line)
         except (ValueError, RecursionError) as error:
             if not rows:
                 return None

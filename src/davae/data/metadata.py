@@ -19,6 +19,7 @@ from davae.data.findings import Findings, Tally, add_to
 from davae.data.image_names import ImageNames
 from davae.data.pictures import DataError
 from davae.data.texts import MAX_CAPTION, as_texts, decode_text
+from davae.reading import load_json
 
 NAME_COLUMNS = ("file_name", "image_file_name")
 
@@ -42,7 +43,7 @@ class Metadata:
     def record(self, index: int) -> dict[str, Any] | None:
         """Return the columns of an image, None where no row names it."""
         start, end = self.ends[index], self.ends[index + 1]
-        return json.loads(self.packed[start:end]) if end > start else None
+        return load_json(self.packed[start:end]) if end > start else None
 
 
 def read_metadata(
@@ -136,7 +137,7 @@ def _json_rows(path: Path, findings: Findings, name: str) -> Iterator[tuple[int,
         if not line.strip().strip("\0"):
             continue
         try:
-            row = json.loads(line)
+            row = load_json(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not valid JSON ({error}); correct or remove the line") from error
         if not isinstance(row, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from davae.data.pictures import DataError
 from davae.data.texts import MAX_CAPTION, decode_text
+from davae.reading import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +109,11 @@ def _table(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     lines = _decoded(path).splitlines()
-    return [(str(number), json.loads(line)) for number, line in enumerate(lines) if line.strip()]
+    return [(str(number), load_json(line)) for number, line in enumerate(lines) if line.strip()]
 
 
 def _json(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    values = json.loads(_decoded(path))
+    values = load_json(_decoded(path))
     if isinstance(values, dict):
         return list(values.items())
     if not isinstance(values, list):

@@ -32,6 +32,7 @@ from davae.data.pictures import DataError, UnreadablePicture
 from davae.data.tables import cell_bytes, column_weights, load_rows
 from davae.data.tar_index import index_tar, unpack_in_place
 from davae.files import atomic_text
+from davae.reading import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def open_stream(name: str, options: SourceOptions) -> TarSource:
                     f"data.source '{name}' gave {starts[n] + len(part)} pictures, data.limit asks for {options.limit}"
                 )
             once(targets[n], lambda path, part=part, first=starts[n]: write_rows(path, part, first, options))
-    weights = options.caption_weights or json.loads(weights_file.read_text(encoding="utf-8"))
+    weights = options.caption_weights or read_object(weights_file, DataError)
     beside = replace(
         options,
         caption_weights=weights,

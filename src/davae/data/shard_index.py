@@ -20,6 +20,7 @@ from davae.data.formats import image_endings
 from davae.data.tar_index import TarIndex, read_index
 from davae.errors import RunError
 from davae.files import atomic_file, saving
+from davae.reading import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def _save(path: Path, index: ShardIndex) -> None:
 
 def _load(path: Path) -> ShardIndex:
     with np.load(path) as file:
-        about = json.loads(file["about"].tobytes())
+        about = load_json(file["about"].tobytes())
         index = ShardIndex(
             file["names"].tobytes().decode().split("\0"),
             file["shard_of"],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 from davae.data.cache import Team, replace_json
 from davae.data.cache_files import REMEDY, Shard
 from davae.errors import DataError
+from davae.reading import load_json, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def begun_with(folder: Path, batch_size: int, first: int, variants: int, team: T
         replace_json(path, {"batch_size": batch_size, "flips": FLIPS})
     team.wait()
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["batch_size"])
+        return whole_number(load_json(path.read_text(encoding="utf-8"))["batch_size"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"cache file {path} is damaged; {REMEDY}") from error
 
@@ -59,7 +59,7 @@ def begun_with(folder: Path, batch_size: int, first: int, variants: int, team: T
 def _same_flips(folder: Path, path: Path) -> None:
     """Remove the shards of an earlier version, which drew the flip of each image."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8")).get("flips") if path.is_file() else None
+        known = load_json(path.read_text(encoding="utf-8")).get("flips") if path.is_file() else None
     except (ValueError, AttributeError):
         return  # damaged, which is an error in `begun_with`
     shards = sorted(folder.glob("latents-*.safetensors"))
@@ -75,4 +75,4 @@ def _cut_by(path: Path, rows: int, variants: int) -> bool:
     """Return whether a shard can have so many rows, those of skipped images counted."""
     shard = Shard(path)
     found = len(shard.tensor("labels"))
-    return found <= rows <= found + variants * len(json.loads(shard.metadata.get("skipped", "{}")))
+    return found <= rows <= found + variants * len(load_json(shard.metadata.get("skipped", "{}")))

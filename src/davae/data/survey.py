@@ -16,6 +16,7 @@ from davae.data.equal import FileImages, equal_images
 from davae.data.pictures import PictureSource, UnreadablePicture
 from davae.errors import RunError
 from davae.files import atomic_file
+from davae.reading import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +65,12 @@ def load_sizes(folder: Path, key: str, count: int) -> Sizes | None:
         return None
     try:
         with np.load(path) as file:
-            pixels, reasons = file["pixels"], json.loads(file["reasons"].tobytes())
+            pixels, reasons = file["pixels"], load_json(file["reasons"].tobytes())
             equal = file["equal"].tolist() if "equal" in file else []
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            found = Sizes(pixels, {int(place): reason for place, reason in reasons.items()}, dict(equal))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         logger.warning("%s cannot be read (%s): the sizes are measured again", path, error)
         return None
-    found = Sizes(pixels, {int(place): reason for place, reason in reasons.items()}, dict(equal))
     return found if pixels.shape == (count, 2) else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from davae.data.findings import Findings
 from davae.errors import DataError, UnreadableImage
+from davae.reading import load_json
 
 MAX_CAPTION = 10_000  # characters; no text encoder reads a tenth of it, and tokenising megabytes takes minutes
 MAX_FILE = 1 << 26  # bytes of a caption file or `.json` that are read
@@ -137,7 +137,7 @@ def read_json(data: bytes, name: str, findings: Findings) -> Any:
     if guessed is not None:
         findings.encodings[name] = guessed
     try:
-        return json.loads(text)
+        return load_json(text)
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UnreadableCaption("damaged caption", f"{name} is not valid JSON: {reason}") from error

@@ -22,6 +22,7 @@ from davae.models.pipeline import ModelError
 from davae.models.placement import own_device
 from davae.models.processors import load_processor
 from davae.models.stored import load_component
+from davae.reading import load_json, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,11 @@ def judge_folder(out: Path, detector: Callable[[Image.Image], list[Found]], clip
     """
     records: list[dict[str, Any]] = []
     for folder in sorted(path for path in out.iterdir() if (path / "metadata.jsonl").is_file()):
-        request = json.loads((folder / "metadata.jsonl").read_text(encoding="utf-8"))
+        request = read_object(folder / "metadata.jsonl")
+        if not (is_request(request) and isinstance(request.get("prompt"), str)):
+            raise ModelError(
+                f"{folder / 'metadata.jsonl'}: not one of GenEval's requests; remove the folder {folder}"
+            )
         for path in sorted((folder / "samples").glob("*.png")):
             picture = read_image(path)
             verdict = judge(
@@ -259,7 +264,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ModelError(f"GenEval results {path} do not exist")
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        records = [load_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except ValueError as error:
         raise ModelError(f"GenEval results {path}: not one JSON object a line") from error
     if not records or any(not isinstance(r, dict) or "tag" not in r or "correct" not in r for r in records):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -294,7 +295,7 @@ def without_own_code(model: str, index: dict[str, Any]) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as scratch:
         for part in Path(model).iterdir():
             if part.is_dir():
-                (Path(scratch) / part.name).symlink_to(part.resolve())
+                (Path(scratch) / part.name).symlink_to(Path(os.path.realpath(part)))
         (Path(scratch) / "model_index.json").write_text(json.dumps(index | here), encoding="utf-8")
         yield scratch
 

@@ -14,6 +14,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.utils import get_peft_model_state_dict
 
 import davae
+from davae.analyze.report import read_report
 from davae.files import model_folder
 from davae.models.autoencoders import load_detail_vae
 from davae.models.families import model_class, transformer_family
@@ -22,6 +23,7 @@ from davae.ownership import check_out
 from davae.publish.card import Origin, write_card
 from davae.publish.standalone import home_module, standalone_source
 from davae.publish.upgrade_file import VAE_FOLDER, Upgrade, check_base_autoencoder, write_upgrade
+from davae.reading import load_json
 from davae.recipes import Recipe, load_recipe
 from davae.train.export import UPGRADE_FILE, apply_upgrade, assemble, read_metadata, trained_transformer, without_lora
 from davae.train.state import goal, marker
@@ -142,17 +144,12 @@ def _report(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     done = marker(folder, "report")
-    if done.is_file() and done.read_text(encoding="utf-8") != goal(recipe, "report"):
+    if done.is_file() and done.read_bytes() != goal(recipe, "report").encode():
         logger.warning(
             "%s is about a shorter training; the card carries no figures until `davae upgrade` is run again", file
         )
         return None
-    try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ModelError(
-            f"{file} is damaged; delete it and run the `davae upgrade` command of its run again"
-        ) from error
+    return read_report(folder)
 
 
 def _check_lora(run: FinishedRun) -> None:
@@ -212,7 +209,7 @@ def _load_all_parts_alike(folder: Path, index: dict[str, Any]) -> None:
     for part, entry in index.items():
         file = folder / part / "config.json"
         if isinstance(entry, list) and entry[0] == "transformers" and file.is_file():
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = load_json(file.read_text(encoding="utf-8"))
             if "dtype" in config:
                 file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 

@@ -12,6 +12,7 @@ from davae.bench.clock import machine
 from davae.data.cache_key import fingerprint
 from davae.files import atomic_text, saving
 from davae.measure import evaluate_generation, evaluate_reconstruction
+from davae.reading import read_object
 from davae.recipes import BaseRecipe, Recipe, RecipeError
 from davae.recipes.sections import Data, Stage2
 from davae.reproduction.job import BaseJob, DrawnJob, EnlargedJob, Job, UpgradeJob
@@ -28,7 +29,7 @@ OWN = "of this run"  # instead of a path that only this machine has
 def finished(job: Job, results: Path) -> dict[str, Any] | None:
     """The figures of a job that was run before, here or elsewhere."""
     path = results / f"{job.key}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
 
 
 def run_job(job: Job, out: Path, results: Path, observer: Observer) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def reconstruction_once(first: Path, settings: dict[str, Any], recipe: Recipe | 
         data = Data(source=settings["data"], enlarge=recipe.data.enlarge)
         figures = evaluate_reconstruction(str(first / "vae"), data, recipe.resolution, settings["num"], 0.0)
         atomic_text(path, json.dumps({**figures, "vae": OWN}) + "\n")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_object(path)
 
 
 def last_losses(folder: Path, stage: str, names: tuple[str, ...], points: int = 10) -> dict[str, float]:

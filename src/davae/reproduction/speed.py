@@ -11,6 +11,7 @@ from davae.bench.clock import machine
 from davae.data.cache_key import fingerprint
 from davae.files import atomic_text, saving
 from davae.measure import Candidate, time_pictures
+from davae.reading import read_object
 from davae.recipes import RecipeError
 from davae.reproduction.job import DrawnJob, EnlargedJob, Job, UpgradeJob
 from davae.reproduction.runs import trained_upscaler
@@ -48,7 +49,7 @@ def raced(wanted: Sequence[Job], out: Path, results: Path, observer: Observer) -
 def speeds(wanted: Sequence[Job], results: Path) -> dict[str, Any] | None:
     """What `raced` measured, here or elsewhere."""
     path = path_of(contenders(wanted), results)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
 
 
 def contenders(wanted: Sequence[Job]) -> list[Job]:

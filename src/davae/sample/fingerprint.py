@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from davae.data.remote import cache_folder
 from davae.errors import RunError
 from davae.files import atomic_text
 from davae.models.pipeline import HUB_ID, fetch_file
+from davae.reading import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +60,9 @@ def file_hash(path: Path) -> str:
     if about.st_size < LARGE:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     state = [about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
-    known = cache_folder() / "hashes" / f"{fingerprint(str(path.resolve()))}.json"
+    known = cache_folder() / "hashes" / f"{fingerprint(str(Path(os.path.realpath(path))))}.json"
     try:
-        remembered = json.loads(known.read_text(encoding="utf-8"))
+        remembered = load_json(known.read_text(encoding="utf-8"))
         if remembered["state"] == state:
             return str(remembered["sha256"])
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one

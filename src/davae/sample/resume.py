@@ -12,6 +12,7 @@ from typing import Any
 from davae.errors import ModelError, RunError
 from davae.files import MADE_HERE, atomic_text
 from davae.ownership import LITTER, only_writer
+from davae.reading import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def _compare(
     check_former: Callable[[], None],
 ) -> None:
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = load_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{path}: not JSON; remove it with the images around it, or use another --out") from error
     if not isinstance(old, dict):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from davae.files import atomic_text
+from davae.reading import load_json, whole_number
 from davae.train.ranks import is_main
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class Best:
     def kept(self) -> int:
         """Return the step whose checkpoint is kept; -1 where no step was validated."""
         try:
-            return int(json.loads(self.path.read_bytes())["step"])
+            return whole_number(load_json(self.path.read_bytes())["step"])
         except FileNotFoundError:
             return -1
         except (ValueError, KeyError, TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,6 @@ def one_at_a_time(run: Path) -> Iterator[None]:
     if ranks() == 1:
         yield
         return
-    name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    name = hashlib.sha256(str(Path(os.path.realpath(run))).encode()).hexdigest()[:16]
     with FileLock(Path(tempfile.gettempdir()) / f"davae-load-{name}.lock"):
         yield

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from davae.errors import RunError
 from davae.files import alive, atomic_text, host_name, make_folder, saving
+from davae.reading import load_json, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,8 @@ def running_process(run_folder: Path) -> int | None:
     It is found whoever started it, and not taken for another process that was given the id of a killed one.
     """
     try:
-        about = json.loads((run_folder / PROCESS).read_text(encoding="utf-8"))
-        pid, host = int(about["pid"]), about["host"]
+        about = load_json((run_folder / PROCESS).read_text(encoding="utf-8"))
+        pid, host = whole_number(about["pid"]), about["host"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if host != host_name() or not alive(pid):

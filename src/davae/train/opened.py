@@ -24,6 +24,7 @@ from davae.data.survey import Sizes, keep_sizes, load_sizes, measure_sizes, size
 from davae.errors import ModelError, RecipeError
 from davae.files import atomic_text
 from davae.models.text_encoders import TokenCount, token_limits
+from davae.reading import load_json
 from davae.recipes import check_source
 from davae.recipes.schema import BaseRecipe, TextArchitecture
 from davae.recipes.sections import Data, Optim
@@ -330,7 +331,7 @@ def same_facts(path: Path, summary: Summary) -> bool:
     if not path.is_file():
         return False
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = load_json(path.read_text(encoding="utf-8"))
     except ValueError:
         return False
     return isinstance(written, dict) and {**written, "seconds": 0} == {**summary.as_dict(), "seconds": 0}

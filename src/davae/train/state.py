@@ -18,6 +18,7 @@ from davae.checksums import file_sum
 from davae.errors import Interrupted, RecipeError, RunError
 from davae.files import atomic_folder, atomic_text, make_folder, require_space, save_tensors, saving, sweep
 from davae.ownership import check_run, unowned
+from davae.reading import load_json
 from davae.recipes import differences, dump_recipe, validate
 from davae.recipes.loading import AnyRecipe
 from davae.recipes.values import read_yaml_file
@@ -115,7 +116,8 @@ class RunFolder:
 
     def checkpoints(self, stage: str) -> list[Path]:
         """Complete checkpoints of a stage, oldest first."""
-        return sorted((self.path / "checkpoints").glob(f"{stage}-[0-9]*"))
+        found = (self.path / "checkpoints").glob(f"{stage}-[0-9]*")
+        return sorted(path for path in found if path.name.rpartition("-")[2].isdecimal() and path.is_dir())
 
 
 def put_back(folder: Path) -> None:
@@ -162,9 +164,11 @@ def save_checkpoint(
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """RunError when the file was cut off or changed since it was written."""
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        meta = load_json((path / "meta.json").read_text(encoding="utf-8"))
         if file_sum(path / STATE) != meta["crc32"]:
             raise RunError(f"{STATE} is not what was written (its checksum differs)")
+        if f"{meta['stage']}-{meta['step']:08d}" not in path.name:  # it may be called `earlier-...` by now
+            raise RunError(f"it holds step {meta['step']} of {meta['stage']}")
         # mapped, not read: the processes of a machine share one copy, which the system takes back when it needs it
         return torch.load(str(path / STATE), map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
@@ -178,7 +182,7 @@ def check_same_recipe(path: Path, recipe: AnyRecipe) -> None:
     Raises:
         RunError: they train something else: `recipe.yaml` was changed by hand, or is damaged.
     """
-    stored = json.loads((path / "meta.json").read_text(encoding="utf-8")).get("recipe")
+    stored = load_json((path / "meta.json").read_text(encoding="utf-8")).get("recipe")
     if stored is None:  # written by an earlier version
         return
     try:
@@ -257,14 +261,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            record = json.loads(line)
-            if not (isinstance(record["stage"], str) and isinstance(record["step"], int)):
+            record = load_json(line)
+            numbers = [value for name, value in record.items() if name != "stage"]
+            if not (
+                isinstance(record["stage"], str) and type(record["step"]) is int and all(map(is_number, numbers))
+            ):
                 raise TypeError
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             logger.warning("%s: dropped line %d, which a crash cut off or the disk has damaged", path, number)
         else:
             records.append(record)
     return records
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a logged value can be drawn and averaged."""
+    return isinstance(value, (int, float)) and (isinstance(value, float) or abs(value) < 2**63)
 
 
 def changed_inputs(folder: RunFolder, stage: str, inputs: Mapping[str, str]) -> list[str]:
@@ -276,7 +288,7 @@ def changed_inputs(folder: RunFolder, stage: str, inputs: Mapping[str, str]) -> 
     path = folder.path / "checkpoints" / f"{stage}-inputs.json"
     if path.is_file() and (folder.checkpoints(stage) or was_done(folder.path, stage)):
         try:
-            known = json.loads(path.read_bytes())
+            known = load_json(path.read_bytes())
             if changed := [name for name in inputs if known[name] != inputs[name]]:
                 return changed
         except (ValueError, KeyError, TypeError):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from davae.errors import RunError
 from davae.files import atomic_text
+from davae.reading import load_json
 from davae.train.ranks import is_main
 
 logger = logging.getLogger(__name__)
@@ -30,11 +31,11 @@ def read_times(folder: Path) -> dict[str, float]:
 
 def _read(file: Path) -> dict[str, float]:
     try:
-        values = json.loads(file.read_bytes())
+        values = load_json(file.read_bytes())
         return {str(name): float(seconds) for name, seconds in values.items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError):
         logger.warning("%s is damaged; the times of the phases before are not known any more", file)
         return {}
 
