@@ -26,6 +26,7 @@ from davae.measure import open_autoencoder
 from davae.models.detail_vae import DetailVAE
 from davae.models.pipeline import ModelError
 from davae.output_files import check_figures, check_image, save_image, write_figures
+from davae.reading import load_json
 from davae.recipes.sections import Data
 from davae.train.dataset import as_data, batches, numbered_batches, real_pictures
 from davae.train.state import read_metrics
@@ -75,7 +76,7 @@ def free_name(out: Path, name: str, figures: dict[str, Any]) -> str:
     while (out / f"{chosen}.png").exists() or (out / f"{chosen}.json").exists():
         check_figure(out, chosen)
         try:
-            there = json.loads((out / f"{chosen}.json").read_text(encoding="utf-8"))
+            there = load_json((out / f"{chosen}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             there = None
         if origin(there) == origin(json.loads(json.dumps(figures))):
