@@ -33,6 +33,8 @@ _HOMES = {
     "alignment_loss": "davae.losses.alignment",
     "detail_weight": "davae.losses.detail_warmup",
     "velocity_loss": "davae.losses.detail_warmup",
+    "preview": "davae.sample.preview",
+    "upscale": "davae.sample.upscale",
     # diffusers looks a pipeline component's loader up on the library that model_index.json names: this one
     "ModelMixin": "diffusers.models.modeling_utils",
 }
@@ -58,6 +60,8 @@ __all__ = [
     "detail_weight",
     "expand_transformer",
     "group_mean",
+    "preview",
+    "upscale",
     "velocity_loss",
     "widen_lora",
 ]
@@ -78,6 +82,7 @@ if TYPE_CHECKING:
         DetailPixArtAlphaPipeline,
         DetailPixArtSigmaPipeline,
     )
+    from davae.sample.preview import preview
     from davae.sample.upgraded_pipelines import (
         DetailErnieImagePipeline,
         DetailKrea2Pipeline,
@@ -85,6 +90,7 @@ if TYPE_CHECKING:
         DetailQwenImage21Pipeline,
         DetailZImagePipeline,
     )
+    from davae.sample.upscale import upscale
 
 
 def __getattr__(name: str) -> Any:

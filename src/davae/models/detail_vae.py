@@ -30,6 +30,8 @@ from davae.models.autoencoder_families import (
     packed_statistics,
     spatial_factor,
 )
+from davae.models.base_decoder import BaseDecoder
+from davae.models.base_part import BasePart
 from davae.models.by_rows import decode_by_rows, encode_by_rows
 from davae.models.one_frame import frames_of, only_frame
 from davae.models.pipeline_contract import pipeline_entries
@@ -42,7 +44,7 @@ from davae.models.whole_layers import decode_in_tiles, encode_in_tiles
 Encode = Callable[[Tensor], Tensor]
 
 
-class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
     """A detail-aligned VAE that speaks normalised latents (`scaling_factor` 1, `shift_factor` 0).
 
     Make one from a pretrained autoencoder with `from_base`; the arguments are what its config stores.
@@ -57,6 +59,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         detail_mean, detail_std: per channel, measured over the training set.
         resolution: pixels of the pictures it was made for, which its pipeline then draws unless told otherwise.
         learned_shortcuts: the new blocks' shortcuts have weights of their own even where channels divide.
+        base_decoder_config: arguments of the optional BaseDecoder, which `attach_base_decoder` fills in.
 
     Raises:
         ValueError: unsupported base, D not a multiple of C, scale not a power of two.
@@ -93,6 +96,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_std: list[float] | None = None,
         temperal_downsample: list[bool] | None = None,
         batch_norm_eps: float | None = None,
+        base_decoder_config: dict[str, Any] | None = None,
     ):
         super().__init__()
         family = autoencoder_family(base_class)
@@ -116,6 +120,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.base_quant_conv = base.quant_conv if family.quant and base.quant_conv is not None else nn.Identity()
         self.detail_encoder = copy.deepcopy(base.encoder)
         self.decoder = base.decoder
+        self.base_decoder = None if base_decoder_config is None else BaseDecoder(**base_decoder_config)
         self._last, self._first = layer_path(base.encoder, family.last), layer_path(base.decoder, family.first)
         width = self.detail_encoder.get_submodule(self._last).in_channels
         self.detail_encoder.set_submodule(
@@ -198,8 +203,6 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         take_weights(model, source, start)
         return model
 
-    # -- statistics --------------------------------------------------------------------------------------------
-
     def set_detail_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Store the measured per-channel mean and std (D,) of raw z_d in the config and use them from now on."""
         self.register_to_config(
@@ -215,8 +218,6 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def denormalise(self, latents: Tensor) -> Tensor:
         """What the transformer sees -> raw [z, z_d]."""
         return latents * over_grid(cast(Tensor, self.std), latents) + over_grid(cast(Tensor, self.mean), latents)
-
-    # -- encode ------------------------------------------------------------------------------------------------
 
     def encode_raw(self, images: Tensor) -> RawLatents:
         """One pass of both encoders, before normalisation: what stage 1 trains on (Eq. 1-3 use raw latents).
@@ -286,8 +287,6 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         _, detail_std = self.layout.split(over_grid(cast(Tensor, self.std), mean))
         logvar = self.layout.join(torch.full_like(raw.z, -30.0), raw.logvar - 2 * detail_std.log())
         return torch.cat([mean, logvar], dim=1)  # (B,2(C+D),h,w)
-
-    # -- decode ------------------------------------------------------------------------------------------------
 
     def decode_raw(self, latents: Tensor) -> Tensor:
         """Raw [z, z_d] (B,C+D,h,w) -> (B,3,s*H,s*W)."""

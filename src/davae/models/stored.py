@@ -276,7 +276,7 @@ def stored_bound(files: list[Path], what: str) -> Bound:
                         raise ModelError(f"{what}: {name} is stored as {part.get_dtype()}; davae reads float weights")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{what}: {file} is damaged ({error}); download it again") from error
-    return Bound(total * 5 // 4 + 2**20, total + ROOM, 2000 + 20 * tensors)
+    return Bound(total * 3 // 2 + 2**20, total + ROOM, 2000 + 20 * tensors)
 
 
 def check_whole(info: dict[str, Any], what: str) -> None:

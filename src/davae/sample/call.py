@@ -30,6 +30,14 @@ def takes_noise(pipeline: Any) -> bool:
     return "latents" in inspect.signature(pipeline.__call__).parameters
 
 
+GUIDES_ONE = ("PRXPipeline",)  # its guidance repeats the timestep twice, whatever the number of prompts
+
+
+def at_a_time(pipeline: Any, batch_size: int, guidance_scale: float) -> int:
+    """Return how many prompts a pipeline takes in one call: `batch_size`, or one where it can guide no more."""
+    return 1 if type(pipeline).__name__ in GUIDES_ONE and guidance_scale > 1 else batch_size
+
+
 def call_pipeline(
     pipeline: Any,
     prompts: list[str],
@@ -41,6 +49,7 @@ def call_pipeline(
     steps: int,
     guidance_scale: float,
     output_type: str = "pil",
+    callback_on_step_end: Any = None,
 ) -> Any:
     """Return what the pipeline returns for images of a size, `.images` among it.
 
@@ -50,6 +59,7 @@ def call_pipeline(
         negative_prompt: what to guide away from; None is the pipeline's own default.
         latents: starting noise (B,c,h,w). DiT's pipeline takes none and draws it from `generator`.
         generator: draws the noise where `latents` is None, and what stochastic schedulers add.
+        callback_on_step_end: the pipeline's own, for pipelines that have one.
 
     Raises:
         ModelError: DiT's pipeline asked to guide a model whose null class is not the one it has in its code, or for an image
@@ -61,6 +71,8 @@ def call_pipeline(
         "generator": generator,
         "output_type": output_type,
     }
+    if callback_on_step_end is not None:
+        options["callback_on_step_end"] = callback_on_step_end
     parameters = inspect.signature(pipeline.__call__).parameters
     if negative_prompt is not None:
         if "negative_prompt" not in parameters:

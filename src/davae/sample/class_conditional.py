@@ -17,7 +17,7 @@ from davae.models.autoencoder_families import base_statistics
 from davae.models.classes import find_class
 from davae.models.lightning_dit import LightningDiT
 from davae.models.pipeline import pixel_factor
-from davae.sample.ode import GuidedModel, solve_ode
+from davae.sample.ode import GuidedModel, OnStep, solve_ode, stepped, time_grid
 
 OnStepEnd = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
 
@@ -103,7 +103,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             latents: starting noise (B,c,h,w) instead.
             output_type: `pil`, `np`, `pt` (in [0,1]), or `latent`.
             solver: `euler` or `heun`; a pipeline with a scheduler uses that.
-            callback_on_step_end: called as diffusers does, with `latents`; what it returns is not read back.
+            callback_on_step_end: called as diffusers does, with `latents`; those that it returns replace them.
 
         Raises:
             ValueError: unknown class, a size that does not divide, an unknown solver.
@@ -121,10 +121,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         bar: Any = self.progress_bar(total=num_inference_steps)  # type: ignore[call-arg]  # decorated wrongly upstream
         with self.transformer.at_grid(side), bar:
 
-            def on_step(step: int, x: Tensor) -> None:
-                if callback_on_step_end is not None:
-                    callback_on_step_end(self, step, (step + 1) / num_inference_steps, {"latents": x})
+            def on_step(step: int, x: Tensor) -> Tensor:
                 bar.update()
+                if callback_on_step_end is None:
+                    return x
+                changed = callback_on_step_end(self, step, (step + 1) / num_inference_steps, {"latents": x})
+                return (changed or {}).get("latents", x)
 
             noise, labels = latents.to(device, dtype), torch.tensor(numbers, device=device)
             channels = config.cfg_channels if cfg_channels is None else cfg_channels
@@ -132,13 +134,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 guided = GuidedModel(self.transformer, labels, cfg_scale=guidance_scale, cfg_channels=channels)
                 x = self._denoise(guided, noise, num_inference_steps, generator, on_step)
             else:
+                shift = config.timestep_shift if timestep_shift is None else timestep_shift
+                self.times = time_grid(num_inference_steps + 1, shift)  # what a callback may need to know
                 x = solve_ode(
                     self.transformer,
                     noise,
                     labels,
                     num_inference_steps + 1,
                     solver=solver,
-                    timestep_shift=config.timestep_shift if timestep_shift is None else timestep_shift,
+                    timestep_shift=shift,
                     on_step=on_step,
                     cfg_scale=guidance_scale,
                     cfg_interval_start=config.cfg_interval_start
@@ -158,9 +162,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"{wide}x{high} pixels: this model draws squares whose side is divisible by {step}")
         return high // self.vae_scale_factor
 
-    def _denoise(
-        self, guided: GuidedModel, x: Tensor, steps: int, generator: Any, on_step: Callable[[int, Tensor], None]
-    ) -> Tensor:
+    def _denoise(self, guided: GuidedModel, x: Tensor, steps: int, generator: Any, on_step: OnStep) -> Tensor:
         """An epsilon model under its diffusers scheduler, as DiT is sampled."""
         if self.scheduler is None:
             raise ValueError("this model predicts epsilon: the pipeline needs a scheduler, e.g. DDIMScheduler")
@@ -172,7 +174,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if not learned:
                 output = output[:, : x.shape[1]]  # the scheduler sets its own variance
             x = self.scheduler.step(output, t, x, **options).prev_sample
-            on_step(step, x)
+            x = stepped(on_step, step, x)
         return x
 
     def _decode(self, x: Tensor, output_type: str) -> Any:

@@ -12,7 +12,7 @@ from davae.latent import LatentLayout
 from davae.models.autoencoder_families import base_channels
 from davae.models.detail_vae import DetailVAE
 from davae.models.pipeline import ModelError, default_resolution, pixel_factor, token_side
-from davae.sample.call import call_pipeline, takes_noise
+from davae.sample.call import at_a_time, call_pipeline, takes_noise
 
 BASE, DETAIL, STEPS = 0, 1, 1 << 62  # what noise is for
 
@@ -84,6 +84,7 @@ def generate(
     # a pipeline that takes no noise draws it, the base part first, from these; else only stochastic schedulers do
     purpose = STEPS if takes_noise(pipeline) else BASE
     pictures: list[Any] = []
+    batch_size = at_a_time(pipeline, batch_size, guidance_scale)
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         numbers = range(first + start, first + start + len(part))

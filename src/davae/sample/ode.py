@@ -12,7 +12,7 @@ from torch import Tensor
 from davae.losses.flow_matching import shift_timestep
 
 Field = Callable[[Tensor, float], Tensor]
-OnStep = Callable[[int, Tensor], None]
+OnStep = Callable[[int, Tensor], Tensor | None]  # may replace the state
 
 
 def time_grid(num_steps: int, timestep_shift: float) -> Tensor:
@@ -77,12 +77,18 @@ class GuidedModel:
         return self.model(x, times, labels, return_dict=False)[0]
 
 
+def stepped(on_step: OnStep, step: int, x: Tensor) -> Tensor:
+    """Return the state after a step, or what `on_step` puts in its place."""
+    changed = on_step(step, x)
+    return x if changed is None else changed.to(x)
+
+
 def euler(field: Field, x: Tensor, times: Tensor, on_step: OnStep = lambda step, x: None) -> Tensor:
     """x(t+h) = x + h v(x,t) along `times`."""
     grid = times.tolist()
     for step, (t, t_next) in enumerate(pairwise(grid)):
         x = x + (t_next - t) * field(x, t)
-        on_step(step, x)
+        x = stepped(on_step, step, x)
     return x
 
 
@@ -93,7 +99,7 @@ def heun(field: Field, x: Tensor, times: Tensor, on_step: OnStep = lambda step, 
         slope = field(x, t)
         predicted = x + (t_next - t) * slope
         x = x + (t_next - t) * (slope + field(predicted, t_next)) / 2
-        on_step(step, x)
+        x = stepped(on_step, step, x)
     return x
 
 

@@ -1,0 +1,277 @@
+"""Detail for a known base: a stock pipeline draws the detail channels while the base follows its own known path."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from davae.errors import ModelError
+from davae.latent import LatentLayout
+from davae.models.packed_latents import pack_like, unpack_latents
+from davae.models.pipeline import denoiser
+from davae.sample.call import at_a_time, call_pipeline
+from davae.sample.levels import Level, level_after
+from davae.sample.lockstep import Exchange, Left, together
+from davae.sample.windows import WindowGrid
+
+CLEAN_BASE = "_davae_clean_base"  # of a transformer's config: the share of its training that saw a clean base
+TWO_OUTPUTS = ("CogVideoXDPMScheduler",)  # steps that take and give a second tensor
+
+
+@dataclass
+class Enlargement:
+    """One image to draw detail for.
+
+    Attributes:
+        z: its normalised base latent (1,C,H,W).
+        noise: structured standard normal noise (1,C+D,H,W), one for all steps and windows.
+        grid: the windows that cover it.
+        prompt: text, or a class by name or number.
+        generator: what a stochastic scheduler draws from.
+    """
+
+    z: Tensor
+    noise: Tensor
+    grid: WindowGrid
+    prompt: str
+    generator: torch.Generator
+
+
+class Canvas:
+    """The noisy latents of one image while they are drawn, and the scheduler that steps them.
+
+    Every step blends the windows' predictions, steps the whole canvas once (so that solvers with memory and the noise of
+    stochastic ones know no windows), and puts the known base in place: x_base = a z + s n at the new level
+    (`Level.state`).
+
+    Args:
+        free: steps at the end in which the base is free.
+        clean: the base stays at z, without noise, at every level: for models that were trained for it.
+    """
+
+    def __init__(self, work: Enlargement, layout: LatentLayout, device: torch.device, free: int, clean: bool):
+        self.grid, self.layout, self.free, self.clean = work.grid, layout, free, clean
+        self.generator = work.generator
+        self.z, self.noise = work.z.float().to(device), work.noise.float().to(device)
+        self.state: Tensor | None = None
+        self.calls = 0
+        self._scheduler: Any = None
+
+    def first(self) -> Tensor:
+        """Return the windows of what a pipeline takes as starting noise."""
+        n, n_d = self.layout.split(self.noise)
+        return self.grid.gather(self.layout.join(self.z if self.clean else n, n_d))
+
+    def start(self, pipeline: Any) -> Tensor:
+        """Return the windows of the starting state, made on the first call."""
+        if self.state is None:
+            sigma = 1.0 if pipeline.scheduler is None else float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0))
+            self.state = self._with_base(self.noise * sigma, level_after(pipeline, 0), step_count(pipeline))
+        return self.grid.gather(self.state)
+
+    def step(self, pipeline: Any, outputs: Tensor, timestep: Any, options: dict[str, Any]) -> Tensor:
+        """Return the windows (N,c,w,w) after a step.
+
+        Args:
+            outputs: what the model predicts for the windows, after guidance; without a scheduler, the windows' next states.
+            timestep, options: what the pipeline gives its scheduler's `step`.
+        """
+        self.start(pipeline)
+        assert self.state is not None
+        moved = self.grid.blend(outputs.float().to(self.z.device))
+        if pipeline.scheduler is not None:
+            moved = self._stepped(pipeline.scheduler, moved, timestep, options)
+        self.calls += 1
+        self.state = self._with_base(moved, level_after(pipeline, self.calls), step_count(pipeline) - self.calls)
+        return self.grid.gather(self.state)
+
+    def _stepped(self, scheduler: Any, prediction: Tensor, timestep: Any, options: dict[str, Any]) -> Tensor:
+        if self._scheduler is None:  # with the pipeline's timesteps, and a memory of its own
+            self._scheduler = copy.deepcopy(scheduler)
+            for name in ("step", "scale_model_input"):
+                vars(self._scheduler).pop(name, None)
+            self._scheduler.is_scale_input_called = True
+        if "generator" in options:
+            options = {**options, "generator": self.generator}
+        return self._scheduler.step(prediction, timestep, self.state, **{**options, "return_dict": False})[0]
+
+    def share_index(self, scheduler: Any) -> None:
+        """Set the step of a pipeline's scheduler, which its `scale_model_input` reads, to this canvas's."""
+        if hasattr(scheduler, "_step_index"):
+            scheduler._step_index = self._scheduler._step_index
+
+    def _with_base(self, latents: Tensor, level: Level, remaining: int) -> Tensor:
+        if remaining < self.free:
+            return latents
+        _, z_d = self.layout.split(latents)
+        n, _ = self.layout.split(self.noise)
+        return self.layout.join(self.z if self.clean else level.state(self.z, n), z_d)
+
+
+def step_count(pipeline: Any) -> int:
+    """Return the steps of the drawing that runs."""
+    return len(pipeline.times) - 1 if pipeline.scheduler is None else len(pipeline.scheduler.timesteps)
+
+
+Handed = tuple[Any, Tensor, Any, dict[str, Any]]  # the pipeline, predictions, timestep, further arguments of a step
+
+
+class _Group:
+    """The windows of several images, and which of them a call of the pipeline draws."""
+
+    def __init__(self, canvases: Sequence[Canvas], batch_size: int, on_step: Callable[[int, int], None]):
+        self.canvases, self.on_step = canvases, on_step
+        total = sum(len(canvas.grid) for canvas in canvases)
+        self.parts = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
+
+    def start(self, pipeline: Any, part: range) -> Tensor:
+        return torch.cat([canvas.start(pipeline) for canvas in self.canvases])[part.start : part.stop]
+
+    def meet(self, handed: list[Handed]) -> list[Tensor]:
+        """Step every canvas once all its windows are there; each call gets its windows back."""
+        pipeline, _, timestep, options = handed[0]
+        outputs = torch.cat([prediction for _, prediction, _, _ in handed])
+        windows, first = [], 0
+        for canvas in self.canvases:
+            some = outputs[first : first + len(canvas.grid)]
+            windows.append(canvas.step(pipeline, some, timestep, options))
+            first += len(canvas.grid)
+        for own, *_ in handed:
+            self.canvases[0].share_index(own.scheduler)
+        joined = torch.cat(windows)
+        self.on_step(self.canvases[0].calls, step_count(pipeline))
+        return [joined[part.start : part.stop] for part in self.parts]
+
+
+@torch.no_grad()
+def draw_detail(
+    pipeline: Any,
+    work: Sequence[Enlargement],
+    *,
+    strength: float,
+    steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:
+    """Draw the detail channels of images whose base is known, through an unmodified pipeline.
+
+    All images share the windows' size. A canvas of more windows than `batch_size` is drawn by several calls that meet at
+    every step.
+
+    Args:
+        pipeline: an upgraded pipeline of any family that `davae upgrade` trains.
+        batch_size: windows that the model sees at a time.
+
+    Returns:
+        Normalised z_hr (1,C+D,H,W) of each image; at strength 0 its base channels are z exactly.
+
+    Raises:
+        ModelError: a scheduler whose levels are not known.
+    """
+    if type(pipeline.scheduler).__name__ in TWO_OUTPUTS:
+        raise ModelError(
+            f"scheduler {type(pipeline.scheduler).__name__}: it cannot enlarge; use DDIMScheduler in its place"
+        )
+    layout, device = pipeline.vae.layout, pipeline._execution_device
+    clean = bool(denoiser(pipeline).config.get(CLEAN_BASE))
+    free = int(steps * strength + 1e-9)  # as image-to-image pipelines count them
+    canvases = [Canvas(one, layout, device, free, clean) for one in work]
+    group = _Group(canvases, at_a_time(pipeline, batch_size, guidance_scale), on_step)
+    prompts = [one.prompt for one in work for _ in range(len(one.grid))]
+    noise = torch.cat([canvas.first() for canvas in canvases])
+    side = work[0].grid.window
+
+    def drawing(part: range) -> Callable[[Exchange[Handed, Tensor]], None]:
+        def call(exchange: Exchange[Handed, Tensor]) -> None:
+            with _hooked(pipeline, functools.partial(group.start, part=part), exchange, len(part), side) as (
+                own,
+                options,
+            ):
+                call_pipeline(
+                    own,
+                    prompts[part.start : part.stop],
+                    side * pipeline.vae.spatial_factor,
+                    latents=noise[part.start : part.stop],
+                    generator=[torch.Generator().manual_seed(0) for _ in part],  # of what the canvas draws itself
+                    steps=steps,
+                    guidance_scale=guidance_scale,
+                    output_type="latent",
+                    **options,
+                )
+
+        return call
+
+    try:
+        together([drawing(part) for part in group.parts], group.meet)
+    finally:
+        pipeline.maybe_free_model_hooks()
+    return [_finished(canvas) for canvas in canvases]
+
+
+def _finished(canvas: Canvas) -> Tensor:
+    if canvas.state is None or canvas.calls == 0:
+        raise ModelError("the pipeline made no step that davae can see; it cannot enlarge")
+    return canvas.state
+
+
+@contextmanager
+def _hooked(
+    pipeline: Any, start: Callable[[Any], Tensor], exchange: Exchange[Handed, Tensor], rows: int, side: int
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Give a copy of a pipeline whose scheduler hands its work to a canvas, and arguments for its call.
+
+    Args:
+        start: windows of the starting state.
+        rows: windows that the call draws; some pipelines carry both halves of guidance through their scheduler.
+        side: of a window.
+    """
+    own = copy.copy(pipeline)
+    if pipeline.scheduler is None:
+
+        def on_step_end(_: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            windows = exchange((own, kwargs["latents"], timestep, {}))
+            _leave_at_end(own, step + 1)
+            return {"latents": windows}
+
+        yield own, {"callback_on_step_end": on_step_end}
+        return
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    own.scheduler = scheduler
+    done = 0
+
+    @functools.wraps(scheduler.step)  # pipelines look at its signature for `generator` and `eta`
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **options: Any) -> Any:
+        nonlocal done
+        prediction = unpack_latents(model_output, side, side)[:rows]
+        windows = exchange((own, prediction, timestep, options))
+        done += 1
+        _leave_at_end(own, done)
+        after = pack_like(windows.repeat(len(sample) // rows, 1, 1, 1), sample)
+        return SchedulerOutput(prev_sample=after) if return_dict else (after, after)
+
+    scheduler.step = step
+    if hasattr(scheduler, "scale_model_input"):
+        scale = scheduler.scale_model_input
+
+        def scale_model_input(sample: Tensor, timestep: Any = None) -> Tensor:
+            if done == 0:
+                sample = pack_like(start(own).repeat(len(sample) // rows, 1, 1, 1), sample)
+            return scale(sample, timestep)
+
+        scheduler.scale_model_input = scale_model_input
+    yield own, {}
+
+
+def _leave_at_end(pipeline: Any, done: int) -> None:
+    """Leave after the last step: the canvas is decoded as a whole, and no pipeline decodes its windows."""
+    if done >= step_count(pipeline):
+        raise Left

@@ -1,0 +1,158 @@
+"""Previews while a pipeline draws: the base channels are an image of the original model at every step."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from davae.data.pictures import to_images
+from davae.errors import ModelError
+from davae.models.base_decoder import linear_decoder
+from davae.models.detail_vae import DetailVAE
+from davae.models.packed_latents import latent_size, unpack_latents
+from davae.sample.levels import clean_of
+
+OnPreview = Callable[[int, list[Image.Image]], None]
+
+
+class Preview:
+    """Images of the base, decoded every few steps: a callback of stock pipelines, or a context around a call.
+
+    `pipe(prompt, callback_on_step_end=davae.preview(pipe, every=5))`. Pipelines that take no callback draw in a block:
+    `with davae.preview(pipe) as shown: pipe(prompt)`.
+
+    Attributes:
+        images: number of the step, counted from 1 -> its images; those of the drawing that runs, or ran last.
+
+    Args:
+        pipeline: a pipeline with a DetailVAE.
+        every: steps between two previews.
+        decoder: `auto` takes the base decoder of the DetailVAE where it has one, else `linear`; `linear`, a convolution that
+            is fitted in seconds and costs nearly nothing; `base`; or a module from raw base latents (B,C,h,w) to images
+            (B,3,H,W) in [-1,1].
+        on_preview: called with the step's number and the images.
+        height, width: pixels that the pipeline draws; needed for other shapes than squares where it packs latents as tokens.
+
+    Raises:
+        ModelError: no DetailVAE, no base decoder for `base`, or an unknown decoder.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        every: int = 5,
+        *,
+        decoder: Any = "auto",
+        on_preview: OnPreview | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ):
+        if not isinstance(getattr(pipeline, "vae", None), DetailVAE):
+            raise ModelError(
+                f"a {type(pipeline).__name__} without a DetailVAE has no base to preview; use an upgraded model"
+            )
+        if every < 1:
+            raise ModelError(f"every: found {every}; use 1 or more steps")
+        self.pipeline, self.every, self.on_preview = pipeline, every, on_preview
+        self.decode = _decoder(pipeline.vae, decoder)
+        factor = pipeline.vae.spatial_factor
+        self._size = None if height is None or width is None else (height // factor, width // factor)
+        self._before: Tensor | None = None
+        self._steps = 0
+        self.images: dict[int, list[Image.Image]] = {}
+
+    @torch.no_grad()
+    def __call__(self, pipeline: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Look at the latents after a step, as `callback_on_step_end`; they stay as they are.
+
+        Args:
+            pipeline: the one that draws.
+            step: counted from 0.
+            timestep: the scheduler's, unused.
+            kwargs: with `latents`.
+
+        Returns:
+            `kwargs`.
+        """
+        if step == 0:
+            self.images, self._before = {}, None
+        latents, number = kwargs["latents"], step + 1
+        if number % self.every == 0:
+            shown = self._show(pipeline, latents, number)
+            self.images[number] = shown
+            if self.on_preview is not None:
+                self.on_preview(number, shown)
+        self._before = latents if (number + 1) % self.every == 0 else None
+        return kwargs
+
+    def _show(self, pipeline: Any, latents: Tensor, number: int) -> list[Image.Image]:
+        clean = clean_of(pipeline, latents, number, self._before)
+        height, width = latent_size(clean, self.pipeline.vae.layout.channels, self._size)
+        pixels = self.decode(unpack_latents(clean, height, width))  # (B,3,H,W)
+        return to_images(pixels.float().clamp(-1, 1))
+
+    def __enter__(self) -> Preview:
+        """Watch the pipeline's scheduler, whose every step is then a step of the preview."""
+        scheduler = self.pipeline.scheduler
+        if scheduler is None:
+            raise ModelError(f"a {type(self.pipeline).__name__} takes this preview as callback_on_step_end")
+        step, self._steps = scheduler.step, 0
+
+        @functools.wraps(step)  # pipelines look at its signature for `generator` and `eta`
+        def watched(*args: Any, **options: Any) -> Any:
+            result = step(*args, **options)
+            self(self.pipeline, self._steps, None, {"latents": _once(result[0])})
+            self._steps += 1
+            return result
+
+        scheduler.step = watched
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self.pipeline.scheduler.step
+
+
+def preview(pipeline: Any, every: int = 5, **options: Any) -> Preview:
+    """Return a `callback_on_step_end` that keeps previews of the base in `.images`.
+
+    Args:
+        pipeline: a pipeline with a DetailVAE, loaded by plain diffusers or by davae.
+        every: steps between two previews.
+        options: `Preview`'s other arguments.
+
+    Raises:
+        ModelError: the pipeline has no DetailVAE.
+    """
+    return Preview(pipeline, every, **options)
+
+
+def takes_callback(pipeline: Any) -> bool:
+    """Return whether a pipeline calls `callback_on_step_end`."""
+    return "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters
+
+
+def _decoder(vae: DetailVAE, choice: Any) -> Callable[[Tensor], Tensor]:
+    """Return what decodes normalised latents (B,C+D,h,w) into images of the base."""
+    if choice == "base" and vae.base_decoder is None:
+        raise ModelError(
+            "preview decoder: this model has no base decoder; export it with --base-decoder, or use linear"
+        )
+    if choice in ("auto", "base") and vae.base_decoder is not None:
+        return lambda latents: vae.decode_base(latents.to(vae.dtype))
+    if choice in ("auto", "linear"):
+        return lambda latents: linear_decoder(vae)(vae.base_latents(latents).float().cpu())
+    if callable(choice):
+        return lambda latents: choice(vae.base_latents(latents))
+    raise ModelError(f"preview decoder: {choice!r}; use auto, linear, base or a module")
+
+
+def _once(latents: Tensor) -> Tensor:
+    """Return the latents of a step, once where a pipeline (DiT's) carries both halves of guidance through it."""
+    half = len(latents) // 2
+    return latents[:half] if half and torch.equal(latents[:half], latents[half:]) else latents

@@ -1,0 +1,272 @@
+"""Enlarging: the base encoder takes an image as the base, the upgraded model draws the detail that it adds to it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from davae.data.pictures import to_images, to_tensor
+from davae.errors import ModelError
+from davae.models.classes import class_number, goes_by_class
+from davae.models.detail_vae import DetailVAE
+from davae.models.families import transformer_family
+from davae.models.memory_budget import TILE
+from davae.models.pipeline import default_resolution, denoiser, pixel_factor, token_side
+from davae.models.resample import downsample
+from davae.sample.enlarge import CLEAN_BASE, Enlargement, draw_detail
+from davae.sample.finite import finite_rows, remedy
+from davae.sample.generate import structured_noise
+from davae.sample.windows import WindowGrid
+
+logger = logging.getLogger(__name__)
+
+MOST_PIXELS = 1 << 26  # of a result: 8192 x 8192
+MOST_TIMES = 4
+OVERLAP = 0.25
+PASSES = 3  # of back-projection
+
+
+def upscale(
+    pipe: Any,
+    images: Image.Image | Sequence[Image.Image],
+    prompts: str | Sequence[str] | None = None,
+    *,
+    strength: float = 0.0,
+    steps: int = 30,
+    guidance_scale: float = 2.5,
+    seed: int = 0,
+    times: int = 1,
+    batch_size: int = 4,
+    window: int | None = None,
+    overlap: float = OVERLAP,
+    faithful: bool = True,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Image.Image]:
+    """Enlarge images with an upgraded model: s times as high and wide, at the tokens of the small image.
+
+    The noise of an image depends on the seed and on its pixels alone, not on the images around it or the batch size.
+
+    Args:
+        pipe: an upgraded pipeline of any family that `davae upgrade` trains, loaded by plain diffusers or by davae.
+        images: of any size and shape; larger ones than the model's own are drawn in overlapping windows.
+        prompts: one for all, or one an image; classes where the pipeline goes by classes.
+        strength: share of the steps in which the base may change too, in [0,1]; 0 keeps it.
+        times: how often the result is enlarged again; 2 gives s^2.
+        batch_size: windows that the model sees at a time.
+        window: side of the windows in pixels of the result; by default the size that the model draws.
+        overlap: share of its side that a window has in common with the next one.
+        faithful: correct the result until it gives the input again when it is reduced; only at strength 0.
+        on_step: called with the steps that are done and their number.
+
+    Returns:
+        One image for each of `images`, RGB.
+
+    Raises:
+        ModelError: no upgraded pipeline, an argument out of its bounds, another number of prompts than images, a result that
+            is too large or not finite.
+    """
+    sources = [images] if isinstance(images, Image.Image) else list(images)
+    check_enlarging(pipe, strength=strength, steps=steps, times=times, batch_size=batch_size, overlap=overlap)
+    texts = _prompts(pipe, prompts, len(sources))
+    side = _window(pipe, window)
+    for number, source in enumerate(sources):
+        check_size(pipe, source.size, times, f"image {number}")
+    if not denoiser(pipe).config.get(CLEAN_BASE):
+        logger.info("this model was trained without stage2.clean_base: its base follows the noise level of each step")
+    results = [source.convert("RGB") for source in sources]
+    work = _Work(pipe, side, overlap, seed, faithful and strength == 0.0)
+    options = {"strength": strength, "steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
+    total = steps * times
+    for turn in range(times):
+        for chosen in _groups([len(work.grid(image.size)) for image in results], batch_size):
+            drawn = work.enlarge(
+                [results[i] for i in chosen],
+                [texts[i] for i in chosen],
+                on_step=lambda done, of, turn=turn: on_step(turn * steps + done * steps // of, total),
+                **options,
+            )
+            for i, image in zip(chosen, drawn, strict=True):
+                results[i] = image
+    return results
+
+
+class _Work:
+    """What a call of `upscale` does with a group of images.
+
+    Args:
+        side: of a window, in latent positions.
+        project: whether results are brought back to their inputs.
+    """
+
+    def __init__(self, pipe: Any, side: int, overlap: float, seed: int, project: bool):
+        self.pipe, self.side, self.overlap, self.seed, self.project = pipe, side, overlap, seed, project
+        self.vae: DetailVAE = pipe.vae
+        self.factor = self.vae.spatial_factor // self.vae.layout.scale  # pixels of the input per latent position
+        model = denoiser(pipe)
+        self.grain = token_side(pipe) // pixel_factor(pipe) * transformer_family(type(model).__name__).grid
+        self.grain = math.lcm(self.grain, self.vae.mean.shape[-1])
+
+    def grid(self, size: tuple[int, int]) -> WindowGrid:
+        """Return the windows over an image of (width, height) pixels."""
+        width, height = (max(self.side, -(-n // (self.factor * self.grain)) * self.grain) for n in size)
+        return WindowGrid.over(height, width, self.side, self.overlap, self.grain)
+
+    def enlarge(self, images: list[Image.Image], prompts: list[str], **options: Any) -> list[Image.Image]:
+        inputs = [to_tensor(image)[None] for image in images]  # (1,3,H,W)
+        work = []
+        for image, pixels, prompt in zip(images, inputs, prompts, strict=True):
+            grid, number = self.grid(image.size), zlib.crc32(image.tobytes())
+            noise = structured_noise(self.seed, number, self.vae.layout, grid.height, grid.width)
+            generator = torch.Generator().manual_seed(number ^ self.seed)
+            work.append(Enlargement(self._encode(pixels, grid), noise, grid, prompt, generator))
+        latents = draw_detail(self.pipe, work, **options)
+        return [self._decode(z_hr, source) for z_hr, source in zip(latents, inputs, strict=True)]
+
+    def _encode(self, pixels: Tensor, grid: WindowGrid) -> Tensor:
+        """(1,3,H,W) -> z (1,C,h,w) of the image, mirrored at its right and lower edge to fill the grid."""
+        height, width = grid.height * self.factor - pixels.shape[-2], grid.width * self.factor - pixels.shape[-1]
+        edge = ((0, 0), (0, 0), (0, height), (0, width))
+        padded = torch.from_numpy(np.pad(pixels.numpy(), edge, mode="symmetric"))
+        with self._tiled(padded.shape[-2:], self.vae.layout.scale):
+            return self.vae.encode_base(padded.to(self.vae.device, self.vae.dtype))
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor, source: Tensor) -> Image.Image:
+        """z_hr (1,C+D,h,w) -> the image, s times the size of its source (1,3,H,W)."""
+        scale = self.vae.layout.scale
+        height, width = source.shape[-2] * scale, source.shape[-1] * scale
+        with self._tiled((latents.shape[-2] * self.factor, latents.shape[-1] * self.factor), scale):
+            decoded: Any = self.vae.decode(latents.to(self.vae.device, self.vae.dtype))
+        pixels = decoded.sample[..., :height, :width].float().cpu()
+        if not all(finite_rows(pixels)):
+            raise ModelError(f"enlarged image: NaN or infinite values; {remedy(self.vae.dtype)}")
+        if self.project:
+            pixels = back_projected(pixels, source, scale)
+        return to_images(pixels)[0]
+
+    def _tiled(self, size: Sequence[int], scale: int) -> Any:
+        """Return a context in which the autoencoder works in strips or tiles where an image of this size is large."""
+        return _tiling(self.vae, size[0] * size[1] * scale**2 > max(TILE, self.vae.tiling.tile) ** 2)
+
+
+class _tiling:
+    """Tiles of an autoencoder for a block, then as before."""
+
+    def __init__(self, vae: DetailVAE, wanted: bool):
+        self.vae, self.before = vae, (vae.use_tiling, vae.tiling)
+        self.wanted = wanted
+
+    def __enter__(self) -> None:
+        if self.wanted and not self.vae.use_tiling:
+            self.vae.enable_tiling(max(TILE, self.vae.tiling.tile))
+
+    def __exit__(self, *error: object) -> None:
+        self.vae.use_tiling, self.vae.tiling = self.before
+
+
+def back_projected(images: Tensor, source: Tensor, scale: int, passes: int = PASSES) -> Tensor:
+    """Bring images back to the source that they were enlarged from.
+
+    x <- clamp(x + up(source - down(x))), as iterative back-projection (Irani and Peleg, 1991); `down` is bicubic with
+    antialiasing, `up` bicubic: only what the source shows is changed.
+
+    Args:
+        images: (B,3,sH,sW) in [-1,1].
+        source: (B,3,H,W).
+        scale: s.
+        passes: corrections.
+    """
+    images = images.clamp(-1, 1)
+    for _ in range(passes):
+        missing = source - downsample(images, scale)
+        raised = F.interpolate(missing, images.shape[-2:], mode="bicubic", align_corners=False)
+        images = (images + raised).clamp(-1, 1)
+    return images
+
+
+def check_enlarging(
+    pipe: Any, *, strength: float, steps: int, times: int, batch_size: int, overlap: float = OVERLAP
+) -> None:
+    """Refuse arguments that `upscale` cannot follow.
+
+    Raises:
+        ModelError: in one line, what was found and what to do.
+    """
+    if not isinstance(getattr(pipe, "vae", None), DetailVAE):
+        raise ModelError(f"a {type(pipe).__name__} without a DetailVAE cannot enlarge; use an upgraded model")
+    for name, value, low, high in (
+        ("strength", strength, 0.0, 1.0),
+        ("steps", steps, 1, 10_000),
+        ("times", times, 1, MOST_TIMES),
+        ("batch_size", batch_size, 1, 65_536),
+        ("overlap", overlap, 0.0, 0.75),
+    ):
+        if not low <= value <= high:
+            raise ModelError(f"{name}: found {value}; use a number from {low} to {high}")
+
+
+def check_size(pipe: Any, size: tuple[int, int], times: int, name: str) -> None:
+    """Refuse an image whose result is larger than davae makes.
+
+    Args:
+        size: width and height in pixels.
+        name: of the image, for the message.
+
+    Raises:
+        ModelError: the result is too large.
+    """
+    scale = pipe.vae.layout.scale**times
+    width, height = size[0] * scale, size[1] * scale
+    if width * height > MOST_PIXELS:
+        raise ModelError(
+            f"{name}: {size[0]}x{size[1]} pixels would become {width}x{height}, more than {MOST_PIXELS} pixels; "
+            "reduce or cut it first, or enlarge fewer times"
+        )
+
+
+def _prompts(pipe: Any, prompts: str | Sequence[str] | None, count: int) -> list[str]:
+    if prompts is None and goes_by_class(pipe):
+        raise ModelError("prompts: none found; a class-conditional model needs a class for each image")
+    texts = [prompts or ""] * count if prompts is None or isinstance(prompts, str) else list(prompts)
+    if len(texts) != count:
+        raise ModelError(f"prompts: found {len(texts)} for {count} images; give one for all, or one an image")
+    if goes_by_class(pipe):
+        for text in texts:
+            try:
+                class_number(pipe, text)
+            except ValueError as error:
+                raise ModelError(str(error)) from error
+    return texts
+
+
+def _window(pipe: Any, pixels: int | None) -> int:
+    """Return the side of a window in latent positions."""
+    size, step = pixels or default_resolution(pipe), token_side(pipe)
+    step *= transformer_family(type(denoiser(pipe)).__name__).grid
+    if size % step:
+        raise ModelError(
+            f"window: {size} pixels are not divisible by {step}; use {max(1, round(size / step)) * step}"
+        )
+    return size // pixel_factor(pipe)
+
+
+def _groups(windows: list[int], batch_size: int) -> list[list[int]]:
+    """Return numbers of images in groups of at least `batch_size` windows, as few images as that takes."""
+    groups: list[list[int]] = []
+    held = batch_size
+    for number, count in enumerate(windows):
+        if held + count > batch_size:
+            groups.append([])
+            held = 0
+        groups[-1].append(number)
+        held += count
+    return groups

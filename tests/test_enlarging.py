@@ -1,0 +1,292 @@
+"""Enlarging: known base, windows, calls in lockstep, every family's pipeline."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from PIL import Image
+from upgraded_tiny import BUILDERS, VARIANTS, assembled, upgraded
+
+import davae
+from davae.data.pictures import to_tensor
+from davae.errors import ModelError
+from davae.models.families import transformer_family
+from davae.models.pipeline import denoiser, pixel_factor, token_side
+from davae.models.resample import downsample
+from davae.sample import enlarge
+from davae.sample.lockstep import Left, together
+from davae.sample.upscale import back_projected
+from davae.sample.windows import WindowGrid
+
+FAST = ("Flux2Transformer2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SDXL")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_base: Path):
+    return assembled(tiny_base)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def differ(one: Image.Image, other: Image.Image) -> int:
+    return int(np.abs(pixels(one) - pixels(other)).max())
+
+
+# -- windows ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 20), (22, 14), (31, 9)])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.6])
+def test_windows_cover_and_blend_back(size: tuple[int, int], overlap: float):
+    grid = WindowGrid.over(*size, 8, overlap)
+    canvas = torch.randn(1, 3, *size, dtype=torch.float64)
+    parts = grid.gather(canvas)
+    assert parts.shape == (len(grid), 3, 8, 8)
+    torch.testing.assert_close(grid.blend(parts), canvas)
+    assert all(b - a <= 8 * (1 - overlap) + 1 for a, b in zip(grid.tops, grid.tops[1:], strict=False))
+
+
+def test_a_window_fades_out_towards_its_edge():
+    grid = WindowGrid.over(8, 12, 8, 0.5)
+    assert grid.lefts == (0, 4)
+    parts = torch.stack([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)])
+    row = grid.blend(parts)[0, 0, 4]
+    assert row[:4].abs().max() == 0
+    assert row[8:].min() == 1
+    assert bool((row[4:8].diff() > 0).all())
+    assert float(row.diff().max()) < 0.4
+
+
+# -- lockstep --------------------------------------------------------------------------------------------------------
+
+
+def test_calls_meet_at_every_step_and_end_in_reverse_order():
+    events: list[str] = []
+
+    def call(name: str):
+        def run(exchange):
+            events.append(f"in {name}")
+            try:
+                answers = [exchange(f"{name}{step}") for step in range(3)]
+                assert answers == [f"{name}{step}!" for step in range(3)]
+                raise Left
+            finally:
+                events.append(f"out {name}")
+
+        return run
+
+    met: list[list[str]] = []
+
+    def meet(given: list[str]) -> list[str]:
+        met.append(given)
+        return [f"{one}!" for one in given]
+
+    together([call("a"), call("b"), call("c")], meet)
+    assert met == [[f"{name}{step}" for name in "abc"] for step in range(3)]
+    assert events == ["in a", "in b", "in c", "out c", "out b", "out a"]
+    together([call("d")], meet)
+    assert met[-1] == ["d2"]
+
+
+def test_a_call_that_fails_ends_all_and_leaves_no_thread():
+    before = threading.active_count()
+
+    def fine(exchange):
+        exchange(0)
+        exchange(1)
+
+    def failing(exchange):
+        exchange(0)
+        raise ModelError("it broke")
+
+    with pytest.raises(ModelError, match="it broke"):
+        together([fine, failing, fine], lambda given: given)
+    with pytest.raises(RuntimeError, match="different numbers of steps"):
+        together([fine, lambda exchange: exchange(0)], lambda given: given)
+    assert threading.active_count() == before
+
+
+# -- enlarging -------------------------------------------------------------------------------------------------------
+
+
+def test_the_base_stays_exactly_the_input_s_and_the_result_gives_it_back(pipeline, monkeypatch: pytest.MonkeyPatch):
+    kept = []
+    draw = enlarge.draw_detail
+    monkeypatch.setattr("davae.sample.upscale.draw_detail", lambda *a, **k: kept.append(draw(*a, **k)) or kept[-1])
+    image = picture(1, 16, 16)
+    (result,) = davae.upscale(pipeline, image, "a red square", steps=3)
+    z = pipeline.vae.encode_base(to_tensor(image)[None])
+    torch.testing.assert_close(pipeline.vae.layout.split(kept[0][0])[0], z)
+    assert result.size == (32, 32)
+    small = downsample(to_tensor(result)[None], 2)
+    assert 10 * torch.log10(4 / (small - to_tensor(image)).square().mean()) > 35
+    (free,) = davae.upscale(pipeline, image, "a red square", steps=3, faithful=False)
+    assert differ(free, result) > 0
+
+
+def test_a_free_base_of_strength_one_is_plain_drawing(pipeline, monkeypatch: pytest.MonkeyPatch):
+    """With nothing clamped the detour over canvas and hooks is the stock pipeline's own drawing from the same noise."""
+    kept = []
+    draw = enlarge.draw_detail
+    monkeypatch.setattr(
+        "davae.sample.upscale.draw_detail", lambda p, work, **k: kept.extend([work, draw(p, work, **k)]) or kept[1]
+    )
+    davae.upscale(pipeline, picture(1, 16, 16), "a", steps=3, strength=1.0, guidance_scale=3.0)
+    work, (drawn,) = kept
+    plain = pipeline(
+        "a", latents=work[0].noise, height=32, width=32, num_inference_steps=3, guidance_scale=3.0,
+        output_type="latent", max_sequence_length=1,
+    ).images  # fmt: skip
+    torch.testing.assert_close(drawn, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_strength_frees_the_last_steps_only(pipeline):
+    results = [
+        davae.upscale(pipeline, picture(3, 16, 16), steps=4, strength=s, faithful=False)[0] for s in (0, 0.2, 0.6)
+    ]
+    assert differ(results[0], results[1]) == 0  # not one step of four is a fifth
+    assert differ(results[0], results[2]) > 0
+
+
+def test_results_do_not_depend_on_the_batch_its_order_or_the_chunks(pipeline):
+    images = [picture(1, 16, 16), picture(2, 23, 31), picture(3, 9, 5)]
+    one = davae.upscale(pipeline, images, steps=2, batch_size=1)
+    many = davae.upscale(pipeline, images[::-1], steps=2, batch_size=16)[::-1]
+    assert [image.size for image in one] == [(32, 32), (46, 62), (18, 10)]
+    assert all(differ(a, b) <= 1 for a, b in zip(one, many, strict=True))
+    assert differ(davae.upscale(pipeline, images[0], steps=2, seed=1)[0], one[0]) > 1
+
+
+def test_prompts_reach_their_images(pipeline):
+    images = [picture(1, 16, 16)] * 2
+    one, two = davae.upscale(pipeline, images, ["a red square", "a blue disc"], steps=2, faithful=False)
+    (alone,) = davae.upscale(pipeline, images[0], "a blue disc", steps=2, faithful=False)
+    assert differ(two, alone) <= 1 < differ(one, two)
+
+
+def test_twice_is_four_times_as_large(pipeline):
+    steps = []
+    (twice,) = davae.upscale(
+        pipeline, picture(1, 16, 12), steps=2, times=2, on_step=lambda done, total: steps.append((done, total))
+    )
+    assert twice.size == (64, 48)
+    assert steps[-1] == (4, 4)
+    assert steps == sorted(steps)
+
+
+def test_the_pipeline_is_left_as_it_was(pipeline):
+    scheduler, tiling = pipeline.scheduler, pipeline.vae.use_tiling
+    davae.upscale(pipeline, picture(1, 24, 16), steps=2, batch_size=1)
+    assert pipeline.scheduler is scheduler
+    assert not {"step", "scale_model_input"} & set(vars(scheduler))
+    assert pipeline.vae.use_tiling == tiling
+    assert "decode" not in vars(pipeline.vae)
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])
+def test_schedulers_with_memory_noise_and_scaled_inputs_step_the_whole_canvas(tmp_path_factory, kind):
+    pipeline = upgraded("UNet2DConditionModel", tmp_path_factory.mktemp("unet"))
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    options = {"steps": 3, "window": 16, "guidance_scale": 1.0}
+    image = picture(2, 14, 8)
+    one, many = (davae.upscale(pipeline, image, batch_size=size, **options)[0] for size in (1, 8))
+    assert differ(one, many) <= 1
+
+
+def family_size(pipeline) -> int:
+    side = token_side(pipeline) * transformer_family(type(denoiser(pipeline)).__name__).grid
+    size = max(8, side)
+    size = 2 * size if size <= 16 else size
+    if hasattr(pipeline, "default_sample_size") and type(pipeline).__name__ == "HiDreamImagePipeline":
+        pipeline.default_sample_size = size // pixel_factor(pipeline)  # its area is the only one that it draws
+    return size
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in {**BUILDERS, **VARIANTS}]
+)
+def test_every_family_enlarges_through_its_own_pipeline(name: str, tmp_path: Path):
+    """Two images of several windows each, guided, in calls of two windows: as in one call of all, and never the noise."""
+    pipeline = upgraded(name, tmp_path)
+    size = family_size(pipeline)
+    images = [picture(1, size // 2, size // 2), picture(2, size // 2 + 3, size // 2)]
+    prompts = ["0", "1"] if name.startswith("DiT") else ["a red square", "a blue disc"]
+    guidance = 1.0 if name.startswith("DiTT") else 3.0  # its null class is class 1000
+    options = {"steps": 2, "window": size, "guidance_scale": guidance, "faithful": False}
+    few = davae.upscale(pipeline, images, prompts, batch_size=2, **options)
+    assert [image.size for image in few] == [(size, size), (size + 6, size)]
+    if name in FAST:
+        many = davae.upscale(pipeline, images, prompts, batch_size=9, **options)
+        assert all(differ(a, b) <= 1 for a, b in zip(few, many, strict=True))
+
+
+def test_a_class_conditional_velocity_model_enlarges_by_its_callback(tmp_path: Path):
+    from conftest import tiny_autoencoder
+
+    from davae.models.lightning_dit import LightningDiT
+    from davae.sample.class_conditional import ClassConditionalPipeline
+
+    vae = davae.DetailVAE.from_base(tiny_autoencoder(), 8)
+    model = LightningDiT(
+        input_size=8, patch_size=1, in_channels=12, hidden_size=16, depth=1, num_heads=2, num_classes=3
+    ).eval()  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    pipeline = ClassConditionalPipeline(vae, model, class_names=["a", "b", "c"])
+    pipeline.set_progress_bar_config(disable=True)
+    image = picture(1, 20, 16)
+    few, many = (
+        davae.upscale(pipeline, image, "b", steps=2, batch_size=size, window=32, faithful=False)[0] for size in (1, 4)
+    )
+    assert few.size == (40, 32)
+    assert differ(few, many) <= 1
+    shown = davae.preview(pipeline, every=1)
+    pipeline(["a"], num_inference_steps=2, callback_on_step_end=shown)
+    assert list(shown.images) == [1, 2]
+    with pytest.raises(ModelError, match="needs a class"):
+        davae.upscale(pipeline, image)
+
+
+def test_back_projection_brings_any_image_back_to_its_source():
+    source = to_tensor(picture(4, 16, 12))[None]
+    wrong = torch.rand(1, 3, 24, 32) * 2 - 1
+    error = lambda images: float((downsample(images, 2) - source).abs().mean())  # noqa: E731
+    passes = [error(back_projected(wrong, source, 2, n)) for n in range(4)]
+    assert passes == sorted(passes, reverse=True)
+    assert passes[3] < passes[0] / 5
+    right = back_projected(wrong, source, 2)
+    assert float((back_projected(right, source, 2) - right).abs().max()) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"strength": 1.5}, "strength: found 1.5"),
+        ({"steps": 0}, "steps: found 0"),
+        ({"times": 9}, "times: found 9"),
+        ({"overlap": 0.9}, "overlap: found 0.9"),
+        ({"batch_size": 0}, "batch_size: found 0"),
+        ({"window": 18}, "window: 18 pixels are not divisible by 8; use 16"),
+        ({"prompts": ["a", "b"]}, "prompts: found 2 for 1 images"),
+        ({"times": 4, "images": Image.new("RGB", (1024, 600))}, "image 0: 1024x600 pixels would become 16384x9600"),
+        ({"strength": float("nan")}, "strength: found nan"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_before_any_work(pipeline, options, line: str):
+    with pytest.raises(ModelError, match=line):
+        davae.upscale(pipeline, **{"images": picture(1, 16, 16), **options})
+
+
+def test_a_base_and_a_scheduler_without_levels_cannot_enlarge(pipeline, tiny_base: Path):
+    from davae.models.pipeline import load_pipeline
+
+    with pytest.raises(ModelError, match="without a DetailVAE cannot enlarge"):
+        davae.upscale(load_pipeline(str(tiny_base)), picture(1, 16, 16))
