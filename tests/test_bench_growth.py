@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_upgrade_recipe
+from warm import start
 
 from davae.bench import growth
 from davae.bench.growth import bench_growth, stage_figures
@@ -59,7 +61,15 @@ def test_two_processes_share_a_batch(tiny_base: Path, picture_folder: Path):
     assert figures["rows"][0]["processes"] == 2
 
 
-def test_too_few_steps_and_a_failed_stage_are_told(tiny_base: Path, picture_folder: Path):
+def test_too_few_steps_and_a_failed_stage_are_told(
+    tiny_base: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def run(words: list[str], env: dict[str, str], **options: bool) -> SimpleNamespace:
+        process = start(words[1:], tmp_path / "log", **env)
+        process.join()
+        return SimpleNamespace(returncode=process.exitcode, stderr=(tmp_path / "log").read_text())
+
+    monkeypatch.setattr(growth.subprocess, "run", run)
     recipe = tiny(tiny_base, picture_folder)
     with pytest.raises(RecipeError, match="--steps 2"):
         bench_growth(recipe, sizes=[16], batches=[2], processes=[1], steps=2)

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from conftest import tiny_recipe, tiny_upgrade_recipe
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from test_loop import OneWeight, train
+from warm import run, run_two
 
 import davae.recipes
 from davae.models.pipeline import embed_captions, load_pipeline, load_text_encoders, read_shapes, reads_silent_t5
@@ -74,22 +74,6 @@ def test_a_batch_that_cannot_be_divided_is_told():
     assert share_of_step(Stage1(max_steps=1, batch_size=8), "stage1", 4) == Share(2, 1)
     with pytest.raises(RunError, match=r"stage1\.batch_size: the global batch of 10 cannot .* 4 processes; use 8"):
         share_of_step(Stage1(max_steps=1, batch_size=10), "stage1", 4)
-
-
-def launch(script: list[str], **environment: str) -> None:
-    """A script in two processes, by accelerate's launcher. `--multi_gpu` is what starts several, also where there is no
-    GPU; with `--cpu` it starts one, whatever it is told."""
-    command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", *script]
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def train_dit(recipe: Path, out: Path) -> list[str]:
@@ -147,7 +131,7 @@ def runs(tiny_base: Path, picture_folder: Path, tmp_path_factory: pytest.TempPat
 def test_two_processes_give_the_losses_of_one(runs: tuple[Path, Path], tmp_path: Path):
     recipe, one = runs
     two = tmp_path / "two"
-    launch(["-m", "davae", "upgrade", str(recipe), "--out", str(two)])
+    run_two(["-m", "davae", "upgrade", str(recipe), "--out", str(two)], tmp_path / "log")
     close(one, two, "stage1")
     alone = Upgrade(validate(yaml.safe_load(recipe.read_text()), "tiny"), one, quiet)  # type: ignore[arg-type]
     same_report(upgrade(alone, quiet).parent, two)
@@ -163,8 +147,8 @@ def test_two_processes_are_one_but_for_rounding(tiny_base: Path, picture_folder:
     )
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     script, outs = str(Path(__file__).with_name("in_float64.py")), [tmp_path / "one", tmp_path / "two"]
-    subprocess.run([sys.executable, script, str(tmp_path / "tiny.yaml"), str(outs[0])], check=True, timeout=300)
-    launch([script, str(tmp_path / "tiny.yaml"), str(outs[1])])
+    run([script, str(tmp_path / "tiny.yaml"), str(outs[0])], tmp_path / "log")
+    run_two([script, str(tmp_path / "tiny.yaml"), str(outs[1])], tmp_path / "log")
     one, two = (json.loads((out / "values.json").read_text()) for out in outs)
     assert (one["processes"], two["processes"]) == (1, 2)
     assert len(one["values"]) == 20 + 19, "two players but for the first step"
@@ -186,7 +170,7 @@ def test_fsdp2_goes_on_where_one_process_stopped(runs: tuple[Path, Path], tmp_pa
     assert (
         newest_checkpoint(RunFolder(out, validate(yaml.safe_load(recipe.read_text()), "x")), "stage2")["step"] == 10
     )
-    launch(train_dit(recipe, out), **FSDP)
+    run_two(train_dit(recipe, out), tmp_path / "log", **FSDP)
     close(one, out, "stage2")
     mine, theirs = (load_file(p / "upgrade.safetensors") for p in (out, one))
     assert mine.keys() == theirs.keys()
@@ -334,8 +318,7 @@ def test_validation_samples_and_the_best_checkpoint(tiny_base: Path, picture_fol
         *(tiny_base, picture_folder), data__holdout=0.3, stage2__max_steps=6, stage2__validate_every=2,
         run__sample_every=3, run__keep_checkpoints=1, run__ema_device="cpu",
     )  # fmt: skip
-    run = Upgrade(validate(values, "tiny"), tmp_path, quiet)  # type: ignore[arg-type]
-    run.run()
+    Upgrade(validate(values, "tiny"), tmp_path, quiet).run()  # type: ignore[arg-type]
     records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["stage"] == "stage2"]
     validated = {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r}
     assert list(validated) == [2, 4, 6]

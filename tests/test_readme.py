@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import yaml
 from test_convert import tiny_vavae
 from test_lightning_dit import random_model
 from test_training import finished, recipe_file, recipe_values, run_cli
+from warm import run
 
 __all__ = ["finished", "recipe_file", "recipe_values"]  # fixtures
 
@@ -31,11 +31,11 @@ def commands() -> list[list[str]]:
 
 
 def test_python_examples_run(finished: Path, tmp_path: Path):
-    """Each in a fresh interpreter: nothing is imported but what the example imports."""
+    """Each in a process of its own."""
     assert blocks("python")
     for block in blocks("python"):
         code = block.replace("runs/demo/pipeline", str(finished / "pipeline")).replace("steps=30", "steps=2")
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+        run(["-c", code], tmp_path / "log", cwd=tmp_path)
     assert (tmp_path / "rose.png").is_file()
 
 
@@ -89,9 +89,9 @@ def test_official_weights_from_files_to_an_upgrade(shared: Path, classes: Path, 
         "samples": ["--num", "4", "--steps", "2"],
         "sample": ["--steps", "1"],
     }
-    run = [words for words in COMMANDS if set(OFFICIAL) & set(words)]
-    assert len(run) == 5
-    for words in run:
+    official = [words for words in COMMANDS if set(OFFICIAL) & set(words)]
+    assert len(official) == 5
+    for words in official:
         more = next((extra[word] for word in reversed(words[1:4]) if word in extra), [])
         run_cli(*[word.replace("path/to/imagenet", str(classes)) for word in words[1:]], *more)
     assert Path("samples.npz").is_file()

@@ -77,8 +77,6 @@ def test_an_upgrade_from_training_to_benchmarks(build: Path, tiny_base: Path, pi
             ["bench", "tokens", tiny_base, "--resolution", 32, "--blocks", 1, "--repeats", 1],
             ["bench", "whole", tiny_base, "--resolution", 32, "--blocks", 1, "--repeats", 1],
             ["bench", "sample", tiny_base, run, "--steps", 2, "--repeats", 1],
-            ["bench", "stage1", recipe, "--steps", 1, "--repeats", 1],
-            ["bench", "stage2", recipe, "--steps", 1, "--repeats", 1],
             ["bench", "guidance", "--hidden-size", 64, "--depth", 1, "--grid", 4, "--num-steps", 4, "--repeats", 1],
         ],
     )
@@ -103,6 +101,15 @@ def test_every_family_trains_and_draws(build: Path, tmp_path: Path):
     run_there(build, tmp_path, commands)
 
 
+@pytest.mark.slow
+def test_both_stages_are_measured(build: Path, tiny_base: Path, picture_folder: Path, tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_upgrade_recipe(tiny_base, picture_folder)))
+    stages = ("stage1", "stage2")
+    run_there(build, tmp_path, [["bench", stage, recipe, "--steps", 1, "--repeats", 1] for stage in stages])
+
+
+@pytest.mark.slow
 def test_classes_baselines_and_enlarging(build: Path, classes: Path, tmp_path: Path):
     align = {"base_resolution": 16, "embedder": {"max_steps": 2, "batch_size": 2}, "head": {**FLOW, "max_steps": 2}}
     files = {

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from conftest import picture, tiny_upgrade_recipe
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
+from warm import start
 
 from davae import DetailVAE
 from davae.cli import main
@@ -83,22 +83,19 @@ def training_records(folder: Path) -> list[dict]:
 
 def kill_when(recipe_file: Path, out: Path, stage: str, step: int) -> None:
     """Start the run in a process of its own and SIGKILL it once `stage` has logged `step`."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "davae", "upgrade", str(recipe_file), "--out", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums depend on it,
-    )
+    log = out.with_suffix(".log")
+    threads = str(torch.get_num_threads())  # sums depend on it
+    process = start(["-m", "davae", "upgrade", str(recipe_file), "--out", str(out)], log, OMP_NUM_THREADS=threads)
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         path = out / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         if any(f'"stage": "{stage}", "step": {step},' in line for line in lines):
-            process.send_signal(signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
             break
         time.sleep(0.002)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, process.stderr.read().decode()[-2000:]  # type: ignore[union-attr]
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
 
 
 def test_killed_runs_resume_to_the_bit(recipe_file: Path, finished: Path, tmp_path: Path):

@@ -5,6 +5,7 @@ BUILD is the folder to compile it in, COMMANDS a JSON file: a list of commands, 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shlex
 import sys
@@ -21,7 +22,9 @@ def register(build: Path) -> None:
     """Compile the device of `device.cpp`, once a folder, and make it the one that accelerate chooses."""
     torch.utils.rename_privateuse1_backend(NAME)
     source = Path(__file__).with_name("device.cpp")
-    extension = load("second_device", [str(source)], build_directory=str(build), extra_cflags=["-O0"])
+    compiled = load(
+        "second_device", [str(source)], build_directory=str(build), extra_cflags=["-O0"], is_python_module=False
+    )
     module: types.ModuleType = types.ModuleType(f"torch.{NAME}")
     module.is_available = lambda: True
     module.device_count = lambda: 1
@@ -30,7 +33,7 @@ def register(build: Path) -> None:
     module.manual_seed_all = lambda seed: None
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]
     torch._register_device_module(NAME, module)
-    extension.begin()
+    ctypes.CDLL(compiled).begin()
     torch.utils.generate_methods_for_privateuse1_backend()
 
     from accelerate.state import PartialState

@@ -1,5 +1,10 @@
 // A device of its own for tests: memory and arithmetic are the CPU's, but tensors on it do not mix with those of the CPU.
-#include <torch/extension.h>
+// Single headers, not torch/extension.h: they compile in a fourth of the time.
+#define TORCH_ASSERT_ONLY_METHOD_OPERATORS
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
 #include <ATen/EmptyTensor.h>
@@ -166,8 +171,7 @@ bool begun = [] {
 }();
 }  // namespace
 
-void begin() {
+extern "C" void begin() {
   static bool once = (at::RegisterPrivateUse1HooksInterface(new Hooks()), true);
   (void)once;
 }
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.def("begin", &begin); }

@@ -137,7 +137,7 @@ class Lpips(nn.Module):
 
             if not Path(weights).is_file():
                 raise ValueError(f"perceptual weights {weights} do not exist")
-            self.model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
+            self.model = _without_weights(network)
             given = load_file(weights)
             state = {}
             for name, own in self.model.state_dict().items():
@@ -176,13 +176,29 @@ def _file_name(name: str) -> str:
     return name
 
 
-def random_lpips(network: str) -> dict[str, Tensor]:
-    """Random weights in the form that `Lpips` reads from a file: for measuring its time where no trained ones are at hand."""
+def _without_weights(network: str) -> Any:
+    """Return the package's network with memory in place of weights: drawing those of VGG's classifier takes seconds."""
     import lpips
 
-    state = lpips.LPIPS(net=network, pnet_rand=True, verbose=False).state_dict()
+    with torch.device("meta"):
+        model = lpips.LPIPS(net=network, pretrained=False, pnet_rand=True, verbose=False)
+    model.to_empty(device="cpu")
+    model.scaling_layer = type(model.scaling_layer)()  # its constants
+    return model.eval()
+
+
+def random_lpips(network: str) -> dict[str, Tensor]:
+    """Return random weights in the form that `Lpips` reads from a file: to measure its time without trained weights."""
+    state = _without_weights(network).state_dict()
     own = {_file_name(name): tensor for name, tensor in state.items() if not name.startswith("scaling_layer")}
-    return {name: tensor.clone().contiguous() for name, tensor in own.items()}
+    for name, tensor in own.items():
+        if name.startswith("lin"):  # weights of the sum over channels: positive
+            nn.init.uniform_(tensor)
+        elif tensor.dim() > 1:
+            nn.init.kaiming_normal_(tensor)
+        else:
+            nn.init.zeros_(tensor)
+    return {name: tensor.contiguous() for name, tensor in own.items()}
 
 
 def perceptual_distance(name: str, weights: str | None = None, random: bool = False) -> nn.Module:
