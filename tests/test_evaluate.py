@@ -36,6 +36,18 @@ def whitened(rows: int, seed: int) -> np.ndarray:
     return x @ vectors / np.sqrt(values)
 
 
+@pytest.mark.parametrize(("rows", "others"), [(2, 2), (7, 30), (39, 12)])
+def test_frechet_distance_of_few_rows_is_that_of_their_gaussians(rows: int, others: int):
+    a, b = torch.randn(rows, 40) * torch.linspace(0.1, 3, 40), 1 + torch.randn(others, 40)
+    expected = gaussian_distance(Gaussian.of(a), Gaussian.of(b))
+    assert frechet_distance(a, b) == pytest.approx(
+        expected, rel=1e-6
+    )  # square roots of rounding in the (40,40) matrices
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(DataError, match="length 40 cannot be compared with features of length 39"):
+        frechet_distance(a, b[:, :39])
+
+
 def test_frechet_distance_of_gaussians_is_the_closed_form():
     one, other = whitened(500, 0), whitened(300, 1) * [1.0, 2.0, 3.0, 4.0] + 1.0
     a, b = torch.from_numpy(one), torch.from_numpy(other)

@@ -33,12 +33,18 @@ class Gaussian:
         Raises:
             DataError: fewer than two rows, or rows that are not finite.
         """
-        if len(features) < 2:
-            raise DataError(f"a Frechet distance needs at least 2 pictures a side, found {len(features)}")
-        x = features.double().numpy()
-        if not np.isfinite(x).all():
-            raise DataError("features are not finite: the pictures hold NaN or infinite pixels")
+        x = _finite_rows(features)
         return cls(x.mean(0), np.cov(x, rowvar=False))
+
+
+def _finite_rows(features: Tensor) -> np.ndarray:
+    """Return features (N,F) in float64; raise DataError as in `Gaussian.of`."""
+    if len(features) < 2:
+        raise DataError(f"a Frechet distance needs at least 2 pictures a side, found {len(features)}")
+    x = features.double().numpy()
+    if not np.isfinite(x).all():
+        raise DataError("features are not finite: the pictures hold NaN or infinite pixels")
+    return x
 
 
 def stored_gaussian(path: Path) -> Gaussian | None:
@@ -63,8 +69,28 @@ def stored_gaussian(path: Path) -> Gaussian | None:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Between features (N,F); DataError as in `Gaussian.of`."""
-    return gaussian_distance(Gaussian.of(a), Gaussian.of(b))
+    """Return the Frechet distance between the Gaussians of features a (N,F) and b (M,F).
+
+    Below F rows it is taken from the rows: with A = X'X and B = Y'Y for centred, scaled rows X and Y, the eigenvalues of
+    AB are the squared singular values of XY', so that tr (AB)^1/2 is the nuclear norm of a matrix (N,M).
+
+    Raises:
+        DataError: as in `Gaussian.of`, or features of different lengths.
+    """
+    x, y = _finite_rows(a), _finite_rows(b)
+    _check_lengths(x.shape[1], y.shape[1])
+    if max(len(x), len(y)) >= x.shape[1]:
+        return gaussian_distance(Gaussian.of(a), Gaussian.of(b))
+    means = x.mean(0), y.mean(0)
+    x, y = (x - means[0]) / np.sqrt(len(x) - 1), (y - means[1]) / np.sqrt(len(y) - 1)
+    cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    distance = np.square(means[0] - means[1]).sum() + np.square(x).sum() + np.square(y).sum() - 2 * cross
+    return float(max(distance, 0.0))
+
+
+def _check_lengths(a: int, b: int) -> None:
+    if a != b:
+        raise DataError(f"features of length {a} cannot be compared with features of length {b}")
 
 
 def gaussian_distance(a: Gaussian, b: Gaussian) -> float:
@@ -73,8 +99,7 @@ def gaussian_distance(a: Gaussian, b: Gaussian) -> float:
     Raises:
         DataError: features of different lengths.
     """
-    if a.mean.shape != b.mean.shape:
-        raise DataError(f"features of length {len(a.mean)} cannot be compared with features of length {len(b.mean)}")
+    _check_lengths(len(a.mean), len(b.mean))
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     middle = root @ b.covariance @ root
@@ -143,8 +168,12 @@ def compare(
     if generated.logits is not None and len(generated) >= 10:
         found = isc_features_to_metric(generated.logits)
         score = (found["inception_score_mean"], found["inception_score_std"])
+    if stored is None:
+        distance = frechet_distance(generated.features, real.features)
+    else:
+        distance = gaussian_distance(Gaussian.of(generated.features), stored)
     return DistributionScores(
-        gaussian_distance(Gaussian.of(generated.features), stored or Gaussian.of(real.features)),
+        distance,
         kid["kernel_inception_distance_mean"],
         kid["kernel_inception_distance_std"],
         size,
