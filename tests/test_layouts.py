@@ -262,6 +262,38 @@ def test_only_one_split_is_read(train: str, other: str, tmp_path: Path) -> None:
     assert open_source(name, 8, SourceOptions(split=chosen)).findings.class_names == ("cat", "cow")
 
 
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [
+        (("DIV2K_train_HR/1.png", "DIV2K_valid_HR/2.png"), {"DIV2K_train_HR/1.png": None}),
+        (("trainA/1.png", "trainB/1.png", "testA/2.png"), {"trainA/1.png": 0, "trainB/1.png": 1}),
+        (("cat_train/1.png", "dog_train/2.png", "cat_test/3.png"), {"cat_train/1.png": 0, "dog_train/2.png": 1}),
+        (("test tube/1.png", "train station/2.png"), {"test tube/1.png": 0, "train station/2.png": 1}),
+        (("my_train/1.png", "other/2.png"), {"my_train/1.png": 0, "other/2.png": 1}),
+    ],
+)
+def test_splits_by_a_word_in_the_names_of_folders(
+    tmp_path: Path, files: tuple[str, ...], read: dict[str, int | None]
+) -> None:
+    where = lay(tmp_path, dict.fromkeys(files, ""))
+    assert labels(where) == read
+    assert sum(counts(open_source(where, 8).findings.unused).values()) == len(files) - len(read)
+
+
+def test_a_class_keeps_its_name_without_the_splits_word(tmp_path: Path) -> None:
+    where = lay(tmp_path, dict.fromkeys(("a_train_x/1.png", "b_train/2.png", "a_test_x/3.png"), ""))
+    assert open_source(where, 8).findings.class_names == ("a_x", "b")
+
+
+def test_numbered_classes_whose_order_is_another_are_noted(tmp_path: Path) -> None:
+    few = lay(tmp_path / "few", {f"{n}/1.png": "" for n in range(10)})
+    many = lay(tmp_path / "many", {f"{n}/1.png": "" for n in range(12)})
+    assert open_source(few, 8).findings.notes == ()
+    assert open_source(many, 8).findings.notes == (
+        "the folders are numbers, and classes follow the order of names as text: folder 10 is class 2",
+    )
+
+
 def test_splits_inside_classes_and_what_is_refused(tmp_path: Path) -> None:
     deep = lay(
         tmp_path / "a", {"cup/train/1.png": "", "cup/test/2.png": "", "pen/train/3.png": "", "pen/test/4.png": ""}
@@ -302,8 +334,10 @@ def test_what_is_neither_image_nor_caption_is_counted_by_kind(tmp_path: Path) ->
         assert [source.load(i)[0].size for i in range(len(source))] == [(9, 8)] * 5
         assert counts(source.findings.unused) == expected
     assert source.findings.unused[".mp4"].names == ["a.tar/f.mp4", "a.tar/g.MP4"]
-    with pytest.raises(DataError, match=r"holds no pictures \(found 1 \.tar, e\.g\. deep/x\.tar"):
-        open_source(lay(tmp_path / "n", {"deep/x.tar": "x"}), 8)
+    with pytest.raises(DataError, match=r"holds no pictures \(found 1 \.zip, e\.g\. deep/x\.zip"):
+        open_source(lay(tmp_path / "n", {"deep/x.zip": "x"}), 8)
+    with pytest.raises(DataError, match=r"deep/x\.tar is not a whole tar file"):
+        open_source(lay(tmp_path / "m", {"deep/x.tar": "x"}), 8)
 
 
 def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
@@ -920,6 +954,10 @@ def test_every_layout_of_the_page_is_read_as_written(block: str, tmp_path: Path)
         (("image/a.jpg", "conditioning_images/a.jpg"), ["image/a.jpg"]),
         (("cat/a.jpg", "cat/masks/a.png", "dog/b.jpg"), ["cat/a.jpg", "dog/b.jpg"]),
         (("NORMAL/1.jpg", "PNEUMONIA/1.jpg"), ["NORMAL/1.jpg", "PNEUMONIA/1.jpg"]),
+        (("HR/1.png", "LR/1.png"), ["HR/1.png"]),
+        (("V/JPEGImages/1.jpg", "V/SegmentationClass/1.png", "V/SegmentationObject/1.png"), ["V/JPEGImages/1.jpg"]),
+        (("images1024x1024/00/1.png", "thumbnails128x128/00/1.png"), ["images1024x1024/00/1.png"]),
+        (("images/1.png", "labels/1.png"), ["images/1.png"]),
         (("hats/1.jpg", "masks/2.jpg", "masks/3.jpg"), ["hats/1.jpg", "masks/2.jpg", "masks/3.jpg"]),
         (("masks/2.jpg", "masks/3.jpg"), ["masks/2.jpg", "masks/3.jpg"]),
     ],
@@ -929,6 +967,25 @@ def test_masks_do_not_train(tmp_path: Path, files: tuple[str, ...], read: list[s
     assert [source.key(index) for index in range(len(source))] == read
     unused = counts(source.findings.unused)
     assert sum(unused.values()) == len(files) - len(read)
+
+
+@pytest.mark.parametrize("form", ["folder", "shard"])
+def test_keys_of_captions_in_any_case_and_keys_that_are_not_read(form: str, tmp_path: Path) -> None:
+    def place(key: str) -> str:
+        files: dict[str, bytes | str] = {"a.png": "", "a.json": json.dumps({"url": "u", key: "a cat"})}
+        return tar(tmp_path / f"{key}.tar", files) if form == "shard" else lay(tmp_path / key, files)
+
+    assert list(captions(place("Caption")).values()) == ["a cat"]
+    where = place("blip")
+    note = "no .json has a usual key of captions; found url, blip; data.caption_key names one"
+    assert open_source(where, 8).findings.notes == (note,)
+    assert list(captions(where, caption_key="blip").values()) == ["a cat"]
+
+
+def test_columns_of_captions_in_any_case(tmp_path: Path) -> None:
+    where = lay(tmp_path, {"a.png": "", "metadata.csv": "file_name,Caption\na.png,a cat\n"})
+    assert captions(where) == {"a.png": "a cat"}
+    assert open_source(where, 8).findings.captions_from == "metadata, column Caption"
 
 
 def test_folders_inside_a_class_are_noted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import zipfile
 from pathlib import Path
@@ -120,10 +121,63 @@ def test_a_shard_of_any_name_is_known_by_its_content(tmp_path: Path) -> None:
         assert captions(tar(tmp_path / name, {"0.jpg": "", "0.txt": "a cat"})) == {f"{name}/0": "a cat"}
 
 
-def test_packed_files_in_sub_folders_are_named(tmp_path: Path) -> None:
-    tar(tmp_path / "train" / "0.tar", {"0.jpg": ""})
-    with pytest.raises(DataError, match=r"name the files in data\.source, as .*/train/\*\.tar"):
+def test_packed_files_in_sub_folders_are_read(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        tar(tmp_path / name / "0.tar", {"0.jpg": "", "0.txt": name})
+    lay(tmp_path, {"x/0_stats.json": "{}", ".cache/0.tar": "x"})
+    assert captions(str(tmp_path)) == {"x/0.tar/0": "x", "y/0.tar/0": "y"}
+    assert counts(open_source(str(tmp_path), 8).findings.unused) == {".json": 1, "hidden or thumbnail folder": 1}
+    table(tmp_path / "t" / "a.parquet", [row("a cat")])
+    with pytest.raises(DataError, match=r"shards and tables with images .*/\*\*/\*\.tar or .*/\*\*/\*\.parquet"):
         open_source(str(tmp_path), 8)
+    lay(tmp_path, {"1.jpg": ""})
+    assert captions(str(tmp_path)) == {"1.jpg": ""}
+
+
+@pytest.mark.parametrize("names", [("train/a", "test/a"), ("data/train-0", "data/test-0")])
+def test_splits_in_the_folders_of_tables(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, text in zip(names, ("a cat", "a dog"), strict=True):
+        table(tmp_path / f"{name}.parquet", [row(text)])
+    assert list(captions(str(tmp_path)).values()) == ["a cat"]
+    assert list(captions(str(tmp_path), split="test").values()) == ["a dog"]
+    assert counts(open_source(str(tmp_path), 8).findings.unused) == {"file of the split test": 1}
+
+
+def test_a_table_that_was_saved_to_disk(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{**row(f"text {n}"), "kind": n} for n in range(3)])
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(str(tmp_path / "two"))
+    source = open_source(str(tmp_path / "one"), 8)
+    assert [source.load(n)[1] for n in range(3)] == ["text 0", "text 1", "text 2"]
+    assert source.key(0) == "one/0"
+    assert source.findings.notes == (
+        "columns that are not read: kind; data.caption_column and data.label_column name one",
+    )
+    assert list(captions(str(tmp_path / "two"), split="test").values()) == ["text 1"]
+    assert "only the split 'train' is read" in open_source(str(tmp_path / "two"), 8).findings.notes[0]
+    with pytest.raises(DataError, match=r"holds train, test but no val; set data\.split"):
+        open_source(str(tmp_path / "two"), 8, SourceOptions(split="val"))
+    (tmp_path / "one" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="one cannot be read as a table"):
+        open_source(str(tmp_path / "one"), 8)
+
+
+def test_folders_inside_a_shard(tmp_path: Path) -> None:
+    plain = tar(tmp_path / "a", {"im/train/cat/1.png": "", "im/train/dog/2.png": "", "im/val/cat/3.png": ""})
+    where = str(tmp_path / "a.tgz")
+    Path(where).write_bytes(gzip.compress(Path(plain).read_bytes()))
+    source = open_source(where, 8)
+    assert [source.key(n) for n in range(len(source))] == ["a.tgz/im/train/cat/1", "a.tgz/im/train/dog/2"]
+    assert source.load(1)[0].size == (9, 8)
+    assert counts(source.findings.unused) == {"image in val/": 1}
+    assert [note.partition(" (")[0] for note in source.findings.notes[1:]] == [
+        "only the split 'train' is read; data.split names another",
+        "the folders inside the shards",
+    ]
+    assert list(captions(where, split="val")) == ["a.tgz/im/val/cat/3"]
+    flat = tar(tmp_path / "b.tar", {"1.png": "", "2.png": ""})
+    assert open_source(flat, 8, SourceOptions(split="val")).findings.notes == ()
 
 
 def test_a_folder_that_is_called_like_a_shard_is_a_folder(tmp_path: Path) -> None:

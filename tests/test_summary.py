@@ -163,6 +163,15 @@ def test_images_with_a_damaged_caption_or_class_are_left_out_by_name(tmp_path: P
     assert [entry["caption"] for entry in values["examples"]] == ["one", "three", "a"]
 
 
+def test_several_lines_and_control_characters_are_shown(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "set", {"a": "one\ntwo", "b": "one"})
+    (folder / "c\n\x1b[31m.mp4").write_bytes(b"x")
+    summary = look_at(Data(source=str(folder)))
+    assert "1 captions have several lines; each is one caption" in summary.notes
+    assert r"c\n\x1b[31m.mp4" in summary.table()
+    assert len(summary.table().splitlines()) == len(summary.rows())
+
+
 def test_a_very_large_set_is_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from davae.data import summary as module
 

@@ -64,21 +64,13 @@ def data(
 
     Of a remote set the first shard or the first rows are read. Headers are read, and captions; pixels only with --show.
     """
-    plain = {
-        "caption_key": caption_key,
-        "caption_column": caption_column,
-        "label_key": label_key,
-        "label_column": label_column,
-        "image_column": image_column,
-        "enlarge": enlarge,
-    }
     start: Data | None = None
     known: dict[str, Any] = {"resolution": resolution, "step": step}
     resolved = None if recipe is None else load_recipe(recipe)
     if resolved is not None:
         start = resolved.stage2_data if isinstance(resolved, Recipe) else resolved.data
         known["resolution"] = resolution or resolved.resolution
-    options = chosen_data(source, set, plain, start)
+    options = chosen_data(source, set, locals(), start)
 
     from davae.display import console, table
     from davae.train.dataset import check_show, look_at, model_of, recipe_step

@@ -86,7 +86,7 @@ def reconstruction(
 
     figures = evaluate_reconstruction(
         vae,
-        chosen_data(data, set, {"image_column": image_column, "enlarge": enlarge}),
+        chosen_data(data, set, locals()),
         resolution,
         num,
         held_out,
@@ -152,18 +152,10 @@ def generation(
     from davae.models.placement import Placement
     from davae.train.loop import Progress
 
-    plain = {
-        "caption_key": caption_key,
-        "caption_column": caption_column,
-        "label_key": label_key,
-        "label_column": label_column,
-        "image_column": image_column,
-        "enlarge": enlarge,
-    }
     with progress_display() as observer:
         figures = evaluate_generation(
             pipeline,
-            chosen_data(data, set, plain),
+            chosen_data(data, set, locals()),
             num=num,
             resolution=resolution,
             compare_at=compare_at,
@@ -211,17 +203,9 @@ def pictures(
     from davae.display import console
     from davae.measure import evaluate_pictures
 
-    plain = {
-        "caption_key": caption_key,
-        "caption_column": caption_column,
-        "label_key": label_key,
-        "label_column": label_column,
-        "image_column": image_column,
-        "enlarge": enlarge,
-    }
     figures = evaluate_pictures(
         generated,
-        chosen_data(data, set, plain),
+        chosen_data(data, set, locals()),
         resolution,
         num=num,
         features=features,

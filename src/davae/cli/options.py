@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,15 +117,22 @@ Options = Annotated[
 ]
 
 
-def chosen_data(source: str, overrides: list[str] | None, plain: dict[str, Any], start: Data | None = None) -> Data:
+NAMED = ("caption_key", "caption_column", "label_key", "label_column", "image_column", "enlarge")  # options of `data`
+
+
+def chosen_data(
+    source: str, overrides: list[str] | None, given: Mapping[str, Any], start: Data | None = None
+) -> Data:
     """Return a section `data` from a source, `--set data.x=y` and the options that have a name of their own.
 
     Args:
-        plain: option of `data` -> value; None leaves it as it is.
+        source: images, as `--data` names them.
+        overrides: texts `data.x=y`.
+        given: parameters of the verb, of which those in `NAMED` are taken; None leaves an option as it is.
         start: section to change; the defaults, unless given.
     """
-    given = [f"data.{name}={json.dumps(value)}" for name, value in plain.items() if value is not None]
-    return load_data(source, [*(overrides or []), *given], start)
+    named = [f"data.{name}={json.dumps(given[name])}" for name in NAMED if given.get(name) is not None]
+    return load_data(source, [*(overrides or []), *named], start)
 
 
 def summary_path(json_path: Path | None) -> Path | None:

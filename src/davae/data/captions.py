@@ -15,6 +15,13 @@ from davae.data.texts import as_texts
 GUESSES = ("text", "caption", "prompt", "captions", "TEXT")  # columns tried where none is named
 
 
+def usual_keys(keys: Iterable[str]) -> list[str]:
+    """Return the keys or columns that usually hold captions, the likeliest first, in any case."""
+    known = list(keys)
+    exact = [guess for guess in GUESSES if guess in known]
+    return list(dict.fromkeys([*exact, *(key for guess in GUESSES for key in known if key.casefold() == guess)]))
+
+
 @dataclass(frozen=True)
 class SourceOptions:
     """The recipe's section `data`, as far as sources need it; the fields mean what they mean there."""

@@ -6,6 +6,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from davae.data.captions import SourceOptions
+from davae.data.classes import choose_split, class_names, split_note, split_points
 from davae.data.copies import cache_folder
 from davae.data.decoding import decode, header_size
-from davae.data.findings import Findings, Tally, add_to
+from davae.data.findings import Findings, Tally, add_to, printable
 from davae.data.folder import FolderSource
 from davae.data.matching import Kind
 from davae.data.npz import NpzSource, map_npz
@@ -56,6 +58,7 @@ class TarSource:
         index = index_shards(self.shards, _shard_names(shards), folder / "indexes")
         self.names, self.shard_of, self.places = index.names, index.shard_of, index.places
         self._sparse, unused = index.sparse, index.unused
+        notes = self._choose_split(_shard_names(shards), unused)
         if not self.names:
             raise DataError(f"{name}: no pictures inside{_kinds(unused)}")
         self._open: dict[int, Any] = {}
@@ -67,9 +70,37 @@ class TarSource:
             notes=(f"{copies} compressed shards were unpacked into {self.shards[0].parent}",) if copies else (),
         )
         self.sidecars = Sidecars(options, self, self.findings, name)
-        self.findings = self.sidecars.findings = Findings(
-            **{**self.findings.__dict__, "captions_from": self.sidecars.origin(index.counts)}
+        if not index.counts.get("txt"):
+            notes += self.sidecars.notes
+        self.findings = self.sidecars.findings = replace(
+            self.findings, captions_from=self.sidecars.origin(index.counts), notes=(*self.findings.notes, *notes)
         )
+
+    def _choose_split(self, shards: list[str], unused: dict[str, Tally]) -> list[str]:
+        """Keep one split where folders inside the shards are splits; return notes on the folders."""
+        before = [len(printable(shard)) + 1 for shard in shards]
+        folder_of = [
+            name[before[shard] :].rpartition("/")[0]
+            for name, shard in zip(self.names, self.shard_of.tolist(), strict=True)
+        ]
+        paths = {folder: tuple(folder.split("/")) for folder in dict.fromkeys(folder_of) if folder}
+        notes = []
+        if split_points(paths.values()):
+            chosen = choose_split(dict.fromkeys(folder_of), self.options.split, ", ".join(shards[:3]))
+            kept = np.asarray([folder in chosen.read for folder in folder_of], bool)
+            for name, folder in zip(self.names, folder_of, strict=True):
+                if folder in chosen.left:
+                    add_to(unused, f"image {chosen.left[folder]}", name)
+            self.names = [name for name, own in zip(self.names, kept, strict=True) if own]
+            self.shard_of, self.places = self.shard_of[kept], self.places[kept]
+            paths = chosen.read
+            notes.append(split_note(self.options.split))
+        if class_names(paths):
+            shown = ", ".join(list(paths)[:3])
+            notes.append(
+                f"the folders inside the shards ({shown}) are neither captions nor classes; unpack them to have both"
+            )
+        return notes
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from davae.data.captions import GUESSES, SourceOptions, choose
-from davae.data.classes import captions_of_classes, choose_split, class_names
+from davae.data.captions import SourceOptions, choose, usual_keys
+from davae.data.classes import captions_of_classes, choose_split, class_names, order_note, split_note
 from davae.data.decoding import decode, header_size
 from davae.data.findings import Findings, Tally, add_to, printable
 from davae.data.formats import image_endings, is_image_name
@@ -137,8 +137,7 @@ class FolderSource:
         duplicates: dict[str, Tally] = {}
         self.metadata = None
         if files and self.names:
-            columns = {*GUESSES, *named}
-            self.metadata = read_metadata(self.folder, files, images, columns, self.findings, unused, duplicates)
+            self.metadata = read_metadata(self.folder, files, images, named, self.findings, unused, duplicates)
         rest = [
             _join(at, name)
             for at, part in matched.items()
@@ -168,7 +167,7 @@ class FolderSource:
         notes = []
         parts = [p for p in (self.sidecars.origin(self._near.counts),) if p != "none"]
         if self.metadata is not None:
-            columns = [*self._weights] or [c for c in GUESSES if c in self.metadata.columns]
+            columns = [*self._weights] or usual_keys(self.metadata.columns)
             parts.insert(0, "metadata, column " + ", ".join(columns) if columns else "metadata without captions")
         if self.listed is not None and (texts := self.listed.columns - {LABEL}):
             parts.append(f"{self._lists}, column {', '.join(sorted(texts))}")
@@ -177,8 +176,12 @@ class FolderSource:
         inside = (at for at in sorted(of_folder) if any(above.as_posix() in of_folder for above in Path(at).parents))
         if (inner := next(inside, None)) is not None:
             notes.append(f"folders inside a class are classes of their own, as {printable(inner)}")
+        if self.metadata is None or not self.metadata.columns:
+            notes += self.sidecars.notes
+        if (note := order_note(self.classes)) is not None:
+            notes.append(note)
         if split:
-            notes.append(f"only the split '{self.options.split}' is read; data.split names another")
+            notes.append(split_note(self.options.split))
         folders = {at for at in (name.rpartition("/")[0] for name in self.names) if at}
         if folders and not of_folder:
             shown = ", ".join(printable(at) for at in sorted(folders)[:3])
@@ -276,7 +279,7 @@ class FolderSource:
     def caption(self, index: int, rng: np.random.Generator | None = None) -> str:
         text: str | None = None
         if self.metadata is not None and (record := self.metadata.record(index)) is not None:
-            weights = self._weights or next(({key: 1.0} for key in GUESSES if as_texts(record.get(key))), {})
+            weights = self._weights or next(({key: 1.0} for key in usual_keys(record) if as_texts(record[key])), {})
             text = clean(choose(record, weights, rng), self.key(index), self.findings)
         if not text:
             text = self.sidecars.caption(index, rng)
@@ -349,8 +352,7 @@ def _former_classes(names: Sequence[str]) -> dict[str, int]:
 
 def _what_is_there(root: Path, unused: dict[str, Tally]) -> str:
     found = ", ".join(f"{tally.count} {kind}, e.g. {tally.names[0]}" for kind, tally in unused.items())
-    packed = next(((kind, unused[kind].names[0]) for kind in (".tar", ".parquet") if kind in unused), None)
-    if packed is not None:
-        kind, name = packed
-        found += f"; name the files in data.source, as {root / Path(name).parent}/*{kind}"
+    if ".parquet" in unused:  # without the column of images
+        name = unused[".parquet"].names[0]
+        found += f"; name the files in data.source, as {root / Path(name).parent}/*.parquet, and data.image_column"
     return f"found {found}" if found else ", ".join(sorted(image_endings()))

@@ -32,7 +32,8 @@ OTHER_PARTS = frozenset(
      "label", "labels", "labelids", "flow", "disparity", "thumb", "thumbnail", "preview")
 )  # fmt: skip
 JOINED = re.compile(
-    r"(?:(.*)[_-])?(masks?|masklabels?|seg|segmentations?|depths?|canny|mattes?|alphas?|labelids|thumbs?|thumbnails?"
+    r"(?:(.*)[_-])?(masks?|masklabels?|seg|segmentations?(?:class|object)?(?:aug)?|depths?|canny|mattes?|alphas?|labels?"
+    r"|labelids|gt|semantic|instances?|parsing|openpose|lr|lq|low[_-]?res|thumbs?|thumbnails?(?:\d+(?:x\d+)?)?"
     r"|annotations|conditioning(?:_images)?)",
     re.IGNORECASE,
 )  # `a_mask.png` next to `a.jpg`; folders `masks/`, `train_masks/` next to the images'

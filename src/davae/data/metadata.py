@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from davae.data.captions import usual_keys
 from davae.data.findings import Findings, Tally, add_to
 from davae.data.image_names import ImageNames
 from davae.data.pictures import DataError
@@ -61,7 +62,7 @@ def read_metadata(
         folder: root of the source.
         files: relative paths of the metadata files.
         names: the images.
-        columns: columns to keep.
+        columns: columns to keep, besides those that usually hold captions.
         findings: takes guessed encodings.
         unused: counts rows without an image.
         duplicates: counts equal rows.
@@ -80,7 +81,8 @@ def read_metadata(
                 add_to(unused, "row of metadata without an image", f"{file}: {name}")
             if index is None or index >= names.count:
                 continue
-            record = {key: row[key] for key in columns if row.get(key) is not None}
+            kept = [*columns, *(key for key in usual_keys(row) if key not in columns)]
+            record = {key: row[key] for key in kept if row.get(key) is not None}
             if index in rows:
                 if record == rows[index]:
                     add_to(duplicates, "equal rows of metadata, read once", f"{file}: {name}")

@@ -97,7 +97,9 @@ def split(source: PictureSource, share: float, indices: Sequence[int] | None = N
         indices: the images to split, in order; None takes all.
     """
     indices = range(len(source)) if indices is None else indices
-    held = [i for i in indices if held_out(source.key(i), share)]
+    held = [i for i in indices if held_out(source.key(i), share)] if share > 0 else []
+    if not held:
+        return Split(list(indices), [])
     if len(held) == len(indices):
         held = held[1:]
     without = set(held)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from davae.data.captions import GUESSES, SourceOptions, choose
+from davae.data.captions import SourceOptions, choose, usual_keys
 from davae.data.findings import Findings
 from davae.data.matching import Kind
 from davae.data.pictures import DataError
@@ -24,6 +24,7 @@ from davae.data.texts import (
     read_text,
 )
 
+SHOWN = 12  # keys in a note
 TRIED = 100  # images looked at before a key of the `.json` counts as found nowhere
 TABLE_OPTIONS = ("caption_column", "label_column", "config", "streaming")
 LIMITS: dict[Kind, int] = {"txt": MAX_FILE + 1, "json": MAX_FILE + 1, "cls": 1024}
@@ -55,6 +56,7 @@ class Sidecars:
         self.options, self.files, self.findings, self.name = options, files, findings, name
         self.weights = options.record_keys
         self.json_key: str | None = None
+        self.notes: tuple[str, ...] = ()
         self._read: dict[tuple[int, Kind], bytes | None] | None = None
         self._check_keys()
         if not self.weights:
@@ -83,15 +85,19 @@ class Sidecars:
 
         A `.json` without captions (masks of SA-1B) has up to a megabyte: it is not read again for every image.
         """
-        count = len(self.files)
+        count, seen = len(self.files), dict[str, None]()
         for index in sorted({place * count // min(count, TRIED) for place in range(min(count, TRIED))}):
             try:
                 record = self._guessed_record(index)
             except UnreadableCaption:
                 continue
-            for key in GUESSES:
-                if as_texts(record.get(key)):
+            for key in usual_keys(record):
+                if as_texts(record[key]):
                     return key
+            seen |= dict.fromkeys(record)
+        if seen:
+            shown = ", ".join(list(seen)[:SHOWN]) + (", ..." if len(seen) > SHOWN else "")
+            self.notes = (f"no .json has a usual key of captions; found {shown}; data.caption_key names one",)
         return None
 
     def _bytes(self, index: int, kind: Kind) -> bytes | None:
@@ -142,7 +148,7 @@ class Sidecars:
             found = read_text(data, self.files.sidecar_name(index, "txt"), self.findings)
         if not found and self.json_key is not None:
             record = self._guessed_record(index)
-            key = next((key for key in (self.json_key, *GUESSES) if as_texts(record.get(key))), None)
+            key = next((key for key in (self.json_key, *usual_keys(record)) if as_texts(record.get(key))), None)
             if key is not None:
                 found = clean(choose(record, {key: 1.0}, rng), self.files.sidecar_name(index, "json"), self.findings)
         return found

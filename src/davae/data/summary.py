@@ -22,6 +22,7 @@ EXAMPLES = 20
 EQUAL = "image whose file is there under another name, too; both are used"
 CLIP_TOKENS = 77
 WORD = re.compile(r"[^\W\d_]+|\d|[^\s\w]+|_")  # each is at least one of CLIP's tokens
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {10: "\\n", 13: "\\r", 9: "\\t"}
 MARGIN = 4  # tokens that a tokenizer may add to those that stand for characters
 
 
@@ -57,6 +58,7 @@ class CaptionFacts:
     distinct: int = 0
     cut: int = 0  # by one text encoder or more
     cut_by: dict[str, dict[str, int]] = field(default_factory=dict)  # encoder -> tokens, captions
+    several_lines: int = 0
     longest: int = 0  # characters
     longest_name: str = ""
     commonest: str = ""
@@ -79,6 +81,7 @@ def read_captions(source: PictureSource, indices: Sequence[int], limits: Sequenc
             facts.empty += 1
             continue
         facts.present += 1
+        facts.several_lines += "\n" in text
         digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
         seen[digest] += 1
         first.setdefault(digest, index)
@@ -200,7 +203,8 @@ class Summary:
         rows += [("note", note) for note in self.notes]
         if self.partial:
             rows.append(("looked at", self.partial))
-        return [*rows, ("time", f"{self.seconds:.1f} s")]
+        rows.append(("time", f"{self.seconds:.1f} s"))
+        return [(name.translate(CONTROL), value.translate(CONTROL)) for name, value in rows]
 
     def table(self) -> str:
         """Return `rows` as aligned lines."""
@@ -264,6 +268,8 @@ def summarise(
     encodings: dict[str, list[str]] = {}
     for file, how in findings.encodings.items():
         encodings.setdefault(how, []).append(file)
+    lines = f"{captions.several_lines:,} captions have several lines; each is one caption"
+    own_notes = [*notes, lines] if captions.several_lines else notes
     too_long = [f"{file}: a caption of {length:,} characters is cut" for file, length in findings.cut.items()]
     return Summary(
         source=name,
@@ -280,7 +286,7 @@ def summarise(
         unused=dict(findings.unused),
         duplicates=dict(findings.duplicates) | equal_files(equal or {}),
         encodings=encodings,
-        notes=(*findings.notes, *too_long[:NAMED], *notes),
+        notes=(*findings.notes, *too_long[:NAMED], *own_notes),
         examples=[example(source, index, size) for index, size in islice(zip(usable, pixels, strict=True), examples)],
         seconds=seconds,
         partial=partial,

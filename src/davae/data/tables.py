@@ -5,19 +5,21 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from davae.data.captions import GUESSES, SourceOptions, choose
+from davae.data.captions import SourceOptions, choose, usual_keys
+from davae.data.classes import split_note
 from davae.data.decoding import decode, header_size
 from davae.data.findings import Findings
 from davae.data.pictures import DataError
 from davae.data.texts import as_label, clean
 
+SHOWN = 12  # columns in a note
 ENDS = 1 << 16  # bytes of a parquet file's beginning and end that are hashed
 
 
@@ -34,8 +36,39 @@ def holds_images(path: Path, column: str) -> bool:
         return True
 
 
+def is_saved_table(folder: Path) -> bool:
+    """Return whether `save_to_disk` of `datasets` wrote a folder: one table, or one for each split."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def of_split(rows: Mapping[str, Any], wanted: str, name: str) -> Any:
+    """Return one of several tables.
+
+    Raises:
+        DataError: the split is missing.
+    """
+    if wanted not in rows:
+        raise DataError(
+            f"data.source: {name} holds {', '.join(rows)} but no {wanted}; set data.split to the one to read"
+        )
+    return rows[wanted]
+
+
+def unread_note(columns: Sequence[str]) -> str:
+    """Return a sentence on the columns that are not read."""
+    shown = ", ".join(columns[:SHOWN]) + (", ..." if len(columns) > SHOWN else "")
+    return f"columns that are not read: {shown}; data.caption_column and data.label_column name one"
+
+
 def load_rows(
-    name: str, options: SourceOptions, *, streaming: bool = False, files: Sequence[Path] | None = None
+    name: str,
+    options: SourceOptions,
+    *,
+    streaming: bool = False,
+    files: Sequence[Path] | None = None,
+    notes: list[str] | None = None,
 ) -> Any:
     """Rows of a hub id, a folder that `datasets` understands, or parquet files; images left as bytes.
 
@@ -44,6 +77,7 @@ def load_rows(
         options: the recipe's section `data`.
         streaming: read row by row.
         files: the parquet files, where they are not all that the name matches.
+        notes: takes sentences on splits and columns that are not read.
 
     Raises:
         DataError: no dataset there, or an image column that it does not have.
@@ -55,23 +89,30 @@ def load_rows(
         raise DataError(f"data.source '{name}': Hugging Face datasets need `pip install 'davae[hub]'`") from error
     chosen = name if files is None else [str(path) for path in files]
     try:
-        if name.endswith(".parquet"):
-            rows: Any = datasets.load_dataset("parquet", data_files=chosen, split="train", streaming=streaming)
+        if is_saved_table(Path(name)):
+            rows: Any = datasets.load_from_disk(name)
+        elif name.endswith(".parquet"):
+            rows = datasets.load_dataset("parquet", data_files=chosen, split="train", streaming=streaming)
         else:
             rows = datasets.load_dataset(name, options.config, split=options.split, streaming=streaming)
     except (
         DatasetNotFoundError,
         DatasetGenerationError,
-        FileNotFoundError,
-        ConnectionError,
+        OSError,
         ValueError,
+        KeyError,
+        TypeError,
     ) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
-        if name.endswith(".parquet"):
+        if name.endswith(".parquet") or is_saved_table(Path(name)):
             raise DataError(f"data.source: {name} cannot be read as a table: {reason}") from error
         raise DataError(
             f"data.source '{name}' is no file or folder here, and the hub gave no dataset: {reason}"
         ) from error
+    if isinstance(rows, dict):  # of `save_to_disk`
+        notes = [] if notes is None else notes
+        notes += [split_note(options.split)] if len(rows) > 1 else []
+        rows = of_split(rows, options.split, name)
     columns = rows.column_names
     if columns is None:  # a stream without a schema tells its columns by its first row
         columns = list(next(iter(rows)))
@@ -83,8 +124,11 @@ def load_rows(
     for option, column in [*wanted.items(), *(("caption_weights", key) for key in options.caption_weights)]:
         if column not in columns:
             raise DataError(f"data.{option} '{column}' is not in {name}; it has {', '.join(columns)}")
-    kept = [*wanted.values(), *options.caption_weights, *(c for c in GUESSES if c in columns)]
+    kept = [*wanted.values(), *options.caption_weights, *usual_keys(columns)]
     rows = rows.select_columns(list(dict.fromkeys(kept)))
+    unread = [column for column in columns if column not in kept]
+    if unread and notes is not None:
+        notes.append(unread_note(unread))
     return rows.cast_column(options.image_column, datasets.Image(decode=False))
 
 
@@ -94,7 +138,7 @@ def column_weights(columns: list[str], options: SourceOptions) -> dict[str, floa
         return dict(options.caption_weights)
     if options.caption_column is not None:
         return {options.caption_column: 1.0}
-    return dict.fromkeys([c for c in GUESSES if c in columns][:1], 1.0)
+    return dict.fromkeys(usual_keys(columns)[:1], 1.0)
 
 
 def cell_bytes(cell: dict[str, Any]) -> bytes:
@@ -137,7 +181,8 @@ class TableSource:
 
     def __init__(self, name: str, options: SourceOptions, files: Sequence[Path] | None = None):
         options.refuse("a table", ("caption_key", "label_key"))
-        self.rows = load_rows(name, options, files=files)
+        notes: list[str] = []
+        self.rows = load_rows(name, options, files=files, notes=notes)
         self.name, self.options = name, options
         self.weights = column_weights(self.rows.column_names, options)
         texts = list(self.weights) + ([options.label_column] if options.label_column else [])
@@ -146,6 +191,7 @@ class TableSource:
             "table",
             ", ".join(f"column {column}" for column in self.weights) or "none",
             class_names=tuple(getattr(feature, "names", None) or ()),
+            notes=tuple(notes),
         )
         self._content = table_content(name, files)
         self.plain = self.rows.select_columns(texts) if texts else None  # without the images

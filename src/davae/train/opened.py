@@ -212,7 +212,7 @@ def open_images(
         if i in held and (data.enlarge or g == 0 or min(size) >= sizes[0][0])
     ]
     equal = {chosen[place]: chosen[first] for place, first in measured.equal.items()}
-    trained = {equal.get(index, index) for index in train}
+    trained = {equal.get(index, index) for index in train} if equal and squares else set[int]()
     apart = [index for index in squares if equal.get(index, index) not in trained]
     seconds = time.perf_counter() - started
     opened = OpenedData(
