@@ -53,10 +53,10 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"><script>a
 HOSTILE = {
     "square.png": (png_of(50_000, 50_000), "has more pixels than the page takes: 12,000 a side"),
     "thin.png": (png_of(50_000, 1), "is 50000x1, more pixels than the page takes"),
-    "notes.jpg": (b"these are only words\n" * 50, "is no picture that can be read"),
-    "drawing.svg": (SVG, "is no picture that can be read"),
-    "drawing.png": (SVG, "is no picture that can be read"),
-    "empty.png": (b"", "is no picture that can be read"),
+    "notes.jpg": (b"these are only words\n" * 50, "is not an image that can be read"),
+    "drawing.svg": (SVG, "is not an image that can be read"),
+    "drawing.png": (SVG, "is not an image that can be read"),
+    "empty.png": (b"", "is not an image that can be read"),
     "cut.png": (png_of(64, 64), "truncated"),
     "large.png": (b"\0" * (MAX_BYTES + 1), "the page takes files up to 20 MiB"),
 }
@@ -270,7 +270,7 @@ def test_a_training_starts_pauses_and_resumes(tiny_base: Path, picture_folder: P
 def test_trainings_refuse_what_they_cannot_do(tmp_path: Path):
     trainings = Trainings(tmp_path)
     for name in ("../x", "", "A", "x" * 41):
-        with pytest.raises(RunError, match="is no name for a training"):
+        with pytest.raises(RunError, match="is not a name for a training"):
             trainings.start(name, "micro")
     with pytest.raises(RecipeError, match="did you mean 'micro'"):
         trainings.start("x", "micr")

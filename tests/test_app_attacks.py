@@ -795,3 +795,33 @@ def test_a_system_without_the_locks_of_unix_is_one_line(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "fcntl", None)  # an import of it fails, as on Windows
     with pytest.raises(RunError, match="the page needs Linux or macOS"):
         app("micro")
+
+
+WRONG_CALLS = (
+    (b'{"fn_index": -1, "data": []}', "calls nothing"), (b'{"fn_index": 999999, "data": []}', "calls nothing"),
+    (b'{"fn_index": true, "data": []}', "calls nothing"), (b'{"fn_index": 1e400, "data": []}', "calls nothing"),
+    (b'{"fn_index": "1", "data": []}', "calls nothing"), (b'{"data": []}', "calls nothing"),
+    (b'{"fn_index": 1, "data": []}', "number of arguments"), (b'{"fn_index": 1, "data": {"0": 1}}', "number of arguments"),
+    (b'{"fn_index": 1}', "number of arguments"), (b'{"fn_index": 1, "data": [1, 2]}', "number of arguments"),
+    (b'{"fn_index": 1, "data": [1e999]}', "not finite"), (b'{"fn_index": 1, "data": [[{"a": -1e999}]]}', "not finite"),
+    (b'{"fn_index": 1, "data": ["\\ud800"]}', "not text"), (b'{"fn_index": 1, "data": [{"\\udfff": 1}]}', "not text"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "line"), WRONG_CALLS)
+def test_calls_that_gradio_would_fail_at_are_refused(tmp_path: Path, body: bytes, line: str):
+    assert line in wrong_call(body, tmp_path, {1: 1})
+    assert wrong_call('{"fn_index": 1, "data": ["\\ud83d\\ude00 \u00fc"]}'.encode(), tmp_path, {1: 1}) == ""
+
+
+def test_the_page_answers_calls_of_no_handler_and_addresses_of_many_fields(served: SimpleNamespace):
+    """Each was an error 500 with a traceback in the log."""
+    for number, data in ((-1, []), (99_999, []), (0, [1] * 50)):
+        call = {"data": data, "fn_index": number, "session_hash": "a"}
+        assert served.client.post("/gradio_api/queue/join", json=call).status_code == 400
+    for path in ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset"):
+        for body in (b'{"a": 1e999}', b'{"a": "\\ud800"}'):
+            assert served.client.post(path, content=body).status_code == 400
+    many = "&".join(f"a{number}=1" for number in range(150))
+    assert served.client.get(f"/config?{many}").status_code == 400
+    assert echo_client().get(f"/?{many}").status_code == 400  # without the token

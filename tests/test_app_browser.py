@@ -252,11 +252,11 @@ def test_what_visitors_write_is_shown_as_text(browser: Any, address: str, tmp_pa
     (tmp_path / name).write_bytes(b"words")
     page.get_by_role("tab", name="Reconstruct").click()
     page.set_input_files("#photo input[type=file]", tmp_path / name)
-    says(page, "#reconstruction-note", "is no picture that can be read")
+    says(page, "#reconstruction-note", "is not an image that can be read")
     page.get_by_role("tab", name="Train").click()
     page.fill("#training-name textarea, #training-name input", HTML)
     page.click("#start-training")
-    says(page, "body", "is no name for a training")
+    says(page, "body", "is not a name for a training")
     assert page.locator("#training-state img, #reconstruction-note img").count() == 0
     assert page.evaluate("window.hacked") is None
     assert page.foreign == []

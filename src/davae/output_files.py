@@ -15,7 +15,7 @@ import numpy as np
 
 from davae.errors import RunError
 from davae.files import atomic_file, atomic_text
-from davae.ownership import check_parents
+from davae.ownership import check_no_part, check_parents
 from davae.reading import load_json
 
 logger = logging.getLogger(__name__)
@@ -45,9 +45,10 @@ def check_place(path: Path) -> bool:
     """Return whether a regular file is there; devices such as /dev/stdout count as absent.
 
     Raises:
-        RunError: the path is a folder, or lies below a file.
+        RunError: the path is a folder, lies below a file, or in what a run writes.
     """
     check_parents(path)
+    check_no_part(path)
     if path.is_dir():
         raise RunError(f"{path}: it is a folder; give the name of a file")
     return path.is_file()

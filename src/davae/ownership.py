@@ -184,10 +184,20 @@ def check_out(out: Path, reads: Iterable[str | Path] = ()) -> None:
             real == Path(os.path.realpath(source)) or real in Path(os.path.realpath(source)).parents
         ):
             raise RunError(f"{out}: it is or holds {source}, which this command reads; use another --out")
-    run = run_of(place)
-    if run is not None and place.relative_to(run).parts[0] in RUN_PARTS:
-        raise RunError(f"{out}: it belongs to the run {run}; use another --out")
+    check_no_part(out)
     check_replaceable(place, out)
+
+
+def check_no_part(path: Path) -> None:
+    """Refuse a place inside what a run writes: the run would take it for its own, or refuse to go on.
+
+    Raises:
+        RunError: in one line, whose place it is.
+    """
+    for place in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):  # links lead into runs too
+        run = run_of(place)
+        if run is not None and place.relative_to(run).parts[0] in RUN_PARTS:
+            raise RunError(f"{path}: it belongs to the run {run}; use another name")
 
 
 def check_replaceable(place: Path, shown: Path | None = None) -> None:

@@ -103,7 +103,7 @@ def draw(
 
 @contextmanager
 def _refusals(way: str) -> Iterator[None]:
-    """What a pipeline says of a size it cannot draw, as a ModelError."""
+    """Raise a pipeline's refusal of a size that it cannot draw as a ModelError."""
     try:
         yield
     except ValueError as error:

@@ -6,6 +6,7 @@ import asyncio
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -32,6 +33,7 @@ from davae.app.turns import number_request
 API = "/gradio_api"
 FILE = f"{API}/file="
 UPLOAD = f"{API}/upload"
+JOIN = f"{API}/queue/join"
 PAGES = re.compile(r"/|/reports/[a-z0-9-]{1,40}")
 ROUTES: dict[str, tuple[re.Pattern[str], ...]] = {  # all that the page's own scripts ask for
     "GET": (
@@ -73,8 +75,16 @@ AGAIN = '<meta http-equiv="refresh" content="0;url=/?again">'
 class Guard:
     """ASGI middleware that checks host, origin, password, token, path, size and file arguments of each request."""
 
-    def __init__(self, app: ASGIApp, access: Access, uploads: Path, bounds: Bounds | None = None):
+    def __init__(
+        self,
+        app: ASGIApp,
+        access: Access,
+        uploads: Path,
+        bounds: Bounds | None = None,
+        inputs: Mapping[int, int] | None = None,
+    ):
         self.app, self.access, self.uploads, self.bounds = app, access, uploads, bounds or Bounds()
+        self.inputs = inputs  # how many arguments each handler of the page takes
         self._uploading = self._streaming = self._wrong = 0
         self._swept = time.monotonic()
 
@@ -118,7 +128,10 @@ class Guard:
 
     def _check_token(self, scope: Scope, headers: Headers) -> Response | None:
         """Return None to go on, or the answer to a first visit: the cookie, or a word that the token is missing."""
-        query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=100)
+        try:
+            query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=100)
+        except ValueError:
+            raise Refused(400, "the address has too many fields") from None
         token = query.get("token", [None])[0]
         cookies = [cookie_parser(line).get(self.access.cookie) for line in headers.getlist("cookie")]
         cookie = next((value for value in cookies if value), None)
@@ -150,7 +163,7 @@ class Guard:
         elif scope["method"] == "POST":
             await self._sweep()
             body = await read_body(scope, receive, self.bounds)
-            line = wrong_call(body, self.uploads)
+            line = wrong_call(body, self.uploads, self.inputs if path == JOIN else None)
             if line:
                 raise Refused(400, line)
             receive = replayed(body, receive)

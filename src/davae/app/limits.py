@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope
 
 SESSION = re.compile(r"[\w-]{1,64}")
+HALF = re.compile("[\ud800-\udfff]")  # of a pair of surrogates: no answer that repeats it can be encoded
 DEEPEST = 24  # levels of lists and objects in a request
 
 
@@ -82,11 +85,14 @@ async def read_body(scope: Scope, receive: Receive, bounds: Bounds) -> bytes:
         raise Refused(408, "the request took too long") from None
 
 
-def wrong_call(body: bytes, uploads: Path) -> str:
+def wrong_call(body: bytes, uploads: Path, inputs: Mapping[int, int] | None = None) -> str:
     """Return what is wrong with the JSON that the page's scripts post, '' for nothing.
 
     A record of a file anywhere in it must name an uploaded file: Gradio copies the files of all arguments into
     the folder that it serves, those of text fields too.
+
+    Args:
+        inputs: how many arguments each handler takes, where the request calls one: Gradio fails for other numbers.
     """
     if not body.strip():
         return ""
@@ -100,6 +106,12 @@ def wrong_call(body: bytes, uploads: Path) -> str:
         value = call.get(key)
         if value is not None and not (isinstance(value, str) and SESSION.fullmatch(value)):
             return f"{key} is not a plain name"
+    if inputs is not None:
+        number, data = call.get("fn_index"), call.get("data")
+        if type(number) is not int or number not in inputs:
+            return "the request calls nothing of this page"
+        if not isinstance(data, list) or len(data) != inputs[number]:
+            return "the request has another number of arguments than the page sends"
     waiting: list[tuple[Any, int]] = [(call, 0)]
     while waiting:
         value, depth = waiting.pop()
@@ -110,9 +122,13 @@ def wrong_call(body: bytes, uploads: Path) -> str:
                 value["path"] is None or (isinstance(value["path"], str) and is_below(value["path"], uploads))
             ):
                 return "the request names a file that was not uploaded"
-            waiting += [(part, depth + 1) for part in value.values()]
+            waiting += [(part, depth + 1) for pair in value.items() for part in pair]
         elif isinstance(value, list):
             waiting += [(part, depth + 1) for part in value]
+        elif isinstance(value, float) and not math.isfinite(value):  # 1e999
+            return "the request has a number that is not finite"
+        elif isinstance(value, str) and HALF.search(value):
+            return "the request has characters that are not text"
     return ""
 
 

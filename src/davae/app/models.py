@@ -58,7 +58,7 @@ def open_pair(name: str, base: str | None = None) -> Pair:
 
     Args:
         name: an embedded model, a run or pipeline folder, or a hub id.
-        base: the base's folder or hub id; by default what the run's recipe says.
+        base: the base's folder or hub id; by default the one that the run's recipe names.
 
     Raises:
         ModelError: nothing that can be opened, or a base of other channels than the upgrade's.

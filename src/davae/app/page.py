@@ -144,9 +144,10 @@ def build_server(
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],  # nothing is fetched from another server
     )
+    blocks = build(pair, trainings, roots)
     page = gr.mount_gradio_app(
         server,
-        build(pair, trainings, roots),
+        blocks,
         "/",
         allowed_paths=[],  # of Gradio's own routes; what lies outside the folder of uploads has a route of ours
         max_file_size=MAX_BYTES,
@@ -158,7 +159,8 @@ def build_server(
         css=CSS,
         ssr_mode=False,
     )
-    return Guard(page, access or Access(), upload_folder(), bounds)
+    inputs = {number: len(function.inputs) for number, function in blocks.fns.items()}
+    return Guard(page, access or Access(), upload_folder(), bounds, inputs)
 
 
 def serve(pair: Pair, runs: Path, access: Access, port: int, roots: Roots | None = None) -> None:

@@ -55,7 +55,9 @@ class Trainings:
     def folder(self, name: str) -> Path:
         """A training's run folder; RunError when the name could lead elsewhere."""
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise RunError(f"{shown(name)} is no name for a training; use small letters, digits and '-', 40 at most")
+            raise RunError(
+                f"{shown(name)} is not a name for a training; use small letters, digits and '-', 40 at most"
+            )
         return self.root / name
 
     def names(self) -> list[str]:
@@ -180,7 +182,7 @@ class Trainings:
                 time.sleep(0.1)
 
     def state(self, name: str) -> State:
-        """Whether a training runs or is done, and a line that says where it stands."""
+        """Return whether a training runs or is done, and a line on how far it came."""
         folder = self.folder(name)
         if not (folder / "recipe.yaml").is_file():
             return State(False, False, GONE)
@@ -209,7 +211,8 @@ class Trainings:
             recipe = load_recipe(str(folder / "recipe.yaml"))
         except RecipeError:  # whose message may hold values of the file
             return "its recipe.yaml cannot be read"
-        assert isinstance(recipe, Recipe)
+        if not isinstance(recipe, Recipe):
+            return f"it trains '{recipe.name}', which the page does not follow"
         if "stage2" in done:
             return "writing the report"
         if "stage1" in done and not any(record["stage"] == "stage2" for record in records):
@@ -251,11 +254,11 @@ def upgrade_recipes() -> list[str]:
 
 
 def last_line(log: Path) -> str:
-    """What a process said last, cut to a line."""
+    """Return the last line that a process wrote, cut."""
     if not log.is_file():
-        return "it said nothing"
+        return "it wrote nothing"
     with log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - LOG_END))
         lines = stream.read().decode("utf-8", errors="replace").split("\n")
-    said = [line.strip() for line in lines if line.strip()]
-    return without_folders(said[-1])[:300] if said else "it said nothing"
+    written = [line.strip() for line in lines if line.strip()]
+    return without_folders(written[-1])[:300] if written else "it wrote nothing"

@@ -20,7 +20,7 @@ def number_request(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, byte
 def arrival_of(request: Any) -> int:
     """Return the place of a request in the order of all; one that passed no guard arrives when it is asked.
 
-    Gradio calls handlers late and in any order, so that the time of the call is no order.
+    Gradio calls handlers late and in any order, so that the time of a call does not order them.
     """
     headers = getattr(request, "headers", None)
     given = None if headers is None else headers.get(ARRIVAL)

@@ -48,7 +48,7 @@ def read_picture(path: Path) -> Image.Image:
     if found.startswith("too many pixels"):
         raise DataError(f"{name} has more pixels than the page takes: {_BOUND}")
     if found.startswith(("not a picture", "empty file")):
-        raise DataError(f"{name} is no picture that can be read; use PNG, JPEG, WebP, BMP, TIFF or GIF")
+        raise DataError(f"{name} is not an image that can be read; use PNG, JPEG, WebP, BMP, TIFF or GIF")
     raise DataError(f"{name}: {found}")
 
 
@@ -86,7 +86,7 @@ def store_pictures(uploads: list[Path], folder: Path) -> int:
     for path in pictures:
         if not is_image_name(path.name):
             raise DataError(
-                f"{shown_name(path)} is no picture that can be trained on; use PNG, JPEG, WebP, BMP, TIFF or GIF"
+                f"{shown_name(path)} is not an image that can be trained on; use PNG, JPEG, WebP, BMP, TIFF or GIF"
             )
         read_picture(path)
     if any(path.stat().st_size > 10_000 for path in captions.values()):

@@ -11,7 +11,7 @@ from typing import Any
 
 from davae.errors import ModelError, RunError
 from davae.files import MADE_HERE, atomic_text
-from davae.ownership import LITTER, only_writer
+from davae.ownership import LITTER, check_no_part, only_writer
 from davae.reading import load_json
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def kept_images(
         ModelError: the images there are of other settings; names the first one that differs.
         RunError: the folder holds something that davae did not draw, or another process draws into it.
     """
+    check_no_part(folder)
     with only_writer(folder) if first else nullcontext():
         path = folder / SETTINGS
         folder.mkdir(parents=True, exist_ok=True)
