@@ -16,8 +16,17 @@ from typer.testing import CliRunner
 
 from davae.errors import RecipeError, RunError
 from davae.files import atomic_folder
-from davae.output_files import check_archive, check_figures, check_image, check_tensors, save_image, write_figures
+from davae.output_files import (
+    check_archive,
+    check_figures,
+    check_image,
+    check_place,
+    check_tensors,
+    save_image,
+    write_figures,
+)
 from davae.ownership import MARK, check_out, check_run, lock_folder, only_writer, unowned
+from davae.sample.resume import kept_images
 
 
 def written(folder: Path, **files: str) -> Path:
@@ -306,3 +315,23 @@ def test_a_lock_ends_with_its_process(tmp_path: Path):
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
     with only_writer(tmp_path):
         pass
+
+
+def test_no_verb_writes_into_what_a_run_writes(tmp_path: Path):
+    """An image in a run's `pipeline/` would make the run refuse its own folder ever after."""
+    run = tmp_path / "run"
+    for part in ("checkpoints", "pipeline/vae", "samples"):
+        (run / part).mkdir(parents=True)
+    (run / "recipe.yaml").write_text("kind: upgrade")
+    (tmp_path / "link").symlink_to(run / "pipeline")
+    for place in (run / "pipeline" / "vae", run / "checkpoints", run / "cache" / "new", tmp_path / "link"):
+        for check in (check_image, check_figures, check_place):
+            with pytest.raises(RunError, match="belongs to the run"):
+                check(place / "x.png")
+        with pytest.raises(RunError, match="belongs to the run"), kept_images(place / "new", {}, {}):
+            pass
+        assert not (place / "new").exists()
+    with pytest.raises(RunError, match="belongs to the run"):
+        check_figures(run / "report.json")
+    check_image(run / "samples" / "x.png")
+    check_figures(run / "own.json")
