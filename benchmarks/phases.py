@@ -3,7 +3,8 @@
     python benchmarks/phases.py                         # all of them, into docs/results/phases.json
     python benchmarks/phases.py flux1-dev-2k sana-2k    # these, the others stay as they are
 
-The file is written after each recipe. Exit status 1 where a phase does not fit.
+The file is written after each recipe, and so is the line of the recipe's header that states what it takes. Exit status 1
+where a phase does not fit.
 """
 
 from __future__ import annotations
@@ -13,17 +14,38 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from davae.recipes import load_recipe, shipped_recipes
 from davae.recipes.schema import Recipe
 from davae.train.plan import plan
 
 RESULT = Path(__file__).resolve().parents[1] / "docs/results/phases.json"
+RECIPES = Path(__file__).resolve().parents[1] / "src/davae/recipes"
 
 
 def upgrade_recipes() -> list[str]:
     """Return the names of the shipped recipes that upgrade a model."""
     return [name for name in shipped_recipes() if isinstance(load_recipe(name), Recipe)]
+
+
+def header(name: str, found: dict[str, Any]) -> str:
+    """Return the comment of a recipe's header that states what a run takes at its most."""
+    phases = found["phases"]
+    device = max(phase["device_gib"] for phase in phases)
+    machine = max(phase["machine_gib"] for phase in phases)
+    disk = sum(phase["disk_gib"] for phase in phases)
+    return (
+        f"# Planned: {found['gpus']} x {found['gpu']} ({device:.1f} GiB of each), {machine:.0f} GiB of a machine's main "
+        f"memory, {disk:,.{1 if disk < 10 else 0}f} GiB of disk (`davae upgrade {name} --dry-run`)."
+    )
+
+
+def write_header(path: Path, line: str) -> None:
+    """Put the line below the first comments of a recipe, in place of an earlier one."""
+    lines = [text for text in path.read_text(encoding="utf-8").split("\n") if not text.startswith("# Planned: ")]
+    comments = next(number for number, text in enumerate(lines) if not text.startswith("#"))
+    path.write_text("\n".join([*lines[:comments], line, *lines[comments:]]), encoding="utf-8")
 
 
 def main() -> int:
@@ -44,6 +66,7 @@ def main() -> int:
         values = plan(recipe).as_dict()
         found[name] = {key: values[key] for key in ("gpu", "gpus", "gpu_gib", "phases")}
         options.json.write_text(json.dumps(dict(sorted(found.items())), indent=2) + "\n")
+        write_header(RECIPES / f"{name}.yaml", header(name, found[name]))
         print(f"{name}: {time.process_time() - start:.0f} s of CPU", flush=True)
         for phase in values["phases"]:
             if not phase["fits"]:

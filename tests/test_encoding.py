@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,12 @@ from torch import Tensor
 from davae import DetailVAE
 from davae.data.cache import CachedLatents, Team, seal
 from davae.data.cache_writer import write_latents
-from davae.data.pictures import Pictures
+from davae.data.pictures import DataError, Pictures
 from davae.data.shard_plan import FLIPS, begun_with
 from davae.data.sources import open_source
 from davae.models.autoencoders import encode_raw
 from davae.recipes import differences, load_recipe
-from davae.train.conditioning import EmbeddedInStep
+from davae.train.conditioning import EmbeddedInStep, embed_in_step
 from davae.train.encoding import Encoder
 from davae.train.loading import one_at_a_time
 
@@ -112,6 +113,46 @@ def test_prompts_embedded_in_the_step_are_those_of_the_cache():
     assert part.dtype == torch.float32
     assert part.tolist() == [[2.0], [0.0], [2.0], [3.0]]
     assert asked == [["aa", "", "bbb"]]
+
+
+def overflowing(captions: list[str]) -> tuple[Tensor, ...]:
+    """Two kinds of embeddings; the second is NaN for captions with 'nan', the first infinite for those with 'inf'."""
+    long = (
+        torch.ones(len(captions), 3, 2)
+        * torch.tensor([float("inf") if "inf" in c else len(c) for c in captions])[:, None, None]
+    )
+    pooled = torch.tensor([[float("nan") if "nan" in c else len(c)] for c in captions])
+    return long, pooled
+
+
+def test_a_caption_whose_embedding_is_not_finite_is_named_once_and_trains_as_none(caplog: pytest.LogCaptureFixture):
+    embedded = EmbeddedInStep(overflowing)
+    for _ in range(2):
+        long, pooled = embedded.embed(["abc", "a nan", "an inf", "a nan", "d"])
+        assert long[:, 0, 0].tolist() == [3.0, 0.0, 0.0, 0.0, 1.0]
+        assert pooled[:, 0].tolist() == [3.0, 0.0, 0.0, 0.0, 1.0]
+    named = [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
+    assert len(named) == 2
+    assert "'a nan'" in named[0]
+    assert "(2 so far)" in named[1]
+
+
+def test_many_embeddings_that_are_not_finite_stop_the_step():
+    embedded = EmbeddedInStep(overflowing)
+    embedded.embed([f"nan {number}" for number in range(8)])  # never too many
+    with pytest.raises(DataError, match="of 9 images"):
+        embedded.embed(["nan 8"])
+    rare = EmbeddedInStep(overflowing)
+    rare.embed([f"{number}" for number in range(991)])
+    rare.embed([f"nan {number}" for number in range(20)])
+
+
+def test_an_empty_caption_whose_embedding_is_not_finite_stops_before_the_first_step():
+    with pytest.raises(DataError, match="empty caption"):
+        embed_in_step(SimpleNamespace(), lambda captions: (torch.full((len(captions), 2), float("nan")),))
+    conditioning = SimpleNamespace()
+    embed_in_step(conditioning, overflowing)
+    assert conditioning.cache.embed(["ab"])[1].tolist() == [[2.0]]
 
 
 def test_processes_of_a_machine_load_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,33 @@ def test_inpainting_knows_its_own_numbers_of_channels_alone(upgraded: dict[str, 
     pipeline = getattr(diffusers, CLASSES[name][1]).from_pipe(upgraded[name], vae=upgraded[name].vae)
     with pytest.raises(ValueError, match="channels"):
         draw(pipeline, mask_image=MASK, height=32, width=32)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_loading_warns_of_other_classes_alone(
+    upgraded: dict[str, Any], name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """A DetailVAE in place of the class in a pipeline's signature is no fault; a wrong text encoder is."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    kind = type(upgraded[name])
+
+    def advice(part: str, given: Any) -> set[str]:
+        """The line that diffusers logs in `from_pretrained`."""
+        caplog.clear()
+        logger.warning(f"Expected types for {part}: {kind.__init__.__annotations__[part]}, got {type(given)}.")
+        return set(caplog.messages)
+
+    assert advice("vae", upgraded[name].vae) == set()
+    assert len(advice("vae", upgraded[name].text_encoder)) == 1
+    assert len(advice("text_encoder", upgraded[name].vae)) == 1
+
+
+def test_a_pipeline_with_a_detail_vae_opens_without_a_warning(
+    upgraded: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    upgraded["SD3"].save_pretrained(tmp_path)
+    opened = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path)
+    assert isinstance(opened.vae, DetailVAE)
+    assert not [message for message in caplog.messages if "Expected types" in message]

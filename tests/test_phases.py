@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ from davae.models.memory_budget import Halving, is_out_of_memory, largest_batch
 from davae.models.pipeline import read_shapes
 from davae.recipes import Recipe, RecipeError, load_recipe
 from davae.recipes.hardware import GIB
+from davae.recipes.sections import Cache
 from davae.train.cost import meta_detail_vae
 from davae.train.memory import TrainingStep, encode_bytes
 from davae.train.phase_facts import ImageFacts, TextFacts, count_images
-from davae.train.phase_remedies import checked, text_notes
+from davae.train.phase_remedies import checked, disk_notes, text_notes
 from davae.train.phase_sizes import RESERVED, Phase, Sizes
 from davae.train.phases import Drawn, cache, export, report, stage1, stage2
 from davae.train.shares import Share
@@ -90,6 +92,7 @@ def test_a_dry_run_writes_and_prints_every_phase(tmp_path: Path, monkeypatch: py
     assert (values["gpu"], values["gpus"], values["gpu_gib"]) == ("h100-80gb", 1, 80.0)
     assert values["stage1_parameters"] > 0, "the figures of before stay"
     assert "fits" in shown.output
+    assert "GiB left" not in shown.output
     by_name = {phase["name"]: phase for phase in values["phases"]}
     assert by_name["cache"]["batch_size"] == 16
     assert by_name["export"]["device_gib"] == 0
@@ -198,6 +201,27 @@ def test_machines_and_disks_that_a_recipe_states_are_checked(limit: str, phase: 
     found = named(phase, replace(base, recipe=small))
     assert not found.fits
     assert words in found.remedy
+
+
+def test_the_disk_of_a_run_is_the_sum_of_its_phases():
+    """Each phase fits a disk of 4 GiB alone, and not behind the ones before it."""
+    phase, small = Phase("cache", disk=3 * GIB), sizes()
+    small = replace(small, recipe=small.recipe.model_copy(update={"hardware": hardware(1, disk_gib=4)}))
+    assert checked(phase, small).fits
+    found = checked(phase, small, before=2 * GIB)
+    assert not found.fits
+    assert found.remedy.startswith("set cache.text=step, or set cache.variants=1")
+    tidy = replace(small, recipe=small.recipe.model_copy(update={"cache": Cache(text="step")}))
+    assert checked(phase, tidy, before=2 * GIB).remedy == "lower data.limit, or take more disk"
+
+
+def test_a_disk_without_room_is_one_line_of_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    phases = [Phase("stage1", disk=1 * GIB), Phase("cache", disk=5 * GIB)]
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=6 * GIB))
+    assert disk_notes(phases, tmp_path / "a" / "run") == []
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=6 * GIB - 1))
+    (line,) = disk_notes(phases, tmp_path / "a" / "run")
+    assert line.startswith(f"{tmp_path}/a/run: the run takes 6.0 GiB of disk, 5.0 of them for its cache")
 
 
 def test_a_base_in_half_precision_needs_a_run_in_half_precision():

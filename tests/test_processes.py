@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,11 @@ from davae.data.pictures import DataError, Pictures
 from davae.data.sources import open_source
 from davae.recipes.sections import Data
 from davae.train import ranks
+from davae.train.best import BEST, Best
 from davae.train.caching import check_same_key
+from davae.train.loop import Periodic, Trainer
 from davae.train.opened import open_pictures
+from davae.train.upgrade import Upgrade
 
 
 def _run(rank: int, count: int, meeting: Path, work: Callable[[int], Any], answers: Any) -> None:
@@ -160,3 +164,40 @@ def test_shards_of_other_data_are_refused_and_made_again(tmp_path: Path):
         write(target, ours, {"data": "ours"}, Team(0, 1, late))
     write(target, ours, {"data": "ours"}, Team())
     assert read_meta(target) == read_meta(clean)
+
+
+class Noticed:
+    """Part of a Trainer: what is due at a step."""
+
+    step = 4
+    _periodic = Trainer._periodic
+
+    def __init__(self, rank: int, folder: Path):
+        self.periodic = [
+            Periodic(2, lambda step: {BEST: 0.5 + rank * 1e-7, "step": float(step)}),
+            Periodic(3, lambda step: {"never": 0.0}),
+        ]
+        self.best = Best(folder, "stage2")
+        self.best.value = 0.5 + 5e-8
+
+
+def test_processes_agree_on_the_best_checkpoint(tmp_path: Path):
+    """Rounding differs by device; saving is collective, so that one process alone would wait for ever."""
+    (tmp_path / "checkpoints").mkdir()
+
+    def work(rank: int) -> tuple[dict[str, float], bool]:
+        trainer = Noticed(rank, tmp_path)
+        found = trainer._periodic()
+        return found, trainer.best.improved(found, trainer.step)
+
+    assert in_processes(work, tmp_path) == [({BEST: 0.5, "step": 4.0}, True)] * 2
+
+
+def test_a_step_is_done_for_all_where_it_is_for_the_first_process(tmp_path: Path):
+    """Other machines see a shared folder's files late; one that trained alone would wait for ever."""
+
+    def work(rank: int) -> list[bool]:
+        run = SimpleNamespace(folder=SimpleNamespace(done=lambda step: rank == 0 and step == "stage1"))
+        return [Upgrade._due(run, step) for step in ("stage1", "stage2")]  # type: ignore[arg-type]
+
+    assert in_processes(work, tmp_path) == [[False, True]] * 2

@@ -94,6 +94,14 @@ def _explain(error: Exception, path: Path, kept: str) -> None:
     raise RunError(f"cannot write {path}: {os.strerror(number)}; {kept}, {remedy}") from error
 
 
+def free_space(folder: Path) -> int:
+    """Return the free bytes of the disk that a folder lies on, or will lie on."""
+    place = Path(os.path.realpath(folder))
+    while not place.is_dir() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 def require_space(folder: Path, size: int, purpose: str) -> None:
     """Check that a disk has room before something large is begun.
 
@@ -105,10 +113,7 @@ def require_space(folder: Path, size: int, purpose: str) -> None:
     Raises:
         RunError: the disk has less room than `size`.
     """
-    place = Path(os.path.realpath(folder))
-    while not place.is_dir() and place != place.parent:
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_space(folder)
     if free < size:
         raise RunError(
             f"{folder}: {purpose} needs {size / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB left; "

@@ -62,9 +62,10 @@ def _run_upgrade(
     from davae.train.upgrade import Upgrade
     from davae.workflow import upgrade
 
+    folder = out or Path("runs") / recipe.name
     if dry:
         console.print(dump_recipe(recipe), markup=False, highlight=False)
-        found = plan(recipe)
+        found = plan(recipe, folder)
         write_json(json_file, found.as_dict())
         table(
             "What it takes",
@@ -75,7 +76,6 @@ def _run_upgrade(
         for note in found.notes:
             console.print(f"Note: {note}.", markup=False)
         return
-    folder = out or Path("runs") / recipe.name
     with progress_display() as observer:
         run = Upgrade(recipe, folder, observer, stage1=stage1)
         with stop_on_signal(recipe.run.stop_signals):

@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 LATENT, EMBEDDING = "latent not finite", "caption embedding not finite"
 NOT_FINITE = "not_finite"  # metadata of a text shard: its rows that no training can use
 ALLOWED = 0.1  # share of the images; above it the model is at fault, not the images
+NULL_NOT_FINITE = (
+    "cache: the embedding of the empty caption, which replaces dropped ones, is not finite; a text encoder overflows: set "
+    "cache.dtype and base.dtype to float32, or use another base.model"
+)
 ALWAYS = 2  # images that are no reason to stop, however few there are
 
 
@@ -90,10 +94,7 @@ def lost_captions(
     if not rows:
         return [], {}
     if rows[0] == 0:
-        raise DataError(
-            "cache: the embedding of the empty caption, which stands for dropped ones, is not finite; a text encoder "
-            "overflows: set cache.dtype to float32, or use another base.model"
-        )
+        raise DataError(NULL_NOT_FINITE)
     numbers = [number for path in latent_shards(folder) for number in _numbers(path)]
     items = np.flatnonzero(np.isin(table.rows, rows)).tolist()
     lost: dict[str, str] = {}

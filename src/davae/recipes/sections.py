@@ -269,11 +269,10 @@ class Hardware(Section):
     """The GPUs that a recipe was written for: what a dry run reckons with. Training takes whatever it is started on."""
 
     gpu: str
-    count: PositiveInt = 1  # processes; every one takes its share of the batch
+    count: Batch = 1  # processes; each takes its share of the batch
     a_machine: PositiveInt = 8  # GPUs of one machine
     host_gib: PositiveInt | None = None  # main memory of one machine; None: not checked
     disk_gib: PositiveInt | None = None  # space for the run folder; None: not checked
-    count: Batch = 1  # processes; every one takes batch_size pictures a step
 
     @field_validator("gpu")
     @classmethod

@@ -7,18 +7,23 @@ nowhere else.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from davae.data.cache import CachedLatents
+from davae.data.finite import ALWAYS, EMBEDDING, NULL_NOT_FINITE, check_many
 from davae.data.pictures import DataError
 from davae.models.calls import CLASS_CALLS, TEXT_CALLS, bound
 from davae.models.families import transformer_family
 from davae.models.null_tokens import draw_count, repeat_last_token
 from davae.models.placement import send
+
+logger = logging.getLogger(__name__)
 
 
 class Conditioning(Protocol):
@@ -42,18 +47,74 @@ class Conditioning(Protocol):
 class EmbeddedInStep:
     """Prompt embeddings computed when a step asks for them, in place of a cache's.
 
+    A caption whose embedding is not finite is named in the log and trains as the empty caption does.
+
     Args:
         embedder: captions -> the text encoders' outputs, one tensor per kind, each (B,...).
     """
 
     def __init__(self, embedder: Callable[[list[str]], tuple[Tensor, ...]]):
         self.embedder = embedder
+        self.asked = 0
+        self.lost: dict[str, str] = {}  # captions without a finite embedding, and why
+
+    @cached_property
+    def null(self) -> tuple[Tensor, ...]:
+        """The embeddings (1,...) of the empty caption in float32; the text encoders are loaded for them.
+
+        Raises:
+            DataError: they are not finite.
+        """
+        parts = tuple(part.float() for part in self.embedder([""]))
+        if not bool(finite_rows(parts).all()):
+            raise DataError(NULL_NOT_FINITE)
+        return parts
 
     def embed(self, captions: list[str]) -> tuple[Tensor, ...]:
-        """Return the embeddings of captions in float32, each distinct caption embedded once."""
+        """Return the embeddings of captions in float32, each distinct caption embedded once.
+
+        Raises:
+            DataError: those of the empty caption are not finite, or those of many others.
+        """
         distinct = list(dict.fromkeys(captions))
         rows = torch.tensor([distinct.index(caption) for caption in captions])
-        return tuple(part.float()[rows.to(part.device)] for part in self.embedder(distinct))
+        parts = tuple(part.float() for part in self.embedder(distinct))
+        good = finite_rows(parts)
+        self.asked += len(distinct)
+        if not bool(good.all()):
+            self._note([caption for caption, fine in zip(distinct, good.tolist(), strict=True) if not fine])
+            parts = tuple(
+                torch.where(good.reshape(-1, *[1] * (part.ndim - 1)), part, null)
+                for part, null in zip(parts, self.null, strict=True)
+            )
+        return tuple(part[rows.to(part.device)] for part in parts)
+
+    def _note(self, captions: list[str]) -> None:
+        for caption in captions:
+            if caption not in self.lost:
+                self.lost[caption] = f"{EMBEDDING}: '{caption[:60]}'"
+                logger.warning(
+                    "%s; its image trains as one without a caption (%d so far)", self.lost[caption], len(self.lost)
+                )
+        check_many(self.lost, self.asked, 4 * ALWAYS)
+
+
+def embed_in_step(conditioning: Any, embedder: Callable[[list[str]], tuple[Tensor, ...]]) -> None:
+    """Let a conditioning embed its captions in each step, and load the text encoders now.
+
+    In the first step the processes of a machine would load them one after another, and those of other machines wait.
+
+    Raises:
+        DataError: the embedding of the empty caption is not finite.
+    """
+    embedded = EmbeddedInStep(embedder)
+    embedded.null  # noqa: B018
+    conditioning.cache = embedded
+
+
+def finite_rows(parts: tuple[Tensor, ...]) -> Tensor:
+    """Return which rows are finite in all tensors (B,...): (B,) booleans."""
+    return torch.stack([torch.isfinite(part).flatten(1).all(1) for part in parts]).all(0)
 
 
 class BatchCaption(str):

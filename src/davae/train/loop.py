@@ -33,7 +33,7 @@ from davae.train.observe import (
     peak_memory,
 )
 from davae.train.optimizers import build_optimizer, learning_rate
-from davae.train.ranks import any_rank, barrier, is_main, mean_over_ranks, rank, ranks
+from davae.train.ranks import any_rank, barrier, from_main, is_main, mean_over_ranks, rank, ranks
 from davae.train.shares import share_of_step
 from davae.train.signals import stop_on_signal
 from davae.train.state import (
@@ -281,9 +281,7 @@ class Trainer:
                     self.step += 1
                     self.timer.steps += 1
                     last = self.step == settings.max_steps
-                    extra = {
-                        k: v for p in self.periodic if self.step % p.every == 0 for k, v in p.run(self.step).items()
-                    }
+                    extra = self._periodic()
                     logs = bool(extra) or last or self.step % self.run.log_every == 0
                     if logs:
                         self._report({**values, **extra}, metrics, timings)
@@ -305,6 +303,12 @@ class Trainer:
             if metrics is not None:
                 metrics.close()
             del loader
+
+    def _periodic(self) -> dict[str, float]:
+        """Do what is due at this step; return what the first process found, on which all must agree."""
+        due = [entry for entry in self.periodic if self.step % entry.every == 0]
+        found = {name: value for entry in due for name, value in entry.run(self.step).items()}
+        return from_main(found) if due else {}
 
     def _give_up(self) -> None:
         raise RunError(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from davae.files import free_space
 from davae.models.families import transformer_family
 from davae.recipes.hardware import GIB
 from davae.train.phase_sizes import HOUR, Phase, Sizes
@@ -46,6 +48,31 @@ def cache_remedy(sizes: Sizes) -> str:
     return "lower cache.batch_size, or take a GPU with more memory"
 
 
+def disk_remedy(sizes: Sizes) -> str:
+    """What makes the cache smaller, the largest part first."""
+    cache = sizes.recipe.cache
+    ways = []
+    if cache.text == "stored" and sizes.text_disk:
+        ways.append("set cache.text=step")
+    if cache.variants > 1:
+        ways.append("set cache.variants=1")
+    if cache.dtype == "float32":
+        ways.append("set cache.dtype=float16")
+    return ", or ".join([*ways, "lower data.limit, or take more disk"])
+
+
+def disk_notes(phases: list[Phase], folder: Path) -> list[str]:
+    """Return a sentence where a run folder's disk has less room than a new run takes; nothing where it has."""
+    needed, free = sum(phase.disk for phase in phases), free_space(folder)
+    if needed <= free:
+        return []
+    largest = max(phases, key=lambda phase: phase.disk)
+    return [
+        f"{folder}: the run takes {needed / GIB:,.1f} GiB of disk, {largest.disk / GIB:,.1f} of them for its {largest.name}, "
+        f"and the disk has {free / GIB:,.1f} GiB left; free space, or choose another --out"
+    ]
+
+
 REMEDIES: dict[str, Callable[[Sizes], str]] = {
     "stage1": train_remedy("stage1"),
     "stage2": train_remedy("stage2"),
@@ -56,16 +83,20 @@ REMEDIES: dict[str, Callable[[Sizes], str]] = {
 }
 
 
-def checked(phase: Phase, sizes: Sizes) -> Phase:
-    """Fill in whether a phase fits, and the remedy where it does not."""
+def checked(phase: Phase, sizes: Sizes, before: int = 0) -> Phase:
+    """Fill in whether a phase fits, and the remedy where it does not.
+
+    Args:
+        before: bytes that the run folder holds when the phase begins.
+    """
     hardware, remedies = sizes.hardware, []
     if phase.device > sizes.budget:
         remedies.append(REMEDIES[phase.name](sizes))
     if hardware.host_gib is not None and phase.machine > hardware.host_gib * GIB:
         remedies.append("start fewer processes a machine, or take one with more main memory")
-    if hardware.disk_gib is not None and phase.disk > hardware.disk_gib * GIB:
+    if hardware.disk_gib is not None and before + phase.disk > hardware.disk_gib * GIB:
         remedies.append(
-            "set cache.text=step or cache.variants=1" if phase.name == "cache" else "lower run.keep_checkpoints"
+            disk_remedy(sizes) if phase.name == "cache" else "lower run.keep_checkpoints, or take more disk"
         )
     return replace(phase, fits=not remedies, remedy="; ".join(remedies))
 

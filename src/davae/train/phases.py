@@ -25,7 +25,7 @@ REPORT_BATCH = 16  # images that the report draws and decodes at a time, at most
 def plan_phases(sizes: Sizes) -> list[Phase]:
     """Return the six phases in order, each checked against the hardware."""
     phases = [make(sizes) for make in (stage1, cache, stage2, export, report, sampling)]
-    return [checked(phase, sizes) for phase in phases]
+    return [checked(phase, sizes, sum(p.disk for p in phases[:n])) for n, phase in enumerate(phases)]
 
 
 _REHEARSED: dict[str, int] = {}  # what was asked -> bytes; a process plans the same sizes for several phases

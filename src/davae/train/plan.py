@@ -30,7 +30,7 @@ from davae.train.cost import (
 )
 from davae.train.memory import TrainingStep, stage1_memory, stage2_memory
 from davae.train.phase_facts import TextFacts, count_images, text_facts
-from davae.train.phase_remedies import text_notes
+from davae.train.phase_remedies import disk_notes, text_notes
 from davae.train.phase_sizes import Phase, Sizes
 from davae.train.phases import plan_phases
 from davae.train.shares import share_of_step
@@ -163,8 +163,12 @@ class Plan:
         }
 
 
-def plan(recipe: Recipe) -> Plan:
-    """Figures of a dry run, from configs alone; those of a hub model that cannot be reached come from its preset."""
+def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
+    """Figures of a dry run, from configs alone; those of a hub model that cannot be reached come from its preset.
+
+    Args:
+        folder: of the run, whose disk is compared with what the run takes.
+    """
     recipe, missing = with_known_base(recipe)
     model, note = (None, "") if recipe.base.model is None else readable(resolve(recipe.base.model))
     note = missing or note
@@ -255,7 +259,9 @@ def plan(recipe: Recipe) -> Plan:
             f"days: at {UTILISATION:.0%} of the peak of {recipe.hardware.count} x {recipe.hardware.gpu}, an assumption; "
             "caching, loading and evaluation come on top, and CUDA's own memory on the memory"
         )
-    return Plan(figures | text_figures, notes, plan_phases(sizes), sizes.hardware)
+    phases = plan_phases(sizes)
+    notes += [] if folder is None else disk_notes(phases, folder)
+    return Plan(figures | text_figures, notes, phases, sizes.hardware)
 
 
 def with_known_base(recipe: Recipe) -> tuple[Recipe, str]:

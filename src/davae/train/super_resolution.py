@@ -19,7 +19,7 @@ from davae.recipes.schema import SuperResolution, SuperResolutionRecipe
 from davae.train.draws import Draws
 from davae.train.loop import Observer, Player, Trainer, training_seed
 from davae.train.opened import SUMMARY, announce, open_pictures
-from davae.train.ranks import on_main
+from davae.train.ranks import from_main, on_main
 from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.state import RunFolder
 
@@ -76,7 +76,7 @@ def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: O
     check_base_engine(accelerator)
     folder = RunFolder(out, recipe)
     target = out / WEIGHTS
-    if not (folder.done("network") and target.is_file()):
+    if not from_main(folder.done("network") and target.is_file()):
         opened = open_pictures(recipe.data, recipe.resolution, folder=out)
         opened.keep(out)
         announce(opened.summary(()), out / SUMMARY)

@@ -33,7 +33,7 @@ from davae.recipes import Recipe, RecipeError
 from davae.train.base_run import train_base
 from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_left_out
 from davae.train.checks import base_objective, base_shapes, check_init, check_recipe, check_shared
-from davae.train.conditioning import EmbeddedInStep, conditioning
+from davae.train.conditioning import conditioning, embed_in_step
 from davae.train.encoding import run_precision
 from davae.train.export import UPGRADE_FILE, export_upgraded, load_trained
 from davae.train.loading import one_at_a_time
@@ -121,12 +121,16 @@ class Upgrade:
         """The whole pretrained pipeline in the run's precision, in main memory: for images. Training loads what it needs."""
         return load_pipeline(self.model, run_precision(self.recipe.run))
 
+    def _due(self, step: str) -> bool:
+        """Return whether a step is still to be done, as the first process sees it: others may see its files late."""
+        return not from_main(self.folder.done(step))
+
     # -- base --------------------------------------------------------------------------------------------------
 
     def train_base_model(self) -> None:
         """The pretrained model, where the recipe has it trained here."""
         train = self.recipe.base.train
-        if train is not None and not self.folder.done("base"):
+        if train is not None and self._due("base"):
             train_base(train, self.out / "base", self.observer)
             self.folder.mark_done("base")
 
@@ -142,13 +146,13 @@ class Upgrade:
 
     def _train_vae(self, target: Path) -> Path:
         self.train_base_model()
-        if self.init is not None and not self.folder.done("stage1"):
+        if self.init is not None and self._due("stage1"):
             vae = load_detail_vae(self.init / "vae")
             if vae.layout != self.layout:
                 raise RecipeError(f"init: {self.init} has {vae.layout}, this recipe {self.layout}")
             on_main(partial(self._save_vae, vae, target))
             self.folder.mark_done("stage1")
-        if not self.folder.done("stage1"):
+        if self._due("stage1"):
             task = self.stage1_task()
             trainer = Trainer(
                 task, self.recipe.run, self.folder, self.accelerator, self.observer, stage1_pictures(self, task)
@@ -294,7 +298,6 @@ class Upgrade:
         vae = self.vae()
         self.check_inputs(vae)
         seed_initial_weights(training_seed(self.recipe.stage2, self.recipe.run))
-        device = self.accelerator.device
         frozen = torch.float32 if self.recipe.stage2.lora is None else self.frozen
         if frozen != torch.float32 and self.accelerator.is_fsdp2:
             raise RecipeError(
@@ -302,7 +305,10 @@ class Upgrade:
                 "float32 under FSDP2, or use DDP"
             )
         with one_at_a_time(self.out):
-            return self._stage2_task(vae, frozen, device)
+            task = self._stage2_task(vae, frozen, self.accelerator.device)
+        if self.recipe.cache.text == "step" and self.family.condition == "text":
+            embed_in_step(task.conditioning, self.embedder())
+        return task
 
     def _stage2_task(self, vae: DetailVAE, frozen: torch.dtype, device: torch.device) -> Stage2Task:
         """Stage 2 at its first step; its transformer is on the device."""
@@ -327,8 +333,6 @@ class Upgrade:
             self.objective,
             device,
         )
-        if self.recipe.cache.text == "step" and self.family.condition == "text":
-            task.conditioning.cache = EmbeddedInStep(self.embedder())  # type: ignore[attr-defined]
         if self.init is not None:
             load_trained(task.transformer, self.init / UPGRADE_FILE)
         return task
@@ -352,7 +356,7 @@ class Upgrade:
     def train_dit(self) -> Path:
         """Stage 2 and the export; returns the pipeline's folder."""
         target = self.out / "pipeline"
-        if not self.folder.done("stage2"):
+        if self._due("stage2"):
             task = self.stage2_task()
             recipe = self.recipe
             trainer = Trainer(
