@@ -190,6 +190,7 @@ PARTS = (
     Part("4 pictures of SD3.5 Medium, 2048 px", 60, partial(picture, 2048, 4)),
     Part("LightningDiT-XL", 25, partial(tokens, "lightningdit-xl", 512, 16, ["compiled"])),
     Part("int8", 25, partial(tokens, "sd35-medium", 1024, 4, ["int8+compiled"])),
+    Part("fp8 weights", 25, partial(tokens, "sd35-medium", 1024, 4, ["fp8"])),
 )
 TINY_PIXELS = {2048: 128, 1024: 64}
 

@@ -29,21 +29,21 @@ def upgrade_recipes() -> list[str]:
     return [name for name in shipped_recipes() if isinstance(load_recipe(name), Recipe)]
 
 
-def header(name: str, found: dict[str, Any]) -> str:
+def header(found: dict[str, Any]) -> str:
     """Return the comment of a recipe's header that states what a run takes at its most."""
     phases = found["phases"]
     device = max(phase["device_gib"] for phase in phases)
     machine = max(phase["machine_gib"] for phase in phases)
     disk = sum(phase["disk_gib"] for phase in phases)
     return (
-        f"# Planned: {found['gpus']} x {found['gpu']} ({device:.1f} GiB of each), {machine:.0f} GiB of a machine's main "
-        f"memory, {disk:,.{1 if disk < 10 else 0}f} GiB of disk (`davae upgrade {name} --dry-run`)."
+        f"# Planned for {found['gpus']} x {found['gpu']}: {device:.1f} GiB of each GPU, {machine:.0f} GiB of a machine's main "
+        f"memory, {disk:,.{1 if disk < 10 else 0}f} GiB of disk (`--dry-run`)."
     )
 
 
 def write_header(path: Path, line: str) -> None:
     """Put the line below the first comments of a recipe, in place of an earlier one."""
-    lines = [text for text in path.read_text(encoding="utf-8").split("\n") if not text.startswith("# Planned: ")]
+    lines = [text for text in path.read_text(encoding="utf-8").split("\n") if not text.startswith("# Planned ")]
     comments = next(number for number, text in enumerate(lines) if not text.startswith("#"))
     path.write_text("\n".join([*lines[:comments], line, *lines[comments:]]), encoding="utf-8")
 
@@ -66,7 +66,7 @@ def main() -> int:
         values = plan(recipe).as_dict()
         found[name] = {key: values[key] for key in ("gpu", "gpus", "gpu_gib", "phases")}
         options.json.write_text(json.dumps(dict(sorted(found.items())), indent=2) + "\n")
-        write_header(RECIPES / f"{name}.yaml", header(name, found[name]))
+        write_header(RECIPES / f"{name}.yaml", header(found[name]))
         print(f"{name}: {time.process_time() - start:.0f} s of CPU", flush=True)
         for phase in values["phases"]:
             if not phase["fits"]:

@@ -22,6 +22,12 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_figures(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`davae inspect` keeps figures here, not in the user's folder."""
+    os.environ["DAVAE_CACHE"] = str(tmp_path_factory.mktemp("figures"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -2,6 +2,8 @@
 
     MALLOC_MMAP_THRESHOLD_=65536 python tests/peak_memory.py stage2 12 stage2-checkpointed 12 stage1 8 stage2@sd35-medium 2
 
+    MALLOC_MMAP_THRESHOLD_=65536 python tests/peak_memory.py cache 16 report 16 sampling 8 cache@sd35-medium 1
+
 prints {"measured": bytes, "estimated": bytes} for each stage and its batch size. `@` names a preset: its transformer
 is then of the true width with one block, its autoencoder whole, all of random weights. The threshold makes freed memory go
 back to the system, so that the resident set says what is in use. Linux only: the peak is reset by /proc/self/clear_refs.
@@ -14,6 +16,7 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,13 +28,20 @@ from davae import DetailVAE, LatentLayout, expand_transformer
 from davae.bench.tokens import shallow
 from davae.models.calls import CALLS
 from davae.models.families import model_class
+from davae.models.one_frame import decode_latents
 from davae.models.pipeline import BaseShapes, read_shapes
 from davae.recipes import load_recipe
 from davae.recipes.sections import Stage1, Stage2
+from davae.train.cost import predict_once
+from davae.train.encoding import Encoder
 from davae.train.loop import Trainer
-from davae.train.memory import stage1_memory, stage2_memory
+from davae.train.memory import TrainingStep, stage1_memory, stage2_memory
 from davae.train.objectives import FLOW
+from davae.train.phase_facts import ImageFacts, TextFacts
+from davae.train.phase_sizes import Sizes
+from davae.train.phases import drawn, encoding
 from davae.train.setup import make_accelerator
+from davae.train.shares import Share
 from davae.train.stage1 import Stage1Task
 from davae.train.stage2 import Stage2Task
 from davae.train.state import RunFolder
@@ -40,6 +50,7 @@ from davae.zoo import resolve
 RECIPE: Any = load_recipe("micro")
 BASE = resolve("micro")
 CPU = torch.device("cpu")
+Work = Callable[[int], object]
 
 
 class Rows:
@@ -164,9 +175,87 @@ def compare(name: str, batch: int) -> dict[str, int]:
     return {"measured": measured, "estimated": step.peak}
 
 
+# -- phases without training: images encoded, drawn, reconstructed ----------------------------------------------------
+
+
+def facts(model: Model) -> Sizes:
+    """What the plan computes those phases from, in float32; trainings and text aside."""
+    nothing = TrainingStep(0, 0, 0, 0, 0, 0.0)
+    base = RECIPE.base.model_copy(update={"resolution": model.resolution // RECIPE.scale})
+    return Sizes(
+        recipe=RECIPE.model_copy(update={"base": base}),
+        shapes=model.shapes,
+        layout=model.layout,
+        step1=nothing,
+        step2=nothing,
+        text=TextFacts(),
+        images=ImageFacts(1, True),
+        **dict.fromkeys(("transformer", "trained", "base_vae", "detail_vae"), 0),
+        **dict.fromkeys(("encode_flops", "decode_flops", "upgraded_flops", "native_flops"), 0.0),
+        share1=Share(1, 1),
+        share2=Share(1, 1),
+    )
+
+
+def parts(model: Model) -> tuple[Any, Any, DetailVAE]:
+    """Transformer, autoencoder and DetailVAE with random weights."""
+    shapes = model.shapes
+    vae = part(shapes.vae_class, shapes.vae_config).eval()
+    transformer = part(shapes.transformer_class, shapes.transformer_config).eval()
+    return transformer, vae, DetailVAE.from_base(vae, model.detail_channels).eval()
+
+
+def draw(model: Model, transformer: Any, vae: Any, channels: int, factor: int) -> Work:
+    """A guided step of the transformer for some images, with prompts of the usual length, then decoding."""
+    side = model.resolution // factor
+
+    @torch.no_grad()
+    def work(images: int) -> None:
+        predict_once(transformer, transformer, torch.zeros(2 * images, channels, side, side))
+        decode_latents(vae, torch.zeros(images, channels, side, side))
+
+    return work
+
+
+def phase(name: str, model: Model) -> tuple[list[Work], int]:
+    """What a phase does to some images, and the bytes that the plan gives one of them."""
+    transformer, vae, detail = parts(model)
+    sizes, factor = facts(model), model.shapes.vae_factor
+    encoder = Encoder(detail, torch.float32, 64)
+    encode: Work = lambda images: encoder(torch.zeros(images, 3, model.resolution, model.resolution))  # noqa: E731
+    if name == "cache":
+        return [encode], encoding(sizes)
+    wide = expand_transformer(transformer, model.detail_channels).eval()
+    upgraded = draw(model, wide, detail, model.layout.channels, factor * RECIPE.scale)
+    if name == "sampling":
+        return [upgraded], drawn(sizes, upgraded=True).one
+    native = draw(model, transformer, vae, model.shapes.channels, factor)
+    planned = [encoding(sizes), *(drawn(sizes, upgraded=kind).one for kind in (False, True))]
+    return [encode, native, upgraded], max(planned)
+
+
+def compare_phase(name: str, images: int, model: Model) -> dict[str, int]:
+    works, one = phase(name, model)
+    measured = 0
+    for work in works:
+        work(1)  # libraries, threads, code: not the phase's
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        work(images)
+        measured = max(measured, resident("VmHWM") - before)
+    return {"measured": measured, "estimated": images * one}
+
+
 def main() -> None:
     for name, batch in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        sys.stdout.write(json.dumps(compare(name, int(batch))) + "\n")
+        kind, _, preset = name.partition("@")
+        found = (
+            compare_phase(kind, int(batch), model_of(preset))
+            if kind in ("cache", "report", "sampling")
+            else compare(name, int(batch))
+        )
+        sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,31 @@ def test_other_transformers_are_told() -> None:
         pass
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_stores_a_quarter_and_comes_back_exactly(dtype: torch.dtype) -> None:
+    model = transformer().to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, text, pooled = (torch.randn(*size).to(dtype) for size in ((1, 4, 8, 8), (1, 5, 16), (1, 8)))
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        return model(x, text, pooled, timestep=torch.tensor([900.0]).to(dtype), return_dict=False)[0].float()
+
+    exact = run()
+    with helped(model, "fp8"):
+        stored = [p.dtype for p in model.transformer_blocks.parameters() if p.ndim == 2]
+        assert set(stored) == {torch.float8_e4m3fn}
+        assert model.proj_out.weight.dtype == dtype, "the head stays"
+        rounded = run()
+        assert {p.dtype for p in model.transformer_blocks.parameters() if p.ndim == 2} == {torch.float8_e4m3fn}
+    assert not torch.equal(rounded, exact)
+    assert float((rounded - exact).norm() / exact.norm()) < 0.1
+    assert torch.equal(run(), exact)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert value.dtype == before[name].dtype
+
+
 def test_compiled_blocks_are_compiled_and_plain_again() -> None:
     model = transformer()
     with helped(model, "compiled"):

@@ -26,6 +26,7 @@ from davae.recipes import Recipe, RecipeError, load_recipe, shipped_recipes
 from davae.recipes.sections import Lora, Stage2
 from davae.train.checks import check_recipe
 from davae.train.cost import autoencoder_flops, count_flops, meta_transformer, transformer_flops
+from davae.train.counted import _count
 from davae.train.inspection import inspect_model
 from davae.train.memory import LiveBytes, rehearsal, stage2_memory
 from davae.train.plan import check_resolution, count, plan, token_plan
@@ -219,6 +220,13 @@ def test_inspect_of_the_embedded_model(tmp_path: Path):
     )
     assert result.exit_code == 0, result.output
     f = json.loads((tmp_path / "f.json").read_text())
+    parts: list[str] = []
+    now = _count("micro", None, 2, None, 30, parts.append)
+    assert f == now, "run benchmarks/counts.py"
+    assert parts[0] == "reading configs"
+    assert {"memory of stage 1", "memory of stage2 lora", "phases of an upgrade"} < set(parts)
+    assert [phase["name"] for phase in f["phases"]] == ["stage1", "cache", "stage2", "export", "report", "sampling"]
+    assert all(phase["fits"] for phase in f["phases"])
     assert (f["native_tokens"], f["upgraded_tokens"], f["detail_channels"]) == (256, 64, 8)
     tokens = token_plan(read_shapes(str(ROOT / "src/davae/zoo/micro/base")), 128, 2)
     assert (f["native_flops"], f["upgraded_flops"], f["bound"]) == (
@@ -337,11 +345,15 @@ def test_checkpointing_and_batches_show_in_the_estimate():
     "stages",
     [
         pytest.param(["stage2", "6", "stage1", "8"], id="micro"),
+        pytest.param(
+            ["cache", "16", "report", "16", "sampling", "8"], id="micro, without training", marks=pytest.mark.slow
+        ),
+        pytest.param(["report@sd35-medium", "1"], id="full width, without training", marks=pytest.mark.slow),
         pytest.param(["stage2@sd35-medium", "2", "stage1@sd35-medium", "1"], id="full width", marks=pytest.mark.slow),
     ],
 )
 def test_the_estimate_is_within_15_percent_of_a_real_run(stages: list[str]):
-    """Both stages through the real training loop, in a process of their own."""
+    """Each phase's real code, in a process of its own; the stages through the training loop."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests/peak_memory.py"), *stages]
     lines = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()

@@ -26,7 +26,7 @@ from davae.train.best import BEST, Best
 from davae.train.caching import check_same_key
 from davae.train.loop import Periodic, Trainer
 from davae.train.opened import open_pictures
-from davae.train.upgrade import Upgrade
+from davae.train.state import RunFolder
 
 
 def _run(rank: int, count: int, meeting: Path, work: Callable[[int], Any], answers: Any) -> None:
@@ -197,7 +197,7 @@ def test_a_step_is_done_for_all_where_it_is_for_the_first_process(tmp_path: Path
     """Other machines see a shared folder's files late; one that trained alone would wait for ever."""
 
     def work(rank: int) -> list[bool]:
-        run = SimpleNamespace(folder=SimpleNamespace(done=lambda step: rank == 0 and step == "stage1"))
-        return [Upgrade._due(run, step) for step in ("stage1", "stage2")]  # type: ignore[arg-type]
+        folder: Any = SimpleNamespace(done=lambda step: rank == 0 and step == "stage1")
+        return [RunFolder.due(folder, step) for step in ("stage1", "stage2")]
 
     assert in_processes(work, tmp_path) == [[False, True]] * 2

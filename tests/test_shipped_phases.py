@@ -46,7 +46,7 @@ def test_the_header_of_a_recipe_states_what_it_takes(name: str):
     """GPU, main memory and disk, as planned; the limits that a dry run checks are those of whole machines."""
     comments = (ROOT / f"src/davae/recipes/{name}.yaml").read_text(encoding="utf-8").split("\nname:")[0]
     found, recipe = recorded()[name], load_recipe(name)
-    assert BENCHMARK["header"](name, found) in comments.splitlines(), "run benchmarks/phases.py"
+    assert BENCHMARK["header"](found) in comments.splitlines(), "run benchmarks/phases.py"
     assert isinstance(recipe, Recipe)
     if recipe.hardware is not None:
         assert recipe.hardware.host_gib is not None
@@ -58,7 +58,7 @@ def test_the_header_of_a_recipe_states_what_it_takes(name: str):
 def test_a_header_is_written_in_place_of_an_earlier_one(tmp_path: Path):
     path = tmp_path / "x.yaml"
     path.write_text("# A model.\n# More.\nname: x\n")
-    for line in ("# Planned: 1 GPU", "# Planned: 2 GPUs"):
+    for line in ("# Planned for 1 GPU", "# Planned for 2 GPUs"):
         BENCHMARK["write_header"](path, line)
         assert path.read_text() == f"# A model.\n# More.\n{line}\nname: x\n"
 

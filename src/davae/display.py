@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from davae.train.loop import Observer
-from davae.train.loop import Progress as Step
-
-if TYPE_CHECKING:
-    from davae.train.plan import Plan
+if TYPE_CHECKING:  # they load torch
+    from davae.train.loop import Observer
+    from davae.train.loop import Progress as Step
 
 console = Console()
 status = Console(stderr=True)
@@ -75,9 +74,31 @@ def table(title: str, columns: list[str], rows: list[list[Any]], right: bool = T
     console.print(view)
 
 
-def show_phases(found: Plan) -> None:
-    """Print a plan's phases as one table, and what to change where one does not fit."""
-    values = found.as_dict()
+SILENT = 2.0  # seconds in which nothing is shown of work that may be over at once
+
+
+@contextmanager
+def parts_display(title: str) -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows on standard error which part of some work begins, once it has taken a while."""
+    started = time.monotonic()
+    if status.is_terminal:
+        with status.status(title) as shown:
+            yield lambda part: shown.update(f"{title}: {escape(part)}")
+        return
+
+    def show(part: str) -> None:
+        if time.monotonic() - started > SILENT:
+            status.print(f"{title}: {part}", markup=False, highlight=False)
+
+    yield show
+
+
+def show_phases(values: dict[str, Any]) -> None:
+    """Print phases as one table, and what to change where one does not fit.
+
+    Args:
+        values: the JSON of a plan.
+    """
     stated = f"{values['gpus']} x {values['gpu']} of {values['gpu_gib']:.0f} GiB"
     rows = [
         [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from davae.train.inspection import inspect_model
+from davae.train.counted import counted
 
 
 def inspection(model: str, resolution: int, scale: int) -> tuple[list[list[str]], str]:
@@ -11,13 +11,13 @@ def inspection(model: str, resolution: int, scale: int) -> tuple[list[list[str]]
     Raises:
         ModelError: no such model, one that cannot be upgraded, or a resolution that does not divide.
     """
-    found = inspect_model(model, resolution, scale)
+    figures = counted(model, resolution, scale)
     rows = [
         [key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"]
-        for key, value in found.figures.items()
+        for key, value in figures.items()
+        if isinstance(value, (int, float))
     ]
-    figures = found.figures
     line = f"At {resolution} pixels: {figures['upgraded_tokens']:,} tokens instead of {figures['native_tokens']:,}. "
     if "bound" in figures:
         line += f"The transformer can become at most **{figures['bound']:.2f}** times as fast. "
-    return rows, line + " ".join(f"{note}." for note in found.notes)
+    return rows, line + " ".join(f"{note}." for note in figures["notes"])

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import nn
 
 from davae.bench.block_cache import first_block_cached
@@ -93,6 +94,44 @@ def hooked(module: nn.Module, name: str) -> bool:
     return registry is not None and registry.get_hook(name) is not None
 
 
+def block_layers(transformer: Any) -> list[nn.Linear]:
+    """Return the linear layers of a transformer's blocks."""
+    inner = [m for blocks in transformer.children() if isinstance(blocks, nn.ModuleList) for m in blocks.modules()]
+    return [module for module in inner if isinstance(module, nn.Linear)]
+
+
+@contextmanager
+def fp8(transformer: Any) -> Iterator[None]:
+    """Linear layers of its blocks stored as float8 (e4m3), cast to the model's precision while they compute (diffusers).
+
+    It saves memory. The products themselves are those of the model's precision.
+    """
+    from diffusers.hooks import HookRegistry
+    from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
+
+    class Casting(LayerwiseCastingHook):
+        """diffusers' hook, which can be removed again: it keeps what it replaces."""
+
+        def initialize_hook(self, module: nn.Module) -> nn.Module:
+            self.before = [(parameter, parameter.data) for parameter in module.parameters()]
+            return super().initialize_hook(module)
+
+        def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+            for parameter, data in self.before:
+                parameter.data = data
+            return module
+
+    name, layers = "davae_fp8", block_layers(transformer)
+    for layer in layers:
+        hook = Casting(torch.float8_e4m3fn, layer.weight.dtype, non_blocking=False)
+        HookRegistry.check_if_exists_or_initialize(layer).register_hook(hook, name)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            HookRegistry.check_if_exists_or_initialize(layer).remove_hook(name, recurse=False)
+
+
 @contextmanager
 def int8(transformer: Any) -> Iterator[None]:
     """Linear layers of its blocks through int8 weights and activations, scaled by channel and by token (torchao)."""
@@ -101,8 +140,7 @@ def int8(transformer: Any) -> Iterator[None]:
         quantize_,
     )
 
-    inner = [m for blocks in transformer.children() if isinstance(blocks, nn.ModuleList) for m in blocks.modules()]
-    weights = [(module, module.weight) for module in inner if isinstance(module, nn.Linear)]
+    weights = [(module, module.weight) for module in block_layers(transformer)]
     chosen = {id(module) for module, _ in weights}
     quantize_(
         transformer, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda module, name: id(module) in chosen
@@ -143,6 +181,7 @@ HELPERS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
     "first-block-cache": first_block_cache,
     "faster-cache": faster_cache,
     "int8": int8,
+    "fp8": fp8,
 }
 
 

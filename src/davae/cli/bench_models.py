@@ -15,8 +15,8 @@ Helpers = Annotated[
     list[str] | None,
     typer.Option(
         "--helper",
-        help="Measure with first-block-cache, faster-cache, compiled, cuda-graphs or int8 too, or several as int8+compiled; "
-        "may be repeated.",
+        help="Measure with first-block-cache, faster-cache, compiled, cuda-graphs, int8 or fp8 too, or several as "
+        "int8+compiled; may be repeated.",
     ),
 ]
 Tile = Annotated[int, typer.Option(help="Side of a tile, pixels.")]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from davae.cli.options import Json, write_json
-
-if TYPE_CHECKING:
-    from davae.train.inspection import Inspection
 
 GIB = 2**30
 
@@ -28,7 +25,7 @@ def inspect(
     ] = None,
     json: Json = None,
 ) -> None:
-    """What an upgrade would bring and take: tokens, FLOPs, parameters, memory. Reads configs, needs no weights.
+    """What an upgrade would bring and take: tokens, FLOPs, parameters, memory, phases. Reads configs, needs no weights.
 
     `davae inspect sd35-medium --resolution 1024`
 
@@ -37,13 +34,16 @@ def inspect(
     if model is None:
         _list()
         return
-    from davae.display import console
-    from davae.train.inspection import inspect_model
+    from davae.display import console, parts_display, show_phases
+    from davae.train.counted import counted
 
-    found = inspect_model(model, resolution, scale, detail_channels, steps)
-    write_json(json, found.as_dict())
-    _show(found)
-    for note in found.notes:
+    with parts_display(f"inspecting {model}") as watch:
+        values = counted(model, resolution, scale, detail_channels, steps, watch)
+    write_json(json, values)
+    _show(values)
+    if "phases" in values:
+        show_phases(values)
+    for note in values["notes"]:
         console.print(f"Note: {note}.", markup=False)
 
 
@@ -56,20 +56,19 @@ def _list() -> None:
         Console().print(f"{name:<16} {preset.title} ({preset.hub or 'no hub id'})", markup=False, highlight=False)
 
 
-def _show(found: Inspection) -> None:
-    """The figures as tables."""
+def _show(f: dict[str, Any]) -> None:
+    """Print the figures as tables."""
     from davae.display import table
 
-    f, layout = found.figures, found.layout
-    side, channels = int(f["latent_side"]), layout.channels
-    native = side * layout.scale
+    side, base, detail = int(f["latent_side"]), f["base_channels"], f["detail_channels"]
+    native = side * f["scale"]
     table(
-        f"{found.model} at {f['resolution']} px",
+        f"{f['model']} at {f['resolution']} px",
         ["", "native", "upgraded"],
         [
-            ["latent (channels, height, width)", f"({layout.base_channels}, {native}, {native})",
-             f"({layout.base_channels}+{layout.detail_channels}={channels}, {side}, {side})"],
-            ["pixels per latent position", f["vae_factor"], int(f["vae_factor"]) * layout.scale],
+            ["latent (channels, height, width)", f"({base}, {native}, {native})",
+             f"({base}+{detail}={base + detail}, {side}, {side})"],
+            ["pixels per latent position", f["vae_factor"], int(f["vae_factor"]) * f["scale"]],
             ["latent positions per token", *[f"{f['patch_size']}x{f['patch_size']}"] * 2],
             ["image tokens", f["native_tokens"], f["upgraded_tokens"]],
         ],

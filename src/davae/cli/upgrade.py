@@ -72,7 +72,7 @@ def _run_upgrade(
             ["", recipe.name],
             [[key.replace("_", " "), value] for key, value in found.figures.items()],
         )
-        show_phases(found)
+        show_phases(found.as_dict())
         for note in found.notes:
             console.print(f"Note: {note}.", markup=False)
         return

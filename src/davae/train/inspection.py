@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from davae.train.cost import (
     text_tokens,
     transformer_flops,
 )
+from davae.train.counted import picture_figures
 from davae.train.memory import decode_sampling_bytes, stage1_memory, stage2_memory, transformer_sampling_bytes
 from davae.train.plan import check_resolution, count
 from davae.train.stage2 import choose_trainable
@@ -64,6 +66,7 @@ def inspect_model(
     scale: int = 2,
     detail_channels: int | None = None,
     steps: int | None = None,
+    watch: Callable[[str], None] = lambda part: None,
 ) -> Inspection:
     """Read configs, count on the meta device, rehearse memory. Needs no weights.
 
@@ -72,6 +75,7 @@ def inspect_model(
         resolution: pixels of the upgraded picture; by default `scale` times the model's own.
         detail_channels: D; by default as many as C.
         steps: sampling steps of the whole picture; by default the stock pipeline's.
+        watch: called with what is counted next.
 
     Raises:
         ModelError: unknown model, unsupported class, parts that do not belong together, sizes that do not divide.
@@ -109,6 +113,7 @@ def inspect_model(
             f"expand_transformer widens a {shapes.transformer_class}, but `davae upgrade` cannot train one: models/calls has "
             "no call of it, so that its FLOPs and memory are not counted either"
         )
+    watch("FLOPs and parameters")
     encoders = text_encoders(name, shapes.transformer_config)
     own = meta_autoencoder(shapes)
     figures |= _parameters(shapes, layout, base, vae, encoders, own)
@@ -118,8 +123,13 @@ def inspect_model(
         )
     except ValueError as error:  # positions beyond the transformer's table, say
         raise ModelError(f"model {model} at {resolution} px: {error}") from error
-    figures |= _memory(shapes, layout, resolution, family.trains, figures)
+    figures |= _memory(shapes, layout, resolution, family.trains, figures, watch)
     return Inspection(model, shapes, layout, figures, notes)
+
+
+def readable_name(model: str) -> str:
+    """Return where a model's configs are read from."""
+    return readable(resolve(model))[0]
 
 
 def native_resolution(model: str, shapes: BaseShapes) -> int:
@@ -184,33 +194,34 @@ def _flops(
         figures |= {f"{encoder.component}_tokens": encoder.tokens, **flops.as_dict(encoder.component)}
         text += passes * flops.total  # the prompt, and what guidance leads away from
     figures["text_flops"] = text
-    ends = {}
     for name, vae in zip(("native", "upgraded"), vaes, strict=True):
         encode, decode = autoencoder_flops(vae, resolution)
         figures |= {**encode.as_dict(f"{name}_vae_encode"), **decode.as_dict(f"{name}_vae_decode")}
-        ends[name] = decode.total
     if transformers is None:
         return figures
     sides = (resolution // shapes.vae_factor, resolution // (shapes.vae_factor * layout.scale))
     each: list[Flops] = [transformer_flops(t, side) for t, side in zip(transformers, sides, strict=True)]
-    wholes = [text + steps * passes * flops.total + end for flops, end in zip(each, ends.values(), strict=True)]
-    return figures | {
+    figures |= {
         "text_tokens": text_tokens(transformers[0]),
         **each[0].as_dict("native"),
         **each[1].as_dict("upgraded"),
         "bound": each[0].total / each[1].total,
-        "native_picture_flops": wholes[0],
-        "upgraded_picture_flops": wholes[1],
-        "picture_bound": wholes[0] / wholes[1],
     }
+    return figures | picture_figures(figures, steps)
 
 
 def _memory(
-    shapes: BaseShapes, layout: LatentLayout, resolution: int, counted: bool, figures: dict[str, float]
+    shapes: BaseShapes,
+    layout: LatentLayout,
+    resolution: int,
+    counted: bool,
+    figures: dict[str, float],
+    watch: Callable[[str], None],
 ) -> dict[str, float]:
     """Bytes of training one picture a step in bfloat16 mixed precision, and of drawing one in bfloat16."""
     side, factor = int(figures["latent_side"]), shapes.vae_factor
     found: dict[str, float] = {}
+    watch("memory of stage 1")
     stage1 = stage1_memory(
         shapes, layout.detail_channels, layout.scale, resolution, Stage1(max_steps=1, batch_size=1), mixed=True
     )
@@ -223,6 +234,7 @@ def _memory(
         ):
             if checkpointing and not model_class(shapes.transformer_class)._supports_gradient_checkpointing:
                 continue
+            watch(f"memory of {name.replace('_', ' ')}")
             settings = Stage2(max_steps=1, batch_size=1, lora=lora, gradient_checkpointing=checkpointing)
             step = stage2_memory(shapes, layout, side, settings, mixed=True)
             found |= {f"{name}_{key}_bytes": value for key, value in step.as_dict().items()}
@@ -234,6 +246,7 @@ def _memory(
     ):
         parameters = figures["vae_parameters" if name == "native" else "detail_vae_parameters"]
         weights = text + half * (figures["transformer_parameters"] + parameters)
+        watch(f"memory of sampling, {name}")
         work = decode_sampling_bytes(vae, channels, grid)
         found |= {f"{name}_sampling_weights_bytes": weights, f"{name}_sampling_decode_bytes": work}
         if counted:

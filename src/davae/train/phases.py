@@ -39,6 +39,11 @@ def rehearsed(work: Callable[[], int], *asked: Any) -> int:
     return _REHEARSED[key]
 
 
+def remember(value: int, *asked: Any) -> None:
+    """Let `rehearsed` return a value for a request without rehearsing it."""
+    _REHEARSED[repr(asked)] = value
+
+
 def encoding(sizes: Sizes, tile: int | None = None) -> int:
     """Bytes of encoding one image with the detail VAE in the run's precision."""
     asked = sizes.shapes, sizes.layout, sizes.recipe.resolution, sizes.precision, tile
@@ -184,6 +189,11 @@ class Drawn:
     weights: int
 
 
+def drawn_request(sizes: Sizes, side: int, *, upgraded: bool) -> tuple[Any, ...]:
+    """Return what the memory of drawing side x side latents depends on."""
+    return sizes.shapes, sizes.layout, side, sizes.precision, upgraded
+
+
 def drawn(sizes: Sizes, *, upgraded: bool) -> Drawn:
     """Of the base at the upgrade's size, or of the upgrade; decoding in tiles where one whole image does not fit."""
     shapes, layout, recipe, dtype = sizes.shapes, sizes.layout, sizes.recipe, sizes.precision
@@ -204,7 +214,7 @@ def drawn(sizes: Sizes, *, upgraded: bool) -> Drawn:
         except ValueError:  # the base has no positions for the larger size, and is not drawn there
             return 0
 
-    asked = shapes, layout, side, dtype, upgraded
+    asked = drawn_request(sizes, side, upgraded=upgraded)
     values = sizes.text.parameters + sizes.transformer + (sizes.detail_vae if upgraded else sizes.base_vae)
     weights = dtype.itemsize * values
     decode = rehearsed(decoding, "decode", asked)

@@ -109,6 +109,13 @@ class RunFolder:
         file = marker(self.path, step)
         return file.is_file() and file.read_bytes() == goal(self.recipe, step).encode()
 
+    def due(self, step: str) -> bool:
+        """Return whether a step is still to be done, as the first process sees it: others may see its files late.
+
+        Collective: all processes must ask.
+        """
+        return not from_main(self.done(step))
+
     def mark_done(self, step: str) -> None:
         if is_main():
             atomic_text(marker(self.path, step), goal(self.recipe, step))

@@ -121,16 +121,12 @@ class Upgrade:
         """The whole pretrained pipeline in the run's precision, in main memory: for images. Training loads what it needs."""
         return load_pipeline(self.model, run_precision(self.recipe.run))
 
-    def _due(self, step: str) -> bool:
-        """Return whether a step is still to be done, as the first process sees it: others may see its files late."""
-        return not from_main(self.folder.done(step))
-
     # -- base --------------------------------------------------------------------------------------------------
 
     def train_base_model(self) -> None:
         """The pretrained model, where the recipe has it trained here."""
         train = self.recipe.base.train
-        if train is not None and self._due("base"):
+        if train is not None and self.folder.due("base"):
             train_base(train, self.out / "base", self.observer)
             self.folder.mark_done("base")
 
@@ -146,13 +142,13 @@ class Upgrade:
 
     def _train_vae(self, target: Path) -> Path:
         self.train_base_model()
-        if self.init is not None and self._due("stage1"):
+        if self.init is not None and self.folder.due("stage1"):
             vae = load_detail_vae(self.init / "vae")
             if vae.layout != self.layout:
                 raise RecipeError(f"init: {self.init} has {vae.layout}, this recipe {self.layout}")
             on_main(partial(self._save_vae, vae, target))
             self.folder.mark_done("stage1")
-        if self._due("stage1"):
+        if self.folder.due("stage1"):
             task = self.stage1_task()
             trainer = Trainer(
                 task, self.recipe.run, self.folder, self.accelerator, self.observer, stage1_pictures(self, task)
@@ -356,7 +352,7 @@ class Upgrade:
     def train_dit(self) -> Path:
         """Stage 2 and the export; returns the pipeline's folder."""
         target = self.out / "pipeline"
-        if self._due("stage2"):
+        if self.folder.due("stage2"):
             task = self.stage2_task()
             recipe = self.recipe
             trainer = Trainer(
