@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
+from PIL import Image
 from torch import Tensor
 
 from davae.convert.lora import read_lora
@@ -29,6 +30,7 @@ from davae.output_files import check_image, check_place, save_image
 from davae.sample.adm import Labels, class_schedule, write_samples
 from davae.sample.fingerprint import model_fingerprint
 from davae.sample.generate import generate
+from davae.sample.preview import Preview
 
 
 def sample_to_folder(
@@ -44,10 +46,14 @@ def sample_to_folder(
     batch_size: int,
     on_batch: Callable[[int, int], None],
     negative_prompt: str | None = None,
+    preview: Preview | None = None,
 ) -> Path:
     """Write `num` images of every prompt and one grid, a row a prompt; return the grid's path.
 
     Images of an earlier call are kept: where one of the names is taken, all get the next free `set2`, `set3`, ...
+
+    Args:
+        preview: its images are written next to the grid, as `previews-<grid>`, while they are drawn: a row an image.
 
     Raises:
         ModelError: a class that the model lacks, an image that is not finite; those before it are written.
@@ -56,10 +62,16 @@ def sample_to_folder(
     check_classes(pipeline, prompts)
     wanted = [prompt for prompt in prompts for _ in range(num)]
     *places, sheet = free_places(folder, wanted, seed)
+    strip = Strip(sheet.with_name(f"previews-{sheet.name}"))
+    if preview is not None:
+        check_image(strip.path)
+        preview.on_preview = strip.add
     pictures: list[Any] = []
     for start in range(0, len(wanted), batch_size):
         part = wanted[start : start + batch_size]
+        strip.first = start
         options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": batch_size}
+        options["preview"] = preview
         options |= {"resolution": resolution, "negative_prompt": negative_prompt}
         drawn = generate(pipeline, part, first=start, **options)
         for place, picture in zip(places[start:], drawn, strict=False):
@@ -68,6 +80,27 @@ def sample_to_folder(
         on_batch(len(pictures), len(wanted))
     save_image(grid(pictures, num), sheet)
     return sheet
+
+
+class Strip:
+    """A sheet of previews: a row an image, a column a step; written again with every preview.
+
+    Attributes:
+        first: row of the first image of the batch that is drawn.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.first = path, 0
+        self._rows: dict[int, dict[int, Any]] = {}
+
+    def add(self, step: int, images: list[Any]) -> None:
+        """Put the images of a step into their rows."""
+        for row, image in enumerate(images, self.first):
+            self._rows.setdefault(row, {})[step] = image
+        steps = sorted({step for row in self._rows.values() for step in row})
+        blank = Image.new("RGB", images[0].size, "white")
+        cells = [row.get(step, blank) for row in self._rows.values() for step in steps]
+        save_image(grid(cells, len(steps)), self.path)
 
 
 def sample_name(prompt: str, seed: int, number: int, again: int = 1) -> str:

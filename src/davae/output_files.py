@@ -133,8 +133,11 @@ def check_image(path: Path) -> None:
     check_figures(numbers)
 
 
-def save_image(image: Any, path: Path) -> None:
+def save_image(image: Any, path: Path, **options: Any) -> None:
     """Write a PIL image as a PNG that names davae, over one of davae's or where nothing is.
+
+    Args:
+        options: what Pillow writes into the PNG too, such as `icc_profile` and `exif`.
 
     Raises:
         RunError: another file is there, or it cannot be written.
@@ -145,7 +148,7 @@ def save_image(image: Any, path: Path) -> None:
     about = PngInfo()
     about.add_text("Software", SOFTWARE)
     with atomic_file(path) as partial:
-        image.save(partial, format="PNG", pnginfo=about)
+        image.save(partial, format="PNG", pnginfo=about, **options)
 
 
 # -- weights and arrays ----------------------------------------------------------------------------------------------

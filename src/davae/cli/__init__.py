@@ -23,6 +23,7 @@ from davae.cli.reproduce import reproduce
 from davae.cli.sample import sample
 from davae.cli.start import start
 from davae.cli.upgrade import cache_latents, train_base, train_dit, train_sr, train_vae, upgrade
+from davae.cli.upscale import upscale
 from davae.cli.verbs import Verbs
 from davae.errors import DavaeError, Interrupted
 from davae.train.signals import leave_on_signal
@@ -38,6 +39,7 @@ app = Verbs(
 FIRST, SHARE, STEPS, MEASURE = "Start here", "Convert and share", "Single steps and other trainings", "Measure"
 app.command(rich_help_panel=FIRST)(upgrade)
 app.command(rich_help_panel=FIRST)(sample)
+app.command(rich_help_panel=FIRST)(upscale)
 app.command(rich_help_panel=FIRST)(inspect)
 app.command(rich_help_panel=FIRST)(recipes)
 app.command(rich_help_panel=FIRST)(data)

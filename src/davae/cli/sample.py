@@ -45,6 +45,10 @@ def sample(
     offload: Offload = "off",
     compile: Compile = "off",
     batch_size: BatchSize = 4,
+    preview: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between two previews of the base, in a sheet that grows while it draws."),
+    ] = None,
 ) -> None:
     """Write images of prompts, and a grid of them. Nothing is written over. Examples:
 
@@ -59,6 +63,7 @@ def sample(
     from davae.drawing import add_lora, read_prompt_texts, sample_to_folder
     from davae.measure import open_model
     from davae.models.placement import Placement
+    from davae.sample.preview import Preview
     from davae.train.loop import Progress
 
     prompts = [*(prompt or []), *(read_prompt_texts(prompt_file) if prompt_file is not None else [])]
@@ -68,6 +73,8 @@ def sample(
             add_lora(pipeline, lora)
 
     pipeline, default = open_model(run, Placement(dtype, offload, compile), prepare)
+    high, wide = size if isinstance(size, tuple) else (size, size)
+    shown = None if preview is None else Preview(pipeline, preview, height=high, width=wide)
     with progress_display() as observer:
         done = sample_to_folder(
             pipeline,
@@ -81,6 +88,7 @@ def sample(
             batch_size=batch_size,
             on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
             negative_prompt=negative_prompt,
+            preview=shown,
         )
     console.print(f"{done}", markup=False)
 

@@ -13,6 +13,7 @@ from davae.models.autoencoder_families import base_channels
 from davae.models.detail_vae import DetailVAE
 from davae.models.pipeline import ModelError, default_resolution, pixel_factor, token_side
 from davae.sample.call import at_a_time, call_pipeline, takes_noise
+from davae.sample.preview import Preview, watching
 
 BASE, DETAIL, STEPS = 0, 1, 1 << 62  # what noise is for
 
@@ -61,6 +62,7 @@ def generate(
     first: int = 0,
     batch_size: int = 16,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    preview: Preview | None = None,
 ) -> list[Any]:
     """One picture a prompt. Picture number first+i depends on the seed and its number, not on the batch.
 
@@ -70,6 +72,7 @@ def generate(
         output_type: `pil` for pictures, `pt` for tensors (3,H,W) in [0,1].
         resolution: pixels of a square's side, or (height, width); None is the pipeline's own size.
         negative_prompt: what to guide away from; None is the pipeline's own, the empty prompt in most.
+        preview: looks at the base while it is drawn.
 
     Raises:
         ModelError: a size that does not divide into tokens; a negative prompt that the pipeline would ignore.
@@ -88,17 +91,19 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         numbers = range(first + start, first + start + len(part))
-        result = call_pipeline(
-            pipeline,
-            part,
-            size,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            latents=torch.cat([start_noise(pipeline, seed, number, size) for number in numbers]),
-            generator=[_generator(seed, number, purpose) for number in numbers],
-            output_type=output_type,
-        )
+        with watching(pipeline, preview) as callback:
+            result = call_pipeline(
+                pipeline,
+                part,
+                size,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                latents=torch.cat([start_noise(pipeline, seed, number, size) for number in numbers]),
+                generator=[_generator(seed, number, purpose) for number in numbers],
+                output_type=output_type,
+                callback_on_step_end=callback,
+            )
         pictures += result.images
         on_batch(len(pictures), len(prompts))
     return pictures

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -135,6 +136,16 @@ def preview(pipeline: Any, every: int = 5, **options: Any) -> Preview:
 def takes_callback(pipeline: Any) -> bool:
     """Return whether a pipeline calls `callback_on_step_end`."""
     return "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters
+
+
+@contextmanager
+def watching(pipeline: Any, preview: Preview | None) -> Iterator[Preview | None]:
+    """Give what a pipeline's call takes as `callback_on_step_end`; one that takes none is watched by its scheduler."""
+    if preview is None or takes_callback(pipeline):
+        yield preview
+        return
+    with preview:
+        yield None
 
 
 def _decoder(vae: DetailVAE, choice: Any) -> Callable[[Tensor], Tensor]:

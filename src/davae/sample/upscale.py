@@ -65,7 +65,7 @@ def upscale(
         window: side of the windows in pixels of the result; by default the size that the model draws.
         overlap: share of its side that a window has in common with the next one.
         faithful: correct the result until it gives the input again when it is reduced; only at strength 0.
-        on_step: called with the steps that are done and their number.
+        on_step: called with the steps that are done and their number, over all images.
 
     Returns:
         One image for each of `images`, RGB.
@@ -85,18 +85,24 @@ def upscale(
     results = [source.convert("RGB") for source in sources]
     work = _Work(pipe, side, overlap, seed, faithful and strength == 0.0)
     options = {"strength": strength, "steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
-    total = steps * times
-    for turn in range(times):
+    total, before = steps * times * len(results), 0
+    for _ in range(times):
         for chosen in _groups([len(work.grid(image.size)) for image in results], batch_size):
             drawn = work.enlarge(
                 [results[i] for i in chosen],
                 [texts[i] for i in chosen],
-                on_step=lambda done, of, turn=turn: on_step(turn * steps + done * steps // of, total),
+                on_step=_counted(on_step, before, steps * len(chosen), total),
                 **options,
             )
+            before += steps * len(chosen)
             for i, image in zip(chosen, drawn, strict=True):
                 results[i] = image
     return results
+
+
+def _counted(on_step: Callable[[int, int], None], before: int, own: int, total: int) -> Callable[[int, int], None]:
+    """Return a function of a group's steps that counts them among those of all images."""
+    return lambda done, of: on_step(before + own * done // of, total)
 
 
 class _Work:

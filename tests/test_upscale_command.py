@@ -1,0 +1,160 @@
+"""`davae upscale` and `davae sample --preview`: files, names, profiles, orientation, prompts, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import picture
+from PIL import Image, ImageCms
+from typer.testing import CliRunner
+from upgraded_tiny import assembled
+
+from davae.cli import app
+from davae.enlarging import enlarge_files, find_images, read_source, save_result
+from davae.errors import DataError, DavaeError, ModelError, RunError
+
+OPTIONS = {"strength": 0.0, "steps": 2, "guidance_scale": 1.0, "seed": 0, "times": 1, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_base: Path):
+    return assembled(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def model(pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "pipeline"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()  # with the time, so once
+
+
+def upright(path: Path) -> Image.Image:
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_orientation_and_profile_are_kept_and_the_image_stays_upright(turn: int, tmp_path: Path):
+    stored, exif = picture(turn, 12, 8), Image.Exif()
+    exif[0x0112] = turn
+    stored.save(tmp_path / "in.png", exif=exif, icc_profile=PROFILE)
+    source = read_source(tmp_path / "in.png")
+    assert np.array_equal(np.asarray(source.image), np.asarray(upright(tmp_path / "in.png")))
+    save_result(source.image, source, tmp_path / "out.png")
+    written = Image.open(tmp_path / "out.png")
+    assert written.size == stored.size
+    assert written.getexif().get(0x0112, 1) == turn
+    assert written.info["icc_profile"] == PROFILE
+    assert np.array_equal(np.asarray(upright(tmp_path / "out.png")), np.asarray(source.image))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA", "1"])
+def test_every_mode_becomes_rgb_without_a_profile_that_is_not_its_own(mode: str, tmp_path: Path):
+    file = tmp_path / ("in.jpg" if mode == "CMYK" else "in.png")
+    picture(1, 12, 8).convert(mode).save(file, icc_profile=PROFILE)
+    source = read_source(file)
+    assert (source.image.mode, source.profile) == ("RGB", None)
+
+
+def test_files_of_a_folder_become_files_of_the_same_names(pipeline, tmp_path: Path):
+    folder, out = tmp_path / "in", tmp_path / "a" / "out"
+    folder.mkdir()
+    for number, name in enumerate(["one.jpg", "two.png", "three.webp"]):
+        picture(number, 16 + number, 16).save(folder / name)
+    (folder / "two.txt").write_text("a red\nsquare\n")
+    jobs = find_images([folder], out)
+    assert {job.source.name: job.prompt for job in jobs} == {
+        "one.jpg": "",
+        "two.png": "a red square",
+        "three.webp": "",
+    }
+    steps = []
+    sheet = enlarge_files(pipeline, jobs, out, on_step=lambda done, total: steps.append(done / total), **OPTIONS)
+    assert sorted(p.name for p in out.iterdir()) == ["before-after.png", "one.png", "three.png", "two.png"]
+    assert Image.open(out / "three.png").size == (36, 32)
+    assert steps[-1] == 1.0
+    assert steps == sorted(steps)
+    assert Image.open(sheet).size[0] > 2 * 384
+    enlarge_files(pipeline, find_images([folder], out, "x"), out, **OPTIONS)  # its own files may be written again
+    before = [image.read_bytes() for image in sorted(out.iterdir())]
+    enlarge_files(pipeline, find_images([folder / "two.png"], tmp_path / "alone", "x"), tmp_path / "alone", **OPTIONS)
+    assert (tmp_path / "alone" / "two.png").read_bytes() == before[3]  # whatever lies around it
+
+
+def refused(kind: type[DavaeError], line: str, *arguments) -> None:
+    with pytest.raises(kind, match=line):
+        find_images(*arguments)
+
+
+def test_what_cannot_be_enlarged_is_one_line_before_the_model_is_loaded(tmp_path: Path):
+    good = tmp_path / "good.png"
+    picture(1, 16, 16).save(good)
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    refused(DataError, "bad.png: ", [tmp_path / "bad.png"], out)
+    refused(DataError, "text.jpg: not a picture", [tmp_path / "text.jpg"], out)
+    refused(DataError, "missing file", [tmp_path / "none.png"], out)
+    refused(DataError, "empty: no image", [tmp_path / "empty"], out)
+    refused(DataError, "would become", [good, good], out)
+    refused(RunError, "this command reads it", [good], tmp_path)
+    picture(1, 16, 16).save(tmp_path / "before-after.jpg")
+    refused(DataError, "before-after.png", [tmp_path / "before-after.jpg"], out)
+    (out).mkdir()
+    picture(2, 8, 8).save(out / "good.png")
+    refused(RunError, "is not an image that davae wrote", [good], out)
+    (tmp_path / "good.txt").write_bytes(b"\xff\xfe\x00")
+    refused(DataError, "not UTF-8", [good], tmp_path / "other")
+
+
+def test_an_image_that_is_too_large_is_refused_before_any_work(pipeline, tmp_path: Path):
+    Image.new("RGB", (4200, 4200)).save(tmp_path / "large.png")
+    jobs = find_images([tmp_path / "large.png"], tmp_path / "out")
+    with pytest.raises(ModelError, match=r"large.png: 4200x4200 pixels would become 8400x8400"):
+        enlarge_files(pipeline, jobs, tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_image_leaves_the_results_before_it(pipeline, tmp_path: Path):
+    for number in (1, 2):
+        picture(number, 20, 16).save(tmp_path / f"{number}.png")
+    whole = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
+    jobs = find_images([tmp_path / "1.png", tmp_path / "2.png"], tmp_path / "out")
+    with pytest.raises(DataError, match=r"2.png: "):
+        enlarge_files(pipeline, jobs, tmp_path / "out", **{**OPTIONS, "batch_size": 1})
+    assert (tmp_path / "out" / "1.png").is_file()
+
+
+def test_both_commands_run(model: Path, tmp_path: Path):
+    picture(1, 10, 14).save(tmp_path / "image.png")
+    words = ["upscale", str(model), str(tmp_path / "image.png"), "--out", str(tmp_path / "out"), "--steps", "2"]
+    result = CliRunner().invoke(
+        app, [*words, "--times", "2", "--prompt", "a", "--strength", "0.5"], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "out" / "image.png").size == (40, 56)
+    words = [
+        "sample",
+        str(model),
+        "a",
+        "--num",
+        "2",
+        "--steps",
+        "4",
+        "--preview",
+        "2",
+        "--out",
+        str(tmp_path / "drawn"),
+    ]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (previews,) = (tmp_path / "drawn").glob("previews-*.png")
+    assert Image.open(previews).size == (2 * 16 + 4, 2 * 16 + 4)
