@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import warnings
@@ -112,9 +113,9 @@ def main() -> None:
                     remove(out)
             remove(out)
             result[verb] = counts
-    figures = {
-        "command": f"python benchmarks/at_once.py --processes {arguments.processes} --rounds {arguments.rounds}"
-    }
+    words = ["--verbs", *map(shlex.quote, arguments.verbs)] if arguments.verbs else []
+    options = f"--processes {arguments.processes} --rounds {arguments.rounds}"
+    figures = {"command": " ".join(["python benchmarks/at_once.py", options, *words])}
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({**figures, "verbs": result}, indent=1) + "\n")
