@@ -222,3 +222,20 @@ def test_sizes_of_another_shape_are_measured_again(tmp_path: Path):
         np.savez(tmp_path / "survey-k.npz", pixels=np.ones((2, 2)), reasons=np.frombuffer(reasons, np.uint8))
         assert load_sizes(tmp_path, "k", 2) is None
     assert os.listdir(tmp_path) == ["survey-k.npz"]
+
+
+def test_a_shard_with_negative_sizes_is_not_whole(tmp_path: Path):
+    """Base-256 sizes of a tar have a sign, and Python's tarfile takes it."""
+    import tarfile
+
+    from davae.data.tar_index import read_index
+
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("a.png"))
+    content = bytearray((tmp_path / "x.tar").read_bytes())
+    for size in (b"\xff" * 12, b"\xff" + b"\0" * 11):
+        content[124:136], content[148:156] = size, b" " * 8
+        content[148:156] = b"%06o\0 " % sum(content[:512])
+        (tmp_path / "x.tar").write_bytes(bytes(content))
+        with pytest.raises(DataError, match="is not a whole tar file"):
+            read_index(tmp_path / "x.tar")

@@ -224,6 +224,8 @@ def _members(shard: Path, index: TarIndex) -> dict[str, Place]:
             sparse: Any = member.sparse
             pieces = tuple((at, length) for at, length in sparse) if member.issparse() else None
             stored = member.size if pieces is None else sum(length for _, length in pieces)
+            if min(member.size, *(number for piece in pieces or () for number in piece), 0) < 0:
+                raise EOFError(f"{name!r} has a negative size")
             first = members[name].position if name in members else position
             members[name] = Place(first, member.offset_data, member.size, pieces)
             end = max(end, member.offset_data + stored)
