@@ -239,3 +239,17 @@ def test_a_shard_with_negative_sizes_is_not_whole(tmp_path: Path):
         (tmp_path / "x.tar").write_bytes(bytes(content))
         with pytest.raises(DataError, match="is not a whole tar file"):
             read_index(tmp_path / "x.tar")
+
+
+def test_pipes_for_shards_and_endless_class_numbers_are_one_line(tmp_path: Path):
+    from davae.data.captions import SourceOptions
+    from davae.data.sources import open_source
+    from davae.data.texts import UnreadableCaption, as_label
+
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(DataError, match="is not a regular file"):  # it was waited for without end
+        open_source(str(tmp_path / "x.tar"), 8, SourceOptions())
+    assert as_label(2**31 - 1, "a") == 2**31 - 1
+    for value in (2**31, "9" * 24, 1e300):
+        with pytest.raises(UnreadableCaption, match="no whole number from 0 on, below"):
+            as_label(value, "a.cls")

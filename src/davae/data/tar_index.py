@@ -91,6 +91,8 @@ def plain_shard(shard: Path, folder: Path) -> Path:
     Raises:
         DataError: it cannot be read or unpacked.
     """
+    if shard.exists() and not shard.is_file():  # a named pipe would be waited for without end
+        raise DataError(f"shard {shard} is not a regular file; name a tar file, or read a command with pipe:")
     try:
         with shard.open("rb") as stream:
             head = stream.read(HASHED)

@@ -13,6 +13,7 @@ from davae.errors import DataError, UnreadableImage
 from davae.reading import load_json
 
 MAX_CAPTION = 10_000  # characters; no text encoder reads a tenth of it, and tokenising megabytes takes minutes
+MOST_CLASSES = 1 << 31  # numbers of classes are kept as int64, and embeddings are sized by them
 MAX_FILE = 1 << 26  # bytes of a caption file or `.json` that are read
 
 BYTE_ORDER_MARKS = (
@@ -182,6 +183,7 @@ def as_label(value: Any, name: str) -> int | None:
         whole = not isinstance(value, float) or number == value
     except (TypeError, ValueError, OverflowError) as error:
         raise UnreadableCaption("damaged class", f"{name}: class '{str(value)[:40]}' is no whole number") from error
-    if not whole or number < 0:
-        raise UnreadableCaption("damaged class", f"{name}: class '{value}' is no whole number from 0 on")
+    if not whole or not 0 <= number < MOST_CLASSES:
+        what = f"{name}: class '{str(value)[:40]}' is no whole number from 0 on"
+        raise UnreadableCaption("damaged class", what if number < 0 or not whole else f"{what}, below 2^31")
     return number
