@@ -37,12 +37,12 @@ def test_a_checkpoint_is_mapped_and_what_is_loaded_outlives_it(tmp_path: Path, m
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     weight.grad = torch.full_like(weight, 0.5)
     optimizer.step()
-    folder = tmp_path / "c"
+    folder = tmp_path / "stage2-00000001"
     folder.mkdir()
     torch.save({"optimizer": optimizer_state(optimizer)}, folder / "state.pt")
     from davae.checksums import file_sum
 
-    (folder / "meta.json").write_text(f'{{"crc32": {file_sum(folder / "state.pt")}}}')
+    (folder / "meta.json").write_text(f'{{"stage": "stage2", "step": 1, "crc32": {file_sum(folder / "state.pt")}}}')
     state = load_checkpoint(folder)
     assert options == [True]
     again = torch.optim.AdamW([weight], lr=0.1)

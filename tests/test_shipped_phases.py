@@ -21,7 +21,9 @@ BENCHMARK = runpy.run_path(str(ROOT / "benchmarks/phases.py"))
 SHIPPED: list[str] = BENCHMARK["upgrade_recipes"]()
 
 
-IN_RESULTS = "imagenet512-lightningdit-xl"  # its `hardware` is part of the keys of `davae reproduce`: no limits are added
+IN_RESULTS = (
+    "imagenet512-lightningdit-xl"  # its `hardware` is part of the keys of `davae reproduce`: no limits are added
+)
 
 
 def recorded() -> dict[str, Any]:
