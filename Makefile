@@ -7,11 +7,13 @@ OUT ?= runs/demo
 
 .PHONY: demo test slow docs lint clean
 
-# torch first and on its own: the pinned build, before anything could ask for another one
+# torch first and on its own: the pinned build, before anything could ask for another one. Modules are compiled when they are
+# imported, most never are.
+PIP := -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch torchvision
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python $(PIP) torch torchvision
+	$(BIN)/python $(PIP) -e ".[dev]"
 	touch $@
 
 # The main job on the embedded model, shortened to minutes: the recipe's own values, fewer steps.
@@ -26,12 +28,12 @@ test: $(STAMP) lint
 
 # the examples and the notebook, as written, and what needs more packages
 slow: $(STAMP)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[int8]"
+	$(BIN)/python $(PIP) -e ".[int8]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # the documentation, into build/site
 docs: $(STAMP)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python $(PIP) -e ".[docs]"
 	$(BIN)/mkdocs build --strict
 
 lint: $(STAMP)
