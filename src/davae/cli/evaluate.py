@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from davae.cli.enlarging import enlarging
 from davae.cli.options import (
     GUIDANCE,
     STEPS,
@@ -50,6 +51,7 @@ Weights = Annotated[Path | None, typer.Option(help="Inception weights of torch-f
 
 evaluate_app = Verbs(no_args_is_help=True, help="Measure a model on pictures.")
 evaluate_app.command()(prompts)
+evaluate_app.command()(enlarging)
 evaluate_app.command()(geneval)
 evaluate_app.command("geneval-score")(geneval_score)
 

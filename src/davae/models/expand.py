@@ -15,6 +15,7 @@ from davae.models.family import TransformerFamily
 Model = TypeVar("Model", bound=nn.Module)
 NewWeights = Literal["zero", "random"]
 MARK = "_davae_base_channels"  # config key of an expanded transformer; diffusers keeps private keys silently
+CLEAN_BASE = "_davae_clean_base"  # likewise: the share of training that saw a clean base, where there was one
 
 
 def expand_transformer(transformer: Model, detail_channels: int, new_weights: NewWeights = "zero") -> Model:

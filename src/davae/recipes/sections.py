@@ -197,6 +197,9 @@ class Stage2(FlowOptim):
     embedded_guidance: PositiveFloat = (
         1.0  # the input of guidance-distilled models (FLUX.1 dev, FLUX.2 dev) in training
     )
+    clean_base: Annotated[float, Field(ge=0.0, le=0.9)] = (
+        0.0  # share of samples with a clean base, for `davae upscale`
+    )
     validate_every: NonNegativeInt = 0  # steps between losses on held-out pictures with fixed noise; 0 never
     validate_pictures: PositiveInt = 64
 

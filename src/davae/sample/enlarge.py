@@ -15,6 +15,7 @@ from torch import Tensor
 
 from davae.errors import ModelError
 from davae.latent import LatentLayout
+from davae.models.expand import CLEAN_BASE
 from davae.models.packed_latents import pack_like, unpack_latents
 from davae.models.pipeline import denoiser
 from davae.sample.call import at_a_time, call_pipeline
@@ -22,7 +23,6 @@ from davae.sample.levels import Level, level_after
 from davae.sample.lockstep import Exchange, Left, together
 from davae.sample.windows import WindowGrid
 
-CLEAN_BASE = "_davae_clean_base"  # of a transformer's config: the share of its training that saw a clean base
 TWO_OUTPUTS = ("CogVideoXDPMScheduler",)  # steps that take and give a second tensor
 
 

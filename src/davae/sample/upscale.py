@@ -18,11 +18,12 @@ from davae.data.pictures import to_images, to_tensor
 from davae.errors import ModelError
 from davae.models.classes import class_number, goes_by_class
 from davae.models.detail_vae import DetailVAE
+from davae.models.expand import CLEAN_BASE
 from davae.models.families import transformer_family
 from davae.models.memory_budget import TILE
 from davae.models.pipeline import default_resolution, denoiser, pixel_factor, token_side
 from davae.models.resample import downsample
-from davae.sample.enlarge import CLEAN_BASE, Enlargement, draw_detail
+from davae.sample.enlarge import Enlargement, draw_detail
 from davae.sample.finite import finite_rows, remedy
 from davae.sample.generate import structured_noise
 from davae.sample.windows import WindowGrid

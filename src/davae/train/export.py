@@ -6,7 +6,7 @@ import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,7 +20,7 @@ from davae.files import model_folder, save_tensors
 from davae.models.autoencoders import load_detail_vae
 from davae.models.classes import label_names
 from davae.models.detail_vae import DetailVAE
-from davae.models.expand import MARK, expand_transformer, latent_channels
+from davae.models.expand import CLEAN_BASE, MARK, expand_transformer, latent_channels
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import ModelError, denoiser, load_pipeline
 from davae.models.stored import planned
@@ -57,6 +57,8 @@ def save_upgrade(
         "channels": json.dumps([config[MARK], latent_channels(transformer)]),
         "lora": json.dumps(None if lora is None else lora_values(lora)),
     }
+    if config.get(CLEAN_BASE):
+        metadata["clean_base"] = json.dumps(config[CLEAN_BASE])
     save_tensors(path, tensors, metadata)
 
 
@@ -90,6 +92,7 @@ class Details:
         base_channels, channels: C and C+D.
         lora: its rank and alpha; None where every weight was trained.
         vae_id, vae_path: content and folder of its DetailVAE, where the file names one.
+        clean_base: share of its training with a clean base.
     """
 
     class_name: str
@@ -98,6 +101,7 @@ class Details:
     lora: Lora | None
     vae_id: str | None
     vae_path: str | None
+    clean_base: float = 0.0
 
 
 def read_details(path: Path, metadata: dict[str, str]) -> Details:
@@ -108,7 +112,7 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
     """
     values = {
         key: parse_json(metadata[key], f"upgrade file {path}, {key}") if key in metadata else None
-        for key in ("channels", "lora", "vae")
+        for key in ("channels", "lora", "vae", "clean_base")
     }
     channels, lora, vae = values["channels"], values["lora"], values["vae"]
     numbers = channels if isinstance(channels, list) and all(type(one) is int for one in channels) else []
@@ -126,8 +130,11 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
         transformer_family(metadata.get("class", ""))
     except ValueError as error:
         raise ModelError(f"upgrade file {path}: {error}") from error
+    clean = values["clean_base"] or 0.0
+    if not (isinstance(clean, float) and 0.0 <= clean < 1.0):
+        raise ModelError(f"upgrade file {path}: clean_base is {str(clean)[:80]}, expected a share; it is damaged")
     named = vae or {"id": None, "path": None}
-    return Details(metadata["class"], numbers[0], numbers[1], rank, named.get("id"), named["path"])
+    return Details(metadata["class"], numbers[0], numbers[1], rank, named.get("id"), named["path"], clean)
 
 
 def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -196,6 +203,8 @@ def trained_transformer(transformer: nn.Module, path: Path) -> nn.Module:
     check_fit(path, transformer)
     details = read_details(path, read_metadata(path))
     expanded = expand_transformer(transformer, details.channels - details.base_channels)
+    if details.clean_base:
+        cast(Any, expanded).register_to_config(**{CLEAN_BASE: details.clean_base})
     choose_trainable(expanded, details.lora)
     load_trained(expanded, path)
     return expanded
@@ -285,9 +294,10 @@ def export_upgraded(
     """
     base = load_pipeline(model)
     pretrained = denoiser(base)
-    save_upgrade(
-        expand_transformer(pretrained, recipe.detail_channels), file, recipe.stage2.lora, torch.float32, trained
-    )
+    expanded = expand_transformer(pretrained, recipe.detail_channels)
+    if recipe.stage2.clean_base:
+        expanded.register_to_config(**{CLEAN_BASE: recipe.stage2.clean_base})
+    save_upgrade(expanded, file, recipe.stage2.lora, torch.float32, trained)
     upgraded = assemble(base, vae, apply_upgrade(pretrained, file))
     if recipe.export.dtype != "float32":
         upgraded.to(dtype=getattr(torch, recipe.export.dtype))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from davae.data.cache import CachedLatents, collate_latents
 from davae.errors import RecipeError
 from davae.latent import LatentLayout, over_grid
+from davae.losses.clean_base import with_clean_base, without_base_error
 from davae.losses.detail_warmup import detail_direction_loss, detail_weight, velocity_loss
 from davae.models.expand import new_weight_masks
 from davae.models.families import transformer_family
@@ -183,13 +184,20 @@ class Stage2Task:
             s.x0_ratio_max,
         )
         self.conditioning.draw(draws.batch)
-        prediction = self.conditioning.predict(self.modules["transformer"], noisy.x_t, noisy.t, noisy.conditions)
+        x_t, target = noisy.x_t, noisy.target
+        chosen = None
+        if s.clean_base > 0.0:  # drawn last: without it, every other draw stays the same
+            chosen = send(draws.uniform() < s.clean_base, self.device)
+            x_t = with_clean_base(x_t, latents, self.layout, chosen)
+        prediction = self.conditioning.predict(self.modules["transformer"], x_t, noisy.t, noisy.conditions)
+        if chosen is not None:
+            target = without_base_error(target, prediction, self.layout, chosen)
         weight = detail_weight(step, s.warmup_steps)
-        loss = velocity_loss(prediction, noisy.target, self.layout, weight, noisy.weight)
+        loss = velocity_loss(prediction, target, self.layout, weight, noisy.weight)
         total, direction = loss.total, {}
         if s.cosine_loss != "off":
             shared = weight if s.cosine_loss == "faded" else 1.0
-            term = detail_direction_loss(prediction, noisy.target, self.layout, shared)
+            term = detail_direction_loss(prediction, target, self.layout, shared)
             total, direction = total + term, {"loss_direction": term.detach()}
         return total, {
             "loss": total.detach(),

@@ -1,0 +1,36 @@
+"""Training for enlarging: some samples keep a clean base, and learn the detail alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from davae.latent import LatentLayout
+
+
+def with_clean_base(x_t: Tensor, latents: Tensor, layout: LatentLayout, chosen: Tensor) -> Tensor:
+    """Return x_t = [z, a z_d + s n_d] for the chosen samples: the noised latents with the base as it is.
+
+    Args:
+        x_t, latents: noised and clean z_hr (B,C+D,h,w).
+        layout: which channels are base.
+        chosen: (B,) booleans.
+    """
+    z, _ = layout.split(latents)
+    noised, z_d = layout.split(x_t)
+    return layout.join(torch.where(chosen.view(-1, 1, 1, 1), z.to(noised), noised), z_d)
+
+
+def without_base_error(target: Tensor, prediction: Tensor, layout: LatentLayout, chosen: Tensor) -> Tensor:
+    """Return the target with the base of the chosen samples replaced by what was predicted, without gradient.
+
+    A clean base holds none of its noise, so its velocity n - z cannot be predicted from it; its error becomes zero.
+
+    Args:
+        target, prediction: (B,C+D,h,w).
+        layout: which channels are base.
+        chosen: (B,) booleans.
+    """
+    base, detail = layout.split(target)
+    predicted, _ = layout.split(prediction.detach())
+    return layout.join(torch.where(chosen.view(-1, 1, 1, 1), predicted.to(base), base), detail)
