@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_layouts import captions, counts, labels, lay
+from test_layouts import captions, counts, labels, lay, tar
 
 from davae.data.captions import SourceOptions
 from davae.data.pictures import DataError
@@ -167,7 +167,7 @@ def test_a_large_json_without_captions_is_not_parsed(tmp_path: Path, monkeypatch
     monkeypatch.setattr("davae.data.lists.NAMES_FIRST", re.compile(b"nothing"))
     parsed: list[str] = []
     real = json.loads
-    monkeypatch.setattr("davae.data.lists.json.loads", lambda text: parsed.append(str(text)) or real(text))
+    monkeypatch.setattr("davae.data.lists.load_json", lambda text: parsed.append(str(text)) or real(text))
     assert captions(where) == {"a.png": "a cat"}
     assert not any("bbox" in text for text in parsed)
 
@@ -251,3 +251,28 @@ def test_boxes_of_objects_are_not_captions(place: str, text: str, caption: str, 
     source = open_source(where, 8)
     source.caption(0)
     assert source.findings.encodings == ({} if caption else {place: "boxes of objects, not a caption"})
+
+
+def test_a_key_that_only_an_option_names(tmp_path: Path) -> None:
+    listed = {"a1.png": {"p": "a cat", "se": 1}, "b2.png": {"p": "a dog"}}  # DiffusionDB
+    where = lay(tmp_path, {"part-1/a1.png": "", "part-1/b2.png": "", "part-1/part-1.json": json.dumps(listed)})
+    assert list(captions(where).values()) == ["", ""]
+    assert list(captions(where, caption_key="p").values()) == ["a cat", "a dog"]
+
+
+def test_images_named_by_their_stem_as_id(tmp_path: Path) -> None:
+    rows = '{"id": "abc", "prompt": "a cat"}\n{"id": "other", "prompt": "x"}\n'
+    assert captions(lay(tmp_path, {"abc.png": "", "p.jsonl": rows})) == {"abc.png": "a cat"}
+
+
+@pytest.mark.parametrize("form", ["folder", "shard"])
+def test_a_known_ending_comes_before_an_unknown_one(form: str, tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {"1.png": "", "1.caption.txt": "mine", "1.blip2.txt": "other", "1.wd.txt": "more"}
+    where = tar(tmp_path / "a.tar", files) if form == "shard" else lay(tmp_path, files)
+    assert list(captions(where).values()) == ["mine"]
+    assert counts(open_source(where, 8).findings.unused) == {"second caption of an image": 2}
+
+
+def test_invisible_characters_alone_are_not_a_caption(tmp_path: Path) -> None:
+    where = lay(tmp_path, {"a.png": "", "a.txt": "\u200b\ufeff \u200e", "b.png": "", "b.txt": "🐱\u200d👤"})
+    assert captions(where) == {"a.png": "", "b.png": "🐱\u200d👤"}

@@ -958,6 +958,8 @@ def test_every_layout_of_the_page_is_read_as_written(block: str, tmp_path: Path)
         (("V/JPEGImages/1.jpg", "V/SegmentationClass/1.png", "V/SegmentationObject/1.png"), ["V/JPEGImages/1.jpg"]),
         (("images1024x1024/00/1.png", "thumbnails128x128/00/1.png"), ["images1024x1024/00/1.png"]),
         (("images/1.png", "labels/1.png"), ["images/1.png"]),
+        (("images/1.jpg", "annotations/trimaps/1.png"), ["images/1.jpg"]),
+        (("a.png", "a-condlabel.png"), ["a.png"]),
         (("hats/1.jpg", "masks/2.jpg", "masks/3.jpg"), ["hats/1.jpg", "masks/2.jpg", "masks/3.jpg"]),
         (("masks/2.jpg", "masks/3.jpg"), ["masks/2.jpg", "masks/3.jpg"]),
     ],

@@ -14,6 +14,8 @@ from test_layouts import captions, counts, image_bytes, lay, tar
 from davae.data.captions import SourceOptions
 from davae.data.pictures import DataError
 from davae.data.sources import open_source
+from davae.recipes.sections import Data
+from davae.train.dataset import look_at
 
 
 def table(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -114,6 +116,21 @@ def test_files_that_are_no_source(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(DataError, match=message):
             open_source(str(tmp_path / name), 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "the name is empty"),
+        (" ", "the name is empty"),
+        ("{" + "x" * 400 + ",b}.tar", "no shard matches"),
+        ("./" + "x" * 400, "does not exist"),
+    ],
+)
+def test_names_that_cannot_be_one(name: str, message: str) -> None:
+    for opened in (lambda: open_source(name, 8), lambda: look_at(Data(source=name))):
+        with pytest.raises(DataError, match=message):
+            opened()
 
 
 def test_a_shard_of_any_name_is_known_by_its_content(tmp_path: Path) -> None:

@@ -146,10 +146,14 @@ class TarSource:
         return int(self.places[index, 0, 1])
 
     def parts(self, index: int, stretches: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-        stream = self._image(index)
+        begin, length = (int(value) for value in self.places[index, 0])
+        shard = int(self.shard_of[index])
+        whole = (self.sidecar(index, "picture") or b"") if (shard, begin) in self._sparse else None
         for offset, size in stretches:
-            stream.seek(offset)
-            yield stream.read(size)
+            if whole is None:
+                yield os.pread(self._descriptor(shard), max(0, min(size, length - offset)), begin + offset)
+            else:
+                yield whole[offset : offset + size]
 
     def identity(self, index: int) -> bytes:
         """Size in bytes and what belongs to the image; equal to that of earlier versions where they read the same."""

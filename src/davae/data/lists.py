@@ -25,7 +25,7 @@ MOST = 1 << 28  # bytes of a list that is read
 SMALL = 1 << 20  # bytes of a `.json` that is parsed to see what it is
 NAMES = (
     "file_name", "filename", "image_file_name", "image_name", "image_path", "image_file", "image", "img_path", "img",
-    "filepath", "file_path", "path", "file", "name", "key",
+    "filepath", "file_path", "path", "file", "name", "key", "id", "image_id",
 )  # fmt: skip
 TEXTS = ("text", "caption", "prompt", "captions", "comment", "description", "sentence", "tags")
 WORTH_PARSING = [f'"{key}'.encode() for key in (*TEXTS, "labels", "raw")]

@@ -33,7 +33,7 @@ OTHER_PARTS = frozenset(
 )  # fmt: skip
 JOINED = re.compile(
     r"(?:(.*)[_-])?(masks?|masklabels?|seg|segmentations?(?:class|object)?(?:aug)?|depths?|canny|mattes?|alphas?|labels?"
-    r"|labelids|gt|semantic|instances?|parsing|openpose|lr|lq|low[_-]?res|thumbs?|thumbnails?(?:\d+(?:x\d+)?)?"
+    r"|labelids|gt|semantic|instances?|trimaps?|condlabels?|parsing|openpose|lr|lq|low[_-]?res|thumbs?|thumbnails?(?:\d+(?:x\d+)?)?"
     r"|annotations|conditioning(?:_images)?)",
     re.IGNORECASE,
 )  # `a_mask.png` next to `a.jpg`; folders `masks/`, `train_masks/` next to the images'
@@ -186,7 +186,7 @@ def _assign_loose(
         if owner is None:
             found.loose.append((name, own, kind))
         else:
-            _assign(found, taken, [owner], kind, rank, name, prefix, unused)
+            _assign(found, taken, [owner], kind, rank + len(SIDECARS), name, prefix, unused)
 
 
 def _unique(names: list[str], key) -> dict[str, str]:
@@ -256,7 +256,7 @@ def part_folders(images: Mapping[str, Iterable[str]]) -> list[str]:
             continue
         own = {stem(name) for name in images[folder]}
         own = {joined[1] if (joined := JOINED.fullmatch(name)) and joined[1] else name for name in own}
-        others = near.get((paths[folder][:at], paths[folder][at + 1 :]), ())
+        others = near.get((paths[folder][:at], paths[folder][at + 1 :])) or near.get((paths[folder][:at], ()), ())
         known = {stem(name) for other in others for name in images[other]}
         if own and 2 * len(own & known) >= len(own):
             found.append(folder)

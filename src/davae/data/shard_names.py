@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -66,7 +67,7 @@ def expand_shards(pattern: str) -> list[Path]:
     paths: list[Path] = []
     for name in expand_braces(pattern):
         found = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if not is_hidden(Path(p).name)]
-        if not found and Path(name).is_file():  # brackets in a name that glob takes for a pattern
+        if not found and os.path.isfile(name):  # brackets in a name that glob takes for a pattern
             found = [Path(name)]
         if not found:
             raise DataError(f"data.source: no shard matches {name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +40,7 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
         DataError: when there is nothing there, in one line that says what was looked for, or an option has no meaning there.
     """
     options = options or SourceOptions()
+    check_name(name)
     if name in ("openmoji", "openmoji-all"):
         from davae.data.openmoji import OpenMoji
 
@@ -46,15 +48,15 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
         return OpenMoji(resolution, everything=name == "openmoji-all")
     if name.startswith(PIPE) or (is_remote(name) and not name.endswith(".parquet")):
         return open_remote(expand_braces(name), options)
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # unlike Path's, no error for a pattern longer than a name may be
         return open_folder(Path(name), options)
     if is_shard(name):
         return TarSource(expand_shards(name), options)
-    if name.endswith(".npz") and Path(name).is_file():
+    if name.endswith(".npz") and os.path.isfile(name):
         return NpzSource(Path(name), options)
     if name.endswith(".parquet") and (is_remote(name) or glob.glob(name)):
         return open_table(name, options)
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return open_file(Path(name), options)
     if glob.has_magic(name) and (found := glob.glob(name)):
         raise DataError(
@@ -64,6 +66,16 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
     if name.startswith((".", "/", "~")) or Path(name).suffix:
         raise DataError(f"data.source: {name} does not exist")
     return open_table(name, options)
+
+
+def check_name(name: str) -> None:
+    """Refuse an empty name, as an unset variable of a shell gives: it would mean the current folder.
+
+    Raises:
+        DataError: in one line.
+    """
+    if not name.strip():
+        raise DataError("data.source: the name is empty; give a folder, a shard, a table or a dataset id")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ def holds_images(path: Path, column: str) -> bool:
         return True
 
 
-def is_saved_table(folder: Path) -> bool:
+def is_saved_table(folder: str | Path) -> bool:
     """Return whether `save_to_disk` of `datasets` wrote a folder: one table, or one for each split."""
-    return (folder / "dataset_dict.json").is_file() or (
-        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    several, *one = (
+        os.path.isfile(os.path.join(folder, name))
+        for name in ("dataset_dict.json", "state.json", "dataset_info.json")
     )
+    return several or all(one)
 
 
 def of_split(rows: Mapping[str, Any], wanted: str, name: str) -> Any:
@@ -89,7 +92,7 @@ def load_rows(
         raise DataError(f"data.source '{name}': Hugging Face datasets need `pip install 'davae[hub]'`") from error
     chosen = name if files is None else [str(path) for path in files]
     try:
-        if is_saved_table(Path(name)):
+        if is_saved_table(name):
             rows: Any = datasets.load_from_disk(name)
         elif name.endswith(".parquet"):
             rows = datasets.load_dataset("parquet", data_files=chosen, split="train", streaming=streaming)
@@ -104,7 +107,7 @@ def load_rows(
         TypeError,
     ) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
-        if name.endswith(".parquet") or is_saved_table(Path(name)):
+        if name.endswith(".parquet") or is_saved_table(name):
             raise DataError(f"data.source: {name} cannot be read as a table: {reason}") from error
         raise DataError(
             f"data.source '{name}' is no file or folder here, and the hub gave no dataset: {reason}"

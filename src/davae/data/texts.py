@@ -108,6 +108,8 @@ def clean(text: str, name: str, findings: Findings) -> str:
     if removed:
         findings.encodings[name] = f"{' and '.join(removed)} removed"
         text = text.strip()
+    if not any(letter.isprintable() and not letter.isspace() for letter in text):
+        return ""  # zero-width characters alone
     if len(text) > MAX_CAPTION:
         findings.cut[name] = len(text)
         text = text[:MAX_CAPTION].rstrip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from davae.data.pictures import DataError, Pictures, UnreadablePicture, grid, spread, to_images
 from davae.data.remote import glob_url, is_remote
-from davae.data.sources import expand_braces
+from davae.data.sources import check_name, expand_braces
 from davae.data.summary import CLIP_AT_LEAST, EXAMPLES, Summary, TokenLimit, example
 from davae.errors import RunError
 from davae.files import atomic_file, make_folder
@@ -44,12 +45,13 @@ def glimpse(data: Data) -> tuple[Data, str]:
     Of shards at addresses the first one is copied, of a table on the hub the first rows.
     """
     name = data.source
+    check_name(name)
     if is_remote(name) and not name.endswith(".parquet"):
         urls = [url for pattern in expand_braces(name) for url in glob_url(pattern)]
         if len(urls) > 1:
             return data.model_copy(update={"source": urls[0]}), f"the first of {len(urls):,} shards, {urls[0]}"
         return data, ""
-    here = name in ("openmoji", "openmoji-all") or Path(name).exists() or (not is_remote(name) and "*" in name)
+    here = name in ("openmoji", "openmoji-all") or os.path.exists(name) or (not is_remote(name) and "*" in name)
     if here or data.streaming or Path(name).suffix in (".tar", ".npz") or name.startswith((".", "/", "~")):
         return data, ""
     limit = min(data.limit or GLIMPSE, GLIMPSE)
