@@ -6,9 +6,11 @@ run (2 steps of stage 1, 3 of stage 2) and `davae export --as upgrade` of it.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ from safetensors.torch import load_file
 from test_training import run_cli, training_records
 
 from davae import DetailVAE
+from davae.models.autoencoders import load_detail_vae
+from davae.recipes.sections import Cache, Data
+from davae.train.caching import cache_key
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "run-of-0.1.0.tar.gz"
 
@@ -59,6 +64,18 @@ def test_a_stopped_run_goes_on_to_the_same_weights(old: Path):
         assert one.pop("stage") == other.pop("stage")
         assert other.keys() <= one.keys()  # new figures may join, none is lost
         assert {key: one[key] for key in other} == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_the_key_of_a_cache_names_the_same_autoencoder(old: Path):
+    """A cache of earlier versions would be stale otherwise; a decoder for previews encodes nothing."""
+    opened = SimpleNamespace(source=None, train=[])
+    data, cache = Data(source="x"), Cache(shards=str(old))
+    vae = load_detail_vae(old / "run" / "vae")
+    for _ in range(2):
+        key = cache_key(vae, opened, data, cache, resolution=32, seed=0)  # type: ignore[arg-type]
+        assert key["autoencoder"] == json.loads((old / "run" / "cache" / "key.json").read_text())["autoencoder"]
+        vae.register_to_config(base_decoder_config={"width": 8})
+        vae.base_decoder = torch.nn.Linear(1, 1)
 
 
 def test_an_exported_upgrade_is_applied(old: Path):

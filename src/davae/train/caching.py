@@ -44,6 +44,7 @@ PREPARED_BY = {
 LATER = {"enlarge"}  # options that caches of earlier versions do not list: no part of a key while they are off
 # Of the autoencoder's config:
 NO_PART = {"resolution", "detail_mean", "detail_std", "latents_mean", "latents_std", "scaling_factor", "shift_factor"}
+PREVIEW = "base_decoder"  # part of an autoencoder that encodes nothing; earlier versions had none
 
 
 def team(accelerator: Accelerator) -> Team:
@@ -75,8 +76,9 @@ def cache_key(
         text: plain values that tell which text encoders speak; None where nothing is embedded.
     """
     config: dict[str, Any] = dict(vae.config)  # type: ignore[arg-type]
-    fixed = {name: v for name, v in config.items() if name not in NO_PART and not name.startswith("_")}
-    key: dict[str, Any] = {"autoencoder": hash_weights(vae.state_dict().items(), fixed)}
+    fixed = {name: v for name, v in config.items() if name not in NO_PART and not name.startswith(("_", PREVIEW))}
+    weights = [(name, tensor) for name, tensor in vae.state_dict().items() if not name.startswith(f"{PREVIEW}.")]
+    key: dict[str, Any] = {"autoencoder": hash_weights(weights, fixed)}
     if cache.shards is not None:
         files = sorted([*Path(cache.shards).glob(PATTERN), *Path(cache.shards).glob(STATISTICS)])
         key["data"] = fingerprint([(file.name, file.stat().st_size) for file in files])
