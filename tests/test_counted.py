@@ -121,11 +121,7 @@ def test_known_models_ship_counted(model: str, resolution: int | None):
 
 
 def test_figures_that_ship_load_no_torch(tmp_path: Path):
-    code = (
-        "import sys; from davae.cli import app\n"
-        "try: app(sys.argv[1:])\n"
-        "finally: assert 'torch' not in sys.modules, 'torch'"
-    )
+    code = "import sys; from davae.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules, 'torch'"
     words = ["inspect", "sd35-medium", "--resolution", "1024", "--json", str(tmp_path / "f.json")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -25,6 +25,7 @@ from davae.recipes import differences, load_recipe
 from davae.train.conditioning import EmbeddedInStep, embed_in_step
 from davae.train.encoding import Encoder
 from davae.train.loading import one_at_a_time
+from davae.train.progress import embedded_captions
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,24 @@ def test_an_empty_caption_whose_embedding_is_not_finite_stops_before_the_first_s
     conditioning = SimpleNamespace()
     embed_in_step(conditioning, overflowing)
     assert conditioning.cache.embed(["ab"])[1].tolist() == [[2.0]]
+
+
+def test_a_held_out_caption_that_is_not_finite_leaves_the_validation_loss_finite(caplog: pytest.LogCaptureFixture):
+    """A NaN would keep every later step from being the best one, without a word."""
+    loaded: list[str] = []
+
+    def embedder() -> Any:
+        loaded.append("text encoders")
+        return overflowing
+
+    run = SimpleNamespace(recipe=SimpleNamespace(cache=SimpleNamespace(batch_size=2)), embedder=embedder)
+    captions = ["", "a nan", "abc"]
+    stored = embedded_captions(run, SimpleNamespace(cache=None), captions).embed(captions)
+    assert stored[1].flatten().tolist() == [0.0, 0.0, 3.0]
+    assert "'a nan'" in caplog.text
+    own = SimpleNamespace(cache=EmbeddedInStep(overflowing))
+    assert torch.equal(embedded_captions(run, own, captions).embed(captions)[0], stored[0])
+    assert loaded == ["text encoders"], "a run that embeds in its steps has them already"
 
 
 def test_processes_of_a_machine_load_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -40,6 +40,16 @@ def log_handler() -> RichHandler:
     return RichHandler(console=status, show_path=False, show_time=False)
 
 
+def quiet_model_libraries() -> None:
+    """Import diffusers and transformers, and let them write errors alone."""
+    import diffusers
+    import transformers
+
+    for logger in (diffusers.utils.logging, transformers.utils.logging):
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+
+
 @contextmanager
 def progress_display() -> Iterator[Observer]:
     """Yields an observer that draws one line a task: done, time left, images/s, losses."""

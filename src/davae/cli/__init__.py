@@ -100,16 +100,11 @@ def explain(error: OSError | MemoryError) -> str:
 
 def _quiet_libraries() -> None:
     """davae's own messages on standard error; libraries only when something is wrong."""
-    import diffusers
-    import transformers
-
-    from davae.display import log_handler
+    from davae.display import log_handler, quiet_model_libraries
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log_handler()], force=True)
     warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, nothing a user can mend
     for name in ("accelerate", "diffusers", "transformers", "huggingface_hub", "httpx", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    if sys.argv[1:2] != ["inspect"]:  # it reads the figures of known models without them
+        quiet_model_libraries()

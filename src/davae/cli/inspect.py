@@ -34,10 +34,15 @@ def inspect(
     if model is None:
         _list()
         return
-    from davae.display import console, parts_display, show_phases
+    from davae.display import console, parts_display, quiet_model_libraries, show_phases
     from davae.train.counted import counted
 
-    with parts_display(f"inspecting {model}") as watch:
+    with parts_display(f"inspecting {model}") as show:
+
+        def watch(part: str) -> None:
+            show(part)
+            quiet_model_libraries()
+
         values = counted(model, resolution, scale, detail_channels, steps, watch)
     write_json(json, values)
     _show(values)

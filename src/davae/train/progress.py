@@ -19,7 +19,7 @@ from davae.losses.flow_matching import shift_timestep
 from davae.models.memory_budget import Halving
 from davae.recipes import RecipeError
 from davae.train.best import BEST
-from davae.train.conditioning import Conditioning
+from davae.train.conditioning import Conditioning, EmbeddedInStep
 from davae.train.cost import meta_detail_vae
 from davae.train.draws import Draws
 from davae.train.encoding import Encoder, coding_bytes, images_at_a_time, run_precision
@@ -106,6 +106,17 @@ def shown_at_a_time(run: Upgrade) -> int:
     return from_main(chosen)  # all processes run the wrapped model as often
 
 
+def embedded_captions(run: Any, conditioning: Any, captions: list[str]) -> CaptionTable:
+    """Return embeddings of captions; one that is not finite is named and replaced by the empty caption's, as in training.
+
+    Text encoders that training has loaded for its own captions embed these too.
+    """
+    known, size = conditioning.cache, run.recipe.cache.batch_size
+    embedded = known if isinstance(known, EmbeddedInStep) else EmbeddedInStep(run.embedder())
+    parts = [embedded.embed(captions[first : first + size]) for first in range(0, len(captions), size)]
+    return CaptionTable(captions, tuple(torch.cat(kind) for kind in zip(*parts, strict=True)))
+
+
 def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
     """Loss on held-out pictures and pictures of the recipe's prompts, as often as the recipe wants them.
 
@@ -120,10 +131,7 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
     if run.family.condition == "text":
         prompts = prompts or held_out["captions"][:SHOWN]
         captions = sorted({"", *held_out["captions"], *prompts})
-        embed, size = run.embedder(), recipe.cache.batch_size
-        parts = [embed(captions[first : first + size]) for first in range(0, len(captions), size)]
-        table = CaptionTable(captions, tuple(torch.cat(kind) for kind in zip(*parts, strict=True)))
-        conditioning.cache = table  # type: ignore[attr-defined]
+        conditioning.cache = embedded_captions(run, task.conditioning, captions)  # type: ignore[attr-defined]
         conditions: list[Any] = held_out["captions"]
     else:
         conditions = held_out["labels"]
