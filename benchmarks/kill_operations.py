@@ -3,8 +3,8 @@
     python benchmarks/kill_operations.py --most 24 --json docs/results/security/operations.json
 
 The verbs are those of `kills.py`. Every opening for writing, renaming, removing and making of a folder in the place of the
-output counts as an operation, as Python's audit events report them. A verb with more than `--most` operations is killed before
-that many of them, evenly spread. What is there is opened and compared with its checksums after each kill; after every fourth
+output counts as an operation, as Python's audit events report them. A verb with more than `--most` operations is killed
+before that many of them, evenly spread; one that goes on where a killed one stopped may end before its turn. What is there is opened and compared with its checksums after each kill; after every fourth
 one the same command runs to its end, on what all the kills before it left.
 """
 
@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -135,7 +136,9 @@ def main() -> None:
             out = place / "out" / ("drawn.npz" if verb == "evaluate samples" else "made")
             result[verb] = kill_verb(command, out, arguments.most)
             print(f"{verb}: {result[verb]}", flush=True)
-            figures = {"command": f"python benchmarks/kill_operations.py --most {arguments.most}", "verbs": result}
+            named = ["--verbs", *map(shlex.quote, arguments.verbs)] if arguments.verbs else []
+            words = " ".join(["python benchmarks/kill_operations.py --most", str(arguments.most), *named])
+            figures = {"command": words, "verbs": result}
             if arguments.json is not None:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -15,7 +15,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "security.md"
 RESULTS = ROOT / "docs" / "results" / "security"
-TITLES = {"app": "The page", "kills": "`kill -9` at random moments", "fuzz": "Hostile files", "at_once": "One place, several commands at once"}
+TITLES = {
+    "app": "The page",
+    "kills": "`kill -9` at random moments",
+    "fuzz": "Hostile files",
+    "at_once": "One place, several commands at once",
+    "operations": "Killed before file operations",
+}
 START, END = "<!-- attempts -->\n", "<!-- end of attempts -->\n"
 
 
