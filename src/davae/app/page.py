@@ -1,4 +1,4 @@
-"""The page itself: four tabs in one Gradio app, served with the reports of its trainings."""
+"""The page itself: five tabs in one Gradio app, served with the reports of its trainings."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 
 from davae.app.access import Access
+from davae.app.enlarge_tab import enlarge_tab
 from davae.app.forms import plain
 from davae.app.guard import Guard
 from davae.app.limits import Bounds
@@ -46,7 +47,7 @@ footer { display: none !important; }
 
 
 def build(pair: Pair, trainings: Trainings, roots: Roots | None = None) -> gr.Blocks:
-    """Return the four tabs around a pair of models and a folder of trainings.
+    """Return the five tabs around a pair of models and a folder of trainings.
 
     Args:
         roots: folders whose entries the page offers by name; by default none.
@@ -60,6 +61,8 @@ def build(pair: Pair, trainings: Trainings, roots: Roots | None = None) -> gr.Bl
             generate_tab(pair)
         with gr.Tab("Reconstruct", id="reconstruct"):
             reconstruct_tab(pair, uploads)
+        with gr.Tab("Enlarge", id="enlarge"):
+            enlarge_tab(pair, uploads)
         with gr.Tab("Inspect", id="inspect"):
             inspect_tab(roots)
         with gr.Tab("Train", id="train"):

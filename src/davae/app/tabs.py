@@ -48,7 +48,7 @@ def _picture(pair: Pair, label: str, **options: Any) -> gr.Image:
     )
 
 
-def _slider_of_two(pair: Pair, label: str, elem_id: str) -> gr.ImageSlider:
+def slider_of_two(pair: Pair, label: str, elem_id: str) -> gr.ImageSlider:
     classes = ["picture", "small"] if pair.resolution < SMALL else ["picture"]
     return gr.ImageSlider(label=label, format="png", height=460, type="pil", elem_id=elem_id, elem_classes=classes)
 
@@ -108,7 +108,7 @@ def generate_tab(pair: Pair) -> None:
     with gr.Row(visible=len(ways) > 1):
         left = gr.Dropdown(ways, value=ways[0], label="Left")
         right = gr.Dropdown(ways, value=ways[-1], label="Right")
-    slider = _slider_of_two(pair, "Drag the line between the two; the wheel zooms", "drawn-slider")
+    slider = slider_of_two(pair, "Drag the line between the two; the wheel zooms", "drawn-slider")
     gr.Markdown("The same place of each, enlarged: at first where left and right differ most.")
     with gr.Row():
         across = gr.Slider(0, 1, 0.5, step=0.01, label="Across", elem_id="across")
@@ -223,7 +223,7 @@ def reconstruct_tab(pair: Pair, folder: Path) -> None:
     gr.Markdown(
         f"Error: mean over the colours, of the upgraded picture; white is {reconstructing.ERROR_SHOWN:.0%} or more."
     )
-    slider = _slider_of_two(pair, "base + bicubic | upgraded", "reconstruction-slider")
+    slider = slider_of_two(pair, "base + bicubic | upgraded", "reconstruction-slider")
 
     def fade(kept: reconstructing.Encoded | None, weight: Any, low: Any, high: Any) -> list[Any]:
         weight = forms.number("strength", weight, 0, 1.5)

@@ -101,6 +101,11 @@ def upscale(
     return results
 
 
+def window_count(pipe: Any, size: tuple[int, int]) -> int:
+    """Return how many windows an image of (width, height) pixels takes, at the model's own size of windows."""
+    return len(_Work(pipe, _window(pipe, None), OVERLAP, 0, False).grid(size))
+
+
 def _counted(on_step: Callable[[int, int], None], before: int, own: int, total: int) -> Callable[[int, int], None]:
     """Return a function of a group's steps that counts them among those of all images."""
     return lambda done, of: on_step(before + own * done // of, total)
