@@ -4,8 +4,9 @@
 
 The verbs are those of `kills.py`. Every opening for writing, renaming, removing and making of a folder in the place of the
 output counts as an operation, as Python's audit events report them. A verb with more than `--most` operations is killed
-before that many of them, evenly spread; one that goes on where a killed one stopped may end before its turn. What is there is opened and compared with its checksums after each kill; after every fourth
-one the same command runs to its end, on what all the kills before it left.
+before that many of them, evenly spread; one that goes on where a killed one stopped may end before its turn. What is there
+is opened and compared with its checksums after each kill; after every fourth one the same command runs to its end, on what
+all the kills before it left.
 """
 
 from __future__ import annotations
