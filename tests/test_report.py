@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from davae.analyze.crops import most_different
-from davae.analyze.report import Column, ReportContent, data_uri, duration, write_report, zooms
+from davae.analyze.report import Column, ReportContent, data_uri, write_report, zooms
+from davae.train.times import duration
 
 
 def marked(size: int, box: tuple[int, int, int, int] | None) -> Image.Image:

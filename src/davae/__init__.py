@@ -29,6 +29,10 @@ _HOMES = {
     "DetailPixArtSigmaPipeline": "davae.sample.ddpm_pipelines",
     "expand_transformer": "davae.models.expand",
     "widen_lora": "davae.models.lora",
+    "upgrade": "davae.upgrade_run",
+    "load": "davae.upgrade_run",
+    "UpgradeRun": "davae.upgrade_run",
+    "Progress": "davae.train.loop",
     "group_mean": "davae.losses.alignment",
     "alignment_loss": "davae.losses.alignment",
     "detail_weight": "davae.losses.detail_warmup",
@@ -56,11 +60,15 @@ __all__ = [
     "LatentLayout",
     "LightningDiT",
     "PooledAutoencoderTiny",
+    "Progress",
+    "UpgradeRun",
     "alignment_loss",
     "detail_weight",
     "expand_transformer",
     "group_mean",
+    "load",
     "preview",
+    "upgrade",
     "upscale",
     "velocity_loss",
     "widen_lora",
@@ -91,6 +99,8 @@ if TYPE_CHECKING:
         DetailZImagePipeline,
     )
     from davae.sample.upscale import upscale
+    from davae.train.loop import Progress
+    from davae.upgrade_run import UpgradeRun, load, upgrade
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from davae.train.times import TimeLeft, duration
+
 if TYPE_CHECKING:  # they load torch
     from davae.train.loop import Observer
     from davae.train.loop import Progress as Step
 
+logger = logging.getLogger(__name__)
 console = Console()
 status = Console(stderr=True)
 
@@ -33,6 +37,7 @@ NAMES = {
     "captions": "text cache",
     "report": "report",
 }
+WHOLE = "whole run"
 SHOWN = ("loss_base", "loss_detail", "l1", "align", "unexplained")
 
 
@@ -50,9 +55,22 @@ def quiet_model_libraries() -> None:
         logger.disable_progress_bar()
 
 
+def show_lines(title: str, lines: list[tuple[str, str]]) -> None:
+    """Show short facts on standard error and keep them in the run's log, unless `-q` asks for silence."""
+    if logging.getLogger("davae").isEnabledFor(logging.INFO):
+        logger.info("%s\n%s", title, "\n".join(f"  {name:<7} {text}" for name, text in lines))
+
+
 @contextmanager
-def progress_display() -> Iterator[Observer]:
-    """Yields an observer that draws one line a task: done, time left, images/s, losses."""
+def progress_display(expected: Mapping[str, float] | None = None) -> Iterator[Observer]:
+    """Yield an observer that draws one line a task: done, time left, images/s, losses; nothing with `-q`.
+
+    Args:
+        expected: seconds of the phases of a whole run, where they are estimated; a further line shows the time left of all.
+    """
+    if logging.getLogger("davae").level > logging.INFO:
+        yield lambda step: None
+        return
     bars = Progress(
         TextColumn("{task.description:<21}"),
         BarColumn(bar_width=10),
@@ -62,6 +80,7 @@ def progress_display() -> Iterator[Observer]:
         console=status,
     )
     rows: dict[str, Any] = {}
+    whole = TimeLeft(expected or {})
 
     def observe(step: Step) -> None:
         if step.task not in rows:
@@ -69,6 +88,11 @@ def progress_display() -> Iterator[Observer]:
         losses = [f"{name.removeprefix('loss_')} {step.values[name]:.3f}" for name in SHOWN if name in step.values]
         speed = [f"{step.images_per_second:.0f} images/s"] if step.images_per_second else []
         bars.update(rows[step.task], completed=step.step, total=step.max_steps, note="  ".join(speed + losses))
+        whole.observe(step.task, step.step, step.max_steps)
+        if expected and whole.seconds is not None:
+            if WHOLE not in rows:
+                rows[WHOLE] = bars.add_task(WHOLE, total=None, note="")
+            bars.update(rows[WHOLE], note=f"about {duration(whole.seconds)} left of all trainings")
 
     with bars:
         yield observe

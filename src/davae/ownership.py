@@ -29,6 +29,7 @@ RUN_PARTS: dict[str, tuple[str, ...]] = {  # what a run writes, and the steps af
     "bench-cache": (),
     "cache": ("cache",),
     "checkpoints": (),
+    "log.txt": (),
     "metrics.jsonl": (),
     "pictures.json": (),
     "pipeline": ("stage2", "dit"),

@@ -17,6 +17,7 @@ from davae.analyze.crops import enlarged, most_different, squared_error
 from davae.errors import ModelError
 from davae.files import atomic_text
 from davae.reading import read_object
+from davae.train.times import duration
 
 
 @dataclass
@@ -118,16 +119,6 @@ def zooms(columns: list[Column], captions: list[str], first: int, second: int) -
         )
         for _, row, left, top in sorted(found, reverse=True)[:ZOOMED]
     ]
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people: `45 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
-    whole = round(seconds)
-    for large, small, big, little in ((86400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
-        if whole >= large:
-            rest = whole % large // small
-            return f"{whole // large} {big} {rest} {little}" if rest else f"{whole // large} {big}"
-    return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"
 
 
 def data_uri(picture: Image.Image | bytes) -> str:

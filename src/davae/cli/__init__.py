@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from contextlib import nullcontext
 
+from davae.cli import verbosity
 from davae.cli.analyze import analyze_app
 from davae.cli.app import app as app_verb
 from davae.cli.bench_data import cache, data_wait, growth, scale
 from davae.cli.bench_models import bench_app
 from davae.cli.convert import convert_app
 from davae.cli.data import data
+from davae.cli.doctor import doctor
 from davae.cli.evaluate import evaluate_app
 from davae.cli.export import apply, export, push
 from davae.cli.inspect import inspect
@@ -22,6 +25,7 @@ from davae.cli.recipes import recipes
 from davae.cli.reproduce import reproduce
 from davae.cli.sample import sample
 from davae.cli.start import start
+from davae.cli.status import status
 from davae.cli.upgrade import cache_latents, train_base, train_dit, train_sr, train_vae, upgrade
 from davae.cli.upscale import upscale
 from davae.cli.verbs import Verbs
@@ -33,6 +37,7 @@ app = Verbs(
     callback=start,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Twice the resolution at the same token count for pretrained latent diffusion models (DA-VAE).\n\n"
     "Start with `davae upgrade micro --out runs/micro`: it upgrades the embedded model and writes a report.",
 )
@@ -43,6 +48,8 @@ app.command(rich_help_panel=FIRST)(upscale)
 app.command(rich_help_panel=FIRST)(inspect)
 app.command(rich_help_panel=FIRST)(recipes)
 app.command(rich_help_panel=FIRST)(data)
+app.command(rich_help_panel=FIRST)(status)
+app.command(rich_help_panel=FIRST)(doctor)
 app.command("app", rich_help_panel=FIRST)(app_verb)
 app.add_typer(evaluate_app, name="evaluate", rich_help_panel=MEASURE)
 app.add_typer(analyze_app, name="analyze", rich_help_panel=MEASURE)
@@ -78,6 +85,8 @@ def main() -> None:
         sys.stderr.write(f"davae: {error}\n")
         sys.exit(130)
     except DavaeError as error:
+        if verbosity.state.level > 0:
+            traceback.print_exc()
         sys.stderr.write(f"davae: {' '.join(str(error).split())}\n")
         sys.exit(2)
     except KeyboardInterrupt:

@@ -16,7 +16,9 @@ Vae = Annotated[str, typer.Option(help="A DetailVAE's folder, or a run's.")]
 Data = Annotated[str, typer.Option(help="Pictures, as `davae upgrade --data` takes them.")]
 Folder = Annotated[Path, typer.Option("--out", help="Folder for the PNG and the JSON.")]
 Num = Annotated[int, typer.Option(min=8, help="At most so many pictures.")]
-HeldOut = Annotated[float, typer.Option(min=0.0, max=0.99, help="Only this held-out share; 0 takes all.")]
+HeldOut = Annotated[
+    float, typer.Option(min=0.0, max=0.99, metavar="SHARE", help="Only this held-out share; 0 takes all.")
+]
 
 LpipsNetwork = Annotated[Literal["alex", "vgg"] | None, typer.Option(help="LPIPS too, on this network.")]
 LpipsWeights = Annotated[

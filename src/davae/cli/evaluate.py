@@ -35,10 +35,14 @@ from davae.cli.verbs import Verbs
 
 FeatureNetwork = Annotated[
     Literal["lite0", "inception"],
-    typer.Option(help="lite0 works offline and is never called FID; inception gives FID, KID and IS."),
+    typer.Option(
+        metavar="NAME",
+        help="lite0 or inception: lite0 works offline and is never called FID; inception gives FID, KID and IS.",
+    ),
 ]
 OptionalFeatures = Annotated[
-    Literal["lite0", "inception"] | None, typer.Option(help="Features for the distance between the two sets (rFID).")
+    Literal["lite0", "inception"] | None,
+    typer.Option(metavar="NAME", help="lite0 or inception: features for the distance between the two sets (rFID)."),
 ]
 PatchSize = Annotated[
     int,
@@ -47,7 +51,9 @@ PatchSize = Annotated[
     ),
 ]
 SpectrumFile = Annotated[Path | None, typer.Option(help="PNG of the power spectra of both sets.")]
-Weights = Annotated[Path | None, typer.Option(help="Inception weights of torch-fidelity, where there is no network.")]
+Weights = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Inception weights of torch-fidelity, where there is no network.")
+]
 
 evaluate_app = Verbs(no_args_is_help=True, help="Measure a model on pictures.")
 evaluate_app.command()(prompts)
@@ -62,7 +68,9 @@ def reconstruction(
     data: Annotated[str, typer.Option(help="Pictures, as `davae upgrade --data` takes them.")],
     resolution: Annotated[int | None, typer.Option(help="Pixels; the autoencoder's own by default.")] = None,
     num: Annotated[int | None, typer.Option(min=1, help="At most so many pictures.")] = None,
-    held_out: Annotated[float, typer.Option(min=0.0, max=0.99, help="Only this held-out share; 0 takes all.")] = 0.0,
+    held_out: Annotated[
+        float, typer.Option(min=0.0, max=0.99, metavar="SHARE", help="Only this held-out share; 0 takes all.")
+    ] = 0.0,
     lpips: Annotated[Literal["alex", "vgg"] | None, typer.Option(help="LPIPS too, on this network.")] = None,
     lpips_weights: Annotated[
         str | None, typer.Option(help="Its safetensors (trunk and heads), where torchvision cannot download.")
@@ -124,7 +132,10 @@ def generation(
     guidance: Guidance = GUIDANCE,
     seed: Seed = 0,
     held_in: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="Only the training side of a split that holds out this share.")
+        float,
+        typer.Option(
+            min=0.0, max=0.99, metavar="SHARE", help="Only the training side of a split that holds out this share."
+        ),
     ] = 0.0,
     features: FeatureNetwork = "lite0",
     feature_weights: Weights = None,
@@ -228,12 +239,10 @@ def samples(
     labels: Annotated[
         Literal["balanced", "random"], typer.Option(help="Equal numbers a class, or drawn by seed.")
     ] = ("balanced"),
-    steps: Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1, help="Updates of the ODE.")] = 249,
+    steps: Annotated[int, typer.Option(min=1, help="Updates of the ODE.")] = 249,
     guidance: Annotated[
         float,
-        typer.Option(
-            "--guidance", "--guidance-scale", min=0.0, help="Guidance scale; the ImageNet protocol's by default."
-        ),
+        typer.Option(min=0.0, help="Guidance scale; the ImageNet protocol's by default."),
     ] = 4.0,
     seed: Seed = 0,
     batch_size: BatchSize = 50,

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 Precision = Annotated[
-    Literal["float16", "bfloat16", "float32"], typer.Option("--dtype", help="Precision of the weights.")
+    Literal["float16", "bfloat16", "float32"],
+    typer.Option("--dtype", metavar="TYPE", help="Precision of the weights: float16, bfloat16 or float32."),
 ]
 SelfContained = Annotated[
     bool,

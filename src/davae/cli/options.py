@@ -62,25 +62,31 @@ AllowCommands = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost, and stop.")]
 Precision = Annotated[
-    Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Precision of the model's weights.")
+    Literal["float32", "bfloat16", "float16"],
+    typer.Option("--dtype", metavar="TYPE", help="Precision of the weights: float32, bfloat16 or float16."),
 ]
 Offload = Annotated[
     Literal["off", "model", "sequential"],
-    typer.Option(help="Keep each model, or each layer (slow), in the CPU's memory until the GPU needs it."),
+    typer.Option(
+        metavar="WHAT",
+        help="off, model or sequential: keep each model, or each layer (slow), in main memory until the GPU needs it.",
+    ),
 ]
 Compile = Annotated[
     Literal["off", "blocks", "graphs"],
     typer.Option(
-        help="torch.compile: blocks compiles each repeated block, graphs records whole passes as CUDA graphs, which a single "
-        "picture on a fast GPU needs most. Takes up to minutes before the first picture."
+        metavar="WHAT",
+        help="off, blocks or graphs: compile each repeated block, or record whole passes as CUDA graphs, which a single "
+        "image on a fast GPU needs most. Takes up to minutes before the first image.",
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images drawn at a time.")]
+# `verbs.ALIASES` has other names of these.
 # One default for every verb that draws: the paper's (Sec. 4), and that of a recipe's `sampling`.
 STEPS, GUIDANCE = 30, 2.5
-Steps = Annotated[int, typer.Option("--steps", "--num-inference-steps", min=1, help="Sampling steps.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
 Guidance = Annotated[
-    float, typer.Option("--guidance", "--guidance-scale", min=0.0, help="Guidance scale; 1 is no guidance.")
+    float, typer.Option("--guidance", min=0.0, metavar="SCALE", help="Guidance scale; 1 is no guidance.")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the noise.")]
 
@@ -100,15 +106,24 @@ def _own_figures(path: Path | None) -> Path | None:
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.", callback=_own_figures)]
 
 
-CaptionKey = Annotated[str | None, typer.Option(help="data.caption_key: key of the .json next to an image.")]
-CaptionColumn = Annotated[str | None, typer.Option(help="data.caption_column: column of a table.")]
-LabelKey = Annotated[str | None, typer.Option(help="data.label_key: key of the .json with the class number.")]
-LabelColumn = Annotated[str | None, typer.Option(help="data.label_column: column of a table.")]
-ImageColumn = Annotated[str | None, typer.Option(help="data.image_column: column of a table.")]
+DATA = "Data"  # options of images, in a table of their own
+CaptionKey = Annotated[
+    str | None, typer.Option(rich_help_panel=DATA, help="Key of the .json next to an image that holds the caption.")
+]
+CaptionColumn = Annotated[
+    str | None, typer.Option(rich_help_panel=DATA, help="Column of a table that holds captions.")
+]
+LabelKey = Annotated[str | None, typer.Option(rich_help_panel=DATA, help="Key of the .json with the class number.")]
+LabelColumn = Annotated[
+    str | None, typer.Option(rich_help_panel=DATA, help="Column of a table that holds class numbers.")
+]
+ImageColumn = Annotated[str | None, typer.Option(rich_help_panel=DATA, help="Column of a table that holds images.")]
 Enlarge = Annotated[
     bool | None,
     typer.Option(
-        "--enlarge/--no-enlarge", help="data.enlarge: prepare images as ADM does, which enlarges small ones."
+        "--enlarge/--no-enlarge",
+        rich_help_panel=DATA,
+        help="data.enlarge: prepare images as ADM does, which enlarges small ones.",
     ),
 ]
 Options = Annotated[

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
 from davae.cli.options import AllowCommands, DryRun, Json, Name, Out, Overrides, Source, write_json
+from davae.cli.verbosity import run_log
 from davae.recipes import (
     AnyRecipe,
     BaseRecipe,
@@ -56,6 +58,7 @@ def _run_upgrade(
     recipe = _recipe(Recipe, name, data, overrides)
     if json_file is not None and not dry:
         raise RecipeError("--json: it takes the figures of a dry run; add --dry-run, or read report.json of the run")
+    from davae.cli.header import LAST, show_start
     from davae.display import console, progress_display, show_phases, table
     from davae.train.plan import plan
     from davae.train.ranks import is_main
@@ -76,8 +79,12 @@ def _run_upgrade(
         for note in found.notes:
             console.print(f"Note: {note}.", markup=False)
         return
-    with progress_display() as observer:
+    with ExitStack() as stack:
+        log = stack.enter_context(run_log())
+        observer = stack.enter_context(progress_display(show_start(recipe, folder, verb) if is_main() else {}))
         run = Upgrade(recipe, folder, observer, stage1=stage1)
+        if is_main() and not run.folder.done(LAST[verb]):
+            log.open(folder)
         with stop_on_signal(recipe.run.stop_signals):
             if verb == "train-vae":
                 done = run.train_vae()

@@ -8,6 +8,8 @@ from davae.recipes.loading import (
     dump_recipe,
     load_data,
     load_recipe,
+    read_recipe,
+    set_values,
     shipped_recipes,
     validate,
 )
@@ -27,6 +29,8 @@ __all__ = [
     "load_data",
     "load_recipe",
     "permit_commands",
+    "read_recipe",
+    "set_values",
     "shipped_recipes",
     "typed_commands",
     "validate",

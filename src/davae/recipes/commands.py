@@ -62,6 +62,11 @@ def typed_commands(overrides: Iterable[str]) -> list[str]:
     return [text for value in values for text in _texts(value) if text.startswith(PIPE)]
 
 
+def commands_in(values: Any) -> list[str]:
+    """Return the commands among values, however deep."""
+    return [text for text in _texts(values) if text.startswith(PIPE)]
+
+
 def check_commands(recipe: BaseModel) -> None:
     """Refuse a recipe with a command that may not run.
 
@@ -89,7 +94,7 @@ def check_source(source: str, setting: str = "data.source") -> None:
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (dict, list)):
+    elif isinstance(value, (dict, list, tuple)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _texts(part)
 

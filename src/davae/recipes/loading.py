@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
@@ -40,6 +40,18 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> AnyRecipe:
     Raises:
         RecipeError: unknown name, unreadable YAML, unknown key, wrong type, impossible values.
     """
+    values = read_recipe(name_or_path)
+    for override in overrides:
+        apply_override(values, override)
+    return validate(values, name_or_path)
+
+
+def read_recipe(name_or_path: str) -> dict[str, Any]:
+    """Return the values of a shipped recipe or a YAML file, not validated.
+
+    Raises:
+        RecipeError: unknown name, unreadable YAML, no mapping.
+    """
     shipped = shipped_recipes()
     path = Path(name_or_path)
     if name_or_path in shipped:
@@ -52,9 +64,33 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> AnyRecipe:
         )
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {name_or_path} must be a mapping of keys to values")
-    for override in overrides:
-        apply_override(values, override)
-    return validate(values, name_or_path)
+    return values
+
+
+def set_values(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Set values of a recipe in place.
+
+    Args:
+        values: the recipe's values.
+        changes: by dotted path; `__` in a name counts as a dot, and a mapping changes the values of a section one by one.
+
+    Raises:
+        RecipeError: a path that leads through a value.
+    """
+    for path, change in changes.items():
+        keys = path.replace("__", ".").split(".")
+        node = values
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise RecipeError(f"{path}: '{key}' is a value, not a section")
+        if isinstance(change, Mapping):
+            section = node.setdefault(keys[-1], {})
+            if not isinstance(section, dict):
+                section = node[keys[-1]] = {}
+            set_values(section, change)
+        else:
+            node[keys[-1]] = str(change) if isinstance(change, Path) else change
 
 
 def validate(values: Any, name: str) -> AnyRecipe:

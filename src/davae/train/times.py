@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from davae.errors import RunError
 from davae.files import atomic_text
 from davae.reading import load_json
-from davae.train.ranks import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +39,51 @@ def _read(file: Path) -> dict[str, float]:
         return {}
 
 
+PARTS = {"latents": "cache", "captions": "cache"}  # what a display calls parts of a phase
+
+
+class TimeLeft:
+    """Time left of a whole run: the phase at hand by its measured speed, later ones by their estimates.
+
+    Estimates are scaled by how far the last measured phase was from its own.
+
+    Args:
+        estimates: seconds of each phase, in order.
+        clock: returns the time in seconds.
+    """
+
+    def __init__(self, estimates: Mapping[str, float], clock: Callable[[], float] = time.monotonic):
+        self.estimates, self.clock = dict(estimates), clock
+        self.task, self.first, self.now = "", (0, 0.0), (0, 1)
+        self.ratio = 1.0
+
+    def observe(self, task: str, step: int, steps: int) -> None:
+        """Take a step of a task, of so many."""
+        if task != self.task:
+            self.task, self.first = task, (step, self.clock())
+        self.now = (step, max(1, steps))
+        done, (step_then, then) = step, self.first
+        estimate = self.estimates.get(PARTS.get(task, task))
+        if estimate and done > step_then:
+            self.ratio = (self.clock() - then) / (done - step_then) * self.now[1] / estimate
+
+    @property
+    def seconds(self) -> float | None:
+        """Return the seconds left; None while a phase without an estimate runs, or before the first step."""
+        phase = PARTS.get(self.task, self.task)
+        if phase not in self.estimates:
+            return None
+        step, steps = self.now
+        names = list(self.estimates)
+        later = sum(self.estimates[name] for name in names[names.index(phase) + 1 :])
+        return self.ratio * (self.estimates[phase] * (steps - step) / steps + later)
+
+
 @contextmanager
 def timed(folder: Path, phase: str) -> Iterator[None]:
     """Add the seconds spent inside to a phase's, also where it is interrupted. Only the first process writes."""
+    from davae.train.ranks import is_main  # it loads torch, which those who only read times need not
+
     started = time.monotonic()
     try:
         yield
@@ -54,3 +95,13 @@ def timed(folder: Path, phase: str) -> Iterator[None]:
                 atomic_text(folder / TIMES, json.dumps(times, indent=1) + "\n")
             except (RunError, OSError) as error:  # the run's own error, if any, is the one to show
                 logger.warning("the times of the phases are not kept: %s", error)
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: `45 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    whole = round(seconds)
+    for large, small, big, little in ((86400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
+        if whole >= large:
+            rest = whole % large // small
+            return f"{whole // large} {big} {rest} {little}" if rest else f"{whole // large} {big}"
+    return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"

@@ -1,0 +1,139 @@
+"""Every verb: its help fits 80 columns, its options have the names that users know, mistakes are one line."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from davae.cli import app, verbosity
+from davae.cli.verbs import ALIASES, HINTS, hint, with_own_names
+from davae.errors import RecipeError
+
+GROUP: Any = typer.main.get_command(app)
+
+
+def all_verbs(command: Any = GROUP, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, below in getattr(command, "commands", {}).items():
+        yield from all_verbs(below, (*path, name))
+    if not hasattr(command, "commands"):
+        yield path, command
+
+
+VERBS = dict(all_verbs())
+
+
+@pytest.fixture(autouse=True)
+def _usual_verbosity() -> Iterator[None]:
+    yield
+    verbosity.set_verbosity(0)
+
+
+@pytest.mark.parametrize("path", VERBS, ids=" ".join)
+def test_help_fits_80_columns(path: tuple[str, ...]):
+    shown = CliRunner().invoke(app, [*path, "-h"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert shown.exit_code == 0
+    for line in shown.output.splitlines():
+        assert len(line) <= 80
+        assert "…" not in line, "a name or word is cut"
+        assert not re.search(r"\|[a-z0-9]*\s{2,}", line), "a choice is broken"
+    assert "--verbose" in shown.output
+
+
+def test_upgrade_is_the_first_verb():
+    assert next(iter(GROUP.commands)) == "upgrade"
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).output
+    assert re.findall(r"^│ ([a-z][a-z-]+) ", shown, re.M)[0] == "upgrade"
+
+
+def options_of(path: str) -> dict[str, Any]:
+    return {word: p for p in VERBS[tuple(path.split())].params for word in p.opts if word.startswith("--")}
+
+
+def test_guidance_and_steps_have_one_default():
+    drawing = ("sample", "make-data", "evaluate generation", "evaluate prompts", "evaluate geneval")
+    assert {options_of(path)["--guidance"].default for path in drawing} == {2.5}
+    assert {options_of(path)["--steps"].default for path in drawing} == {30}
+
+
+@pytest.mark.parametrize(
+    "name", ["--num-inference-steps", "--guidance-scale", "--negative-prompt", "--height", "--width", "--lora",
+             "--prompt-file", "--seed"],
+)  # fmt: skip
+def test_sample_takes_the_names_that_users_know(name: str):
+    options = options_of("sample")
+    assert name in options or ALIASES[name] in options
+
+
+@pytest.mark.parametrize("path", VERBS, ids=" ".join)
+@pytest.mark.parametrize("word", [*HINTS, "--unheard-of"])
+def test_an_unknown_option_is_a_hint(path: tuple[str, ...], word: str):
+    known = list(options_of(" ".join(path)))
+    if word in known:
+        return
+    found = hint(word, known)
+    assert found == HINTS.get(word, "`--help` lists the options")
+    for option in re.findall(r"--[a-z-]+", found):
+        assert option in {
+            "--set",
+            "--out",
+            "--help",
+            *(o for names in map(options_of, map(" ".join, VERBS)) for o in names),
+        }
+
+
+def test_a_slip_of_the_keyboard_is_named_and_nothing_else():
+    known = list(options_of("sample"))
+    assert hint("--gudance", known) == "did you mean --guidance?"
+    assert hint("--batch_size", known) == "did you mean --batch-size?"
+    assert "--compile" not in hint("--resume", known) + hint("--resize", known)
+    assert hint("--seed=4", ["--out"]) == HINTS["--seed"]
+
+
+@pytest.mark.parametrize("word", ["--resume", "--max-steps=3", "--seed", "--num-inference-steps"])
+def test_a_hint_is_one_line_and_status_two(word: str):
+    result = CliRunner().invoke(app, ["upgrade", "micro", word])
+    assert isinstance(result.exception, RecipeError), "main() makes one line and status 2 of it"
+    assert "`" in str(result.exception)
+    assert str(result.exception).startswith(word.partition("=")[0] + ": ")
+
+
+def test_names_of_other_programs_become_davae_s():
+    known = {"--steps", "--guidance"}
+    given = [
+        "a",
+        "--num-inference-steps",
+        "4",
+        "--guidance-scale=3",
+        "--num_inference_steps=5",
+        "--",
+        "--guidance-scale",
+    ]
+    assert with_own_names(given, known) == [
+        "a", "--steps", "4", "--guidance=3", "--steps=5", "--", "--guidance-scale",
+    ]  # fmt: skip
+    assert with_own_names(["--cfg-scale", "2"], {"--cfg-scale", "--guidance"}) == ["--cfg-scale", "2"]
+    assert with_own_names(["--guidance-scale"], set()) == ["--guidance-scale"]
+
+
+def test_verbosity():
+    ours = logging.getLogger("davae")
+    for flag, level, state in (("-q", logging.WARNING, -1), ("-v", logging.NOTSET, 1)):
+        assert CliRunner().invoke(app, ["recipes", flag]).exit_code == 0
+        assert (ours.level, verbosity.state.level) == (level, state)
+
+
+def test_quiet_draws_no_progress(capsys: pytest.CaptureFixture):
+    from davae.display import progress_display, show_lines
+    from davae.train.loop import Progress
+
+    verbosity.set_verbosity(-1)
+    with progress_display({"stage1": 2.0}) as observer:
+        observer(Progress("stage1", 1, 2, 0.0))
+    show_lines("title", [("a", "b")])
+    assert capsys.readouterr() == ("", "")
