@@ -88,7 +88,7 @@ def test_the_nearest_valid_name_is_suggested(
 
 
 def test_tab_completes_verbs_and_recipes():
-    for words, wanted in (("davae up", "upgrade"), ("davae upgrade sd35-medium-1", "sd35-medium-1k")):
+    for words, wanted in (("davae upg", "upgrade"), ("davae upgrade sd35-medium-1", "sd35-medium-1k")):
         code = "from davae.cli import app; app(prog_name='davae')"
         environment = {
             **os.environ,
