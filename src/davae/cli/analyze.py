@@ -143,3 +143,66 @@ def compare(
     distinct = len({run.name for run in runs}) == len(runs)
     named = {run.name if distinct else str(run): run for run in runs}
     console.print(f"{analysis.compare(named, out)}", markup=False)
+
+
+@analyze_app.command()
+def retention(
+    base: Annotated[str, typer.Argument(help="The pretrained model: a folder, a hub id, or `micro`.")],
+    upgrade: Annotated[str, typer.Argument(help="Its upgrade: a run or pipeline folder, or `micro-upgraded`.")],
+    data: Data,
+    out: Folder = Path("figures"),
+    num: Num = 32,
+    held_out: HeldOut = 0.0,
+    drawn: Annotated[int, typer.Option(min=1, max=64, help="Images that both draw from the same noise.")] = 8,
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
+    seed: int = 0,
+    lpips: LpipsNetwork = None,
+    lpips_weights: LpipsWeights = None,
+    set: Options = None,
+) -> None:
+    """How much of what the base knew an upgrade keeps: its base prediction by noise level, its base images.
+
+    `davae analyze retention micro micro-upgraded --data openmoji --held-out 0.1`
+    """
+    from davae.display import console
+    from davae.retention import retention as compare_with_base
+
+    done = compare_with_base(
+        base,
+        upgrade,
+        chosen_data(data, set, {}),
+        out,
+        num=num,
+        held_out=held_out,
+        drawn=drawn,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        lpips=lpips,
+        lpips_weights=lpips_weights,
+    )
+    console.print(f"{done}", markup=False)
+
+
+@analyze_app.command()
+def diffusability(
+    vae: Annotated[str, typer.Argument(help="A DetailVAE's folder, or a run's.")],
+    data: Data,
+    out: Folder = Path("figures"),
+    num: Num = 256,
+    held_out: HeldOut = 0.0,
+    probe_steps: Annotated[int, typer.Option(help="Steps of the small probe denoiser; 0 leaves it out.")] = 300,
+    seed: int = 0,
+    set: Options = None,
+) -> None:
+    """How hard a detail latent will be to learn: alignment, spectra, channels, and the loss of a small probe denoiser.
+
+    `davae analyze diffusability runs/micro --data openmoji`
+    """
+    from davae.diffusability import diffusability as measure
+    from davae.display import console
+
+    chosen = chosen_data(data, set, {})
+    done = measure(vae, chosen, out, num=num, held_out=held_out, probe_steps=probe_steps, seed=seed)
+    console.print(f"{done}", markup=False)

@@ -17,6 +17,9 @@ SelfContained = Annotated[
         "--self-contained", help="Bring along the code, so that it loads with trust_remote_code=True without davae."
     ),
 ]
+BaseDecoder = Annotated[
+    bool, typer.Option("--base-decoder", help="Bring along the base's own decoder, for previews while it draws.")
+]
 
 
 def export(
@@ -33,6 +36,7 @@ def export(
     dtype: Precision = "float16",
     self_contained: SelfContained = False,
     base: Annotated[str | None, typer.Option(help="The pretrained model, where the recipe's place is gone.")] = None,
+    base_decoder: BaseDecoder = False,
 ) -> None:
     """Write a finished run to a folder of its own, with a model card: as a pipeline, or without its base.
 
@@ -49,8 +53,9 @@ def export(
     from davae.display import console
     from davae.publish.folders import export as write
 
-    chosen = kind or ("fused" if self_contained else "upgrade")
-    done = write(run, out, chosen, getattr(torch, dtype), base=base, self_contained=self_contained)
+    chosen = kind or ("fused" if self_contained or base_decoder else "upgrade")
+    options = {"base": base, "self_contained": self_contained, "base_decoder": base_decoder}
+    done = write(run, out, chosen, getattr(torch, dtype), **options)
     console.print(f"{done}", markup=False)
 
 
@@ -65,6 +70,7 @@ def apply(
     ] = None,
     dtype: Precision = "float16",
     self_contained: SelfContained = False,
+    base_decoder: BaseDecoder = False,
 ) -> None:
     """Put an upgrade onto its pretrained model: a stock pipeline folder.
 
@@ -78,7 +84,8 @@ def apply(
     from davae.publish.folders import apply as write
     from davae.publish.upgrade_file import find_upgrade
 
-    done = write(find_upgrade(upgrade, vae), base, out, getattr(torch, dtype), self_contained=self_contained)
+    options = {"self_contained": self_contained, "base_decoder": base_decoder}
+    done = write(find_upgrade(upgrade, vae), base, out, getattr(torch, dtype), **options)
     console.print(f"{done}", markup=False)
 
 

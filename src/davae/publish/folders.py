@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 import davae
 from davae.analyze.report import read_report
 from davae.files import model_folder
-from davae.models.autoencoders import load_detail_vae
+from davae.models.autoencoders import load_autoencoder, load_detail_vae
 from davae.models.families import model_class, transformer_family
 from davae.models.pipeline import ModelError, denoiser, load_pipeline, read_config, read_shapes
 from davae.ownership import check_out
@@ -76,6 +76,7 @@ def export(
     *,
     base: str | None = None,
     self_contained: bool = False,
+    base_decoder: bool = False,
 ) -> Path:
     """Write a finished run to `out`, weights in `dtype`, with a model card; returns `out`.
 
@@ -84,6 +85,7 @@ def export(
             LoRA as `pytorch_lora_weights.safetensors`; `upgrade`, the DetailVAE and what stage 2 trained, without the base.
         base: the pretrained model, where it does not lie where the recipe says; `lora` reads its weights.
         self_contained: bring along the code of davae's classes, so that the pipeline loads without davae.
+        base_decoder: bring along the base's own decoder, for previews (`davae.preview`).
 
     Raises:
         ModelError: an unfinished run, or a kind that this model cannot have.
@@ -94,6 +96,8 @@ def export(
     check_out(out, (folder, base))
     if self_contained and kind == "upgrade":
         raise ModelError("--self-contained is for whole pipelines; use it with --as fused or --as lora")
+    if base_decoder and kind == "upgrade":
+        raise ModelError("--base-decoder is for whole pipelines; use it with --as fused or --as lora, or with `davae apply`")
     origin = Origin(base, kind, self_contained, run.recipe, _report(run.folder, run.recipe))
     if kind == "upgrade":
         with model_folder(out) as partial:
@@ -109,12 +113,25 @@ def export(
     else:
         _check_lora(run)
         pipeline, lora = _with_lora(run, base, dtype)
+    if base_decoder:
+        pipeline.vae.attach_base_decoder(load_autoencoder(base))
     _save(pipeline, out, origin, lora)
     return out
 
 
-def apply(upgrade: Upgrade, base: str, out: Path, dtype: torch.dtype, *, self_contained: bool = False) -> Path:
+def apply(
+    upgrade: Upgrade,
+    base: str,
+    out: Path,
+    dtype: torch.dtype,
+    *,
+    self_contained: bool = False,
+    base_decoder: bool = False,
+) -> Path:
     """Put an upgrade onto a pretrained model, LoRA folded in: the same pipeline as the run's own; returns `out`.
+
+    Args:
+        base_decoder: bring along the base's own decoder, for previews.
 
     Raises:
         ModelError: a base of another class, number of channels, shapes or autoencoder than the upgrade was trained on.
@@ -134,6 +151,8 @@ def apply(upgrade: Upgrade, base: str, out: Path, dtype: torch.dtype, *, self_co
     check_base_autoencoder(full, pipeline.vae.float(), base)
     transformer = apply_upgrade(denoiser(pipeline), upgrade.file)
     vae: Any = load_detail_vae(upgrade.vae, dtype)
+    if base_decoder:
+        vae.attach_base_decoder(pipeline.vae)
     _save(assemble(pipeline, vae, transformer), out, Origin(base, "fused", self_contained), {})
     return out
 

@@ -1,0 +1,80 @@
+"""What an upgrade keeps of its base, and how hard a detail latent is to learn: closed forms on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import picture
+from upgraded_tiny import assembled
+
+from davae.data.pictures import to_tensor
+from davae.diffusability import alignment_r2, latent_measures, probe_loss
+from davae.errors import ModelError
+from davae.latent import LatentLayout
+from davae.models.detail_vae import DetailVAE
+from davae.models.expand import expand_transformer
+from davae.models.pipeline import denoiser, load_pipeline
+from davae.retention import LEVELS, check_pair, prediction_errors, retention
+from davae.train.export import assemble
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path):
+    return load_pipeline(str(tiny_base))
+
+
+def test_a_warm_start_keeps_everything_and_a_trained_one_less(base, tiny_base: Path):
+    fresh = assemble(base, DetailVAE.from_base(base.vae, 8), expand_transformer(denoiser(base), 8))
+    images = torch.stack([to_tensor(picture(number, 32, 32)) for number in range(2)])
+    kept = prediction_errors(base, fresh, images, ["a", "b"])
+    assert [row["level"] for row in kept] == list(LEVELS)
+    assert all(row["relative_error"] < 1e-8 and row["cosine"] > 0.9999 for row in kept)
+    changed = prediction_errors(base, assembled(tiny_base), images, ["a", "b"])
+    assert all(row["relative_error"] > 1e-4 for row in changed)
+
+
+def test_the_report_compares_images_of_the_same_noise(base, tiny_base: Path, tmp_path: Path, picture_folder: Path):
+    fresh = assemble(base, DetailVAE.from_base(base.vae, 8), expand_transformer(denoiser(base), 8))
+    fresh.save_pretrained(tmp_path / "upgrade")
+    done = retention(
+        str(tiny_base), str(tmp_path / "upgrade"), str(picture_folder), tmp_path / "figures", num=2, held_out=0.0,
+        drawn=2, steps=2, guidance=1.0,
+    )  # fmt: skip
+    figures = json.loads(done.with_suffix(".json").read_text())
+    assert figures["images"]["drawn"] == 2
+    assert figures["images"]["lite0"] < 1e-3  # step 0: its base channels are the pretrained model's own
+    assert len(figures["levels"]) == len(LEVELS)
+
+
+def test_two_models_that_are_no_pair_are_one_line(base, tiny_base: Path):
+    upgraded = assembled(tiny_base)
+    with pytest.raises(ModelError, match="BASE: an upgraded model"):
+        check_pair(upgraded, upgraded)
+    with pytest.raises(ModelError, match="UPGRADE: no upgraded model"):
+        check_pair(base, base)
+
+
+def test_alignment_is_one_for_a_linear_detail_and_nothing_for_noise():
+    z, noise = torch.randn(16, 2, 8, 8), torch.randn(16, 4, 8, 8)
+    linear = torch.cat([2 * z, z.flip(1) - 1], dim=1)
+    assert alignment_r2(z, linear) > 0.999
+    assert abs(alignment_r2(z, noise)) < 0.1
+    found = latent_measures(z, linear)
+    assert found["detail"]["effective_dimension"] == pytest.approx(
+        2, abs=0.1
+    )  # four channels, two of them independent
+    assert found["detail"]["channel_correlation"] == pytest.approx(1 / 3, abs=0.05)
+    assert latent_measures(z, noise)["detail"]["effective_dimension"] == pytest.approx(4, abs=0.1)
+
+
+def test_the_probe_learns_a_constant_detail_and_not_noise():
+    layout = LatentLayout(2, 4)
+    smooth = torch.randn(16, 4, 1, 1).expand(-1, -1, 8, 8)
+    z = torch.randn(16, 2, 8, 8)
+    easy = probe_loss(z, smooth, layout, 60)
+    hard = probe_loss(z, torch.randn(16, 4, 8, 8), layout, 60)
+    assert easy["detail"] < 0.8 * hard["detail"]
+    assert probe_loss(z, smooth, layout, 5) == probe_loss(z, smooth, layout, 5)  # the seed decides
