@@ -177,3 +177,19 @@ def test_what_cannot_be_previewed_is_one_line(pipeline, tiny_base: Path):
         davae.preview(pipeline, decoder="base")
     with pytest.raises(ModelError, match="'ninear'"):
         davae.preview(pipeline, decoder="ninear")
+
+
+def test_the_base_decoder_is_an_option_of_whole_pipelines(tmp_path: Path):
+    from typer.testing import CliRunner
+
+    from davae.cli import app
+    from davae.measure import open_autoencoder
+
+    words = ["apply", "micro-upgraded", "--base", "micro", "--out", str(tmp_path / "out"), "--dtype", "float32"]
+    for more, has in ((["--base-decoder"], True), ([], False)):
+        assert CliRunner().invoke(app, [*words, *more], catch_exceptions=False).exit_code == 0
+        vae = davae.DetailVAE.from_pretrained(tmp_path / "out" / "vae")
+        assert (vae.base_decoder is not None) == has
+        if has:
+            base, z = open_autoencoder("micro"), torch.randn(1, 8, 4, 4)
+            torch.testing.assert_close(vae.decode_base(z), base.decode(vae.base_latents(z)).sample)

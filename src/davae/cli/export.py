@@ -54,8 +54,8 @@ def export(
     from davae.publish.folders import export as write
 
     chosen = kind or ("fused" if self_contained or base_decoder else "upgrade")
-    options = {"base": base, "self_contained": self_contained, "base_decoder": base_decoder}
-    done = write(run, out, chosen, getattr(torch, dtype), **options)
+    precision = getattr(torch, dtype)
+    done = write(run, out, chosen, precision, base=base, self_contained=self_contained, base_decoder=base_decoder)
     console.print(f"{done}", markup=False)
 
 
@@ -84,8 +84,8 @@ def apply(
     from davae.publish.folders import apply as write
     from davae.publish.upgrade_file import find_upgrade
 
-    options = {"self_contained": self_contained, "base_decoder": base_decoder}
-    done = write(find_upgrade(upgrade, vae), base, out, getattr(torch, dtype), **options)
+    found, precision = find_upgrade(upgrade, vae), getattr(torch, dtype)
+    done = write(found, base, out, precision, self_contained=self_contained, base_decoder=base_decoder)
     console.print(f"{done}", markup=False)
 
 

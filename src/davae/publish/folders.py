@@ -97,7 +97,9 @@ def export(
     if self_contained and kind == "upgrade":
         raise ModelError("--self-contained is for whole pipelines; use it with --as fused or --as lora")
     if base_decoder and kind == "upgrade":
-        raise ModelError("--base-decoder is for whole pipelines; use it with --as fused or --as lora, or with `davae apply`")
+        raise ModelError(
+            "--base-decoder is for whole pipelines; use it with --as fused or --as lora, or with `davae apply`"
+        )
     origin = Origin(base, kind, self_contained, run.recipe, _report(run.folder, run.recipe))
     if kind == "upgrade":
         with model_folder(out) as partial:
