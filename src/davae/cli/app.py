@@ -18,7 +18,7 @@ def app(
     host: Annotated[
         str, typer.Option(help="Address to listen on; one that other machines reach needs --auth.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(help="Another name under which browsers may ask for the page; may be repeated."),

@@ -60,7 +60,7 @@ def scale(
     items: Annotated[
         list[int] | None, typer.Option(min=1, help="Cached latents; may be repeated. 10^3 to 10^6 unless given.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Items of a batch.")] = 64,
     batches: Annotated[int, typer.Option(min=3, help="Read in the order of training.")] = 500,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 0,
     json: Json = None,

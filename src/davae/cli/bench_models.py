@@ -26,7 +26,7 @@ Tile = Annotated[int, typer.Option(help="Side of a tile, pixels.")]
 def tokens(
     model: Annotated[str, typer.Argument(help="A preset (`davae inspect` lists them), a folder or a hub id.")],
     resolution: Annotated[int, typer.Option(help="Pixels of the picture.")] = 1024,
-    scale: Annotated[int, typer.Option(min=2)] = 2,
+    scale: Annotated[int, typer.Option(min=2, help="s, a power of two.")] = 2,
     detail_channels: Annotated[int | None, typer.Option(help="D; C unless given.")] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of the true width, random weights.")] = 2,
     batch: Annotated[int, typer.Option(min=1, help="Pictures in a pass; guidance makes two of each.")] = 1,
@@ -68,7 +68,7 @@ def tokens(
 def whole(
     model: Annotated[str, typer.Argument(help="A preset (`davae inspect` lists them), a folder or a hub id.")],
     resolution: Annotated[int, typer.Option(help="Pixels of the picture.")] = 1024,
-    scale: Annotated[int, typer.Option(min=2)] = 2,
+    scale: Annotated[int, typer.Option(min=2, help="s, a power of two.")] = 2,
     detail_channels: Annotated[int | None, typer.Option(help="D; C unless given.")] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks that run; their time is scaled to all by FLOPs.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 28,
@@ -171,8 +171,8 @@ def sample(
         str, typer.Argument(help="Its upgrade: a run or pipeline folder, or `micro-upgraded`.")
     ] = "micro-upgraded",
     prompt: Annotated[str, typer.Option(help="A prompt, or a class.")] = "a red rose",
-    steps: Annotated[int, typer.Option(min=1)] = 30,
-    guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 30,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 is no guidance.")] = 4.0,
     repeats: Repeats = 3,
     helper: Helpers = None,
     dtype: Precision = "float32",
@@ -211,8 +211,8 @@ def throughput(
     prompt: Annotated[str, typer.Option(help="A prompt, or a class.")] = "a red rose",
     resolution: Annotated[int | None, typer.Option(min=1, help="Pixels; the pipeline's own size by default.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images drawn at a time.")] = 10,
-    steps: Annotated[int, typer.Option(min=1)] = 30,
-    guidance: Annotated[float, typer.Option(min=0.0)] = 2.5,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 30,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 is no guidance.")] = 2.5,
     repeats: Repeats = 3,
     dtype: Precision = "bfloat16",
     compile: Compile = "off",
@@ -238,12 +238,12 @@ def throughput(
 
 @bench_app.command()
 def guidance(
-    hidden_size: int = 384,
-    depth: int = 6,
-    grid: int = 16,
-    channels: int = 32,
+    hidden_size: Annotated[int, typer.Option(help="Width of the transformer.")] = 384,
+    depth: Annotated[int, typer.Option(help="Layers of the transformer.")] = 6,
+    grid: Annotated[int, typer.Option(help="Side of the latent.")] = 16,
+    channels: Annotated[int, typer.Option(help="Channels of the latent.")] = 32,
     num_steps: Annotated[int, typer.Option(min=2, help="Grid points.")] = 250,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
     repeats: Repeats = 2,
     json: Json = None,
 ) -> None:

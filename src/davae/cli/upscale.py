@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import BatchSize, Offload, Precision
+from davae.cli.options import GUIDANCE, STEPS, BatchSize, Guidance, Offload, Precision, Seed, Steps
 
 
 def upscale(
@@ -21,9 +21,9 @@ def upscale(
         float,
         typer.Option(min=0.0, max=1.0, help="Share of the steps in which the image itself may change; 0: none."),
     ] = 0.0,
-    steps: Annotated[int, typer.Option(min=1)] = 30,
-    guidance: Annotated[float, typer.Option(min=0.0)] = 2.5,
-    seed: int = 0,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
+    seed: Seed = 0,
     times: Annotated[int, typer.Option(min=1, max=4, help="How often to enlarge: 2 makes four times the size.")] = 1,
     window: Annotated[
         int | None,

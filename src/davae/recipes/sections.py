@@ -71,42 +71,72 @@ class Section(BaseModel):
 class Buckets(Section):
     """Aspect ratios beside the square, at its token count; see `davae.data.buckets`."""
 
-    max_ratio: Annotated[float, Field(ge=1.0)] = 4.0  # longer side over shorter side
-    tokens: Literal["exact", "at_most"] = "exact"  # `at_most`: 95 to 100 % of the square's tokens, many more ratios
+    max_ratio: Annotated[float, Field(ge=1.0)] = Field(
+        4.0, description="Longest side over shortest side of a bucket."
+    )
+    tokens: Literal["exact", "at_most"] = Field(
+        "exact",
+        description="`exact`: buckets of the square's token count. `at_most`: 95 to 100 % "
+        "of it, with many more ratios.",
+    )
 
 
 class Data(Section):
     """Where pictures come from; see `davae.data.open_source` and docs/data.md."""
 
-    source: Name = (
-        "openmoji"  # 'openmoji', a folder, shards or parquet files (also by URL), a Hugging Face dataset id
+    source: Name = Field(
+        "openmoji",
+        description="`openmoji`, a folder, shards or parquet files (also by URL), or a Hugging Face dataset id.",
     )
-    holdout: Fraction = 0.1  # share kept out of training, chosen by a hash of each picture's name
-    limit: PositiveInt | None = None  # only this many images, spread over the whole set
-    flip: bool = False
-    crop: Literal["center", "random"] = "center"  # what stays of a picture of another aspect ratio
-    buckets: Buckets | None = None  # None: every picture is cut to a square
-    enlarge: bool = False  # prepare images as ADM does, which enlarges small ones; off: they are left out
-    background: str = "white"  # what alpha is composited on
-    max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = (
-        89_478_485  # larger pictures are refused (Pillow's limits)
+    holdout: Fraction = Field(
+        0.1,
+        description="Share of images kept out of training, chosen by a hash of each name. "
+        "With 0 the report shows training images.",
     )
-    float_pixels: Literal["refuse", "unit"] = "refuse"  # unit: floats are 0 (black) to 1 (white)
-    caption_key: Name | None = (
-        None  # key of the `.json` beside a picture; without it the `.txt`, else its `text`, `caption` or `prompt`
+    limit: PositiveInt | None = Field(None, description="Use only this many images, spread over the whole set.")
+    flip: bool = Field(False, description="Mirror images at random.")
+    crop: Literal["center", "random"] = Field(
+        "center", description="Part that is kept of an image of another aspect ratio."
     )
-    caption_weights: dict[
-        str, PositiveFloat
-    ] = {}  # several captions: keys of the `.json` (`txt`: the `.txt`), or columns
-    label_key: Name | None = None  # key of the `.json` with the class number
-    image_column: Name = "image"  # tables only, as the next five
-    caption_column: Name | None = None  # None: text, caption or prompt
-    label_column: Name | None = None
-    split: Name = "train"  # of a table; or of train/, val/, test/ side by side in a folder
-    config: Name | None = None
-    require_captions: bool = True  # a text-to-image run stops where most captions are empty or the same
-    streaming: bool = False  # copy `limit` pictures, not the whole dataset
-    num_workers: Workers | None = None  # processes that read images; None: chosen from the machine's cores
+    buckets: Buckets | None = Field(
+        None, description="Aspect ratios next to the square. Without it every image is cut to a square."
+    )
+    enlarge: bool = Field(
+        False,
+        description="Prepare images as ADM does, which enlarges small ones. Otherwise small images are left out.",
+    )
+    background: str = Field("white", description="Colour behind transparent pixels.")
+    max_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = Field(
+        89_478_485, description="Refuse images with more pixels."
+    )
+    float_pixels: Literal["refuse", "unit"] = Field(
+        "refuse", description="`unit` reads floats as 0 (black) to 1 (white)."
+    )
+    caption_key: Name | None = Field(
+        None,
+        description="Key of the `.json` next to an image that holds the caption. Without "
+        "it: the `.txt`, then `text`, `caption` or `prompt`.",
+    )
+    caption_weights: dict[str, PositiveFloat] = Field(
+        {},
+        description="Several captions and how often each is drawn: keys of the `.json` "
+        "(`txt` is the `.txt`), or columns.",
+    )
+    label_key: Name | None = Field(None, description="Key of the `.json` with the class number.")
+    image_column: Name = Field("image", description="Column of a table that holds images.")
+    caption_column: Name | None = Field(
+        None, description="Column of a table that holds captions. Without it: text, caption or prompt."
+    )
+    label_column: Name | None = Field(None, description="Column of a table that holds class numbers.")
+    split: Name = Field("train", description="Split of a table, or of train/, val/, test/ in a folder.")
+    config: Name | None = Field(None, description="Configuration of a Hugging Face dataset.")
+    require_captions: bool = Field(
+        True, description="Stop a text-to-image run whose captions are mostly empty or equal."
+    )
+    streaming: bool = Field(False, description="Copy `limit` images instead of the whole dataset.")
+    num_workers: Workers | None = Field(
+        None, description="Processes that read images. Without it: chosen from the machine's cores."
+    )
 
     @model_validator(mode="after")
     def _options_fit(self) -> Data:
@@ -120,88 +150,137 @@ class Data(Section):
 class Optim(Section):
     """AdamW with its schedule, for one network."""
 
-    max_steps: PositiveInt
-    batch_size: Batch  # of all processes together; each takes an equal share
-    accumulation: Batch = 1  # batches a step
-    lr: PositiveFloat = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    weight_decay: NonNegativeFloat = 0.0
-    optimizer: Literal["adamw", "adamw-fused", "adamw-8bit"] = "adamw"  # 8-bit needs bitsandbytes
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    lr_cycles: PositiveInt = 1  # how often a falling schedule starts again
-    lr_warmup_steps: NonNegativeInt = 0
-    max_grad_norm: PositiveFloat = 1.0
-    ema_decay: Fraction = 0.999  # 0 keeps no average
-    seed: Seed | None = None  # of this training alone; None takes run.seed
-    gradient_checkpointing: bool = False
+    max_steps: PositiveInt = Field(description="Optimizer steps.")
+    batch_size: Batch = Field(description="Images of one batch, over all processes; each takes an equal share.")
+    accumulation: Batch = Field(
+        1,
+        description="Batches of one optimizer step. A step trains on batch_size x "
+        "accumulation images: raising it costs time, not memory.",
+    )
+    lr: PositiveFloat = Field(1e-4, description="Learning rate.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's betas.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay.")
+    optimizer: Literal["adamw", "adamw-fused", "adamw-8bit"] = Field(
+        "adamw",
+        description="`adamw-fused` is faster on a GPU. `adamw-8bit` takes less memory and needs bitsandbytes.",
+    )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Course of the learning rate after its warm-up."
+    )
+    lr_cycles: PositiveInt = Field(1, description="How often a falling schedule starts again.")
+    lr_warmup_steps: NonNegativeInt = Field(
+        0,
+        description="Steps over which the learning rate rises from 0. Not "
+        "stage2.warmup_steps, which fades in the detail loss.",
+    )
+    max_grad_norm: PositiveFloat = Field(1.0, description="Clip gradients to this norm.")
+    ema_decay: Fraction = Field(
+        0.999, description="Decay of the average of the weights that is exported. 0 keeps no average."
+    )
+    seed: Seed | None = Field(None, description="Seed of this training alone. Without it: run.seed.")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, about a third more time."
+    )
 
 
 class Reconstruction(Optim):
     """Eq. 5: L_rec and the discriminator that L_adv needs."""
 
-    lambda_lpips: NonNegativeFloat = 1.0
-    lambda_l1: NonNegativeFloat = 1.0
-    lambda_adv: NonNegativeFloat = 0.1
-    lambda_kl: NonNegativeFloat = 1e-6
-    perceptual: Literal["lpips-vgg", "lpips-alex", "lite0"] = "lpips-vgg"
-    perceptual_weights: str | None = None  # safetensors with trunk and heads, where torchvision cannot download
-    gan_start: NonNegativeInt = 5001
-    gan_lr: PositiveFloat = 1e-4
-    gan_channels: Width = 64
-    gan_layers: Annotated[int, Field(gt=0, le=16)] = 3
+    lambda_lpips: NonNegativeFloat = Field(1.0, description="Weight of the perceptual loss (Eq. 5).")
+    lambda_l1: NonNegativeFloat = Field(1.0, description="Weight of the L1 loss (Eq. 5).")
+    lambda_adv: NonNegativeFloat = Field(0.1, description="Weight of the adversarial loss (Eq. 5).")
+    lambda_kl: NonNegativeFloat = Field(1e-6, description="Weight of the KL loss (Eq. 5).")
+    perceptual: Literal["lpips-vgg", "lpips-alex", "lite0"] = Field(
+        "lpips-vgg",
+        description="Network of the perceptual loss. `lite0` needs no download and is not "
+        "LPIPS; metrics keep the key `lpips` for it.",
+    )
+    perceptual_weights: str | None = Field(
+        None, description="A safetensors file with trunk and heads, where torchvision cannot download."
+    )
+    gan_start: NonNegativeInt = Field(5001, description="Step from which the discriminator takes part.")
+    gan_lr: PositiveFloat = Field(1e-4, description="Learning rate of the discriminator.")
+    gan_channels: Width = Field(64, description="Channels of the discriminator's first layer.")
+    gan_layers: Annotated[int, Field(gt=0, le=16)] = Field(3, description="Layers of the discriminator.")
 
 
 class Stage1(Reconstruction):
     """The detail-aligned VAE (Sec. 3.1)."""
 
-    lambda_align: NonNegativeFloat = 0.5
-    alignment: Literal["constant", "adaptive"] = "constant"
-    detail_dropout: Fraction = 0.0
-    data: Data | None = None  # images of stage 1 alone; None: the recipe's data
-    start: Literal["enlarged", "unfolded"] = "enlarged"  # of the new layers; see DetailVAE.from_base
-    crop: Pixels | None = None  # train on a random square of so many pixels of each picture; None: on all of it
+    lambda_align: NonNegativeFloat = Field(0.5, description="Weight of the alignment loss (Eq. 6).")
+    alignment: Literal["constant", "adaptive"] = Field(
+        "constant",
+        description="`adaptive` rescales the weight at each step by a ratio of gradient "
+        "norms, as the authors' code does.",
+    )
+    detail_dropout: Fraction = Field(0.0, description="Share of samples whose detail latent is set to zero.")
+    data: Data | None = Field(None, description="Images of stage 1 alone. Without it: the recipe's data.")
+    start: Literal["enlarged", "unfolded"] = Field(
+        "enlarged", description="Start of the new layers; see DetailVAE.from_base."
+    )
+    crop: Pixels | None = Field(
+        None, description="Train on a random square of this many pixels of each image. Without it: on all of it."
+    )
 
 
 class Lora(Section):
-    rank: Width = 256
-    alpha: PositiveFloat | None = None  # None: equal to the rank
-    extra_targets: tuple[
-        str, ...
-    ] = ()  # ends of names of further layers to adapt, as norm1.linear in the authors' SD3 code
+    rank: Width = Field(256, description="Rank of LoRA.")
+    alpha: PositiveFloat | None = Field(None, description="Scale of LoRA. Without it: equal to the rank.")
+    extra_targets: tuple[str, ...] = Field(
+        (), description="Ends of names of further layers to adapt, as norm1.linear in the authors' SD3 code."
+    )
 
 
 class FlowOptim(Optim):
     """Flow matching for a transformer. A model trained by DDPM draws its timesteps uniformly: timestep_* are not for it."""
 
-    caption_dropout: Fraction = 0.1  # share of captions, or of class labels, replaced by none, for guidance
-    cosine_loss: Literal["off", "all", "faded"] = "off"  # direction of the velocity; `faded` weighs detail by w(n)
-    timestep_mean: float = 0.0
-    timestep_std: PositiveFloat = 1.0
-    timestep_shift: PositiveFloat = 1.0
+    caption_dropout: Fraction = Field(
+        0.1, description="Share of captions or class labels that are replaced by none, for guidance."
+    )
+    cosine_loss: Literal["off", "all", "faded"] = Field(
+        "off", description="Loss on the direction of the velocity. `faded` weights its detail part by w(n)."
+    )
+    timestep_mean: float = Field(0.0, description="Mean of the logit-normal timesteps.")
+    timestep_std: PositiveFloat = Field(1.0, description="Deviation of the logit-normal timesteps.")
+    timestep_shift: PositiveFloat = Field(1.0, description="Shift of the timesteps towards noise.")
 
 
 class Stage2(FlowOptim):
     """The warm-started transformer (Sec. 3.2)."""
 
-    warmup_steps: NonNegativeInt = 0  # N_warm of Eq. 12
-    lora: Lora | None = None  # None trains every parameter
-    data: Data | None = None  # images of the cache and stage 2 alone; None: the recipe's data
-    new_weights: Literal["zero", "random"] = "zero"  # P' and O' at the start; `random` is the ablation of Fig. 4
-    new_weight_lr_multiplier: PositiveFloat = 1.0  # learning rate of P' and O' relative to the rest
-    min_snr_gamma: PositiveFloat | None = (
-        None  # min-SNR weighting (arXiv 2303.09556) for any objective; 5 in its paper
+    warmup_steps: NonNegativeInt = Field(
+        0,
+        description="N_warm of Eq. 12: steps over which the weight w(n) of the detail loss "
+        "rises from 0 to 1. Not the learning rate's warm-up, which is lr_warmup_steps.",
     )
-    x0_ratio_max: PositiveFloat | None = (
-        None  # the authors' SD3 weighting: x0 loss times min((1-t)/t, this); theirs is 5
+    lora: Lora | None = Field(
+        None, description="Train LoRA and the whole patch embedder and head. Without it: every weight."
     )
-    embedded_guidance: PositiveFloat = (
-        1.0  # the input of guidance-distilled models (FLUX.1 dev, FLUX.2 dev) in training
+    data: Data | None = Field(
+        None, description="Images of the cache and stage 2 alone. Without it: the recipe's data."
     )
-    clean_base: Annotated[float, Field(ge=0.0, le=0.9)] = (
-        0.0  # share of samples with a clean base, for `davae upscale`
+    new_weights: Literal["zero", "random"] = Field(
+        "zero", description="Start of P' and O'. `random` is the ablation of Fig. 4."
     )
-    validate_every: NonNegativeInt = 0  # steps between losses on held-out pictures with fixed noise; 0 never
-    validate_pictures: PositiveInt = 64
+    new_weight_lr_multiplier: PositiveFloat = Field(
+        1.0, description="Learning rate of P' and O' relative to the rest."
+    )
+    min_snr_gamma: PositiveFloat | None = Field(
+        None, description="Min-SNR weighting (arXiv 2303.09556); 5 in its paper."
+    )
+    x0_ratio_max: PositiveFloat | None = Field(
+        None, description="The authors' SD3 weighting: x0 loss times min((1-t)/t, this); theirs is 5."
+    )
+    embedded_guidance: PositiveFloat = Field(
+        1.0, description="Guidance input of guidance-distilled models (FLUX.1 dev, FLUX.2 dev) during training."
+    )
+    clean_base: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
+        0.0, description="Share of samples with a clean base latent, for `davae upscale`."
+    )
+    validate_every: NonNegativeInt = Field(
+        0, description="Steps between losses on held-out images with fixed noise; 0 for never."
+    )
+    validate_pictures: PositiveInt = Field(64, description="Images of a validation.")
 
     @model_validator(mode="after")
     def _fade_fits(self) -> Stage2:
@@ -218,48 +297,70 @@ class Stage2(FlowOptim):
 class Cache(Section):
     """The latent cache between the stages."""
 
-    batch_size: Batch = 16  # images encoded at a time, at most: fewer where the device's memory asks for it
-    variants: Batch = 1  # augmented draws (crop, flip, background, caption) kept of every picture
-    dtype: Literal["float32", "float16"] = "float16"
-    shards: str | None = None  # LightningDiT's latent shards to train on, instead of encoding data.source
-    text: Literal["stored", "step"] = "stored"  # prompt embeddings: written once, or computed again in every step
+    batch_size: Batch = Field(16, description="Images encoded at a time, at most.")
+    variants: Batch = Field(1, description="Augmented draws (crop, flip, background, caption) kept of every image.")
+    dtype: Literal["float32", "float16"] = Field("float16", description="Precision of the cached latents.")
+    shards: str | None = Field(
+        None, description="LightningDiT's latent shards to train on, instead of encoding images."
+    )
+    text: Literal["stored", "step"] = Field(
+        "stored", description="Prompt embeddings: `stored` on disk once, or computed again in every `step`."
+    )
 
 
 class Sampling(Section):
-    steps: SamplingSteps = 30
-    guidance_scale: NonNegativeFloat = 2.5
-    prompts: tuple[str, ...] = ()
-    seed: Seed = 0
+    steps: SamplingSteps = Field(30, description="Sampling steps of the report and of progress images.")
+    guidance_scale: NonNegativeFloat = Field(2.5, description="Guidance scale of the same.")
+    prompts: tuple[str, ...] = Field(
+        (), description="Prompts of the same. Without them: captions of training images."
+    )
+    seed: Seed = Field(0, description="Seed of their noise.")
 
 
 class Report(Section):
-    holdout_pictures: PositiveInt = 64  # held-out pictures in the reconstruction table
-    timing_repeats: PositiveInt = 5
-    batch_size: PositiveInt | None = (
-        None  # images at a time in report and validation; None: what the memory plan allows
+    holdout_pictures: PositiveInt = Field(64, description="Images in the reconstruction table.")
+    timing_repeats: PositiveInt = Field(5, description="Repeats of each timing; the median counts.")
+    batch_size: PositiveInt | None = Field(
+        None, description="Images at a time in report and validation. Without it: what the memory plan allows."
     )
 
 
 class Export(Section):
     """The run's `pipeline/`."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    timing_repeats: SamplingSteps = 5
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Precision of the run's pipeline/."
+    )
+    timing_repeats: SamplingSteps = Field(5, description="Unused; report.timing_repeats counts.")
 
 
 class Run(Section):
-    seed: Seed = 0
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    log_every: PositiveInt = 10
-    checkpoint_every: PositiveInt = 500
-    keep_checkpoints: PositiveInt = 2  # the newest ones; the best validated one is kept as well
-    keep_every: NonNegativeInt = 0  # checkpoints of every so many steps are never dropped; 0 drops all
-    sample_every: NonNegativeInt = 0  # steps between grids of pictures at a fixed seed, into progress/; 0 never
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    stop_signals: tuple[Literal["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"], ...] = ("SIGINT", "SIGTERM", "SIGUSR1")
-    ema_device: Literal["model", "cpu"] = "model"
-    compile: Literal["off", "blocks"] = "off"  # torch.compile on each repeated block
-    find_unused_parameters: bool = False  # DDP: for models that leave weights unused in some steps
+    seed: Seed = Field(0, description="Seed of everything that has none of its own.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="Precision of the computation.")
+    log_every: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
+    checkpoint_every: PositiveInt = Field(500, description="Steps between checkpoints.")
+    keep_checkpoints: PositiveInt = Field(
+        2, description="Newest checkpoints that are kept; the best validated one is kept as well."
+    )
+    keep_every: NonNegativeInt = Field(
+        0, description="Checkpoints of every so many steps are never dropped; 0 for none."
+    )
+    sample_every: NonNegativeInt = Field(0, description="Steps between grids of images in progress/; 0 for never.")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="Experiment trackers to log to."
+    )
+    stop_signals: tuple[Literal["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"], ...] = Field(
+        ("SIGINT", "SIGTERM", "SIGUSR1"), description="Signals at which a run saves and stops."
+    )
+    ema_device: Literal["model", "cpu"] = Field(
+        "model", description="Where the average of the weights is kept. `cpu` saves memory of the GPU."
+    )
+    compile: Literal["off", "blocks"] = Field(
+        "off", description="`blocks` compiles each repeated block with torch.compile."
+    )
+    find_unused_parameters: bool = Field(
+        False, description="DDP: for models that leave weights unused in some steps."
+    )
 
     @field_validator("mixed_precision", "compile", mode="before")
     @classmethod
@@ -271,11 +372,15 @@ class Run(Section):
 class Hardware(Section):
     """The GPUs that a recipe was written for: what a dry run reckons with. Training takes whatever it is started on."""
 
-    gpu: str
-    count: Batch = 1  # processes; each takes its share of the batch
-    a_machine: PositiveInt = 8  # GPUs of one machine
-    host_gib: PositiveInt | None = None  # main memory of one machine; None: not checked
-    disk_gib: PositiveInt | None = None  # space for the run folder; None: not checked
+    gpu: str = Field(description="Name of the GPU.")
+    count: Batch = Field(1, description="Processes; each takes its share of the batch.")
+    a_machine: PositiveInt = Field(8, description="GPUs of one machine.")
+    host_gib: PositiveInt | None = Field(
+        None, description="Main memory of one machine in GiB. Without it: not checked."
+    )
+    disk_gib: PositiveInt | None = Field(
+        None, description="Space for the run folder in GiB. Without it: not checked."
+    )
 
     @field_validator("gpu")
     @classmethod
