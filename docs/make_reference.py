@@ -90,7 +90,8 @@ def recipes_page() -> str:
         "",
         "Two pairs of names are easily confused. `lr_warmup_steps` raises the **learning rate** from 0, in every training;",
         "`stage2.warmup_steps` is N_warm of Eq. 12 and fades in the **loss of the detail channels**.",
-        "`batch_size` is one batch, `accumulation` how many batches make one optimizer step: a step trains on `batch_size` x `accumulation` images.",
+        "`batch_size` is one batch, `accumulation` the number of batches of one optimizer step: a step trains on",
+        "`batch_size` x `accumulation` images.",
     ]
     for title, use, model in KINDS:
         lines += ["", f"## {title}", "", use, "", "| key | type | default | meaning |", "|---|---|---|---|"]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import Options, chosen_data
+from davae.cli.options import Options, Seed, chosen_data
 from davae.cli.verbs import Verbs
 
 analyze_app = Verbs(no_args_is_help=True, help="Figures of the paper for any run: a PNG and a JSON each.")
@@ -154,9 +154,9 @@ def retention(
     num: Num = 32,
     held_out: HeldOut = 0.0,
     drawn: Annotated[int, typer.Option(min=1, max=64, help="Images that both draw from the same noise.")] = 8,
-    steps: Annotated[int, typer.Option(min=1)] = 20,
-    guidance: Annotated[float, typer.Option(min=0.0)] = 4.0,
-    seed: int = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 is no guidance.")] = 4.0,
+    seed: Seed = 0,
     lpips: LpipsNetwork = None,
     lpips_weights: LpipsWeights = None,
     set: Options = None,
@@ -193,7 +193,7 @@ def diffusability(
     num: Num = 256,
     held_out: HeldOut = 0.0,
     probe_steps: Annotated[int, typer.Option(help="Steps of the small probe denoiser; 0 leaves it out.")] = 300,
-    seed: int = 0,
+    seed: Seed = 0,
     set: Options = None,
 ) -> None:
     """How hard a detail latent will be to learn: alignment, spectra, channels, and the loss of a small probe denoiser.
