@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -70,7 +71,29 @@ def app(
     from davae.app.page import serve
     from davae.app.roots import open_roots
 
+    check_free(host, port)  # before the model is loaded
     access = grant(host, allow_host or (), read_auth(auth, auth_file))
     private_environment()
     roots = open_roots(data_root, models_root, model.removesuffix("-upgraded"))
     serve(open_pair(model, base), runs, access, port, roots)
+
+
+def check_free(host: str, port: int) -> None:
+    """Refuse an address that another program listens on, or that is not one of this machine.
+
+    Raises:
+        RunError: names the port and what to do.
+    """
+    from davae.errors import RunError
+
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise RunError(
+            f"--host {host} --port {port}: {reason}; use another port, as --port {port % 65535 + 1}"
+        ) from error

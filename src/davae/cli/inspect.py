@@ -100,7 +100,11 @@ def _show(f: dict[str, Any]) -> None:
         guidance = "with guidance" if f["passes_per_step"] == 2 else "one pass each"
         old, new = f["native_picture_flops"], f["upgraded_picture_flops"]
         rows.append([f"whole picture, {f['steps']} steps {guidance}", shown(old), shown(new), f"{old / new:.2f}x"])
-    table(f"{unit}FLOPs of one picture, and the speed-up they allow", ["", "native", "upgraded", "at most"], rows)
+    table(
+        f"{unit}FLOPs of one picture, a ratio of work and not a measured speed",
+        ["", "native", "upgraded", "FLOPs ratio"],
+        rows,
+    )
     names = [key for key in f if key.endswith("_parameters") or key.startswith("trained_parameters")]
     table("Parameters, M", ["", ""], [[key.replace("_", " "), f"{f[key] / 1e6:.1f}"] for key in names])
     stages = [key.removesuffix("_peak_bytes") for key in f if key.startswith("stage") and key.endswith("_peak_bytes")]

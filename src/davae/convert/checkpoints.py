@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from davae.models.hub_errors import brief
 from davae.models.pipeline import ModelError
 
 State = dict[str, Tensor]
@@ -28,6 +29,8 @@ def load_state(path: Path) -> State:
     """
     if not path.is_file():
         raise ModelError(f"checkpoint {path} does not exist")
+    if (kind := kind_of_file(path)) is not None:
+        raise ModelError(f"checkpoint {path}: it is {kind}; give a .safetensors, .pt, .pth or .ckpt file of weights")
     if path.suffix == ".safetensors":
         try:
             return strip_prefixes(load_file(path))
@@ -42,7 +45,7 @@ def load_state(path: Path) -> State:
             "does; save its state dict alone and try again"
         ) from error
     except UNREADABLE as error:
-        raise ModelError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())[:160]}") from error
+        raise ModelError(f"checkpoint {path} cannot be read: {brief(error)}") from error
     for name in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -54,6 +57,40 @@ def load_state(path: Path) -> State:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ModelError(f"checkpoint {path}: {name} contains NaN or infinite values; the file is damaged")
     return strip_prefixes(state)
+
+
+# first bytes of files that are taken for checkpoints by mistake; a pickle begins with b"\x80" or, in a zip, with b"PK"
+KINDS = {
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": "a PNG image",
+    b"GIF8": "a GIF image",
+    b"RIFF": "a WebP image or a sound",
+    b"BM": "a BMP image",
+    b"II*\x00": "a TIFF image",
+    b"MM\x00*": "a TIFF image",
+    b"%PDF": "a PDF",
+    b"\x1f\x8b": "a gzip archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"<!DOCTYPE": "a web page; the download needs a login, or another address",
+    b"<!doctype": "a web page; the download needs a login, or another address",
+    b"<html": "a web page; the download needs a login, or another address",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with `git lfs pull`",
+    b"GGUF": "a GGUF file, whose weights are quantised",
+}
+
+
+def kind_of_file(path: Path) -> str | None:
+    """Return what a file is, by its first bytes, None for one that may hold weights."""
+    with path.open("rb") as stream:
+        start = stream.read(32)
+    if not start:
+        return "empty"
+    if start.lstrip()[:1] in (b"{", b"[") and path.suffix != ".safetensors":
+        return "JSON"
+    if start[4:12] in (b"ftypavif", b"ftypheic", b"ftypisom", b"ftypmp42"):
+        return "an image or a film"
+    return next((kind for first, kind in KINDS.items() if start.startswith(first)), None)
 
 
 def strip_prefixes(state: State) -> State:

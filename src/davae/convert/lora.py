@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from davae.errors import ModelError
+from davae.models.hub_errors import brief
 
 UP = re.compile(r"lora_B\.|(?:lora|lora_linear_layer)[._]up\.")  # B of a LoRA under diffusers' and kohya's names
 
@@ -33,7 +34,7 @@ def read_lora(file: Path, pipeline: Any, part: str, config: Any) -> tuple[dict[s
         read: Any = pipeline.lora_state_dict
         state, *more = read(str(file), unet_config=config, return_alphas=True, return_lora_metadata=True)
     except (OSError, KeyError, RuntimeError, SafetensorError, ValueError) as error:
-        raise ModelError(f"LoRA file {file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise ModelError(f"LoRA file {file} cannot be read: {brief(error)}") from error
     alphas = dict(more[0] or {}) if len(more) > 1 else {}
     scaled = {name: _scaled(name, tensor, alphas) for name, tensor in state.items()}
     if alphas:

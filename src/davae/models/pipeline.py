@@ -28,6 +28,7 @@ from davae.models.detail_vae import DetailVAE
 from davae.models.expand import MARK
 from davae.models.families import TRANSFORMERS, model_class, transformer_family
 from davae.models.family import TransformerFamily
+from davae.models.hub_errors import hub_reason
 from davae.models.processors import check_tokenizers
 from davae.models.stored import check_config, check_index, load_component, load_components, loading
 from davae.reading import read_object
@@ -84,10 +85,9 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
     try:
         return Path(hf_hub_download(model, filename, subfolder=part or None))
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
         absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         raise (MissingPart if absent else ModelError)(
-            f"model '{model}' is no folder here, and the hub did not give it: {reason}"
+            f"model '{model}' is no folder here, and the hub did not give it: {hub_reason(error, model)}"
         ) from error
 
 

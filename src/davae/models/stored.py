@@ -24,6 +24,7 @@ from torch.nn.modules import module as hooks
 
 from davae.errors import DavaeError, ModelError
 from davae.models.families import model_class
+from davae.models.hub_errors import brief
 from davae.reading import read_object
 
 MOST_PARAMETERS = 200 * 10**9  # of a model that is only planned; the largest known has 20e9
@@ -62,12 +63,11 @@ def loading(what: str) -> Iterator[None]:
     except MemoryError as error:
         raise ModelError(f"{what} does not fit into memory; use a smaller model or a larger machine") from error
     except LIBRARY_ERRORS as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{what} cannot be loaded: {reason}") from error
+        raise ModelError(f"{what} cannot be loaded: {brief(error, 300)}") from error
     except Exception as error:
         if type(error) is not Exception:  # tokenizers raises it bare over a damaged file
             raise
-        raise ModelError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"{what} cannot be loaded: {brief(error, 300)}") from error
 
 
 # -- what JSON files may contain ---------------------------------------------------------------------------------------

@@ -248,6 +248,7 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
         figures |= stage_figures(name, own, step, resident[name])
         if recipe.hardware is not None:
             figures |= on_hardware(name, settings, own, step, resident[name], recipe.hardware)
+    notes += step_notes(recipe)
     text_figures, text_note = text_notes(sizes)
     notes += text_note
     if not sizes.images.counted:
@@ -262,6 +263,28 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
     phases = plan_phases(sizes)
     notes += [] if folder is None else disk_notes(phases, folder)
     return Plan(figures | text_figures, notes, phases, sizes.hardware)
+
+
+def step_notes(recipe: Recipe) -> list[str]:
+    """Return sentences on settings whose names are easily confused, where a recipe sets them."""
+    notes = []
+    for name, settings in (("stage1", recipe.stage1), ("stage2", recipe.stage2)):
+        if settings.accumulation > 1:
+            images = settings.batch_size * settings.accumulation
+            notes.append(
+                f"{name}.accumulation: {settings.accumulation} batches of {settings.batch_size} make one optimizer step of "
+                f"{images:,} images; max_steps counts these steps, and each takes {settings.accumulation} times as long"
+            )
+        if settings.lr_warmup_steps:
+            notes.append(
+                f"{name}.lr_warmup_steps: the learning rate rises over the first {settings.lr_warmup_steps:,} steps"
+            )
+    if fade := recipe.stage2.warmup_steps:
+        notes.append(
+            f"stage2.warmup_steps: N_warm of Eq. 12, the loss of the detail channels fades in over {fade:,} steps; the "
+            "learning rate has a warm-up of its own, lr_warmup_steps"
+        )
+    return notes
 
 
 def with_known_base(recipe: Recipe) -> tuple[Recipe, str]:

@@ -1,0 +1,103 @@
+"""Messages that name what was found and what to type."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+from huggingface_hub import errors
+
+from davae.cli.app import check_free
+from davae.convert.checkpoints import load_state
+from davae.errors import ModelError, RunError
+from davae.models import pipeline
+from davae.models.hub_errors import brief, hub_reason
+from davae.recipes import Recipe, load_recipe
+from davae.train.plan import step_notes
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.ckpt", "x.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF", "a JPEG image"),
+        (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+        (b"RIFF\x00\x00\x00\x00WEBP", "a WebP image"),
+        (b"\x00\x00\x00\x1cftypavif", "an image or a film"),
+        (b"%PDF-1.7", "a PDF"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS"),
+        (b"GGUF\x03", "a GGUF file"),
+        (b"", "empty"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(name: str, content: bytes, kind: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=kind) as caught:
+        load_state(tmp_path / name)
+    assert "run its code" not in str(caught.value)
+    assert str(caught.value).startswith(f"checkpoint {tmp_path / name}: it is ")
+
+
+def answer(status: int) -> httpx.Response:
+    return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/a/b"))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (errors.GatedRepoError("403 Client Error. " + "x " * 300, response=answer(403)),
+         ("gated", "https://huggingface.co/a/b", "hf auth login", "HF_TOKEN")),
+        (errors.RepositoryNotFoundError("401 Client Error", response=answer(401)),
+         ("no such model", "private", "hf auth login")),
+        (errors.LocalEntryNotFoundError("no network"), ("cannot be reached", "folder")),
+    ],
+)  # fmt: skip
+def test_the_hub_s_answer_says_what_to_type(
+    error: Exception, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    wrapped = OSError("something of a library")
+    wrapped.__cause__ = error
+    for raised in (error, wrapped):
+        for word in words:
+            assert word in hub_reason(raised, "a/b")
+
+    def download(*args: object, **options: object) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(ModelError) as caught:
+        pipeline.fetch_file("a/b", "", "model_index.json")
+    assert all(word in str(caught.value) for word in ("the hub did not give it", *words))
+
+
+def test_long_messages_are_cut_between_words():
+    text = brief(ValueError("word " * 100))
+    assert text.endswith("word ...")
+    assert len(text) <= 200
+    assert brief(ValueError()) == "ValueError"
+
+
+def test_a_used_port_is_refused_at_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        with pytest.raises(RunError, match=rf"--port {port}: .*in use; use another port"):
+            check_free("127.0.0.1", port)
+    check_free("127.0.0.1", port)
+
+
+def test_a_dry_run_explains_names_that_are_confused():
+    changes = ["stage1.accumulation=4", "stage1.batch_size=8", "stage2.warmup_steps=30", "stage2.lr_warmup_steps=7"]
+    recipe = load_recipe("micro", changes)
+    assert isinstance(recipe, Recipe)
+    notes = step_notes(recipe)
+    assert any("stage1.accumulation: 4 batches of 8 make one optimizer step of 32 images" in note for note in notes)
+    assert any("stage2.lr_warmup_steps: the learning rate rises over the first 7 steps" in note for note in notes)
+    assert any("stage2.warmup_steps: N_warm" in note and "over 30 steps" in note for note in notes)
+    plain = load_recipe("micro", ["stage2.warmup_steps=0", "stage2.lr_warmup_steps=0", "stage1.lr_warmup_steps=0"])
+    assert isinstance(plain, Recipe)
+    assert not [note for note in step_notes(plain) if "warmup" in note]
