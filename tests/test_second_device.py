@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from family_pipelines import BUILDERS, VARIANTS
 from test_class_conditional import FLOW, base_recipe
 from test_family_upgrades import family_recipe, write_classes
 from test_training import run_cli
+from warm import run
 
 from davae.train.state import read_metrics
 
@@ -31,11 +30,7 @@ def run_there(build: Path, folder: Path, commands: list[list[object]]) -> str:
     """Run davae commands one after the other in a process of their own; what they print."""
     file = folder / "commands.json"
     file.write_text(json.dumps([[str(word) for word in command] for command in commands]))
-    done = subprocess.run(
-        [sys.executable, str(DEVICE), str(build), str(file)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return run([str(DEVICE / "__main__.py"), str(build), str(file)], folder / "log")
 
 
 @pytest.fixture(scope="session")
@@ -59,29 +54,29 @@ def same(values: dict[str, float]) -> object:
 def test_an_upgrade_from_training_to_benchmarks(build: Path, tiny_base: Path, picture_folder: Path, tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny_upgrade_recipe(tiny_base, picture_folder)))
-    run, data = tmp_path / "there", picture_folder
+    there, data = tmp_path / "there", picture_folder
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square\na blue ball\n")
     run_there(
         build,
         tmp_path,
         [
-            ["upgrade", recipe, "--out", run],
-            ["sample", run, "a red square", "--num", 2, "--steps", 2, "--offload", "model"],
-            ["evaluate", "generation", "--pipeline", run, "--data", data, "--num", 4, "--steps", 2],
-            ["evaluate", "reconstruction", "--vae", run, "--data", data, "--features", "lite0"],
-            ["evaluate", "prompts", "--pipeline", run, "--prompts", prompts, "--steps", 2, "--out", tmp_path / "p"],
+            ["upgrade", recipe, "--out", there],
+            ["sample", there, "a red square", "--num", 2, "--steps", 2, "--offload", "model"],
+            ["evaluate", "generation", "--pipeline", there, "--data", data, "--num", 4, "--steps", 2],
+            ["evaluate", "reconstruction", "--vae", there, "--data", data, "--features", "lite0"],
+            ["evaluate", "prompts", "--pipeline", there, "--prompts", prompts, "--steps", 2, "--out", tmp_path / "p"],
             ["make-data", "--model", tiny_base, "--prompts", prompts, "--steps", 1, "--out", tmp_path / "data"],
-            ["analyze", "spectra", "--vae", run, "--data", data, "--num", 8, "--out", tmp_path / "a"],
-            ["bench", "vae", run / "vae", "--resolution", 64, "--tile", 32, "--only", "decode", "--repeats", 1],
+            ["analyze", "spectra", "--vae", there, "--data", data, "--num", 8, "--out", tmp_path / "a"],
+            ["bench", "vae", there / "vae", "--resolution", 64, "--tile", 32, "--only", "decode", "--repeats", 1],
             ["bench", "tokens", tiny_base, "--resolution", 32, "--blocks", 1, "--repeats", 1],
             ["bench", "whole", tiny_base, "--resolution", 32, "--blocks", 1, "--repeats", 1],
-            ["bench", "sample", tiny_base, run, "--steps", 2, "--repeats", 1],
+            ["bench", "sample", tiny_base, there, "--steps", 2, "--repeats", 1],
             ["bench", "guidance", "--hidden-size", 64, "--depth", 1, "--grid", 4, "--num-steps", 4, "--repeats", 1],
         ],
     )
     run_cli("train-dit", str(recipe), "--out", str(tmp_path / "here"))
-    assert losses(run) == same(losses(tmp_path / "here"))
+    assert losses(there) == same(losses(tmp_path / "here"))
 
 
 @pytest.mark.slow
