@@ -180,8 +180,8 @@ def small(tiny: bool) -> list[str]:
 
 
 PARTS = (
-    Part("picture of SD3.5 Medium, 2048 px", 90, partial(picture, 2048, 1)),
-    Part("picture of SD3.5 Medium, 1024 px", 60, partial(picture, 1024, 1)),
+    Part("picture of SD3.5 Medium, 2048 px", 75, partial(picture, 2048, 1)),
+    Part("picture of SD3.5 Medium, 1024 px", 50, partial(picture, 1024, 1)),
     Part("4 pictures of SD3.5 Medium, 1024 px", 50, partial(picture, 1024, 4)),
     Part("stage 2 against plain", 40, partial(against_plain, 2)),
     Part("stage 1 against plain", 50, partial(against_plain, 1)),

@@ -124,7 +124,7 @@ def test_every_figure_of_a_run(run: Path, tiny_base: Path, by_class: Path, pictu
         latents(vae, None, str(picture_folder), tmp_path, num=12, held_out=0.0)
     with pytest.raises(ModelError, match="needs a DetailVAE"):
         spectra(str(tiny_base), data, tmp_path, num=8, held_out=0.0)
-    with pytest.raises(ModelError, match="no steps of stage 2"):
+    with pytest.raises(ModelError, match="no two steps of stage 2"):
         curves(tmp_path, tmp_path)
 
 

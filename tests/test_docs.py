@@ -64,7 +64,11 @@ def test_every_command_of_the_documentation_parses():
 
 
 def test_a_wrong_command_would_be_found():
-    for words in (["upgrad", "micro"], ["sample", "micro"], ["inspect", "micro", "--resolution", "big"]):
+    for words in (
+        ["upgrad", "micro"],
+        ["analyze", "spectra", "--num", "8"],
+        ["inspect", "micro", "--resolution", "big"],
+    ):
         with pytest.raises(Exception, match=r".+"):
             parse(words)
 

@@ -198,7 +198,7 @@ def check_no_part(path: Path) -> None:
     for place in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):  # links lead into runs too
         run = run_of(place)
         if run is not None and place.relative_to(run).parts[0] in RUN_PARTS:
-            raise RunError(f"{path}: it belongs to the run {run}; use another name")
+            raise RunError(f"{path}: it belongs to the run {run}; use another --out or name")
 
 
 def check_replaceable(place: Path, shown: Path | None = None) -> None:

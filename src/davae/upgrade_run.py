@@ -17,6 +17,7 @@ from davae.errors import ModelError, RecipeError, RunError
 from davae.measure import model_places
 from davae.models.pipeline import load_pipeline
 from davae.models.placement import Compile, Offload, Placement, Precision
+from davae.reading import load_json
 from davae.recipes import Recipe, check_commands, load_recipe, permit_commands, read_recipe, set_values, validate
 from davae.recipes.commands import commands_in
 from davae.train.loop import Progress
@@ -161,7 +162,7 @@ class UpgradeRun:
         if not file.is_file():
             raise RunError(f"{self.folder}: there is no report yet; call run(), or `davae upgrade` on this folder")
         try:
-            return json.loads(file.read_bytes())
+            return load_json(file.read_bytes())
         except ValueError as error:
             raise RunError(f"{file}: it is damaged; delete it and call run() again") from error
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from davae.errors import RunError
 from davae.files import atomic_text
+from davae.reading import load_json
 from davae.zoo import FOLDER, resolve
 from davae.zoo.presets import presets
 
@@ -135,7 +136,7 @@ def _hash(values: Any) -> str:
 
 
 def _shipped() -> dict[str, Any]:
-    return json.loads(SHIPPED.read_text(encoding="utf-8"))
+    return load_json(SHIPPED.read_bytes())
 
 
 def _path(key: str) -> Path:
@@ -150,7 +151,7 @@ def _path(key: str) -> Path:
 def _kept(key: str) -> dict[str, Any] | None:
     path = _path(key)
     try:
-        values = json.loads(path.read_bytes())
+        values = load_json(path.read_bytes())
         return values if values["model"] and values["resolution"] else None
     except FileNotFoundError:
         return None
