@@ -25,6 +25,7 @@ from davae.train.phase_facts import ImageFacts, TextFacts, count_images
 from davae.train.phase_remedies import checked, disk_notes, text_notes
 from davae.train.phase_sizes import RESERVED, Phase, Sizes
 from davae.train.phases import Drawn, cache, export, report, stage1, stage2
+from davae.train.plan import on_hardware
 from davae.train.shares import Share
 from davae.zoo import resolve
 
@@ -97,6 +98,9 @@ def test_a_dry_run_writes_and_prints_every_phase(tmp_path: Path, monkeypatch: py
     assert by_name["cache"]["batch_size"] == 16
     assert by_name["export"]["device_gib"] == 0
     assert by_name["stage2"]["device_gib"] > 0
+    for stage in ("stage1", "stage2"):  # both tables state one figure
+        assert values[f"{stage}_memory_gib"] == by_name[stage]["device_gib"]
+        assert values[f"{stage}_rest_of_pipeline_gib"] < 0.5, "no idle part of the pipeline"
 
 
 def test_json_without_a_dry_run_is_one_line(tmp_path: Path):
@@ -127,6 +131,24 @@ def test_training_counts_what_lies_on_the_device_and_the_copies_of_a_machine():
     )
     assert one.disk == (2 + 2) * 2 * GIB
     assert stage2(sizes("run.keep_every=100")).disk == (2 + 2 + 46) * 2 * GIB
+
+
+def test_text_encoders_of_the_step_pass_through_main_memory():
+    """SD3.5's take twice the transformer."""
+    large = {"text": TextFacts(GIB, 1e9, 500, 400, 100)}
+    stored, step = stage2(sizes(**large)), stage2(sizes("cache.text=step", **large))
+    assert step.host - stored.host == 4 * GIB - 2 * GIB, "more than the checkpoint of 2 GiB"
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_whether_a_stage_fits_is_what_the_table_has(stage: str):
+    facts = sizes(recipe=sizes().recipe.model_copy(update={"hardware": hardware(1)}))
+    own, step = getattr(facts.recipe, stage), facts.step1
+    for device in (facts.budget, facts.budget + 1):
+        phase = checked(Phase(stage, device=device), facts)
+        shown = on_hardware(stage, own, step, device, facts)[f"{stage}_fits"]
+        assert shown.startswith("fits h100") == phase.fits
+        assert phase.remedy in shown
 
 
 def hardware(count: int, **changes: Any) -> Any:

@@ -26,9 +26,11 @@ from davae.evaluate.geneval import (
     coverage,
     impossible,
     judge,
+    judge_folder,
     read_results,
     relations,
     scores,
+    write_request,
 )
 from davae.models.pipeline import ModelError
 from davae.prompting import evaluate_geneval, evaluate_prompts, stretches
@@ -366,6 +368,22 @@ def test_scores_rest_on_pictures_of_every_task(caplog: pytest.LogCaptureFixture)
     assert not caplog.text
     assert coverage(records[:2])["missing_tasks"] == ["counting", "colors", "position", "color_attr"]
     assert "not the published figure" in caplog.text
+
+
+@pytest.mark.parametrize(("detections", "empty", "warned"), [([0, 0, 0], 3, True), ([0, 2, 1], 1, False)])
+def test_a_detector_that_finds_nothing_is_named(
+    detections: list[int], empty: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Its scores are all 0.0, which looks like a model that draws nothing right."""
+    request = {"tag": "counting", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"}
+    for number in range(3):
+        image_file = write_request(tmp_path, number, request) / "00000.png"
+        Image.new("RGB", (8, 8)).save(image_file)
+    found = iter([[Found("dog", 0.95, (0, 0, 4, 4))] * number for number in detections])
+    clip: Any = None
+    records = judge_folder(tmp_path, lambda image: next(found), clip)
+    assert coverage(records)["pictures_without_detections"] == empty
+    assert (f"found nothing in {empty} of 3 images" in caplog.text) == warned
 
 
 @pytest.mark.parametrize(

@@ -196,10 +196,11 @@ def judge_folder(out: Path, detector: Callable[[Image.Image], list[Found]], clip
             )
         for path in sorted((folder / "samples").glob("*.png")):
             picture = read_image(path)
+            found = detector(picture)
             verdict = judge(
-                detector(picture),
+                found,
                 request,
-                lambda found, label, whole=picture: clip.colour(whole.crop(_pixels(found, whole)), label, COLOURS),
+                lambda one, label, whole=picture: clip.colour(whole.crop(_pixels(one, whole)), label, COLOURS),
             )
             records.append(
                 {
@@ -207,6 +208,7 @@ def judge_folder(out: Path, detector: Callable[[Image.Image], list[Found]], clip
                     "tag": request["tag"],
                     "prompt": request["prompt"],
                     **asdict(verdict),
+                    "detections": len(found),
                     "metadata": json.dumps(request),
                 }
             )
@@ -292,7 +294,9 @@ def scores(records: list[dict[str, Any]]) -> dict[str, float]:
 def coverage(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what scores rest on: `pictures` of each task, and `missing_tasks`, the official tasks without a result.
 
-    A task that is missing is named in the log too, because `overall` is then the mean of the other ones.
+    A task that is missing is named in the log too, because `overall` is then the mean of the other ones. Where the results
+    count detections, `pictures_without_detections` is the number of images in which the detector found nothing; the log
+    has a line where that is most of them.
     """
     counts = Counter(record["tag"] for record in records)
     missing = [task for task in TASKS if task not in counts]
@@ -302,4 +306,14 @@ def coverage(records: list[dict[str, Any]]) -> dict[str, Any]:
             ", ".join(missing),
             len(counts),
         )
-    return {"pictures": dict(sorted(counts.items())), "missing_tasks": missing}
+    found = [record["detections"] for record in records if isinstance(record.get("detections"), int)]
+    empty = {"pictures_without_detections": sum(not number for number in found)} if found else {}
+    if found and 2 * empty["pictures_without_detections"] > len(found):
+        logger.warning(
+            "GenEval: the detector found nothing in %d of %d images, which count as wrong; look at some of them, and at the "
+            "detector's classes and confidences (%g is needed)",
+            empty["pictures_without_detections"],
+            len(found),
+            THRESHOLD,
+        )
+    return {"pictures": dict(sorted(counts.items())), "missing_tasks": missing, **empty}

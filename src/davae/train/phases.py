@@ -101,12 +101,13 @@ def stage1(sizes: Sizes) -> Phase:
 
 def stage2(sizes: Sizes) -> Phase:
     recipe, step = sizes.recipe, sizes.step2
-    resident = 0
+    resident, loaded = 0, sizes.base_bytes * sizes.transformer + 4 * sizes.trained
     if recipe.stage2.validate_every or recipe.run.sample_every:
         resident += 4 * sizes.detail_vae
     text = sizes.text
     if recipe.cache.text == "step":
         resident += sizes.text_device(sizes.share2.images) + 4 * sizes.base_vae
+        loaded = max(loaded, sizes.base_bytes * text.parameters)  # read once the transformer is on the device
     item = sizes.latent_bytes + 2 * text.padded_values
     phase = trained_phase(
         "stage2",
@@ -114,7 +115,7 @@ def stage2(sizes: Sizes) -> Phase:
         recipe.stage2,
         step,
         sizes.share2,
-        loaded=sizes.base_bytes * sizes.transformer + 4 * sizes.trained,
+        loaded=loaded,
         resident=resident + sizes.share2.images * 4 * text.padded_values,
         kept=(step.optimizer + step.gradients + step.ema) // 4,
         average=step.ema,

@@ -30,7 +30,7 @@ from davae.train.cost import (
 )
 from davae.train.memory import TrainingStep, stage1_memory, stage2_memory
 from davae.train.phase_facts import TextFacts, count_images, text_facts
-from davae.train.phase_remedies import disk_notes, text_notes
+from davae.train.phase_remedies import REMEDIES, disk_notes, text_notes
 from davae.train.phase_sizes import Phase, Sizes
 from davae.train.phases import plan_phases
 from davae.train.shares import share_of_step
@@ -197,10 +197,6 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
     if model is not None:
         text = text_facts(model, shapes, text_encoders(model, shapes.transformer_config))
     base_vae = count(meta_autoencoder(shapes).parameters())
-    resident = pipeline_bytes(text, base_vae, shapes)
-    if recipe.stage2.lora is None:
-        resident["stage2"] += 4 * whole  # trained tensors get storage of their own, the pretrained ones stay
-    resident["stage2"] += 4 * count(vae.parameters())
     figures: dict[str, Any] = {
         "image": f"{recipe.resolution}x{recipe.resolution}, base {recipe.base.resolution}x{recipe.base.resolution}",
         "latents": f"z ({layout.base_channels},{side},{side}) + z_d ({layout.detail_channels},{side},{side})",
@@ -241,13 +237,12 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
         share1=share1,
         share2=share2,
     )
-    for name, settings, own, step in (
-        ("stage1", recipe.stage1, own1, first),
-        ("stage2", recipe.stage2, own2, second),
-    ):
-        figures |= stage_figures(name, own, step, resident[name])
+    phases = plan_phases(sizes)
+    device = {phase.name: phase.device for phase in phases}
+    for name, own, step in (("stage1", own1, first), ("stage2", own2, second)):
+        figures |= stage_figures(name, own, step, device[name])
         if recipe.hardware is not None:
-            figures |= on_hardware(name, settings, own, step, resident[name], recipe.hardware)
+            figures |= on_hardware(name, own, step, device[name], sizes)
     notes += step_notes(recipe)
     text_figures, text_note = text_notes(sizes)
     notes += text_note
@@ -260,7 +255,6 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
             f"days: at {UTILISATION:.0%} of the peak of {recipe.hardware.count} x {recipe.hardware.gpu}, an assumption; "
             "caching, loading and evaluation come on top, and CUDA's own memory on the memory"
         )
-    phases = plan_phases(sizes)
     notes += [] if folder is None else disk_notes(phases, folder)
     return Plan(figures | text_figures, notes, phases, sizes.hardware)
 
@@ -306,40 +300,37 @@ def with_known_base(recipe: Recipe) -> tuple[Recipe, str]:
     return recipe, ""
 
 
-def pipeline_bytes(text: TextFacts, base_vae: int, shapes: BaseShapes) -> dict[str, int]:
-    """Stage -> bytes of the pretrained pipeline that lie on the device while it trains, float32, beside what trains."""
-    beside = 4 * (text.parameters + base_vae)
-    return {"stage1": beside + 4 * count(meta_transformer(shapes).parameters()), "stage2": beside}
+def stage_figures(name: str, settings: Optim, step: TrainingStep, device: int) -> dict[str, Any]:
+    """Return the memory of one process, of which the step is a part, and the work of the whole stage.
 
-
-def stage_figures(name: str, settings: Optim, step: TrainingStep, resident: int) -> dict[str, Any]:
-    """Memory of one process and work of the whole stage."""
+    Args:
+        device: bytes of the phase on one GPU, as in the table of phases.
+    """
     gib = {key: round(value / GIB, 3) for key, value in step.as_dict().items()}
     peak = gib.pop("peak")
     return {
         **{f"{name}_{key}_gib": value for key, value in gib.items()},
         f"{name}_step_peak_gib": peak,
-        f"{name}_rest_of_pipeline_gib": round(resident / GIB, 3),
-        f"{name}_memory_gib": round((step.peak + resident) / GIB, 3),
+        f"{name}_rest_of_pipeline_gib": round(max(0, device - step.peak) / GIB, 3),
+        f"{name}_memory_gib": round(device / GIB, 3),
         f"{name}_petaflops": round(step.flops * settings.accumulation * settings.max_steps / 1e15, 3),
     }
 
 
-def on_hardware(
-    name: str, settings: Optim, own: Optim, step: TrainingStep, resident: int, hardware: Hardware
-) -> dict[str, Any]:
-    """Whether the stage fits the stated GPUs, and how long it takes: every process does its share (`own`) of the batch."""
-    gpu = GPUS[hardware.gpu]
-    needed = step.peak + resident
-    fits = f"{'fits' if needed <= gpu.memory else 'does not fit'} {hardware.gpu} ({gpu.memory / GIB:.0f} GiB)"
-    if needed > gpu.memory:
-        fits += f": lower {name}.batch_size and raise {name}.accumulation"
-        if not settings.gradient_checkpointing:
-            fits += f", or set {name}.gradient_checkpointing"
-    seconds = step.flops * own.accumulation * settings.max_steps / (UTILISATION * gpu.peak)
-    pictures = settings.batch_size * settings.accumulation
+def on_hardware(name: str, own: Optim, step: TrainingStep, device: int, sizes: Sizes) -> dict[str, Any]:
+    """Return whether the stage fits the stated GPUs, as the table of phases has it, and how long it takes.
+
+    Args:
+        own: the stage's settings with one process's share of the batch.
+        device: bytes of the phase on one GPU.
+    """
+    hardware, gpu = sizes.hardware, sizes.gpu
+    stage: Optim = getattr(sizes.recipe, name)
+    fits = f"{hardware.gpu} ({gpu.memory / GIB:.0f} GiB)"
+    fits = f"does not fit {fits}: {REMEDIES[name](sizes)}" if device > sizes.budget else f"fits {fits}"
+    seconds = step.flops * own.accumulation * stage.max_steps / (UTILISATION * gpu.peak)
     return {
         f"{name}_fits": fits,
-        f"{name}_pictures_a_step": pictures,
+        f"{name}_pictures_a_step": stage.batch_size * stage.accumulation,
         f"{name}_days": round(seconds / DAY, 3),
     }
