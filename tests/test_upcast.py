@@ -13,6 +13,8 @@ from conftest import tiny_autoencoder
 from family_pipelines.diffusion import stable_diffusion_xl
 
 from davae import DetailVAE, expand_transformer
+from davae.evaluate.detail_use import reconstructions
+from davae.models.overflow import in_range
 from davae.train.export import assemble
 
 
@@ -69,3 +71,46 @@ def test_the_flag_is_the_base_s_also_in_older_folders(tmp_path: Path):
         vae.register_to_config(force_upcast=False)  # what folders written by earlier versions hold
         vae.save_pretrained(tmp_path / str(asked))
         assert DetailVAE.from_pretrained(tmp_path / str(asked)).config.force_upcast is asked
+
+
+@pytest.mark.parametrize("method", ["full", "base + bicubic", "zero detail"])
+def test_reconstructions_in_float16_are_finite_where_the_autoencoder_overflows(
+    pipelines: dict[str, Any], method: str
+):
+    """A report of a run in fp16 reads them from the autoencoder itself, not from a pipeline that upcasts it."""
+    vae, base_vae = pipelines["upgraded"].vae, pipelines["base"].vae
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        plain = vae.decode(vae.encode(images.half()).latent_dist.mode()).sample
+    assert not torch.isfinite(plain).all()
+    found = reconstructions(vae, base_vae)[method](images)
+    assert found.shape == images.shape
+    assert torch.isfinite(found).all()
+    assert (vae.dtype, base_vae.dtype) == (torch.float16, torch.float16), "as they were"
+
+
+def test_work_is_done_again_in_float32_only_where_float16_overflows(caplog: pytest.LogCaptureFixture):
+    vae = torch.nn.Linear(1, 1, bias=False)
+    vae.weight.data.fill_(2.0)
+    vae.device = torch.device("cpu")
+    calls: list[torch.dtype] = []
+
+    def work(values: torch.Tensor) -> torch.Tensor:
+        calls.append(values.dtype)
+        return vae(values)
+
+    for dtype, value, expected in (
+        (torch.float16, 1.0, [torch.float16]),
+        (torch.float16, 60_000.0, [torch.float16, torch.float32]),
+        (torch.float16, torch.nan, [torch.float16]),
+        (torch.bfloat16, torch.inf, [torch.bfloat16]),
+    ):
+        calls.clear()
+        caplog.clear()
+        vae.to(dtype).dtype = dtype
+        found = in_range(vae, work, torch.tensor([[value]]))
+        assert calls == expected
+        assert vae.weight.dtype == dtype
+        assert bool(caplog.text) == (len(expected) == 2)
+        if value == 60_000.0:
+            assert found.item() == 120_000.0

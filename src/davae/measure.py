@@ -27,6 +27,7 @@ from davae.models.classes import class_number, goes_by_class
 from davae.models.detail_vae import DetailVAE
 from davae.models.memory_budget import TILE, Halving
 from davae.models.one_frame import decode_latents, encode_mode
+from davae.models.overflow import in_range
 from davae.models.pipeline import ModelError, default_resolution, load_pipeline
 from davae.models.placement import FULL, Placement, Precision, own_device
 from davae.models.text_encoders import pipeline_limits
@@ -122,7 +123,8 @@ def evaluate_reconstruction(
 
     @torch.no_grad()
     def reconstruct(images: Tensor) -> Tensor:
-        return decode_latents(model, encode_mode(model, images.to(model.device, dtype)))
+        latents = in_range(model, partial(encode_mode, model), images)  # (B,C,h,w)
+        return in_range(model, partial(decode_latents, model), latents)  # (B,3,H,W)
 
     pictures = real_pictures(data, size, held_out, "held_out", summary=summary)
     chosen = images_at_a_time(batch_size, 16, model.device, lambda: coding_bytes(model, size, dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from davae.models.detail_vae import DetailVAE
 from davae.models.one_frame import decode_latents, encode_mode
+from davae.models.overflow import in_range
 from davae.models.resample import downsample
 
 Reconstruct = Callable[[Tensor], Tensor]
@@ -33,18 +35,19 @@ def reconstructions(
     @torch.no_grad()
     def base_bicubic(images: Tensor) -> Tensor:
         small = downsample(images.to(base_vae.device, base_vae.dtype), vae.layout.scale, vae.config["downsample"])
-        small = decode_latents(base_vae, encode_mode(base_vae, small))
+        latents = in_range(base_vae, partial(encode_mode, base_vae), small)  # (B,C,h,w)
+        small = in_range(base_vae, partial(decode_latents, base_vae), latents)  # (B,3,H,W)
         return F.interpolate(small, images.shape[-2:], mode="bicubic", align_corners=False)
 
     def with_detail(change: Callable[[Tensor], Tensor], normalised: bool) -> Reconstruct:
         @torch.no_grad()
         def reconstruct(images: Tensor) -> Tensor:
-            latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()  # type: ignore[union-attr]
+            latents = in_range(vae, partial(encode_mode, vae), images)  # (B,C+D,h,w), normalised
             if not normalised:
                 latents = vae.denormalise(latents)
             z, z_d = vae.layout.split(latents)
             latents = vae.layout.join(z, change(z_d))
-            return vae.decode(latents if normalised else vae.normalise(latents)).sample  # type: ignore[union-attr]
+            return in_range(vae, partial(decode_latents, vae), latents if normalised else vae.normalise(latents))
 
         return reconstruct
 
@@ -69,4 +72,4 @@ def decode_faded(vae: DetailVAE, latents: Tensor, weights: Tensor) -> Tensor:
     """
     z, z_d = vae.layout.split(vae.denormalise(latents))
     faded = vae.layout.join(z, z_d * weights.to(z_d).view(1, -1, 1, 1))
-    return vae.decode(vae.normalise(faded)).sample  # type: ignore[union-attr]
+    return in_range(vae, partial(decode_latents, vae), vae.normalise(faded))  # (B,3,sH,sW)

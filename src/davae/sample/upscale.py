@@ -6,6 +6,7 @@ import logging
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from davae.models.detail_vae import DetailVAE
 from davae.models.expand import CLEAN_BASE
 from davae.models.families import transformer_family
 from davae.models.memory_budget import TILE
+from davae.models.one_frame import decode_latents
+from davae.models.overflow import in_range
 from davae.models.pipeline import default_resolution, denoiser, pixel_factor, token_side
 from davae.models.resample import downsample
 from davae.sample.enlarge import Enlargement, draw_detail
@@ -149,7 +152,7 @@ class _Work:
         edge = ((0, 0), (0, 0), (0, height), (0, width))
         padded = torch.from_numpy(np.pad(pixels.numpy(), edge, mode="symmetric"))
         with self._tiled(padded.shape[-2:], self.vae.layout.scale):
-            return self.vae.encode_base(padded.to(self.vae.device, self.vae.dtype))
+            return in_range(self.vae, self.vae.encode_base, padded)
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, source: Tensor) -> Image.Image:
@@ -157,8 +160,8 @@ class _Work:
         scale = self.vae.layout.scale
         height, width = source.shape[-2] * scale, source.shape[-1] * scale
         with self._tiled((latents.shape[-2] * self.factor, latents.shape[-1] * self.factor), scale):
-            decoded: Any = self.vae.decode(latents.to(self.vae.device, self.vae.dtype))
-        pixels = decoded.sample[..., :height, :width].float().cpu()
+            decoded = in_range(self.vae, partial(decode_latents, self.vae), latents)  # (1,3,H,W)
+        pixels = decoded[..., :height, :width].float().cpu()
         if not all(finite_rows(pixels)):
             raise ModelError(f"enlarged image: NaN or infinite values; {remedy(self.vae.dtype)}")
         if self.project:

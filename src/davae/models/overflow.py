@@ -1,0 +1,34 @@
+"""Autoencoders in float16 that overflow, as SDXL's does: computed again in float32, as stock pipelines do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def in_range(vae: Any, work: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Return `work` of values in the autoencoder's precision; in float32 where float16 overflows.
+
+    The autoencoder is in float16 again afterwards, with the same weights. Other precisions are computed once.
+
+    Args:
+        vae: what `work` computes with.
+        work: images or latents on its device, in its precision -> (B,...).
+        values: on any device, in any precision.
+    """
+    found = work(values.to(vae.device, vae.dtype))
+    if vae.dtype != torch.float16 or bool(torch.isfinite(found).all()) or not bool(torch.isfinite(values).all()):
+        return found
+    logger.warning("%s: it overflows in float16; computed again in float32", type(vae).__name__)
+    del found
+    vae.to(torch.float32)
+    try:
+        return work(values.to(vae.device, torch.float32))
+    finally:
+        vae.to(torch.float16)
