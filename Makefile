@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/demo
 
-.PHONY: demo test slow docs lint clean
+.PHONY: demo test slow docs lint clean release oldest
 
 # torch first and on its own: the pinned build, before anything could ask for another one. Modules are compiled when they are
 # imported, most never are.
@@ -41,6 +41,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check src tests
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# a checked and tagged release in dist/: make release VERSION=0.2.0
+release: $(STAMP)
+	$(BIN)/python scripts/release.py $(VERSION)
+
+# the oldest versions that pyproject.toml allows, in an environment of their own
+oldest:
+	$(PYTHON) scripts/oldest.py build/oldest
 
 clean:
 	rm -rf $(VENV) runs build src/*.egg-info

@@ -14,7 +14,8 @@ from davae.convert.checkpoints import load_state
 from davae.errors import ModelError, RunError
 from davae.models import pipeline
 from davae.models.hub_errors import brief, hub_reason
-from davae.recipes import Recipe, load_recipe
+from davae.recipes import Recipe, RecipeError, load_recipe, shipped_recipes
+from davae.recipes.places import check_places, places
 from davae.train.plan import step_notes
 
 
@@ -101,3 +102,23 @@ def test_a_dry_run_explains_names_that_are_confused():
     plain = load_recipe("micro", ["stage2.warmup_steps=0", "stage2.lr_warmup_steps=0", "stage1.lr_warmup_steps=0"])
     assert isinstance(plain, Recipe)
     assert not [note for note in step_notes(plain) if "warmup" in note]
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_recipes_whose_files_are_elsewhere_are_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    inside = tmp_path / "inside"  # so that ../shared is this test's own
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    recipe = load_recipe(name)
+    needed = list(places(recipe))
+    if not needed:
+        check_places(recipe, name)
+        return
+    with pytest.raises(RecipeError, match=f"recipe {name}, .* is not here; ") as caught:
+        check_places(recipe, name)
+    assert any(word in str(caught.value) for word in ("--data", "--set", "train-base"))
+    for _, text in needed:
+        file = inside / text
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    check_places(recipe, name)

@@ -11,6 +11,9 @@ from davae.cli.options import Json, write_json
 from davae.errors import RecipeError
 from davae.recipes import read_recipe, shipped_recipes
 from davae.recipes.loading import suggestion
+from davae.recipes.places import needs_repository
+
+OWN_DATA = " Its data is not in the package: give --data."
 
 
 def recipes(
@@ -32,7 +35,10 @@ def recipes(
         write_json(json, read_recipe(name))
         sys.stdout.write(shipped[name])
         return
-    titles = {name: title(text) for name, text in shipped.items()}
+    titles = {
+        name: title(text) + (OWN_DATA if needs_repository(read_recipe(name)) else "")
+        for name, text in shipped.items()
+    }
     write_json(json, titles)
     from rich.console import Console
     from rich.table import Table

@@ -20,7 +20,9 @@ from davae.recipes import (
     check_commands,
     dump_recipe,
     load_recipe,
+    shipped_recipes,
 )
+from davae.recipes.places import check_places
 from davae.train.signals import check_stop, stop_on_signal
 
 Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
@@ -37,11 +39,17 @@ def _load(name: str, data: str | None, overrides: list[str] | None) -> AnyRecipe
 VERBS = {Recipe: "upgrade", BaseRecipe: "train-base", SuperResolutionRecipe: "train-sr"}
 
 
-def _recipe(kind: type[Kind], name: str, data: str | None, overrides: list[str] | None) -> Kind:
-    """A recipe of the kind that a verb works on; RecipeError names the verb for any other."""
+def _recipe(kind: type[Kind], name: str, data: str | None, overrides: list[str] | None, *, dry: bool = False) -> Kind:
+    """Return a recipe of the kind that a verb works on; a dry run needs none of its files.
+
+    Raises:
+        RecipeError: a recipe for another verb, which is named, or one whose files are not here.
+    """
     recipe = _load(name, data, overrides)
     if not isinstance(recipe, kind):
         raise RecipeError(f"recipe '{recipe.name}' is for another verb; use `davae {VERBS[type(recipe)]} {name}`")
+    if name in shipped_recipes() and not dry:
+        check_places(recipe, name)
     return recipe
 
 
@@ -55,7 +63,7 @@ def _run_upgrade(
     stage1: Path | None = None,
     json_file: Path | None = None,
 ) -> None:
-    recipe = _recipe(Recipe, name, data, overrides)
+    recipe = _recipe(Recipe, name, data, overrides, dry=dry)
     if json_file is not None and not dry:
         raise RecipeError("--json: it takes the figures of a dry run; add --dry-run, or read report.json of the run")
     from davae.cli.header import LAST, show_start

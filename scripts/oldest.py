@@ -1,0 +1,56 @@
+"""Install the oldest versions that pyproject.toml allows into a fresh environment and run the core tests with them.
+
+python scripts/oldest.py /tmp/davae-oldest             # installs a few GB, then minutes of tests
+python scripts/oldest.py /tmp/davae-oldest --print     # the versions alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = (
+    "test_models.py",
+    "test_losses.py",
+    "test_recipes.py",
+    "test_autoencoders.py",
+    "test_objectives.py",
+    "test_loop.py",
+)
+
+
+def oldest(root: Path = ROOT) -> list[str]:
+    """Return each direct requirement at its lower bound, as `name==version`."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = []
+    for requirement in project["dependencies"]:
+        match = re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement)
+        if match is None:
+            raise SystemExit(f"pyproject.toml: {requirement!r} has no lower bound; give it one, as name>=1.2")
+        pinned.append(f"{match[1]}=={match[2]}")
+    return pinned
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--print", action="store_true", help="print the versions and stop")
+    given = parser.parse_args()
+    if given.print:
+        sys.stdout.write("\n".join(oldest()) + "\n")
+        return 0
+    venv.create(given.folder, with_pip=True, clear=True)
+    python = str(given.folder / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "-q", *oldest(), "pytest", "-e", str(ROOT)], check=True)
+    tests = [str(ROOT / "tests" / name) for name in CORE]
+    return subprocess.run([python, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
