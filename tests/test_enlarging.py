@@ -290,3 +290,15 @@ def test_a_base_and_a_scheduler_without_levels_cannot_enlarge(pipeline, tiny_bas
 
     with pytest.raises(ModelError, match="without a DetailVAE cannot enlarge"):
         davae.upscale(load_pipeline(str(tiny_base)), picture(1, 16, 16))
+
+
+def test_the_folder_of_an_upgrade_is_a_method_of_enlarging(pipeline, tiny_base: Path, tmp_path: Path):
+    """Table S2's way: what a base drew, enlarged by its upgrade."""
+    from davae.evaluate.upscale import make_upscaler
+
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    (result,) = make_upscaler(str(tmp_path / "pipeline"), 32)([picture(1, 16, 16)])
+    (same,) = davae.upscale(pipeline, picture(1, 16, 16), steps=20, guidance_scale=1.0, batch_size=8)
+    assert differ(result, same) <= 1
+    with pytest.raises(ModelError, match="without a DetailVAE cannot enlarge"):
+        make_upscaler(str(tiny_base), 32)

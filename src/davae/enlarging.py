@@ -199,6 +199,7 @@ def enlarge_files(
     for job in jobs:
         check_size(pipeline, job.size, times, str(job.source))
     cells: list[Image.Image] = []
+    side = min(CELL, max(max(job.size) for job in jobs) * pipeline.vae.layout.scale**times)
     for start in range(0, len(jobs), batch_size):
         group = jobs[start : start + batch_size]
         sources = [read_source(job.source) for job in group]
@@ -214,7 +215,7 @@ def enlarge_files(
         for job, source, result in zip(group, sources, results, strict=True):
             save_result(result, source, job.target)
             if len(cells) < 2 * MOST_ROWS:
-                cells += _pair(source.image, result)
+                cells += _pair(source.image, result, side)
     save_image(grid(cells, 2), out / SHEET)
     return out / SHEET
 
@@ -224,15 +225,14 @@ def _share(on_step: Callable[[int, int], None], first: int, count: int, of: int)
     return lambda done, total: on_step(first * total + done * count, of * total)
 
 
-def _pair(source: Image.Image, result: Image.Image) -> list[Image.Image]:
+def _pair(source: Image.Image, result: Image.Image, cell: int) -> list[Image.Image]:
     """Return an input and its result as cells of the contact sheet: whole where they fit, else their centre at full size."""
     width, height = result.size
-    side = min(CELL, max(width, height))
-    left, top = max(0, (width - side) // 2), max(0, (height - side) // 2)
-    box = (left, top, min(width, left + side), min(height, top + side))
+    left, top = max(0, (width - cell) // 2), max(0, (height - cell) // 2)
+    box = (left, top, min(width, left + cell), min(height, top + cell))
     cells = []
     for image in (source.resize(result.size, Image.Resampling.LANCZOS), result):
-        cell = Image.new("RGB", (CELL, CELL), "white")
-        cell.paste(image.crop(box), (0, 0))
-        cells.append(cell)
+        shown = Image.new("RGB", (cell, cell), "white")
+        shown.paste(image.crop(box), (0, 0))
+        cells.append(shown)
     return cells

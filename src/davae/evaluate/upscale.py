@@ -19,14 +19,16 @@ from safetensors import SafetensorError
 
 from davae.data.decoding import read_image
 from davae.data.pictures import to_images, to_tensor
-from davae.models.pipeline import ModelError
+from davae.models.pipeline import ModelError, load_pipeline
 from davae.models.placement import own_device
+from davae.sample.upscale import check_enlarging, upscale
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+STEPS, BATCH = 20, 8  # of an upgraded pipeline that enlarges
 Upscaler = Callable[[list[Image.Image]], list[Image.Image]]
 
 
@@ -34,8 +36,9 @@ def make_upscaler(method: str, size: int) -> Upscaler:
     """What brings pictures to `size` pixels.
 
     Args:
-        method: `bilinear`, `bicubic` or `lanczos`; a weights file of a super-resolution network that spandrel knows; or
-            a command with `{input}` and `{output}`, two folders, that leaves each picture in the second under its name.
+        method: `bilinear`, `bicubic` or `lanczos`; a weights file of a super-resolution network that spandrel knows; the
+            folder of an upgraded pipeline, which enlarges without prompts; or a command with `{input}` and `{output}`, two
+            folders, that leaves each picture in the second under its name.
         size: pixels; what a network or command gives in another size is brought to it by Lanczos.
 
     Raises:
@@ -49,8 +52,15 @@ def make_upscaler(method: str, size: int) -> Upscaler:
     if os.path.isfile(method):
         network = load_network(Path(method))
         return lambda pictures: fitted(enlarge(network, pictures), size)
+    if os.path.isdir(method):
+        upgraded = load_pipeline(method).to(own_device())
+        check_enlarging(upgraded, strength=0.0, steps=STEPS, times=1, batch_size=BATCH)
+        return lambda pictures: fitted(
+            upscale(upgraded, pictures, steps=STEPS, guidance_scale=1.0, batch_size=BATCH), size
+        )
     raise ModelError(
-        f"--upscale {method}: neither {', '.join(FILTERS)}, nor a weights file, nor a command with {{input}} and {{output}}"
+        f"--upscale {method}: neither {', '.join(FILTERS)}, nor a weights file, an upgraded pipeline's "
+        "folder or a command with {input} and {output}"
     )
 
 

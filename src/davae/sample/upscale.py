@@ -6,7 +6,7 @@ import logging
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ def upscale(
     for number, source in enumerate(sources):
         check_size(pipe, source.size, times, f"image {number}")
     if not denoiser(pipe).config.get(CLEAN_BASE):
-        logger.info("this model was trained without stage2.clean_base: its base follows the noise level of each step")
+        _note_noisy_base()
     results = [source.convert("RGB") for source in sources]
     work = _Work(pipe, side, overlap, seed, faithful and strength == 0.0)
     options = {"strength": strength, "steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
@@ -102,6 +102,12 @@ def upscale(
             for i, image in zip(chosen, drawn, strict=True):
                 results[i] = image
     return results
+
+
+@lru_cache(1)
+def _note_noisy_base() -> None:
+    """Warn once of a model that was not trained for enlarging."""
+    logger.warning("this model was trained without stage2.clean_base: its base follows the noise level of each step")
 
 
 def window_count(pipe: Any, size: tuple[int, int]) -> int:
