@@ -18,8 +18,10 @@ from davae.models.memory_budget import Halving, is_out_of_memory, largest_batch
 from davae.models.pipeline import read_shapes
 from davae.recipes import Recipe, RecipeError, load_recipe
 from davae.recipes.hardware import GIB
+from davae.recipes.loading import differences
 from davae.recipes.sections import Cache
 from davae.train.cost import meta_detail_vae
+from davae.train.encoding import report_precision
 from davae.train.memory import TrainingStep, encode_bytes
 from davae.train.phase_facts import ImageFacts, TextFacts, count_images
 from davae.train.phase_remedies import checked, disk_notes, text_notes
@@ -131,6 +133,20 @@ def test_training_counts_what_lies_on_the_device_and_the_copies_of_a_machine():
     )
     assert one.disk == (2 + 2) * 2 * GIB
     assert stage2(sizes("run.keep_every=100")).disk == (2 + 2 + 46) * 2 * GIB
+
+
+def test_the_report_has_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr("davae.train.phases.drawn", lambda s, **_: asked.append(s.precision) or Drawn(GIB, GIB))
+    monkeypatch.setattr("davae.train.phases.encoding", lambda s: asked.append(s.precision) or GIB)
+    for dtype, expected in ((None, torch.float16), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        asked.clear()
+        chosen = sizes("run.mixed_precision=fp16", f"report.dtype={dtype or 'null'}")
+        report(chosen)
+        assert set(asked) == {expected} == {report_precision(chosen.recipe)}
+        assert chosen.precision == torch.float16, "of the other phases"
+    plain, other = recipe(*SMALL), recipe(*SMALL, "report.dtype=float32")
+    assert not differences(plain, other), "it may change on a run that exists"
 
 
 def test_text_encoders_of_the_step_pass_through_main_memory():

@@ -23,7 +23,7 @@ from davae.models.classes import class_count, class_names, goes_by_class
 from davae.models.memory_budget import Halving, OneOnDevice
 from davae.models.pipeline import ModelError, denoiser, load_pipeline
 from davae.sample.generate import generate
-from davae.train.encoding import coding_bytes, images_at_a_time, run_precision
+from davae.train.encoding import coding_bytes, images_at_a_time, report_precision
 from davae.train.export import load_upgraded
 from davae.train.loop import Observer, Progress
 from davae.train.opened import OpenedData
@@ -92,7 +92,7 @@ def default_prompts(run: Upgrade) -> list[str]:
 def report(run: Upgrade, observer: Observer) -> Path:
     """Sample, reconstruct, time, plot, and write the page of a finished run."""
     recipe = run.recipe
-    upgraded = load_pipeline(str(run.out / "pipeline"), run_precision(recipe.run))
+    upgraded = load_pipeline(str(run.out / "pipeline"), report_precision(recipe))
     turn = OneOnDevice(run.accelerator.device)
     shipped_pipeline = comparable_upgrade(run)
     prompts = default_prompts(run)
@@ -188,7 +188,7 @@ def at_a_time(run: Upgrade, what: str, vae: Any) -> Halving:
     recipe = run.recipe
 
     def one() -> int:
-        return coding_bytes(vae, recipe.resolution, run_precision(recipe.run))
+        return coding_bytes(vae, recipe.resolution, report_precision(recipe))
 
     size = images_at_a_time(recipe.report.batch_size, AT_A_TIME, run.accelerator.device, one)
     return Halving(f"report, {what}", size)

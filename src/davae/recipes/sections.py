@@ -323,6 +323,10 @@ class Report(Section):
     batch_size: PositiveInt | None = Field(
         None, description="Images at a time in report and validation. Without it: what the memory plan allows."
     )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None,
+        description="Precision of the report's images. Without it: the run's. May change on a run that exists.",
+    )
 
 
 class Export(Section):

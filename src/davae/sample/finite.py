@@ -23,9 +23,9 @@ def finite_rows(values: Tensor) -> list[bool]:
 def remedy(dtype: torch.dtype) -> str:
     """Return what a user can do about values that overflow in a dtype."""
     if dtype == torch.float16:
-        return "float16 overflows here; use --dtype bfloat16 or float32"
+        return "float16 overflows here; use --dtype bfloat16 or float32 (of a run's report: report.dtype)"
     if dtype == torch.bfloat16:
-        return "use --dtype float32"
+        return "use --dtype float32 (of a run's report: report.dtype)"
     return "the weights are damaged, or their training diverged; use an earlier checkpoint or train again"
 
 

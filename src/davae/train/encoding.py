@@ -14,6 +14,7 @@ from davae.models.autoencoders import encode_raw, latent_shape
 from davae.models.memory_budget import TILE, Halving, free_bytes, largest_batch
 from davae.models.placement import send
 from davae.models.resample import downsample
+from davae.recipes.schema import Recipe
 from davae.recipes.sections import Run
 from davae.train.memory import decode_sampling_bytes, encode_bytes
 
@@ -25,6 +26,11 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 def run_precision(run: Run) -> torch.dtype:
     """Return the precision that a run computes in."""
     return PRECISIONS[run.mixed_precision]
+
+
+def report_precision(recipe: Recipe) -> torch.dtype:
+    """Return the precision in which the report of a run draws: `report.dtype`, else the run's."""
+    return getattr(torch, recipe.report.dtype) if recipe.report.dtype else run_precision(recipe.run)
 
 
 def images_at_a_time(given: int | None, at_most: int, device: torch.device, one: Callable[[], int]) -> int:

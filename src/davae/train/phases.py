@@ -11,6 +11,7 @@ import torch
 from davae.models.expand import expand_transformer
 from davae.models.memory_budget import TILE, largest_batch
 from davae.recipes.hardware import UTILISATION
+from davae.recipes.schema import Recipe
 from davae.recipes.sections import Optim
 from davae.train.cost import meta_autoencoder, meta_transformer
 from davae.train.memory import TrainingStep, decode_sampling_bytes, encode_bytes, transformer_sampling_bytes
@@ -225,8 +226,17 @@ def drawn(sizes: Sizes, *, upgraded: bool) -> Drawn:
     return Drawn(max(decode, step), weights)
 
 
+def in_precision_of_report(recipe: Recipe) -> Recipe:
+    """Return a recipe whose run computes as its report does."""
+    if recipe.report.dtype is None:
+        return recipe
+    name = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[recipe.report.dtype]
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"mixed_precision": name})})
+
+
 def report(sizes: Sizes) -> Phase:
     """One process: samples of base and upgrade, reconstructions, timings; one model at a time on the device."""
+    sizes = replace(sizes, recipe=in_precision_of_report(sizes.recipe))
     recipe = sizes.recipe
     at_most = recipe.report.batch_size or REPORT_BATCH
     models = [drawn(sizes, upgraded=upgraded) for upgraded in (False, True)]

@@ -34,7 +34,7 @@ from davae.train.base_run import train_base
 from davae.train.caching import cache_key, cache_pictures, cache_shards, tell_left_out
 from davae.train.checks import base_objective, base_shapes, check_init, check_recipe, check_shared
 from davae.train.conditioning import conditioning, embed_in_step
-from davae.train.encoding import run_precision
+from davae.train.encoding import report_precision, run_precision
 from davae.train.export import UPGRADE_FILE, export_upgraded, load_trained
 from davae.train.loading import one_at_a_time
 from davae.train.locking import changing, hold_for_reading
@@ -118,8 +118,8 @@ class Upgrade:
 
     @cached_property
     def base(self) -> Any:
-        """The whole pretrained pipeline in the run's precision, in main memory: for images. Training loads what it needs."""
-        return load_pipeline(self.model, run_precision(self.recipe.run))
+        """The whole pretrained pipeline in the report's precision, in main memory. Training loads what it needs."""
+        return load_pipeline(self.model, report_precision(self.recipe))
 
     # -- base --------------------------------------------------------------------------------------------------
 
