@@ -122,3 +122,13 @@ def test_recipes_whose_files_are_elsewhere_are_one_line(name: str, tmp_path: Pat
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     check_places(recipe, name)
+
+
+def test_micro_upgraded_is_known():
+    from davae import DetailVAE
+    from davae.measure import model_places, open_autoencoder
+
+    assert isinstance(open_autoencoder("micro-upgraded"), DetailVAE)
+    assert len(model_places("micro-upgraded")) == 2
+    with pytest.raises(ModelError, match="davae apply micro-upgraded --base micro --out FOLDER"):
+        pipeline.fetch_file("micro-upgraded", "", "model_index.json")

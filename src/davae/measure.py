@@ -88,7 +88,8 @@ def check_classes(pipeline: Any, prompts: list[str]) -> None:
 
 def open_autoencoder(name: str) -> Any:
     """A DetailVAE or any supported diffusers autoencoder on this process's device, by folder, run or embedded model."""
-    return load_autoencoder(resolve(name)).to(own_device())
+    place = str(UPGRADES[SHIPPED[name]] / "vae") if name in SHIPPED else resolve(name)
+    return load_autoencoder(place).to(own_device())
 
 
 def evaluate_reconstruction(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from davae.cli.options import Json, write_json
+from davae.zoo import SHIPPED
 
 GIB = 2**30
 
@@ -34,6 +35,12 @@ def inspect(
     if model is None:
         _list()
         return
+    if model in SHIPPED:
+        base = SHIPPED[model]
+        typer.echo(
+            f"{model} is {base} with its upgrade applied; the figures are those of upgrading {base}.", err=True
+        )
+        model = base
     from davae.display import console, parts_display, quiet_model_libraries, show_phases
     from davae.train.counted import counted
 

@@ -32,6 +32,7 @@ from davae.models.hub_errors import hub_reason
 from davae.models.processors import check_tokenizers
 from davae.models.stored import check_config, check_index, load_component, load_components, loading
 from davae.reading import read_object
+from davae.zoo import SHIPPED
 from davae.zoo.presets import nearest_presets, presets
 
 COMPONENTS = tuple(dict.fromkeys(row.component for row in TRANSFORMERS.values()))
@@ -68,6 +69,11 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
         if not path.is_file():
             raise MissingPart(f"model {model} has no {Path(part) / filename}: not a diffusers folder")
         return path
+    if model in SHIPPED:
+        raise ModelError(
+            f"model '{model}' is an upgraded model without a folder of its own; give its base, {SHIPPED[model]}, or make a "
+            f"folder with `davae apply {model} --base {SHIPPED[model]} --out FOLDER`"
+        )
     if not HUB_ID.fullmatch(model):
         near = nearest_presets(model)
         raise ModelError(
