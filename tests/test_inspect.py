@@ -405,6 +405,7 @@ def test_a_dry_run_ends_in_memory_and_time_for_the_stated_gpus():
         "stage2.lora=null",
         "stage2.gradient_checkpointing=false",
         "stage2.batch_size=1",
+        "stage2.accumulation=1",
         "stage1.lambda_adv=0",
     ]
     recipe = load_recipe("sd35-medium-1k", light)
