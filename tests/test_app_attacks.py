@@ -678,7 +678,7 @@ def test_folders_of_killed_pages_are_removed_and_those_of_living_ones_kept(tmp_p
 def test_how_a_training_of_an_earlier_page_ended(tmp_path: Path, log: str, line: str):
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / "recipe.yaml").write_text(dump_recipe(load_recipe("micro")))
-    (tmp_path / "first" / "log.txt").write_text(log)
+    (tmp_path / "first" / "output.txt").write_text(log)
     assert Trainings(tmp_path).state("first").line == line
 
 

@@ -29,6 +29,7 @@ GONE = "this training has no folder; start it first"
 SAVED = "run the same command"  # in the last line of a training that saved and stopped
 SPARE = 2**30  # bytes of the disk that are free before a training starts
 MOST = 200  # trainings below one root
+OUTPUT = "output.txt"  # what a training prints; its messages are in the run's own log.txt
 LOG_END = 64 * 2**10  # bytes of a log whose last line is shown
 
 
@@ -150,7 +151,7 @@ class Trainings:
     def _launch(self, name: str) -> None:
         folder = self.folder(name)
         command = [sys.executable, "-m", "davae", "upgrade", str(folder / "recipe.yaml"), "--out", str(folder)]
-        with slot.taken(self.root, name) as held, (folder / "log.txt").open("wb") as log:
+        with slot.taken(self.root, name) as held, (folder / OUTPUT).open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -192,7 +193,7 @@ class Trainings:
         if finished:
             return State(False, True, "finished: the report is written")
         if self._failed(name):
-            return State(False, False, f"stopped: {last_line(folder / 'log.txt')}")
+            return State(False, False, f"stopped: {last_line(folder / OUTPUT)}")
         return State(False, False, f"paused: {self._position(folder)}")
 
     def _failed(self, name: str) -> bool:
@@ -200,7 +201,7 @@ class Trainings:
         code = self._ended.get(name)
         if code is not None:
             return code not in (130, -signal.SIGTERM)
-        line = last_line(self.folder(name) / "log.txt")
+        line = last_line(self.folder(name) / OUTPUT)
         return line.startswith("davae: ") and SAVED not in line
 
     def _position(self, folder: Path) -> str:
