@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,3 +139,10 @@ def test_quiet_draws_no_progress(capsys: pytest.CaptureFixture):
         observer(Progress("stage1", 1, 2, 0.0))
     show_lines("title", [("a", "b")])
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_list_of_presets_is_json_too(tmp_path: Path):
+    shown = CliRunner().invoke(app, ["inspect", "--json", str(tmp_path / "presets.json")])
+    values = json.loads((tmp_path / "presets.json").read_text())
+    assert values["sd35-medium"]["hub"] == "stabilityai/stable-diffusion-3.5-medium"
+    assert all(name in shown.output for name in values)

@@ -19,6 +19,7 @@ from davae.app.roots import Roots, label
 from davae.app.turns import Turns, arrival_of
 from davae.app.uploads import MAX_PROMPT, MAX_STEPS, read_picture, uploaded
 from davae.errors import DavaeError
+from davae.recipes.sections import Sampling
 from davae.sample.class_conditional import ClassConditionalPipeline
 
 COMPUTE: dict[str, Any] = {"concurrency_id": "compute", "concurrency_limit": 1}  # events that hold the models
@@ -92,7 +93,7 @@ def generate_tab(pair: Pair) -> None:
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
         steps = gr.Slider(1, MAX_STEPS, 30, step=1, label="Steps", elem_id="steps")
-        guidance = gr.Slider(0, 15, 4.0, step=0.1, label="Guidance")
+        guidance = gr.Slider(0, 15, Sampling().guidance_scale, step=0.1, label="Guidance")
         wanted = gr.CheckboxGroup(ways, value=ways, label="Draw", elem_id="ways")
     status = gr.Markdown(
         "Every picture starts from the same noise. Times are of this machine, without the wait.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +34,7 @@ def inspect(
     `davae inspect path/to/a/diffusers/folder --json figures.json`
     """
     if model is None:
-        _list()
+        _list(json)
         return
     if model in SHIPPED:
         base = SHIPPED[model]
@@ -59,11 +60,12 @@ def inspect(
         console.print(f"Note: {note}.", markup=False)
 
 
-def _list() -> None:
+def _list(json: Path | None) -> None:
     from rich.console import Console
 
     from davae.zoo.presets import presets
 
+    write_json(json, {name: {"title": preset.title, "hub": preset.hub} for name, preset in presets().items()})
     for name, preset in presets().items():
         Console().print(f"{name:<16} {preset.title} ({preset.hub or 'no hub id'})", markup=False, highlight=False)
 

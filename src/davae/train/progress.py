@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ from davae.train.stage2 import Stage2Task
 if TYPE_CHECKING:
     from davae.train.opened import OpenedData
     from davae.train.upgrade import Upgrade
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 8  # pictures in a grid
 
@@ -126,6 +129,11 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
     if not (recipe.stage2.validate_every or recipe.run.sample_every):
         return []
     held_out = plain_pictures(run, run.opened, recipe.stage2.validate_pictures)
+    if recipe.stage2.validate_every and run.opened.shown_from == "training":
+        logger.warning(
+            "stage2.validate_every: no images are held out (data.holdout), so the validation loss is of training images; it "
+            "does not show overfitting"
+        )
     prompts: list[Any] = list(recipe.sampling.prompts)[:SHOWN]
     conditioning = copy.copy(task.conditioning)
     if run.family.condition == "text":
