@@ -146,7 +146,8 @@ def _is_rgb(profile: bytes | None) -> bool:
     if not profile:
         return False
     try:
-        return ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip() == "RGB"
+        opened: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return opened.profile.xcolor_space.strip() == "RGB"
     except (OSError, ImageCms.PyCMSError):  # a damaged one, which `upright_rgb` leaves out as well
         return False
 

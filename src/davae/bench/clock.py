@@ -85,7 +85,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         RuntimeError: the process ended without an answer.
     """
     forks = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload([__name__, function.__module__])
     receiver, sender = context.Pipe(duplex=False)

@@ -321,8 +321,11 @@ class FolderSidecars:
         for index, path in enumerate(names):
             at, name = owner[path]
             pattern: dict[Kind, tuple[str, str]] = {}
-            near = {kind: _join(at, file) for kind, file in matched[at].sidecars.get(name, {}).items()}
-            for kind, file in {**parallel.get(owner[path], {}), **near}.items():
+            near: dict[Kind, str] = {
+                kind: _join(at, file) for kind, file in matched[at].sidecars.get(name, {}).items()
+            }
+            found: dict[Kind, str] = {**parallel.get(owner[path], {}), **near}
+            for kind, file in found.items():
                 self.counts[kind] += 1
                 folder, _, own = file.rpartition("/")
                 if own.startswith(f"{stem(name)}."):

@@ -156,7 +156,7 @@ def _may_list(path: Path, size: int) -> bool:
 
 def _record(row: Mapping[str, Any], named: Collection[str]) -> tuple[str | None, dict[str, Any]]:
     """Return the image's name and what is kept of a row; keys are compared without regard to case."""
-    keys = {str(key).strip().casefold(): key for key in reversed(row)}
+    keys = {str(key).strip().casefold(): key for key in reversed(list(row))}
     name = next((row[keys[key]] for key in NAMES if key in keys and isinstance(row[keys[key]], str)), None)
     record = {key: row[key] for key in named if row.get(key) is not None}
     text = next((found for key in TEXTS if key in keys and (found := _texts(key, row[keys[key]]))), None)

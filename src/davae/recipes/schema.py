@@ -46,13 +46,14 @@ class Autoencoder(Section):
     """Sizes of a small autoencoder, trained from scratch: an AutoencoderKL, or a deep-compression AutoencoderDC."""
 
     family: Literal["kl", "dc"] = Field(
-        "kl", description="`kl`: an AutoencoderKL. `dc`: an AutoencoderDC, which is deterministic and has no KL loss."
+        default="kl",
+        description="`kl`: an AutoencoderKL. `dc`: an AutoencoderDC, which is deterministic and has no KL loss.",
     )
     channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=10)] = Field(
         description="Channels of each level, from the image inwards; each level but the first halves the side."
     )
-    layers: Layers = Field(1, description="Residual blocks of each level.")
-    norm_groups: Width = Field(8, description="Groups of the normalisation, of `kl` alone.")
+    layers: Layers = Field(default=1, description="Residual blocks of each level.")
+    norm_groups: Width = Field(default=8, description="Groups of the normalisation, of `kl` alone.")
     latent_channels: Width = Field(description="Channels of the latent.")
 
     @model_validator(mode="after")
@@ -84,15 +85,15 @@ AutoencoderChoice = Annotated[
 class TextArchitecture(Section):
     """Sizes of a small Stable Diffusion 3."""
 
-    family: Literal["sd3"] = Field("sd3", description="A small Stable Diffusion 3.")
+    family: Literal["sd3"] = Field(default="sd3", description="A small Stable Diffusion 3.")
     text_width: Width = Field(description="Width of the text encoders.")
-    text_layers: Layers = Field(2, description="Layers of the text encoders.")
+    text_layers: Layers = Field(default=2, description="Layers of the text encoders.")
     vocabulary: Annotated[int, Field(gt=0, le=2**20)] = Field(description="Tokens of the vocabulary.")
     text_tokens: Width = Field(description="Tokens of a prompt.")
     layers: Layers = Field(description="Layers of the transformer.")
     heads: Width = Field(description="Attention heads.")
     head_width: Width = Field(description="Width of a head.")
-    patch_size: Width = Field(2, description="Latent positions a side of a token.")
+    patch_size: Width = Field(default=2, description="Latent positions a side of a token.")
     max_grid: Pixels = Field(description="Side of the position table, in tokens.")
 
 
@@ -103,21 +104,21 @@ class ClassArchitecture(Section):
     hidden_size: Width = Field(description="Width.")
     depth: Layers = Field(description="Layers.")
     num_heads: Width = Field(description="Attention heads.")
-    patch_size: Width = Field(1, description="Latent positions a side of a token.")
+    patch_size: Width = Field(default=1, description="Latent positions a side of a token.")
     num_classes: Annotated[int, Field(gt=0, le=2**24)] = Field(description="Classes.")
-    use_qknorm: bool = Field(True, description="Normalise queries and keys.")
+    use_qknorm: bool = Field(default=True, description="Normalise queries and keys.")
 
 
 class EmbedderAlignment(Optim):
     """DC-Gen's first step: the new patch embedder learns the pretrained model's tokens of the same pictures."""
 
-    ema_decay: Fraction = Field(0.0, description="Decay of the average of the weights; DC-Gen keeps none.")
+    ema_decay: Fraction = Field(default=0.0, description="Decay of the average of the weights; DC-Gen keeps none.")
 
 
 class HeadAlignment(FlowOptim):
     """DC-Gen's second step: patch embedder and head by flow matching, all between them frozen."""
 
-    ema_decay: Fraction = Field(0.0, description="Decay of the average of the weights; DC-Gen keeps none.")
+    ema_decay: Fraction = Field(default=0.0, description="Decay of the average of the weights; DC-Gen keeps none.")
 
 
 class Alignment(Section):
@@ -133,7 +134,7 @@ class Alignment(Section):
 class BaseRecipe(Section):
     """Train a base model on plain latents, from scratch or from a pretrained transformer: `davae train-base`."""
 
-    kind: Literal["base"] = Field("base", description="Kind of recipe.")
+    kind: Literal["base"] = Field(default="base", description="Kind of recipe.")
     name: RecipeName = Field(description="Name; the run folder is runs/NAME by default.")
     resolution: Pixels = Field(description="Side of the images in pixels.")
     autoencoder: AutoencoderChoice = Field(
@@ -142,18 +143,18 @@ class BaseRecipe(Section):
     architecture: Annotated[TextArchitecture | ClassArchitecture, Field(discriminator="family")] = Field(
         description="Sizes of the transformer."
     )
-    init: str | None = Field(None, description="A LightningDiT to start from: a pipeline's folder or hub id.")
-    data: Data = Field(Data(), description="Images.")
+    init: str | None = Field(default=None, description="A LightningDiT to start from: a pipeline's folder or hub id.")
+    data: Data = Field(default=Data(), description="Images.")
     vae: Reconstruction | None = Field(
-        None, description="Training of the autoencoder, where `autoencoder` gives sizes."
+        default=None, description="Training of the autoencoder, where `autoencoder` gives sizes."
     )
     align: Alignment | None = Field(
-        None, description="DC-Gen's two steps before `dit`, where `init` was trained on other latents."
+        default=None, description="DC-Gen's two steps before `dit`, where `init` was trained on other latents."
     )
     dit: FlowOptim = Field(description="Training of the transformer.")
-    cache: Cache = Field(Cache(), description="Latent cache.")
-    sampling: Sampling = Field(Sampling(), description="Images that the run draws.")
-    run: Run = Field(Run(), description="Settings of the whole run.")
+    cache: Cache = Field(default=Cache(), description="Latent cache.")
+    sampling: Sampling = Field(default=Sampling(), description="Images that the run draws.")
+    run: Run = Field(default=Run(), description="Settings of the whole run.")
 
     @model_validator(mode="after")
     def _can_align(self) -> BaseRecipe:
@@ -199,27 +200,27 @@ class BaseRecipe(Section):
 class SuperResolution(Optim):
     """A small network that enlarges pictures, the baseline of Tab. S2."""
 
-    channels: Width = Field(64, description="Channels of the network.")
-    layers: Layers = Field(16, description="Layers of the network.")
-    lambda_lpips: NonNegativeFloat = Field(0.1, description="Weight of the perceptual loss.")
+    channels: Width = Field(default=64, description="Channels of the network.")
+    layers: Layers = Field(default=16, description="Layers of the network.")
+    lambda_lpips: NonNegativeFloat = Field(default=0.1, description="Weight of the perceptual loss.")
     perceptual: Literal["lpips-vgg", "lpips-alex", "lite0"] = Field(
-        "lite0", description="Network of the perceptual loss."
+        default="lite0", description="Network of the perceptual loss."
     )
     perceptual_weights: str | None = Field(
-        None, description="A safetensors file with trunk and heads, where torchvision cannot download."
+        default=None, description="A safetensors file with trunk and heads, where torchvision cannot download."
     )
 
 
 class SuperResolutionRecipe(Section):
     """Train a super-resolution network on pictures alone: `davae train-sr`."""
 
-    kind: Literal["super-resolution"] = Field("super-resolution", description="Kind of recipe.")
+    kind: Literal["super-resolution"] = Field(default="super-resolution", description="Kind of recipe.")
     name: RecipeName = Field(description="Name; the run folder is runs/NAME by default.")
     resolution: Pixels = Field(description="Side of the enlarged image in pixels.")
-    scale: Scale = Field(2, description="How many times the side grows.")
-    data: Data = Field(Data(), description="Images.")
+    scale: Scale = Field(default=2, description="How many times the side grows.")
+    data: Data = Field(default=Data(), description="Images.")
     network: SuperResolution = Field(description="The network and its training.")
-    run: Run = Field(Run(), description="Settings of the whole run.")
+    run: Run = Field(default=Run(), description="Settings of the whole run.")
 
     @model_validator(mode="after")
     def _divides(self) -> SuperResolutionRecipe:
@@ -231,14 +232,18 @@ class SuperResolutionRecipe(Section):
 class Base(Section):
     """The pretrained model: a diffusers folder, a hub id, or `micro`, the embedded one; or how to train one first."""
 
-    model: str | None = Field(None, description="A diffusers folder, a hub id, or `micro`, the embedded model.")
-    train: BaseRecipe | None = Field(None, description="Recipe of a base to train first, into the run folder.")
+    model: str | None = Field(
+        default=None, description="A diffusers folder, a hub id, or `micro`, the embedded model."
+    )
+    train: BaseRecipe | None = Field(
+        default=None, description="Recipe of a base to train first, into the run folder."
+    )
     resolution: Pixels = Field(description="Side in pixels of the base image I, whose token count is kept.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Precision of frozen weights: the transformer under LoRA, text encoders."
+        default="float32", description="Precision of frozen weights: the transformer under LoRA, text encoders."
     )
     distilled: Literal["refuse", "train"] = Field(
-        "refuse",
+        default="refuse",
         description="`train` accepts a model that was distilled to a few steps; training undoes the distillation.",
     )
 
@@ -259,27 +264,28 @@ class Base(Section):
 class Recipe(Section):
     """Upgrade a pretrained model: `davae upgrade`."""
 
-    kind: Literal["upgrade"] = Field("upgrade", description="Kind of recipe.")
+    kind: Literal["upgrade"] = Field(default="upgrade", description="Kind of recipe.")
     name: RecipeName = Field(description="Name; the run folder is runs/NAME by default.")
     base: Base = Field(description="The pretrained model.")
-    scale: Scale = Field(2, description="s: how many times the side grows, at the same token count.")
+    scale: Scale = Field(default=2, description="s: how many times the side grows, at the same token count.")
     detail_channels: Width = Field(description="D: channels of the detail latent, a multiple of the base's.")
     init: str | None = Field(
-        None, description="An upgrade to go on from, as `davae export` writes it, or `micro-upgraded`."
+        default=None, description="An upgrade to go on from, as `davae export` writes it, or `micro-upgraded`."
     )
     downsample: Literal["antialias", "bicubic"] = Field(
-        "antialias", description="Filter that makes the base image. `bicubic` is the authors', without antialiasing."
+        default="antialias",
+        description="Filter that makes the base image. `bicubic` is the authors', without antialiasing.",
     )
-    data: Data = Field(Data(), description="Images of both stages.")
+    data: Data = Field(default=Data(), description="Images of both stages.")
     stage1: Stage1 = Field(description="The detail-aligned VAE.")
-    cache: Cache = Field(Cache(), description="Latent cache between the stages.")
+    cache: Cache = Field(default=Cache(), description="Latent cache between the stages.")
     stage2: Stage2 = Field(description="The warm-started transformer.")
-    sampling: Sampling = Field(Sampling(), description="Images that the run draws.")
-    report: Report = Field(Report(), description="The report.")
-    export: Export = Field(Export(), description="The exported pipeline.")
-    run: Run = Field(Run(), description="Settings of the whole run.")
+    sampling: Sampling = Field(default=Sampling(), description="Images that the run draws.")
+    report: Report = Field(default=Report(), description="The report.")
+    export: Export = Field(default=Export(), description="The exported pipeline.")
+    run: Run = Field(default=Run(), description="Settings of the whole run.")
     hardware: Hardware | None = Field(
-        None, description="GPUs that a dry run plans for. Training takes those that it finds."
+        default=None, description="GPUs that a dry run plans for. Training takes those that it finds."
     )
 
     @model_validator(mode="before")

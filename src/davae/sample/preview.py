@@ -159,7 +159,8 @@ def _decoder(vae: DetailVAE, choice: Any) -> Callable[[Tensor], Tensor]:
     if choice in ("auto", "linear"):
         return lambda latents: linear_decoder(vae)(vae.base_latents(latents).float().cpu())
     if callable(choice):
-        return lambda latents: choice(vae.base_latents(latents))
+        module: Callable[..., Any] = choice
+        return lambda latents: module(vae.base_latents(latents))
     raise ModelError(f"preview decoder: {choice!r}; use auto, linear, base or a module")
 
 
