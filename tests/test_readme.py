@@ -30,11 +30,15 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def test_python_examples_run(finished: Path, tmp_path: Path):
+UPGRADE = '"sd35-medium-1k", base="path/to/sd3.5-medium", data="path/to/pictures", out="runs/sd35"'
+
+
+def test_python_examples_run(recipe_file: Path, finished: Path, tmp_path: Path):
     """Each in a process of its own."""
-    assert blocks("python")
+    assert sum(UPGRADE in block for block in blocks("python")) == 1
     for block in blocks("python"):
         code = block.replace("runs/demo/pipeline", str(finished / "pipeline")).replace("steps=30", "steps=2")
+        code = code.replace(UPGRADE, f'"{recipe_file}", out="{finished}"')
         run(["-c", code], tmp_path / "log", cwd=tmp_path)
     assert (tmp_path / "rose.png").is_file()
 
