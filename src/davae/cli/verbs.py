@@ -36,7 +36,9 @@ POSITIVE = ("resolution", "compare_at", "tile")  # sizes in pixels
 LARGEST_INT, LARGEST_FLOAT = 10**9, 1e30
 
 
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, whether typer brings its own click along or not
+UsageError: type[Exception] = typer.BadParameter.__mro__[
+    1
+]  # click's, whether typer brings its own click along or not
 
 # Options of other programs that users type, and what davae has for them.
 HINTS = {
