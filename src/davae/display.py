@@ -89,10 +89,12 @@ def progress_display(expected: Mapping[str, float] | None = None) -> Iterator[Ob
         speed = [f"{step.images_per_second:.0f} images/s"] if step.images_per_second else []
         bars.update(rows[step.task], completed=step.step, total=step.max_steps, note="  ".join(speed + losses))
         whole.observe(step.task, step.step, step.max_steps)
-        if expected and whole.seconds is not None:
-            if WHOLE not in rows:
-                rows[WHOLE] = bars.add_task(WHOLE, total=None, note="")
-            bars.update(rows[WHOLE], note=f"about {duration(whole.seconds)} left of all trainings")
+        left = whole.seconds if expected else None
+        if left and WHOLE not in rows:
+            rows[WHOLE] = bars.add_task(WHOLE, total=None, note="")
+        if WHOLE in rows:  # gone while a phase without an estimate runs, and at the end
+            note = f"about {duration(left)} left of all trainings" if left else ""
+            bars.update(rows[WHOLE], visible=bool(left), note=note)
 
     with bars:
         yield observe
