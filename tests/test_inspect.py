@@ -401,7 +401,6 @@ def test_recipes_fit_the_real_config(name: str):
 def test_a_dry_run_ends_in_memory_and_time_for_the_stated_gpus():
     """The cheapest SD3.5-M there is to rehearse: full tuning in one pass, no checkpointing, no discriminator."""
     light = [
-        "cache.text=stored",
         "stage2.lora=null",
         "stage2.gradient_checkpointing=false",
         "stage2.batch_size=1",

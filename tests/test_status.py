@@ -185,3 +185,18 @@ def test_the_log_of_a_run_holds_its_messages_and_its_end(tmp_path: Path):
     assert "of another run" not in text
     with run_log():
         pass  # a run that did nothing keeps no log
+
+
+def test_a_header_of_several_processes_starts_no_process_group(monkeypatch: pytest.MonkeyPatch):
+    """The training starts it, with its own timeout and engine; a header that did so once made FSDP2's gradients differ."""
+    from davae.cli import header
+    from davae.train.ranks import launched
+
+    def refuse() -> None:
+        raise AssertionError("this starts a process group")
+
+    monkeypatch.setattr(header, "own_device", refuse)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == (1, 2)
+    assert header.device_name()

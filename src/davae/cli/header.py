@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from davae.recipes.hardware import GIB
 from davae.train.checks import base_shapes
 from davae.train.encoding import run_precision
 from davae.train.expected import Expected, expect, is_short, measured_speed
-from davae.train.ranks import ranks
+from davae.train.ranks import launched
 from davae.train.state import goal, marker
 from davae.train.status import PhaseStatus, read_status
 from davae.train.times import duration
@@ -46,7 +47,7 @@ def show_start(recipe: Recipe, folder: Path, verb: str) -> dict[str, float]:
     expected = None
     if not is_short(recipe):
         precision = run_precision(recipe.run)
-        expected = expect(recipe, base_shapes(recipe), measured_speed(own_device(), precision, ranks()))
+        expected = expect(recipe, base_shapes(recipe), measured_speed(start_device(), precision, launched()[1]))
     show_lines(
         f"davae {verb} {recipe.name}", start_lines(recipe, folder, verb, expected, device_name(), free_bytes(folder))
     )
@@ -118,9 +119,18 @@ def phase_state(phase: PhaseStatus) -> str:
     return f"{name} at step {phase.step:,} of {phase.steps:,}"
 
 
+def start_device() -> torch.device:
+    """Return the device of this process without starting a process group, which is the training's to start."""
+    local = int(os.environ.get("LOCAL_RANK") or 0)
+    if launched()[1] == 1:
+        return own_device()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, local)
+
+
 def device_name() -> str:
     """Return what computes, in words."""
-    device, processes = own_device(), ranks()
+    device, processes = start_device(), launched()[1]
     if device.type != "cuda":
         found = f"{device.type.upper()}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
         return f"{found}{' (no GPU found)' if device.type == 'cpu' else ''}"

@@ -69,7 +69,7 @@ def _run_upgrade(
     from davae.cli.header import LAST, show_start
     from davae.display import console, progress_display, show_phases, table
     from davae.train.plan import plan
-    from davae.train.ranks import is_main
+    from davae.train.ranks import is_main, launched
     from davae.train.upgrade import Upgrade
     from davae.workflow import upgrade
 
@@ -89,7 +89,9 @@ def _run_upgrade(
         return
     with ExitStack() as stack:
         log = stack.enter_context(run_log())
-        observer = stack.enter_context(progress_display(show_start(recipe, folder, verb) if is_main() else {}))
+        observer = stack.enter_context(
+            progress_display(show_start(recipe, folder, verb) if launched()[0] == 0 else {})
+        )
         run = Upgrade(recipe, folder, observer, stage1=stage1)
         if is_main() and not run.folder.done(LAST[verb]):
             log.open(folder)
