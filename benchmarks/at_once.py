@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import shlex
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-import transformers
-from kills import contents, faults, finish, prepare, remove, start
+from kill_resume import quiet
+from kills import contents, faults, finish, place_of, prepare, remove, start
 
 from davae.files import MADE_HERE
 
@@ -80,11 +76,7 @@ def main() -> None:
     parser.add_argument("--verbs", nargs="*", help="names of verbs; by default all")
     parser.add_argument("--json", type=Path, help="write the counts here")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    quiet()
     result: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -93,7 +85,7 @@ def main() -> None:
         for verb, command in commands.items():
             if arguments.verbs and verb not in arguments.verbs:
                 continue
-            out = place / "out" / ("drawn.npz" if verb == "evaluate samples" else "made")
+            out = place_of(verb, place / "out")
             finish(start([*command, "--out", str(out)]))
             expected = contents(out)
             remove(out)
@@ -105,7 +97,8 @@ def main() -> None:
                 counts["processes"] += arguments.processes
                 for kind, count in found.items():
                     counts[kind] += count
-                left, odd = partials(out), {n for n in expected if contents(out).get(n, 0) != expected[n]}
+                held = contents(out)
+                left, odd = partials(out), {n for n in expected if held.get(n, 0) != expected[n]}
                 counts["not_whole"] += bool(faults(out) or odd or not found["done"])
                 counts["partials_left"] += len(left)
                 print(f"{verb}: {found}; {left or 'no partial'}; {sorted(odd)[:3] or 'as of one alone'}", flush=True)

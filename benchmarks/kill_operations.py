@@ -14,22 +14,18 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import os
 import shlex
 import signal
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-import transformers
-from kills import contents, faults, finish, prepare, remove, start
+from kill_resume import quiet
+from kills import contents, differing, faults, finish, place_of, prepare, remove, start
 
 from davae import cli
 
@@ -106,8 +102,7 @@ def kill_verb(command: list[str], out: Path, most: int) -> dict[str, int]:
             print(f"before operation {last}: {half}", flush=True)
         if number % 4 == 3 or last == chosen[-1]:
             finish(start(command))
-            found = contents(out)
-            odd = sorted(n for n in expected.keys() | found.keys() if expected.get(n, 0) != found.get(n, 0))
+            odd = differing(expected, out)
             counts["ended_unequal" if odd else "ended_equal"] += 1
             if odd:
                 print(f"before operation {last}, run again to its end: {odd[:5]}", flush=True)
@@ -121,11 +116,7 @@ def main() -> None:
     parser.add_argument("--verbs", nargs="*", help="names of verbs; by default all but upgrade")
     parser.add_argument("--json", type=Path, help="write the counts here")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    quiet()
     result: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -134,7 +125,7 @@ def main() -> None:
         for verb, command in commands.items():
             if verb not in (arguments.verbs or commands.keys() - {"upgrade"}):
                 continue
-            out = place / "out" / ("drawn.npz" if verb == "evaluate samples" else "made")
+            out = place_of(verb, place / "out")
             result[verb] = kill_verb(command, out, arguments.most)
             print(f"{verb}: {result[verb]}", flush=True)
             named = ["--verbs", *map(shlex.quote, arguments.verbs)] if arguments.verbs else []

@@ -56,6 +56,15 @@ SIZES = {
 }  # fmt: skip
 
 
+def quiet() -> None:
+    """Let libraries show nothing, and compute with one thread, as the children do."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
 def tiny_base(folder: Path) -> None:
     """A whole pipeline of a few thousand random weights."""
     torch.manual_seed(0)
@@ -182,11 +191,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of each stage")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    quiet()
     moments = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import os
 import random
 import shutil
@@ -22,19 +21,16 @@ import tarfile
 import tempfile
 import time
 import traceback
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 import yaml
 from diffusers import AutoencoderKL
-from kill_resume import pictures, recipe, tiny_base
+from kill_resume import pictures, quiet, recipe, tiny_base
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -215,6 +211,17 @@ def kill_one(command: list[str], out: Path, duration: float, moments: random.Ran
     return f"{moment / duration:.2f}"
 
 
+def place_of(verb: str, folder: Path) -> Path:
+    """Return what a verb writes in a folder."""
+    return folder / ("drawn.npz" if verb == "evaluate samples" else "made")
+
+
+def differing(expected: dict[str, Any], out: Path) -> list[str]:
+    """Return the names of what a place holds otherwise than expected, more or less than that included."""
+    found = contents(out)
+    return sorted(n for n in expected.keys() | found.keys() if expected.get(n, 0) != found.get(n, 0))
+
+
 def remove(out: Path) -> None:
     """Remove what a command left, with the parts next to it."""
     for path in out.parent.glob(f"*{out.name}*"):
@@ -231,11 +238,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path, help="write the counts here")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    quiet()
     moments = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -243,7 +246,7 @@ def main() -> None:
         result: dict[str, dict[str, Any]] = {}
         (place / "out").mkdir()
         for number, (verb, command) in enumerate(commands.items()):
-            out = place / "out" / ("drawn.npz" if verb == "evaluate samples" else "made")
+            out = place_of(verb, place / "out")
             began = time.perf_counter()
             finish(start([*command, "--out", str(out)]))
             duration = time.perf_counter() - began
@@ -266,8 +269,7 @@ def main() -> None:
                     if moments.random() < 0.5 and counts["kills"] < wanted:
                         continue  # killed again before it comes to its end
                     finish(start([*command, "--out", str(out)]))
-                found = contents(out)
-                odd = sorted(n for n in expected.keys() | found.keys() if expected.get(n, 0) != found.get(n, 0))
+                odd = differing(expected, out)
                 counts["ended_unequal" if odd else "ended_equal"] += 1
                 print(f"{verb}: run again to its end: {odd[:3] or 'equal to one never killed'}", flush=True)
                 remove(out)

@@ -13,6 +13,7 @@ from davae.analysis import check_figure, figure_settings, open_detail_vae, raw_l
 from davae.analyze.spectra import radial_power, spectra_plot
 from davae.latent import LatentLayout
 from davae.losses.flow_matching import interpolate, velocity_target
+from davae.models.base_decoder import neighbourhoods, solve_ridge
 from davae.recipes.sections import Data
 from davae.train.dataset import as_data, real_pictures
 
@@ -71,13 +72,11 @@ def latent_measures(z: Tensor, z_d: Tensor) -> dict[str, Any]:
 def alignment_r2(z: Tensor, z_d: Tensor) -> float:
     """Return R^2 of the best linear map from 3x3 neighbourhoods of z to z_d, on the last quarter of the images."""
     cut = max(1, len(z) * 3 // 4)
-    x = F.unfold(F.pad(z.double(), (1, 1, 1, 1), mode="replicate"), 3).transpose(1, 2)  # (N,hw,9C)
-    y = z_d.double().flatten(2).transpose(1, 2)  # (N,hw,D)
+    x = neighbourhoods(z)  # (N,hw,9C)
+    y = z_d.double().cpu().flatten(2).transpose(1, 2)  # (N,hw,D)
     mean_x, mean_y = x[:cut].mean((0, 1)), y[:cut].mean((0, 1))
     fit_x, fit_y = (x[:cut] - mean_x).flatten(0, 1), (y[:cut] - mean_y).flatten(0, 1)
-    gram = fit_x.T @ fit_x
-    gram.diagonal().add_(1e-4 * gram.diagonal().mean())
-    weight = torch.linalg.solve(gram, fit_x.T @ fit_y)
+    weight = solve_ridge(fit_x, fit_y, 1e-4)
     rest = y[cut:] if len(z) > cut else y
     error = rest - mean_y - ((x[cut:] if len(z) > cut else x) - mean_x) @ weight
     return float(1 - error.square().sum() / (rest - mean_y).square().sum())

@@ -24,7 +24,7 @@ from davae.models.placement import FULL, Placement
 from davae.models.resample import downsample
 from davae.recipes.sections import Data
 from davae.sample.upscale import check_enlarging, upscale
-from davae.train.dataset import as_data, numbered_batches, real_pictures
+from davae.train.dataset import as_data, numbered_batches, prompts_of, real_pictures
 
 Enlarger = Callable[[list[Image.Image], list[str]], list[Image.Image]]
 
@@ -74,8 +74,7 @@ def evaluate_enlarging(
     originals, prompts = [], []
     for positions, images in numbered_batches(pictures, num, batch_size):
         originals.append(images)
-        found = [pictures[(position, -1)] for position in positions]
-        prompts += [str(one["label"]) if goes_by_class(pipeline) else one["caption"] for one in found]
+        prompts += prompts_of(pictures, positions, goes_by_class(pipeline))
     if goes_by_class(pipeline) and not captions:
         raise ModelError("captions: a class-conditional model needs the classes of the images")
     real = torch.cat(originals)

@@ -27,7 +27,7 @@ from davae.models.pipeline import (
 from davae.recipes.sections import Data
 from davae.sample.generate import generate
 from davae.sample.preview import Preview, takes_callback
-from davae.train.dataset import as_data, numbered_batches, real_pictures
+from davae.train.dataset import as_data, numbered_batches, prompts_of, real_pictures
 from davae.train.objectives import Objective, choose_objective
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the way to noise
@@ -162,8 +162,7 @@ def _held_out(pipeline: Any, data: str | Data, num: int, share: float, summary: 
     images, captions = [], []
     for positions, batch in numbered_batches(pictures, num):
         images.append(batch)
-        found = [pictures[(position, -1)] for position in positions]
-        captions += [str(one["label"]) if goes_by_class(pipeline) else one["caption"] for one in found]
+        captions += prompts_of(pictures, positions, goes_by_class(pipeline))
     return torch.cat(images), captions
 
 

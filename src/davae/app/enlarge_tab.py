@@ -10,7 +10,7 @@ import gradio as gr
 
 from davae.app import enlarging, forms
 from davae.app.models import Pair, Stopped
-from davae.app.tabs import COMPUTE, STOPPED, USERS, slider_of_two, status_of
+from davae.app.tabs import COMPUTE, STOPPED, USERS, slider_of_two, status_of, stops
 from davae.app.turns import Turns, arrival_of
 from davae.app.uploads import MAX_PROMPT, MAX_STEPS, read_picture, uploaded
 from davae.models.classes import goes_by_class
@@ -86,10 +86,6 @@ def enlarge_tab(pair: Pair, folder: Path) -> None:
             turns.end(visitor, arrival)
         yield {slider: (done.before, done.after), status: done.note}
 
-    def end(request: gr.Request) -> Any:
-        last = turns.stop(str(request.session_hash), arrival_of(request))
-        return STOPPED if last else gr.skip()
-
     inputs = [file, prompt, strength, steps, guidance, seed]
     go.click(run, inputs, [slider, status], trigger_mode="always_last", api_visibility="private", **COMPUTE)
-    halt.click(end, None, status, api_visibility="private", concurrency_limit=None)
+    stops(halt, turns, status)

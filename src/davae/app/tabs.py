@@ -49,6 +49,16 @@ def _picture(pair: Pair, label: str, **options: Any) -> gr.Image:
     )
 
 
+def stops(button: gr.Button, turns: Turns, status: gr.Markdown) -> None:
+    """Let a button stop the drawings that its visitor asked for before."""
+
+    def end(request: gr.Request) -> Any:
+        last = turns.stop(str(request.session_hash), arrival_of(request))
+        return STOPPED if last else gr.skip()
+
+    button.click(end, None, status, api_visibility="private", concurrency_limit=None)
+
+
 def slider_of_two(pair: Pair, label: str, elem_id: str) -> gr.ImageSlider:
     classes = ["picture", "small"] if pair.resolution < SMALL else ["picture"]
     return gr.ImageSlider(label=label, format="png", height=460, type="pil", elem_id=elem_id, elem_classes=classes)
@@ -169,10 +179,6 @@ def generate_tab(pair: Pair) -> None:
         places = dict(zip(details.values(), places_of(found, x, y, times), strict=True))
         yield {drawn: found, slider: pictured, status: "Done.", across: round(x, 2), down: round(y, 2), **places}
 
-    def end(request: gr.Request) -> Any:
-        last = turns.stop(str(request.session_hash), arrival_of(request))
-        return STOPPED if last else gr.skip()
-
     def places_of(found: dict[str, Any], x: Any, y: Any, times: Any) -> list[Any]:
         x, y = forms.number("across", x, 0, 1), forms.number("down", y, 0, 1)
         times = forms.whole("zoom", times, 2, 8)
@@ -184,7 +190,7 @@ def generate_tab(pair: Pair) -> None:
     # A click while a stopped drawing ends is kept, not lost. Gradio's own `cancels` ends whatever runs when its request
     # arrives, a newer drawing too, and closes the stream by which the page gets its answers.
     gr.on(triggers, run, inputs, outputs, trigger_mode="always_last", api_visibility="private", **COMPUTE)
-    halt.click(end, None, status, api_visibility="private", concurrency_limit=None)
+    stops(halt, turns, status)
     for side in (left, right):
         side.change(as_user_error(two), [drawn, left, right], slider, api_visibility="private")
     for control in (across, down, zoom):

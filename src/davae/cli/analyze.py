@@ -155,7 +155,7 @@ def retention(
     held_out: HeldOut = 0.0,
     drawn: Annotated[int, typer.Option(min=1, max=64, help="Images that both draw from the same noise.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 is no guidance.")] = 4.0,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 turns it off.")] = 4.0,
     seed: Seed = 0,
     lpips: LpipsNetwork = None,
     lpips_weights: LpipsWeights = None,

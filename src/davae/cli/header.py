@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
 
 from davae.display import show_lines
+from davae.files import free_space
 from davae.models.placement import own_device
 from davae.recipes import Recipe
 from davae.recipes.hardware import GIB
@@ -16,7 +16,7 @@ from davae.train.checks import base_shapes
 from davae.train.encoding import run_precision
 from davae.train.expected import Expected, expect, is_short, measured_speed
 from davae.train.ranks import launched
-from davae.train.state import goal, marker
+from davae.train.state import is_done
 from davae.train.status import PhaseStatus, read_status
 from davae.train.times import duration
 
@@ -31,25 +31,19 @@ TRAINS = {
 LAST = {"upgrade": "report", "train-vae": "stage1", "cache-latents": "cache", "train-dit": "stage2"}
 
 
-def is_done(recipe: Recipe, folder: Path, step: str) -> bool:
-    """Return whether a step of the run in a folder is done with this recipe's step counts."""
-    file = marker(folder, step)
-    return file.is_file() and file.read_bytes() == goal(recipe, step).encode()
-
-
 def show_start(recipe: Recipe, folder: Path, verb: str) -> dict[str, float]:
     """Show what a run is about to do; return the seconds expected of each stage, nothing where that is not estimated.
 
     A run that is done, and one that is over in moments, is not estimated.
     """
-    if is_done(recipe, folder, LAST[verb]):
+    if is_done(folder, recipe, LAST[verb]):
         return {}
     expected = None
     if not is_short(recipe):
         precision = run_precision(recipe.run)
         expected = expect(recipe, base_shapes(recipe), measured_speed(start_device(), precision, launched()[1]))
     show_lines(
-        f"davae {verb} {recipe.name}", start_lines(recipe, folder, verb, expected, device_name(), free_bytes(folder))
+        f"davae {verb} {recipe.name}", start_lines(recipe, folder, verb, expected, device_name(), free_space(folder))
     )
     if expected is None:
         return {}
@@ -136,11 +130,3 @@ def device_name() -> str:
         return f"{found}{' (no GPU found)' if device.type == 'cpu' else ''}"
     about = torch.cuda.get_device_properties(device)
     return f"{processes} x {about.name}, {about.total_memory / GIB:.0f} GiB each"
-
-
-def free_bytes(folder: Path) -> int:
-    """Return how much room the disk of a folder has, which need not exist."""
-    place = folder.absolute()
-    while not place.is_dir() and place != place.parent:
-        place = place.parent
-    return shutil.disk_usage(place).free

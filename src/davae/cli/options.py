@@ -86,7 +86,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images drawn at a time.")]
 STEPS, GUIDANCE = 30, 2.5
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
 Guidance = Annotated[
-    float, typer.Option("--guidance", min=0.0, metavar="SCALE", help="Guidance scale; 1 is no guidance.")
+    float, typer.Option("--guidance", min=0.0, metavar="SCALE", help="Guidance scale; 1 turns it off.")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the noise.")]
 

@@ -34,7 +34,7 @@ def prompts(
         typer.Option(help=".txt, PartiPrompts .tsv, MJHQ-30K meta_data.json, DiffusionDB .parquet or .json, .jsonl"),
     ],
     out: Folder,
-    num: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts.")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Only this number of prompts, from the first on.")] = None,
     steps: Steps = STEPS,
     guidance: Guidance = GUIDANCE,
     resolution: Resolution = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -140,6 +141,15 @@ def _show_report(folder: Path) -> None:
     )
 
 
+def _train(run: Callable[..., Path], recipe: AnyRecipe, out: Path | None) -> None:
+    """Run a training that is not an upgrade, and print what it wrote."""
+    from davae.display import console, progress_display
+
+    with progress_display() as observer:
+        done = run(recipe, out or Path("runs") / recipe.name, observer)
+    console.print(f"{done}", markup=False)
+
+
 def upgrade(
     recipe: Name,
     out: Out = None,
@@ -213,12 +223,9 @@ def train_base(
 ) -> None:
     """Pretrain a small base model from scratch. Example: `davae train-base micro-base --out runs/micro-base`"""
     resolved = _recipe(BaseRecipe, recipe, data, set)
-    from davae.display import console, progress_display
     from davae.train.base_run import train_base as run
 
-    with progress_display() as observer:
-        done = run(resolved, out or Path("runs") / resolved.name, observer)
-    console.print(f"{done}", markup=False)
+    _train(run, resolved, out)
 
 
 def train_sr(
@@ -233,9 +240,6 @@ def train_sr(
     `davae train-sr imagenette128-sr --out runs/sr`
     """
     resolved = _recipe(SuperResolutionRecipe, recipe, data, set)
-    from davae.display import console, progress_display
     from davae.train.super_resolution import train_super_resolution as run
 
-    with progress_display() as observer:
-        done = run(resolved, out or Path("runs") / resolved.name, observer)
-    console.print(f"{done}", markup=False)
+    _train(run, resolved, out)

@@ -33,7 +33,11 @@ class Gaussian:
         Raises:
             DataError: fewer than two rows, or rows that are not finite.
         """
-        x = _finite_rows(features)
+        return cls.of_rows(_finite_rows(features))
+
+    @classmethod
+    def of_rows(cls, x: np.ndarray) -> Gaussian:
+        """Return the Gaussian of finite rows (N,F) in float64."""
         return cls(x.mean(0), np.cov(x, rowvar=False))
 
 
@@ -80,7 +84,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     x, y = _finite_rows(a), _finite_rows(b)
     _check_lengths(x.shape[1], y.shape[1])
     if max(len(x), len(y)) >= x.shape[1]:
-        return gaussian_distance(Gaussian.of(a), Gaussian.of(b))
+        return gaussian_distance(Gaussian.of_rows(x), Gaussian.of_rows(y))
     means = x.mean(0), y.mean(0)
     x, y = (x - means[0]) / np.sqrt(len(x) - 1), (y - means[1]) / np.sqrt(len(y) - 1)
     cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()

@@ -71,6 +71,23 @@ class LinearDecoder(nn.Module):
         return F.pixel_shuffle(pixels, self.factor)
 
 
+def neighbourhoods(latents: Tensor) -> Tensor:
+    """Return the 3x3 neighbourhood of each position, repeated at the edges: (B,C,h,w) -> (B,hw,9C), float64."""
+    padded = F.pad(latents.double().cpu(), (1, 1, 1, 1), mode="replicate")
+    return F.unfold(padded, 3).transpose(1, 2)
+
+
+def solve_ridge(x: Tensor, y: Tensor, ridge: float) -> Tensor:
+    """Return W (p,q) with the least |x W - y|^2 + r |W|^2, for centred x (N,p) and y (N,q).
+
+    Args:
+        ridge: r, as a share of the mean square of x's columns.
+    """
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return torch.linalg.solve(gram, x.T @ y)
+
+
 def fit_linear(latents: Tensor, images: Tensor) -> LinearDecoder:
     """Fit a linear decoder to pairs of latents and images by least squares.
 
@@ -79,14 +96,10 @@ def fit_linear(latents: Tensor, images: Tensor) -> LinearDecoder:
         images: their images (B,3,f h,f w) in [-1,1].
     """
     factor = images.shape[-1] // latents.shape[-1]
-    z = F.pad(latents.double().cpu(), (1, 1, 1, 1), mode="replicate")
-    features = F.unfold(z, 3).transpose(1, 2).flatten(0, 1)  # (Bhw,9C)
+    features = neighbourhoods(latents).flatten(0, 1)  # (Bhw,9C)
     targets = F.pixel_unshuffle(images.double().cpu(), factor).flatten(2).transpose(1, 2).flatten(0, 1)  # (Bhw,3f^2)
     mean, level = features.mean(0), targets.mean(0)
-    x, y = features - mean, targets - level
-    gram = x.T @ x
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    solution = torch.linalg.solve(gram, x.T @ y)  # (9C,3f^2)
+    solution = solve_ridge(features - mean, targets - level, RIDGE)  # (9C,3f^2)
     weight = solution.T.unflatten(1, (latents.shape[1], 3, 3))
     return LinearDecoder(weight.float(), (level - mean @ solution).float())
 

@@ -26,7 +26,7 @@ from davae.publish.upgrade_file import VAE_FOLDER, Upgrade, check_base_autoencod
 from davae.reading import load_json
 from davae.recipes import Recipe, load_recipe
 from davae.train.export import UPGRADE_FILE, apply_upgrade, assemble, read_metadata, trained_transformer, without_lora
-from davae.train.state import goal, marker
+from davae.train.state import is_done, was_done
 from davae.zoo import resolve
 
 logger = logging.getLogger(__name__)
@@ -164,8 +164,7 @@ def _report(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     file = folder / "report.json"
     if not file.is_file():
         return None
-    done = marker(folder, "report")
-    if done.is_file() and done.read_bytes() != goal(recipe, "report").encode():
+    if was_done(folder, "report") and not is_done(folder, recipe, "report"):
         logger.warning(
             "%s is about a shorter training; the card carries no figures until `davae upgrade` is run again", file
         )

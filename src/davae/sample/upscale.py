@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
@@ -174,24 +175,17 @@ class _Work:
             pixels = back_projected(pixels, source, scale)
         return to_images(pixels)[0]
 
-    def _tiled(self, size: Sequence[int], scale: int) -> Any:
-        """Return a context in which the autoencoder works in strips or tiles where an image of this size is large."""
-        return _tiling(self.vae, size[0] * size[1] * scale**2 > max(TILE, self.vae.tiling.tile) ** 2)
-
-
-class _tiling:
-    """Tiles of an autoencoder for a block, then as before."""
-
-    def __init__(self, vae: DetailVAE, wanted: bool):
-        self.vae, self.before = vae, (vae.use_tiling, vae.tiling)
-        self.wanted = wanted
-
-    def __enter__(self) -> None:
-        if self.wanted and not self.vae.use_tiling:
-            self.vae.enable_tiling(max(TILE, self.vae.tiling.tile))
-
-    def __exit__(self, *error: object) -> None:
-        self.vae.use_tiling, self.vae.tiling = self.before
+    @contextmanager
+    def _tiled(self, size: Sequence[int], scale: int) -> Iterator[None]:
+        """Let the autoencoder work in strips or tiles where an image of this size is large; then as before."""
+        vae, before = self.vae, (self.vae.use_tiling, self.vae.tiling)
+        side = max(TILE, vae.tiling.tile)
+        if size[0] * size[1] * scale**2 > side**2 and not vae.use_tiling:
+            vae.enable_tiling(side)
+        try:
+            yield
+        finally:
+            vae.use_tiling, vae.tiling = before
 
 
 def back_projected(images: Tensor, source: Tensor, scale: int, passes: int = PASSES) -> Tensor:
@@ -281,7 +275,7 @@ def _window(pipe: Any, pixels: int | None) -> int:
 
 
 def _groups(windows: list[int], batch_size: int) -> list[list[int]]:
-    """Return numbers of images in groups of at least `batch_size` windows, as few images as that takes."""
+    """Return numbers of images in groups of at most `batch_size` windows; an image with more is a group of its own."""
     groups: list[list[int]] = []
     held = batch_size
     for number, count in enumerate(windows):

@@ -254,6 +254,12 @@ def batches(pictures: Pictures, num: int | None = None, size: int = 16, *, share
     return (images for _, images in numbered_batches(pictures, num, size, shared=shared))
 
 
+def prompts_of(pictures: Pictures, positions: Sequence[int], by_class: bool) -> list[str]:
+    """Return the prompts of images by position, without decoding them: their captions, or their classes."""
+    source, indices = pictures.source, [pictures.indices[position] for position in positions]
+    return [str(source.label(index)) if by_class else source.caption(index) for index in indices]
+
+
 def numbered_batches(
     pictures: Pictures, num: int | None = None, size: int = 16, *, shared: bool = False
 ) -> Iterator[tuple[list[int], Tensor]]:

@@ -54,6 +54,12 @@ def goal(recipe: AnyRecipe, step: str) -> str:
     return "/".join(goals[:1] if step in {"stage1", "cache", "vae"} else goals)
 
 
+def is_done(folder: Path, recipe: AnyRecipe, step: str) -> bool:
+    """Return whether a step of the run in a folder is done with this recipe's step counts."""
+    file = marker(folder, step)
+    return file.is_file() and file.read_bytes() == goal(recipe, step).encode()
+
+
 class RunFolder:
     """One run's files (DESIGN, section 10). Opening it refuses another recipe's folder, and one that is in use.
 
@@ -106,8 +112,7 @@ class RunFolder:
 
     def done(self, step: str) -> bool:
         """Whether a step of the run finished with the step count the recipe asks for."""
-        file = marker(self.path, step)
-        return file.is_file() and file.read_bytes() == goal(self.recipe, step).encode()
+        return is_done(self.path, self.recipe, step)
 
     def due(self, step: str) -> bool:
         """Return whether a step is still to be done, as the first process sees it: others may see its files late.

@@ -10,7 +10,7 @@ from typing import Any
 from davae.errors import ModelError
 from davae.recipes import AnyRecipe, BaseRecipe, Recipe, load_recipe
 from davae.train.locking import running_process
-from davae.train.state import goal, marker, read_metrics
+from davae.train.state import is_done, read_metrics
 from davae.train.times import read_times
 
 # what a run of each kind goes through, and the training of each phase, where it has one
@@ -85,7 +85,7 @@ def read_status(folder: Path) -> RunStatus:
     times = read_times(folder)
     phases = []
     for name, stage in phase_names(recipe).items():
-        done = _done(folder, recipe, name)
+        done = is_done(folder, recipe, name)
         found = PhaseStatus(name, done, seconds=times.get(name))
         if stage is not None:
             found = _training(found, recipe, stage, metrics, timing)
@@ -103,11 +103,6 @@ def phase_names(recipe: AnyRecipe) -> dict[str, str | None]:
         names += ["align.embedder", "align.head"] if recipe.align is not None else []
         return {name: name for name in (*names, "dit")}
     return {"network": "network"}
-
-
-def _done(folder: Path, recipe: AnyRecipe, name: str) -> bool:
-    file = marker(folder, name)
-    return file.is_file() and file.read_text(encoding="utf-8") == goal(recipe, name)
 
 
 def _training(

@@ -39,9 +39,6 @@ def _read(file: Path) -> dict[str, float]:
         return {}
 
 
-PARTS = {"latents": "cache", "captions": "cache"}  # what a display calls parts of a phase
-
-
 class TimeLeft:
     """Time left of a whole run: the phase at hand by its measured speed, later ones by their estimates.
 
@@ -63,20 +60,19 @@ class TimeLeft:
             self.task, self.first = task, (step, self.clock())
         self.now = (step, max(1, steps))
         done, (step_then, then) = step, self.first
-        estimate = self.estimates.get(PARTS.get(task, task))
+        estimate = self.estimates.get(task)
         if estimate and done > step_then:
             self.ratio = (self.clock() - then) / (done - step_then) * self.now[1] / estimate
 
     @property
     def seconds(self) -> float | None:
         """Return the seconds left; None while a phase without an estimate runs, or before the first step."""
-        phase = PARTS.get(self.task, self.task)
-        if phase not in self.estimates:
+        if self.task not in self.estimates:
             return None
         step, steps = self.now
         names = list(self.estimates)
-        later = sum(self.estimates[name] for name in names[names.index(phase) + 1 :])
-        return self.ratio * (self.estimates[phase] * (steps - step) / steps + later)
+        later = sum(self.estimates[name] for name in names[names.index(self.task) + 1 :])
+        return self.ratio * (self.estimates[self.task] * (steps - step) / steps + later)
 
 
 @contextmanager
