@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -76,14 +75,21 @@ def training(folder: Path) -> dict[str, Any]:
     return {"metrics": metrics, "weights": weights, "files": files}
 
 
-def verbs(*path: str) -> dict[str, str]:
-    """Return the help of a verb and of all verbs below it."""
-    text = davae(*path, "--help")
-    found = {" ".join(path) or "davae": text}
-    if "COMMAND [ARGS]" in text:
-        for name in re.findall(r"^│ ([a-z0-9-]+) ", text.split("Commands", 1)[1], flags=re.MULTILINE):
-            found |= verbs(*path, name)
-    return found
+def verbs() -> dict[str, str]:
+    """Return the help of every verb and of the verbs below it."""
+    from typer.main import get_command
+
+    from davae import cli
+
+    paths: list[tuple[str, ...]] = []
+
+    def walk(command: Any, path: tuple[str, ...]) -> None:
+        paths.append(path)
+        for name, child in sorted(getattr(command, "commands", {}).items()):
+            walk(child, (*path, name))
+
+    walk(get_command(cli.app), ())
+    return {" ".join(path) or "davae": davae(*path, "--help") for path in paths}
 
 
 def job_keys() -> dict[str, list[str]]:
