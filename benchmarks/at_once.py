@@ -20,7 +20,7 @@ from typing import Any
 from kill_resume import quiet
 from kills import contents, faults, finish, place_of, prepare, remove, start
 
-from davae.files import MADE_HERE
+from davae.files.atomic import MADE_HERE
 
 
 def start_into(command: list[str], words: Path) -> int:

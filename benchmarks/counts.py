@@ -13,7 +13,7 @@ import json
 import sys
 import time
 
-from davae.train.counted import SHIPPED, _count, fingerprint, request_key
+from davae.plan.counted import SHIPPED, _count, fingerprint, request_key
 
 ALWAYS = ("micro", "sd35-medium@1024")
 

@@ -22,7 +22,7 @@ SHARD = 10_000  # images in a shard
 START = """
 import json, sys, time
 from pathlib import Path
-import davae.train.opened as opened
+import davae.dataset.opened as opened
 from davae.recipes.sections import Data
 def read():
     return next(int(line.split()[1]) for line in open("/proc/self/io") if line.startswith("rchar"))

@@ -104,7 +104,7 @@ def shards() -> dict[str, bytes]:
 
 
 def read_source(path: Path, **options: Any) -> None:
-    from davae.data.captions import SourceOptions
+    from davae.data.captions.choice import SourceOptions
     from davae.data.sources import open_source
 
     source = open_source(str(path), 8, SourceOptions(**options))
@@ -151,7 +151,7 @@ def upgrades() -> dict[str, bytes]:
 
 
 def read_upgrades(folder: Path) -> None:
-    from davae.train.export import read_details, read_metadata, read_upgrade
+    from davae.publish.assemble import read_details, read_metadata, read_upgrade
 
     path = folder / "upgrade.safetensors"
     read_details(path, read_metadata(path))
@@ -171,7 +171,7 @@ def models() -> dict[str, bytes]:
 
 
 def read_model(folder: Path) -> None:
-    from davae.models.autoencoders import load_autoencoder
+    from davae.pretrained.autoencoders import load_autoencoder
 
     load_autoencoder(str(folder))
 
@@ -188,9 +188,9 @@ def configs() -> dict[str, bytes]:
 
 
 def read_configs(folder: Path) -> None:
-    from davae.models.distilled import distilled
-    from davae.models.pipeline import load_scheduler, read_shapes
-    from davae.train.cost import meta_detail_vae, meta_transformer
+    from davae.cost.flops import meta_detail_vae, meta_transformer
+    from davae.pretrained.distilled import distilled
+    from davae.pretrained.open import load_scheduler, read_shapes
 
     for path in list(folder.iterdir()):
         if "%" in path.name:
@@ -243,7 +243,7 @@ def checkpoints() -> dict[str, bytes]:
 
 def read_checkpoints(folder: Path) -> None:
     from davae.convert.checkpoints import load_state
-    from davae.data.latent_shards import read_statistics
+    from davae.data.latent_cache.import_shards import read_statistics
 
     load_state(folder / "a.pt")
     read_statistics(folder / "a.pt", 3)
@@ -376,8 +376,8 @@ def main() -> None:
     given = parser.parse_args()
     chosen = given.only or list(DOORS)
     from davae.cli import _quiet_libraries
-    from davae.models import autoencoders, distilled  # noqa: F401 - imported once, before the workers fork
-    from davae.train import cost, export  # noqa: F401
+    from davae.pretrained import distilled  # noqa: F401 - imported once, before the workers fork
+    from davae.publish import assemble as export  # noqa: F401
 
     _quiet_libraries()
     torch.set_num_threads(1)

@@ -48,10 +48,10 @@ def picture(resolution: int, batch: int, tiny: bool) -> dict[str, Any]:
     import torch
 
     from davae import DetailVAE, expand_transformer
-    from davae.bench.tokens import random_transformer
-    from davae.models.compiling import record_passes
-    from davae.models.pipeline import read_shapes
-    from davae.models.placement import own_device
+    from davae.device import record_passes
+    from davae.lab.bench.tokens import random_transformer
+    from davae.pretrained.open import read_shapes
+    from davae.pretrained.placement import own_device
     from davae.zoo import resolve
 
     shapes = read_shapes(resolve("micro" if tiny else "sd35-medium"))
@@ -103,7 +103,7 @@ def timed(draw: Callable[[], Any], repeats: int) -> float:
 
 def against_plain(stage: int, tiny: bool) -> dict[str, Any]:
     """Time a step of a stage against the plain implementation, at a batch that fills a GPU."""
-    from davae.bench.stages import bench_stage1, bench_stage2
+    from davae.lab.bench.stages import bench_stage1, bench_stage2
 
     batch = 2 if tiny else (64, 512)[stage - 1]
     recipe = upgrade_recipe([f"stage{stage}.batch_size={batch}", f"stage{stage}.accumulation=1", *small(tiny)])
@@ -113,9 +113,9 @@ def against_plain(stage: int, tiny: bool) -> dict[str, Any]:
 
 def text_training(precision: str, tiny: bool) -> dict[str, Any]:
     """Train LoRA of the text model for 50 steps; return whether all losses are finite, and memory against the plan."""
-    from davae.train.plan import plan
-    from davae.train.state import read_metrics
-    from davae.train.upgrade import Upgrade
+    from davae.plan.dry_run import plan
+    from davae.runs.upgrade import Upgrade
+    from davae.train.run_folder import read_metrics
 
     steps = 2 if tiny else 50
     changes = ["stage1.max_steps=2", f"stage2.max_steps={steps}", "stage2.warmup_steps=1", "stage2.lora.rank=16"]
@@ -147,8 +147,8 @@ def tokens(model: str, resolution: int, batch: int, helpers: list[str], tiny: bo
     """Time a transformer's pass, native and upgraded, against the bound of their FLOPs, with each helper."""
     import torch
 
-    from davae.bench.tokens import bench_tokens
-    from davae.models.pipeline import read_shapes
+    from davae.lab.bench.tokens import bench_tokens
+    from davae.pretrained.open import read_shapes
     from davae.zoo import resolve
 
     shapes = read_shapes(resolve(model))
@@ -167,7 +167,7 @@ def tokens(model: str, resolution: int, batch: int, helpers: list[str], tiny: bo
 
 def upgrade_recipe(changes: list[str]) -> Any:
     """Return the recipe `micro` with values changed."""
-    from davae.cli.bench import upgrade_recipe as changed
+    from davae.lab.commands.bench import upgrade_recipe as changed
 
     return changed("micro", changes)
 
@@ -240,7 +240,7 @@ def main() -> None:
             measure = partial(picture, TINY_PIXELS[measure.args[0]], measure.args[1])
         sys.stdout.write(json.dumps(measure(arguments.tiny), default=str) + "\n")
         return
-    from davae.bench.clock import machine
+    from davae.lab.bench.clock import machine
 
     tiny = ["--tiny"] if arguments.tiny else []
 

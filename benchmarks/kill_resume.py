@@ -31,16 +31,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from davae.recipes import validate
-from davae.train.base import build_autoencoder
-from davae.train.base_text import (
+from davae.runs.upgrade import Upgrade
+from davae.tasks.autoencoder import build_autoencoder
+from davae.tasks.text_to_image import (
     build_silent_t5,
     build_silent_tokenizer,
     build_text_encoder,
     build_tokenizer,
     build_transformer,
 )
-from davae.train.state import load_checkpoint, read_metrics
-from davae.train.upgrade import Upgrade
+from davae.train.run_folder import load_checkpoint, read_metrics
 
 SIZES = {
     "kind": "base",

@@ -36,12 +36,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from davae import cli
-from davae.checksums import check_folder, check_tensors
+from davae.backbones.lightning_dit import LightningDiT
 from davae.errors import DataError, DavaeError
-from davae.files import MADE_HERE
-from davae.models.lightning_dit import LightningDiT
+from davae.files.atomic import MADE_HERE
+from davae.files.checksums import check_folder, check_tensors
 from davae.sample.class_conditional import ClassConditionalPipeline
-from davae.train.state import load_checkpoint
+from davae.train.run_folder import load_checkpoint
 
 SIZES = {"input_size": 8, "in_channels": 4, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 VOLATILE = {

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from davae.data.images import Pictures
 from davae.data.openmoji import CREDIT
-from davae.data.pictures import Pictures
 from davae.data.sources import open_source
-from davae.models.autoencoders import load_detail_vae
-from davae.train.encoding import Encoder
+from davae.dataset.encoding import Encoder
+from davae.pretrained.autoencoders import load_detail_vae
 from davae.zoo import UPGRADES
 
 

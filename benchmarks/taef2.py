@@ -21,20 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from davae import DetailVAE
-from davae.bench.clock import machine
-from davae.conversion import convert_tiny
+from davae.convert.folders import convert_tiny
+from davae.dataset.opened import open_pictures
+from davae.evaluate.generation import batches, real_pictures
 from davae.evaluate.reconstruction import score_reconstructions
+from davae.lab.bench.clock import machine
 from davae.losses.perceptual import Lpips
-from davae.measure import batches, real_pictures
-from davae.models.autoencoders import load_autoencoder
-from davae.models.detail_vae import downsample
-from davae.models.one_frame import decode_latents, encode_mode
+from davae.pretrained.autoencoders import load_autoencoder
 from davae.recipes import Recipe, load_recipe
+from davae.tasks.stage1 import Stage1Task
 from davae.train.loop import Progress, Trainer
-from davae.train.opened import open_pictures
+from davae.train.run_folder import RunFolder
 from davae.train.setup import make_accelerator, seed_initial_weights
-from davae.train.stage1 import Stage1Task
-from davae.train.state import RunFolder
+from davae.vae.detail_vae import downsample
+from davae.vae.frames import decode_latents, encode_mode
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

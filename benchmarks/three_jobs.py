@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import davae
-from davae.data.pictures import to_images
-from davae.measure import open_model
-from davae.models.resample import downsample
-from davae.train.dataset import real_pictures
+from davae.data.images import to_images
+from davae.dataset.look import real_pictures
+from davae.sample.open import open_model
+from davae.vae.blocks import downsample
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:

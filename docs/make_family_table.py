@@ -1,4 +1,4 @@
-"""The table of model families, from `models/families.py` and the outcome of the conformance tests: docs/families-table.md.
+"""The table of model families, from `backbones/families/rows.py` and the outcome of the conformance tests: docs/families-table.md.
 
     .venv/bin/python docs/make_family_table.py --run      # runs the tests (minutes), keeps their outcome, writes the table
     .venv/bin/python docs/make_family_table.py --run SD3Transformer2DModel      # only those of the classes named
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from family_models import CASES  # noqa: E402
 from family_pipelines import BUILDERS  # noqa: E402
 
-from davae.models.families import TRANSFORMERS  # noqa: E402
+from davae.backbones.families.rows import TRANSFORMERS  # noqa: E402
 from davae.zoo.presets import presets  # noqa: E402
 
 TARGET = ROOT / "docs" / "families-table.md"
@@ -89,7 +89,7 @@ def page(outcomes: Outcomes) -> str:
         "# Model families",
         "",
         f"{len(TRANSFORMERS)} transformer classes, {trained} of them trained by `davae upgrade`; the others are widened by "
-        "`expand_transformer` and refused by name. Made by `docs/make_family_table.py` from `models/families.py` and the "
+        "`expand_transformer` and refused by name. Made by `docs/make_family_table.py` from `backbones/families/rows.py` and the "
         "outcome of the conformance tests on tiny models of the real classes.",
         "",
         f"| transformer | stock pipeline | asked for by | {' | '.join(labels)} | presets |",

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from davae.data.pictures import grid
-from davae.measure import open_model
+from davae.data.images import grid
 from davae.sample.generate import generate
+from davae.sample.open import open_model
 
 PROMPTS = [
     "a red rose",

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from davae.data.openmoji import OpenMoji
-from davae.data.pictures import Pictures, grid, split, to_images
-from davae.evaluate.detail_use import decode_faded, reconstructions
-from davae.measure import open_model
+from davae.data.images import Pictures, grid, split, to_images
+from davae.analyze.detail_use import decode_faded, reconstructions
+from davae.sample.open import (open_model)
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 base, _ = open_model("micro")

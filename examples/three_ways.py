@@ -6,8 +6,8 @@
 import sys
 from pathlib import Path
 
-from davae.data.pictures import grid
-from davae.measure import open_model
+from davae.data.images import grid
+from davae.sample.open import (open_model)
 from davae.sample.generate import generate
 
 PROMPTS = ["a red rose", "a pizza", "a rocket"]

@@ -117,8 +117,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole StableDiffusion3Pipeline folder of a few thousand parameters."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    from davae.train.base import build_autoencoder
-    from davae.train.base_text import (
+    from davae.tasks.autoencoder import build_autoencoder
+    from davae.tasks.text_to_image import (
         build_silent_t5,
         build_silent_tokenizer,
         build_text_encoder,

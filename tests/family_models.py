@@ -17,7 +17,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_p
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids
 from torch import Tensor
 
-from davae.models.families import TRANSFORMERS
+from davae.backbones.families.rows import TRANSFORMERS
 
 Call = Callable[[Any, Any, Tensor], Tensor]
 

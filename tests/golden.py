@@ -95,7 +95,7 @@ def verbs() -> dict[str, str]:
 def job_keys() -> dict[str, list[str]]:
     """Return the keys under which the results of `davae reproduce` are kept."""
     scales = ("micro", "gpu", "paper")
-    homes = ("davae.lab.reproduce.jobs", "davae.lab.reproduce.choose", "davae.reproduction.choose")
+    homes = ("davae.lab.reproduce.jobs", "davae.lab.reproduce.choose", "davae.lab.reproduce.choose")
     module = next(importlib.import_module(home) for home in homes if _exists(home))
     return {
         f"{table} {scale}": [job.key for job in module.jobs(table, scale, None, [])]

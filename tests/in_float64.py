@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from davae.recipes import load_recipe
-from davae.train.draws import Draws
+from davae.runs.upgrade import Upgrade
+from davae.train.distributed import is_main, mean_over_ranks, ranks
 from davae.train.loop import Trainer
-from davae.train.ranks import is_main, mean_over_ranks, ranks
-from davae.train.upgrade import Upgrade
+from davae.train.random import Draws
 
 
 def main(recipe: Any, out: Path) -> None:

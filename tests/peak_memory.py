@@ -25,26 +25,26 @@ import torch
 from torch import Tensor
 
 from davae import DetailVAE, LatentLayout, expand_transformer
-from davae.bench.tokens import shallow
-from davae.models.calls import CALLS
-from davae.models.families import model_class
-from davae.models.one_frame import decode_latents
-from davae.models.pipeline import BaseShapes, read_shapes
+from davae.backbones.families import CALLS
+from davae.backbones.families.rows import model_class
+from davae.cost.flops import predict_once
+from davae.cost.memory import TrainingStep, stage1_memory, stage2_memory
+from davae.dataset.encoding import Encoder
+from davae.lab.bench.tokens import shallow
+from davae.plan.phase_facts import ImageFacts, TextFacts
+from davae.plan.phase_sizes import Sizes
+from davae.plan.phases import drawn, encoding
+from davae.pretrained.open import BaseShapes, read_shapes
 from davae.recipes import load_recipe
 from davae.recipes.sections import Stage1, Stage2
-from davae.train.cost import predict_once
-from davae.train.encoding import Encoder
+from davae.tasks.noising import FLOW
+from davae.tasks.stage1 import Stage1Task
+from davae.tasks.stage2 import Stage2Task
 from davae.train.loop import Trainer
-from davae.train.memory import TrainingStep, stage1_memory, stage2_memory
-from davae.train.objectives import FLOW
-from davae.train.phase_facts import ImageFacts, TextFacts
-from davae.train.phase_sizes import Sizes
-from davae.train.phases import drawn, encoding
+from davae.train.run_folder import RunFolder
 from davae.train.setup import make_accelerator
 from davae.train.shares import Share
-from davae.train.stage1 import Stage1Task
-from davae.train.stage2 import Stage2Task
-from davae.train.state import RunFolder
+from davae.vae.frames import decode_latents
 from davae.zoo import resolve
 
 RECIPE: Any = load_recipe("micro")

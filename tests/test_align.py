@@ -18,23 +18,24 @@ from test_lightning_dit import random_model, small_autoencoder
 from test_training import run_cli, training_records
 
 from davae import ClassConditionalPipeline
-from davae.data.cache import CachedLatents, read_meta, seal
-from davae.data.paired import PairedLatents, collate_pairs
-from davae.data.pictures import DataError
-from davae.models.autoencoders import load_autoencoder, raw_statistics
-from davae.models.lightning_dit import LightningDiT
-from davae.models.one_frame import encode_mode
-from davae.models.pipeline import ModelError, load_pipeline
-from davae.models.resample import downsample
-from davae.recipes import BaseRecipe, RecipeError, differences, load_recipe, validate
+from davae.backbones.lightning_dit import LightningDiT
+from davae.data.latent_cache.paired import PairedLatents, collate_pairs
+from davae.data.latent_cache.read import CachedLatents, read_meta, seal
+from davae.errors import DataError, ModelError, RecipeError
+from davae.pretrained.autoencoders import load_autoencoder
+from davae.pretrained.open import load_pipeline
+from davae.recipes import BaseRecipe, differences, load_recipe, validate
 from davae.recipes.sections import Run
-from davae.train.align import BASE_CACHE, HeadTask, align, check_grids
-from davae.train.base_class import ClassFlowTask, build_class_transformer
-from davae.train.base_run import BaseRun, train_base
-from davae.train.draws import Draws
+from davae.runs.dcgen import BASE_CACHE, HeadTask, check_grids
+from davae.runs.train_base import base_run, train_base
+from davae.tasks.class_conditional import ClassFlowTask, build_class_transformer
 from davae.train.loop import Progress, Trainer
+from davae.train.random import Draws
+from davae.train.run_folder import RunFolder, read_metrics
 from davae.train.setup import seed_initial_weights
-from davae.train.state import RunFolder, read_metrics
+from davae.vae.blocks import downsample
+from davae.vae.codec import raw_statistics
+from davae.vae.frames import encode_mode
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"family": "lightningdit", "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 2}
@@ -132,11 +133,11 @@ def test_each_step_trains_exactly_its_parameters(finished: Path, base: Path) -> 
 def aligned(values: dict[str, Any], out: Path) -> LightningDiT:
     """The transformer after steps 1 and 2 of a run that is there."""
     recipe = recipe_of(values)
-    run = BaseRun(recipe, out, quiet)
+    run = base_run(recipe, out, quiet)
     vae = run.autoencoder()
     seed_initial_weights(recipe.run.seed)
     transformer = build_class_transformer(recipe, 4, 8)
-    align(run, transformer, CachedLatents(out / "cache", "class"), raw_statistics(vae))
+    run.prepare_transformer(transformer, CachedLatents(out / "cache", "class"), vae)
     run.folder.close()
     return transformer
 
@@ -160,7 +161,7 @@ def test_the_body_stays_to_the_bit_and_the_rest_moves(values: dict[str, Any], fi
 
 def test_both_caches_hold_the_same_draws(values: dict[str, Any], finished: Path, base: Path) -> None:
     """Item for item: encoding the cache's own pictures again gives both latents, flips and crops included."""
-    run = BaseRun(recipe_of(values), finished, quiet)
+    run = base_run(recipe_of(values), finished, quiet)
     pictures, own_vae, base_vae = run.pictures, run.autoencoder(), load_pipeline(str(base)).vae
     run.folder.close()
     pairs = PairedLatents(finished / "cache", finished / BASE_CACHE)
@@ -241,7 +242,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(
         if progress.task == stage and progress.step >= step:
             raise KeyboardInterrupt
 
-    run = BaseRun(recipe, tmp_path, stop)
+    run = base_run(recipe, tmp_path, stop)
     with pytest.raises(KeyboardInterrupt):
         run.run()
     run.folder.close()

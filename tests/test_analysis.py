@@ -14,16 +14,15 @@ from conftest import picture, tiny_autoencoder, tiny_upgrade_recipe
 from PIL import Image
 
 from davae import DetailVAE
-from davae.analysis import compare, curves, latents, raw_latents, sensitivity, spectra
-from davae.analyze.latent_maps import class_knowledge, embed_points, pca_pictures, scatter_plot
-from davae.analyze.spectra import radial_power
-from davae.cli import analyze
-from davae.data.pictures import DataError
-from davae.evaluate.detail_use import UNIT_NORMAL, reconstructions
-from davae.measure import real_pictures
-from davae.models.pipeline import ModelError
+from davae.analyze.detail_use import UNIT_NORMAL, reconstructions
+from davae.analyze.figures import compare, curves, latents, raw_latents, sensitivity, spectra
+from davae.analyze.latents import class_knowledge, embed_points, pca_pictures, scatter_plot
+from davae.commands import analyze
+from davae.errors import DataError, ModelError
+from davae.evaluate.generation import real_pictures
+from davae.evaluate.spectra import radial_power
 from davae.recipes import validate
-from davae.train.upgrade import Upgrade
+from davae.runs.upgrade import Upgrade
 
 
 def test_white_noise_has_power_one_and_a_wave_lies_at_its_frequency():
@@ -130,7 +129,7 @@ def test_every_figure_of_a_run(run: Path, tiny_base: Path, by_class: Path, pictu
 
 def test_runs_of_one_folder_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     told: dict[str, Path] = {}
-    monkeypatch.setattr("davae.analysis.compare", lambda named, out: told.update(named) or out)
+    monkeypatch.setattr("davae.analyze.figures.compare", lambda named, out: told.update(named) or out)
     analyze.compare([Path("a/x"), Path("b/x")], tmp_path)
     assert list(told) == ["a/x", "b/x"]
     told.clear()

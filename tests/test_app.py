@@ -17,21 +17,21 @@ from conftest import picture, tiny_upgrade_recipe
 from family_pipelines import BUILDERS
 from PIL import Image
 
+from davae.analyze.detail_use import decode_faded, reconstructions
 from davae.app import drawing, reconstructing
 from davae.app.inspection import inspection
-from davae.app.models import Pair, Stopped, open_pair
+from davae.app.pair import Pair, Stopped, open_pair
 from davae.app.previews import preview
 from davae.app.training import Trainings
 from davae.app.uploads import MAX_BYTES, read_picture, store_pictures
-from davae.data.pictures import DataError
-from davae.evaluate.detail_use import decode_faded, reconstructions
-from davae.models.detail_vae import DetailVAE
-from davae.models.expand import expand_transformer
-from davae.models.pipeline import ModelError, denoiser, load_pipeline
-from davae.recipes import RecipeError, dump_recipe, validate
+from davae.backbones.expand import expand_transformer
+from davae.backbones.families.rows import denoiser
+from davae.errors import DataError, ModelError, RecipeError, RunError
+from davae.pretrained.open import load_pipeline
+from davae.publish.assemble import assemble
+from davae.recipes import dump_recipe, validate
 from davae.sample.generate import generate
-from davae.train.export import assemble
-from davae.train.state import RunError
+from davae.vae.detail_vae import DetailVAE
 
 
 def png_of(width: int, height: int) -> bytes:

@@ -33,13 +33,13 @@ from davae.app.access import Access, Place, grant, parse_place, read_auth, same_
 from davae.app.forms import FormError, line_of, plain
 from davae.app.guard import Guard
 from davae.app.limits import Bounds, make_room, occupied, wrong_call
-from davae.app.models import Stopped
 from davae.app.page import build_server, listen, remove_left_folders, upload_folder
+from davae.app.pair import Stopped
 from davae.app.roots import RECIPES_OWN, Roots, open_roots
 from davae.app.training import Trainings
 from davae.app.turns import Turns
+from davae.errors import RunError
 from davae.recipes import dump_recipe, load_recipe
-from davae.train.state import RunError
 
 SECRET = "the victim's words, 6f1e"
 OWN = "http://127.0.0.1:7860"
@@ -790,7 +790,7 @@ def test_stops_of_many_visitors_take_bounded_memory():
 
 
 def test_a_system_without_the_locks_of_unix_is_one_line(monkeypatch: pytest.MonkeyPatch):
-    from davae.cli.app import app
+    from davae.commands.app import app
 
     monkeypatch.setitem(sys.modules, "fcntl", None)  # an import of it fails, as on Windows
     with pytest.raises(RunError, match="the page needs Linux or macOS"):

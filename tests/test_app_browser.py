@@ -69,8 +69,8 @@ def address(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> Iterator[str
     import uvicorn
 
     from davae.app import train_tab
-    from davae.app.models import open_pair
     from davae.app.page import build_server
+    from davae.app.pair import open_pair
     from davae.app.roots import Roots
     from davae.app.training import Trainings
 

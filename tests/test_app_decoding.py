@@ -17,7 +17,7 @@ from davae.app import decoding
 from davae.app.decoding import decode_apart
 from davae.app.uploads import read_picture, shown_name, uploaded
 from davae.data.decoding import decode
-from davae.data.pictures import DataError, UnreadablePicture
+from davae.errors import DataError, UnreadablePicture
 
 
 def png(width: int = 50, height: int = 40) -> bytes:

@@ -14,8 +14,8 @@ from upgraded_tiny import assembled
 
 import davae
 from davae.app.enlarging import enlarge
-from davae.app.models import Pair, Stopped
 from davae.app.page import build, upload_folder
+from davae.app.pair import Pair, Stopped
 from davae.app.training import Trainings
 from davae.errors import ModelError
 

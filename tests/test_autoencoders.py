@@ -23,11 +23,13 @@ from diffusers import (
 )
 
 from davae import DetailVAE
-from davae.conversion import convert_tiny
-from davae.data.pictures import Pictures
+from davae.convert.folders import convert_tiny
+from davae.data.images import Pictures
 from davae.data.sources import open_source
+from davae.errors import ModelError
 from davae.evaluate.reconstruction import score_reconstructions
-from davae.models.autoencoder_families import (
+from davae.pretrained.autoencoders import load_autoencoder
+from davae.vae.base import (
     AUTOENCODERS,
     autoencoder_family,
     base_channels,
@@ -35,12 +37,10 @@ from davae.models.autoencoder_families import (
     first_convolution,
     spatial_factor,
 )
-from davae.models.autoencoders import load_autoencoder
-from davae.models.one_frame import decode_latents, encode_mode, frames_of
-from davae.models.pipeline import ModelError
-from davae.models.pooled_tiny import PooledAutoencoderTiny
-from davae.models.resample import downsample
-from davae.models.warm_start import filter_shares
+from davae.vae.blocks import downsample
+from davae.vae.frames import decode_latents, encode_mode, frames_of
+from davae.vae.pooled_tiny import PooledAutoencoderTiny
+from davae.vae.warm_start import filter_shares
 
 F64 = torch.float64
 

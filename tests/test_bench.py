@@ -15,19 +15,19 @@ from conftest import tiny_autoencoder, tiny_upgrade_recipe
 from diffusers import AutoencoderKL
 
 from davae import DetailVAE
-from davae.bench import clock
-from davae.bench.clock import Spread, peak_memory, race, ratio, spread
-from davae.bench.plain import explicit_attention, softmax_attention
-from davae.bench.sampling import bench_guidance
-from davae.bench.stages import bench_stage1, bench_stage2
-from davae.bench.tokens import shallow
-from davae.bench.vae import WAYS, Way, bench_vae, psnr
-from davae.data.pictures import collate
-from davae.models.by_rows import Rows, Statistics, decode_by_rows, encode_by_rows
-from davae.models.tiling import spans
+from davae.data.images import collate
+from davae.lab.bench import clock
+from davae.lab.bench.clock import Spread, peak_memory, race, ratio, spread
+from davae.lab.bench.plain import explicit_attention, softmax_attention
+from davae.lab.bench.sampling import bench_guidance
+from davae.lab.bench.stages import bench_stage1, bench_stage2
+from davae.lab.bench.tokens import shallow
+from davae.lab.bench.vae import WAYS, Way, bench_vae, psnr
 from davae.recipes import Recipe, validate
-from davae.train.stage1 import Stage1Task
-from davae.train.upgrade import Upgrade
+from davae.runs.upgrade import Upgrade
+from davae.tasks.stage1 import Stage1Task
+from davae.vae.strips import Rows, Statistics, decode_by_rows, encode_by_rows
+from davae.vae.tiling import spans
 
 
 def test_rivals_take_turns_and_the_first_round_is_left_out():

@@ -9,10 +9,10 @@ import pytest
 from conftest import tiny_upgrade_recipe
 from warm import start
 
-from davae.bench import growth
-from davae.bench.growth import bench_growth, stage_figures
-from davae.recipes import Recipe, RecipeError, validate
-from davae.train.state import RunError
+from davae.errors import RecipeError, RunError
+from davae.lab.bench import growth
+from davae.lab.bench.growth import bench_growth, stage_figures
+from davae.recipes import Recipe, validate
 
 
 def tiny(base: Path, pictures: Path) -> Recipe:

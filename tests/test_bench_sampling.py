@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from davae.bench.block_cache import first_block_cached
-from davae.bench.clock import spread
-from davae.bench.helpers import check_helpers, helped, multiplies
-from davae.models.pipeline import ModelError
+from davae.errors import ModelError
+from davae.lab.bench.block_cache import first_block_cached
+from davae.lab.bench.clock import spread
+from davae.lab.bench.helpers import check_helpers, helped, multiplies
 
 
 def transformer(layers: int = 3) -> SD3Transformer2DModel:
@@ -186,7 +186,7 @@ def test_helpers_that_cannot_be_measured_are_refused_at_once(monkeypatch: pytest
         check_helpers(["compiled+turbo"])
     with pytest.raises(ModelError, match="'faster-cache' reuses earlier passes"):
         check_helpers(["faster-cache"], passes=1)
-    monkeypatch.setattr("davae.bench.helpers.find_spec", lambda name: None)
+    monkeypatch.setattr("davae.lab.bench.helpers.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"needs torchao: pip install 'davae\[int8\]'"):
         check_helpers(["int8+compiled"])
 
@@ -198,8 +198,8 @@ def test_a_helper_multiplies_where_it_gains_as_much_on_both() -> None:
 
 
 def test_throughput_counts_images_of_whole_batches(tiny_base: Path):
-    from davae.bench.throughput import bench_throughput
-    from davae.models.pipeline import load_pipeline
+    from davae.lab.bench.throughput import bench_throughput
+    from davae.pretrained.open import load_pipeline
 
     pipeline = load_pipeline(str(tiny_base), torch.bfloat16)
     found = bench_throughput(pipeline, "a red square", resolution=16, batch=3, steps=1, guidance=2.0, repeats=2)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from davae.bench.clock import in_own_process
-from davae.bench.scale import bench_scale, latents_of, write_synthetic
-from davae.data import cache as reading
-from davae.data.cache import CachedLatents
+from davae.data.latent_cache import read as reading
+from davae.data.latent_cache.read import CachedLatents
+from davae.lab.bench.clock import in_own_process
+from davae.lab.bench.scale import bench_scale, latents_of, write_synthetic
 
 
 def test_the_synthetic_cache_is_a_cache_and_few_shards_may_be_open(

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from davae.bench import whole
-from davae.bench.clock import Spread
-from davae.models.pipeline import ModelError, read_shapes
-from davae.models.text_encoders import TextEncoder, text_encoders
+from davae.errors import ModelError
+from davae.lab.bench import whole
+from davae.lab.bench.clock import Spread
+from davae.pretrained.open import read_shapes
+from davae.pretrained.text_encoders import TextEncoder, text_encoders
 from davae.zoo import resolve
 
 SECONDS = 3.0

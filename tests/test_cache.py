@@ -18,8 +18,10 @@ import torch
 from conftest import picture, tiny_upgrade_recipe
 from safetensors.torch import load_file
 
-from davae.data.cache import CachedLatents, Team, read_meta, seal
-from davae.data.cache_writer import (
+from davae.data.batches import Batches, training_loader
+from davae.data.images import Pictures
+from davae.data.latent_cache.read import CachedLatents, Team, read_meta, seal
+from davae.data.latent_cache.write import (
     ChannelStatistics,
     merge_index,
     merged_meta,
@@ -27,13 +29,12 @@ from davae.data.cache_writer import (
     write_latents,
     write_text,
 )
-from davae.data.order import Batches, training_loader
-from davae.data.pictures import DataError, Pictures
 from davae.data.sources import open_source
-from davae.models.pipeline import read_shapes
+from davae.errors import DataError
+from davae.pretrained.open import read_shapes
 from davae.recipes import Recipe, validate
-from davae.train.checks import check_buckets, check_recipe
-from davae.train.upgrade import Upgrade
+from davae.runs.checks import check_buckets, check_recipe
+from davae.runs.upgrade import Upgrade
 
 KEY = {"autoencoder": "a", "data": "d"}
 

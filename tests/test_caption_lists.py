@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from test_layouts import captions, counts, labels, lay, tar
 
-from davae.data.captions import SourceOptions
-from davae.data.pictures import DataError
+from davae.data.captions.choice import SourceOptions
 from davae.data.sources import open_source
+from davae.errors import DataError
 
 COCO = {
     "images": [{"id": 9, "file_name": "a.png"}, {"id": 7, "file_name": "b.png"}, {"id": 1, "file_name": "gone.png"}],
@@ -156,18 +156,18 @@ def test_classes_of_edm(tmp_path: Path) -> None:
 
 def test_many_files_of_one_kind_are_not_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = lay(tmp_path, {"a.png": "", **{f"x/{n}.json": "{}" for n in range(21)}})
-    monkeypatch.setattr("davae.data.lists._rows", lambda *_: pytest.fail("a file was read"))
+    monkeypatch.setattr("davae.data.captions.lists._rows", lambda *_: pytest.fail("a file was read"))
     assert counts(open_source(where, 8).findings.unused) == {".json without an image": 21}
 
 
 def test_a_large_json_without_captions_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     boxes = json.dumps({"images": COCO["images"], "annotations": [{"bbox": [0] * 500}]})
     where = lay(tmp_path, {"a.png": "", "instances.json": boxes, "captions.json": json.dumps(COCO) + " " * 500})
-    monkeypatch.setattr("davae.data.lists.SMALL", 100)
-    monkeypatch.setattr("davae.data.lists.NAMES_FIRST", re.compile(b"nothing"))
+    monkeypatch.setattr("davae.data.captions.lists.SMALL", 100)
+    monkeypatch.setattr("davae.data.captions.lists.NAMES_FIRST", re.compile(b"nothing"))
     parsed: list[str] = []
     real = json.loads
-    monkeypatch.setattr("davae.data.lists.load_json", lambda text: parsed.append(str(text)) or real(text))
+    monkeypatch.setattr("davae.data.captions.lists.load_json", lambda text: parsed.append(str(text)) or real(text))
     assert captions(where) == {"a.png": "a cat"}
     assert not any("bbox" in text for text in parsed)
 

@@ -16,15 +16,15 @@ from PIL import Image
 from rich.console import Console
 
 import davae
-from davae import display
+from davae import console as display
 from davae.analyze.curves import compared_curves
-from davae.analyze.report import Column, ReportContent, write_report
 from davae.publish.card import Origin, base_licence, write_card
 from davae.publish.escape import as_code, as_prose, fence
-from davae.publish.folders import _report as report_of
+from davae.publish.export import _report as report_of
 from davae.recipes import validate
 from davae.recipes.sections import Sampling
-from davae.train.state import marker
+from davae.runs.report_page import Column, ReportContent, write_report
+from davae.train.run_folder import marker
 
 HOSTILE = [
     "```\n# Owned\n```",

@@ -14,18 +14,19 @@ from conftest import picture
 from PIL import Image
 
 from davae.data.adm_crop import adm_crop
+from davae.data.batches import Batches
 from davae.data.buckets import nearest_bucket
-from davae.data.cache import CachedLatents, seal
-from davae.data.cache_writer import write_latents, write_text
 from davae.data.equal import equal_images
-from davae.data.order import Batches
-from davae.data.pictures import DataError, Pictures, collate, held_out, split, spread
+from davae.data.images import Pictures, collate, held_out, split, spread
+from davae.data.latent_cache.read import CachedLatents, seal
+from davae.data.latent_cache.write import write_latents, write_text
 from davae.data.sources import open_source, survey
 from davae.data.summary import EQUAL
-from davae.measure import batches, real_pictures
-from davae.recipes import RecipeError, load_recipe
+from davae.dataset.opened import open_images, open_pictures
+from davae.errors import DataError, RecipeError
+from davae.evaluate.generation import batches, real_pictures
+from davae.recipes import load_recipe
 from davae.recipes.sections import Data
-from davae.train.opened import open_images, open_pictures
 
 # -- a part of a set -------------------------------------------------------------------------------------------------
 

@@ -15,13 +15,14 @@ from test_lightning_dit import random_model, small_autoencoder
 from test_training import run_cli
 
 from davae import ClassConditionalPipeline, DetailVAE
-from davae.data.cache import CachedLatents
-from davae.measure import evaluate_reconstruction
-from davae.models.pipeline import ModelError, load_pipeline
+from davae.data.latent_cache.read import CachedLatents
+from davae.errors import ModelError
+from davae.evaluate.generation import evaluate_reconstruction
+from davae.pretrained.open import load_pipeline
 from davae.recipes import load_recipe
-from davae.sample.adm import class_schedule, field_uint8, write_samples
-from davae.train.base_class import ClassFlowTask
-from davae.train.state import read_metrics
+from davae.sample.sample_file import class_schedule, field_uint8, write_samples
+from davae.tasks.class_conditional import ClassFlowTask
+from davae.train.run_folder import read_metrics
 
 SIZES = {"family": "lightningdit", "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 2}
 FLOW = {"max_steps": 3, "batch_size": 4, "cosine_loss": "all"}

@@ -14,14 +14,14 @@ from upgraded_tiny import assembled
 
 import davae
 from davae import LatentLayout, expand_transformer, velocity_loss
+from davae.backbones.expand import CLEAN_BASE
+from davae.backbones.families.rows import denoiser
+from davae.backbones.trainable import choose_trainable
 from davae.errors import ModelError
 from davae.losses.clean_base import with_clean_base, without_base_error
-from davae.models.expand import CLEAN_BASE
-from davae.models.pipeline import denoiser
+from davae.publish.assemble import apply_upgrade, read_details, save_upgrade
 from davae.recipes.sections import Lora, Stage2
-from davae.train.draws import Draws
-from davae.train.export import apply_upgrade, read_details, save_upgrade
-from davae.train.stage2 import choose_trainable
+from davae.train.random import Draws
 
 LAYOUT = LatentLayout(2, 4)
 
@@ -122,6 +122,6 @@ def test_a_model_trained_for_it_sees_the_clean_base_at_every_step(tiny_base: Pat
 
 
 def _tensor(image) -> torch.Tensor:
-    from davae.data.pictures import to_tensor
+    from davae.data.images import to_tensor
 
     return to_tensor(image)[None]

@@ -15,8 +15,8 @@ import typer
 from test_training import run_cli
 
 from davae.cli import app
-from davae.models.pipeline import ModelError
-from davae.recipes import RecipeError, shipped_recipes
+from davae.errors import ModelError, RecipeError
+from davae.recipes import shipped_recipes
 
 
 def davae(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -12,13 +12,13 @@ from conftest import picture, tiny_upgrade_recipe
 from test_sources import png, write_tar
 
 from davae.cli import main
-from davae.data.commands import open_command, split_command
+from davae.data.shards.commands import open_command, split_command
 from davae.data.sources import open_source
+from davae.dataset.opened import open_pictures
+from davae.errors import ModelError, RecipeError
 from davae.evaluate.upscale import make_upscaler
-from davae.models.pipeline import ModelError
-from davae.recipes import RecipeError, forbid_commands, load_recipe, permit_commands, typed_commands, validate
-from davae.train.opened import open_pictures
-from davae.train.upgrade import Upgrade
+from davae.recipes import forbid_commands, load_recipe, permit_commands, typed_commands, validate
+from davae.runs.upgrade import Upgrade
 
 
 def run_cli(*arguments: str) -> int:

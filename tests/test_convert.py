@@ -15,13 +15,15 @@ from test_lightning_dit import random_model, small_autoencoder
 from test_training import run_cli
 
 from davae import alignment_loss, group_mean
-from davae.convert import lightningdit, official_davae, sit, vavae
 from davae.convert.checkpoints import load_state
-from davae.data.cache import CachedLatents, seal
-from davae.data.latent_shards import import_shards
-from davae.data.pictures import DataError
-from davae.models.autoencoders import load_autoencoder
-from davae.models.pipeline import ModelError, load_pipeline
+from davae.convert.davae import official_davae
+from davae.convert.lightningdit import lightningdit, sit
+from davae.convert.vavae import vavae
+from davae.data.latent_cache.import_shards import import_shards
+from davae.data.latent_cache.read import CachedLatents, seal
+from davae.errors import DataError, ModelError
+from davae.pretrained.autoencoders import load_autoencoder
+from davae.pretrained.open import load_pipeline
 
 
 @pytest.fixture(scope="module")

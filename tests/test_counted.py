@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from davae.train import counted as module
-from davae.train.counted import SHIPPED, counted, fingerprint, picture_figures, request_key
+from davae.plan import counted as module
+from davae.plan.counted import SHIPPED, counted, fingerprint, picture_figures, request_key
 
 
 @pytest.fixture

@@ -13,24 +13,24 @@ import torch
 from test_stopping import tiny_recipe
 
 import davae
-from davae.analysis import stage2_records
-from davae.analyze.report import read_report
+from davae.analyze.figures import stage2_records
 from davae.app import slot
-from davae.checksums import check_folder
-from davae.cli.verbs import check_value
-from davae.data.cache import read_meta
+from davae.commands.verbs import check_value
+from davae.data.latent_cache.read import read_meta
 from davae.data.survey import load_sizes
 from davae.errors import DataError, ModelError, RecipeError, RunError
 from davae.evaluate.geneval import judge_folder
-from davae.output_files import check_figures
-from davae.ownership import check_out, unowned
-from davae.publish.folders import _report
-from davae.reading import load_json, parse_json, whole_number
+from davae.files.checksums import check_folder
+from davae.files.outputs import check_figures
+from davae.files.ownership import check_out, unowned
+from davae.files.reading import load_json, parse_json, whole_number
+from davae.publish.export import _report
+from davae.publish.report_file import read_report
+from davae.runs.report import is_sound
 from davae.train.best import Best
 from davae.train.locking import PROCESS, running_process
-from davae.train.state import RunFolder, load_checkpoint, read_metrics, save_checkpoint
+from davae.train.run_folder import RunFolder, load_checkpoint, read_metrics, save_checkpoint
 from davae.train.times import read_times
-from davae.workflow import is_sound
 
 SOURCE = Path(davae.__file__).parent
 DEEP = "[" * 100_000
@@ -46,7 +46,7 @@ def test_json_is_read_in_one_place():
         "reading.py": 1,
         "app/limits.py": 1,
         "app/decoding.py": 1,
-        "train/base_text.py": 1,
+        "tasks/text_to_image.py": 1,
     }  # of davae's own making
     found = {}
     for file in SOURCE.rglob("*.py"):
@@ -73,7 +73,7 @@ def test_links_that_lead_in_a_circle_are_no_crash(tmp_path: Path):
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     check_out(tmp_path / "a")
-    with pytest.raises(RunError, match="cannot write"), davae.files.atomic_folder(tmp_path / "a"):
+    with pytest.raises(RunError, match="cannot write"), davae.files.atomic.atomic_folder(tmp_path / "a"):
         pass
     from davae.app.roots import Roots
 
@@ -228,7 +228,7 @@ def test_a_shard_with_negative_sizes_is_not_whole(tmp_path: Path):
     """Base-256 sizes of a tar have a sign, and Python's tarfile takes it."""
     import tarfile
 
-    from davae.data.tar_index import read_index
+    from davae.data.shards.tar_index import read_index
 
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as archive:
         archive.addfile(tarfile.TarInfo("a.png"))
@@ -242,9 +242,9 @@ def test_a_shard_with_negative_sizes_is_not_whole(tmp_path: Path):
 
 
 def test_pipes_for_shards_and_endless_class_numbers_are_one_line(tmp_path: Path):
-    from davae.data.captions import SourceOptions
+    from davae.data.captions.choice import SourceOptions
+    from davae.data.captions.texts import UnreadableCaption, as_label
     from davae.data.sources import open_source
-    from davae.data.texts import UnreadableCaption, as_label
 
     os.mkfifo(tmp_path / "x.tar")
     with pytest.raises(DataError, match="is not a regular file"):  # it was waited for without end

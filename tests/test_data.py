@@ -13,13 +13,14 @@ import torch
 from conftest import picture
 from PIL import Image
 
-from davae.data.cache import CachedLatents, read_meta, seal
-from davae.data.cache_writer import ChannelStatistics, write_latents, write_text
-from davae.data.captions import SourceOptions
+from davae.data.batches import Batches
+from davae.data.captions.choice import SourceOptions
+from davae.data.images import Pictures, held_out, split
+from davae.data.latent_cache.read import CachedLatents, read_meta, seal
+from davae.data.latent_cache.write import ChannelStatistics, write_latents, write_text
 from davae.data.openmoji import Emoji, caption, colour_word
-from davae.data.order import Batches
-from davae.data.pictures import DataError, Pictures, held_out, split
 from davae.data.sources import expand_shards, open_source, usable
+from davae.errors import DataError
 
 
 def test_every_kind_of_picture_becomes_upright_srgb(tmp_path: Path):

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-import davae.measure
-from davae.data.pictures import DataError
-from davae.errors import DavaeError
+import davae.evaluate.generation
+from davae.errors import DataError, DavaeError
 from davae.evaluate.detail import (
     ImageSpectrum,
     SpectrumMeter,
@@ -94,14 +93,14 @@ def test_top_octave_error_is_in_decibel_with_a_sign():
 
 
 def test_both_verbs_report_fine_detail_and_draw_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(davae.measure, "make_extractor", lambda name, weights: Corners())
+    monkeypatch.setattr(davae.evaluate.generation, "make_extractor", lambda name, weights: Corners())
     rng = np.random.default_rng(0)
     for name, low in (("sharp", 0), ("other", 0), ("smooth", 120)):
         images = rng.integers(low, 256 - low, (8, 16, 16, 3), dtype=np.uint8)
         np.savez(tmp_path / f"{name}.npz", arr_0=images)
     options = {"num": None, "features": "lite0", "feature_weights": None}
     found = {
-        name: davae.measure.evaluate_pictures(
+        name: davae.evaluate.generation.evaluate_pictures(
             f"{tmp_path}/{name}.npz",
             f"{tmp_path}/sharp.npz",
             16,
@@ -121,7 +120,7 @@ def test_both_verbs_report_fine_detail_and_draw_it(tmp_path: Path, monkeypatch: 
         assert drawn.size[0] > 300
     (tmp_path / "mine.png").write_bytes(b"mine")
     with pytest.raises(DavaeError, match=r"mine\.png"):
-        davae.measure.evaluate_pictures(
+        davae.evaluate.generation.evaluate_pictures(
             f"{tmp_path}/sharp.npz", f"{tmp_path}/sharp.npz", 16, spectrum=tmp_path / "mine.png", **options
         )
 

@@ -14,18 +14,20 @@ from diffusers import DDIMScheduler
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_1024_BIN
 from family_pipelines import diffusion
 
-from davae.measure import check_classes
-from davae.models.calls import CALLS
-from davae.models.calls.base import SizedCall
-from davae.models.classes import class_number
-from davae.models.detail_vae import DetailVAE
-from davae.models.expand import expand_transformer
-from davae.models.pipeline import ModelError, default_resolution, denoiser, load_pipeline, pixel_factor, read_shapes
-from davae.recipes import RecipeError, validate
-from davae.sample.ddpm_pipelines import ScaledBins
+from davae.backbones.call import SizedCall
+from davae.backbones.classes import class_number
+from davae.backbones.expand import expand_transformer
+from davae.backbones.families import CALLS
+from davae.backbones.families.rows import denoiser
+from davae.backbones.pipelines.ddpm import ScaledBins
+from davae.errors import ModelError, RecipeError
+from davae.pretrained.open import default_resolution, load_pipeline, pixel_factor, read_shapes
+from davae.publish.assemble import assemble
+from davae.recipes import validate
+from davae.runs.checks import check_recipe
 from davae.sample.generate import base_noise, generate
-from davae.train.checks import check_recipe
-from davae.train.export import assemble
+from davae.sample.open import check_classes
+from davae.vae.detail_vae import DetailVAE
 
 FAMILIES = {**diffusion.BUILDERS, **diffusion.VARIANTS}
 PROMPTS = ["a red square", "a blue square"]

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from conftest import tiny_upgrade_recipe
 
-from davae.models.distilled import distilled, find_distilled
-from davae.models.pipeline import read_shapes
-from davae.recipes import RecipeError, load_recipe, shipped_recipes, validate
+from davae.errors import RecipeError
+from davae.pretrained.distilled import distilled, find_distilled
+from davae.pretrained.open import read_shapes
+from davae.recipes import load_recipe, shipped_recipes, validate
 from davae.recipes.schema import Recipe
-from davae.train.checks import check_distilled, check_recipe
+from davae.runs.checks import check_distilled, check_recipe
 from davae.zoo.presets import presets
 
 FLUX, SD3, UNET = "FluxTransformer2DModel", "SD3Transformer2DModel", "UNet2DConditionModel"

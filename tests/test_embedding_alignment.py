@@ -11,17 +11,17 @@ import torch
 from accelerate import Accelerator
 from test_lightning_dit import random_model
 
-from davae.data.paired import collate_pairs
+from davae.backbones.lightning_dit import PatchEmbed
+from davae.backbones.new_latents import change_latents
+from davae.data.latent_cache.paired import collate_pairs
 from davae.losses.embedding_alignment import token_alignment_loss
-from davae.models.lightning_dit import PatchEmbed
-from davae.models.new_latents import change_latents
 from davae.recipes import load_recipe
 from davae.recipes.schema import EmbedderAlignment
 from davae.recipes.sections import Run
-from davae.train.align import EmbedderTask
-from davae.train.draws import Draws
+from davae.runs.dcgen import EmbedderTask
 from davae.train.loop import Trainer
-from davae.train.state import RunFolder
+from davae.train.random import Draws
+from davae.train.run_folder import RunFolder
 
 
 class Pairs(list):

@@ -15,17 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from davae import DetailVAE
-from davae.data.cache import CachedLatents, Team, seal
-from davae.data.cache_writer import write_latents
-from davae.data.pictures import DataError, Pictures
-from davae.data.shard_plan import FLIPS, begun_with
+from davae.data.images import Pictures
+from davae.data.latent_cache.plan import FLIPS, begun_with
+from davae.data.latent_cache.read import CachedLatents, Team, seal
+from davae.data.latent_cache.write import write_latents
 from davae.data.sources import open_source
-from davae.models.autoencoders import encode_raw
+from davae.dataset.encoding import Encoder
+from davae.errors import DataError
 from davae.recipes import differences, load_recipe
-from davae.train.conditioning import EmbeddedInStep, embed_in_step
-from davae.train.encoding import Encoder
+from davae.runs.validation import embedded_captions
+from davae.tasks.conditioning import EmbeddedInStep, embed_in_step
 from davae.train.loading import one_at_a_time
-from davae.train.progress import embedded_captions
+from davae.vae.codec import encode_raw
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_memory_that_runs_out_halves_the_batch_and_then_tiles(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return encode_raw(model, batch)
 
-    monkeypatch.setattr("davae.train.encoding.encode_raw", hungry)
+    monkeypatch.setattr("davae.dataset.encoding.encode_raw", hungry)
     encoder = Encoder(vae, torch.bfloat16, 4)
     found = encoder(images())
     assert sizes == [(4, False), (2, False), (1, False), *[(1, True)] * 5]
@@ -77,7 +78,7 @@ def test_latents_that_overflow_in_float16_are_computed_again(
         found = encode_raw(model, batch)
         return found if found.dtype == torch.float32 else found * 1e6
 
-    monkeypatch.setattr("davae.train.encoding.encode_raw", overflowing)
+    monkeypatch.setattr("davae.dataset.encoding.encode_raw", overflowing)
     found = Encoder(vae, torch.float16, 16)(images())
     with torch.no_grad():
         assert torch.equal(found, encode_raw(vae, images()))
@@ -87,8 +88,8 @@ def test_latents_that_overflow_in_float16_are_computed_again(
 def test_a_gpus_batch_comes_from_the_plan(vae: DetailVAE, monkeypatch: pytest.MonkeyPatch):
     """A stated amount of free memory stands for a GPU's."""
     for free, expected, tiled in ((10_000, 8, False), (2_000, 2, False), (100, 1, True)):
-        monkeypatch.setattr("davae.train.encoding.free_bytes", lambda _, free=free: free)
-        monkeypatch.setattr("davae.train.encoding.encode_bytes", lambda *options: 900 if len(options) == 3 else 90)
+        monkeypatch.setattr("davae.dataset.encoding.free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr("davae.dataset.encoding.encode_bytes", lambda *options: 900 if len(options) == 3 else 90)
         encoder = Encoder(vae, torch.bfloat16, 8)
         encoder(images())
         assert (encoder.halving.size, encoder.own.use_tiling) == (expected, tiled)

@@ -22,19 +22,20 @@ from test_loop import OneWeight, train
 from warm import run, run_two
 
 import davae.recipes
-from davae.models.pipeline import embed_captions, load_pipeline, load_text_encoders, read_shapes, reads_silent_t5
+from davae.errors import Interrupted, RunError
+from davae.pretrained.open import embed_captions, load_pipeline, load_text_encoders, read_shapes, reads_silent_t5
 from davae.recipes import validate
 from davae.recipes.sections import Optim, Run, Stage1
-from davae.train import state
-from davae.train.average import Average
-from davae.train.draws import Draws
-from davae.train.observe import StepTimer, Watch
+from davae.runs.report import upgrade
+from davae.runs.upgrade import Upgrade
+from davae.train import run_folder as state
+from davae.train.ema import Average
+from davae.train.monitor import StepTimer, Watch
 from davae.train.optimizers import build_optimizer
+from davae.train.random import Draws
+from davae.train.run_folder import RunFolder, new_folder, newest_checkpoint, read_metrics
 from davae.train.setup import make_accelerator
 from davae.train.shares import Share, share_of_step
-from davae.train.state import Interrupted, RunError, RunFolder, new_folder, newest_checkpoint, read_metrics
-from davae.train.upgrade import Upgrade
-from davae.workflow import upgrade
 
 CONFIGS = Path(davae.recipes.__file__).parent / "accelerate"
 FSDP = {

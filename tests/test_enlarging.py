@@ -14,15 +14,15 @@ from PIL import Image
 from upgraded_tiny import BUILDERS, VARIANTS, assembled, upgraded
 
 import davae
-from davae.data.pictures import to_tensor
+from davae.backbones.families.rows import denoiser, transformer_family
+from davae.data.images import to_tensor
 from davae.errors import ModelError
-from davae.models.families import transformer_family
-from davae.models.pipeline import denoiser, pixel_factor, token_side
-from davae.models.resample import downsample
+from davae.pretrained.open import pixel_factor, token_side
 from davae.sample import enlarge
 from davae.sample.lockstep import Left, together
 from davae.sample.upscale import back_projected
 from davae.sample.windows import WindowGrid
+from davae.vae.blocks import downsample
 
 FAST = ("Flux2Transformer2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SDXL")
 
@@ -231,7 +231,7 @@ def test_every_family_enlarges_through_its_own_pipeline(name: str, tmp_path: Pat
 def test_a_class_conditional_velocity_model_enlarges_by_its_callback(tmp_path: Path):
     from conftest import tiny_autoencoder
 
-    from davae.models.lightning_dit import LightningDiT
+    from davae.backbones.lightning_dit import LightningDiT
     from davae.sample.class_conditional import ClassConditionalPipeline
 
     vae = davae.DetailVAE.from_base(tiny_autoencoder(), 8)
@@ -286,7 +286,7 @@ def test_what_cannot_be_done_is_one_line_before_any_work(pipeline, options, line
 
 
 def test_a_base_and_a_scheduler_without_levels_cannot_enlarge(pipeline, tiny_base: Path):
-    from davae.models.pipeline import load_pipeline
+    from davae.pretrained.open import load_pipeline
 
     with pytest.raises(ModelError, match="without a DetailVAE cannot enlarge"):
         davae.upscale(load_pipeline(str(tiny_base)), picture(1, 16, 16))

@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_training import run_cli
 
-import davae.measure
+import davae.evaluate.generation
 from davae import LatentLayout
 from davae.analyze.curves import loss_curves, smooth
-from davae.data.pictures import DataError, to_images, to_tensor
+from davae.data.images import to_images, to_tensor
+from davae.errors import DataError, ModelError
 from davae.evaluate.distribution import Gaussian, compare, frechet_distance, gaussian_distance, stored_gaussian
 from davae.evaluate.features import Features, InceptionFeatures, Lite0Features, extract
 from davae.evaluate.reconstruction import psnr, score_reconstructions, ssim
 from davae.losses.perceptual import Lite0Distance, Lpips
-from davae.models.pipeline import ModelError
+from davae.plan.dry_run import plan, token_plan
 from davae.sample.generate import base_noise, structured_noise
-from davae.train.plan import plan, token_plan
 
 
 def whitened(rows: int, seed: int) -> np.ndarray:
@@ -76,19 +76,19 @@ def test_fid_to_adm_s_reference_is_taken_to_its_stored_statistics(
         def __call__(self, images: torch.Tensor) -> Features:
             return Features(images[:, :, 0, 0])
 
-    monkeypatch.setattr(davae.measure, "make_extractor", lambda name, weights: Corner())
+    monkeypatch.setattr(davae.evaluate.generation, "make_extractor", lambda name, weights: Corner())
     mean, covariance = np.array([0.1, 0.2, 0.3]), np.diag([1.0, 2.0, 3.0])
     pictures = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "reference.npz", arr_0=pictures, mu=mean, sigma=covariance)
     np.savez(tmp_path / "plain.npz", arr_0=pictures)
     np.savez(tmp_path / "odd.npz", arr_0=pictures, mu=mean, sigma=covariance[:2])
     options = {"resolution": 32, "num": None, "features": "inception", "feature_weights": None}
-    found = davae.measure.evaluate_pictures(str(picture_folder), f"{tmp_path}/reference.npz", **options)
-    real = davae.measure.real_pictures(str(picture_folder), 32, 0.0, "train")
+    found = davae.evaluate.generation.evaluate_pictures(str(picture_folder), f"{tmp_path}/reference.npz", **options)
+    real = davae.evaluate.generation.real_pictures(str(picture_folder), 32, 0.0, "train")
     own = Gaussian.of(torch.stack([real[(i, -1)]["image"][:, 0, 0] for i in range(len(real))]))
     assert found["fid"] == pytest.approx(gaussian_distance(own, Gaussian(mean, covariance)))
     assert found["fid_reference"] == "mu and sigma stored in the data"
-    plain = davae.measure.evaluate_pictures(str(picture_folder), f"{tmp_path}/plain.npz", **options)
+    plain = davae.evaluate.generation.evaluate_pictures(str(picture_folder), f"{tmp_path}/plain.npz", **options)
     assert "fid_reference" not in plain
     assert plain["fid"] != found["fid"]
     assert plain["kid"] == found["kid"]
@@ -214,7 +214,7 @@ def test_lpips_equals_the_published_formula(shared: Path):
 
 def test_measuring_sets_on_disk(shared: Path, picture_folder: Path, tmp_path: Path):
     """A folder and an ADM file of the same pictures are at distance 0; LPIPS and rFD through the command line."""
-    from davae.data.pictures import fit_square
+    from davae.data.images import fit_square
     from davae.data.sources import open_source
 
     source = open_source(str(picture_folder), 32)
@@ -322,8 +322,8 @@ FLUX1_DEV = {
 )
 def test_flops_of_known_models_give_the_known_bounds(config: dict, resolution: int, low: float, high: float):
     """SD3.5-M at 1K: 4,096 native tokens against 1,024, a bound of about 4.6 at 333 text tokens; 7.9 at 2K; FLUX.1 3.5."""
-    from davae.models.families import transformer_family
-    from davae.models.pipeline import BaseShapes, patch_size
+    from davae.backbones.families.rows import transformer_family
+    from davae.pretrained.open import BaseShapes, patch_size
 
     name = config["_class_name"]
     family = transformer_family(name)
@@ -338,8 +338,8 @@ def test_plan_counts_what_training_will_train(tiny_base: Path, picture_folder: P
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
     from davae import DetailVAE, expand_transformer
+    from davae.backbones.trainable import choose_trainable
     from davae.recipes import validate
-    from davae.train.stage2 import choose_trainable
 
     recipe = validate(tiny_upgrade_recipe(tiny_base, picture_folder), "tiny")
     figures = plan(recipe).figures  # type: ignore[arg-type]
@@ -356,8 +356,8 @@ def test_a_damaged_picture_is_left_out_not_its_neighbour_measured_twice(tmp_path
         picture(number, 32, 32).save(tmp_path / f"{number}.png")
     whole = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
-    pictures = davae.measure.real_pictures(str(tmp_path), 32, 0.0, "train")
-    found = torch.cat(list(davae.measure.batches(pictures, size=2)))
+    pictures = davae.evaluate.generation.real_pictures(str(tmp_path), 32, 0.0, "train")
+    found = torch.cat(list(davae.evaluate.generation.batches(pictures, size=2)))
     assert len(found) == 3
     assert len({tuple(image.flatten().tolist()) for image in found}) == 3
     assert list(pictures.skipped) == ["2.png"]

@@ -28,12 +28,13 @@ from test_lora import base_lora
 from test_training import fails, run_cli
 
 from davae import DetailVAE
-from davae.models.pipeline import ModelError, load_pipeline
-from davae.ownership import MARK
+from davae.errors import ModelError
+from davae.files.ownership import MARK
+from davae.pretrained.open import load_pipeline
 from davae.publish.hub import push
 from davae.publish.upgrade_file import vae_id
 from davae.recipes import validate
-from davae.train.upgrade import Upgrade
+from davae.runs.upgrade import Upgrade
 
 __all__ = ["class_run"]  # a fixture
 

@@ -10,12 +10,13 @@ import torch
 from family_models import CASES
 
 from davae import expand_transformer
-from davae.models.expand import latent_channels, new_weight_masks
-from davae.models.families import TRANSFORMERS, transformer_family
-from davae.models.pipeline import ModelError, read_shapes
+from davae.backbones.expand import latent_channels, new_weight_masks
+from davae.backbones.families.rows import TRANSFORMERS, transformer_family
+from davae.backbones.trainable import choose_trainable
+from davae.errors import ModelError
+from davae.pretrained.open import read_shapes
+from davae.publish.assemble import apply_upgrade, fuse, save_upgrade
 from davae.recipes.sections import Lora
-from davae.train.export import apply_upgrade, fuse, save_upgrade
-from davae.train.stage2 import choose_trainable
 
 F64 = torch.float64
 ROUNDS = {  # classes that compute in float32 inside, whatever their weights: where sums round differently, this much is left

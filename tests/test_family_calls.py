@@ -15,11 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from davae import DetailVAE, expand_transformer
-from davae.models.calls import CALLS
-from davae.models.expand import latent_channels
-from davae.models.pipeline import (
+from davae.backbones.expand import latent_channels
+from davae.backbones.families import CALLS
+from davae.backbones.families.rows import denoiser
+from davae.plan.dry_run import token_plan
+from davae.pretrained.open import (
     default_resolution,
-    denoiser,
     guidance_arguments,
     literal_prompts,
     load_pipeline,
@@ -27,10 +28,9 @@ from davae.models.pipeline import (
     read_shapes,
     text_arguments,
 )
+from davae.publish.assemble import assemble
 from davae.sample.call import takes_noise
 from davae.sample.generate import generate
-from davae.train.export import assemble
-from davae.train.plan import token_plan
 
 PROMPTS = ["a red square", "a blue square of another length"]
 

@@ -12,12 +12,13 @@ from conftest import picture, tiny_upgrade_recipe
 from family_pipelines import BUILDERS, VARIANTS
 
 import davae
-from davae.models.families import TRANSFORMERS, model_class
-from davae.models.pipeline import default_resolution, load_pipeline, read_shapes
-from davae.recipes import RecipeError, validate
+from davae.backbones.families.rows import TRANSFORMERS, model_class
+from davae.errors import RecipeError
+from davae.pretrained.open import default_resolution, load_pipeline, read_shapes
+from davae.recipes import validate
+from davae.runs.checks import check_recipe
+from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
-from davae.train.checks import check_recipe
-from davae.train.upgrade import Upgrade
 
 
 def test_every_family_that_trains_has_a_builder():

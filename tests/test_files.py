@@ -15,11 +15,19 @@ import torch
 from conftest import tiny_autoencoder, tiny_recipe
 from PIL import Image
 
-from davae import files
 from davae.errors import DataError, DavaeError, ModelError, RecipeError, RunError, UnreadablePicture
-from davae.files import atomic_file, atomic_folder, atomic_text, make_folder, require_space, save_tensors, saving
-from davae.ownership import MARK
-from davae.train.base_text import build_text_encoder, build_tokenizer
+from davae.files import atomic as files
+from davae.files.atomic import (
+    atomic_file,
+    atomic_folder,
+    atomic_text,
+    make_folder,
+    require_space,
+    save_tensors,
+    saving,
+)
+from davae.files.ownership import MARK
+from davae.tasks.text_to_image import build_text_encoder, build_tokenizer
 
 WRITERS = 30
 
@@ -29,10 +37,10 @@ def names(folder: Path) -> list[str]:
 
 
 def test_errors_are_of_one_kind_and_keep_their_bases():
-    from davae.data.pictures import DataError as of_data
-    from davae.models.pipeline import ModelError as of_models
-    from davae.recipes import RecipeError as of_recipes
-    from davae.train.state import RunError as of_runs
+    from davae.errors import DataError as of_data
+    from davae.errors import ModelError as of_models
+    from davae.errors import RecipeError as of_recipes
+    from davae.errors import RunError as of_runs
 
     assert (of_data, of_models, of_recipes, of_runs) == (DataError, ModelError, RecipeError, RunError)
     assert issubclass(DataError, ValueError)
@@ -63,7 +71,7 @@ def test_many_writers_of_one_name_lose_nothing(tmp_path: Path, folder: bool):
 
 def test_processes_write_one_folder_at_once(tmp_path: Path):
     code = (
-        "import sys; from pathlib import Path; from davae.files import atomic_folder\n"
+        "import sys; from pathlib import Path; from davae.files.atomic import atomic_folder\n"
         "for i in range(20):\n"
         "    with atomic_folder(Path(sys.argv[1]) / 'x') as p: (p / 'a').write_text('1'); (p / 'b').write_text('1')"
     )

@@ -11,12 +11,13 @@ import torch
 from conftest import picture
 from safetensors.torch import save_file
 
-from davae.data.cache import CachedLatents, seal
-from davae.data.cache_writer import write_latents, write_text
-from davae.data.finite import stored
-from davae.data.latent_shards import import_shards
-from davae.data.pictures import DataError, Pictures
+from davae.data.images import Pictures
+from davae.data.latent_cache.finite import stored
+from davae.data.latent_cache.import_shards import import_shards
+from davae.data.latent_cache.read import CachedLatents, seal
+from davae.data.latent_cache.write import write_latents, write_text
 from davae.data.sources import open_source
+from davae.errors import DataError
 
 OPTIONS: dict[str, Any] = {"batch_size": 4, "dtype": "float16"}
 

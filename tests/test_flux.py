@@ -11,12 +11,12 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from family_pipelines import BUILDERS
 
 import davae
-from davae.measure import evaluate_generation
-from davae.models.calls.flux import FluxCall
-from davae.models.pipeline import load_pipeline, read_shapes
+from davae.backbones.families.flux import FluxCall
+from davae.evaluate.generation import evaluate_generation
+from davae.pretrained.open import load_pipeline, read_shapes
 from davae.recipes import validate
+from davae.runs.upgrade import Upgrade
 from davae.sample.generate import base_noise, generate
-from davae.train.upgrade import Upgrade
 
 
 @pytest.fixture(scope="module")

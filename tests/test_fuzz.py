@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("davae.train.export")  # imported before the clock of the first input runs
+pytest.importorskip("davae.publish.assemble")  # imported before the clock of the first input runs
 pytest.importorskip("davae.convert.checkpoints")
 
 BENCH = Path(__file__).resolve().parents[1] / "benchmarks" / "fuzz.py"

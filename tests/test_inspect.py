@@ -15,21 +15,22 @@ from family_pipelines import BUILDERS
 from torch import nn
 from typer.testing import CliRunner
 
+from davae.backbones.families import CALLS
+from davae.backbones.families.rows import TRANSFORMERS, model_class
 from davae.cli import app
-from davae.models.autoencoder_families import AUTOENCODERS
-from davae.models.calls import CALLS
-from davae.models.families import TRANSFORMERS, model_class
-from davae.models.offline import readable
-from davae.models.pipeline import BaseShapes, ModelError, load_pipeline, patch_size, read_shapes
-from davae.models.text_encoders import text_encoders
-from davae.recipes import Recipe, RecipeError, load_recipe, shipped_recipes
+from davae.cost.flops import autoencoder_flops, count, count_flops, meta_transformer, transformer_flops
+from davae.cost.memory import LiveBytes, rehearsal, stage2_memory
+from davae.errors import ModelError, RecipeError
+from davae.plan.counted import _count
+from davae.plan.dry_run import check_resolution, plan, token_plan
+from davae.plan.inspect import inspect_model
+from davae.pretrained.offline import readable
+from davae.pretrained.open import BaseShapes, load_pipeline, patch_size, read_shapes
+from davae.pretrained.text_encoders import text_encoders
+from davae.recipes import Recipe, load_recipe, shipped_recipes
 from davae.recipes.sections import Lora, Stage2
-from davae.train.checks import check_recipe
-from davae.train.cost import autoencoder_flops, count_flops, meta_transformer, transformer_flops
-from davae.train.counted import _count
-from davae.train.inspection import inspect_model
-from davae.train.memory import LiveBytes, rehearsal, stage2_memory
-from davae.train.plan import check_resolution, count, plan, token_plan
+from davae.runs.checks import check_recipe
+from davae.vae.base import AUTOENCODERS
 from davae.zoo.presets import find_preset, presets
 
 ROOT = Path(__file__).resolve().parents[1]

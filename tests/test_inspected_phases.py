@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from davae.cli import app
 from davae.latent import LatentLayout
-from davae.models.pipeline import read_shapes
-from davae.train import phases
-from davae.train.inspected_phases import inspected_phases, step_of
-from davae.train.inspection import Inspection
+from davae.plan import phases
+from davae.plan.inspect import Inspection
+from davae.plan.inspected_phases import inspected_phases, step_of
+from davae.pretrained.open import read_shapes
 from davae.zoo import resolve
 
 GIB = 2**30
@@ -39,7 +39,7 @@ def inspection() -> Inspection:
 
 
 def test_the_steps_are_those_of_the_inspection(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("davae.train.phases.rehearsed", lambda *_: GIB)
+    monkeypatch.setattr("davae.plan.phases.rehearsed", lambda *_: GIB)
     found = inspected_phases(inspection())
     assert found is not None
     sizes = {phase.name: phase.device / GIB for phase in found.phases}
@@ -72,8 +72,8 @@ def test_sampling_is_not_rehearsed_twice(monkeypatch: pytest.MonkeyPatch):
 
 def test_inspect_writes_and_prints_the_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(phases, "rehearsed", lambda *_: GIB)
-    monkeypatch.setattr("davae.train.inspection.inspect_model", lambda *_, **__: inspection())
-    monkeypatch.setattr(sys.modules["davae.cli.inspect"], "_show", lambda _: None)
+    monkeypatch.setattr("davae.plan.inspect.inspect_model", lambda *_, **__: inspection())
+    monkeypatch.setattr(sys.modules["davae.commands.inspect"], "_show", lambda _: None)
     file = tmp_path / "found.json"
     shown = CliRunner().invoke(app, ["inspect", "micro", "--resolution", "192", "--json", str(file)])
     assert shown.exit_code == 0, shown.output

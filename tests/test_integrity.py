@@ -11,14 +11,23 @@ import pytest
 import torch
 from conftest import tiny_autoencoder
 
-from davae.checksums import SUMS, check_folder
-from davae.data.cache import CachedLatents, CacheMeta, Team, collate_latents, is_whole, prepare, read_meta, seal
-from davae.data.cache_writer import ChannelStatistics, merge_index, merged_meta, save_latents, write_text
+from davae.data.latent_cache.read import (
+    CachedLatents,
+    CacheMeta,
+    Team,
+    collate_latents,
+    is_whole,
+    prepare,
+    read_meta,
+    seal,
+)
+from davae.data.latent_cache.write import ChannelStatistics, merge_index, merged_meta, save_latents, write_text
 from davae.errors import DataError, ModelError
-from davae.files import model_folder, save_tensors
-from davae.models.autoencoders import load_autoencoder, load_detail_vae
-from davae.models.detail_vae import DetailVAE
-from davae.train.export import read_upgrade
+from davae.files.atomic import model_folder, save_tensors
+from davae.files.checksums import SUMS, check_folder
+from davae.pretrained.autoencoders import load_autoencoder, load_detail_vae
+from davae.publish.assemble import read_upgrade
+from davae.vae.detail_vae import DetailVAE
 
 KEY = {"autoencoder": "a"}
 LATENTS = np.random.default_rng(0).standard_normal((6, 4, 8, 8)).astype(np.float16)
@@ -33,7 +42,7 @@ def flip(path: Path, place: int = -1, bit: int = 3) -> None:
 
 def write_shards(folder: Path) -> CacheMeta:
     """Write two shards of three items; a shard that is there and sound stays."""
-    from davae.data.cache_writer import is_finished
+    from davae.data.latent_cache.write import is_finished
 
     prepare(folder, KEY, Team())
     for number in range(2):
@@ -153,7 +162,7 @@ def test_a_cache_without_checksums_opens(tmp_path: Path, monkeypatch: pytest.Mon
 def test_space_for_a_cache_is_asked_for_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import shutil
 
-    from davae.data import cache_writer
+    from davae.data.latent_cache import write as cache_writer
     from davae.errors import RunError
 
     asked = cache_writer._asking_for_space(lambda images: torch.zeros(2, 4, 8, 8), tmp_path, 1000, 2)
@@ -168,7 +177,7 @@ def test_the_caption_table_is_written_not_mapped(tmp_path: Path):
     """A write into a map of a file on a full disk kills the process; a limit on file sizes stands for the full disk."""
     import resource
 
-    from davae.data.caption_table import pack, write_table
+    from davae.data.latent_cache.captions import pack, write_table
     from davae.errors import RunError
 
     child = os.fork()
@@ -262,7 +271,7 @@ def test_images_parts_and_shards_that_a_power_cut_left_empty_or_cut_are_drawn_ag
 
     from conftest import picture
 
-    from davae.output_files import is_drawn
+    from davae.files.outputs import is_drawn
 
     for name in ("a.png", "a.jpg"):
         picture(0, 16, 16).save(tmp_path / name)

@@ -15,19 +15,20 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from davae import prompting, synthesis
 from davae.data.prompts import read_prompts
-from davae.drawing import sample_to_folder
 from davae.errors import DataError, ModelError, RunError
+from davae.evaluate import prompts as prompting
 from davae.evaluate.reconstruction import score_reconstructions
-from davae.models.pipeline import load_pipeline
-from davae.models.placement import Placement
-from davae.ownership import only_writer
+from davae.files.ownership import only_writer
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.placement import Placement
 from davae.sample import fingerprint as hashing
-from davae.sample.adm import write_samples
+from davae.sample import make_data as synthesis
+from davae.sample.files import sample_to_folder
 from davae.sample.fingerprint import model_fingerprint
 from davae.sample.finite import checked_decoding
 from davae.sample.generate import generate
+from davae.sample.sample_file import write_samples
 
 
 @pytest.fixture

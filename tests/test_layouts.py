@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from davae.data.captions import SourceOptions
+from davae.data.captions.choice import SourceOptions
+from davae.data.captions.texts import MAX_CAPTION, as_label, as_texts, decode_text
 from davae.data.findings import Findings
-from davae.data.pictures import DataError, UnreadablePicture
-from davae.data.shard_names import expand_braces
+from davae.data.shards.names import expand_braces
 from davae.data.sources import open_source
-from davae.data.texts import MAX_CAPTION, as_label, as_texts, decode_text
+from davae.errors import DataError, UnreadablePicture
 from davae.recipes import validate
 
 
@@ -375,8 +375,8 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
         tmp_path / "s" / "a.tar", {os.fsdecode(b"caf\xe9.png"): "", os.fsdecode(b"caf\xe9.txt"): "coffee"}
     )
     assert captions(tarfile_name) == {"a.tar/caf\\xe9": "coffee"}
-    from davae.data.cache_key import hash_pictures
-    from davae.data.pictures import split
+    from davae.data.images import split
+    from davae.data.latent_cache.key import hash_pictures
 
     assert len(split(source, 0.5).train) >= 1
     assert hash_pictures(source, [0, 1])
@@ -529,7 +529,7 @@ def test_compressed_shards_are_found_by_their_first_bytes(
 
 
 def test_a_compression_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("davae.data.tar_index.compr", {})
+    monkeypatch.setattr("davae.data.shards.tar_index.compr", {})
     (tmp_path / "a.tar").write_bytes(b"\x28\xb5\x2f\xfd" + b"x" * 600)
     with pytest.raises(DataError, match="packed with zstd; `pip install zstandard`, or unpack it first"):
         open_source(str(tmp_path / "a.tar"), 8)
@@ -697,7 +697,7 @@ def test_braces(pattern: str, names: list[str]) -> None:
     ],
 )
 def test_absurd_patterns_are_refused_at_once(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("davae.data.shard_names.MAX_SHARDS", 1000)
+    monkeypatch.setattr("davae.data.shards.names.MAX_SHARDS", 1000)
     with pytest.raises(DataError, match="names more than 1,000 shards; use a smaller range"):
         open_source(pattern, 8)
 
@@ -826,8 +826,8 @@ def test_a_messy_download_folder(tmp_path: Path) -> None:
 
 def test_a_touched_or_copied_table_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
-    from davae.data.cache_key import FORMER_DATA, changes, hash_former, hash_pictures
-    from davae.data.pictures import split
+    from davae.data.images import split
+    from davae.data.latent_cache.key import FORMER_DATA, changes, hash_former, hash_pictures
     from davae.data.tables import TableSource, table_content
 
     rows = [{"image": image_bytes(i), "text": "x" * i + "\0", "kind": i} for i in range(6)]
@@ -856,7 +856,7 @@ def test_a_touched_or_copied_table_is_the_same(tmp_path: Path, monkeypatch: pyte
 def test_an_index_of_many_samples_is_kept_and_made_again_when_a_shard_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from davae.data import shard_index
+    from davae.data.shards import index as shard_index
 
     monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shard_index, "KEPT_FROM", 2)

@@ -15,18 +15,18 @@ from torch import Tensor
 
 import davae
 from davae import ClassConditionalPipeline, LatentLayout, LightningDiT, expand_transformer
-from davae.convert import lightningdit
-from davae.losses.detail_warmup import detail_direction_loss
+from davae.backbones.lightning_dit import RotaryEmbedding, grid_positions, rotary_angles
+from davae.backbones.repatch import change_patch
+from davae.backbones.trainable import choose_trainable
+from davae.convert.lightningdit import lightningdit
+from davae.device import compile_blocks
 from davae.losses.flow_matching import direction_loss
-from davae.models.compiling import compile_blocks
-from davae.models.lightning_dit import RotaryEmbedding, grid_positions, rotary_angles
-from davae.models.pipeline import load_pipeline
-from davae.models.repatch import change_patch
+from davae.losses.velocity import detail_direction_loss
+from davae.pretrained.open import load_pipeline
+from davae.publish.assemble import apply_upgrade, save_upgrade
 from davae.recipes.sections import Lora
 from davae.sample import euler_ode
 from davae.sample.ode import SOLVERS, solve_ode, time_grid
-from davae.train.export import apply_upgrade, save_upgrade
-from davae.train.stage2 import choose_trainable
 
 FIXTURE = "fixtures/lightningdit_a.safetensors"
 CONFIGS = {

@@ -10,12 +10,13 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_recipe
 
+from davae.errors import RunError
 from davae.recipes.sections import Optim, Run
-from davae.train.base_text import build_tokenizer
-from davae.train.draws import Draws
+from davae.tasks.stage1 import random_squares
+from davae.tasks.text_to_image import build_tokenizer
 from davae.train.loop import Player, Trainer
-from davae.train.stage1 import random_squares
-from davae.train.state import RunError, RunFolder, read_metrics
+from davae.train.random import Draws
+from davae.train.run_folder import RunFolder, read_metrics
 
 
 class OneWeight:

@@ -18,14 +18,14 @@ from test_families import DETAIL, ROUNDS, by_group, latents
 from test_training import fails, run_cli
 
 from davae import expand_transformer, widen_lora
-from davae.conversion import convert_lora
-from davae.models.expand import latent_channels
-from davae.models.families import TRANSFORMERS, model_class, transformer_family
-from davae.models.pipeline import ModelError
-from davae.publish.folders import loads_lora, lora_layers
+from davae.backbones.expand import latent_channels
+from davae.backbones.families.rows import TRANSFORMERS, model_class, transformer_family
+from davae.backbones.trainable import choose_trainable
+from davae.convert.folders import convert_lora
+from davae.errors import ModelError
+from davae.publish.assemble import without_lora
+from davae.publish.export import loads_lora, lora_layers
 from davae.recipes.sections import Lora
-from davae.train.export import without_lora
-from davae.train.stage2 import choose_trainable
 
 F64 = torch.float64
 NO_LOADER = {

@@ -12,12 +12,13 @@ from conftest import tiny_recipe
 from test_loop import Items
 from torch import nn
 
+from davae.errors import RunError
 from davae.losses.reconstruction import gradient_at
 from davae.recipes.sections import Reconstruction, Run
-from davae.train.adversarial import ReconstructionTrainer
-from davae.train.draws import Draws
+from davae.tasks.reconstruction import ReconstructionTrainer
 from davae.train.loop import Player, Trainer
-from davae.train.state import RunError, RunFolder, newest_checkpoint, read_metrics
+from davae.train.random import Draws
+from davae.train.run_folder import RunFolder, newest_checkpoint, read_metrics
 
 
 class Half(nn.Module):

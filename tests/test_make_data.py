@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from test_training import fails, run_cli
 
-from davae import synthesis
 from davae.data.sources import open_source
-from davae.models.pipeline import load_pipeline
-from davae.models.placement import Placement
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.placement import Placement
+from davae.sample import make_data as synthesis
 from davae.sample.generate import generate
 
 PROMPTS = ["a red square", "a blue disc", "a square"]

@@ -9,14 +9,14 @@ import httpx
 import pytest
 from huggingface_hub import errors
 
-from davae.cli.app import check_free
+from davae.commands.app import check_free
 from davae.convert.checkpoints import load_state
-from davae.errors import ModelError, RunError
-from davae.models import pipeline
-from davae.models.hub_errors import brief, hub_reason
-from davae.recipes import Recipe, RecipeError, load_recipe, shipped_recipes
+from davae.errors import ModelError, RecipeError, RunError
+from davae.plan.dry_run import step_notes
+from davae.pretrained import open as pipeline
+from davae.pretrained.hub_errors import brief, hub_reason
+from davae.recipes import Recipe, load_recipe, shipped_recipes
 from davae.recipes.places import check_places, places
-from davae.train.plan import step_notes
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.ckpt", "x.safetensors"])
@@ -126,7 +126,8 @@ def test_recipes_whose_files_are_elsewhere_are_one_line(name: str, tmp_path: Pat
 
 def test_micro_upgraded_is_known():
     from davae import DetailVAE
-    from davae.measure import model_places, open_autoencoder
+    from davae.evaluate.generation import open_autoencoder
+    from davae.sample.open import model_places
 
     assert isinstance(open_autoencoder("micro-upgraded"), DetailVAE)
     assert len(model_places("micro-upgraded")) == 2

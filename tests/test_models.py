@@ -12,13 +12,13 @@ from diffusers import AutoencoderOobleck, AutoencoderTiny, SD3Transformer2DModel
 from test_autoencoders import TINY
 
 from davae import DetailVAE, expand_transformer
-from davae.models.expand import by_channel, new_weight_masks
-from davae.models.null_tokens import repeat_last_token
-from davae.models.resample import DetailDown, DetailUp, downsample
-from davae.models.warm_start import filter_shares
+from davae.backbones.expand import by_channel, new_weight_masks
+from davae.backbones.null_tokens import repeat_last_token
+from davae.backbones.trainable import choose_trainable
+from davae.publish.assemble import apply_upgrade, fuse, save_upgrade
 from davae.recipes.sections import Lora
-from davae.train.export import apply_upgrade, fuse, save_upgrade
-from davae.train.stage2 import choose_trainable
+from davae.vae.blocks import DetailDown, DetailUp, downsample
+from davae.vae.warm_start import filter_shares
 
 F64 = torch.float64
 SIZES = [(2, 4, False), (2, 12, True), (4, 8, False)]

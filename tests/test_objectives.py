@@ -15,22 +15,23 @@ from family_models import CASES
 from family_pipelines import diffusion
 
 from davae import LatentLayout, expand_transformer, velocity_loss
+from davae.backbones.expand import new_weight_masks
+from davae.backbones.families import CALLS
+from davae.backbones.families.rows import transformer_family
+from davae.errors import ModelError, RecipeError
 from davae.losses import ddpm
 from davae.losses.flow_matching import interpolate, velocity_target
 from davae.losses.min_snr import min_snr_weight
 from davae.losses.x0_ratio import x0_ratio_weight
-from davae.models.calls import CALLS
-from davae.models.expand import new_weight_masks
-from davae.models.families import transformer_family
-from davae.models.pipeline import ModelError, load_scheduler
-from davae.models.placement import send
-from davae.recipes import RecipeError, validate
+from davae.pretrained.open import load_scheduler
+from davae.pretrained.placement import send
+from davae.recipes import validate
 from davae.recipes.sections import FlowOptim, Stage2
-from davae.train.draws import Draws
-from davae.train.objectives import FLOW, Diffusion, Objective, check_timesteps, choose_objective, noise_batch
-from davae.train.progress import ddim, solve
-from davae.train.state import read_metrics
-from davae.train.upgrade import Upgrade
+from davae.runs.upgrade import Upgrade
+from davae.runs.validation import ddim, solve
+from davae.tasks.noising import FLOW, Diffusion, Objective, check_timesteps, choose_objective, noise_batch
+from davae.train.random import Draws
+from davae.train.run_folder import read_metrics
 
 F64 = torch.float64
 SCHEDULERS = {

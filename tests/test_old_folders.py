@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from test_training import run_cli, training_records
 
 from davae import DetailVAE
-from davae.models.autoencoders import load_detail_vae
+from davae.pretrained.autoencoders import load_detail_vae
 from davae.recipes.sections import Cache, Data
-from davae.train.caching import cache_key
+from davae.runs.cache import cache_key
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "run-of-0.1.0.tar.gz"
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from davae import DetailVAE
+from davae.analyze.detail_use import reconstructions
 from davae.cli import app
-from davae.evaluate.detail_use import reconstructions
-from davae.models.memory_budget import OneOnDevice
-from davae.train.encoding import coding_bytes, images_at_a_time
+from davae.dataset.encoding import coding_bytes, images_at_a_time
+from davae.pretrained.memory_budget import OneOnDevice
 
 
 class Moved:
@@ -43,7 +43,7 @@ def test_images_at_a_time_come_from_the_recipe_or_the_plan(monkeypatch: pytest.M
     cpu = torch.device("cpu")
     assert images_at_a_time(None, 16, cpu, lambda: 1) == 16
     assert images_at_a_time(3, 16, cpu, lambda: 1) == 3
-    monkeypatch.setattr("davae.train.encoding.free_bytes", lambda device: 100)
+    monkeypatch.setattr("davae.dataset.encoding.free_bytes", lambda device: 100)
     assert [images_at_a_time(None, 16, cpu, lambda one=one: one) for one in (5, 30, 400)] == [16, 2, 1]
     vae = DetailVAE.from_base(tiny_autoencoder(), 8)
     assert coding_bytes(vae, 32, torch.bfloat16) < coding_bytes(vae, 32, torch.float32)
@@ -70,8 +70,8 @@ def test_evaluate_reconstruction_goes_by_its_batch_size(
         return plain(self, images, *rest, **named)
 
     monkeypatch.setattr(DetailVAE, "encode", counting)
-    monkeypatch.setattr("davae.measure.open_autoencoder", lambda name: vae)
-    monkeypatch.setattr("davae.measure.perceptual_distances", lambda *_: {})
+    monkeypatch.setattr("davae.evaluate.generation.open_autoencoder", lambda name: vae)
+    monkeypatch.setattr("davae.evaluate.generation.perceptual_distances", lambda *_: {})
     command = ["evaluate", "reconstruction", "--vae", "x", "--data", str(tmp_path), "--resolution", "32", *options]
     found = CliRunner().invoke(app, command)
     assert found.exit_code == 0, found.output

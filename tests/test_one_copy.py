@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from davae.train import sharding
-from davae.train.checkpoint import load_optimizer_state, optimizer_state
-from davae.train.state import load_checkpoint
+from davae.train.run_folder import load_checkpoint
+from davae.train.state_dict import load_optimizer_state, optimizer_state
 
 
 def test_processes_that_write_nothing_copy_nothing(monkeypatch: pytest.MonkeyPatch):
@@ -40,7 +40,7 @@ def test_a_checkpoint_is_mapped_and_what_is_loaded_outlives_it(tmp_path: Path, m
     folder = tmp_path / "stage2-00000001"
     folder.mkdir()
     torch.save({"optimizer": optimizer_state(optimizer)}, folder / "state.pt")
-    from davae.checksums import file_sum
+    from davae.files.checksums import file_sum
 
     (folder / "meta.json").write_text(f'{{"stage": "stage2", "step": 1, "crc32": {file_sum(folder / "state.pt")}}}')
     state = load_checkpoint(folder)

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from davae import cli
-from davae.conversion import convert_lora
-from davae.convert import tiny_autoencoder
-from davae.data.latent_shards import read_statistics
+from davae.convert.folders import convert_lora
+from davae.convert.tiny import tiny_autoencoder
+from davae.data.latent_cache.import_shards import read_statistics
 from davae.errors import DataError, ModelError
 
 

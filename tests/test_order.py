@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from davae.data.batches import Batches
 from davae.data.buckets import LEAST_SHARE, bucket_sizes, nearest_bucket
-from davae.data.order import Batches
-from davae.data.pictures import DataError, UnreadablePicture
 from davae.data.sources import survey
+from davae.errors import DataError, UnreadablePicture
 from davae.recipes import load_recipe
 
 

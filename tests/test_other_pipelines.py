@@ -12,8 +12,9 @@ import torch
 from family_pipelines.diffusion import stable_diffusion_xl
 
 from davae import DetailVAE, expand_transformer
-from davae.models.pipeline import denoiser, load_pipeline
-from davae.train.export import assemble
+from davae.backbones.families.rows import denoiser
+from davae.pretrained.open import load_pipeline
+from davae.publish.assemble import assemble
 
 IMAGE, MASK = torch.rand(1, 3, 32, 32), torch.ones(1, 1, 32, 32)
 

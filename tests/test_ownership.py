@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from davae.errors import RecipeError, RunError
-from davae.files import atomic_folder
-from davae.output_files import (
+from davae.files.atomic import atomic_folder
+from davae.files.outputs import (
     check_archive,
     check_figures,
     check_image,
@@ -25,7 +25,7 @@ from davae.output_files import (
     save_image,
     write_figures,
 )
-from davae.ownership import MARK, check_out, check_run, lock_folder, only_writer, unowned
+from davae.files.ownership import MARK, check_out, check_run, lock_folder, only_writer, unowned
 from davae.sample.resume import kept_images
 
 
@@ -309,7 +309,7 @@ def test_weights_and_sample_files_are_written_over_davae_s_alone(tmp_path: Path)
 
 def test_a_lock_ends_with_its_process(tmp_path: Path):
     code = (
-        "import os, sys; from pathlib import Path; from davae.ownership import lock_folder\n"
+        "import os, sys; from pathlib import Path; from davae.files.ownership import lock_folder\n"
         "lock_folder(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9

@@ -13,21 +13,22 @@ import torch
 from typer.testing import CliRunner
 
 from davae.cli import app
+from davae.cost.flops import meta_detail_vae
+from davae.cost.memory import TrainingStep, encode_bytes
+from davae.dataset.encoding import report_precision
+from davae.errors import RecipeError
 from davae.latent import LatentLayout
-from davae.models.memory_budget import Halving, is_out_of_memory, largest_batch
-from davae.models.pipeline import read_shapes
-from davae.recipes import Recipe, RecipeError, load_recipe
+from davae.plan.dry_run import on_hardware
+from davae.plan.phase_facts import ImageFacts, TextFacts, count_images
+from davae.plan.phase_remedies import checked, disk_notes, text_notes
+from davae.plan.phase_sizes import RESERVED, Phase, Sizes
+from davae.plan.phases import Drawn, cache, export, report, stage1, stage2
+from davae.pretrained.memory_budget import Halving, is_out_of_memory, largest_batch
+from davae.pretrained.open import read_shapes
+from davae.recipes import Recipe, load_recipe
 from davae.recipes.hardware import GIB
 from davae.recipes.loading import differences
 from davae.recipes.sections import Cache
-from davae.train.cost import meta_detail_vae
-from davae.train.encoding import report_precision
-from davae.train.memory import TrainingStep, encode_bytes
-from davae.train.phase_facts import ImageFacts, TextFacts, count_images
-from davae.train.phase_remedies import checked, disk_notes, text_notes
-from davae.train.phase_sizes import RESERVED, Phase, Sizes
-from davae.train.phases import Drawn, cache, export, report, stage1, stage2
-from davae.train.plan import on_hardware
 from davae.train.shares import Share
 from davae.zoo import resolve
 
@@ -79,8 +80,8 @@ def sizes(*overrides: str, **changes: Any) -> Sizes:
 
 def test_a_dry_run_writes_and_prints_every_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for stage in ("stage1_memory", "stage2_memory"):  # their rehearsals have tests of their own
-        monkeypatch.setattr(f"davae.train.plan.{stage}", lambda *_, **__: sizes().step1)
-    monkeypatch.setattr("davae.train.phases.drawn", lambda *_, **__: Drawn(GIB, GIB))
+        monkeypatch.setattr(f"davae.plan.dry_run.{stage}", lambda *_, **__: sizes().step1)
+    monkeypatch.setattr("davae.plan.phases.drawn", lambda *_, **__: Drawn(GIB, GIB))
     file = tmp_path / "sub" / "plan.json"
     overrides = [word for value in SMALL for word in ("--set", value)]
     shown = CliRunner().invoke(app, ["upgrade", "micro", "--dry-run", "--json", str(file), *overrides])
@@ -106,7 +107,7 @@ def test_a_dry_run_writes_and_prints_every_phase(tmp_path: Path, monkeypatch: py
 
 
 def test_json_without_a_dry_run_is_one_line(tmp_path: Path):
-    from davae.cli import upgrade as verb
+    from davae.commands import upgrade as verb
 
     with pytest.raises(RecipeError, match=r"--json: .*add --dry-run"):
         verb("micro", out=tmp_path / "run", json=tmp_path / "x.json")
@@ -137,8 +138,8 @@ def test_training_counts_what_lies_on_the_device_and_the_copies_of_a_machine():
 
 def test_the_report_has_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch):
     asked: list[torch.dtype] = []
-    monkeypatch.setattr("davae.train.phases.drawn", lambda s, **_: asked.append(s.precision) or Drawn(GIB, GIB))
-    monkeypatch.setattr("davae.train.phases.encoding", lambda s: asked.append(s.precision) or GIB)
+    monkeypatch.setattr("davae.plan.phases.drawn", lambda s, **_: asked.append(s.precision) or Drawn(GIB, GIB))
+    monkeypatch.setattr("davae.plan.phases.encoding", lambda s: asked.append(s.precision) or GIB)
     for dtype, expected in ((None, torch.float16), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         asked.clear()
         chosen = sizes("run.mixed_precision=fp16", f"report.dtype={dtype or 'null'}")
@@ -279,7 +280,7 @@ def test_images_are_counted_where_they_are(tmp_path: Path):
 
 
 def test_a_folder_still_to_be_made_is_read_from_what_makes_it():
-    from davae.train.plan import with_known_base
+    from davae.plan.dry_run import with_known_base
 
     found, note = with_known_base(recipe(name="imagenette128-gpu"))
     assert found.base.train is not None

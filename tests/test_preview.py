@@ -18,10 +18,10 @@ from diffusers import (
 from upgraded_tiny import assembled
 
 import davae
+from davae.backbones.packed_latents import latent_size, pack_like, unpack_latents
 from davae.errors import ModelError
-from davae.models.base_decoder import dead_leaves, fit_linear, linear_decoder
-from davae.models.packed_latents import latent_size, pack_like, unpack_latents
 from davae.sample.levels import clean_from, clean_of, level_after
+from davae.vae.base_decoder import dead_leaves, fit_linear, linear_decoder
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_the_last_preview_is_the_base_of_the_result(pipeline):
 
 
 def test_what_cannot_be_previewed_is_one_line(pipeline, tiny_base: Path):
-    from davae.models.pipeline import load_pipeline
+    from davae.pretrained.open import load_pipeline
 
     with pytest.raises(ModelError, match="without a DetailVAE"):
         davae.preview(load_pipeline(str(tiny_base)))
@@ -183,7 +183,7 @@ def test_the_base_decoder_is_an_option_of_whole_pipelines(tmp_path: Path):
     from typer.testing import CliRunner
 
     from davae.cli import app
-    from davae.measure import open_autoencoder
+    from davae.evaluate.generation import open_autoencoder
 
     words = ["apply", "micro-upgraded", "--base", "micro", "--out", str(tmp_path / "out"), "--dtype", "float32"]
     for more, has in ((["--base-decoder"], True), ([], False)):

@@ -15,18 +15,19 @@ import torch
 import torch.distributed as dist
 from conftest import picture
 
-from davae.data.cache import CachedLatents, Team, read_meta, seal
-from davae.data.cache_files import latent_shards
-from davae.data.cache_writer import write_latents, write_text
-from davae.data.pictures import DataError, Pictures
+from davae.data.images import Pictures
+from davae.data.latent_cache.files import latent_shards
+from davae.data.latent_cache.read import CachedLatents, Team, read_meta, seal
+from davae.data.latent_cache.write import write_latents, write_text
 from davae.data.sources import open_source
+from davae.dataset.opened import open_pictures
+from davae.errors import DataError
 from davae.recipes.sections import Data
-from davae.train import ranks
+from davae.runs.cache import check_same_key
+from davae.train import distributed as ranks
 from davae.train.best import BEST, Best
-from davae.train.caching import check_same_key
 from davae.train.loop import Periodic, Trainer
-from davae.train.opened import open_pictures
-from davae.train.state import RunFolder
+from davae.train.run_folder import RunFolder
 
 
 def _run(rank: int, count: int, meeting: Path, work: Callable[[int], Any], answers: Any) -> None:

@@ -15,8 +15,8 @@ from conftest import picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from davae.data.pictures import DataError
 from davae.data.prompts import read_prompts
+from davae.errors import DataError, ModelError
 from davae.evaluate.clip import Clip
 from davae.evaluate.geneval import (
     TASKS,
@@ -32,8 +32,8 @@ from davae.evaluate.geneval import (
     scores,
     write_request,
 )
-from davae.models.pipeline import ModelError
-from davae.prompting import evaluate_geneval, evaluate_prompts, stretches
+from davae.evaluate.prompts import evaluate_geneval, evaluate_prompts
+from davae.sample.resume import stretches
 
 
 def test_prompt_files_of_the_benchmarks(shared: Path, tmp_path: Path):
@@ -156,7 +156,7 @@ def test_scores_of_an_official_results_file(tmp_path: Path):
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    from davae.train.base_text import build_tokenizer
+    from davae.tasks.text_to_image import build_tokenizer
 
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -21,9 +21,9 @@ from davae.app.uploads import read_picture
 from davae.data.decoding import decode, header_size
 from davae.data.formats import formats, is_image_name, unused_kind
 from davae.data.openmoji import OpenMoji
-from davae.data.pictures import DataError, UnreadablePicture
 from davae.data.png_metadata import TAIL
 from davae.data.sources import open_source
+from davae.errors import DataError, UnreadablePicture
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1, 2])

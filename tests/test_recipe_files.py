@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from davae.cli.verbs import check_value
-from davae.recipes import RecipeError, load_recipe, validate
+from davae.commands.verbs import check_value
+from davae.errors import RecipeError
+from davae.recipes import load_recipe, validate
 from davae.recipes.schema import BaseRecipe, Recipe, SuperResolutionRecipe
 from davae.recipes.values import read_value, read_yaml
 
@@ -191,7 +192,7 @@ def test_every_verb_checks_its_options() -> None:
     import typer
 
     from davae.cli import app
-    from davae.cli.verbs import Verb
+    from davae.commands.verbs import Verb
 
     def leaves(command: object) -> list[object]:
         inner = getattr(command, "commands", None)

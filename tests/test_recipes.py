@@ -8,7 +8,8 @@ import sys
 import pytest
 import yaml
 
-from davae.recipes import RecipeError, differences, dump_recipe, load_recipe, shipped_recipes, validate
+from davae.errors import RecipeError
+from davae.recipes import differences, dump_recipe, load_recipe, shipped_recipes, validate
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))

@@ -8,12 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from davae.latent import LatentLayout
-from davae.models.expand import expand_transformer
-from davae.models.pipeline import read_shapes
-from davae.recipes.sections import Lora, Stage1, Stage2
-from davae.train.cost import meta_transformer
-from davae.train.memory import (
+from davae.backbones.expand import expand_transformer
+from davae.cost.flops import meta_transformer
+from davae.cost.memory import (
     TrainingStep,
     Undrawn,
     rehearsal,
@@ -21,7 +18,10 @@ from davae.train.memory import (
     stage2_memory,
     transformer_sampling_bytes,
 )
-from davae.train.repeated_blocks import FEW, Repeats, signature
+from davae.cost.repeated_blocks import FEW, Repeats, signature
+from davae.latent import LatentLayout
+from davae.pretrained.open import read_shapes
+from davae.recipes.sections import Lora, Stage1, Stage2
 from davae.zoo import resolve
 
 
@@ -87,7 +87,7 @@ def test_few_blocks_of_a_model_take_as_much_as_all(lora: Lora | None, monkeypatc
         return transformer_sampling_bytes(transformer, 8, 2)
 
     few = [step(accumulation=1), step(accumulation=2)], drawing()
-    monkeypatch.setattr("davae.train.repeated_blocks.UNIFORM", ())
+    monkeypatch.setattr("davae.cost.repeated_blocks.UNIFORM", ())
     whole = [step(accumulation=1), step(accumulation=2)], drawing()
     assert few[1] == whole[1]
     for short, long in zip(few[0], whole[0], strict=True):

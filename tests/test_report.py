@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from davae.analyze.crops import most_different
-from davae.analyze.report import Column, ReportContent, data_uri, write_report, zooms
-from davae.train.times import duration
+from davae.durations import duration
+from davae.runs.crops import most_different
+from davae.runs.report_page import Column, ReportContent, data_uri, write_report, zooms
 
 
 def marked(size: int, box: tuple[int, int, int, int] | None) -> Image.Image:

@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_docs import parse
 from test_training import run_cli
 
-from davae import reproduction
-from davae.recipes import BaseRecipe, Recipe, RecipeError
-from davae.recipes.tables import Scale, ScaleName, Table, load_table, overrides_for, table_names
-from davae.reproduction import (
+from davae.errors import RecipeError
+from davae.lab import reproduce as reproduction
+from davae.lab.reproduce import (
     BaseJob,
     DrawnJob,
     PlannedJob,
@@ -31,7 +30,9 @@ from davae.reproduction import (
     run_job,
     table_rows,
 )
-from davae.reproduction.choose import ONCE
+from davae.lab.reproduce.choose import ONCE
+from davae.lab.reproduce.tables import Scale, ScaleName, Table, load_table, overrides_for, table_names
+from davae.recipes import BaseRecipe, Recipe
 
 
 @pytest.mark.parametrize("scale", ["micro", "gpu", "paper"])
@@ -123,8 +124,8 @@ def tiny_scale(tiny_base: Path, picture_folder: Path, tmp_path: Path, monkeypatc
             ],
         }
     )
-    monkeypatch.setattr("davae.reproduction.choose.load_scale", lambda name: scale)
-    monkeypatch.setattr("davae.reproduction.choose.load_table", lambda name: table)
+    monkeypatch.setattr("davae.lab.reproduce.choose.load_scale", lambda name: scale)
+    monkeypatch.setattr("davae.lab.reproduce.choose.load_table", lambda name: table)
     return tmp_path
 
 
@@ -237,7 +238,7 @@ def test_models_that_are_there_are_drawn_and_timed(
             ],
         }
     )
-    monkeypatch.setattr("davae.reproduction.choose.load_table", lambda name: table)
+    monkeypatch.setattr("davae.lab.reproduce.choose.load_table", lambda name: table)
     results = tiny_scale / "results"
     todo = jobs("tiny", "micro", 2, [])
     assert len({job.key for job in todo}) == 4

@@ -11,12 +11,12 @@ import yaml
 from test_lightning_dit import random_model, small_autoencoder
 
 from davae import ClassConditionalPipeline, DetailVAE
-from davae.data.cache import CachedLatents
-from davae.models.pipeline import load_pipeline
+from davae.data.latent_cache.read import CachedLatents
+from davae.lab.reproduce import BaseJob, finished, jobs, run_job, table_rows, trained_autoencoder
+from davae.lab.reproduce.tables import Scale, Table
+from davae.pretrained.open import load_pipeline
 from davae.recipes import Recipe, load_recipe
-from davae.recipes.tables import Scale, Table
-from davae.reproduction import BaseJob, finished, jobs, run_job, table_rows, trained_autoencoder
-from davae.train.caching import PREPARED_BY
+from davae.runs.cache import PREPARED_BY
 
 SIZES = {"family": "lightningdit", "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 2}
 RUN = {"log_every": 1, "checkpoint_every": 2}
@@ -147,8 +147,8 @@ def tiny_tables(tiny_class_base: Path, classes: Path, tmp_path: Path, monkeypatc
             ],
         }
     )
-    monkeypatch.setattr("davae.reproduction.choose.load_scale", lambda name: scale)
-    monkeypatch.setattr("davae.reproduction.choose.load_table", lambda name: table)
+    monkeypatch.setattr("davae.lab.reproduce.choose.load_scale", lambda name: scale)
+    monkeypatch.setattr("davae.lab.reproduce.choose.load_table", lambda name: table)
     return tmp_path
 
 

@@ -10,15 +10,16 @@ import torch
 from conftest import picture
 from upgraded_tiny import assembled
 
-from davae.data.pictures import to_tensor
-from davae.diffusability import alignment_r2, latent_measures, probe_loss
+from davae.analyze.diffusability import alignment_r2, latent_measures, probe_loss
+from davae.analyze.retention import LEVELS, check_pair, prediction_errors, retention
+from davae.backbones.expand import expand_transformer
+from davae.backbones.families.rows import denoiser
+from davae.data.images import to_tensor
 from davae.errors import ModelError
 from davae.latent import LatentLayout
-from davae.models.detail_vae import DetailVAE
-from davae.models.expand import expand_transformer
-from davae.models.pipeline import denoiser, load_pipeline
-from davae.retention import LEVELS, check_pair, prediction_errors, retention
-from davae.train.export import assemble
+from davae.pretrained.open import load_pipeline
+from davae.publish.assemble import assemble
+from davae.vae.detail_vae import DetailVAE
 
 
 @pytest.fixture(scope="module")

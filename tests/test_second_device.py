@@ -19,7 +19,7 @@ from test_family_upgrades import family_recipe, write_classes
 from test_training import run_cli
 from warm import run
 
-from davae.train.state import read_metrics
+from davae.train.run_folder import read_metrics
 
 DEVICE = Path(__file__).parent / "second_device"
 

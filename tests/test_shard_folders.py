@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from test_layouts import captions, counts, image_bytes, lay, tar
 
-from davae.data.captions import SourceOptions
-from davae.data.pictures import DataError
+from davae.data.captions.choice import SourceOptions
 from davae.data.sources import open_source
+from davae.dataset.look import look_at
+from davae.errors import DataError
 from davae.recipes.sections import Data
-from davae.train.dataset import look_at
 
 
 def table(path: Path, rows: list[dict[str, Any]]) -> None:

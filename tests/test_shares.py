@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 import davae.recipes
-from davae.data.order import Batches, Passes, chosen_workers
+from davae.data.batches import Batches, Passes, chosen_workers
 from davae.errors import RunError
 from davae.recipes import Recipe, load_recipe, shipped_recipes
 from davae.recipes.sections import Hardware, Stage1
-from davae.train.draws import Draws
+from davae.train.random import Draws
 from davae.train.shares import Share, share_of_step
 
 ROOT = Path(__file__).resolve().parents[1]

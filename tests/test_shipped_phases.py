@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from davae.plan.dry_run import plan
+from davae.plan.phase_sizes import DEFAULT_GPU
 from davae.recipes import load_recipe
 from davae.recipes.schema import Recipe
 from davae.recipes.sections import Hardware
-from davae.train.phase_sizes import DEFAULT_GPU
-from davae.train.plan import plan
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["stage1", "cache", "stage2", "export", "report", "sampling"]

@@ -16,12 +16,13 @@ import torch
 from conftest import picture, tiny_upgrade_recipe
 from PIL import Image, ImageCms
 
-from davae.data.captions import SourceOptions, choose
+from davae.data.captions.choice import SourceOptions, choose
 from davae.data.decoding import decode
-from davae.data.pictures import DataError, Pictures, UnreadablePicture, by_kind
+from davae.data.images import Pictures, by_kind
 from davae.data.sources import open_source, survey
-from davae.recipes import RecipeError, validate
-from davae.train.upgrade import Upgrade
+from davae.errors import DataError, RecipeError, UnreadablePicture
+from davae.recipes import validate
+from davae.runs.upgrade import Upgrade
 
 
 def png(image: Image.Image, **options: Any) -> bytes:
@@ -143,7 +144,7 @@ def test_parquet_with_image_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_streams_go_on_at_their_last_whole_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
-    from davae.data import remote
+    from davae.data.shards import remote
 
     monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "SHARD_SIZE", 2)
@@ -243,7 +244,7 @@ def test_a_thousand_pictures_of_which_a_hundred_are_broken(
     run = Upgrade(validate(values, "tiny"), tmp_path / "out", lambda progress: None)  # type: ignore[arg-type]
     run.train_vae()
     run.cache_latents()
-    from davae.data.cache import CachedLatents
+    from davae.data.latent_cache.read import CachedLatents
 
     assert len(CachedLatents(tmp_path / "out" / "cache")) == 900
     summary = json.loads((tmp_path / "out" / "pictures.json").read_text())
@@ -258,7 +259,7 @@ def test_a_thousand_pictures_of_which_a_hundred_are_broken(
 
 
 def test_worker_processes_tell_what_they_skipped(tmp_path: Path) -> None:
-    from davae.data.order import Batches, training_loader
+    from davae.data.batches import Batches, training_loader
 
     for number in range(6):
         picture(number).save(tmp_path / f"{number}.png")
@@ -271,7 +272,7 @@ def test_worker_processes_tell_what_they_skipped(tmp_path: Path) -> None:
 
 
 def test_forked_workers_read_a_tar_that_is_open_already(tmp_path: Path) -> None:
-    from davae.data.order import Batches, training_loader
+    from davae.data.batches import Batches, training_loader
 
     write_tar(tmp_path / "a.tar", {f"{number:03}.png": png(picture(number)) for number in range(200)})
     pictures = Pictures(open_source(str(tmp_path / "a.tar"), 32), range(200), 32)

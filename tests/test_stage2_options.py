@@ -12,14 +12,15 @@ from family_models import CASES
 from safetensors import safe_open
 
 from davae import LatentLayout, expand_transformer
+from davae.backbones.trainable import choose_trainable
 from davae.errors import RecipeError
+from davae.publish.assemble import apply_upgrade, save_upgrade
 from davae.recipes.sections import Lora, Stage2
-from davae.train.conditioning import conditioning
-from davae.train.draws import Draws
-from davae.train.export import apply_upgrade, save_upgrade
-from davae.train.objectives import FLOW
-from davae.train.progress import guided, solve
-from davae.train.stage2 import Stage2Task, choose_trainable
+from davae.runs.validation import guided, solve
+from davae.tasks.conditioning import conditioning
+from davae.tasks.noising import FLOW
+from davae.tasks.stage2 import Stage2Task
+from davae.train.random import Draws
 
 
 def adapted(lora: Lora) -> set[str]:

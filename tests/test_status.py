@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from davae.cli import app, header
-from davae.cli.verbosity import LOG, run_log
+from davae.cli import app
+from davae.commands import header
+from davae.commands.verbosity import LOG, run_log
+from davae.durations import TimeLeft
 from davae.errors import ModelError, RunError
+from davae.plan.expected import Expected, checkpoint_bytes, expect, is_short
 from davae.recipes import Recipe, dump_recipe, load_recipe
-from davae.train.checks import base_shapes
-from davae.train.expected import Expected, checkpoint_bytes, expect, is_short
-from davae.train.state import goal, marker
-from davae.train.status import BARS, read_status, sparkline
-from davae.train.times import TimeLeft, read_times, timed
+from davae.runs.status import BARS, read_status, sparkline
+from davae.tasks.base_model import base_shapes
+from davae.train.run_folder import goal, marker
+from davae.train.times import read_times, timed
 
 
 def micro(*changes: str) -> Recipe:
@@ -189,8 +191,8 @@ def test_the_log_of_a_run_holds_its_messages_and_its_end(tmp_path: Path):
 
 def test_a_header_of_several_processes_starts_no_process_group(monkeypatch: pytest.MonkeyPatch):
     """The training starts it, with its own timeout and engine; a header that did so once made FSDP2's gradients differ."""
-    from davae.cli import header
-    from davae.train.ranks import launched
+    from davae.commands import header
+    from davae.train.distributed import launched
 
     def refuse() -> None:
         raise AssertionError("this starts a process group")

@@ -16,14 +16,14 @@ import torch
 from conftest import tiny_recipe
 from test_loop import OneWeight, train
 
-import davae.files
+import davae.files.atomic
 from davae.errors import Interrupted, RecipeError, RunError
 from davae.recipes import dump_recipe
 from davae.train.best import Best
 from davae.train.locking import PROCESS, RunLock, changing, hold_for_reading, running_process
-from davae.train.observe import peak_memory
+from davae.train.monitor import peak_memory
+from davae.train.run_folder import RunFolder, changed_inputs, newest_checkpoint, read_metrics, set_aside
 from davae.train.signals import check_stop, stop_on_signal
-from davae.train.state import RunFolder, changed_inputs, newest_checkpoint, read_metrics, set_aside
 
 # -- signals -----------------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ def test_a_signal_in_a_stage_s_last_step_stops_the_run(tmp_path: Path, monkeypat
 
 
 def test_a_cache_stops_at_the_next_batch(tmp_path: Path):
-    from davae.train.base_run import BaseRun
+    from davae.runs.base import BaseRun
 
     shown: list[object] = []
     run = BaseRun.__new__(BaseRun)
@@ -75,7 +75,7 @@ def test_a_verb_that_a_signal_ends_leaves_with_130(name: str):
     code = (
         "import davae.cli, sys, time\n"
         "davae.cli._quiet_libraries = lambda: None\n"
-        "davae.cli.app = lambda: (print('ready', flush=True), time.sleep(60))\n"
+        "davae.commands.app = lambda: (print('ready', flush=True), time.sleep(60))\n"
         "sys.argv = ['davae', 'inspect']\n"
         "davae.cli.main()"
     )
@@ -137,7 +137,7 @@ def test_a_file_system_without_locks_is_one_line(
 def test_neither_sampling_nor_training_needs_modules_that_only_unix_has():
     """A module that Windows lacks may be imported where it is used, with another way beside it."""
     unix = {"fcntl", "resource", "pwd", "grp", "termios"}
-    for path in Path(davae.files.__file__).parent.rglob("*.py"):
+    for path in Path(davae.files.atomic.__file__).parent.rglob("*.py"):
         tops = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import)]
         names = {alias.name for node in tops for alias in node.names}
         assert not names & unix or path.parent.name in ("bench", "app"), path

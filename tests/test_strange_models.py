@@ -12,15 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from davae.errors import ModelError, RecipeError
-from davae.models.autoencoders import load_autoencoder
-from davae.models.pipeline import load_part, load_pipeline, load_scheduler, read_config, read_shapes
-from davae.models.stored import Bound, bounded, check_config, check_whole, loading, planned, weight_files
+from davae.files.reading import parse_json, read_json, read_object
+from davae.plan.dry_run import plan
+from davae.pretrained.autoencoders import load_autoencoder
+from davae.pretrained.open import load_part, load_pipeline, load_scheduler, read_config, read_shapes
+from davae.pretrained.stored import Bound, bounded, check_config, check_whole, loading, planned, weight_files
+from davae.publish.assemble import UPGRADE_FILE, check_fit, load_trained, read_details, read_metadata
 from davae.publish.upgrade_file import find_upgrade
-from davae.reading import parse_json, read_json, read_object
 from davae.recipes import load_recipe
-from davae.train.checks import base_shapes, check_init
-from davae.train.export import UPGRADE_FILE, check_fit, load_trained, read_details, read_metadata
-from davae.train.plan import plan
+from davae.runs.checks import check_init
+from davae.tasks.base_model import base_shapes
 from davae.zoo import resolve, resolve_upgrade
 
 

@@ -12,7 +12,6 @@ from conftest import picture, tiny_upgrade_recipe
 from PIL import Image
 from test_training import run_cli
 
-from davae.data.pictures import DataError
 from davae.data.summary import (
     TokenLimit,
     check_captions,
@@ -21,14 +20,14 @@ from davae.data.summary import (
     size_facts,
 )
 from davae.data.survey import keep_sizes, load_sizes, measure_sizes
-from davae.errors import RecipeError, RunError
+from davae.dataset import opened as opened_module
+from davae.dataset.look import check_show, glimpse, look_at
+from davae.dataset.opened import announce, bucket_notes, open_pictures
+from davae.errors import DataError, RecipeError, RunError
 from davae.recipes import load_data, load_recipe, validate
 from davae.recipes.sections import Data, Optim
-from davae.train import opened as opened_module
-from davae.train.dataset import check_show, glimpse, look_at
-from davae.train.opened import announce, bucket_notes, open_pictures
-from davae.train.upgrade import Upgrade
-from davae.workflow import upgrade
+from davae.runs.report import upgrade
+from davae.runs.upgrade import Upgrade
 
 KEYS = {
     *("layout", "images", "captions", "captions_distinct", "captions_empty"),
@@ -89,7 +88,7 @@ def test_a_tokenizer_is_asked_only_about_captions_that_may_be_too_long() -> None
 
 
 def test_words_are_never_more_than_clips_tokens() -> None:
-    from davae.models.text_encoders import token_limits
+    from davae.pretrained.text_encoders import token_limits
     from davae.zoo import resolve
 
     name, tokens, count = token_limits(resolve("micro"), {})[0]

@@ -11,13 +11,13 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from davae.data.cache import CachedLatents, collate_latents, seal
-from davae.data.cache_files import Shard, save_shard
-from davae.data.cache_writer import ChannelStatistics, merge_index, merged_meta, save_latents, write_text
-from davae.data.order import Batches, training_loader
-from davae.data.pictures import DataError
-from davae.data.text_rows import TextShard, bits_of, from_bits, packed
-from davae.train.conditioning import BatchCaption, TextConditioning, of_batch
+from davae.data.batches import Batches, training_loader
+from davae.data.latent_cache.files import Shard, save_shard
+from davae.data.latent_cache.read import CachedLatents, collate_latents, seal
+from davae.data.latent_cache.text_rows import TextShard, bits_of, from_bits, packed
+from davae.data.latent_cache.write import ChannelStatistics, merge_index, merged_meta, save_latents, write_text
+from davae.errors import DataError
+from davae.tasks.conditioning import BatchCaption, TextConditioning, of_batch
 
 LENGTH, WIDTH = 12, 3
 

@@ -25,15 +25,16 @@ from warm import start
 
 from davae import DetailVAE
 from davae.cli import main
-from davae.models.compiling import record_passes
-from davae.models.pipeline import load_pipeline
+from davae.device import record_passes
+from davae.errors import RunError
+from davae.pretrained.open import load_pipeline
+from davae.publish.assemble import load_upgraded
 from davae.recipes import validate
+from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
-from davae.train import state
-from davae.train.export import load_upgraded
+from davae.train import run_folder as state
 from davae.train.loop import learning_rate
-from davae.train.state import RunError, RunFolder, new_folder, read_metrics
-from davae.train.upgrade import Upgrade
+from davae.train.run_folder import RunFolder, new_folder, read_metrics
 
 CHANGES = {"stage1__max_steps": 8, "stage2__max_steps": 8, "run__checkpoint_every": 1}
 

@@ -14,17 +14,18 @@ from family_pipelines import unpacked
 from torch import Tensor
 
 from davae import DetailVAE, expand_transformer
-from davae.models.calls import CALLS, bound
-from davae.models.calls.cogview4 import CogView4Call
-from davae.models.calls.hidream import HiDreamCall
-from davae.models.expand import latent_channels
-from davae.models.families import model_class
-from davae.models.pipeline import load_pipeline, pixel_factor
-from davae.recipes import RecipeError, validate
+from davae.backbones.expand import latent_channels
+from davae.backbones.families import CALLS, bound
+from davae.backbones.families.cogview4 import CogView4Call
+from davae.backbones.families.hidream import HiDreamCall
+from davae.backbones.families.rows import model_class
+from davae.cost.flops import transformer_flops
+from davae.errors import RecipeError
+from davae.pretrained.open import load_pipeline, pixel_factor
+from davae.publish.assemble import assemble
+from davae.recipes import validate
+from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
-from davae.train.cost import transformer_flops
-from davae.train.export import assemble
-from davae.train.upgrade import Upgrade
 
 PROMPT = "a red square"
 HIDREAM = "HiDreamImageTransformer2DModel"

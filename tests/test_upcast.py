@@ -13,9 +13,9 @@ from conftest import tiny_autoencoder
 from family_pipelines.diffusion import stable_diffusion_xl
 
 from davae import DetailVAE, expand_transformer
-from davae.evaluate.detail_use import reconstructions
-from davae.models.overflow import in_range
-from davae.train.export import assemble
+from davae.analyze.detail_use import reconstructions
+from davae.publish.assemble import assemble
+from davae.vae.overflow import in_range
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import davae
 from davae.errors import ModelError, RecipeError, RunError
 from davae.recipes import Recipe, load_recipe
 from davae.recipes.commands import forbid_commands
-from davae.upgrade_run import resolve_recipe
+from davae.runs.upgrade_run import resolve_recipe
 
 SHORT = {
     "stage1__max_steps": 1,

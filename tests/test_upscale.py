@@ -12,11 +12,11 @@ from conftest import picture
 from PIL import Image
 from safetensors.torch import load_file
 
-from davae.data.pictures import to_tensor
+from davae.data.images import to_tensor
+from davae.errors import ModelError
 from davae.evaluate.upscale import make_upscaler
-from davae.models.pipeline import ModelError
+from davae.lab.super_resolution import build_network, train_super_resolution
 from davae.recipes import SuperResolutionRecipe, validate
-from davae.train.super_resolution import build_network, train_super_resolution
 
 COPY = (
     f'{sys.executable} -c "import pathlib, sys; from PIL import Image; '

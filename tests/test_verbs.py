@@ -13,8 +13,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from davae.cli import app, verbosity
-from davae.cli.verbs import ALIASES, HINTS, hint, with_own_names
+from davae.cli import app
+from davae.commands import verbosity
+from davae.commands.verbs import ALIASES, HINTS, hint, with_own_names
 from davae.errors import RecipeError
 
 GROUP: Any = typer.main.get_command(app)
@@ -125,7 +126,7 @@ def test_verbosity():
 
 
 def test_quiet_draws_no_progress(capsys: pytest.CaptureFixture):
-    from davae.display import progress_display, show_lines
+    from davae.console import progress_display, show_lines
     from davae.train.loop import Progress
 
     verbosity.set_verbosity(-1)

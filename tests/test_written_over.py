@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from davae import analysis, drawing
-from davae.cli.sample import image_size
+from davae.analyze import figures as analysis
+from davae.commands.sample import image_size
 from davae.errors import RecipeError, RunError
-from davae.output_files import save_image
+from davae.files.outputs import save_image
+from davae.sample import files as drawing
 
 OPTIONS: dict[str, Any] = {"num": 2, "seed": 1, "steps": 2, "guidance": 2.5, "resolution": None, "batch_size": 4}
 

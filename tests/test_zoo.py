@@ -9,13 +9,14 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from davae.analyze.detail_use import reconstructions
+from davae.cost.flops import count
+from davae.data.images import Pictures, split
 from davae.data.openmoji import OpenMoji, emoji_names
-from davae.data.pictures import Pictures, split
-from davae.evaluate.detail_use import reconstructions
+from davae.evaluate.generation import open_autoencoder
 from davae.evaluate.reconstruction import score_reconstructions
-from davae.measure import open_autoencoder, open_model
 from davae.sample.generate import generate
-from davae.train.plan import count
+from davae.sample.open import open_model
 from davae.zoo import FOLDER, resolve
 
 

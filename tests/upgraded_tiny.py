@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from family_pipelines import BUILDERS, VARIANTS
 
-from davae.models.detail_vae import DetailVAE
-from davae.models.expand import expand_transformer
-from davae.models.pipeline import denoiser, load_pipeline, read_shapes
-from davae.train.export import assemble
+from davae.backbones.expand import expand_transformer
+from davae.backbones.families.rows import denoiser
+from davae.pretrained.open import load_pipeline, read_shapes
+from davae.publish.assemble import assemble
+from davae.vae.detail_vae import DetailVAE
 
 
 def assembled(base: Path) -> Any:

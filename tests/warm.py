@@ -15,13 +15,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PRELOADED = (
-    "davae.workflow",
+    "davae.runs.report",
     "davae.cli",
-    "davae.cli.upgrade",
-    "davae.bench.growth",
-    "davae.bench.stages",
-    "davae.bench.vae",
-    "davae.train.upgrade",
+    "davae.commands.upgrade",
+    "davae.lab.bench.growth",
+    "davae.lab.bench.stages",
+    "davae.lab.bench.vae",
+    "davae.runs.upgrade",
     "davae.sample.generate",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "matplotlib.pyplot",

@@ -12,31 +12,31 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LatentLayout": "davae.latent",
-    "DetailVAE": "davae.models.detail_vae",
-    "DetailErnieImagePipeline": "davae.sample.upgraded_pipelines",
-    "DetailKrea2Pipeline": "davae.sample.upgraded_pipelines",
-    "DetailLongCatImagePipeline": "davae.sample.upgraded_pipelines",
-    "DetailQwenImage21Pipeline": "davae.sample.upgraded_pipelines",
-    "DetailZImagePipeline": "davae.sample.upgraded_pipelines",
-    "LightningDiT": "davae.models.lightning_dit",
-    "PooledAutoencoderTiny": "davae.models.pooled_tiny",
+    "DetailVAE": "davae.vae.detail_vae",
+    "DetailErnieImagePipeline": "davae.backbones.pipelines.upgraded",
+    "DetailKrea2Pipeline": "davae.backbones.pipelines.upgraded",
+    "DetailLongCatImagePipeline": "davae.backbones.pipelines.upgraded",
+    "DetailQwenImage21Pipeline": "davae.backbones.pipelines.upgraded",
+    "DetailZImagePipeline": "davae.backbones.pipelines.upgraded",
+    "LightningDiT": "davae.backbones.lightning_dit",
+    "PooledAutoencoderTiny": "davae.vae.pooled_tiny",
     "ClassConditionalPipeline": "davae.sample.class_conditional",
-    "DetailAuraFlowPipeline": "davae.sample.base_pixels",
-    "DetailLuminaPipeline": "davae.sample.base_pixels",
-    "DetailLumina2Pipeline": "davae.sample.base_pixels",
-    "DetailHunyuanDiTPipeline": "davae.sample.ddpm_pipelines",
-    "DetailPixArtAlphaPipeline": "davae.sample.ddpm_pipelines",
-    "DetailPixArtSigmaPipeline": "davae.sample.ddpm_pipelines",
-    "expand_transformer": "davae.models.expand",
-    "widen_lora": "davae.models.lora",
-    "upgrade": "davae.upgrade_run",
-    "load": "davae.upgrade_run",
-    "UpgradeRun": "davae.upgrade_run",
+    "DetailAuraFlowPipeline": "davae.backbones.pipelines.base_pixels",
+    "DetailLuminaPipeline": "davae.backbones.pipelines.base_pixels",
+    "DetailLumina2Pipeline": "davae.backbones.pipelines.base_pixels",
+    "DetailHunyuanDiTPipeline": "davae.backbones.pipelines.ddpm",
+    "DetailPixArtAlphaPipeline": "davae.backbones.pipelines.ddpm",
+    "DetailPixArtSigmaPipeline": "davae.backbones.pipelines.ddpm",
+    "expand_transformer": "davae.backbones.expand",
+    "widen_lora": "davae.backbones.lora",
+    "upgrade": "davae.runs.upgrade_run",
+    "load": "davae.runs.upgrade_run",
+    "UpgradeRun": "davae.runs.upgrade_run",
     "Progress": "davae.train.loop",
     "group_mean": "davae.losses.alignment",
     "alignment_loss": "davae.losses.alignment",
-    "detail_weight": "davae.losses.detail_warmup",
-    "velocity_loss": "davae.losses.detail_warmup",
+    "detail_weight": "davae.losses.velocity",
+    "velocity_loss": "davae.losses.velocity",
     "preview": "davae.sample.preview",
     "upscale": "davae.sample.upscale",
     # diffusers looks a pipeline component's loader up on the library that model_index.json names: this one
@@ -75,32 +75,36 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from davae.latent import LatentLayout
-    from davae.losses.alignment import alignment_loss, group_mean
-    from davae.losses.detail_warmup import detail_weight, velocity_loss
-    from davae.models.detail_vae import DetailVAE
-    from davae.models.expand import expand_transformer
-    from davae.models.lightning_dit import LightningDiT
-    from davae.models.lora import widen_lora
-    from davae.models.pooled_tiny import PooledAutoencoderTiny
-    from davae.sample.base_pixels import DetailAuraFlowPipeline, DetailLumina2Pipeline, DetailLuminaPipeline
-    from davae.sample.class_conditional import ClassConditionalPipeline
-    from davae.sample.ddpm_pipelines import (
+    from davae.backbones.expand import expand_transformer
+    from davae.backbones.lightning_dit import LightningDiT
+    from davae.backbones.lora import widen_lora
+    from davae.backbones.pipelines.base_pixels import (
+        DetailAuraFlowPipeline,
+        DetailLumina2Pipeline,
+        DetailLuminaPipeline,
+    )
+    from davae.backbones.pipelines.ddpm import (
         DetailHunyuanDiTPipeline,
         DetailPixArtAlphaPipeline,
         DetailPixArtSigmaPipeline,
     )
-    from davae.sample.preview import preview
-    from davae.sample.upgraded_pipelines import (
+    from davae.backbones.pipelines.upgraded import (
         DetailErnieImagePipeline,
         DetailKrea2Pipeline,
         DetailLongCatImagePipeline,
         DetailQwenImage21Pipeline,
         DetailZImagePipeline,
     )
+    from davae.latent import LatentLayout
+    from davae.losses.alignment import alignment_loss, group_mean
+    from davae.losses.velocity import detail_weight, velocity_loss
+    from davae.runs.upgrade_run import UpgradeRun, load, upgrade
+    from davae.sample.class_conditional import ClassConditionalPipeline
+    from davae.sample.preview import preview
     from davae.sample.upscale import upscale
     from davae.train.loop import Progress
-    from davae.upgrade_run import UpgradeRun, load, upgrade
+    from davae.vae.detail_vae import DetailVAE
+    from davae.vae.pooled_tiny import PooledAutoencoderTiny
 
 
 def __getattr__(name: str) -> Any:

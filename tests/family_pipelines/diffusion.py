@@ -15,7 +15,7 @@ from family_models import CASES
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 from davae import ClassConditionalPipeline, LightningDiT
-from davae.train.base_text import build_text_encoder
+from davae.tasks.text_to_image import build_text_encoder
 from family_pipelines.parts import clip_encoder, clip_tokenizer
 
 WIDTH = 16  # of every text encoder

@@ -29,7 +29,7 @@ from diffusers import (
 from family_models import CASES
 from transformers import Qwen2VLImageProcessor, Qwen3ForCausalLM, Qwen3Model, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-from davae.train.base_text import build_silent_t5, build_silent_tokenizer
+from davae.tasks.text_to_image import build_silent_t5, build_silent_tokenizer
 from family_pipelines.parts import (
     chat_tokenizer,
     clip_encoder,

@@ -22,7 +22,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from davae.train.base_text import build_text_encoder, build_tokenizer
+from davae.tasks.text_to_image import build_text_encoder, build_tokenizer
 
 PROMPTS = ["a red square", "a blue square"]
 # contents are strings, or lists of typed parts

@@ -23,7 +23,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from davae.train.base_text import build_text_encoder
+from davae.tasks.text_to_image import build_text_encoder
 from family_pipelines.parts import clip_tokenizer, word_tokenizer
 
 WIDTH = 8  # of every text encoder: what the tiny transformers of family_models take

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from davae.analyze.figure import to_png
+from davae.evaluate.figure import to_png
 
 SHOWN = {
     "stage1": ("l1", "lpips", "align", "kl", "adversarial"),

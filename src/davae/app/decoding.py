@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from davae.data.decoding import decode, header_size
-from davae.data.pictures import UnreadablePicture
+from davae.errors import UnreadablePicture
 
 SECONDS = 20  # for one image, of the clock and of the processor
 MEMORY = 2 * 2**30  # bytes that decoding one image may add

@@ -13,14 +13,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from PIL import Image
 
-from davae.analyze.crops import enlarged, most_different
-from davae.app.models import LOCK, Pair, Stopped, watched
+from davae.app.pair import LOCK, Pair, Stopped, watched
 from davae.app.uploads import MAX_PROMPT, MAX_SECONDS, MAX_STEPS
+from davae.backbones.families.rows import denoiser
+from davae.errors import ModelError
 from davae.evaluate.throughput import image_tokens
-from davae.measure import check_classes
-from davae.models.pipeline import ModelError, denoiser
+from davae.runs.crops import enlarged, most_different
 from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.generate import generate
+from davae.sample.open import check_classes
 
 ENLARGED, NATIVE, UPGRADED = WAYS = ("base, enlarged", "base, native", "upgraded")
 

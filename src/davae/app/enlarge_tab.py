@@ -9,11 +9,11 @@ from typing import Any
 import gradio as gr
 
 from davae.app import enlarging, forms
-from davae.app.models import Pair, Stopped
+from davae.app.pair import Pair, Stopped
 from davae.app.tabs import COMPUTE, STOPPED, USERS, slider_of_two, status_of, stops
 from davae.app.turns import Turns, arrival_of
 from davae.app.uploads import MAX_PROMPT, MAX_STEPS, read_picture, uploaded
-from davae.models.classes import goes_by_class
+from davae.backbones.classes import goes_by_class
 
 
 def enlarge_tab(pair: Pair, folder: Path) -> None:

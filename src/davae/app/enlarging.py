@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from davae.app.models import LOCK, Pair, Stopped, watched
+from davae.app.pair import LOCK, Pair, Stopped, watched
 from davae.app.uploads import MAX_SECONDS
+from davae.backbones.families.rows import denoiser
 from davae.errors import ModelError
-from davae.models.pipeline import denoiser
 from davae.sample.upscale import upscale, window_count
 
 MOST_WINDOWS = 256  # of one image: what a visitor may take of the machine

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from davae.train.counted import counted
+from davae.plan.counted import counted
 
 
 def inspection(model: str, resolution: int, scale: int) -> tuple[list[list[str]], str]:

@@ -24,13 +24,13 @@ from davae.app.enlarge_tab import enlarge_tab
 from davae.app.forms import plain
 from davae.app.guard import Guard
 from davae.app.limits import Bounds
-from davae.app.models import Pair
+from davae.app.pair import Pair
 from davae.app.roots import Roots, label
 from davae.app.tabs import generate_tab, inspect_tab, reconstruct_tab
 from davae.app.train_tab import train_tab
 from davae.app.training import Trainings
 from davae.app.uploads import MAX_BYTES
-from davae.display import console
+from davae.console import console
 from davae.errors import RunError
 
 QUEUE = 32  # events that may wait; the next is refused

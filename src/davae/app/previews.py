@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from PIL import Image
 
-from davae.app.models import LOCK
-from davae.data.pictures import to_images
-from davae.models.autoencoders import load_detail_vae
-from davae.models.classes import goes_by_class
-from davae.models.detail_vae import DetailVAE
-from davae.models.expand import expand_transformer
-from davae.models.pipeline import denoiser, load_pipeline
+from davae.app.pair import LOCK
+from davae.backbones.classes import goes_by_class
+from davae.backbones.expand import expand_transformer
+from davae.backbones.families.rows import denoiser
+from davae.backbones.trainable import choose_trainable
+from davae.data.images import to_images
+from davae.dataset.opened import open_pictures
+from davae.errors import RunError
+from davae.pretrained.autoencoders import load_detail_vae
+from davae.pretrained.open import load_pipeline
+from davae.publish.assemble import assemble, fuse
 from davae.recipes import Recipe, load_recipe
 from davae.sample.generate import generate
-from davae.train.checks import base_shapes, bucket_step
-from davae.train.export import assemble, fuse
-from davae.train.opened import open_pictures
-from davae.train.stage2 import choose_trainable
-from davae.train.state import RunError, load_checkpoint
+from davae.tasks.base_model import base_shapes, bucket_step
+from davae.train.run_folder import load_checkpoint
+from davae.vae.detail_vae import DetailVAE
 from davae.zoo import resolve
 
 PICTURES = 4

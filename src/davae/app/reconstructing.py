@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from davae.app.models import LOCK, Pair
-from davae.data.pictures import fit_square, to_images, to_tensor
-from davae.evaluate.detail_use import decode_faded, reconstructions
-from davae.models.detail_vae import DetailVAE
-from davae.models.pipeline import ModelError
+from davae.analyze.detail_use import decode_faded, reconstructions
+from davae.app.pair import LOCK, Pair
+from davae.data.images import fit_square, to_images, to_tensor
+from davae.errors import ModelError
 from davae.sample.finite import check_reconstruction
+from davae.vae.detail_vae import DetailVAE
 
 ERROR_SHOWN = 0.25  # mean absolute error of a pixel, of a range of 1, that the error map shows brightest
 

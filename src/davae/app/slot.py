@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from davae.errors import RunError
-from davae.reading import load_json, whole_number
+from davae.files.reading import load_json, whole_number
 
 FILE = ".training"
 

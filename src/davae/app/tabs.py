@@ -14,7 +14,7 @@ import torch
 from davae.app import drawing, forms, reconstructing
 from davae.app.forms import line_of, plain
 from davae.app.inspection import inspection
-from davae.app.models import Pair, Stopped
+from davae.app.pair import Pair, Stopped
 from davae.app.roots import Roots, label
 from davae.app.turns import Turns, arrival_of
 from davae.app.uploads import MAX_PROMPT, MAX_STEPS, read_picture, uploaded

@@ -19,10 +19,11 @@ from davae.app import slot
 from davae.app.forms import shown, without_folders
 from davae.app.limits import is_below
 from davae.app.uploads import MAX_TRAINING_STEPS, store_pictures
-from davae.files import atomic_text
-from davae.recipes import Recipe, RecipeError, dump_recipe, load_recipe, shipped_recipes
+from davae.errors import RecipeError, RunError
+from davae.files.atomic import atomic_text
+from davae.recipes import Recipe, dump_recipe, load_recipe, shipped_recipes
 from davae.train.locking import running_process
-from davae.train.state import RunError, read_metrics
+from davae.train.run_folder import read_metrics
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 GONE = "this training has no folder; start it first"

@@ -11,7 +11,7 @@ from PIL import Image
 from davae.app.decoding import decode_apart
 from davae.app.limits import is_below
 from davae.data.formats import is_image_name
-from davae.data.pictures import DataError, UnreadablePicture
+from davae.errors import DataError, UnreadablePicture
 
 MAX_BYTES = 20 * 2**20  # of one file
 MAX_SIDE = 12_000  # pixels

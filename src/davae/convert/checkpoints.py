@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from davae.models.hub_errors import brief
-from davae.models.pipeline import ModelError
+from davae.errors import ModelError
+from davae.pretrained.hub_errors import brief
 
 State = dict[str, Tensor]
 WRAPPERS = ("ema", "model", "state_dict")  # where training scripts keep the weights, the average first

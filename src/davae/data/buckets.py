@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from davae.data.pictures import DataError
+from davae.errors import DataError
 
 Tokens = Literal["exact", "at_most"]
 LEAST_SHARE = 0.95  # of the square's tokens, for `at_most`

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from davae.data.pictures import DataError
+from davae.errors import DataError
 
 SPLIT = re.compile(
     r"(train|training|val|valid|validation|dev|test|testing|eval|holdout)(?:[_-]?(?:set|split|data|images))?[_-]?\d*",

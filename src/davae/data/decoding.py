@@ -19,8 +19,8 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from davae.data.formats import open_image
-from davae.data.pictures import DataError, UnreadablePicture
 from davae.data.png_metadata import png_metadata
+from davae.errors import DataError, UnreadablePicture
 
 logger = logging.getLogger(__name__)
 

@@ -13,18 +13,18 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from davae.data.captions import SourceOptions
+from davae.data.captions.choice import SourceOptions
+from davae.data.captions.matching import Kind
+from davae.data.captions.sidecars import TABLE_OPTIONS, Sidecars
 from davae.data.classes import choose_split, class_names, split_note, split_points
-from davae.data.copies import cache_folder
 from davae.data.decoding import decode, header_size
 from davae.data.findings import Findings, Tally, add_to, printable
 from davae.data.folder import FolderSource
-from davae.data.matching import Kind
 from davae.data.npz import NpzSource, map_npz
-from davae.data.pictures import DataError
-from davae.data.shard_index import index_shards
-from davae.data.sidecars import TABLE_OPTIONS, Sidecars
-from davae.data.tar_index import KINDS, index_tar, plain_shard, read_place
+from davae.data.shards.copies import cache_folder
+from davae.data.shards.index import index_shards
+from davae.data.shards.tar_index import KINDS, index_tar, plain_shard, read_place
+from davae.errors import DataError
 
 __all__ = ["TABLE_OPTIONS", "FolderSource", "NpzSource", "TarSource", "index_tar", "map_npz"]
 

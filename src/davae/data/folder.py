@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from davae.data.captions import SourceOptions, choose, usual_keys
+from davae.data.captions.choice import SourceOptions, choose, usual_keys
+from davae.data.captions.image_names import ImageNames
+from davae.data.captions.lists import CAPTION, LABEL, read_lists
+from davae.data.captions.matching import Kind, Matched, is_hidden, match, part_folders, stem
+from davae.data.captions.metadata import read_metadata
+from davae.data.captions.parallel import Owner, assign_parallel
+from davae.data.captions.sidecars import TABLE_OPTIONS, Sidecars
+from davae.data.captions.texts import UnreadableCaption, as_label, as_texts, clean
 from davae.data.classes import captions_of_classes, choose_split, class_names, order_note, split_note
 from davae.data.decoding import decode, header_size
 from davae.data.findings import Findings, Tally, add_to, printable
 from davae.data.formats import image_endings, is_image_name
-from davae.data.image_names import ImageNames
-from davae.data.lists import CAPTION, LABEL, read_lists
-from davae.data.matching import Kind, Matched, is_hidden, match, part_folders, stem
-from davae.data.metadata import read_metadata
-from davae.data.parallel import Owner, assign_parallel
-from davae.data.pictures import DataError
-from davae.data.sidecars import TABLE_OPTIONS, Sidecars
-from davae.data.texts import UnreadableCaption, as_label, as_texts, clean
+from davae.errors import DataError
 
 
 def walk(root: Path, unused: dict[str, Tally]) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
-from davae.data.pictures import UnreadablePicture
+from davae.errors import UnreadablePicture
 
 # No format that runs a program (EPS through Ghostscript) or that is meant for something else than images.
 ALLOWED = frozenset(("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM"))

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from davae.data.captions import SourceOptions
+from davae.data.captions.choice import SourceOptions
+from davae.data.captions.sidecars import TABLE_OPTIONS
 from davae.data.findings import Findings
-from davae.data.pictures import DataError
-from davae.data.sidecars import TABLE_OPTIONS
+from davae.errors import DataError
 
 UNPACKED = (
     1 << 31

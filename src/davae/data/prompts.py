@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from davae.data.pictures import DataError
-from davae.data.texts import MAX_CAPTION, decode_text
-from davae.reading import load_json
+from davae.data.captions.texts import MAX_CAPTION, decode_text
+from davae.errors import DataError
+from davae.files.reading import load_json
 
 logger = logging.getLogger(__name__)
 

@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from davae.data.buckets import nearest_bucket
-from davae.data.captions import SourceOptions
-from davae.data.commands import PIPE
+from davae.data.captions.choice import SourceOptions
 from davae.data.files import TABLE_OPTIONS, NpzSource, TarSource
-from davae.data.pictures import DataError, PictureSource, counted, target_name
-from davae.data.remote import is_remote, open_remote
-from davae.data.shard_folder import open_file, open_folder, open_table
-from davae.data.shard_names import expand_braces, expand_shards, is_shard
+from davae.data.images import PictureSource, counted, target_name
+from davae.data.shards.commands import PIPE
+from davae.data.shards.folder import open_file, open_folder, open_table
+from davae.data.shards.names import expand_braces, expand_shards, is_shard
+from davae.data.shards.remote import is_remote, open_remote
 from davae.data.survey import Sizes, measure_sizes
+from davae.errors import DataError
 
 logger = logging.getLogger(__name__)
 

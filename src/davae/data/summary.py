@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from davae.data.findings import Tally, add_to
-from davae.data.pictures import DataError, PictureSource, by_kind, spread
-from davae.errors import UnreadableImage
+from davae.data.images import PictureSource, by_kind, spread
+from davae.errors import DataError, UnreadableImage
 
 READ = 100_000  # captions and classes that a summary reads; of a larger set it reads this many, spread over all
 NAMED = 3  # names shown of each reason

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from davae.data.equal import FileImages, equal_images
-from davae.data.pictures import PictureSource, UnreadablePicture
-from davae.errors import RunError
-from davae.files import atomic_file
-from davae.reading import load_json
+from davae.data.images import PictureSource
+from davae.errors import RunError, UnreadablePicture
+from davae.files.atomic import atomic_file
+from davae.files.reading import load_json
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from davae.data.captions import SourceOptions, choose, usual_keys
+from davae.data.captions.choice import SourceOptions, choose, usual_keys
+from davae.data.captions.texts import as_label, clean
 from davae.data.classes import split_note
 from davae.data.decoding import decode, header_size
 from davae.data.findings import Findings
-from davae.data.pictures import DataError
-from davae.data.texts import as_label, clean
+from davae.errors import DataError
 
 SHOWN = 12  # columns in a note
 ENDS = 1 << 16  # bytes of a parquet file's beginning and end that are hashed

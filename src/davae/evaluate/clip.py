@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from davae.models.placement import own_device
-from davae.models.processors import load_processor
-from davae.models.stored import load_component
+from davae.pretrained.placement import own_device
+from davae.pretrained.processors import load_processor
+from davae.pretrained.stored import load_component
 
 
 class Clip:

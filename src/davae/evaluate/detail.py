@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from davae.data.pictures import DataError
+from davae.errors import DataError
 from davae.evaluate.distribution import Gaussian, compare, frechet_distance
 from davae.evaluate.features import Extractor, Features, joined
 

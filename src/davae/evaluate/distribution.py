@@ -13,7 +13,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from davae.data.pictures import DataError
+from davae.errors import DataError
 from davae.evaluate.features import Features
 
 LEAST = 4  # pictures a side: precision and recall look at three neighbours

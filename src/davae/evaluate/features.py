@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from davae.errors import ModelError
 from davae.losses.perceptual import lite0_input, lite0_network
-from davae.models.pipeline import ModelError
-from davae.models.placement import own_device
+from davae.pretrained.placement import own_device
 
 
 @dataclass(frozen=True)

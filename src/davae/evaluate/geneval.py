@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from davae.data.decoding import read_image
+from davae.errors import ModelError
 from davae.evaluate.clip import Clip
-from davae.files import atomic_text, saving
-from davae.models.pipeline import ModelError
-from davae.models.placement import own_device
-from davae.models.processors import load_processor
-from davae.models.stored import load_component
-from davae.reading import load_json, read_object
+from davae.files.atomic import atomic_text, saving
+from davae.files.reading import load_json, read_object
+from davae.pretrained.placement import own_device
+from davae.pretrained.processors import load_processor
+from davae.pretrained.stored import load_component
 
 logger = logging.getLogger(__name__)
 

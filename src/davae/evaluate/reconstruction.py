@@ -10,10 +10,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from davae.errors import ModelError
 from davae.evaluate.distribution import frechet_distance
 from davae.evaluate.features import Extractor
 from davae.losses.perceptual import Lite0Distance, Lpips
-from davae.models.pipeline import ModelError
 from davae.sample.finite import check_reconstruction
 
 WINDOW = 11  # pixels: SSIM's Gaussian

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from davae.models.pipeline import denoiser, token_side
+from davae.backbones.families.rows import denoiser
+from davae.pretrained.open import token_side
 from davae.sample.call import call_pipeline
 
 

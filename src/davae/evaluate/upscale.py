@@ -18,9 +18,10 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from davae.data.decoding import read_image
-from davae.data.pictures import to_images, to_tensor
-from davae.models.pipeline import ModelError, load_pipeline
-from davae.models.placement import own_device
+from davae.data.images import to_images, to_tensor
+from davae.errors import ModelError
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.placement import own_device
 from davae.sample.upscale import check_enlarging, upscale
 
 FILTERS = {

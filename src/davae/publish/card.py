@@ -16,9 +16,10 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 import davae
+from davae.backbones.families.rows import model_class, transformer_family
 from davae.data.openmoji import CREDIT
-from davae.models.families import model_class, transformer_family
-from davae.models.pipeline import HUB_ID, MissingPart, ModelError, fetch_file, read_config
+from davae.errors import ModelError
+from davae.pretrained.open import HUB_ID, MissingPart, fetch_file, read_config
 from davae.publish.escape import as_code, as_prose, encodable, fence, one_line
 from davae.recipes import Recipe
 from davae.zoo import MODELS

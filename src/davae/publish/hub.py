@@ -8,9 +8,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from davae.models.pipeline import HUB_ID, ModelError
-from davae.train.export import UPGRADE_FILE
-from davae.train.state import RunError
+from davae.errors import ModelError, RunError
+from davae.pretrained.open import HUB_ID
+from davae.publish.assemble import UPGRADE_FILE
 
 
 def push(folder: Path, repo_id: str, *, public: bool = False, message: str | None = None) -> str:

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from davae.files import save_tensors
-from davae.models.detail_vae import DetailVAE
-from davae.models.one_frame import encode_mode
-from davae.models.pipeline import HUB_ID, ModelError, fetch_file
-from davae.models.resample import downsample
-from davae.models.stored import check_component
-from davae.reading import read_object
-from davae.train.export import UPGRADE_FILE, read_details, read_metadata, read_upgrade
+from davae.errors import ModelError
+from davae.files.atomic import save_tensors
+from davae.files.reading import read_object
+from davae.pretrained.open import HUB_ID, fetch_file
+from davae.pretrained.stored import check_component
+from davae.publish.assemble import UPGRADE_FILE, read_details, read_metadata, read_upgrade
+from davae.vae.blocks import downsample
+from davae.vae.detail_vae import DetailVAE
+from davae.vae.frames import encode_mode
 from davae.zoo import resolve_upgrade
 
 VAE_FOLDER = "vae"  # beside the upgrade file

@@ -10,16 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.models.calls import CALLS
-from davae.models.classes import class_count, class_number
-from davae.models.pipeline import (
-    ModelError,
-    denoiser,
-    guidance_arguments,
-    literal_prompts,
-    pixel_factor,
-    text_arguments,
-)
+from davae.backbones.classes import class_count, class_number
+from davae.backbones.families import CALLS
+from davae.backbones.families.rows import denoiser
+from davae.errors import ModelError
+from davae.pretrained.open import guidance_arguments, literal_prompts, pixel_factor, text_arguments
 from davae.sample.finite import checked_decoding
 
 DIT_NULL = 1000  # the null class that DiTPipeline has in its code

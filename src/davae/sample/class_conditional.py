@@ -13,11 +13,11 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from davae.models.autoencoder_families import base_statistics
-from davae.models.classes import find_class
-from davae.models.lightning_dit import LightningDiT
-from davae.models.pipeline import pixel_factor
+from davae.backbones.classes import find_class
+from davae.backbones.lightning_dit import LightningDiT
+from davae.pretrained.open import pixel_factor
 from davae.sample.ode import GuidedModel, OnStep, solve_ode, stepped, time_grid
+from davae.vae.base import base_statistics
 
 OnStepEnd = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
 

@@ -13,11 +13,11 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from davae.backbones.expand import CLEAN_BASE
+from davae.backbones.families.rows import denoiser
+from davae.backbones.packed_latents import pack_like, unpack_latents
 from davae.errors import ModelError
 from davae.latent import LatentLayout
-from davae.models.expand import CLEAN_BASE
-from davae.models.packed_latents import pack_like, unpack_latents
-from davae.models.pipeline import denoiser
 from davae.sample.call import at_a_time, call_pipeline
 from davae.sample.levels import Level, level_after
 from davae.sample.lockstep import Exchange, Left, together

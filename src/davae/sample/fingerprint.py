@@ -9,12 +9,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from davae.data.cache_key import fingerprint
-from davae.data.remote import cache_folder
+from davae.data.latent_cache.key import fingerprint
+from davae.data.shards.remote import cache_folder
 from davae.errors import RunError
-from davae.files import atomic_text
-from davae.models.pipeline import HUB_ID, fetch_file
-from davae.reading import load_json
+from davae.files.atomic import atomic_text
+from davae.files.reading import load_json
+from davae.pretrained.open import HUB_ID, fetch_file
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.models.pipeline import ModelError
+from davae.errors import ModelError
 
 SHOWN = 60  # characters of a prompt in a message
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from davae.errors import ModelError
 from davae.latent import LatentLayout
-from davae.models.autoencoder_families import base_channels
-from davae.models.detail_vae import DetailVAE
-from davae.models.pipeline import ModelError, default_resolution, pixel_factor, token_side
+from davae.pretrained.open import default_resolution, pixel_factor, token_side
 from davae.sample.call import at_a_time, call_pipeline, takes_noise
 from davae.sample.preview import Preview, watching
+from davae.vae.base import base_channels
+from davae.vae.detail_vae import DetailVAE
 
 BASE, DETAIL, STEPS = 0, 1, 1 << 62  # what noise is for
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from davae.data.pictures import to_images
+from davae.backbones.packed_latents import latent_size, unpack_latents
+from davae.data.images import to_images
 from davae.errors import ModelError
-from davae.models.base_decoder import linear_decoder
-from davae.models.detail_vae import DetailVAE
-from davae.models.packed_latents import latent_size, unpack_latents
 from davae.sample.levels import clean_of
+from davae.vae.base_decoder import linear_decoder
+from davae.vae.detail_vae import DetailVAE
 
 OnPreview = Callable[[int, list[Image.Image]], None]
 

@@ -6,13 +6,15 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from davae.errors import ModelError, RunError
-from davae.files import MADE_HERE, atomic_text
-from davae.ownership import LITTER, check_no_part, only_writer
-from davae.reading import load_json
+from davae.files.atomic import MADE_HERE, atomic_text
+from davae.files.ownership import LITTER, check_no_part, only_writer
+from davae.files.reading import load_json
+from davae.pretrained.placement import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -87,3 +89,32 @@ def _words(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
     if name in ("weights", "prompts"):
         return f"the {name} changed"
     return f"{name}: {old.get(name)}, now {new.get(name)}"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn. `resolution` is in pixels; None is the pipeline's own size."""
+
+    steps: int
+    guidance: float
+    seed: int
+    resolution: int | None
+    batch_size: int
+    placement: Placement
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What pictures depend on beside model and prompts; the model's own size and float32 go without saying."""
+        own = {"steps": self.steps, "guidance": self.guidance, "seed": self.seed, **self.placement.changes}
+        return own if self.resolution is None else {**own, "resolution": self.resolution}
+
+
+def stretches(numbers: list[int], longest: int) -> list[tuple[int, int]]:
+    """Rising numbers as (first, one past the last) of stretches without a gap."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number and number - found[-1][0] < longest:
+            found[-1] = (found[-1][0], number + 1)
+        else:
+            found.append((number, number + 1))
+    return found

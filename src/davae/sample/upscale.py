@@ -16,21 +16,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from davae.data.pictures import to_images, to_tensor
+from davae.backbones.classes import class_number, goes_by_class
+from davae.backbones.expand import CLEAN_BASE
+from davae.backbones.families.rows import denoiser, transformer_family
+from davae.data.images import to_images, to_tensor
 from davae.errors import ModelError
-from davae.models.classes import class_number, goes_by_class
-from davae.models.detail_vae import DetailVAE
-from davae.models.expand import CLEAN_BASE
-from davae.models.families import transformer_family
-from davae.models.memory_budget import TILE
-from davae.models.one_frame import decode_latents
-from davae.models.overflow import in_range
-from davae.models.pipeline import default_resolution, denoiser, pixel_factor, token_side
-from davae.models.resample import downsample
+from davae.pretrained.memory_budget import TILE
+from davae.pretrained.open import default_resolution, pixel_factor, token_side
 from davae.sample.enlarge import Enlargement, draw_detail
 from davae.sample.finite import finite_rows, remedy
 from davae.sample.generate import structured_noise
 from davae.sample.windows import WindowGrid
+from davae.vae.blocks import downsample
+from davae.vae.detail_vae import DetailVAE
+from davae.vae.frames import decode_latents
+from davae.vae.overflow import in_range
 
 logger = logging.getLogger(__name__)
 

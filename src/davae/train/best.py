@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from davae.files import atomic_text
-from davae.reading import load_json, whole_number
-from davae.train.ranks import is_main
+from davae.files.atomic import atomic_text
+from davae.files.reading import load_json, whole_number
+from davae.train.distributed import is_main
 
 logger = logging.getLogger(__name__)
 

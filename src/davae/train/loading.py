@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from davae.train.ranks import ranks
+from davae.train.distributed import ranks
 
 
 @contextmanager

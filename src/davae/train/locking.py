@@ -13,8 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from davae.errors import RunError
-from davae.files import alive, atomic_text, host_name, make_folder, saving
-from davae.reading import load_json, whole_number
+from davae.files.atomic import alive, atomic_text, host_name, make_folder, saving
+from davae.files.reading import load_json, whole_number
 
 logger = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from davae.data.order import Passes, chosen_workers, training_loader
-from davae.models.compiling import compile_blocks
+from davae.data.batches import Passes, chosen_workers, training_loader
+from davae.device import compile_blocks
+from davae.errors import Interrupted, RunError
 from davae.recipes.sections import Optim, Run
-from davae.train import engine
-from davae.train.average import Average
+from davae.train import accelerator as engine
 from davae.train.best import Best
-from davae.train.checkpoint import load_optimizer_state, optimizer_state, restore, snapshot
-from davae.train.draws import Draws
+from davae.train.distributed import any_rank, barrier, from_main, is_main, mean_over_ranks, rank, ranks
+from davae.train.ema import Average
 from davae.train.loss_scale import LossScale
-from davae.train.observe import (
+from davae.train.monitor import (
     Means,
     Parts,
     StepTimer,
@@ -33,17 +33,11 @@ from davae.train.observe import (
     peak_memory,
 )
 from davae.train.optimizers import build_optimizer, learning_rate
-from davae.train.ranks import any_rank, barrier, from_main, is_main, mean_over_ranks, rank, ranks
+from davae.train.random import Draws
+from davae.train.run_folder import Metrics, RunFolder, newest_checkpoint, save_checkpoint
 from davae.train.shares import share_of_step
 from davae.train.signals import stop_on_signal
-from davae.train.state import (
-    Interrupted,
-    Metrics,
-    RunError,
-    RunFolder,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from davae.train.state_dict import load_optimizer_state, optimizer_state, restore, snapshot
 from davae.train.times import timed
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from davae.errors import RunError
 from davae.recipes.sections import Optim
-from davae.train.state import RunError
 
 
 def build_optimizer(settings: Optim, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:

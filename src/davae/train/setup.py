@@ -16,8 +16,8 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
+from davae.errors import RunError
 from davae.recipes.sections import Run
-from davae.train.state import RunError
 
 PATIENCE = timedelta(hours=2)  # how long processes wait for the first one to encode, export or write
 

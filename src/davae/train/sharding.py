@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from davae.train.ranks import is_main
+from davae.train.distributed import is_main
 
 
 def local(tensor: Tensor) -> Tensor:

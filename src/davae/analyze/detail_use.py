@@ -1,0 +1,75 @@
+"""What the decoder makes of the detail channels: full, zeroed, random (Fig. S2a), beside plain upsampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from davae.vae.blocks import downsample
+from davae.vae.detail_vae import DetailVAE
+from davae.vae.frames import decode_latents, encode_mode
+from davae.vae.overflow import in_range
+
+Reconstruct = Callable[[Tensor], Tensor]
+UNIT_NORMAL = "random detail, N(0, I)"
+
+
+def reconstructions(
+    vae: DetailVAE, base_vae: Any, seed: int = 0, *, unit_normal: bool = False
+) -> dict[str, Reconstruct]:
+    """Name -> function from pictures I_hr (B,3,sH,sW) in [-1,1] to their reconstruction.
+
+    `base + bicubic`: the base autoencoder at its own resolution, enlarged. `zero detail`: z_d = 0.
+    `random detail`: z_d drawn from a normal with the channel means and deviations of the training set.
+
+    Args:
+        unit_normal: add `UNIT_NORMAL`, raw z_d drawn from N(0, I) as in the paper's Tab. S2a.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def base_bicubic(images: Tensor) -> Tensor:
+        small = downsample(images.to(base_vae.device, base_vae.dtype), vae.layout.scale, vae.config["downsample"])
+        latents = in_range(base_vae, partial(encode_mode, base_vae), small)  # (B,C,h,w)
+        small = in_range(base_vae, partial(decode_latents, base_vae), latents)  # (B,3,H,W)
+        return F.interpolate(small, images.shape[-2:], mode="bicubic", align_corners=False)
+
+    def with_detail(change: Callable[[Tensor], Tensor], normalised: bool) -> Reconstruct:
+        @torch.no_grad()
+        def reconstruct(images: Tensor) -> Tensor:
+            latents = in_range(vae, partial(encode_mode, vae), images)  # (B,C+D,h,w), normalised
+            if not normalised:
+                latents = vae.denormalise(latents)
+            z, z_d = vae.layout.split(latents)
+            latents = vae.layout.join(z, change(z_d))
+            return in_range(vae, partial(decode_latents, vae), latents if normalised else vae.normalise(latents))
+
+        return reconstruct
+
+    def random(z_d: Tensor) -> Tensor:
+        return torch.randn(z_d.shape, generator=generator).to(z_d)
+
+    paper = {UNIT_NORMAL: with_detail(random, normalised=False)} if unit_normal else {}
+    return {
+        "base + bicubic": base_bicubic,
+        "zero detail": with_detail(torch.zeros_like, normalised=False),
+        "random detail": with_detail(random, normalised=True),
+        **paper,
+        "full": with_detail(lambda z_d: z_d, normalised=True),
+    }
+
+
+@torch.no_grad()
+def decode_faded(vae: DetailVAE, latents: Tensor, weights: Tensor) -> Tensor:
+    """Decode normalised z_hr (B,C+D,h,w) with channel i of raw z_d multiplied by weights[i]; weights (D,).
+
+    Weights of one give the reconstruction, weights of zero the `zero detail` of `reconstructions`.
+    """
+    z, z_d = vae.layout.split(vae.denormalise(latents))
+    faded = vae.layout.join(z, z_d * weights.to(z_d).view(1, -1, 1, 1))
+    return in_range(vae, partial(decode_latents, vae), vae.normalise(faded))  # (B,3,sH,sW)

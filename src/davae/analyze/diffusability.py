@@ -1,0 +1,154 @@
+"""What `davae analyze diffusability` does: how hard a detail latent will be to learn, before a transformer is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from davae.analyze.figures import check_figure, figure_settings, open_detail_vae, raw_latents, write_figure
+from davae.dataset.look import as_data, real_pictures
+from davae.evaluate.spectra import radial_power, spectra_plot
+from davae.latent import LatentLayout
+from davae.losses.flow_matching import interpolate, velocity_target
+from davae.recipes.sections import Data
+from davae.vae.base_decoder import neighbourhoods, solve_ridge
+
+WIDTH, BATCH, RATE = 64, 32, 2e-3  # of the probe
+
+
+def diffusability(
+    vae: str, data: str | Data, out: Path, *, num: int, held_out: float, probe_steps: int = 300, seed: int = 0
+) -> Path:
+    """Measure a DetailVAE's latents and write `diffusability.png` (spectra) and `.json`.
+
+    Args:
+        vae: a DetailVAE's folder, or a run's.
+        num: images; three quarters fit what is fitted, the others measure.
+        probe_steps: steps of the probe denoiser; 0 leaves it out.
+
+    Returns:
+        The figure's path.
+    """
+    check_figure(out, "diffusability")
+    model = open_detail_vae(vae)
+    pictures = real_pictures(
+        data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "diffusability.data.json"
+    )
+    z, z_d, _ = raw_latents(model, pictures, num)
+    figures = {
+        "vae": vae,
+        "data": as_data(data).source,
+        "settings": figure_settings(data, num, held_out) | {"probe_steps": probe_steps, "seed": seed},
+        **latent_measures(z, z_d),
+    }
+    if probe_steps:
+        figures["probe"] = probe_loss(z, z_d, model.layout, probe_steps, seed)
+    return write_figure(out, "diffusability", spectra_plot({"z": radial_power(z), "z_d": radial_power(z_d)}), figures)
+
+
+def latent_measures(z: Tensor, z_d: Tensor) -> dict[str, Any]:
+    """Return what a detail latent owes to its base, and how its channels and frequencies are used.
+
+    `alignment_r2`: share of the variance of z_d that a linear map of the 3x3 neighbourhood of z explains on images that it
+    was not fitted to. `channel_correlation`: mean |correlation| of two channels. `effective_dimension`: participation ratio
+    (sum l)^2 / sum l^2 of the eigenvalues l of the channels' correlations, 1 to their number. `high_share`: share of the
+    power above half the highest frequency.
+
+    Args:
+        z: raw base latents (N,C,h,w).
+        z_d: raw detail latents (N,D,h,w).
+    """
+    return {
+        "alignment_r2": alignment_r2(z, z_d),
+        "detail": _channel_use(z_d) | {"high_share": radial_power(z_d).high_share},
+        "base": _channel_use(z) | {"high_share": radial_power(z).high_share},
+    }
+
+
+def alignment_r2(z: Tensor, z_d: Tensor) -> float:
+    """Return R^2 of the best linear map from 3x3 neighbourhoods of z to z_d, on the last quarter of the images."""
+    cut = max(1, len(z) * 3 // 4)
+    x = neighbourhoods(z)  # (N,hw,9C)
+    y = z_d.double().cpu().flatten(2).transpose(1, 2)  # (N,hw,D)
+    mean_x, mean_y = x[:cut].mean((0, 1)), y[:cut].mean((0, 1))
+    fit_x, fit_y = (x[:cut] - mean_x).flatten(0, 1), (y[:cut] - mean_y).flatten(0, 1)
+    weight = solve_ridge(fit_x, fit_y, 1e-4)
+    rest = y[cut:] if len(z) > cut else y
+    error = rest - mean_y - ((x[cut:] if len(z) > cut else x) - mean_x) @ weight
+    return float(1 - error.square().sum() / (rest - mean_y).square().sum())
+
+
+def _channel_use(latents: Tensor) -> dict[str, float]:
+    flat = latents.double().transpose(0, 1).flatten(1)  # (c,Nhw)
+    correlation = torch.corrcoef(flat).nan_to_num(0.0)
+    correlation.fill_diagonal_(1.0)
+    count = len(correlation)
+    pairs = correlation[~torch.eye(count, dtype=torch.bool)]
+    eigenvalues = torch.linalg.eigvalsh(correlation).clamp(min=0)
+    return {
+        "channel_correlation": float(pairs.abs().mean()) if count > 1 else 0.0,
+        "effective_dimension": float(eigenvalues.sum().square() / eigenvalues.square().sum()),
+        "channels": count,
+    }
+
+
+class Probe(nn.Module):
+    """A small convolutional velocity model: three layers over x_t and its level t.
+
+    Args:
+        channels: C + D.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = nn.Conv2d(channels + 1, WIDTH, 3, padding=1)
+        self.middle = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.last = nn.Conv2d(WIDTH, channels, 3, padding=1)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """(B,C+D,h,w), (B,) -> (B,C+D,h,w)."""
+        level = t.view(-1, 1, 1, 1).expand(-1, 1, *x_t.shape[-2:])
+        hidden = F.silu(self.first(torch.cat([x_t, level], dim=1)))  # (B,64,h,w)
+        return self.last(hidden + F.silu(self.middle(hidden)))
+
+
+def probe_loss(z: Tensor, z_d: Tensor, layout: LatentLayout, steps: int, seed: int = 0) -> dict[str, float]:
+    """Train the probe on standardised latents and return its velocity losses on the last quarter of the images.
+
+    Args:
+        z, z_d: raw latents (N,C,h,w), (N,D,h,w).
+        layout: of both.
+        steps: of Adam, on batches of 32.
+
+    Returns:
+        `base` and `detail`: mean squared errors of the velocity, 2 for a probe that predicts nothing; `ratio` of the two.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    latents = layout.join(z.float(), z_d.float())
+    latents = (latents - latents.mean((0, 2, 3), keepdim=True)) / latents.std((0, 2, 3), keepdim=True).clamp(min=1e-4)
+    cut = max(1, len(latents) * 3 // 4)
+    train, test = latents[:cut], latents[cut:] if len(latents) > cut else latents
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        probe = Probe(layout.channels)
+    optimizer = torch.optim.Adam(probe.parameters(), RATE)
+
+    def loss_on(chosen: Tensor) -> Tensor:
+        noise = torch.randn(chosen.shape, generator=generator)
+        t = torch.rand(len(chosen), generator=generator)
+        error = probe(interpolate(chosen, noise, t), t) - velocity_target(chosen, noise)
+        base, detail = layout.split(error.square())
+        return torch.stack([base.mean(), detail.mean()])
+
+    for _ in range(steps):
+        rows = torch.randint(len(train), (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        loss_on(train[rows]).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        base, detail = torch.stack([loss_on(test) for _ in range(8)]).mean(0).tolist()
+    return {"base": base, "detail": detail, "ratio": detail / base, "steps": float(steps)}

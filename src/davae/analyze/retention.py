@@ -1,0 +1,179 @@
+"""What `davae analyze retention` does: how much of what the base knew an upgrade keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from davae.analyze.figures import check_figure, contact_sheet, figure_settings, write_figure
+from davae.backbones.classes import goes_by_class
+from davae.backbones.families import CALLS, TEXT_CALLS, bound
+from davae.backbones.families.rows import denoiser, transformer_family
+from davae.data.images import to_tensor
+from davae.dataset.look import as_data, numbered_batches, prompts_of, real_pictures
+from davae.errors import ModelError
+from davae.evaluate.reconstruction import perceptual_distances
+from davae.pretrained.open import default_resolution, embed_captions, pixel_factor
+from davae.recipes.sections import Data
+from davae.sample.generate import generate
+from davae.sample.open import open_model
+from davae.sample.preview import Preview, takes_callback
+from davae.tasks.noising import Objective, choose_objective
+from davae.vae.detail_vae import DetailVAE
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the way to noise
+SHOWN = 8
+
+
+def retention(
+    base: str,
+    upgrade: str,
+    data: str | Data,
+    out: Path,
+    *,
+    num: int,
+    held_out: float,
+    drawn: int = 8,
+    steps: int = 20,
+    guidance: float = 4.0,
+    seed: int = 0,
+    lpips: str | None = None,
+    lpips_weights: str | None = None,
+) -> Path:
+    """Compare an upgrade's base channels with the pretrained model's; write `retention.png` and `.json`.
+
+    Args:
+        base, upgrade: the pretrained model and its upgrade.
+        num: held-out images at which predictions are compared.
+        drawn: images drawn by both from the same base noise.
+        lpips: LPIPS too, on this network.
+
+    Returns:
+        The figure: base images of both, from the same noise. The JSON has, for each noise level, the `relative_error` and
+        `cosine` of the base prediction, and the mean distances between the images.
+
+    Raises:
+        ModelError: models that are not a base and its upgrade, or that cannot be compared.
+    """
+    check_figure(out, "retention")
+    first, second = open_model(base)[0], open_model(upgrade)[0]
+    check_pair(first, second)
+    images, captions = _held_out(second, data, num, held_out, out / "retention.data.json")
+    levels = prediction_errors(first, second, images, captions, base, seed)
+    rows = _images_of_both(first, second, captions[:drawn], steps, guidance, seed)
+    pairs = [torch.stack([to_tensor(image) for image in row]) for row in rows.values()]
+    with torch.no_grad():
+        distances = {
+            name: float(distance(*pairs).mean())
+            for name, distance in perceptual_distances(lpips, lpips_weights).items()
+        }
+    figures = {
+        "base": base,
+        "upgrade": upgrade,
+        "vae": upgrade,
+        "data": as_data(data).source,
+        "settings": figure_settings(data, num, held_out) | {"steps": steps, "guidance": guidance, "seed": seed},
+        "levels": levels,
+        "images": {"drawn": len(pairs[0]), **distances},
+    }
+    return write_figure(out, "retention", contact_sheet({n: r[:SHOWN] for n, r in rows.items()}, 128), figures)
+
+
+def check_pair(base: Any, upgraded: Any) -> None:
+    """Refuse two pipelines that are not a pretrained model and its upgrade.
+
+    Raises:
+        ModelError: in one line, what does not fit.
+    """
+    if isinstance(base.vae, DetailVAE):
+        raise ModelError("BASE: an upgraded model; give the pretrained one first, its upgrade second")
+    if not isinstance(upgraded.vae, DetailVAE):
+        raise ModelError("UPGRADE: no upgraded model; give the pretrained one first, its upgrade second")
+    kinds = type(denoiser(base)).__name__, type(denoiser(upgraded)).__name__
+    if kinds[0] != kinds[1]:
+        raise ModelError(f"UPGRADE: a {kinds[1]}, the base is a {kinds[0]}; give an upgrade of that base")
+
+
+@torch.no_grad()
+def prediction_errors(
+    base: Any, upgraded: Any, images: Tensor, captions: Sequence[str], name: str = "base", seed: int = 0
+) -> list[dict[str, float]]:
+    """Return how far the upgrade's base prediction is from the pretrained model's, by noise level.
+
+    relative_error = |v_upgrade - v_base|^2 / |v_base|^2 over the base channels, at x_t = a z + s n with the same z and n;
+    the upgrade sees the detail of the same images at the same level. 0 for a warm start, at every level.
+
+    Args:
+        images: (N,3,sH,sW) in [-1,1].
+        captions: prompts, or classes.
+    """
+    vae: DetailVAE = upgraded.vae
+    family = transformer_family(type(denoiser(base)).__name__)
+    objective = choose_objective(base.scheduler, family, name)
+    generator = torch.Generator().manual_seed(seed)
+    latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()  # type: ignore[union-attr]
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    rows = []
+    for level in LEVELS:
+        t = _times(objective, level, len(latents), latents)
+        x_t = objective.noised(latents, noise, t)
+        z_t, _ = vae.layout.split(x_t)
+        known = _predict(base, z_t, t, captions)
+        found, _ = vae.layout.split(_predict(upgraded, x_t, t, captions))
+        rows.append(
+            {
+                "level": level,
+                "relative_error": float((found - known).square().sum() / known.square().sum()),
+                "cosine": float(torch.nn.functional.cosine_similarity(found.flatten(1), known.flatten(1)).mean()),
+            }
+        )
+    return rows
+
+
+def _times(objective: Objective, level: float, count: int, like: Tensor) -> Tensor:
+    if objective.prediction == "flow":
+        return torch.full((count,), level, device=like.device, dtype=like.dtype)
+    steps = len(objective.alphas_cumprod)  # type: ignore[attr-defined]
+    return torch.full((count,), int(level * (steps - 1)), device=like.device, dtype=torch.long)
+
+
+def _predict(pipeline: Any, x_t: Tensor, t: Tensor, captions: Sequence[str]) -> Tensor:
+    model = denoiser(pipeline)
+    kind = type(model).__name__
+    if kind in TEXT_CALLS:
+        call = bound(TEXT_CALLS[kind], pixel_factor(pipeline), pipeline.scheduler)
+        parts = embed_captions(pipeline, list(captions), kind)
+        return call.predict(model, model.config, x_t, t, parts).float()
+    labels = torch.tensor([int(caption) for caption in captions], device=x_t.device)
+    return CALLS[kind].predict(model, model.config, x_t, t, (labels,)).float()
+
+
+def _held_out(pipeline: Any, data: str | Data, num: int, share: float, summary: Path) -> tuple[Tensor, list[str]]:
+    pictures = real_pictures(data, default_resolution(pipeline), share, "held_out", summary=summary)
+    images, captions = [], []
+    for positions, batch in numbered_batches(pictures, num):
+        images.append(batch)
+        captions += prompts_of(pictures, positions, goes_by_class(pipeline))
+    return torch.cat(images), captions
+
+
+@torch.no_grad()
+def _images_of_both(
+    base: Any, upgraded: Any, prompts: list[str], steps: int, guidance: float, seed: int
+) -> dict[str, list[Any]]:
+    """Draw by both from the same base noise; of the upgrade the base channels, decoded by the base's own decoder."""
+    if not takes_callback(upgraded):
+        raise ModelError(
+            f"a {type(upgraded).__name__} shows no latents while it draws; its images cannot be compared"
+        )
+    upgraded.vae.attach_base_decoder(base.vae)
+    shown: list[Any] = []
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": 4}
+    preview = Preview(upgraded, steps, decoder="base", on_preview=lambda step, images: shown.extend(images))
+    generate(upgraded, prompts, preview=preview, **options)
+    size = default_resolution(upgraded) // upgraded.vae.layout.scale
+    return {"base": generate(base, prompts, resolution=size, **options), "upgrade's base": shown}

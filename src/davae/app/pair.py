@@ -1,0 +1,112 @@
+"""The models behind the page: an upgrade beside its base, one computation at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from davae.errors import ModelError
+from davae.pretrained.open import default_resolution, load_pipeline
+from davae.pretrained.placement import own_device
+from davae.publish.assemble import load_upgraded
+from davae.recipes import Recipe, load_recipe
+from davae.sample.open import open_model
+from davae.vae.base import base_channels
+from davae.vae.detail_vae import DetailVAE
+from davae.zoo import SHIPPED, resolve, shipped_upgrade
+
+LOCK = threading.Lock()  # held while a model computes: visitors wait their turn, and times are those of one picture
+
+
+class Stopped(Exception):
+    """The visitor asked for the end of a computation."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An upgraded pipeline and the base it came from; one of them may be missing."""
+
+    name: str
+    base: Any | None
+    upgraded: Any | None
+
+    @property
+    def scale(self) -> int:
+        """s: pixels of the upgraded picture over those of the base's, each way."""
+        return 2 if self.upgraded is None else int(self.upgraded.vae.layout.scale)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of an upgraded picture, each way."""
+        if self.upgraded is not None:
+            return default_resolution(self.upgraded)
+        return default_resolution(self.base) * self.scale
+
+    @property
+    def any(self) -> Any:
+        """Whichever there is, the upgraded one first."""
+        return self.base if self.upgraded is None else self.upgraded
+
+
+def open_pair(name: str, base: str | None = None) -> Pair:
+    """An upgrade with its base, from the name of either.
+
+    Args:
+        name: an embedded model, a run or pipeline folder, or a hub id.
+        base: the base's folder or hub id; by default the one that the run's recipe names.
+
+    Raises:
+        ModelError: nothing that can be opened, or a base of other channels than the upgrade's.
+    """
+    device = own_device()
+    shipped = shipped_upgrade(SHIPPED.get(name, name))
+    if shipped is not None:
+        pipeline = load_pipeline(resolve(SHIPPED.get(name, name))).to(device)
+        return Pair(name, pipeline, load_upgraded(pipeline, shipped))
+    pipeline = open_model(name)[0]
+    if not isinstance(pipeline.vae, DetailVAE):
+        return Pair(name, pipeline, None)
+    source = base or _recorded_base(Path(name))
+    if source is None:
+        return Pair(name, None, pipeline)
+    opened = load_pipeline(resolve(source)).to(device)
+    if isinstance(opened.vae, DetailVAE):
+        raise ModelError(
+            f"base {source} was upgraded itself; give the model that {name} was upgraded from with --base"
+        )
+    found, needed = base_channels(opened.vae.config, type(opened.vae).__name__), pipeline.vae.layout.base_channels
+    if found != needed:
+        raise ModelError(f"base {source} has {found} latent channels, {name} was upgraded from {needed}; use --base")
+    return Pair(name, opened, pipeline)
+
+
+def _recorded_base(run: Path) -> str | None:
+    """The base model that a run folder's recipe names, or trained itself."""
+    if not (run / "recipe.yaml").is_file():
+        return None
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    assert isinstance(recipe, Recipe)
+    return recipe.base.model or str(run / "base" / "pipeline")
+
+
+@contextmanager
+def watched(module: nn.Module, before_pass: Callable[[int], None]) -> Iterator[None]:
+    """Call `before_pass` with the number of passes done before each forward pass; what it raises ends the computation."""
+    done = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal done
+        before_pass(done)
+        done += 1
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,66 @@
+"""Class-conditional pipelines: LightningDiT's, and diffusers' own of DiT. How many classes there are, and their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from davae.backbones.families.rows import denoiser, transformer_family
+
+
+def goes_by_class(pipeline: Any) -> bool:
+    """Whether a pipeline draws classes, not prompts."""
+    return transformer_family(type(denoiser(pipeline)).__name__).condition == "class"
+
+
+def class_count(pipeline: Any) -> int:
+    """Number of classes of a class-conditional pipeline, the null class left out."""
+    model = denoiser(pipeline)
+    return int(model.config[transformer_family(type(model).__name__).classes_key])
+
+
+def class_names(pipeline: Any) -> dict[str, int]:
+    """Every name of a class and its number, as the pipeline has them; DiT knows several names of one."""
+    if hasattr(pipeline, "labels"):
+        return pipeline.labels
+    return {name: number for number, name in enumerate(pipeline.class_names)}
+
+
+def class_number(pipeline: Any, label: int | str) -> int:
+    """Number of a class given by number, or by name or a part of it.
+
+    Raises:
+        ValueError: no such class, or several.
+    """
+    return find_class(label, class_names(pipeline), class_count(pipeline))
+
+
+def find_class(label: int | str, names: dict[str, int], count: int) -> int:
+    """`class_number`, of a pipeline's names and its number of classes."""
+    if isinstance(label, int) or label.isdecimal():
+        number = int(label)
+        if not 0 <= number < count:
+            raise ValueError(f"class label {number} is out of range: the model has classes 0 to {count - 1}")
+        return number
+    wanted = label.lower()
+    numbers = {name.lower(): number for name, number in names.items()}
+    if wanted in numbers:
+        return numbers[wanted]
+    found = sorted({number for name, number in numbers.items() if wanted in name})
+    if len(found) == 1:
+        return found[0]
+    shown = list(numbers)[:10]
+    known = (
+        f"its classes are {', '.join(shown)}{', ...' if len(numbers) > 10 else ''}"
+        if shown
+        else "it has no class names"
+    )
+    problem = f"fits {len(found)} classes" if found else "is no class of this model"
+    raise ValueError(f"'{label}' {problem}; {known}; numbers 0 to {count - 1} work too")
+
+
+def label_names(pipeline: Any) -> dict[str, str]:
+    """DiT's `id2label` from its pipeline, which keeps the names inside out: number -> its names, with commas between."""
+    names: dict[str, list[str]] = {}
+    for name, number in pipeline.labels.items():
+        names.setdefault(str(number), []).append(name)
+    return {number: ", ".join(values) for number, values in names.items()}

@@ -1,0 +1,176 @@
+"""P' and O': a transformer of the same class with D more channels in and out, the new weights zero (Eq. 7-11)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from davae.backbones.families.rows import transformer_family
+from davae.backbones.family import TransformerFamily
+from davae.latent import LatentLayout
+
+Model = TypeVar("Model", bound=nn.Module)
+NewWeights = Literal["zero", "random"]
+MARK = "_davae_base_channels"  # config key of an expanded transformer; diffusers keeps private keys silently
+CLEAN_BASE = "_davae_clean_base"  # likewise: the share of training that saw a clean base, where there was one
+
+
+def expand_transformer(transformer: Model, detail_channels: int, new_weights: NewWeights = "zero") -> Model:
+    """Widen a pretrained transformer from C to C+D latent channels.
+
+    At step 0 the base velocity equals the pretrained one whatever the detail input (Eq. 9), and the detail velocity is zero
+    (Eq. 11). Everything else is shared with `transformer` (same storage); its own embedder and head stay as they were.
+
+    Args:
+        transformer: a supported diffusers transformer with C input and C output channels.
+        detail_channels: D, a multiple of C.
+        new_weights: `random` gives P' and O' the initial values of a fresh layer instead: the ablation of Fig. 4.
+
+    Returns:
+        A module of the same class, `in_channels` and `out_channels` of its config raised by D.
+
+    Raises:
+        ValueError: unsupported class, D not a multiple of C, or a transformer that was expanded already.
+    """
+    family = transformer_family(type(transformer).__name__)
+    config: Any = transformer.config
+    if MARK in config:
+        raise ValueError(
+            f"this {family.class_name} was expanded already ({config[MARK]} base channels of "
+            f"{latent_channels(transformer)}); start from the pretrained transformer"
+        )
+    base_channels = latent_channels(transformer)
+    layout = LatentLayout(base_channels, detail_channels)
+    expanded = _shared_copy(transformer)
+    for path, widen in ((family.embedder, widen_embedder), (family.head, widen_head)):
+        _replace(expanded, path, widen(expanded.get_submodule(path), layout, family, new_weights))
+
+    def widened(values: int) -> int:
+        """As many values a channel as before: 2 where a variance is returned, 4 where a token packs 2x2 positions."""
+        return values // base_channels * layout.channels
+
+    changes = {family.in_key: widened(config[family.in_key])}
+    if config.get(family.out_key) is not None:
+        changes[family.out_key] = widened(config[family.out_key])
+    expanded.register_to_config(**changes, **{MARK: base_channels})  # type: ignore[operator]
+    for path in family.attributes:
+        parent, _, attribute = path.rpartition(".")
+        module = expanded.get_submodule(parent)
+        setattr(module, attribute, widened(getattr(module, attribute)))
+    return expanded
+
+
+def latent_channels(transformer: nn.Module) -> int:
+    """Channels of the latents that a transformer takes, however its pipeline packs them."""
+    family = transformer_family(type(transformer).__name__)
+    return int(transformer.config[family.in_key]) // family.packed  # type: ignore[index]
+
+
+def widen_embedder(
+    embedder: nn.Module, layout: LatentLayout, family: TransformerFamily, new_weights: NewWeights
+) -> nn.Module:
+    """[P, P']: the pretrained patch convolution or linear with D more input channels (Eq. 8)."""
+    wide = _like(embedder, layout.channels / layout.base_channels, 1)
+    with torch.no_grad():
+        if new_weights == "zero":
+            wide.weight.zero_()
+        z, _ = layout.split(inputs_by_channel(wide.weight, layout.channels, family))
+        z.copy_(inputs_by_channel(embedder.get_parameter("weight"), layout.base_channels, family))
+        if embedder.bias is not None:
+            wide.bias.copy_(embedder.bias)
+    return wide
+
+
+def widen_head(
+    head: nn.Module, layout: LatentLayout, family: TransformerFamily, new_weights: NewWeights
+) -> nn.Module:
+    """[O, O']: the pretrained head with D more output channels per patch position (Eq. 10).
+
+    A head that also predicts a variance has two groups of channels per position; both grow.
+    """
+    wide = _like(head, 1, layout.channels / layout.base_channels)
+    with torch.no_grad():
+        for name, parameter in wide.named_parameters():
+            if new_weights == "zero":
+                parameter.zero_()
+            z, _ = layout.split(outputs_by_channel(parameter, layout.channels, family))
+            z.copy_(outputs_by_channel(head.get_parameter(name), layout.base_channels, family))
+    return wide
+
+
+def _like(layer: nn.Module, inputs: float, outputs: float) -> Any:
+    """A fresh layer of the same kind with so many times the input and output channels."""
+    kept = {"bias": layer.bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(round(layer.in_features * inputs), round(layer.out_features * outputs), **kept)
+    assert isinstance(layer, nn.Conv2d)
+    return nn.Conv2d(
+        round(layer.in_channels * inputs),
+        round(layer.out_channels * outputs),
+        kernel_size=layer.kernel_size,  # type: ignore[arg-type]
+        stride=layer.stride,  # type: ignore[arg-type]
+        padding=layer.padding,  # type: ignore[arg-type]
+        **kept,
+    )
+
+
+def inputs_by_channel(weight: Tensor, channels: int, family: TransformerFamily) -> Tensor:
+    """View of an embedder's weight with the latent channels on axis 1: (width,c,...), or (p*p,c,width) of a linear."""
+    if weight.ndim == 4:
+        return weight.unflatten(1, (channels, family.packed))
+    return by_channel(weight.T, weight.shape[1] // channels, channels, family.embedder_order)
+
+
+def outputs_by_channel(parameter: Tensor, channels: int, family: TransformerFamily) -> Tensor:
+    """View of a head's weight or bias with the latent channels on axis 1: (p*p,c,...); p*p twice with a variance."""
+    return by_channel(parameter, parameter.shape[0] // channels, channels, family.head_order)
+
+
+def by_channel(rows: Tensor, positions: int, channels: int, order: str) -> Tensor:
+    """View of a token's values as (p*p, channels, ...), whatever order its family packs them in."""
+    if order == "patch_channel":
+        return rows.unflatten(0, (positions, channels))
+    return rows.unflatten(0, (channels, positions)).transpose(0, 1)
+
+
+def new_weight_masks(transformer: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> mask, 1 where an expanded transformer's P' and O' are, for the embedder and head weights.
+
+    Raises:
+        ValueError: when the transformer was not expanded.
+    """
+    family = transformer_family(type(transformer).__name__)
+    config: Any = transformer.config
+    if MARK not in config:
+        raise ValueError(f"this {family.class_name} was not expanded; call expand_transformer first")
+    layout = LatentLayout(config[MARK], latent_channels(transformer) - config[MARK])
+    masks: dict[str, Tensor] = {}
+    for path in (family.embedder, family.head):
+        for name, parameter in transformer.get_submodule(path).named_parameters():
+            mask = torch.zeros_like(parameter, requires_grad=False)
+            if path == family.head:
+                _, detail = layout.split(outputs_by_channel(mask, layout.channels, family))
+                detail.fill_(1)
+            elif parameter.ndim > 1:  # the embedder's bias belongs to P
+                _, detail = layout.split(inputs_by_channel(mask, layout.channels, family))
+                detail.fill_(1)
+            masks[f"{path}.{name}"] = mask
+    return masks
+
+
+def _shared_copy(module: Model) -> Model:
+    """A copy whose parameters and buffers are new objects over the same storage."""
+    memo: dict[int, object] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach()
+    return copy.deepcopy(module, memo)
+
+
+def _replace(module: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, new)

@@ -1,0 +1,108 @@
+"""Lumina-Next and Lumina-Image 2.0: both predict data - noise and count time from noise to data."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+from torch import Tensor, nn
+
+from davae.backbones.call import Parts, PlainLatents, inner, masked_with_null, valueless
+
+
+class Lumina2Call(PlainLatents):
+    """Masked prompts behind the pipeline's system prompt, which the empty prompt of guidance does without."""
+
+    TEXT_TOKENS = 256
+
+    def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
+        encoded = pipeline.encode_prompt(captions, "" in captions, negative_prompt=captions, **options)
+        return masked_with_null(captions, *encoded)  # (B,L,d), (B,L)
+
+    def blank(self, config: Any) -> Parts:
+        return torch.empty(1, self.TEXT_TOKENS, config["cap_feat_dim"]), torch.ones(1, self.TEXT_TOKENS)
+
+    def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
+        embeds, mask = parts
+        if valueless(x_t):
+            _at_full_length(inner(model))
+        return -model(
+            hidden_states=x_t,
+            timestep=1 - t,
+            encoder_hidden_states=embeds,
+            encoder_attention_mask=mask.long(),
+            return_dict=False,
+        )[0]
+
+
+def _at_full_length(model: Any) -> None:
+    """Let FLOPs and memory be counted where the mask from which the model reads lengths holds no values."""
+    embedder = model.rope_embedder
+    stock = type(embedder).forward
+    embedder.forward = lambda x, mask: stock(embedder, x, WholePrompts(mask.shape))
+
+
+@dataclass(frozen=True)
+class WholePrompts:
+    """What the model asks of a mask (B,L), of prompts that fill it."""
+
+    shape: torch.Size
+
+    def sum(self, dim: int) -> WholePrompts:
+        return self
+
+    def tolist(self) -> list[int]:
+        return [self.shape[1]] * self.shape[0]
+
+
+class LuminaNextCall(PlainLatents):
+    """Masked prompts, padded to a multiple of 8; rotary tables and the attention's scale hang on the number of tokens.
+
+    The head also returns a variance, which the pipeline drops; so it is not trained.
+    """
+
+    TEXT_TOKENS, MULTIPLE = 256, 8
+    TABLE = 384  # positions each way in the pipeline's rotary tables
+
+    def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
+        clean = inspect.signature(pipeline.__call__).parameters["clean_caption"].default
+        rows = []
+        for caption in captions:  # one by one: how far a prompt is padded would otherwise hang on its neighbours
+            embeds, mask, _, _ = pipeline.encode_prompt([caption], False, clean_caption=clean, **options)
+            room = pipeline.max_sequence_length - mask.shape[1]
+            rows.append((F.pad(embeds, (0, 0, 0, room)), F.pad(mask, (0, room))))
+        embeds, masks = zip(*rows, strict=True)
+        return torch.cat(embeds), torch.cat(masks)  # (B,L,d), (B,L)
+
+    def blank(self, config: Any) -> Parts:
+        mask = torch.ones(1, self.TEXT_TOKENS, device="cpu")  # lengths are read from it: it must hold values
+        return torch.empty(1, self.TEXT_TOKENS, config["cross_attention_dim"]), mask
+
+    def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
+        embeds, mask = parts
+        last = mask.shape[1] if valueless(mask) else int(mask.amax(0).nonzero().max()) + 1
+        length = -(-last // self.MULTIPLE) * self.MULTIPLE  # the longest prompt's
+        mask = mask[:, :length].long().to(x_t.device)
+        scale = math.sqrt(x_t.shape[-2] * x_t.shape[-1]) / config["sample_size"]
+        rotary = get_2d_rotary_pos_embed_lumina(
+            config["hidden_size"] // config["num_attention_heads"],
+            self.TABLE,
+            self.TABLE,
+            linear_factor=scale,
+            ntk_factor=1.0,
+        )
+        both = model(
+            hidden_states=x_t,
+            timestep=1 - t,
+            encoder_hidden_states=embeds[:, :length],
+            encoder_mask=mask,
+            image_rotary_emb=rotary,
+            cross_attention_kwargs={"base_sequence_length": (config["sample_size"] // 2) ** 2},
+            return_dict=False,
+        )[0]  # (B,2c,h,w)
+        return -both.chunk(2, dim=1)[0]

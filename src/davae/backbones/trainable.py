@@ -1,0 +1,80 @@
+"""Parameters that stage 2 trains: all of a transformer, or LoRA and the layers that Eq. 7-11 widen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from davae.backbones.families.rows import transformer_family
+from davae.errors import RecipeError
+
+
+class LoraSettings(Protocol):
+    """Rank, alpha (the rank where it is None) and further layers of a LoRA, as `stage2.lora` of a recipe has them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def alpha(self) -> float | None: ...
+
+    @property
+    def extra_targets(self) -> Sequence[str]: ...
+
+
+def choose_trainable(transformer: nn.Module, lora: LoraSettings | None) -> list[nn.Parameter]:
+    """Mark what stage 2 trains: everything, or LoRA plus all of P, P', O, O'. Returns it in module order.
+
+    An expanded transformer shares its tensors with the pretrained one; those that are trained get storage of their own.
+    """
+    family = transformer_family(type(transformer).__name__)
+    if lora is None:
+        transformer.requires_grad_(True)
+        for name in family.fixed:
+            transformer.get_parameter(name).requires_grad_(False)
+    else:
+        transformer.requires_grad_(False)
+        extra = tuple(re.escape(end) for end in lora.extra_targets)
+        for end, pattern in zip(lora.extra_targets, extra, strict=True):
+            check_target(transformer, end, _lora_pattern(pattern))
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
+            target_modules=_lora_pattern(*family.lora_targets, *extra),
+        )
+        inject_adapter_in_model(config, transformer)  # not add_adapter, which DiT and Hunyuan-DiT lack
+        for path in (family.embedder, family.head):
+            transformer.get_submodule(path).requires_grad_(True)
+    trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.data = parameter.data.clone()
+    return trainable
+
+
+def in_full_precision(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Move what is trained to float32 where the frozen base is held in half precision: small updates would round away."""
+    for parameter in parameters:
+        if parameter.dtype.itemsize < torch.float32.itemsize:
+            parameter.data = parameter.data.float()
+    return parameters
+
+
+def _lora_pattern(*ends: str) -> str:
+    """Return a regular expression of whole layer names with one of these ends."""
+    return rf"(?:.*\.)?(?:{'|'.join(ends)})"
+
+
+def check_target(transformer: nn.Module, end: str, pattern: str) -> None:
+    """Raise RecipeError where no linear layer or convolution has a name with this end."""
+    for name, layer in transformer.named_modules():
+        if re.fullmatch(pattern, name) and isinstance(layer, (nn.Linear, nn.Conv2d)):
+            return
+    raise RecipeError(
+        f"stage2.lora.extra_targets: no layer of {type(transformer).__name__} has a name that ends in '{end}'; name linear "
+        "layers, as norm1.linear"
+    )

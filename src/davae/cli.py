@@ -1,0 +1,120 @@
+"""The command line: one subcommand a verb. Exit status 0 done, 2 bad input, 130 interrupted after saving."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from contextlib import nullcontext
+
+from davae.commands import verbosity
+from davae.commands.analyze import analyze_app
+from davae.commands.app import app as app_verb
+from davae.commands.convert import convert_app
+from davae.commands.data import data
+from davae.commands.doctor import doctor
+from davae.commands.evaluate import evaluate_app
+from davae.commands.inspect import inspect
+from davae.commands.make_data import make_data
+from davae.commands.publish import apply, export, push
+from davae.commands.recipes import recipes
+from davae.commands.sample import sample
+from davae.commands.start import start
+from davae.commands.status import status
+from davae.commands.upgrade import cache_latents, train_base, train_dit, train_vae, upgrade
+from davae.commands.upscale import upscale
+from davae.commands.verbs import Verbs
+from davae.errors import DavaeError, Interrupted
+from davae.lab.commands.bench_data import cache, data_wait, growth, scale
+from davae.lab.commands.bench_models import bench_app
+from davae.lab.commands.reproduce import reproduce
+from davae.lab.commands.train_sr import train_sr
+from davae.train.signals import leave_on_signal
+
+app = Verbs(
+    invoke_without_command=True,
+    callback=start,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Twice the resolution at the same token count for pretrained latent diffusion models (DA-VAE).\n\n"
+    "Start with `davae upgrade micro --out runs/micro`: it upgrades the embedded model and writes a report.",
+)
+FIRST, SHARE, STEPS, MEASURE = "Start here", "Convert and share", "Single steps and other trainings", "Measure"
+app.command(rich_help_panel=FIRST)(upgrade)
+app.command(rich_help_panel=FIRST)(sample)
+app.command(rich_help_panel=FIRST)(upscale)
+app.command(rich_help_panel=FIRST)(inspect)
+app.command(rich_help_panel=FIRST)(recipes)
+app.command(rich_help_panel=FIRST)(data)
+app.command(rich_help_panel=FIRST)(status)
+app.command(rich_help_panel=FIRST)(doctor)
+app.command("app", rich_help_panel=FIRST)(app_verb)
+app.add_typer(evaluate_app, name="evaluate", rich_help_panel=MEASURE)
+app.add_typer(analyze_app, name="analyze", rich_help_panel=MEASURE)
+app.command(rich_help_panel=SHARE)(export)
+app.command(rich_help_panel=SHARE)(apply)
+app.command(rich_help_panel=SHARE)(push)
+app.command("make-data", rich_help_panel=STEPS)(make_data)
+app.command("train-vae", rich_help_panel=STEPS)(train_vae)
+app.command("cache-latents", rich_help_panel=STEPS)(cache_latents)
+app.command("train-dit", rich_help_panel=STEPS)(train_dit)
+app.command("train-base", rich_help_panel=STEPS)(train_base)
+app.command("train-sr", rich_help_panel=STEPS)(train_sr)
+app.add_typer(convert_app, name="convert", rich_help_panel=SHARE)
+app.command(rich_help_panel=MEASURE)(reproduce)
+bench_app.command()(cache)
+bench_app.command("data")(data_wait)
+bench_app.command()(scale)
+bench_app.command()(growth)
+app.add_typer(bench_app, name="bench", rich_help_panel=MEASURE)
+
+
+def main() -> None:
+    """Entry point: turns the errors that are a user's to mend into one line and exit status 2."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads that spin starve a second process
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        if len(sys.argv) > 1 and not {"--help", "-h", "--version", "recipes"} & set(sys.argv):
+            _quiet_libraries()
+        with nullcontext() if "app" in sys.argv[1:2] else leave_on_signal():  # the page's server has its own handlers
+            app()
+    except Interrupted as error:
+        sys.stderr.write(f"davae: {error}\n")
+        sys.exit(130)
+    except DavaeError as error:
+        if verbosity.state.level > 0:
+            traceback.print_exc()
+        sys.stderr.write(f"davae: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the program that reads the output has ended, as `davae recipes | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    except (OSError, MemoryError) as error:
+        sys.stderr.write(f"davae: {explain(error)}\n")
+        sys.exit(2)
+
+
+def explain(error: OSError | MemoryError) -> str:
+    """Return one line on a file that the system refuses, or on memory that it does not have."""
+    if isinstance(error, MemoryError):
+        return "out of memory; use a smaller model, resolution or batch"
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return " ".join(f"{place}{error.strerror or error}".split())[:500]
+
+
+def _quiet_libraries() -> None:
+    """davae's own messages on standard error; libraries only when something is wrong."""
+    from davae.console import log_handler, quiet_model_libraries
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log_handler()], force=True)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, nothing a user can mend
+    for name in ("accelerate", "diffusers", "transformers", "huggingface_hub", "httpx", "PIL", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if sys.argv[1:2] != ["inspect"]:  # it reads the figures of known models without them
+        quiet_model_libraries()

@@ -1,0 +1,208 @@
+"""`davae analyze`: the paper's figures for any run, as PNG and JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from davae.commands.options import Options, Seed, chosen_data
+from davae.commands.verbs import Verbs
+
+analyze_app = Verbs(no_args_is_help=True, help="Figures of the paper for any run: a PNG and a JSON each.")
+
+Vae = Annotated[str, typer.Option(help="A DetailVAE's folder, or a run's.")]
+Data = Annotated[str, typer.Option(help="Pictures, as `davae upgrade --data` takes them.")]
+Folder = Annotated[Path, typer.Option("--out", help="Folder for the PNG and the JSON.")]
+Num = Annotated[int, typer.Option(min=8, help="At most so many pictures.")]
+HeldOut = Annotated[
+    float, typer.Option(min=0.0, max=0.99, metavar="SHARE", help="Only this held-out share; 0 takes all.")
+]
+
+LpipsNetwork = Annotated[Literal["alex", "vgg"] | None, typer.Option(help="LPIPS too, on this network.")]
+LpipsWeights = Annotated[
+    str | None, typer.Option(help="Its safetensors (trunk and heads), where torchvision cannot download.")
+]
+FeatureNetwork = Annotated[
+    Literal["lite0", "inception"], typer.Option(help="Of the distance to the originals: inception gives rFID.")
+]
+FeatureWeights = Annotated[
+    Path | None, typer.Option(help="Inception weights of torch-fidelity, where there is no network.")
+]
+
+
+@analyze_app.command()
+def sensitivity(
+    vae: Vae,
+    base: Annotated[str, typer.Option(help="The base autoencoder, or its pipeline's folder.")],
+    data: Data,
+    out: Folder = Path("figures"),
+    num: Num = 256,
+    held_out: HeldOut = 0.0,
+    lpips: LpipsNetwork = None,
+    lpips_weights: LpipsWeights = None,
+    features: FeatureNetwork = "lite0",
+    feature_weights: FeatureWeights = None,
+    set: Options = None,
+) -> None:
+    """Full, zeroed and random detail, decoded (Tab. S2a, S3): PSNR, SSIM, distances to the originals.
+
+    Random detail comes with the training set's statistics, and from N(0, I) as in the paper.
+
+    `davae analyze sensitivity --vae runs/micro --base micro --data openmoji --held-out 0.1`
+    """
+    from davae.analyze import figures as analysis
+    from davae.console import console
+
+    done = analysis.sensitivity(
+        vae,
+        base,
+        chosen_data(data, set, {}),
+        out,
+        num=num,
+        held_out=held_out,
+        lpips=lpips,
+        lpips_weights=lpips_weights,
+        features=features,
+        feature_weights=feature_weights,
+    )
+    console.print(f"{done}", markup=False)
+
+
+@analyze_app.command()
+def spectra(
+    vae: Vae,
+    data: Data,
+    out: Folder = Path("figures"),
+    num: Num = 256,
+    held_out: HeldOut = 0.0,
+    set: Options = None,
+) -> None:
+    """Radial spectra of z and z_d (Fig. S5): power of standardised channels, and absolute energy.
+
+    `davae analyze spectra --vae runs/micro --data openmoji --held-out 0.1`
+    """
+    from davae.analyze import figures as analysis
+    from davae.console import console
+
+    console.print(
+        f"{analysis.spectra(vae, chosen_data(data, set, {}), out, num=num, held_out=held_out)}", markup=False
+    )
+
+
+@analyze_app.command()
+def latents(
+    vae: Vae,
+    data: Data,
+    unaligned: Annotated[str | None, typer.Option(help="The same trained with lambda_align 0.")] = None,
+    out: Folder = Path("figures"),
+    num: Num = 1000,
+    held_out: HeldOut = 0.0,
+    set: Options = None,
+) -> None:
+    """Latent maps by PCA, a linear probe, silhouettes and a scatter by class (Fig. 3).
+
+    `davae analyze latents --vae runs/aligned --unaligned runs/unaligned --data photos/`
+    """
+    from davae.analyze import figures as analysis
+    from davae.console import console
+
+    console.print(
+        f"{analysis.latents(vae, unaligned, chosen_data(data, set, {}), out, num=num, held_out=held_out)}",
+        markup=False,
+    )
+
+
+@analyze_app.command()
+def curves(run: Annotated[Path, typer.Argument(help="A run folder.")], out: Folder = Path("figures")) -> None:
+    """Base and detail loss of stage 2 (Fig. S3). Example: `davae analyze curves runs/micro`"""
+    from davae.analyze import figures as analysis
+    from davae.console import console
+
+    console.print(f"{analysis.curves(run, out)}", markup=False)
+
+
+@analyze_app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Run folders; a line each, named by its folder, by its path where folders have one name."
+        ),
+    ],
+    out: Folder = Path("figures"),
+) -> None:
+    """Stage 2 of several runs side by side, zero against random new weights for example (Fig. 4).
+
+    `davae analyze compare runs/zero runs/random`
+    """
+    from davae.analyze import figures as analysis
+    from davae.console import console
+
+    distinct = len({run.name for run in runs}) == len(runs)
+    named = {run.name if distinct else str(run): run for run in runs}
+    console.print(f"{analysis.compare(named, out)}", markup=False)
+
+
+@analyze_app.command()
+def retention(
+    base: Annotated[str, typer.Argument(help="The pretrained model: a folder, a hub id, or `micro`.")],
+    upgrade: Annotated[str, typer.Argument(help="Its upgrade: a run or pipeline folder, or `micro-upgraded`.")],
+    data: Data,
+    out: Folder = Path("figures"),
+    num: Num = 32,
+    held_out: HeldOut = 0.0,
+    drawn: Annotated[int, typer.Option(min=1, max=64, help="Images that both draw from the same noise.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 turns it off.")] = 4.0,
+    seed: Seed = 0,
+    lpips: LpipsNetwork = None,
+    lpips_weights: LpipsWeights = None,
+    set: Options = None,
+) -> None:
+    """How much of what the base knew an upgrade keeps: its base prediction by noise level, its base images.
+
+    `davae analyze retention micro micro-upgraded --data openmoji --held-out 0.1`
+    """
+    from davae.analyze.retention import retention as compare_with_base
+    from davae.console import console
+
+    done = compare_with_base(
+        base,
+        upgrade,
+        chosen_data(data, set, {}),
+        out,
+        num=num,
+        held_out=held_out,
+        drawn=drawn,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        lpips=lpips,
+        lpips_weights=lpips_weights,
+    )
+    console.print(f"{done}", markup=False)
+
+
+@analyze_app.command()
+def diffusability(
+    vae: Annotated[str, typer.Argument(help="A DetailVAE's folder, or a run's.")],
+    data: Data,
+    out: Folder = Path("figures"),
+    num: Num = 256,
+    held_out: HeldOut = 0.0,
+    probe_steps: Annotated[int, typer.Option(help="Steps of the small probe denoiser; 0 leaves it out.")] = 300,
+    seed: Seed = 0,
+    set: Options = None,
+) -> None:
+    """How hard a detail latent will be to learn: alignment, spectra, channels, and the loss of a small probe denoiser.
+
+    `davae analyze diffusability runs/micro --data openmoji`
+    """
+    from davae.analyze.diffusability import diffusability as measure
+    from davae.console import console
+
+    chosen = chosen_data(data, set, {})
+    done = measure(vae, chosen, out, num=num, held_out=held_out, probe_steps=probe_steps, seed=seed)
+    console.print(f"{done}", markup=False)

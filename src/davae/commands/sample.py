@@ -1,0 +1,99 @@
+"""`davae sample`: images of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from davae.commands.options import GUIDANCE, STEPS, BatchSize, Compile, Guidance, Offload, Precision, Seed, Steps
+from davae.errors import RecipeError
+
+
+def sample(
+    run: Annotated[str, typer.Argument(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")],
+    prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; classes of a class model.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 4,
+    seed: Seed = 0,
+    steps: Steps = STEPS,
+    guidance: Guidance = GUIDANCE,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to guide away from.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="More prompts: .txt (one a line), .tsv, .csv, .jsonl, .json, .parquet.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="Side of a square in pixels; the model's own by default.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels, with --width, instead of --resolution.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels, with --height.")] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="A LoRA of the base, .safetensors; it is fitted to an upgraded model.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the images.")] = None,
+    dtype: Precision = "float32",
+    offload: Offload = "off",
+    compile: Compile = "off",
+    batch_size: BatchSize = 4,
+    preview: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between two previews of the base, in a sheet that grows while it draws."),
+    ] = None,
+) -> None:
+    """Write images of prompts, and a grid of them. Nothing is written over. Examples:
+
+    `davae sample micro-upgraded "a red rose" --num 8 --seed 1`
+
+    `davae sample runs/sd35 --prompt-file prompts.txt --num 1 --dtype bfloat16`
+    """
+    size = image_size(resolution, height, width)
+    if not prompt and prompt_file is None:
+        raise RecipeError('PROMPT: none given; add one, as "a red rose", or --prompt-file')
+    from davae.console import console, progress_display
+    from davae.pretrained.placement import Placement
+    from davae.sample.files import add_lora, read_prompt_texts, sample_to_folder
+    from davae.sample.open import open_model
+    from davae.sample.preview import Preview
+    from davae.train.loop import Progress
+
+    prompts = [*(prompt or []), *(read_prompt_texts(prompt_file) if prompt_file is not None else [])]
+
+    def prepare(pipeline: object) -> None:
+        if lora is not None:
+            add_lora(pipeline, lora)
+
+    pipeline, default = open_model(run, Placement(dtype, offload, compile), prepare)
+    high, wide = size if isinstance(size, tuple) else (size, size)
+    shown = None if preview is None else Preview(pipeline, preview, height=high, width=wide)
+    with progress_display() as observer:
+        done = sample_to_folder(
+            pipeline,
+            prompts,
+            out or default,
+            num=num,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            resolution=size,
+            batch_size=batch_size,
+            on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+            negative_prompt=negative_prompt,
+            preview=shown,
+        )
+    console.print(f"{done}", markup=False)
+
+
+def image_size(resolution: int | None, height: int | None, width: int | None) -> int | tuple[int, int] | None:
+    """Return a square's side, (height, width), or None for the model's own size.
+
+    Raises:
+        RecipeError: one of height and width alone, or both and a resolution.
+    """
+    if height is None and width is None:
+        return resolution
+    if resolution is not None:
+        raise RecipeError("--resolution: it is a square's side; give it, or --height and --width")
+    if height is None or width is None:
+        given, other = ("--height", "--width") if width is None else ("--width", "--height")
+        raise RecipeError(f"{given}: found without {other}; give both, or --resolution")
+    return height if height == width else (height, width)

@@ -1,0 +1,100 @@
+"""Official LightningDiT, DiT and SiT weights as `davae.models.LightningDiT`: one class, the extras on or off."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from davae.backbones.lightning_dit import LightningDiT
+from davae.convert.checkpoints import State, load_strictly, strip_prefixes
+from davae.errors import ModelError
+
+PLAIN = {"use_qknorm": False, "use_swiglu": False, "use_rope": False, "use_rmsnorm": False, "learn_sigma": True}
+
+
+def lightningdit(state_dict: State, **config: Any) -> LightningDiT:
+    """Official LightningDiT weights as a diffusers model.
+
+    Sizes are read from the weights; what they cannot say (`num_heads`, without QK-norm and rotary embedding) comes from
+    `config`, under the official names. A config that contradicts the weights is refused.
+
+    Args:
+        state_dict: official key names; `module.` and `_orig_mod.` prefixes are taken off.
+        config: `num_heads`, and any of `input_size`, `patch_size`, `in_channels`, `hidden_size`, `depth`, `num_classes`,
+            `use_qknorm`, `use_swiglu`, `use_rope`, `use_rmsnorm`, `wo_shift`, `learn_sigma`, `mlp_ratio`, and of
+            LightningDiT's own options.
+
+    Raises:
+        ModelError: weights that are no LightningDiT's, or that contradict `config`, naming keys.
+    """
+    state = strip_prefixes(state_dict)
+    found = read_sizes(state, config)
+    given = {name: value for name, value in config.items() if name not in ("class_dropout_prob", "use_checkpoint")}
+    for name, value in given.items():
+        if name in found and found[name] != value:
+            raise ModelError(f"{name} is {value} in the config, the weights have {found[name]}")
+    try:
+        model = LightningDiT(**{**found, **given})
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"this configuration is no LightningDiT's: {error}") from error
+    load_strictly(model, state, "a LightningDiT of this configuration")
+    return model.eval()
+
+
+def read_sizes(state: State, config: dict[str, Any]) -> dict[str, Any]:
+    """What the shapes of a LightningDiT's weights say about its configuration."""
+    needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight",
+              "blocks.0.attn.qkv.weight", "blocks.0.adaLN_modulation.1.weight")  # fmt: skip
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise ModelError(f"these are no LightningDiT, DiT or SiT weights: missing {', '.join(missing)}")
+    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    tokens = state["pos_embed"].shape[1]
+    groups = state["final_layer.linear.weight"].shape[0] // (patch * patch * channels)
+    swiglu = "blocks.0.mlp.w12.weight" in state
+    qk_norm = state.get("blocks.0.attn.q_norm.weight")
+    sizes = {
+        "input_size": math.isqrt(tokens) * patch,
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": width,
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "learn_sigma": groups == 2,
+        "use_qknorm": qk_norm is not None,
+        "use_swiglu": swiglu,
+        "use_rope": "feat_rope.freqs_cos" in state,
+        "use_rmsnorm": "blocks.0.norm1.weight" in state,
+        "wo_shift": state["blocks.0.adaLN_modulation.1.weight"].shape[0] == 4 * width,
+    }
+    if qk_norm is not None:
+        sizes["num_heads"] = width // len(qk_norm)
+    elif "feat_rope.freqs_cos" in state:
+        sizes["num_heads"] = width // state["feat_rope.freqs_cos"].shape[1]
+    elif "num_heads" not in config:
+        raise ModelError("num_heads cannot be read from these weights; give it, e.g. 16 for the XL models")
+    hidden = state["blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight"].shape[1]
+    if not swiglu:
+        sizes["mlp_ratio"] = hidden / width
+    return sizes
+
+
+def sit(state_dict: State, *, reversed_time: bool = False, **config: Any) -> LightningDiT:
+    """Official SiT or REPA weights, as a velocity model that samples like LightningDiT.
+
+    Args:
+        state_dict: official key names. REPA's projection heads (`projectors.*`) belong to its training and are left out.
+        reversed_time: REPA's convention, t = 1 being noise.
+        config: as for `lightningdit`.
+    """
+    kept = {n: v for n, v in strip_prefixes(state_dict).items() if not n.startswith(("projectors.", "projector."))}
+    return lightningdit(kept, **{**PLAIN, **config, "reversed_time": reversed_time, "prediction_type": "velocity"})
+
+
+def dit(state_dict: State, **config: Any) -> LightningDiT:
+    """Official DiT weights, as an epsilon model with learned variance for diffusers' DiTPipeline.
+
+    diffusers' own DiTTransformer2DModel is not used: it spaces the timestep's frequencies by i/127 where DiT has i/128, so
+    that it does not give the official outputs.
+    """
+    return lightningdit(state_dict, **{**PLAIN, **config, "prediction_type": "epsilon"})

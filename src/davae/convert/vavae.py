@@ -1,0 +1,125 @@
+"""Autoencoders of the latent-diffusion code (VA-VAE, the authors' DA-VAE) under diffusers' names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from davae.convert.checkpoints import State, load_strictly
+from davae.errors import ModelError
+
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
+HALF = ("encoder", "decoder")
+
+
+def autoencoder_config(ddconfig: dict[str, Any], embed_dim: int, quant_convs: bool) -> dict[str, Any]:
+    """Config of the AutoencoderKL that a latent-diffusion `ddconfig` describes, normalising by the identity.
+
+    Raises:
+        ModelError: a ddconfig that diffusers' class cannot express.
+    """
+    odd = {
+        "double_z": ddconfig.get("double_z", True) is True,
+        "dropout": not ddconfig.get("dropout"),
+        "attn_type": ddconfig.get("attn_type", "vanilla") == "vanilla",
+        "z_channels": int(ddconfig["z_channels"]) == embed_dim or quant_convs,
+    }
+    for name, fits in odd.items():
+        if not fits:
+            raise ModelError(f"ddconfig.{name} is {ddconfig.get(name)}: AutoencoderKL has no such architecture")
+    if int(ddconfig["z_channels"]) != embed_dim:
+        raise ModelError(f"z_channels {ddconfig['z_channels']} and embed_dim {embed_dim} differ: not supported")
+    multipliers = list(ddconfig["ch_mult"])
+    sides = [int(ddconfig["resolution"]) // 2**level for level in range(len(multipliers))]
+    attended = [side in ddconfig.get("attn_resolutions", ()) for side in sides]
+    return {
+        "in_channels": int(ddconfig.get("in_channels", 3)),
+        "out_channels": int(ddconfig.get("out_ch", 3)),
+        "down_block_types": tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attended),
+        "up_block_types": tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in attended[::-1]),
+        "block_out_channels": tuple(int(ddconfig["ch"]) * m for m in multipliers),
+        "layers_per_block": int(ddconfig["num_res_blocks"]),
+        "latent_channels": embed_dim,
+        "norm_num_groups": 32,
+        "sample_size": int(ddconfig["resolution"]),
+        "scaling_factor": 1.0,
+        "force_upcast": False,
+        "use_quant_conv": quant_convs,
+        "use_post_quant_conv": quant_convs,
+    }
+
+
+def diffusers_name(name: str, levels: int) -> str:
+    """A latent-diffusion parameter's name in diffusers' Encoder or Decoder (`down.`, `mid.`, `up.`, ...).
+
+    The decoder's `up.i` count from the finest level, diffusers' from the coarsest.
+    """
+    name = re.sub(r"^up\.(\d+)\.", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.", name)
+    name = re.sub(r"^down\.(\d+)\.", r"down_blocks.\1.", name)
+    name = re.sub(r"^mid\.block_(\d)\.", lambda m: f"mid_block.resnets.{int(m[1]) - 1}.", name)
+    name = re.sub(r"^mid\.attn_1\.", "mid_block.attentions.0.", name)
+    name = re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", name)
+    name = re.sub(r"\.attn\.(\d+)\.", r".attentions.\1.", name)
+    name = re.sub(r"\.downsample\.conv\.", ".downsamplers.0.conv.", name)
+    name = re.sub(r"\.upsample\.conv\.", ".upsamplers.0.conv.", name)
+    name = name.replace(".nin_shortcut.", ".conv_shortcut.").replace("norm_out.", "conv_norm_out.")
+    if found := re.search(r"(\.attentions\.\d+\.)(q|k|v|proj_out|norm)\.", name):
+        name = name.replace(found[0], f"{found[1]}{ATTENTION[found[2]]}.")
+    return name
+
+
+def rename(state: State, levels: int) -> State:
+    """Weights of one latent-diffusion encoder or decoder under diffusers' names; 1x1 attention kernels become matrices."""
+
+    def shaped(name: str, value: Tensor) -> Tensor:
+        return value[:, :, 0, 0] if ".attentions." in name and value.ndim == 4 else value
+
+    renamed = {diffusers_name(name, levels): value for name, value in state.items()}
+    return {name: shaped(name, value) for name, value in renamed.items()}
+
+
+def under(state: State, prefix: str) -> State:
+    """The part of a state dict below `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def vavae(
+    state_dict: State, ddconfig: dict[str, Any], statistics: tuple[Tensor, Tensor] | None = None
+) -> AutoencoderKL:
+    """Official VA-VAE (or any latent-diffusion KL autoencoder) weights as a diffusers AutoencoderKL.
+
+    Args:
+        state_dict: `encoder.*`, `decoder.*` and, where it has them, `quant_conv.*` and `post_quant_conv.*`. The parts of
+            VA-VAE that only its training uses (`foundation_model`, `linear_proj`, `loss`) are left out.
+        ddconfig: the architecture section of the official YAML.
+        statistics: per-channel (mean, std) from `latents_stats.pt`; without them latents are normalised by the identity.
+
+    Raises:
+        ModelError: an architecture that AutoencoderKL lacks, or weights that do not fit, by name.
+    """
+    quant = "quant_conv.weight" in state_dict
+    embed_dim = int(state_dict["post_quant_conv.weight"].shape[1]) if quant else int(ddconfig["z_channels"])
+    config = autoencoder_config(ddconfig, embed_dim, quant)
+    levels = len(config["block_out_channels"])
+    if statistics is not None:
+        mean, std = statistics
+        if len(mean) != embed_dim:
+            raise ModelError(f"the statistics have {len(mean)} channels, the autoencoder {embed_dim}")
+        config |= {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+    weights: State = {}
+    for half in HALF:
+        weights |= {f"{half}.{n}": v for n, v in rename(under(state_dict, f"{half}."), levels).items()}
+    for name in ("quant_conv", "post_quant_conv"):
+        weights |= {f"{name}.{n}": v for n, v in under(state_dict, f"{name}.").items()}
+    used_in_training = ("foundation_model.", "linear_proj.", "loss.", "model_ema.")
+    weights |= {
+        name: value
+        for name, value in state_dict.items()
+        if not name.startswith((*used_in_training, "encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    }
+    model = AutoencoderKL(**config)
+    load_strictly(model, weights, "an AutoencoderKL of this ddconfig")
+    return model.eval()

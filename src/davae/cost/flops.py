@@ -1,0 +1,132 @@
+"""FLOPs, counted by torch's own counter on the meta device: no weights, no memory, any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from davae.backbones.expand import latent_channels
+from davae.backbones.families import CALLS, TEXT_CALLS
+from davae.backbones.families.rows import model_class, transformer_family
+from davae.backbones.lightning_dit import LightningDiT
+from davae.pretrained.open import BaseShapes
+from davae.pretrained.stored import planned
+from davae.vae.detail_vae import DetailVAE
+from davae.vae.frames import decode_latents, encode_mode
+
+BATCHED = ("aten.bmm", "aten.baddbmm")  # what attention becomes where it is not one operator
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Two for each multiply-add. Element-wise work (norms, activations, gates) is not counted.
+
+    Attributes:
+        attention: products of queries, keys and values.
+        linear: products with a weight matrix.
+        convolution: 1x1 ones included, which are what some families use as linear layers.
+    """
+
+    attention: float = 0.0
+    linear: float = 0.0
+    convolution: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.attention + self.linear + self.convolution
+
+    def as_dict(self, prefix: str) -> dict[str, float]:
+        """Plain keys: `<prefix>_flops` is the total."""
+        return {
+            f"{prefix}_flops": self.total,
+            f"{prefix}_attention_flops": self.attention,
+            f"{prefix}_linear_flops": self.linear,
+            f"{prefix}_convolution_flops": self.convolution,
+        }
+
+
+def count_flops(run: Callable[[], Any]) -> Flops:
+    """FLOPs of whatever `run` computes, by kind of operator."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    kinds = {"attention": 0.0, "linear": 0.0, "convolution": 0.0}
+    for operator, flops in counter.get_flop_counts()["Global"].items():
+        kinds[_kind(str(operator))] += flops
+    return Flops(**kinds)
+
+
+def _kind(operator: str) -> str:
+    if "conv" in operator:
+        return "convolution"
+    return "attention" if operator in BATCHED or "attention" in operator else "linear"
+
+
+def meta_transformer(shapes: BaseShapes) -> nn.Module:
+    """The transformer's modules without weights."""
+    with planned(f"the {shapes.transformer_class}"):
+        return model_class(shapes.transformer_class).from_config(shapes.transformer_config)
+
+
+def meta_detail_vae(shapes: BaseShapes, detail_channels: int, scale: int) -> DetailVAE:
+    """The DetailVAE's modules without weights."""
+    with planned(f"the DetailVAE of {shapes.vae_class}"):
+        return DetailVAE(shapes.vae_class, shapes.vae_config, detail_channels, scale)
+
+
+def meta_autoencoder(shapes: BaseShapes) -> Any:
+    """The base autoencoder's modules without weights."""
+    with planned(f"the {shapes.vae_class}"):
+        return model_class(shapes.vae_class).from_config(shapes.vae_config)
+
+
+def predict_once(model: nn.Module, transformer: nn.Module, latents: Tensor) -> Tensor:
+    """One pass with prompts of the usual length, or with classes: (B,c,h,w) -> the same shape.
+
+    Args:
+        model: `transformer`, or a wrapper around it.
+        latents: on the device that new tensors get just now.
+    """
+    name, batch = type(transformer).__name__, len(latents)
+    t = torch.empty(batch)
+    grid = transformer.at_grid(latents.shape[-1]) if isinstance(transformer, LightningDiT) else nullcontext()
+    with grid:
+        call, config = CALLS[name], transformer.config
+        parts = tuple(part.expand(batch, *part.shape[1:]).contiguous() for part in call.blank(config))
+        return call.predict(model, config, latents, t, parts)
+
+
+def transformer_flops(transformer: nn.Module, side: int) -> Flops:
+    """FLOPs of one pass on side x side latents and one prompt; `transformer` on the meta device."""
+    with torch.device("meta"):
+        latents = torch.empty(1, latent_channels(transformer), side, side)
+        return count_flops(lambda: predict_once(transformer, transformer, latents))
+
+
+def text_tokens(transformer: nn.Module) -> int:
+    """Tokens of the longest text that the transformer sees; 0 where it sees a class."""
+    name = type(transformer).__name__
+    if transformer_family(name).condition == "class":
+        return 0
+    with torch.device("meta"):
+        call = TEXT_CALLS[name]
+        lengths = [part.shape[1] for part in call.blank(transformer.config) if part.ndim == 3]
+        return max(lengths, default=call.TEXT_TOKENS)  # Krea 2's prompts have several layers a token
+
+
+def autoencoder_flops(vae: Any, resolution: int) -> tuple[Flops, Flops]:
+    """FLOPs of encoding and of decoding one picture; `vae` on the meta device: a DetailVAE, or a base autoencoder."""
+    latents: list[Tensor] = []
+    with torch.device("meta"):
+        images = torch.empty(1, 3, resolution, resolution)
+        encode = count_flops(lambda: latents.append(encode_mode(vae, images)))
+        return encode, count_flops(lambda: decode_latents(vae, latents[0]))
+
+
+def count(parameters: Any) -> int:
+    return sum(parameter.numel() for parameter in parameters)

@@ -1,0 +1,85 @@
+"""Captions in a folder of their own, parallel to the images': `captions/1.txt` of `images/1.png`."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+
+from davae.data.captions.matching import Kind, Matched, folded, stem
+
+CAPTIONS = re.compile(
+    r"(?:(.*)[ _-])?(captions?|labels?|txts?|texts?|prompts?|jsons?|annotations?|descriptions?|tags|cls)(?:[ _-](.*))?",
+    re.IGNORECASE,
+)
+Owner = tuple[str, str]  # folder and name of an image
+
+
+def assign_parallel(matched: Mapping[str, Matched]) -> tuple[dict[Owner, dict[Kind, str]], dict[str, set[str]]]:
+    """Give captions without an image next to them to the images of a parallel folder.
+
+    A caption goes to the one image of its name in the folders that lie where its own does; an image that has a caption next
+    to it keeps that.
+
+    Args:
+        matched: relative path of a folder, '' the root -> its files.
+
+    Returns:
+        Image -> kind -> path of the file; and the names that are used, by folder.
+    """
+    found: dict[Owner, dict[Kind, str]] = defaultdict(dict)
+    used: dict[str, set[str]] = defaultdict(set)
+    near: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = defaultdict(list)
+    loose = [
+        folder for folder, part in matched.items() if part.loose and any(map(CAPTIONS.fullmatch, _parts(folder)))
+    ]
+    if not loose:
+        return found, used
+    for folder, part in matched.items():
+        parts = _parts(folder)
+        for at in range(len(parts) + 1) if part.images else ():
+            near[parts[:at], parts[at:]].append(folder)  # `1.png`, `captions/1.txt`
+            near[parts[:at], parts[at + 1 :]].append(folder)  # `images/1.png`, `captions/1.txt`
+    for folder in loose:
+        parts = _parts(folder)
+        at = next(place for place, name in enumerate(parts) if CAPTIONS.fullmatch(name))
+        folders = list(dict.fromkeys(near.get((parts[:at], parts[at + 1 :]), ())))
+        exact, alike = _by_stem(folders, matched)
+        for name, own, kind in matched[folder].loose:
+            owners = _of_one_folder(exact.get(own) or alike.get(folded(own)) or [], at, parts[at])
+            for owner in owners:
+                if kind in matched[owner[0]].sidecars.get(owner[1], {}) or kind in found[owner]:
+                    continue
+                found[owner][kind] = f"{folder}/{name}"
+                used[folder].add(name)
+    return found, used
+
+
+def _by_stem(
+    folders: list[str], matched: Mapping[str, Matched]
+) -> tuple[dict[str, list[Owner]], dict[str, list[Owner]]]:
+    """Return the images of some folders by stem and by name, and without regard to case."""
+    exact: dict[str, list[Owner]] = defaultdict(list)
+    alike: dict[str, list[Owner]] = defaultdict(list)
+    for folder in folders:
+        for name in matched[folder].images:
+            exact[stem(name)].append((folder, name))
+            exact[name].append((folder, name))
+            alike[folded(stem(name))].append((folder, name))
+    return exact, alike
+
+
+def _of_one_folder(owners: list[Owner], at: int, captions: str) -> list[Owner]:
+    """Return the owners if they lie in one folder; of several folders the one that the captions' name contains."""
+    folders = {folder for folder, _ in owners}
+    if len(folders) > 1:
+        found = CAPTIONS.fullmatch(captions)
+        words = {word.casefold() for word in (found[1], found[3]) if word} if found else set()
+        folders = {
+            folder for folder in folders if _parts(folder)[at : at + 1] and _parts(folder)[at].casefold() in words
+        }
+    return [owner for owner in owners if owner[0] in folders] if len(folders) == 1 else []
+
+
+def _parts(folder: str) -> tuple[str, ...]:
+    return tuple(folder.split("/")) if folder else ()

@@ -1,0 +1,207 @@
+"""Caption and class of an image from the files next to it: `.txt` and its variants, `.json`, `.cls`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+
+from davae.data.captions.choice import SourceOptions, choose, usual_keys
+from davae.data.captions.matching import Kind
+from davae.data.captions.texts import (
+    MAX_FILE,
+    UnreadableCaption,
+    as_label,
+    as_texts,
+    clean,
+    decode_text,
+    read_json,
+    read_record,
+    read_text,
+)
+from davae.data.findings import Findings
+from davae.errors import DataError
+
+SHOWN = 12  # keys in a note
+TRIED = 100  # images looked at before a key of the `.json` counts as found nowhere
+TABLE_OPTIONS = ("caption_column", "label_column", "config", "streaming")
+LIMITS: dict[Kind, int] = {"txt": MAX_FILE + 1, "json": MAX_FILE + 1, "cls": 1024}
+
+
+class SidecarFiles(Protocol):
+    """Access to the files next to an image."""
+
+    def __len__(self) -> int: ...
+
+    def sidecar(self, index: int, kind: Kind, limit: int) -> bytes | None:
+        """Return at most `limit` bytes of a file, None where there is none."""
+        ...
+
+    def sidecar_name(self, index: int, kind: Kind) -> str: ...
+
+
+class Sidecars:
+    """Read captions and classes by the options of a recipe.
+
+    Args:
+        options: the recipe's section `data`.
+        files: access to the files.
+        findings: takes guessed encodings, repairs and cuts.
+        name: the source, for messages.
+    """
+
+    def __init__(self, options: SourceOptions, files: SidecarFiles, findings: Findings, name: str):
+        self.options, self.files, self.findings, self.name = options, files, findings, name
+        self.weights = options.record_keys
+        self.json_key: str | None = None
+        self.notes: tuple[str, ...] = ()
+        self._read: dict[tuple[int, Kind], bytes | None] | None = None
+        self._check_keys()
+        if not self.weights:
+            self.json_key = self._find_key()
+
+    def _check_keys(self) -> None:
+        """DataError when none of the first images has a key that an option names."""
+        keys = {**self.weights, **({self.options.label_key: 1.0} if self.options.label_key else {})}
+        if not keys:
+            return
+        seen: set[str] = set()
+        for index in range(min(len(self.files), TRIED)):
+            try:
+                seen |= self.record(index).keys()
+            except UnreadableCaption:  # its image is left out by name when it is read
+                continue
+        for key in keys:
+            if key not in seen:
+                has = ", ".join(sorted(seen)[:12]) or "no .json at all"
+                raise DataError(
+                    f"data: no .json among the first pictures of {self.name} has the key '{key}'; found {has}"
+                )
+
+    def _find_key(self) -> str | None:
+        """Return the usual caption key that a `.json` of images spread over the set has.
+
+        A `.json` without captions (masks of SA-1B) has up to a megabyte: it is not read again for every image.
+        """
+        count, seen = len(self.files), dict[str, None]()
+        for index in sorted({place * count // min(count, TRIED) for place in range(min(count, TRIED))}):
+            try:
+                record = self._guessed_record(index)
+            except UnreadableCaption:
+                continue
+            for key in usual_keys(record):
+                if as_texts(record[key]):
+                    return key
+            seen |= dict.fromkeys(record)
+        if seen:
+            shown = ", ".join(list(seen)[:SHOWN]) + (", ..." if len(seen) > SHOWN else "")
+            self.notes = (f"no .json has a usual key of captions; found {shown}; data.caption_key names one",)
+        return None
+
+    def _bytes(self, index: int, kind: Kind) -> bytes | None:
+        if self._read is None:
+            return self.files.sidecar(index, kind, LIMITS[kind])
+        if (index, kind) not in self._read:
+            self._read[index, kind] = self.files.sidecar(index, kind, LIMITS[kind])
+        return self._read[index, kind]
+
+    @contextmanager
+    def reading_once(self) -> Iterator[None]:
+        """Keep what is read until the end of the block, so that each file is read once."""
+        self._read = {}
+        try:
+            yield
+        finally:
+            self._read = None
+
+    def _guessed_record(self, index: int) -> dict[str, Any]:
+        """Return the object of the `.json`; a text or a list of texts alone is a caption."""
+        if (data := self._bytes(index, "json")) is None:
+            return {}
+        value = read_json(data, self.files.sidecar_name(index, "json"), self.findings)
+        if isinstance(value, dict):
+            return value
+        return {"caption": value} if isinstance(value, (str, list)) else {}
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Return the object of an image's `.json`, with its `.txt` under the key `txt`; empty where there is none."""
+        data = self._bytes(index, "json")
+        name = self.files.sidecar_name(index, "json")
+        record = {} if data is None else read_record(data, name, self.findings)
+        if "txt" in self.weights and (text := self._bytes(index, "txt")) is not None:
+            record["txt"] = read_text(text, self.files.sidecar_name(index, "txt"), self.findings)
+        return record
+
+    def caption(self, index: int, rng: np.random.Generator | None) -> str | None:
+        """Return the caption, None where no file next to the image has one.
+
+        Raises:
+            UnreadableCaption: a damaged file.
+        """
+        if self.weights:
+            text = choose(self.record(index), self.weights, rng)
+            return clean(text, self.files.sidecar_name(index, "json"), self.findings)
+        found: str | None = None
+        if (data := self._bytes(index, "txt")) is not None:
+            found = read_text(data, self.files.sidecar_name(index, "txt"), self.findings)
+        if not found and self.json_key is not None:
+            record = self._guessed_record(index)
+            key = next((key for key in (self.json_key, *usual_keys(record)) if as_texts(record.get(key))), None)
+            if key is not None:
+                found = clean(choose(record, {key: 1.0}, rng), self.files.sidecar_name(index, "json"), self.findings)
+        return found
+
+    def label(self, index: int) -> int | None:
+        """Return the class number, None where there is none.
+
+        Raises:
+            UnreadableCaption: not a whole number.
+        """
+        name = self.files.sidecar_name(index, "cls")
+        if self.options.label_key is not None:
+            return as_label(self.record(index).get(self.options.label_key), self.files.sidecar_name(index, "json"))
+        data = self._bytes(index, "cls")
+        return None if data is None else as_label(decode_text(data, name)[0].strip().strip("\ufeff"), name)
+
+    def caption_or_fault(self, index: int) -> str:
+        """Return the plain caption, or for a damaged one what is wrong with it."""
+        try:
+            return self.caption(index, None) or ""
+        except UnreadableCaption as error:
+            return str(error)
+
+    def identity(self, index: int) -> bytes:
+        """Return bytes that change with the caption or class; for plain UTF-8 those that earlier caches were keyed by."""
+        kinds: list[Kind] = ["json"] if self.weights or self.options.label_key else []
+        if not self.weights or "txt" in self.weights:
+            kinds.append("txt")
+        return b"\0".join(self._bytes(index, kind) or b"" for kind in (*kinds, "cls"))
+
+    def changed_caption(self, index: int, before: str, caption: str) -> bytes:
+        """Return b'' where `caption` is what davae read before it knew more conventions, else the caption.
+
+        Args:
+            index: the image.
+            before: what it would have had without a `.txt`.
+            caption: what it has.
+        """
+        if self.weights:
+            return b""
+        data = self._bytes(index, "txt")
+        old = before if data is None else data.decode("utf-8", "replace").strip()
+        return b"" if old == caption else b"\0caption\0" + caption.encode()
+
+    def origin(self, counts: dict[str, int]) -> str:
+        """Describe where captions come from.
+
+        Args:
+            counts: how many images have a file of each kind.
+        """
+        if self.weights:
+            return f".json, key{'s' if len(self.weights) > 1 else ''} " + ", ".join(self.weights)
+        parts = [".txt"] if counts.get("txt") else []
+        if self.json_key is not None:
+            parts.append(f".json, key {self.json_key}")
+        return ", else ".join(parts) or "none"

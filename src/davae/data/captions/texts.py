@@ -1,0 +1,191 @@
+"""Bytes and values of any origin -> clean captions; nothing is replaced without a record."""
+
+from __future__ import annotations
+
+import codecs
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from davae.data.findings import Findings
+from davae.errors import DataError, UnreadableImage
+from davae.files.reading import load_json
+
+MAX_CAPTION = 10_000  # characters; no text encoder reads a tenth of it, and tokenising megabytes takes minutes
+MOST_CLASSES = 1 << 31  # numbers of classes are kept as int64, and embeddings are sized by them
+MAX_FILE = 1 << 26  # bytes of a caption file or `.json` that are read
+
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # begins as UTF-16's does
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+SURROGATE = re.compile("[\ud800-\udfff]")
+NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+BOXES = re.compile(
+    rf"(?:\d+(?:[ \t]+{NUMBER}){{4,}}\s*)+", re.IGNORECASE
+)  # class x y width height, a line an object: YOLO
+NUL_SHARE = 0.3  # of the bytes, above which text is UTF-16 without a mark
+
+
+class UnreadableCaption(UnreadableImage, DataError):
+    """A caption or class that cannot be read: its image is left out where a set is read, one line elsewhere."""
+
+
+def decode_text(data: bytes, name: str, *, cut: bool = False) -> tuple[str, str | None]:
+    """Decode a text file.
+
+    Args:
+        data: its bytes.
+        name: its name, for messages.
+        cut: the bytes end where reading stopped, maybe inside a character.
+
+    Returns:
+        The text, and the encoding where it was guessed: neither UTF-8 nor named by a byte order mark.
+
+    Raises:
+        UnreadableCaption: a byte order mark, but bytes that do not fit it.
+    """
+    for mark, encoding in BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            try:
+                return _decode(data[len(mark) :], encoding, cut), None
+            except UnicodeDecodeError as error:
+                reason = f"{name} begins as {encoding}, but is not: {error.reason}"
+                raise UnreadableCaption("damaged caption", reason) from error
+    if (encoding := _utf16_by_nul(data)) is not None:
+        try:
+            return _decode(data, encoding, cut), f"{encoding} without a byte order mark"
+        except UnicodeDecodeError:
+            pass
+    try:
+        return _decode(data, "utf-8", cut), None
+    except UnicodeDecodeError:
+        pass
+    try:  # surrogates as Java and Windows write them; `clean` removes lone ones
+        text = data.decode("utf-8", "surrogatepass")
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass"), None
+    except UnicodeDecodeError:
+        pass
+    try:
+        return data.decode("cp1252"), "cp1252"
+    except UnicodeDecodeError:
+        return data.decode("latin-1"), "latin-1"
+
+
+def _decode(data: bytes, encoding: str, cut: bool) -> str:
+    return codecs.getincrementaldecoder(encoding)().decode(data, final=not cut)
+
+
+def _utf16_by_nul(data: bytes) -> str | None:
+    """Return the byte order of UTF-16 without a mark: every other byte of Latin text is NUL."""
+    head = data[:4096]
+    if len(head) < 4 or head.count(0) < NUL_SHARE * len(head):
+        return None
+    low, high = head[::2].count(0), head[1::2].count(0)
+    return "utf-16-le" if high > 4 * low else "utf-16-be" if low > 4 * high else None
+
+
+def clean(text: str, name: str, findings: Findings) -> str:
+    """Strip a caption, with `\\n` as line end, remove NUL and lone surrogates, and cut it to the limit.
+
+    Args:
+        text: the caption.
+        name: its file, under which removals and cuts are recorded.
+        findings: takes them.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n").strip().strip("\ufeff").strip()
+    removed = []
+    if "\0" in text:
+        text = text.replace("\0", "")
+        removed.append("NUL")
+    if SURROGATE.search(text):
+        text = SURROGATE.sub("", text)
+        removed.append("lone surrogate")
+    if removed:
+        findings.encodings[name] = f"{' and '.join(removed)} removed"
+        text = text.strip()
+    if not any(letter.isprintable() and not letter.isspace() for letter in text):
+        return ""  # zero-width characters alone
+    if len(text) > MAX_CAPTION:
+        findings.cut[name] = len(text)
+        text = text[:MAX_CAPTION].rstrip()
+    return text
+
+
+def read_text(data: bytes, name: str, findings: Findings) -> str:
+    """Return a caption file's clean text, '' for boxes of objects; they and a guessed encoding are recorded."""
+    text, guessed = decode_text(data[:MAX_FILE], name, cut=len(data) > MAX_FILE)
+    if guessed is not None:
+        findings.encodings[name] = guessed
+    text = clean(text, name, findings)
+    if "." in text[:200] and BOXES.fullmatch(text):
+        findings.encodings[name] = "boxes of objects, not a caption"
+        return ""
+    return text
+
+
+def read_json(data: bytes, name: str, findings: Findings) -> Any:
+    """Parse a `.json` file in any encoding that `decode_text` knows.
+
+    Raises:
+        UnreadableCaption: damaged or too large.
+    """
+    if len(data) > MAX_FILE:
+        raise UnreadableCaption("damaged caption", f"{name} has {len(data):,} bytes; at most {MAX_FILE:,} are read")
+    text, guessed = decode_text(data, name)
+    if guessed is not None:
+        findings.encodings[name] = guessed
+    try:
+        return load_json(text)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UnreadableCaption("damaged caption", f"{name} is not valid JSON: {reason}") from error
+
+
+def read_record(data: bytes, name: str, findings: Findings) -> dict[str, Any]:
+    """Return the object of a `.json`.
+
+    Raises:
+        UnreadableCaption: damaged, or not an object.
+    """
+    record = read_json(data, name, findings)
+    if not isinstance(record, dict):
+        raise UnreadableCaption("damaged caption", f"{name} holds no JSON object, found {type(record).__name__}")
+    return record
+
+
+def as_texts(value: Any) -> list[str]:
+    """Return the non-empty texts of a value: a text, a number, or a list of them; nothing else is a caption."""
+    if isinstance(value, (list, tuple)):
+        return [text for part in value if not isinstance(part, (list, tuple)) for text in as_texts(part)]
+    if isinstance(value, bytes):
+        value = decode_text(value, "a caption")[0]
+    if value is None or isinstance(value, (bool, Mapping)):
+        return []
+    if isinstance(value, float) and not math.isfinite(value):  # how pandas writes a missing text
+        return []
+    text = str(value).strip()
+    return [text] if text else []
+
+
+def as_label(value: Any, name: str) -> int | None:
+    """Return a class number, None where there is none.
+
+    Raises:
+        UnreadableCaption: not a whole number from 0 on.
+    """
+    if value is None:
+        return None
+    try:
+        number = int(value)
+        whole = not isinstance(value, float) or number == value
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UnreadableCaption("damaged class", f"{name}: class '{str(value)[:40]}' is no whole number") from error
+    if not whole or not 0 <= number < MOST_CLASSES:
+        what = f"{name}: class '{str(value)[:40]}' is no whole number from 0 on"
+        raise UnreadableCaption("damaged class", what if number < 0 or not whole else f"{what}, below 2^31")
+    return number

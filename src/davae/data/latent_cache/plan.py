@@ -1,0 +1,78 @@
+"""Where the shards of a latent cache begin: for every process the same, also when a cache goes on with another batch size."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from davae.data.latent_cache.files import REMEDY, Shard
+from davae.data.latent_cache.read import Team, replace_json
+from davae.errors import DataError
+from davae.files.reading import load_json, whole_number
+
+logger = logging.getLogger(__name__)
+
+FILE = "shards.json"  # the batch size that a cache was begun with, and its rule of flips
+FLIPS = "enumerated"  # every other variant is mirrored; earlier versions drew the flip of each
+SHARD_ROWS = 1024  # at most: 256 MiB of SD3.5's latents at 1K, what an interruption can cost
+
+
+def shard_rows(total: int, batch_size: int) -> int:
+    """Rows of a shard: 64 shards or so, of whole batches, each of 16 to SHARD_ROWS rows. Processes do not count."""
+    rows = min(SHARD_ROWS, max(16, -(-total // 64)))
+    return -(-rows // batch_size) * batch_size
+
+
+def begun_with(folder: Path, batch_size: int, first: int, variants: int, team: Team, *, flip: bool = False) -> int:
+    """Return the batch size that a cache's shards were cut by: its own when it goes on, `batch_size` when it begins.
+
+    An interrupted cache of an earlier davae does not hold it. Its shards are made again where they cannot have been cut
+    by `batch_size`, or where they are mirrored by another rule: one cache holds one rule.
+
+    Args:
+        first: items of the first bucket, variants counted.
+        variants: of each image.
+        flip: whether images are mirrored.
+
+    Raises:
+        DataError: the file that holds it is damaged.
+    """
+    path = folder / FILE
+    if team.main and flip:
+        _same_flips(folder, path)
+    if team.main and not path.is_file():
+        shards = sorted(folder.glob("latents-*.safetensors"))
+        if shards and not _cut_by(shards[0], min(first, shard_rows(first, batch_size)), variants):
+            logger.warning(
+                "cache %s is made again: cache.batch_size changed, and its shards do not hold the old one", folder
+            )
+            for shard in shards:
+                shard.unlink()
+        replace_json(path, {"batch_size": batch_size, "flips": FLIPS})
+    team.wait()
+    try:
+        return whole_number(load_json(path.read_text(encoding="utf-8"))["batch_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cache file {path} is damaged; {REMEDY}") from error
+
+
+def _same_flips(folder: Path, path: Path) -> None:
+    """Remove the shards of an earlier version, which drew the flip of each image."""
+    try:
+        known = load_json(path.read_text(encoding="utf-8")).get("flips") if path.is_file() else None
+    except (ValueError, AttributeError):
+        return  # damaged, which is an error in `begun_with`
+    shards = sorted(folder.glob("latents-*.safetensors"))
+    if known == FLIPS or not shards:
+        return
+    logger.warning("cache %s is made again: an earlier version began it and mirrors images by another rule", folder)
+    for shard in shards:
+        shard.unlink()
+    path.unlink(missing_ok=True)
+
+
+def _cut_by(path: Path, rows: int, variants: int) -> bool:
+    """Return whether a shard can have so many rows, those of skipped images counted."""
+    shard = Shard(path)
+    found = len(shard.tensor("labels"))
+    return found <= rows <= found + variants * len(load_json(shard.metadata.get("skipped", "{}")))

@@ -1,0 +1,169 @@
+"""A folder of shards or tables: which of its files are read, and what else lies there."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from davae.data.captions.choice import SourceOptions
+from davae.data.captions.matching import METADATA, is_hidden
+from davae.data.classes import split_note, split_of
+from davae.data.files import FolderSource, TarSource
+from davae.data.findings import Findings, Tally, add_to
+from davae.data.folder import walk
+from davae.data.formats import is_image_name, unused_kind
+from davae.data.images import PictureSource
+from davae.data.shards.names import is_shard, shards_in
+from davae.data.shards.remote import open_stream
+from davae.data.tables import TableSource, holds_images, is_saved_table
+from davae.errors import DataError
+
+PARTS = re.compile(r"[-_./]")
+
+
+def open_folder(folder: Path, options: SourceOptions) -> PictureSource:
+    """Open loose images, or the `.tar` shards or `.parquet` files that lie directly in a folder.
+
+    Raises:
+        DataError: several of them, where it is not plain which is meant.
+    """
+    if is_saved_table(folder):
+        return TableSource(str(folder), options)
+    shards, tables = shards_in(folder), tables_in(folder)
+    if tables and not holds_images(tables[0], options.image_column):  # img2dataset's lists of addresses
+        below = (name for names in walk(folder, {}).values() for name in names)
+        tables = [] if shards or any(is_image_name(name) for name in below) else tables
+    deep = not shards and not tables
+    if deep:
+        shards, tables = packed_below(folder, options.image_column)
+    if not shards and not tables:
+        return FolderSource(folder, options)
+    loose = next((p for p in folder.iterdir() if is_image_name(p.name) and not is_hidden(p.name)), None)
+    pattern = f"{folder}/{'**/' if deep else ''}*"
+    if loose is not None:
+        raise DataError(
+            f"folder {folder} holds shards and loose pictures ({loose.name}); name the shards: "
+            f"{folder}/*.{'tar' if shards else 'parquet'}"
+        )
+    if shards and tables:
+        raise DataError(
+            f"folder {folder} holds shards and tables with images ({tables[0].name}); name one: {pattern}.tar or "
+            f"{pattern}.parquet"
+        )
+    unused: dict[str, Tally] = {}
+    files = of_split(shards or tables, options.split, folder, unused)
+    _count_others(folder, {*shards, *tables}, unused, deep)
+    source = TarSource(files, options) if shards else open_table(f"{pattern}.parquet", options, files)
+    return with_unused(source, unused, len(files) < len(shards or tables), options.split)
+
+
+def packed_below(folder: Path, image_column: str) -> tuple[list[Path], list[Path]]:
+    """Return the shards and the tables with images below a folder; none where loose images are."""
+    files = [folder / at / name for at, names in walk(folder, {}).items() for name in names]
+    if any(is_image_name(path.name) for path in files):
+        return [], []
+    shards = [path for path in files if is_shard(path.name)]
+    tables = [path for path in files if path.suffix == ".parquet" and path.name.lower() not in METADATA]
+    return sorted(shards), sorted(tables) if tables and holds_images(tables[0], image_column) else []
+
+
+def tables_in(folder: Path) -> list[Path]:
+    """Return the `.parquet` files directly in a folder, in order, without those that describe images next to them."""
+    return sorted(
+        path
+        for path in folder.glob("*.parquet")
+        if not is_hidden(path.name) and path.name.lower() not in METADATA and not path.is_dir()
+    )
+
+
+def open_table(name: str, options: SourceOptions, files: Sequence[Path] | None = None) -> PictureSource:
+    """Open a table; of a stream, the rows that data.limit names."""
+    return open_stream(name, options) if options.streaming else TableSource(name, options, files)
+
+
+def of_split(files: Sequence[Path], wanted: str, folder: Path, unused: dict[str, Tally]) -> list[Path]:
+    """Keep one split where the names of files tell several: `train-00000-of-00002.parquet`, `set-val-0.tar`.
+
+    Args:
+        files: shards or tables of a folder.
+        wanted: the split, `train` by default.
+        folder: for messages.
+        unused: counts the files of other splits; added to.
+
+    Raises:
+        DataError: the split is missing, or files of no split lie next to the others.
+    """
+    shown = {path: path.relative_to(folder).as_posix() for path in files}
+    split = {path: next(filter(None, map(split_of, PARTS.split(shown[path])[:-1])), None) for path in files}
+    names = {name for name in split.values() if name}
+    goal = split_of(wanted) or wanted
+    if len(names) < 2 and not (names and goal != "train"):
+        if goal != "train":
+            raise DataError(f"data.split '{wanted}': {folder} has no files named after splits; leave it out")
+        return list(files)
+    if goal not in names:
+        raise DataError(
+            f"folder {folder} holds files of {', '.join(sorted(names))} but none of {goal}; set data.split to the one to read"
+        )
+    if strange := next((shown[path] for path, name in split.items() if name is None), None):
+        raise DataError(
+            f"folder {folder} holds files of several splits, and {strange}; name the files in data.source"
+        )
+    for path, name in split.items():
+        if name != goal:
+            add_to(unused, f"file of the split {name}", shown[path])
+    return [path for path, name in split.items() if name == goal]
+
+
+def _count_others(folder: Path, read: set[Path], unused: dict[str, Tally], deep: bool) -> None:
+    """Count whatever lies next to the files: lists of addresses, statistics, folders."""
+    if deep:
+        for at, names in walk(folder, unused).items():
+            for name in names:
+                if folder / at / name not in read:
+                    add_to(unused, unused_kind(name), f"{at}/{name}" if at else name)
+        return
+    for path in sorted(folder.iterdir()):
+        if path in read:
+            continue
+        if is_hidden(path.name):
+            add_to(unused, "hidden file", path.name)
+        else:
+            add_to(unused, "folder next to shards or tables" if path.is_dir() else unused_kind(path.name), path.name)
+
+
+def with_unused(source: PictureSource, unused: dict[str, Tally], split: bool, wanted: str) -> PictureSource:
+    """Return the source with what is not read in its findings."""
+    found: Findings = source.findings
+    notes = (split_note(wanted),) if split else ()
+    merged = {kind: Tally(tally.count, list(tally.names)) for kind, tally in found.unused.items()}
+    for kind, tally in unused.items():
+        own = merged.setdefault(kind, Tally())
+        own.count, own.names = own.count + tally.count, [*own.names, *tally.names]
+    source.findings = replace(found, unused=merged, notes=(*found.notes, *notes))  # type: ignore[misc]
+    return source
+
+
+def open_file(path: Path, options: SourceOptions) -> PictureSource:
+    """Open a file whose name does not show what it is: a tar by its content.
+
+    Raises:
+        DataError: anything else, with what to give.
+    """
+    try:
+        is_tar = tarfile.is_tarfile(path)
+    except OSError as error:
+        raise DataError(f"data.source: {path} cannot be read: {error.strerror or error}") from error
+    if is_tar:
+        return TarSource([path], options)
+    if is_image_name(path.name):
+        what = "one image; give the folder of the images"
+    elif zipfile.is_zipfile(path):
+        what = "a zip archive; unpack it and give the folder"
+    else:
+        what = "a file that is no shard; give a folder of images, a .tar, a .parquet or an .npz"
+    raise DataError(f"data.source: {path} is {what}")

@@ -1,0 +1,165 @@
+"""Pictures that are elsewhere, copied once into local shards: `pipe:` and fsspec URLs, streamed Hugging Face datasets.
+
+Training reads at random, so a run can be resumed and shared between processes without repeating or losing a picture;
+a stream cannot do that. A shard is copied whole or not at all, and a copy that was cut off goes on at its last whole
+shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from davae.data.captions.choice import SourceOptions
+from davae.data.decoding import naming_damage
+from davae.data.files import TarSource
+from davae.data.formats import open_image
+from davae.data.shards.commands import PIPE, open_command
+from davae.data.shards.copies import cache_folder, once
+from davae.data.shards.tar_index import index_tar, unpack_in_place
+from davae.data.tables import cell_bytes, column_weights, load_rows
+from davae.errors import DataError, UnreadablePicture
+from davae.files.atomic import atomic_text
+from davae.files.reading import read_object
+
+logger = logging.getLogger(__name__)
+
+REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://")
+SHARD_SIZE = 1000  # pictures of a streamed dataset in one local shard
+
+
+def is_remote(name: str) -> bool:
+    return REMOTE.match(name) is not None
+
+
+def fetch_shard(url: str) -> Path:
+    """The local copy of one shard.
+
+    Raises:
+        DataError: a command that fails, an address that cannot be read, or what is no whole tar file.
+    """
+    name = re.sub(r"[^\w.-]+", "-", url.rpartition("/")[2])[-60:]
+    digest = hashlib.sha256(url.encode()).hexdigest()[:12]
+    target = cache_folder() / "shards" / f"{digest}-{name.removesuffix('.tar')}.tar"
+
+    def copy(partial: Path) -> None:
+        logger.info("copying %s to %s", url, target)
+        try:
+            with open_url(url) as source, partial.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+        except (OSError, ValueError, ImportError) as error:
+            raise DataError(f"data.source: cannot read {url}: {' '.join(str(error).split())[:200]}") from error
+        unpack_in_place(partial)
+        index_tar(partial)
+
+    try:
+        return once(target, copy)
+    except DataError as error:
+        raise DataError(f"data.source {url}: {error}") from error
+
+
+def open_url(url: str) -> Any:
+    """Open a stream of bytes: what the programs behind `pipe:` write, else what fsspec reads."""
+    return open_command(url.removeprefix(PIPE)) if url.startswith(PIPE) else fsspec.open(url, "rb")
+
+
+def glob_url(url: str) -> list[str]:
+    """Addresses that a pattern with * stands for, in order; a plain address is itself."""
+    if url.startswith(PIPE) or "*" not in url:
+        return [url]
+    try:
+        files = fsspec.open_files(url, "rb")
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"data.source: cannot list {url}: {' '.join(str(error).split())[:200]}") from error
+    protocol = url.partition("://")[0]
+    absolute = url.startswith(f"{protocol}:///")
+    found = [f"{protocol}://{file.path if absolute else file.path.lstrip('/')}" for file in files]
+    if not found:
+        raise DataError(f"data.source: no shard matches {url}")
+    return sorted(found)
+
+
+def open_remote(urls: list[str], options: SourceOptions) -> TarSource:
+    """Shards at addresses, copied."""
+    return TarSource([fetch_shard(one) for url in urls for one in glob_url(url)], options)
+
+
+def open_stream(name: str, options: SourceOptions) -> TarSource:
+    """The first `limit` rows of a dataset that is never downloaded as a whole, copied into local shards.
+
+    Raises:
+        DataError: without a limit.
+    """
+    options.refuse("a table", ("caption_key", "label_key"))
+    if options.limit is None:
+        raise DataError("data.streaming needs data.limit: how many pictures to take from the stream")
+    parts = (name, options.config, options.split, options.image_column, options.caption_column, options.label_column)
+    kind = hashlib.sha256(repr((*parts, sorted(options.caption_weights))).encode()).hexdigest()[:12]
+    folder = cache_folder() / "streams" / kind
+    starts = range(0, options.limit, SHARD_SIZE)
+    targets = [folder / f"{s:09d}-{min(SHARD_SIZE, options.limit - s):04d}.tar" for s in starts]
+    missing = [n for n, target in enumerate(targets) if not target.is_file()]
+    weights_file = folder / "columns.json"
+    if missing or not weights_file.is_file():
+        rows = load_rows(name, options, streaming=True)
+        columns = rows.column_names or list(next(iter(rows)))
+        atomic_text(weights_file, json.dumps(column_weights(columns, options)))
+        stream: Iterator[Any] = iter(rows.skip(missing[0] * SHARD_SIZE)) if missing else iter(())
+        for n in range(missing[0] if missing else len(targets), len(targets)):
+            wanted = min(SHARD_SIZE, options.limit - starts[n])
+            part = list(islice(stream, wanted))
+            if len(part) < wanted:
+                raise DataError(
+                    f"data.source '{name}' gave {starts[n] + len(part)} pictures, data.limit asks for {options.limit}"
+                )
+            once(targets[n], lambda path, part=part, first=starts[n]: write_rows(path, part, first, options))
+    weights = options.caption_weights or read_object(weights_file, DataError)
+    beside = replace(
+        options,
+        caption_weights=weights,
+        label_key=options.label_column,
+        caption_column=None,
+        label_column=None,
+        config=None,
+        streaming=False,
+    )
+    return TarSource(targets, beside)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], first: int, options: SourceOptions) -> None:
+    """Rows as WebDataset samples: the picture's own bytes, and the other columns as `.json`."""
+    with tarfile.open(path, "w") as archive:
+        for number, row in enumerate(rows, first):
+            cell = row.pop(options.image_column)
+            data = b"" if cell is None else cell_bytes(cell)
+            add_member(archive, f"{number:09d}.{picture_suffix(data)}", data)
+            add_member(archive, f"{number:09d}.json", json.dumps(row, default=str).encode())
+
+
+def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A file with a fixed date: equal contents make equal shards."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def picture_suffix(data: bytes) -> str:
+    """png, webp, ... by the bytes; jpg for what is no picture, so that it is kept and counted as such later."""
+    try:
+        with naming_damage(), open_image(io.BytesIO(data)) as image:
+            name = (image.format or "").lower()
+    except UnreadablePicture:
+        return "jpg"
+    return name if name in ("png", "webp", "gif", "bmp", "tiff") else "jpg"

@@ -1,0 +1,107 @@
+"""`davae bench scale`: a latent cache of many items, read as stage 2 reads it: start-up, memory, items a second."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from davae.data.batches import Batches, training_loader
+from davae.data.latent_cache.plan import shard_rows
+from davae.data.latent_cache.read import CachedLatents, CacheMeta, collate_latents, seal
+from davae.data.latent_cache.write import ChannelStatistics, merge_index, merged_meta, save_latents, write_text
+from davae.lab.bench.clock import in_own_process, machine, resident
+
+SHAPE = (4, 4, 4)  # (c,h,w) of a latent; float16: 128 bytes
+DTYPE = "float16"
+
+
+def embed(captions: list[str]) -> tuple[Tensor]:
+    """Stands in for text encoders: (N,1,4)."""
+    lengths = torch.tensor([float(len(caption)) for caption in captions])
+    return (lengths.view(-1, 1, 1).expand(-1, 1, 4).contiguous(),)
+
+
+def latents_of(first: int, last: int) -> np.ndarray:
+    """Latents (n,c,h,w) of items first..last-1; the first value of item i is i, as its float16 holds it."""
+    values = np.random.default_rng(first).standard_normal((last - first, *SHAPE), np.float32)
+    values[:, 0, 0, 0] = np.arange(first, last) % 2048
+    return values.astype(DTYPE)
+
+
+def write_synthetic(folder: Path, items: int, batch_size: int) -> CacheMeta:
+    """A whole cache of random latents each with a caption of its own, through the functions that write any cache."""
+    rows = shard_rows(items, batch_size)
+    for number, first in enumerate(range(0, items, rows)):
+        last = min(first + rows, items)
+        latents = latents_of(first, last)
+        statistics = ChannelStatistics(SHAPE[0])
+        statistics.update(torch.from_numpy(latents).float())
+        captions = [f"picture number {i}" for i in range(first, last)]
+        save_latents(folder, number, 0, latents, captions, [None] * (last - first), statistics, {})
+    merge_index(folder)
+    meta = write_text(folder, embed, merged_meta(folder, {}), batch_size=1024, dtype=DTYPE)
+    return seal(folder, meta)
+
+
+def read_shuffled(folder: Path, batch_size: int, batches: int, num_workers: int) -> dict[str, float]:
+    """Open the cache and read batches with their text embeddings in the order of training. Its process does nothing else.
+
+    Returns:
+        `start_seconds`: until the first batch is there. `items_per_second`: of all others. `own_mib`: private memory that
+        opening took, `grown_mib`: what it grew by from the second batch to the last. `mapped_mib`: pages of the cache's files
+        in memory at the end, which the system takes back when it needs them.
+    """
+    before = resident("RssAnon")
+    started = time.perf_counter()
+    cache = CachedLatents(folder)
+    order = Batches(len(cache), batch_size, seed=0, start=0, stop=batches, groups=cache.groups)
+    loader = training_loader(cache, order, num_workers=num_workers, collate_fn=collate_latents)
+
+    def take(batch: dict[str, Any]) -> None:
+        cache.embed(batch["conditions"])
+
+    take(next(loader))
+    ready = time.perf_counter()
+    opened, mapped = resident("RssAnon"), resident("RssFile")
+    for batch in islice(loader, 1):
+        take(batch)
+    warm, began, count = resident("RssAnon"), time.perf_counter(), 0
+    for batch in loader:
+        take(batch)
+        count += len(batch["latents"])
+    return {
+        "start_seconds": ready - started,
+        "items_per_second": count / (time.perf_counter() - began),
+        "own_mib": (opened - before) / 2**20,
+        "grown_mib": (resident("RssAnon") - warm) / 2**20,
+        "mapped_mib": (resident("RssFile") - mapped) / 2**20,
+    }
+
+
+def bench_scale(items: list[int], *, batch_size: int, batches: int, num_workers: int) -> dict[str, Any]:
+    """One row for each number of items: written in a temporary folder, read in a process of its own."""
+    rows: dict[str, Any] = {}
+    for count in items:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            started = time.perf_counter()
+            write_synthetic(folder, count, batch_size)
+            written = time.perf_counter() - started
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            figures = in_own_process(read_shuffled, folder, batch_size, batches, num_workers)
+            rows[str(count)] = {"write_seconds": written, "disk_mib": size / 2**20, **figures}
+    return {
+        "batch_size": batch_size,
+        "batches": batches,
+        "num_workers": num_workers,
+        "latent": list(SHAPE),
+        "items": rows,
+        "machine": machine(),
+    }

@@ -1,0 +1,230 @@
+"""From a table's rows to jobs."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from davae.errors import RecipeError
+from davae.lab.reproduce.job import BaseJob, DrawnJob, EnlargedJob, Job, PlannedJob, UpgradeJob
+from davae.lab.reproduce.tables import (
+    Row,
+    RowKind,
+    Scale,
+    ScaleName,
+    Table,
+    base_overrides,
+    load_scale,
+    load_table,
+    overrides_for,
+    upgrade_overrides,
+)
+from davae.lab.super_resolution import WEIGHTS
+from davae.recipes import (
+    AnyRecipe,
+    BaseRecipe,
+    Recipe,
+    SuperResolutionRecipe,
+    check_commands,
+    check_source,
+    load_recipe,
+)
+from davae.recipes.loading import suggestion
+
+ONCE: tuple[RowKind, ...] = ("enlarged", "planned")  # rows of which nothing hangs on the seed
+DETAIL = "runs/stage1"  # where commands put a DetailVAE
+Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
+
+
+def jobs(
+    table: str, scale: ScaleName, seeds: int | None, overrides: list[str], rows: list[str] | None = None
+) -> list[Job]:
+    """Every run that a table, or some of its rows, needs: one seed of all rows before the next seed.
+
+    Args:
+        overrides: `a.b=c`, each for the recipes that have its section.
+        rows: names of rows; all by default.
+
+    Raises:
+        RecipeError: unknown table or row, or an override that does not fit the recipe.
+    """
+    chosen, settings = load_table(table), load_scale(scale)
+    shown = wanted_rows(table, chosen.rows_at(scale), rows or [])
+    maker = Maker(chosen, settings, overrides, recipe_kinds(shown))
+    found = []
+    for seed in range(seeds or settings.seeds):
+        for row in shown:
+            if row.upscale == "network" and settings.super_resolution is None:
+                continue
+            if seed == 0 or row.kind not in ONCE:
+                found.append(maker.job(row, seed))
+    unused = [override for override in overrides if override not in maker.used]
+    if unused:
+        raise RecipeError(f"--set {unused[0]}: no row of {table} trains what it changes")
+    return found
+
+
+def wanted_rows(table: str, rows: tuple[Row, ...], names: list[str]) -> list[Row]:
+    """The rows of these names, or all; RecipeError for a name that is none."""
+    known = [row.name for row in rows]
+    for name in names:
+        if name not in known:
+            raise RecipeError(f"{table} has no row '{name}'{suggestion(name, known)} (its rows: {'; '.join(known)})")
+    return [row for row in rows if not names or row.name in names]
+
+
+def recipe_kinds(rows: list[Row]) -> set[type[AnyRecipe]]:
+    """Kinds of the recipes that rows change."""
+    kinds: set[type[AnyRecipe]] = set()
+    for row in rows:
+        if row.kind in ("upgrade", "enlarged") or row.detail_vae is not None:
+            kinds.add(Recipe)
+        if row.kind == "base":
+            kinds.add(BaseRecipe)
+    return kinds
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the jobs of one table at one scale."""
+
+    table: Table
+    scale: Scale
+    overrides: list[str]
+    kinds: set[type[AnyRecipe]]
+    used: set[str] = field(default_factory=set)  # overrides that some recipe took
+
+    @property
+    def measures(self) -> dict[str, Any]:
+        generation = self.table.generation or self.scale.generation
+        for data in (generation.data, self.scale.reconstruction.data):
+            check_source(data, "the table's data")
+        # without defaults, so that new options change no hash
+        return {
+            "generation": generation.model_dump(exclude_defaults=True),
+            "reconstruction": self.scale.reconstruction.model_dump(),
+        }
+
+    def job(self, row: Row, seed: int) -> Job:
+        """One run of a row."""
+        match row.kind:
+            case "upgrade":
+                return self.upgrade(row.name, row.set, seed)
+            case "enlarged":
+                return self.enlarged(row)
+            case "base":
+                return self.base(row, seed)
+            case "drawn":
+                return self.drawn(row, seed)
+            case "planned":
+                return self.planned(row)
+
+    def load(self, kind: type[Kind], name: str, changes: list[str]) -> Kind:
+        """A recipe of a kind."""
+        recipe = load_recipe(name, changes)
+        if not isinstance(recipe, kind):
+            raise RecipeError(f"recipe '{name}' is of kind {recipe.kind}, this row needs another")
+        check_commands(recipe)
+        return recipe
+
+    def own(self, kind: type[AnyRecipe], changes: dict[str, Any]) -> list[str]:
+        """The user's overrides that are for a recipe of a kind that a row changes so."""
+        found = overrides_for(kind, self.kinds, self.overrides, changes)
+        self.used.update(found)
+        return found
+
+    def upgrade(self, name: str, changes: dict[str, Any], seed: int, verb: str = "train-dit") -> UpgradeJob:
+        """The scale's recipe with the table's, a row's and the user's changes."""
+        sets = upgrade_overrides(self.scale, self.table.set, changes, seed=seed)
+        sets += self.own(Recipe, {**self.scale.set, **self.table.set, **changes})
+        recipe = self.load(Recipe, self.scale.recipe, sets)
+        command = shlex.join(["davae", verb, self.scale.recipe, *setting(sets)])
+        return UpgradeJob(row=name, seed=seed, command=command, recipe=recipe, measures=self.measures)
+
+    def enlarged(self, row: Row) -> EnlargedJob:
+        """A row of enlarged pictures. Nothing hangs on stage 2's seed, so there is one."""
+        recipe = self.upgrade(row.name, row.set, 0).recipe
+        if recipe.base.model is None:
+            raise RecipeError("tables need a base model that is trained already: --set base.model=FOLDER")
+        network, words = None, []
+        method = str(row.upscale)
+        if method == "network":
+            name = str(self.scale.super_resolution)
+            network = self.load(SuperResolutionRecipe, name, [])
+            words = ["davae", "train-sr", name, "--out", "runs/sr", "&&"]
+            method = f"runs/sr/{WEIGHTS}"
+        words += generation_words(recipe.base.model, self.measures["generation"], recipe.resolution, method)
+        return EnlargedJob(
+            row=row.name,
+            seed=0,
+            command=" ".join(words),
+            recipe=recipe,
+            measures=self.measures,
+            upscale=str(row.upscale),
+            super_resolution=network,
+        )
+
+    def base(self, row: Row, seed: int) -> BaseJob:
+        """A base recipe, on its own autoencoder or on the DetailVAE of an upgrade."""
+        changes, words, detail = row.set, [], None
+        if row.detail_vae is not None:
+            detail = self.upgrade(row.name, row.detail_vae, 0, "cache-latents")
+            words = [f"{detail.command} --out {DETAIL}", "&&"]
+            changes = {"autoencoder": f"{DETAIL}/vae", "vae": None, **changes}
+        sets = base_overrides(changes, seed) + self.own(BaseRecipe, changes)
+        recipe = self.load(BaseRecipe, str(row.recipe), sets)
+        words.append(shlex.join(["davae", "train-base", str(row.recipe), *setting(sets)]))
+        return BaseJob(
+            row=row.name,
+            seed=seed,
+            command=" ".join(words),
+            recipe=recipe,
+            measures=self.measures,
+            detail=detail,
+            like=row.like,
+        )
+
+    def drawn(self, row: Row, seed: int) -> DrawnJob:
+        """A model that is there."""
+        upscale, pipeline = row.upscale or "bilinear", str(row.pipeline)
+        generation = self.measures["generation"]
+        words = generation_words(pipeline, generation, self.table.compare_at, row.upscale)
+        words += [] if row.resolution is None else ["--resolution", str(row.resolution)]
+        words += ["--seed", str(seed)] if seed else []
+        return DrawnJob(
+            row=row.name,
+            seed=seed,
+            command=" ".join(words),
+            pipeline=pipeline,
+            resolution=row.resolution,
+            compare_at=self.table.compare_at,
+            upscale=upscale,
+            generation=generation,
+        )
+
+    def planned(self, row: Row) -> PlannedJob:
+        """Commands to print."""
+        return PlannedJob(
+            row=row.name,
+            seed=0,
+            command="\n".join(row.commands),
+            needs=(*row.needs, *self.table.needs),
+            notes=row.notes,
+            recipe=None if row.recipe is None else load_recipe(row.recipe),
+            like=row.like,
+        )
+
+
+def setting(overrides: list[str]) -> list[str]:
+    """`--set` before each."""
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def generation_words(pipeline: str, chosen: dict[str, Any], compare_at: int | None, upscale: str | None) -> list[str]:
+    """`davae evaluate generation` with the settings of a table."""
+    words = ["davae", "evaluate", "generation", "--pipeline", pipeline, "--data", chosen["data"]]
+    words += [] if compare_at is None else ["--compare-at", str(compare_at)]
+    words += [] if upscale is None else ["--upscale", upscale]
+    words += ["--num", str(chosen["num"]), "--steps", str(chosen["steps"])]
+    return [*words, "--guidance", str(chosen["guidance"]), "--features", chosen["features"]]

@@ -1,0 +1,47 @@
+"""Figures of the paper, from the runs of Table 5 that they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from davae.analyze import figures as analysis
+from davae.lab.reproduce.choose import jobs
+from davae.lab.reproduce.job import UpgradeJob
+from davae.lab.reproduce.runs import trained_run, trained_stage1
+from davae.lab.reproduce.tables import ScaleName
+from davae.train.loop import Observer
+
+FIGURES = {  # the rows of Table 5 that each needs
+    "fig3": ("full", "without alignment"),
+    "fig4": ("full", "without zero initial weights"),
+    "figS3": ("full",),
+    "figS5": ("full",),
+    "tableS2a": ("full",),
+}
+TRAINED_WHOLE = ("fig4", "figS3")  # the others need no more than the detail VAE and its cache
+
+
+def figure_jobs(name: str, scale: ScaleName, overrides: list[str]) -> list[UpgradeJob]:
+    """The runs that a figure needs, in the order of `FIGURES`."""
+    found = jobs("table5", scale, 1, overrides, list(FIGURES[name]))
+    by_row = {job.row: job for job in found if isinstance(job, UpgradeJob)}
+    return [by_row[row] for row in FIGURES[name]]
+
+
+def figure(name: str, scale: ScaleName, overrides: list[str], out: Path, target: Path, observer: Observer) -> Path:
+    """A figure of the paper; trains what it needs and returns its PNG."""
+    full, *others = figure_jobs(name, scale, overrides)
+    data = full.measures["reconstruction"]["data"]
+    base = str(full.recipe.base.model)
+    if name == "figS3":
+        return analysis.curves(trained_run(full, out, observer), target)
+    if name == "fig4":
+        runs = {"zero": trained_run(full, out, observer), "random": trained_run(others[0], out, observer)}
+        return analysis.compare(runs, target)
+    vae = str(trained_stage1(full, out, observer) / "vae")
+    if name == "figS5":
+        return analysis.spectra(vae, data, target, num=1000, held_out=0.0)
+    if name == "tableS2a":
+        return analysis.sensitivity(vae, base, data, target, num=500, held_out=0.0)
+    other = str(trained_stage1(others[0], out, observer) / "vae")
+    return analysis.latents(vae, other, data, target, num=2000, held_out=0.0)

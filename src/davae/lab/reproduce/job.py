@@ -1,0 +1,179 @@
+"""One run of one row of a table, and the hash of all that its figures hang on."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from davae.data.latent_cache.key import fingerprint
+from davae.recipes import AnyRecipe
+from davae.recipes.schema import BaseRecipe, Recipe, SuperResolutionRecipe
+from davae.recipes.sections import FlowOptim
+from davae.zoo import SHIPPED, UPGRADES, resolve
+
+UNUSED = FlowOptim(max_steps=1, batch_size=1)  # the training of a run that ends with its cache
+PREPARED = ("resolution", "autoencoder", "architecture", "data", "vae", "cache")  # what a base run's cache hangs on
+
+
+@cache
+def model_digest(model: str | None) -> str:
+    """Hash of a model folder's weights, so that figures of older weights are not taken for those of new ones."""
+    files = sorted(Path(model).rglob("*.safetensors")) if model is not None else []
+    digest = hashlib.sha256(str(model).encode() if not files else b"")
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(ABC):
+    """One run of one row. Two rows with the same `key` are the same run."""
+
+    row: str
+    seed: int
+    command: str
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """Hash of all that its figures hang on; defaults are left out, so that new options change no hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpgradeJob(Job):
+    """An upgrade, trained and measured."""
+
+    recipe: Recipe
+    measures: dict[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        values = self.recipe.model_dump(
+            mode="json", exclude_defaults=True, exclude={"name", "run", "report", "sampling"}
+        )
+        return fingerprint(values, model_digest(self.recipe.base.model), self.recipe.run.seed, self.measures)
+
+    @cached_property
+    def stage1_key(self) -> str:
+        """Hash of what stage 1 and the cache hang on."""
+        fields = {"base", "scale", "detail_channels", "downsample", "data", "stage1", "cache", "init"}
+        values = self.recipe.model_dump(mode="json", exclude_defaults=True, include=fields)
+        if self.recipe.stage2.data is not None:
+            values["stage2.data"] = self.recipe.stage2.data.model_dump(mode="json", exclude_defaults=True)
+        return fingerprint(values, model_digest(self.recipe.base.model), self.recipe.run.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnlargedJob(Job):
+    """The base model's pictures, enlarged to the size of an upgrade.
+
+    Attributes:
+        recipe: the upgrade; not trained.
+        super_resolution: the network that enlarges them, where one is trained.
+    """
+
+    recipe: Recipe
+    measures: dict[str, Any]
+    upscale: str
+    super_resolution: SuperResolutionRecipe | None = None
+
+    @cached_property
+    def key(self) -> str:
+        network = None if self.super_resolution is None else self.super_resolution.model_dump(mode="json")
+        if network is not None and network["data"]["num_workers"] is None:
+            network["data"]["num_workers"] = 0  # the default when the first figures were made
+        base = model_digest(self.recipe.base.model)
+        return fingerprint(self.upscale, base, network, self.measures["generation"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseJob(Job):
+    """A transformer on an autoencoder's plain latents, by a base recipe: from scratch, or from a pretrained one.
+
+    Attributes:
+        detail: the upgrade whose DetailVAE and cache are used, in place of the recipe's autoencoder; it shares them with
+            every other run that agrees with it up to there.
+        like: a preset with latents of the same size as the autoencoder's.
+    """
+
+    recipe: BaseRecipe
+    measures: dict[str, Any]
+    detail: UpgradeJob | None = None
+    like: str | None = None
+
+    @cached_property
+    def key(self) -> str:
+        replaced = {"autoencoder"} if self.detail is not None else set()
+        values = self.recipe.model_dump(
+            mode="json", exclude_defaults=True, exclude={"name", "run", "sampling"} | replaced
+        )
+        start = None if self.recipe.init is None else model_digest(self.recipe.init)
+        return fingerprint(values, self.autoencoder_key, start, self.recipe.run.seed, self.measures)
+
+    @cached_property
+    def autoencoder_key(self) -> str:
+        """Hash of what the autoencoder and the cache of its latents hang on."""
+        if self.detail is not None:
+            return self.detail.stage1_key
+        own = self.recipe.autoencoder
+        values = self.recipe.model_dump(mode="json", exclude_defaults=True, include=set(PREPARED))
+        return fingerprint(values, model_digest(own) if isinstance(own, str) else None, self.recipe.run.seed)
+
+    @property
+    def prepared(self) -> BaseRecipe:
+        """The recipe up to its cache: the same of all runs with the same `autoencoder_key`."""
+        parts = {name: getattr(self.recipe, name) for name in PREPARED}
+        return BaseRecipe(name="autoencoder", dit=UNUSED, run=self.recipe.run, **parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnJob(Job):
+    """A model that is there, measured without training.
+
+    Attributes:
+        pipeline: a folder, an embedded model or a hub id.
+        resolution: pixels that are drawn; None is the model's own size.
+        compare_at: pixels at which its pictures are measured; None is the size that is drawn.
+        upscale: how pictures of another size come to that one.
+        generation: how they are drawn and measured.
+    """
+
+    pipeline: str
+    resolution: int | None
+    compare_at: int | None
+    upscale: str
+    generation: dict[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        base = SHIPPED.get(self.pipeline, self.pipeline)
+        weights = [model_digest(resolve(base))]
+        if self.pipeline in SHIPPED:
+            weights.append(model_digest(str(UPGRADES[base])))
+        sizes = (self.resolution, self.compare_at, self.upscale)
+        return fingerprint(self.pipeline, weights, sizes, self.generation, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedJob(Job):
+    """Commands that are printed and not run.
+
+    Attributes:
+        needs: files, folders and hub ids that they read.
+        notes: what they do not give.
+        recipe: what they train.
+        like: a preset with latents of the same size as those of a base recipe's autoencoder.
+    """
+
+    needs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    recipe: AnyRecipe | None = None
+    like: str | None = None
+
+    @property
+    def key(self) -> str:
+        return fingerprint("planned", self.row, self.command)

@@ -1,0 +1,243 @@
+"""What a job does: train what is not trained yet, and measure it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from davae.data.latent_cache.key import fingerprint
+from davae.errors import RecipeError
+from davae.evaluate.generation import evaluate_generation, evaluate_reconstruction
+from davae.files.atomic import atomic_text, saving
+from davae.files.reading import read_object
+from davae.lab.bench.clock import machine
+from davae.lab.reproduce.job import BaseJob, DrawnJob, EnlargedJob, Job, UpgradeJob
+from davae.lab.super_resolution import train_super_resolution
+from davae.recipes import BaseRecipe, Recipe
+from davae.recipes.sections import Data, Stage2
+from davae.runs.train_base import base_run
+from davae.runs.upgrade import Upgrade
+from davae.train.loop import Observer, Progress
+from davae.train.run_folder import read_metrics, was_done
+
+UNUSED = Stage2(max_steps=1, batch_size=1)  # a folder of stage 1 alone serves every stage 2
+OWN = "of this run"  # instead of a path that only this machine has
+
+
+def finished(job: Job, results: Path) -> dict[str, Any] | None:
+    """The figures of a job that was run before, here or elsewhere."""
+    path = results / f"{job.key}.json"
+    return read_object(path) if path.is_file() else None
+
+
+def run_job(job: Job, out: Path, results: Path, observer: Observer) -> dict[str, Any]:
+    """Train and measure; what several jobs agree on up to their latents is made once. Resumes.
+
+    Raises:
+        RecipeError: a job that only plans.
+    """
+    known = finished(job, results)
+    if known is not None:
+        return known
+    with saving(results):  # before hours of training, not after
+        results.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    figures = {
+        "row": job.row,
+        "seed": job.seed,
+        "command": job.command,
+        **measured(job, out, observer),
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "machine": machine(),
+    }
+    atomic_text(results / f"{job.key}.json", json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def measured(job: Job, out: Path, observer: Observer) -> dict[str, Any]:
+    """A job's figures, after whatever has to be trained for them."""
+    match job:
+        case UpgradeJob():
+            return upgraded_figures(job, out, observer)
+        case EnlargedJob():
+            return enlarged_figures(job, out, observer)
+        case BaseJob():
+            return base_figures(job, out, observer)
+        case DrawnJob():
+            return drawn_figures(job, observer)
+    raise RecipeError(f"the row '{job.row}' is a plan: run its commands")
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def trained_stage1(job: UpgradeJob, out: Path, observer: Observer) -> Path:
+    """Folder of the DetailVAE and cache that a job shares with others; trained if it is not there."""
+    first = out / "stage1" / job.stage1_key
+    if was_done(first, "cache"):  # in another precision perhaps: hashes leave `run` out
+        return first
+    unused = UNUSED.model_copy(update={"data": job.recipe.stage2.data})
+    run = Upgrade(job.recipe.model_copy(update={"stage2": unused}), first, observer)
+    run.train_vae()
+    run.cache_latents()
+    run.folder.close()
+    return first
+
+
+def trained_run(job: UpgradeJob, out: Path, observer: Observer) -> Path:
+    """A job's run folder; trained if it is not there."""
+    first, folder = trained_stage1(job, out, observer), out / "runs" / job.key
+    run = Upgrade(job.recipe, folder, observer, stage1=first)
+    run.train_dit()
+    run.folder.close()
+    return folder
+
+
+def trained_upscaler(job: EnlargedJob, out: Path, observer: Observer) -> str:
+    """What `--upscale` takes for a job: a method, or the weights of a network; trained if they are not there."""
+    if job.super_resolution is None:
+        return job.upscale
+    folder = out / "networks" / fingerprint(job.super_resolution.model_dump(mode="json"))
+    return str(train_super_resolution(job.super_resolution, folder, observer))
+
+
+def trained_autoencoder(job: BaseJob, out: Path, observer: Observer) -> Path:
+    """Folder of the autoencoder and cache that a job shares with others; trained if it is not there."""
+    if job.detail is not None:
+        return trained_stage1(job.detail, out, observer)
+    first = out / "autoencoders" / job.autoencoder_key
+    if was_done(first, "cache"):
+        return first
+    run = base_run(job.prepared, first, observer)
+    run.prepare()
+    run.folder.close()
+    return first
+
+
+def trained_base(job: BaseJob, first: Path, out: Path, observer: Observer) -> Path:
+    """A job's run folder, on the autoencoder and cache in `first`; trained if it is not there."""
+    folder = out / "runs" / job.key
+    run = base_run(job.recipe, folder, observer, first=first)
+    run.run()
+    run.folder.close()
+    return folder
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def upgraded_figures(job: UpgradeJob, out: Path, observer: Observer) -> dict[str, Any]:
+    """Train an upgrade, and measure it."""
+    folder, first = trained_run(job, out, observer), out / "stage1" / job.stage1_key
+    generation = measured_generation(
+        str(folder),
+        job.measures["generation"],
+        observer,
+        job.recipe.resolution,
+        enlarge=job.recipe.data.enlarge,
+    )
+    return {
+        "generation": generation | {"pipeline": OWN},
+        "reconstruction": reconstruction_once(first, job.measures["reconstruction"], job.recipe),
+        "training": last_losses(folder, "stage2", ("loss_base", "loss_detail")),
+        "recipe": job.recipe.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def enlarged_figures(job: EnlargedJob, out: Path, observer: Observer) -> dict[str, Any]:
+    """Measure the base model's pictures, enlarged."""
+    method = trained_upscaler(job, out, observer)
+    figures = measured_generation(
+        str(job.recipe.base.model),
+        job.measures["generation"],
+        observer,
+        job.recipe.resolution,
+        upscale=method,
+        enlarge=job.recipe.data.enlarge,
+    )
+    return {"generation": figures | {"upscale": job.upscale}}
+
+
+def base_figures(job: BaseJob, out: Path, observer: Observer) -> dict[str, Any]:
+    """Train a transformer on plain latents, and measure it and its autoencoder."""
+    first = trained_autoencoder(job, out, observer)
+    folder = trained_base(job, first, out, observer)
+    generation = measured_generation(
+        str(folder),
+        job.measures["generation"],
+        observer,
+        job.recipe.resolution,
+        enlarge=job.recipe.data.enlarge,
+    )
+    figures = {
+        "generation": generation | {"pipeline": OWN},
+        "reconstruction": reconstruction_once(first, job.measures["reconstruction"], job.recipe),
+        "training": last_losses(folder, "dit", ("loss",)),
+        "recipe": job.recipe.model_dump(mode="json", exclude_defaults=True),
+    }
+    if job.detail is not None:
+        figures["detail_vae"] = job.detail.recipe.model_dump(mode="json", exclude_defaults=True, exclude={"stage2"})
+    return figures
+
+
+def drawn_figures(job: DrawnJob, observer: Observer) -> dict[str, Any]:
+    """Measure a model that is there."""
+    generation = measured_generation(
+        job.pipeline,
+        job.generation,
+        observer,
+        job.compare_at,
+        resolution=job.resolution,
+        upscale=job.upscale,
+        seed=job.seed,
+    )
+    return {"generation": generation}
+
+
+def measured_generation(
+    pipeline: str,
+    chosen: dict[str, Any],
+    observer: Observer,
+    compare_at: int | None,
+    *,
+    enlarge: bool = False,
+    resolution: int | None = None,
+    upscale: str = "bilinear",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """FD or FID of samples at `compare_at` pixels, as a table says."""
+    return evaluate_generation(
+        pipeline,
+        Data(source=chosen["data"], enlarge=enlarge),
+        num=chosen["num"],
+        resolution=resolution,
+        compare_at=compare_at,
+        steps=chosen["steps"],
+        guidance=chosen["guidance"],
+        seed=seed,
+        held_in=0.0,
+        features=chosen["features"],
+        feature_weights=None,
+        on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+        upscale=upscale,
+        batch_size=chosen.get("batch_size", 32),
+    )
+
+
+def reconstruction_once(first: Path, settings: dict[str, Any], recipe: Recipe | BaseRecipe) -> dict[str, Any]:
+    """Return reconstruction figures of a shared autoencoder, measured once, of images prepared as its training does."""
+    path = first / f"reconstruction-{fingerprint(settings)}.json"
+    if not path.is_file():
+        data = Data(source=settings["data"], enlarge=recipe.data.enlarge)
+        figures = evaluate_reconstruction(str(first / "vae"), data, recipe.resolution, settings["num"], 0.0)
+        atomic_text(path, json.dumps({**figures, "vae": OWN}) + "\n")
+    return read_object(path)
+
+
+def last_losses(folder: Path, stage: str, names: tuple[str, ...], points: int = 10) -> dict[str, float]:
+    """Losses of a training, averaged over the last logged points."""
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if r["stage"] == stage][-points:]
+    return {name: mean(record[name] for record in records) for name in names}

@@ -1,0 +1,92 @@
+"""A learned super-resolution network, trained on the same photos: the baseline of Tab. S2."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from davae.data.images import Pictures, collate
+from davae.dataset.opened import SUMMARY, announce, open_pictures
+from davae.errors import ModelError
+from davae.files.atomic import save_tensors
+from davae.losses.perceptual import perceptual_distance
+from davae.recipes.schema import SuperResolution, SuperResolutionRecipe
+from davae.train.distributed import from_main, on_main
+from davae.train.loop import Observer, Player, Trainer, training_seed
+from davae.train.random import Draws
+from davae.train.run_folder import RunFolder
+from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
+from davae.vae.blocks import downsample
+
+WEIGHTS = "network.safetensors"
+
+
+def build_network(settings: SuperResolution, scale: int) -> nn.Module:
+    """Spandrel's Compact network (Real-ESRGAN's small one): convolutions at low resolution, then a pixel shuffle."""
+    try:
+        from spandrel.architectures.Compact import Compact
+    except ImportError as error:
+        raise ModelError("super-resolution networks need `pip install 'davae[sr]'`") from error
+    return Compact(num_feat=settings.channels, num_conv=settings.layers, upscale=scale)
+
+
+class SuperResolutionTask:
+    """L1 and a perceptual distance between the enlarged and the true picture."""
+
+    name = "network"
+
+    def __init__(self, recipe: SuperResolutionRecipe, network: nn.Module, pictures: Pictures, device: torch.device):
+        self.settings, self.scale, self.dataset, self.device = recipe.network, recipe.scale, pictures, device
+        self.collate = collate
+        s = recipe.network
+        self.perceptual = (
+            perceptual_distance(s.perceptual, s.perceptual_weights).to(device) if s.lambda_lpips else None
+        )
+        network.to(device)
+        self.players = {"network": Player(network, [{"params": list(network.parameters())}], lr=s.lr)}
+        self.modules: dict[str, nn.Module] = {"network": network}
+
+    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def active(self, step: int) -> list[str]:
+        return ["network"]
+
+    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+        images = batch["images"].to(self.device)  # (B,3,sH,sW) in [-1,1]
+        small = downsample(images, self.scale, "antialias") / 2 + 0.5  # the network speaks [0,1]
+        enlarged = self.modules["network"](small) * 2 - 1
+        total = l1 = F.l1_loss(enlarged, images)
+        logged = {"l1": l1.detach()}
+        if self.perceptual is not None:
+            distance = self.perceptual(enlarged, images).mean()
+            total = l1 + self.settings.lambda_lpips * distance
+            logged["lpips"] = distance.detach()
+        return total, {"loss": total.detach(), **logged}
+
+
+def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: Observer) -> Path:
+    """Train the recipe's network; returns its weights file, which `--upscale` takes. Resumes."""
+    accelerator = make_accelerator(recipe.run, out)
+    check_base_engine(accelerator)
+    folder = RunFolder(out, recipe)
+    target = out / WEIGHTS
+    if not from_main(folder.done("network") and target.is_file()):
+        opened = open_pictures(recipe.data, recipe.resolution, folder=out)
+        opened.keep(out)
+        announce(opened.summary(()), out / SUMMARY)
+        pictures = opened.pictures(recipe.data, recipe.run.seed)
+        seed_initial_weights(training_seed(recipe.network, recipe.run))
+        network = build_network(recipe.network, recipe.scale)
+        task = SuperResolutionTask(recipe, network, pictures, accelerator.device)
+        trainer = Trainer(task, recipe.run, folder, accelerator, observer)
+        trainer.fit(recipe.data.num_workers)
+        trainer.use_average()
+        on_main(partial(save_tensors, target, network.state_dict()))
+        folder.mark_done("network")
+    return target

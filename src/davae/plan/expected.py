@@ -1,0 +1,101 @@
+"""Time and disk that an upgrade is expected to take on this machine, before it begins."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from davae.backbones.expand import expand_transformer
+from davae.backbones.trainable import choose_trainable
+from davae.cost.flops import autoencoder_flops, meta_detail_vae, meta_transformer, transformer_flops
+from davae.pretrained.open import BaseShapes
+from davae.recipes import Recipe
+from davae.recipes.hardware import UTILISATION
+from davae.recipes.sections import Optim, Run
+
+SHORT = 100  # steps; a training of fewer is over before an estimate of it is worth its seconds
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Estimates of a whole upgrade.
+
+    Attributes:
+        seconds: of stage 1 and stage 2, by name.
+        disk: bytes that the run folder grows by, without the latent cache.
+    """
+
+    seconds: dict[str, float]
+    disk: int
+
+
+def is_short(recipe: Recipe) -> bool:
+    """Return whether both stages are too short for an estimate to be worth its time."""
+    return max(recipe.stage1.max_steps, recipe.stage2.max_steps) < SHORT
+
+
+def expect(recipe: Recipe, shapes: BaseShapes, speed: float) -> Expected:
+    """Return the time and disk that an upgrade is expected to take.
+
+    Args:
+        speed: FLOPs a second of all devices together.
+    """
+    vae = meta_detail_vae(shapes, recipe.detail_channels, recipe.scale)
+    side = recipe.base.resolution // shapes.vae_factor
+    with torch.device("meta"):
+        transformer = expand_transformer(meta_transformer(shapes), recipe.detail_channels)
+        trained = _count(choose_trainable(transformer, recipe.stage2.lora))
+    own = _count(p for p in vae.parameters() if p.requires_grad)
+    coding = sum(flops.total for flops in autoencoder_flops(vae, recipe.stage1_pixels))
+    seconds = {
+        "stage1": training_seconds(recipe.stage1, coding, speed),
+        "stage2": training_seconds(recipe.stage2, transformer_flops(transformer, side).total, speed),
+    }
+    whole = 4 * (_count(vae.parameters()) + _count(transformer.parameters()))
+    kept = checkpoint_bytes(recipe.stage1, recipe.run, own) + checkpoint_bytes(recipe.stage2, recipe.run, trained)
+    return Expected(seconds, kept + whole + 4 * trained)
+
+
+def training_seconds(settings: Optim, flops: float, speed: float) -> float:
+    """Return the time of a training; a backward pass counts twice a forward one.
+
+    Args:
+        flops: of one image's forward pass.
+    """
+    return 3 * flops * settings.batch_size * settings.accumulation * settings.max_steps / speed
+
+
+def checkpoint_bytes(settings: Optim, run: Run, trained: int) -> int:
+    """Return the bytes of a stage's checkpoints at their most: weights, two moments and the average of `trained` values."""
+    files = run.keep_checkpoints + 2  # one is written before another goes, and the best one stays
+    if run.keep_every:
+        files += settings.max_steps // run.keep_every
+    return files * 4 * trained * (3 + bool(settings.ema_decay))
+
+
+def _count(parameters: object) -> int:
+    return sum(parameter.numel() for parameter in parameters)  # type: ignore[attr-defined]
+
+
+def measured_speed(device: torch.device, precision: torch.dtype, processes: int = 1) -> float:
+    """Return the FLOPs a second that training reaches: a share of a matrix product's, measured in a moment.
+
+    The share is an assumption; convolutions of small models reach less on a CPU.
+    """
+    side = 4096 if device.type == "cuda" else 512
+    left, right = (torch.ones(side, side, device=device, dtype=precision) for _ in range(2))
+    left @ right  # the first one starts libraries
+    _wait(device)
+    started, times = time.perf_counter(), 0
+    while times < 4 or (time.perf_counter() - started < 0.05 and times < 1000):
+        left @ right
+        times += 1
+    _wait(device)
+    return UTILISATION * processes * 2 * side**3 * times / (time.perf_counter() - started)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

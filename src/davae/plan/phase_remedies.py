@@ -1,0 +1,128 @@
+"""What to change where a phase does not fit, and what prompt embeddings cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from davae.backbones.families.rows import transformer_family
+from davae.files.atomic import free_space
+from davae.plan.phase_sizes import HOUR, Phase, Sizes
+from davae.recipes.hardware import GIB
+
+
+def train_remedy(name: str) -> Callable[[Sizes], str]:
+    """What makes a training smaller, the cheapest first."""
+
+    def remedy(sizes: Sizes) -> str:
+        recipe = sizes.recipe
+        settings: Any = getattr(recipe, name)
+        ways = []
+        if name == "stage2" and settings.lora is not None and recipe.base.dtype == "float32":
+            ways.append("set base.dtype=bfloat16")
+        if not settings.gradient_checkpointing:
+            ways.append(f"set {name}.gradient_checkpointing=true")
+        share = sizes.share1 if name == "stage1" else sizes.share2
+        if share.images > 1:
+            ways.append(f"lower {name}.batch_size and raise {name}.accumulation")
+        if name == "stage1" and recipe.stage1.crop is None:
+            ways.append(f"set stage1.crop={recipe.resolution // 2}")
+        if name == "stage2" and settings.lora is None:
+            ways.append("start it with FSDP2, which divides weights and moments")
+        return ", or ".join([*ways, "take a GPU with more memory"])
+
+    return remedy
+
+
+def half_remedy(sizes: Sizes) -> str:
+    if sizes.recipe.run.mixed_precision == "no":
+        return "set run.mixed_precision=bf16, or take a GPU with more memory"
+    return "take a GPU with more memory, or offload (`davae sample --offload model`)"
+
+
+def cache_remedy(sizes: Sizes) -> str:
+    if sizes.text.parameters and sizes.base_bytes == 4:
+        return "set base.dtype=bfloat16, or lower cache.batch_size"
+    return "lower cache.batch_size, or take a GPU with more memory"
+
+
+def disk_remedy(sizes: Sizes) -> str:
+    """What makes the cache smaller, the largest part first."""
+    cache = sizes.recipe.cache
+    ways = []
+    if cache.text == "stored" and sizes.text_disk:
+        ways.append("set cache.text=step")
+    if cache.variants > 1:
+        ways.append("set cache.variants=1")
+    if cache.dtype == "float32":
+        ways.append("set cache.dtype=float16")
+    return ", or ".join([*ways, "lower data.limit, or take more disk"])
+
+
+def disk_notes(phases: list[Phase], folder: Path) -> list[str]:
+    """Return a sentence where a run folder's disk has less room than a new run takes; nothing where it has."""
+    needed, free = sum(phase.disk for phase in phases), free_space(folder)
+    if needed <= free:
+        return []
+    largest = max(phases, key=lambda phase: phase.disk)
+    return [
+        f"{folder}: the run takes {needed / GIB:,.1f} GiB of disk, {largest.disk / GIB:,.1f} of them for its {largest.name}, "
+        f"and the disk has {free / GIB:,.1f} GiB left; free space, or choose another --out"
+    ]
+
+
+REMEDIES: dict[str, Callable[[Sizes], str]] = {
+    "stage1": train_remedy("stage1"),
+    "stage2": train_remedy("stage2"),
+    "cache": cache_remedy,
+    "export": half_remedy,
+    "report": half_remedy,
+    "sampling": half_remedy,
+}
+
+
+def checked(phase: Phase, sizes: Sizes, before: int = 0) -> Phase:
+    """Fill in whether a phase fits, and the remedy where it does not.
+
+    Args:
+        before: bytes that the run folder holds when the phase begins.
+    """
+    hardware, remedies = sizes.hardware, []
+    if phase.device > sizes.budget:
+        remedies.append(REMEDIES[phase.name](sizes))
+    if hardware.host_gib is not None and phase.machine > hardware.host_gib * GIB:
+        remedies.append("start fewer processes a machine, or take one with more main memory")
+    if hardware.disk_gib is not None and before + phase.disk > hardware.disk_gib * GIB:
+        remedies.append(
+            disk_remedy(sizes) if phase.name == "cache" else "lower run.keep_checkpoints, or take more disk"
+        )
+    return replace(phase, fits=not remedies, remedy="; ".join(remedies))
+
+
+def text_notes(sizes: Sizes) -> tuple[dict[str, Any], list[str]]:
+    """Return what stored prompt embeddings cost, and what embedding in the step costs instead: figures and a sentence."""
+    text, recipe = sizes.text, sizes.recipe
+    if not text.parameters or transformer_family(sizes.shapes.transformer_class).condition != "text":
+        return {}, []
+    width = 4 if recipe.cache.dtype == "float32" else 2
+    prompts = recipe.stage2.batch_size * recipe.stage2.accumulation * recipe.stage2.max_steps
+    figures = {
+        "text_cache_padded_gib": round(sizes.images.count * text.padded_values * width / GIB, 3),
+        "text_cache_gib": round(sizes.text_disk / GIB, 3),
+        "text_cache_hours": round(sizes.seconds(text.flops * sizes.images.count) / HOUR, 4),
+        "text_step_hours": round(sizes.seconds(text.flops * prompts) / HOUR, 4),
+        "text_step_device_gib": round(sizes.text_device(sizes.share2.images) / GIB, 3),
+    }
+    cheaper = (
+        "; embedding in every step takes less time than embedding all captions once"
+        if figures["text_step_hours"] < figures["text_cache_hours"]
+        else ""
+    )
+    note = (
+        f"prompt embeddings: {recipe.cache.text}. Stored, they take {figures['text_cache_gib']:g} GiB of disk and "
+        f"{figures['text_cache_hours']:g} hours; in the step (cache.text=step) no disk, {figures['text_step_hours']:g} hours "
+        f"and {figures['text_step_device_gib']:g} GiB of each GPU{cheaper}"
+    )
+    return figures, [note]

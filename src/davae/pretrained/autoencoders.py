@@ -1,0 +1,59 @@
+"""Load a diffusers autoencoder, or a DetailVAE, from a folder or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from davae.backbones.families.rows import model_class
+from davae.errors import ModelError
+from davae.files.checksums import check_folder
+from davae.pretrained.open import MissingPart, read_config
+from davae.pretrained.stored import load_component
+from davae.vae.base import autoencoder_family
+from davae.vae.codec import DETAIL
+from davae.vae.detail_vae import DetailVAE
+
+
+def autoencoder_config(name: str) -> tuple[str, dict[str, Any]]:
+    """Where in a folder or hub id an autoencoder lies ("" or "vae"), and its config.
+
+    Raises:
+        ModelError: nothing there.
+    """
+    try:
+        return "", read_config(name, "")
+    except MissingPart:
+        return "vae", read_config(name, "vae")
+
+
+def load_autoencoder(name: str) -> Any:
+    """A DetailVAE or a supported diffusers autoencoder, float32, in eval mode.
+
+    Args:
+        name: an autoencoder's folder, a folder with one in `vae/`, or a hub id of either.
+
+    Raises:
+        ModelError: nothing there, or a class that is not supported.
+    """
+    part, config = autoencoder_config(name)
+    kind = str(config.get("_class_name"))
+    if kind != DETAIL:
+        try:
+            autoencoder_family(kind)
+        except ValueError as error:
+            raise ModelError(f"{name}: {error}") from error
+    check_folder(Path(name), part)
+    return load_component(name, part, model_class(kind), torch.float32, f"autoencoder {name}")
+
+
+def load_detail_vae(folder: Path, dtype: torch.dtype = torch.float32) -> DetailVAE:
+    """Load a DetailVAE from its folder, in eval mode.
+
+    Raises:
+        ModelError: nothing there, or what is there is not what was written.
+    """
+    check_folder(folder)
+    return load_component(str(folder), "", DetailVAE, dtype, f"DetailVAE {folder}")

@@ -1,0 +1,58 @@
+"""LoRA files in any layout that a pipeline reads, under diffusers' names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import convert_unet_state_dict_to_peft
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from davae.errors import ModelError
+from davae.pretrained.hub_errors import brief
+
+UP = re.compile(r"lora_B\.|(?:lora|lora_linear_layer)[._]up\.")  # B of a LoRA under diffusers' and kohya's names
+
+
+def read_lora(file: Path, pipeline: Any, part: str, config: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """(tensors under diffusers' names, peft settings where the file has them); kohya's alphas are multiplied into B."""
+    if not file.is_file():
+        raise ModelError(f"LoRA file {file} does not exist")
+    if file.suffix != ".safetensors":
+        raise ModelError(f"LoRA file {file} is no .safetensors; no code of a checkpoint is ever run")
+    try:
+        with safe_open(file, framework="pt") as stream:
+            names = list(stream.keys())
+        if any("dora_scale" in name or "lora_magnitude_vector" in name for name in names):
+            raise ModelError(f"LoRA file {file} is a DoRA; only plain LoRA can be converted")
+        if not issubclass(pipeline, LoraBaseMixin):
+            return load_file(file), None
+        read: Any = pipeline.lora_state_dict
+        state, *more = read(str(file), unet_config=config, return_alphas=True, return_lora_metadata=True)
+    except (OSError, KeyError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ModelError(f"LoRA file {file} cannot be read: {brief(error)}") from error
+    alphas = dict(more[0] or {}) if len(more) > 1 else {}
+    scaled = {name: _scaled(name, tensor, alphas) for name, tensor in state.items()}
+    if alphas:
+        raise ModelError(f"LoRA file {file}: '{min(alphas)}' belongs to no weight")
+    inside = {name.removeprefix(f"{part}."): t for name, t in scaled.items() if name.startswith(f"{part}.")}
+    if inside and not any("lora_A" in name for name in inside):
+        inside = convert_unet_state_dict_to_peft(inside)
+    outside = {name: tensor for name, tensor in scaled.items() if not name.startswith(f"{part}.")}
+    return {**{f"{part}.{name}": tensor for name, tensor in inside.items()}, **outside}, more[-1]
+
+
+def _scaled(name: str, tensor: Tensor, alphas: dict[str, float]) -> Tensor:
+    """B times alpha / rank, so that the file says all by itself; A as it is. Takes what it uses out of `alphas`."""
+    match = UP.search(name)
+    if match is None:
+        return tensor
+    layer, down = name[: match.start()].rstrip("."), name.replace("lora_B", "lora_A").replace("up.", "down.")
+    for key in (f"{layer}.alpha", f"{down}.alpha"):
+        if key in alphas:
+            return tensor * (float(alphas.pop(key)) / tensor.shape[1])
+    return tensor

@@ -1,0 +1,97 @@
+"""Where a pipeline computes, and how exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from accelerate import PartialState
+
+from davae.backbones.families.rows import denoiser
+from davae.device import block_names, compile_blocks, record_passes
+from davae.errors import ModelError
+
+Precision = Literal["float32", "bfloat16", "float16"]
+Offload = Literal["off", "model", "sequential"]
+Compile = Literal["off", "blocks", "graphs"]
+
+
+def own_device() -> torch.device:
+    """This process's device: the accelerator where there is one, by accelerate's choice."""
+    return cast(torch.device, PartialState().device)
+
+
+def send(
+    tensor: torch.Tensor, device: torch.device, memory_format: torch.memory_format | None = None
+) -> torch.Tensor:
+    """A tensor on a device. From the CPU to a GPU through pinned memory: otherwise the CPU would wait until the GPU is done
+    with all that it was given before, every step."""
+    if memory_format is not None:
+        tensor = tensor.contiguous(memory_format=memory_format)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Precision of the weights, whether they wait in the CPU's memory, and whether passes are compiled.
+
+    Attributes:
+        offload: `model` keeps each model of a pipeline there until its turn, `sequential` each layer: least memory, and slow.
+        compile: `blocks` compiles each repeated block, `graphs` records whole passes (`record_passes`).
+    """
+
+    precision: Precision = "float32"
+    offload: Offload = "off"
+    compile: Compile = "off"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.precision)
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """What pictures depend on, where it is not the default."""
+        return {} if self.precision == FULL.precision else {"dtype": self.precision}
+
+    def place(self, pipeline: Any) -> Any:
+        """A loaded pipeline, ready to draw on this process's device.
+
+        Raises:
+            ModelError: offloading or graphs where there is no GPU, both at once, or a model that names no blocks to compile.
+        """
+        device = own_device()
+        if self.compile != "off":
+            self._compile(denoiser(pipeline), device)
+        if self.offload == "off":
+            return pipeline.to(device)
+        if device.type == "cpu":
+            raise ModelError(
+                f"--offload {self.offload} keeps weights away from a GPU, and there is none here; leave it out"
+            )
+        if self.offload == "model":
+            pipeline.enable_model_cpu_offload(device=device)
+        else:
+            pipeline.enable_sequential_cpu_offload(device=device)
+        return pipeline
+
+    def _compile(self, network: Any, device: torch.device) -> None:
+        if self.offload != "off":
+            raise ModelError(f"--compile {self.compile} and --offload {self.offload} exclude one another; choose one")
+        if self.compile == "graphs":
+            if device.type != "cuda":
+                raise ModelError(
+                    "--compile graphs records CUDA graphs, and there is no GPU here; take --compile blocks"
+                )
+            record_passes(network)
+        elif block_names(network):
+            compile_blocks(network)
+        else:
+            raise ModelError(
+                f"a {type(network).__name__} does not name its repeated blocks; leave --compile blocks out"
+            )
+
+
+FULL = Placement()

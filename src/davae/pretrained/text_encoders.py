@@ -1,0 +1,139 @@
+"""The text encoders of a pipeline, from its configs alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from davae.backbones.families import TEXT_CALLS
+from davae.backbones.families.rows import COMPONENTS, denoiser, model_class
+from davae.pretrained.open import read_config, reads_silent_t5, silent_t5
+from davae.pretrained.processors import load_processor
+from davae.pretrained.stored import check_config, planned
+
+TokenCount = Callable[[list[str]], list[int]]
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder: its component's name, class and config, and the tokens that the stock pipeline pads a prompt to."""
+
+    component: str
+    class_name: str
+    config: dict[str, Any]
+    tokens: int
+
+    def build(self) -> nn.Module:
+        """Its modules with random weights, in eval mode."""
+        kind = getattr(transformers, self.class_name)
+        settings = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        return kind(kind.config_class(**settings)).eval()
+
+    def on_meta(self) -> nn.Module:
+        """Its modules without weights."""
+        with planned(f"{self.component} ({self.class_name})"):
+            return self.build()
+
+
+def text_encoders(model: str, transformer_config: dict[str, Any]) -> list[TextEncoder]:
+    """Those of a diffusers folder, hub id or preset, in the pipeline's order; none for a class-conditional model."""
+    index = read_config(model, "", "model_index.json")
+    found = [
+        (name, value[1])
+        for name, value in index.items()
+        if name.startswith("text_encoder")
+        and isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[1], str)
+    ]
+    denoiser = next((index[part][1] for part in COMPONENTS if part in index), "")
+    encoders = []
+    for name, class_name in found:
+        config = read_config(model, name)
+        check_config(config, f"{name} of model {model}")
+        tokens = prompt_tokens(index["_class_name"], denoiser, class_name, config, transformer_config)
+        encoders.append(TextEncoder(name, class_name, config, tokens))
+    return encoders
+
+
+def prompt_tokens(
+    pipeline_class: str,
+    transformer_class: str,
+    class_name: str,
+    config: dict[str, Any],
+    transformer_config: dict[str, Any],
+) -> int:
+    """CLIP's own limit; else what the pipeline pads to by default; Hunyuan-DiT's transformer says its lengths itself; else
+    what stage 2 embeds."""
+    if class_name.startswith("CLIP"):
+        return int(config["max_position_embeddings"])
+    default = inspect.signature(model_class(pipeline_class).__call__).parameters.get("max_sequence_length")
+    if default is not None and default.default is not None:
+        return int(default.default)
+    own = transformer_config.get("text_len" if class_name == "BertModel" else "text_len_t5")
+    return int(own or TEXT_CALLS[transformer_class].TEXT_TOKENS)
+
+
+def token_limits(model: str, transformer_config: dict[str, Any]) -> list[tuple[str, int, TokenCount | None]]:
+    """Return the limit of every text encoder of a pipeline whose output is used.
+
+    Args:
+        model: a diffusers folder, hub id or preset.
+        transformer_config: config of its transformer.
+
+    Returns:
+        (component, tokens that it reads of a caption, captions -> tokens of each before anything is cut). The count is None
+        where the pipeline has no tokenizer for it; the tokenizer is loaded when it is first called.
+    """
+    index = read_config(model, "", "model_index.json")
+    found: list[tuple[str, int, TokenCount | None]] = []
+    for encoder in text_encoders(model, transformer_config):
+        tokenizer = encoder.component.replace("text_encoder", "tokenizer")
+        entry = index.get(tokenizer)
+        if encoder.component == "text_encoder_3" and Path(model).is_dir() and reads_silent_t5(model):
+            continue
+        known = isinstance(entry, list) and isinstance(entry[-1], str) and hasattr(transformers, entry[-1])
+        found.append((encoder.component, encoder.tokens, _counter(model, tokenizer) if known else None))
+    return found
+
+
+def pipeline_limits(pipeline: Any) -> list[tuple[str, int, TokenCount | None]]:
+    """Return the same as `token_limits` for a pipeline that is loaded; nothing for a class-conditional one."""
+    found: list[tuple[str, int, TokenCount | None]] = []
+    model = denoiser(pipeline)
+    for name, encoder in pipeline.components.items():
+        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"), None)
+        if not name.startswith("text_encoder") or encoder is None or tokenizer is None:
+            continue
+        if name == "text_encoder_3" and silent_t5(pipeline):
+            continue
+        kind, config = type(encoder).__name__, encoder.config.to_dict()
+        tokens = prompt_tokens(type(pipeline).__name__, type(model).__name__, kind, config, dict(model.config))
+        found.append((name, tokens, partial(count_tokens, tokenizer)))
+    return found
+
+
+def count_tokens(tokenizer: Any, captions: list[str]) -> list[int]:
+    """Return the tokens of each caption, special ones included, before anything is cut."""
+    return [len(tokens) for tokens in tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
+
+
+def _counter(model: str, component: str) -> TokenCount:
+    """Return a function that counts the tokens of captions, special ones included."""
+
+    @cache
+    def tokenizer() -> Any:
+        name = read_config(model, "", "model_index.json")[component][-1]
+        return load_processor(model, getattr(transformers, name), f"{component} of {model}", component)
+
+    def count(captions: list[str]) -> list[int]:
+        return count_tokens(tokenizer(), captions)
+
+    return count

@@ -1,0 +1,311 @@
+"""What a finished stage 2 leaves behind: a small upgrade file, and a stock diffusers pipeline."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from davae.backbones.classes import label_names
+from davae.backbones.expand import CLEAN_BASE, MARK, expand_transformer, latent_channels
+from davae.backbones.families.rows import denoiser, model_class, transformer_family
+from davae.backbones.trainable import choose_trainable
+from davae.errors import ModelError
+from davae.files.atomic import model_folder, save_tensors
+from davae.files.checksums import check_tensors
+from davae.files.reading import parse_json
+from davae.pretrained.autoencoders import load_detail_vae
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.stored import planned
+from davae.recipes import Recipe
+from davae.recipes.sections import Lora
+from davae.vae.detail_vae import DetailVAE
+
+UPGRADE_FILE = "upgrade.safetensors"
+FORMAT = "davae-upgrade-1"
+REMEDY = "copy or export it again"
+MOST_CHANNELS = 65_536
+
+
+def save_upgrade(
+    transformer: nn.Module,
+    path: Path,
+    lora: Lora | None,
+    dtype: torch.dtype,
+    tensors: dict[str, Tensor] | None = None,
+) -> None:
+    """Everything stage 2 trained (P', O', changed P, O, LoRA or all), as one safetensors file, written atomically.
+
+    Args:
+        tensors: the trained parameters by name where `transformer` does not hold them itself.
+    """
+    if tensors is None:
+        tensors = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    tensors = {name: tensor.detach().to(dtype=dtype) for name, tensor in tensors.items()}
+    config: Any = transformer.config
+    metadata = {
+        "format": FORMAT,
+        "class": type(transformer).__name__,
+        "channels": json.dumps([config[MARK], latent_channels(transformer)]),
+        "lora": json.dumps(None if lora is None else lora_values(lora)),
+    }
+    if config.get(CLEAN_BASE):
+        metadata["clean_base"] = json.dumps(config[CLEAN_BASE])
+    save_tensors(path, tensors, metadata)
+
+
+def lora_values(lora: Lora) -> dict[str, Any]:
+    """Return the settings of LoRA as an upgrade file keeps them: earlier versions read those without further targets."""
+    return lora.model_dump(mode="json", exclude=None if lora.extra_targets else {"extra_targets"})
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What an upgrade file says of itself, without its tensors; ModelError when it is none."""
+    if not path.is_file():
+        raise ModelError(f"upgrade file {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"upgrade file {path} is damaged ({error}); copy or download it again") from error
+    if metadata.get("format") != FORMAT:
+        raise ModelError(f"{path} is not a davae upgrade file")
+    check_tensors(path, {}, metadata, ModelError, REMEDY)
+    read_details(path, metadata)
+    return metadata
+
+
+@dataclass(frozen=True)
+class Details:
+    """What an upgrade file's metadata tell.
+
+    Attributes:
+        class_name: class of the transformer.
+        base_channels, channels: C and C+D.
+        lora: its rank and alpha; None where every weight was trained.
+        vae_id, vae_path: content and folder of its DetailVAE, where the file names one.
+        clean_base: share of its training with a clean base.
+    """
+
+    class_name: str
+    base_channels: int
+    channels: int
+    lora: Lora | None
+    vae_id: str | None
+    vae_path: str | None
+    clean_base: float = 0.0
+
+
+def read_details(path: Path, metadata: dict[str, str]) -> Details:
+    """Read the metadata of an upgrade file.
+
+    Raises:
+        ModelError: an entry that is missing or is not what davae writes there.
+    """
+    values = {
+        key: parse_json(metadata[key], f"upgrade file {path}, {key}") if key in metadata else None
+        for key in ("channels", "lora", "vae", "clean_base")
+    }
+    channels, lora, vae = values["channels"], values["lora"], values["vae"]
+    numbers = channels if isinstance(channels, list) and all(type(one) is int for one in channels) else []
+    if len(numbers) != 2 or not 0 < numbers[0] < numbers[1] <= MOST_CHANNELS:
+        raise ModelError(f"upgrade file {path}: channels are {str(channels)[:80]}, expected [C, C+D]; it is damaged")
+    try:
+        rank = None if lora is None else Lora.model_validate(lora)
+    except ValidationError as error:
+        raise ModelError(f"upgrade file {path}: lora is {str(lora)[:80]}; it is damaged") from error
+    if vae is not None:
+        place = vae.get("path") if isinstance(vae, dict) else None
+        if not isinstance(place, str) or "\0" in place or Path(place).is_absolute() or ".." in Path(place).parts:
+            raise ModelError(f"upgrade file {path}: {str(place)[:80]!r} is not a folder beside it; it is damaged")
+    try:
+        transformer_family(metadata.get("class", ""))
+    except ValueError as error:
+        raise ModelError(f"upgrade file {path}: {error}") from error
+    clean = values["clean_base"] or 0.0
+    if not (isinstance(clean, float) and 0.0 <= clean < 1.0):
+        raise ModelError(f"upgrade file {path}: clean_base is {str(clean)[:80]}, expected a share; it is damaged")
+    named = vae or {"id": None, "path": None}
+    return Details(metadata["class"], numbers[0], numbers[1], rank, named.get("id"), named["path"], clean)
+
+
+def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return (metadata, tensors) of an upgrade file.
+
+    Raises:
+        ModelError: not an upgrade file, or weights that are damaged or not finite.
+    """
+    metadata, tensors = read_metadata(path), load_file(path)
+    check_tensors(path, tensors, metadata, ModelError, REMEDY)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise ModelError(
+                f"upgrade file {path}: {name} contains values that are not finite numbers; it is damaged"
+            )
+    return metadata, tensors
+
+
+def check_fit(path: Path, transformer: nn.Module) -> None:
+    """Compare the names and shapes in an upgrade file's header with what a pretrained transformer gets; no weight is read.
+
+    Args:
+        transformer: on any device; only its class and config are used.
+
+    Raises:
+        ModelError: not an upgrade file, or one for another transformer, D or LoRA rank.
+    """
+    details = read_details(path, read_metadata(path))
+    if details.class_name != type(transformer).__name__ or latent_channels(transformer) != details.base_channels:
+        raise ModelError(
+            f"{path} upgrades a {details.class_name} of {details.base_channels} channels, "
+            f"this is a {type(transformer).__name__} of {latent_channels(transformer)}"
+        )
+    with safe_open(path, framework="pt") as stream:
+        shapes = {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
+    with planned(f"the transformer of {path}"):
+        empty = type(transformer).from_config(transformer.config)  # type: ignore[attr-defined]
+        expanded = expand_transformer(empty, details.channels - details.base_channels)
+        choose_trainable(expanded, details.lora)
+        _compare(path, shapes, {n: tuple(p.shape) for n, p in expanded.named_parameters() if p.requires_grad})
+
+
+def _compare(path: Path, found: dict[str, tuple[int, ...]], needed: dict[str, tuple[int, ...]]) -> None:
+    """Refuse an upgrade file whose tensors are not the trained ones."""
+    if found.keys() != needed.keys():
+        odd = sorted(found.keys() ^ needed.keys())[0]
+        raise ModelError(f"{path} does not fit this transformer: '{odd}' stands in only one of them")
+    for name, shape in needed.items():
+        if found[name] != shape:
+            raise ModelError(
+                f"{path} does not fit this transformer: '{name}' has shape {found[name]}, needed is {shape}"
+            )
+
+
+def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
+    """Pretrained transformer + upgrade file -> expanded transformer with LoRA fused; the input stays as it was."""
+    return fuse(trained_transformer(transformer, path))
+
+
+def trained_transformer(transformer: nn.Module, path: Path) -> nn.Module:
+    """Pretrained transformer + upgrade file -> expanded transformer with its LoRA attached; the input stays as it was.
+
+    Raises:
+        ModelError: not an upgrade file, or one for another transformer.
+    """
+    check_fit(path, transformer)
+    details = read_details(path, read_metadata(path))
+    expanded = expand_transformer(transformer, details.channels - details.base_channels)
+    if details.clean_base:
+        cast(Any, expanded).register_to_config(**{CLEAN_BASE: details.clean_base})
+    choose_trainable(expanded, details.lora)
+    load_trained(expanded, path)
+    return expanded
+
+
+def load_trained(transformer: nn.Module, path: Path) -> None:
+    """Copy an upgrade file into the trainable parameters of an expanded transformer.
+
+    Raises:
+        ModelError: not an upgrade file, or one whose parameters are not these (another model, D, or LoRA rank).
+    """
+    _, tensors = read_upgrade(path)
+    own = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    _compare(path, {n: tuple(t.shape) for n, t in tensors.items()}, {n: tuple(p.shape) for n, p in own.items()})
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def fuse(transformer: nn.Module) -> nn.Module:
+    """Fold LoRA into the weights and remove it; weights shared with the pretrained transformer are copied first."""
+    for module in adapted_layers(transformer):
+        layer: Any = module.get_base_layer()
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        module.merge()
+    return without_lora(transformer)
+
+
+def without_lora(transformer: nn.Module) -> nn.Module:
+    """Remove LoRA, folded in or not, and every trace of peft; ready to sample."""
+    for name, module in list(transformer.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            transformer.set_submodule(name, module.get_base_layer())
+    if hasattr(transformer, "peft_config"):
+        del transformer.peft_config
+    return transformer.requires_grad_(False).eval()
+
+
+def adapted_layers(transformer: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
+    """The base's own pipeline class around the upgraded parts; scheduler and text encoders are the base's.
+
+    Where the stock class cannot draw an upgrade by default, its family's row names davae's subclass to take; sizes in pixels
+    that the row names are multiplied by s.
+    """
+    family, scale = transformer_family(type(transformer).__name__), vae.layout.scale
+    subclasses = [model_class(name) for name in family.upgraded_pipelines]
+    kind = next((c for c in subclasses if issubclass(c, type(pipeline))), type(pipeline))
+    config: Any = transformer.config
+    sizes = {key: config[key] * scale for key in family.scaled_config if config[key] is not None}
+    transformer.register_to_config(**sizes)  # type: ignore[operator]
+    components = {**pipeline.components, "vae": vae.eval(), family.component: transformer}
+    parameters = inspect.signature(type(pipeline).__init__).parameters
+    options = {
+        name: pipeline.config[name] for name in parameters if name not in components and name in pipeline.config
+    }
+    options |= {name: options[name] * scale for name in family.scaled_options}
+    if "id2label" in parameters:
+        options["id2label"] = label_names(pipeline)
+    upgraded = kind(**components, **options)
+    upgraded.register_to_config(**options)  # DiT's pipeline forgets its names when it is saved
+    upgraded.set_progress_bar_config(disable=True)
+    return upgraded
+
+
+def save_pipeline(pipeline: Any, path: Path) -> None:
+    """Write a diffusers folder that appears only once it is whole."""
+    with model_folder(path) as partial:
+        pipeline.save_pretrained(partial)
+
+
+def export_upgraded(
+    model: str, vae: DetailVAE, trained: dict[str, Tensor], recipe: Recipe, file: Path, target: Path
+) -> None:
+    """Write the upgrade file, and the pipeline in the precision of `export.dtype`.
+
+    Args:
+        model: the base's folder or hub id.
+        vae: the autoencoder of stage 1.
+        trained: parameters that stage 2 trained, by name.
+        recipe: the run's recipe.
+        file: the upgrade file.
+        target: the pipeline's folder.
+    """
+    base = load_pipeline(model)
+    pretrained = denoiser(base)
+    expanded = expand_transformer(pretrained, recipe.detail_channels)
+    if recipe.stage2.clean_base:
+        expanded.register_to_config(**{CLEAN_BASE: recipe.stage2.clean_base})
+    save_upgrade(expanded, file, recipe.stage2.lora, torch.float32, trained)
+    upgraded = assemble(base, vae, apply_upgrade(pretrained, file))
+    if recipe.export.dtype != "float32":
+        upgraded.to(dtype=getattr(torch, recipe.export.dtype))
+    save_pipeline(upgraded, target)
+
+
+def load_upgraded(pipeline: Any, folder: Path) -> Any:
+    """A base pipeline + a folder with `vae/` and an upgrade file -> the upgraded pipeline."""
+    vae = load_detail_vae(folder / "vae", pipeline.vae.dtype).to(pipeline.vae.device)
+    return assemble(pipeline, vae, apply_upgrade(denoiser(pipeline), folder / UPGRADE_FILE))

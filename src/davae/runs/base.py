@@ -1,0 +1,291 @@
+"""Training a base model from start to a diffusers folder: autoencoder, cache, transformer, export."""
+
+from __future__ import annotations
+
+from davae.tasks.base_model import planned_shapes
+
+import math
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+from davae.data.latent_cache.read import CachedLatents, CacheMeta, is_whole, read_meta
+from davae.errors import DataError
+from davae.data.images import (Pictures)
+from davae.data.summary import check_captions
+from davae.pretrained.autoencoders import (autoencoder_config, load_autoencoder)
+from davae.vae.codec import (latent_shape, raw_statistics)
+from davae.backbones.families.rows import model_class, transformer_family
+from davae.pretrained.open import BaseShapes
+from davae.files.ownership import check_run
+from davae.errors import RecipeError
+from davae.recipes.schema import BaseRecipe, ClassArchitecture, TextArchitecture
+from davae.tasks.autoencoder import AutoencoderTask, build_autoencoder
+from davae.tasks.class_conditional import ClassFlowTask, build_class_transformer
+from davae.tasks.text_to_image import (
+    BaseFlowTask,
+    TextToImage,
+    build_silent_t5,
+    build_silent_tokenizer,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+)
+from davae.runs.cache import cache_key, cache_pictures, cache_shards, tell_left_out
+from davae.dataset.encoding import run_precision
+from davae.publish.assemble import save_pipeline
+from davae.train.loop import Observer, Progress, Trainer, training_seed
+from davae.dataset.opened import SUMMARY, OpenedData, announce, architecture_limits, bucket_notes, open_pictures
+from davae.train.distributed import from_main, is_main, on_main
+from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
+from davae.train.signals import check_stop, stop_on_signal
+from davae.train.run_folder import RunFolder, was_done
+
+
+
+
+
+
+
+
+class BaseRun:
+    """One run of a base recipe. Each step returns at once when it was finished before.
+
+    Args:
+        recipe: what to do.
+        out: the run's folder.
+        observer: told of every step.
+        first: the folder of another run, equal up to the cache, whose autoencoder (`vae/`) and cache to use: one that
+            `prepare` left, or the stage 1 of an upgrade, whose DetailVAE then is the autoencoder.
+    """
+
+    def __init__(self, recipe: BaseRecipe, out: Path, observer: Observer, *, first: Path | None = None):
+        check_run(out, partial(was_done, out))  # before any work
+        self.recipe, self.out = recipe, out
+        self.first = out if first is None else first
+        self.accelerator = make_accelerator(recipe.run, out)
+        self.observer: Observer = observer if is_main() else lambda progress: None
+        check_base_engine(self.accelerator)
+        self.check_recipe()
+        self.folder = RunFolder(out, recipe)
+
+    # -- what another way to a base model changes ----------------------------------------------------------------
+
+    def check_recipe(self) -> None:
+        """Check what configs alone show, before an autoencoder is trained for hours."""
+
+    def check_autoencoder(self, vae: Any) -> None:
+        """Check the autoencoder before its cache is written."""
+
+    def prepare_transformer(self, transformer: Any, cache: CachedLatents, vae: Any) -> None:
+        """Change a class-conditional transformer before it trains."""
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def opened(self) -> OpenedData:
+        """Images of the recipe, summarised; a folder in which nothing was trained then takes a corrected recipe."""
+        try:
+            return self._opened()
+        except DataError:
+            self.folder.forget()
+            raise
+
+    def _opened(self) -> OpenedData:
+        recipe, step = self.recipe, None
+        if isinstance(recipe.architecture, TextArchitecture):
+            step = planned_shapes(recipe).vae_factor * recipe.architecture.patch_size
+        opened, stage = open_pictures(recipe.data, recipe.resolution, step, folder=self.out), recipe.dit
+        opened.keep(self.out)
+        summary = opened.summary(
+            architecture_limits(recipe), bucket_notes(opened, "dit", stage, recipe.cache.variants)
+        )
+        announce(summary, self.out / SUMMARY)
+        reads_text = isinstance(recipe.architecture, TextArchitecture) and recipe.cache.shards is None
+        if reads_text and recipe.data.require_captions and not from_main(is_whole(self.first / "cache")):
+            check_captions(summary)
+        return opened
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """The training images as the cache encodes them."""
+        return self.opened.pictures(self.recipe.data, self.recipe.run.seed).enumerating()
+
+    def prepare(self) -> Path:
+        """Up to the cache; returns the folder of the autoencoder with its normalisation, for runs that begin here."""
+        target = self.out / "vae"
+        if not from_main(self.folder.done("cache") and is_whole(self.out / "cache")):
+            vae = self.cached_autoencoder()[0]
+            on_main(partial(save_pipeline, vae, target))
+            self.folder.mark_done("cache")
+        return target
+
+    def run(self) -> Path:
+        """Every step in order; returns the folder of the pipeline."""
+        vae, channels, side = self.cached_autoencoder()
+        train = self.train_class if isinstance(self.recipe.architecture, ClassArchitecture) else self.train_text
+        pipeline = train(vae, channels, side)
+        on_main(partial(save_pipeline, pipeline, self.out / "pipeline"))
+        self.folder.mark_done("dit")
+        return self.out / "pipeline"
+
+    # -- autoencoder -------------------------------------------------------------------------------------------
+
+    def cached_autoencoder(self) -> tuple[Any, int, int]:
+        """(autoencoder with its normalisation, channels and side of its latents); the cache is whole after it.
+
+        Raises:
+            RecipeError: pictures that do not divide into its tokens.
+        """
+        recipe, patch = self.recipe, self.recipe.architecture.patch_size
+        vae = self.autoencoder()
+        factor, channels = latent_shape(vae.config, type(vae).__name__)
+        if recipe.resolution % (factor * patch):
+            raise RecipeError(
+                f"resolution: {recipe.resolution} is not divisible by {factor * patch} "
+                f"(autoencoder factor {factor} x patch {patch})"
+            )
+        self.check_autoencoder(vae)
+        meta = self.cache(vae, channels)
+        if not isinstance(recipe.autoencoder, str):
+            vae.register_to_config(**self._normalisation(meta))
+        return vae, channels, recipe.resolution // factor
+
+    def autoencoder(self) -> Any:
+        """The trained or pretrained autoencoder, in eval mode."""
+        recipe = self.recipe
+        if self.first != self.out:
+            return load_autoencoder(str(self.first / "vae")).to(self.accelerator.device)
+        if isinstance(recipe.autoencoder, str):
+            return load_autoencoder(recipe.autoencoder).to(self.accelerator.device)
+        assert recipe.vae is not None
+        seed_initial_weights(training_seed(recipe.vae, recipe.run))
+        vae: Any = build_autoencoder(recipe).to(self.accelerator.device)
+        pictures = self.opened.pictures(recipe.data, recipe.run.seed)
+        pictures.skipped = self.pictures.skipped
+        task = AutoencoderTask(recipe.vae, vae, pictures, self.accelerator.device)
+        trainer = Trainer(task, recipe.run, self.folder, self.accelerator, self.observer)
+        trainer.fit(recipe.data.num_workers)
+        trainer.use_average()
+        self.folder.mark_done("vae")
+        return vae.eval()
+
+    def _normalisation(self, meta: CacheMeta) -> dict[str, Any]:
+        """Config entries by which the new autoencoder's latents are normalised: SD3 has one shift and scale."""
+        if isinstance(self.recipe.architecture, ClassArchitecture):
+            return {"latents_mean": meta.mean, "latents_std": meta.std, "scaling_factor": 1.0, "shift_factor": None}
+        shift, scaling = whole_normalisation(meta)
+        return {"shift_factor": shift, "scaling_factor": scaling}
+
+    # -- cache -------------------------------------------------------------------------------------------------
+
+    def cache(self, vae: Any, channels: int) -> CacheMeta:
+        recipe, target = self.recipe, self.first / "cache"
+        key = cache_key(
+            vae, self.opened, recipe.data, recipe.cache, resolution=recipe.resolution, seed=recipe.run.seed
+        )
+        # one answer for all: the first process may be writing it already; another run's cache is never written here
+        if self.first != self.out or from_main(is_whole(target)):
+            return read_meta(target, key)
+        if recipe.cache.shards is not None:
+            if not isinstance(recipe.architecture, ClassArchitecture):
+                raise DataError("cache.shards: latent shards hold class labels; they train class-conditional models")
+            cache_shards(
+                target,
+                recipe.cache,
+                channels=channels,
+                num_classes=recipe.architecture.num_classes,
+                key=key,
+                accelerator=self.accelerator,
+                watch=self.watch,
+            )
+            return read_meta(target, key)
+        meta = cache_pictures(
+            target,
+            self.pictures,
+            vae,
+            key=key,
+            cache=recipe.cache,
+            precision=run_precision(recipe.run),
+            num_workers=recipe.data.num_workers,
+            accelerator=self.accelerator,
+            watch=self.watch,
+        )
+        skipped = {**self.opened.left_out, **meta.skipped}
+        used = len(self.opened.train) - len(meta.skipped)
+        tell_left_out(self.out / "pictures.json", used, skipped, self.accelerator)
+        return meta
+
+    def watch(self, name: str) -> Callable[[int, int], None]:
+        """Shows how far a cache is."""
+
+        def watch(done: int, total: int) -> None:
+            self.observer(Progress(f"cache {name}", done, total, 0.0))
+            check_stop(f"the cache's {name}")
+
+        return watch
+
+    # -- transformer -------------------------------------------------------------------------------------------
+
+    def fit(self, task: Any, release: bool = False) -> None:
+        """Train a task to its end; `release` lets go of its optimizer where another training follows."""
+        trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
+        trainer.fit(self.recipe.data.num_workers)
+        trainer.use_average()
+        if release:
+            trainer.release()
+
+    def train_text(self, vae: Any, channels: int, side: int) -> Any:
+        recipe, architecture = self.recipe, self.recipe.architecture
+        assert isinstance(architecture, TextArchitecture)
+        cache = CachedLatents(self.first / "cache")
+        tokenizer = build_tokenizer(cache.captions, architecture.vocabulary, architecture.text_tokens)
+        seed_initial_weights(training_seed(recipe.dit, recipe.run))
+        encoders = [build_text_encoder(architecture, tokenizer) for _ in range(2)]
+        model = TextToImage(encoders, build_transformer(architecture, channels, side)).to(self.accelerator.device)
+        self.fit(BaseFlowTask(recipe.dit, model, tokenizer, cache, raw_statistics(vae), self.accelerator.device))
+        # Text encoders stay float32: transformers loads what the file holds, diffusers' models load as float32, and a
+        # pipeline opened without a dtype would mix both.
+        return StableDiffusion3Pipeline(
+            transformer=model.transformer.half(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=recipe.dit.timestep_shift),
+            vae=vae.half(),
+            text_encoder=encoders[0],
+            tokenizer=tokenizer,  # type: ignore[arg-type]
+            text_encoder_2=encoders[1],
+            tokenizer_2=tokenizer,  # type: ignore[arg-type]
+            text_encoder_3=build_silent_t5(architecture),
+            tokenizer_3=build_silent_tokenizer(),  # type: ignore[arg-type]
+        )
+
+    def train_class(self, vae: Any, channels: int, side: int) -> Any:
+        recipe = self.recipe
+        cache = CachedLatents(self.first / "cache", "class")
+        seed_initial_weights(training_seed(recipe.dit, recipe.run))
+        transformer = build_class_transformer(recipe, channels, side)
+        self.prepare_transformer(transformer, cache, vae)
+        self.fit(ClassFlowTask(recipe, transformer, cache, raw_statistics(vae), self.accelerator.device))
+        return model_class("ClassConditionalPipeline")(
+            vae=vae.half(), transformer=transformer.half(), class_names=class_names(cache, recipe)
+        )
+
+
+def class_names(cache: CachedLatents, recipe: BaseRecipe) -> list[str] | None:
+    """A name per class: the first caption seen with it; None where the data has no captions."""
+    assert isinstance(recipe.architecture, ClassArchitecture)
+    names = [""] * recipe.architecture.num_classes
+    for label, caption in zip(cache.conditions, cache.captions, strict=True):
+        names[label] = names[label] or caption
+    return names if any(names) else None
+
+
+def whole_normalisation(meta: CacheMeta) -> tuple[float, float]:
+    """(shift_factor, scaling_factor) that give the latents mean 0 and variance 1 over all channels together."""
+    mean, std = torch.tensor(meta.mean), torch.tensor(meta.std)
+    shift = float(mean.mean())
+    variance = float((std.square() + (mean - shift).square()).mean())
+    return shift, 1 / math.sqrt(variance)

@@ -1,0 +1,184 @@
+"""The cache step that upgrades and base trainings share: its key, and what is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from davae.data.latent_cache.read import CacheMeta, Team, seal
+from davae.data.latent_cache.key import (
+    FORMER_DATA,
+    Key,
+    changes,
+    fingerprint,
+    hash_former,
+    hash_pictures,
+    hash_weights,
+    plain,
+)
+from davae.data.latent_cache.write import write_latents, write_text
+from davae.data.latent_cache.import_shards import PATTERN, STATISTICS, import_shards
+from davae.errors import DataError
+from davae.data.images import (Pictures, by_kind, counted)
+from davae.data.tables import TableSource
+from davae.files.atomic import atomic_text, saving
+from davae.recipes.sections import Cache, Data
+from davae.dataset.encoding import Encoder
+from davae.dataset.opened import OpenedData
+from davae.train.distributed import compare, patient_barrier
+
+logger = logging.getLogger(__name__)
+
+Watch = Callable[[int, int], None]
+# what of `data` changes an item, given its picture
+PREPARED_BY = {
+    *("flip", "crop", "buckets", "background", "max_pixels"),
+    *("caption_key", "caption_weights", "caption_column", "label_key", "label_column", "image_column"),
+}
+LATER = {"enlarge"}  # options that caches of earlier versions do not list: no part of a key while they are off
+# Of the autoencoder's config:
+NO_PART = {"resolution", "detail_mean", "detail_std", "latents_mean", "latents_std", "scaling_factor", "shift_factor"}
+PREVIEW = "base_decoder"  # part of an autoencoder that encodes nothing; earlier versions had none
+
+
+def team(accelerator: Accelerator) -> Team:
+    """The processes of this run, as writers of a cache."""
+    return Team(accelerator.process_index, accelerator.num_processes, patient_barrier)
+
+
+def check_same_key(key: Key) -> None:
+    """Compare what all processes would make the cache from, before a shard is written; collective.
+
+    Raises:
+        DataError: another process would write other content: images or weights changed since the launch.
+    """
+    if differing := compare(plain(key)):
+        (_, _, first), (other, host, value) = differing[:2]
+        raise DataError(
+            f"cache: process {other} on {host} would write another cache than process 0, as these differ: "
+            f"{' and '.join(changes(first, value))}; give all processes the same files, then run the same command again"
+        )
+
+
+def cache_key(
+    vae: nn.Module, opened: OpenedData, data: Data, cache: Cache, *, resolution: int, seed: int, text: Any = None
+) -> Key:
+    """Everything that a cache's content hangs on. Cached latents are raw, so the autoencoder's normalisation is no part,
+    nor the size it draws.
+
+    Args:
+        text: plain values that tell which text encoders speak; None where nothing is embedded.
+    """
+    config: dict[str, Any] = dict(vae.config)  # type: ignore[arg-type]
+    fixed = {name: v for name, v in config.items() if name not in NO_PART and not name.startswith(("_", PREVIEW))}
+    weights = [(name, tensor) for name, tensor in vae.state_dict().items() if not name.startswith(f"{PREVIEW}.")]
+    key: dict[str, Any] = {"autoencoder": hash_weights(weights, fixed)}
+    if cache.shards is not None:
+        files = sorted([*Path(cache.shards).glob(PATTERN), *Path(cache.shards).glob(STATISTICS)])
+        key["data"] = fingerprint([(file.name, file.stat().st_size) for file in files])
+        key["preprocessing"] = {"cache.dtype": cache.dtype}
+    else:
+        key["data"] = hash_pictures(opened.source, opened.train)
+        if isinstance(opened.source, TableSource):
+            key[FORMER_DATA] = hash_former(opened.source, opened.train)
+        key["preprocessing"] = {
+            **{f"data.{name}": v for name, v in data.model_dump(mode="json", include=PREPARED_BY).items()},
+            **{f"cache.{name}": v for name, v in cache.model_dump(include={"variants", "dtype"}).items()},
+            **{f"data.{name}": True for name in sorted(LATER) if getattr(data, name)},
+            "resolution": resolution,
+            "seed": seed,
+        }
+    if text is not None:
+        key["text"] = fingerprint(text)
+    return key
+
+
+def cache_pictures(
+    folder: Path,
+    pictures: Pictures,
+    vae: Any,
+    *,
+    key: Key,
+    cache: Cache,
+    precision: torch.dtype,
+    smaller: int = 1,
+    num_workers: int | None,
+    accelerator: Accelerator,
+    watch: Callable[[str], Watch],
+    embed: Callable[[list[str]], tuple[Tensor, ...]] | None = None,
+) -> CacheMeta:
+    """Write latents of all images, and embeddings of their captions where `embed` is given; the cache is whole after it.
+
+    Args:
+        vae: an autoencoder in float32, on its device.
+        precision: in which it encodes.
+        smaller: factor by which images are downsampled before.
+    """
+    together = team(accelerator)
+    if pictures.flip and cache.variants == 1:
+        logger.warning(
+            "data.flip: the cache holds one variant of every image, not mirrored; set cache.variants to 2 for both"
+        )
+
+    options: dict[str, Any] = {"batch_size": cache.batch_size, "dtype": cache.dtype, "team": together}
+    with saving(folder):
+        meta = write_latents(
+            folder,
+            pictures,
+            Encoder(vae, precision, cache.batch_size, smaller=smaller),
+            key=key,
+            variants=cache.variants,
+            num_workers=num_workers,
+            on_batch=watch("latents"),
+            **options,
+        )
+        if embed is not None:
+            meta = write_text(folder, embed, meta, on_batch=watch("captions"), name_of=pictures.source.key, **options)
+            pictures.skipped.update(meta.skipped)
+        return seal(folder, meta, together)
+
+
+def cache_shards(
+    folder: Path,
+    cache: Cache,
+    *,
+    channels: int,
+    num_classes: int,
+    key: Key,
+    accelerator: Accelerator,
+    watch: Callable[[str], Watch],
+) -> None:
+    """Latents that LightningDiT's extraction wrote, instead of pictures; one process copies them."""
+    assert cache.shards is not None
+    check_same_key(key)
+    if accelerator.is_main_process:
+        with saving(folder):
+            meta = import_shards(
+                Path(cache.shards),
+                folder,
+                channels=channels,
+                num_classes=num_classes,
+                key=key,
+                dtype=cache.dtype,
+                on_batch=watch("latents"),
+            )
+            seal(folder, meta)
+    patient_barrier()
+
+
+def tell_left_out(path: Path, used: int, skipped: dict[str, str], accelerator: Accelerator) -> None:
+    """`pictures.json`: how many pictures train, and the names of the others under what is wrong with them."""
+    if not accelerator.is_main_process:
+        return
+    kinds = by_kind(skipped)
+    summary = {"used": used, "left_out": {kind: len(names) for kind, names in kinds.items()}, "names": kinds}
+    atomic_text(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    if skipped:
+        logger.warning("%d pictures train; %s; all names in %s", used, counted(skipped), path)

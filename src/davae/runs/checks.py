@@ -1,0 +1,232 @@
+"""What a recipe stands for and what it can get wrong, told before any weight is read."""
+
+from __future__ import annotations
+
+from davae.tasks.base_model import bucket_step
+
+import logging
+from pathlib import Path
+
+import torch
+
+from davae.data.buckets import bucket_sizes
+from davae.data.latent_cache.read import is_whole
+from davae.errors import DataError
+from davae.latent import LatentLayout
+from davae.vae.base import autoencoder_family
+from davae.pretrained.distilled import Distilled, distilled
+from davae.backbones.families.rows import model_class, transformer_family
+from davae.pretrained.offline import readable
+from davae.errors import ModelError
+from davae.pretrained.open import (BaseShapes, load_scheduler, read_shapes)
+from davae.pretrained.stored import check_component
+from davae.vae.warm_start import filter_shares
+from davae.files.reading import read_object
+from davae.errors import RecipeError
+from davae.recipes import (Recipe, differences, load_recipe)
+from davae.recipes.sections import Lora
+from davae.tasks.base_model import (planned_shapes)
+from davae.cost.flops import meta_transformer
+from davae.publish.assemble import UPGRADE_FILE, check_fit, read_details, read_metadata
+from davae.tasks.noising import FLOW, Objective, check_timesteps, choose_objective
+from davae.zoo import resolve, resolve_upgrade
+
+
+def check_recipe(recipe: Recipe, shapes: BaseShapes, configs: str | None = None) -> LatentLayout:
+    """What a recipe can get wrong about its base model, before any weight is read.
+
+    Args:
+        configs: where to read them, when not from the model itself.
+
+    Raises:
+        RecipeError: D not a multiple of C, a size that does not divide or that the model cannot draw, a distilled model, or
+            gradient checkpointing where the class has none, with the dotted path.
+    """
+    check_distilled(recipe, configs)
+    if recipe.detail_channels % shapes.channels:
+        raise RecipeError(
+            f"detail_channels: {recipe.detail_channels} is not a multiple of the {shapes.channels} latent channels of "
+            f"{recipe.base.name}; use {shapes.channels * max(1, round(recipe.detail_channels / shapes.channels))}"
+        )
+    if recipe.scale & (recipe.scale - 1):
+        raise RecipeError(f"scale: {recipe.scale} is not a power of two")
+    for stage, settings, has in (
+        ("stage1", recipe.stage1, autoencoder_family(shapes.vae_class).checkpointing),
+        ("stage2", recipe.stage2, model_class(shapes.transformer_class)._supports_gradient_checkpointing),
+    ):
+        if settings.gradient_checkpointing and not has:
+            kind = shapes.vae_class if stage == "stage1" else shapes.transformer_class
+            raise RecipeError(
+                f"{stage}.gradient_checkpointing: diffusers' {kind} has none that works; set it to false"
+            )
+    pixels = shapes.vae_factor * recipe.scale
+    if recipe.stage1.crop is not None and (recipe.stage1.crop % pixels or recipe.stage1.crop > recipe.resolution):
+        near = min(recipe.resolution, max(1, round(recipe.stage1.crop / pixels)) * pixels)
+        raise RecipeError(
+            f"stage1.crop: {recipe.stage1.crop} is not a multiple of {pixels}, the pixels of a latent position, up to the "
+            f"resolution {recipe.resolution}; use {near}"
+        )
+    layout = LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
+    if recipe.stage1.start == "unfolded":
+        try:
+            filter_shares(layout)
+        except ValueError as error:
+            raise RecipeError(f"stage1.start: {error}") from error
+    cell = shapes.patch_size * transformer_family(shapes.transformer_class).grid
+    step = shapes.vae_factor * cell
+    if recipe.base.resolution % step:
+        below = recipe.base.resolution // step * step
+        raise RecipeError(
+            f"base.resolution: {recipe.base.resolution} is not divisible by {step} (autoencoder factor "
+            f"{shapes.vae_factor} x patch {cell}); use {below or step} or {below + step}"
+        )
+    check_buckets(recipe, shapes)
+    if transformer_family(shapes.transformer_class).condition == "class":
+        config = shapes.transformer_config  # LightningDiT's own configs have input_size alone
+        own = (config.get("sample_size") or config["input_size"]) * shapes.vae_factor
+        if recipe.base.resolution != own:
+            raise RecipeError(f"base.resolution: {recipe.base.name} draws {own} pixels and no other size; use {own}")
+    return layout
+
+
+def check_distilled(recipe: Recipe, configs: str | None = None) -> Distilled | None:
+    """Refuse a base that was distilled to a few steps; return what is known of any other distillation.
+
+    Args:
+        configs: where to read the base's configs, when not from the model itself.
+
+    Raises:
+        RecipeError: a distilled base, unless the recipe sets `base.distilled` to `train`.
+    """
+    if recipe.base.model is None:
+        return None
+    model = configs or readable(resolve(recipe.base.model))[0]
+    found = distilled(model, recipe.base.model)
+    if found is None or found.kind == "guidance":
+        return found
+    text = f"base.model: {found.note(recipe.base.name)}"
+    if recipe.base.distilled == "refuse":
+        raise RecipeError(f"{text}; or set base.distilled to train, if it is not distilled or you want that")
+    logger.warning("%s", text)
+    return found
+
+
+def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
+    """Check that an upgrade to go on from fits the recipe, by its metadata, headers and configs.
+
+    Raises:
+        RecipeError: another LoRA, D, scale or base than the recipe's, with the dotted path.
+        ModelError: nothing there, or what is there is damaged.
+    """
+    if recipe.init is None:
+        return
+    folder = resolve_upgrade(recipe.init)
+    file = folder / UPGRADE_FILE
+    details = read_details(file, read_metadata(file))
+    if (details.class_name, details.base_channels) != (shapes.transformer_class, shapes.channels):
+        raise RecipeError(
+            f"init: {recipe.init} upgrades a {details.class_name} of {details.base_channels} channels, {recipe.base.name} "
+            f"has a {shapes.transformer_class} of {shapes.channels}"
+        )
+    detail = details.channels - details.base_channels
+    if detail != recipe.detail_channels:
+        raise RecipeError(f"init: {recipe.init} has {detail} detail channels; set detail_channels to {detail}")
+    (own, own_text), (found, found_text) = (_lora_text(lora) for lora in (recipe.stage2.lora, details.lora))
+    if own != found:
+        raise RecipeError(
+            f"stage2.lora: {own_text}, and init goes on from {recipe.init} with {found_text}; set stage2.lora to it"
+        )
+    vae = read_object(folder / "vae" / "config.json")
+    check_component(folder / "vae", f"DetailVAE {folder / 'vae'}")
+    for key, wanted in (("base_class", shapes.vae_class), ("scale", recipe.scale), ("downsample", recipe.downsample)):
+        if vae.get(key, {"scale": 2, "downsample": "antialias"}.get(key)) != wanted:
+            raise RecipeError(f"init: the DetailVAE of {recipe.init} has {key} {vae.get(key)}, this recipe {wanted}")
+    with torch.device("meta"):
+        check_fit(file, meta_transformer(shapes))
+
+
+def _lora_text(lora: Lora | None) -> tuple[tuple[int, float] | None, str]:
+    """Return (rank, alpha) of a LoRA, alpha being the rank where it is not given, and how to write it in a recipe."""
+    if lora is None:
+        return None, "null"
+    alpha = float(lora.alpha or lora.rank)
+    return (lora.rank, alpha), f"{{rank: {lora.rank}, alpha: {alpha:g}}}"
+
+
+logger = logging.getLogger(__name__)
+SHARED_STEPS = ("base", "scale", "detail_channels", "init", "downsample", "data", "stage1", "cache")
+
+
+def check_shared(recipe: Recipe, folder: Path) -> None:
+    """That another run's DetailVAE and cache are what this recipe would make.
+
+    Raises:
+        DataError: it is no finished run up to its cache, or its recipe differs before stage 2 (says where).
+    """
+    if not (folder / "recipe.yaml").is_file() or not is_whole(folder / "cache"):
+        raise DataError(f"--stage1 {folder} holds no run with a whole cache; run `davae cache-latents` there first")
+    other = load_recipe(str(folder / "recipe.yaml"))
+    if not isinstance(other, Recipe):
+        raise DataError(f"--stage1 {folder} is a run of the base recipe '{other.name}', not of an upgrade")
+    changed = [
+        change
+        for change in differences(other, recipe, free=("num_workers",))
+        if change.partition(":")[0].partition(".")[0] in SHARED_STEPS or change.startswith("stage2.data")
+    ]
+    if changed:
+        raise DataError(f"--stage1 {folder} was made from another autoencoder or data: {changed[0]}")
+
+
+
+
+def base_objective(recipe: Recipe, shapes: BaseShapes, configs: str | None = None) -> Objective:
+    """What the recipe's base model predicts, by its own scheduler; one that is trained first does by flow matching.
+
+    Args:
+        configs: where to read them, when not from the model itself.
+
+    Raises:
+        ModelError: an objective that stage 2 cannot train.
+        RecipeError: timesteps shaped for a model whose timesteps are uniform.
+    """
+    if recipe.base.model is None:
+        return FLOW
+    model = configs or resolve(recipe.base.model)
+    objective = choose_objective(
+        load_scheduler(model), transformer_family(shapes.transformer_class), recipe.base.model
+    )
+    stated = shapes.transformer_config.get("prediction_type")  # LightningDiT says it of itself
+    if stated is not None and (stated == "epsilon") != (objective.prediction == "epsilon"):
+        raise ModelError(
+            f"model {recipe.base.model}: its transformer predicts {stated}, its scheduler stands for {objective.prediction}; "
+            "put the scheduler that the model was trained with into its folder"
+        )
+    check_timesteps(recipe.stage2, objective)
+    return objective
+
+
+
+
+def check_buckets(recipe: Recipe, shapes: BaseShapes) -> None:
+    """Check the buckets of both stages before any of them trains.
+
+    Raises:
+        RecipeError: buckets of a model of squares, or one of stage 2 longer than the transformer's table of positions.
+    """
+    step, longest = bucket_step(recipe, shapes), shapes.transformer_config.get("pos_embed_max_size")
+    for stage, data, own in (
+        ("stage1", recipe.stage1_data, recipe.stage1.data),
+        ("stage2", recipe.stage2_data, recipe.stage2.data),
+    ):
+        if (buckets := data.buckets) is None:
+            continue
+        path = "data.buckets" if own is None else f"{stage}.data.buckets"
+        if step is None:
+            raise RecipeError(f"{path}: this model takes square images only; leave it out")
+        sizes = bucket_sizes(recipe.resolution, step, buckets.max_ratio, buckets.tokens)
+        side = max(max(size) for size in sizes) // step
+        if stage == "stage2" and longest is not None and side > longest:
+            raise RecipeError(
+                f"{path}.max_ratio: {buckets.max_ratio} asks for {side} tokens in a row, {recipe.base.name} knows "
+                f"positions up to {longest}; lower it"
+            )

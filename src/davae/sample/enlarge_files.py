@@ -1,0 +1,239 @@
+"""What `davae upscale` does: image files in, enlarged image files and a contact sheet out."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageCms
+
+from davae.data.decoding import (
+    MAX_PIXELS,
+    ORIENTATION,
+    check_header,
+    checked,
+    header_size,
+    naming_damage,
+    orientation,
+    upright_rgb,
+)
+from davae.data.formats import is_image_name, open_image
+from davae.data.images import grid
+from davae.errors import DataError, RunError, UnreadablePicture
+from davae.files.outputs import check_image, save_image
+from davae.sample.upscale import check_enlarging, check_size, upscale
+
+SHEET = "before-after.png"
+CELL, MOST_ROWS = 384, 12  # pixels of the contact sheet's cells, and how many images it shows
+LONGEST_PROMPT = 1 << 16  # bytes
+UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright, and back
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_LEFT_RIGHT),
+    3: (Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_180),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.FLIP_TOP_BOTTOM),
+    5: (Image.Transpose.TRANSPOSE, Image.Transpose.TRANSPOSE),
+    6: (Image.Transpose.ROTATE_270, Image.Transpose.ROTATE_90),
+    7: (Image.Transpose.TRANSVERSE, Image.Transpose.TRANSVERSE),
+    8: (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270),
+}
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """An image file to enlarge.
+
+    Attributes:
+        source: the file.
+        target: the file to write.
+        prompt: what it shows; "" where nothing is known.
+        size: width and height in pixels, upright.
+    """
+
+    source: Path
+    target: Path
+    prompt: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A decoded image, and what its file says beyond the pixels.
+
+    Attributes:
+        image: upright, RGB.
+        profile: its ICC profile, where its numbers were left in it; None for sRGB.
+        turn: EXIF orientation of the stored pixels, 1 to 8.
+    """
+
+    image: Image.Image
+    profile: bytes | None
+    turn: int
+
+
+def find_images(places: Sequence[Path], out: Path, prompt: str | None = None) -> list[ImageJob]:
+    """Return the images of files and folders with their prompts and the files to write; only headers are read.
+
+    Args:
+        places: image files, or folders whose images are taken.
+        out: folder to write into.
+        prompt: one for all; None reads the `.txt` next to each image, where there is one.
+
+    Raises:
+        DataError: no image, one that cannot be read, two of one name, or a prompt that is not text.
+        RunError: a file of that name is there, and davae did not write it or this command reads it.
+    """
+    files: list[Path] = []
+    for place in places:
+        found = sorted(p for p in place.iterdir() if is_image_name(p.name)) if place.is_dir() else [place]
+        if not found:
+            raise DataError(f"{place}: no image in this folder; give image files or a folder of them")
+        files += found
+    targets: dict[Path, Path] = {out / SHEET: Path(SHEET)}
+    jobs = []
+    for file in files:
+        target = out / f"{file.stem}.png"
+        if target in targets:
+            raise DataError(f"{file}: {targets[target]} would become {target} as well; use two folders for --out")
+        targets[target] = file
+        try:
+            size = header_size(file)
+        except UnreadablePicture as error:
+            raise DataError(f"{file}: {error}") from error
+        jobs.append(ImageJob(file, target, _prompt(file) if prompt is None else prompt, size))
+    for target in targets:
+        if target.is_file() and any(file.samefile(target) for file in files):
+            raise RunError(f"{target}: this command reads it; use another --out")
+        check_image(target)
+    return jobs
+
+
+def _prompt(file: Path) -> str:
+    text = file.with_suffix(".txt")
+    if not text.is_file():
+        return ""
+    with text.open("rb") as stream:
+        content = stream.read(LONGEST_PROMPT + 1)
+    if len(content) > LONGEST_PROMPT:
+        raise DataError(f"{text}: more than {LONGEST_PROMPT} bytes; a prompt is a line of text")
+    try:
+        return " ".join(content.decode("utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{text}: not UTF-8 text; save it as UTF-8") from error
+
+
+def read_source(path: Path) -> Source:
+    """Decode an image upright, its numbers as they are where its profile is one of RGB, else converted to sRGB.
+
+    Raises:
+        DataError: it cannot be read, in one line with its path.
+    """
+    try:
+        with naming_damage() as told, open_image(checked(path)) as image:
+            check_header(image, MAX_PIXELS)
+            image.load()
+            turn, profile = orientation(image, told), image.info.get("icc_profile")
+            if image.mode != "RGB" or "transparency" in image.info or not _is_rgb(profile):
+                return Source(upright_rgb(image, "white"), None, turn)
+            upright = image.transpose(UPRIGHT[turn][0]) if turn in UPRIGHT else image.copy()
+            return Source(upright, profile, turn)
+    except UnreadablePicture as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _is_rgb(profile: bytes | None) -> bool:
+    if not profile:
+        return False
+    try:
+        opened: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return opened.profile.xcolor_space.strip() == "RGB"
+    except (OSError, ImageCms.PyCMSError):  # a damaged one, which `upright_rgb` leaves out as well
+        return False
+
+
+def save_result(image: Image.Image, source: Source, target: Path) -> None:
+    """Write an upright result as its source was stored: turned, with its orientation and profile.
+
+    Raises:
+        RunError: another file is there, or it cannot be written.
+    """
+    options: dict[str, Any] = {}
+    if source.turn in UPRIGHT:
+        image = image.transpose(UPRIGHT[source.turn][1])
+        exif = Image.Exif()
+        exif[ORIENTATION] = source.turn
+        options["exif"] = exif
+    if source.profile is not None:
+        options["icc_profile"] = source.profile
+    save_image(image, target, **options)
+
+
+def enlarge_files(
+    pipeline: Any,
+    jobs: Sequence[ImageJob],
+    out: Path,
+    *,
+    times: int,
+    batch_size: int,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> Path:
+    """Enlarge image files; each result is written as soon as its group is done.
+
+    Args:
+        pipeline: an upgraded one.
+        out: folder of the results.
+        on_step: called with the steps that are done and their number, over all images.
+        options: of `davae.upscale`.
+
+    Returns:
+        The contact sheet: each input, enlarged by Lanczos, and its result.
+
+    Raises:
+        ModelError: an image that is too large, a model that cannot enlarge, an argument out of its bounds.
+        DataError: an image that cannot be decoded; those before it are written.
+    """
+    check_enlarging(
+        pipeline, strength=options["strength"], steps=options["steps"], times=times, batch_size=batch_size
+    )
+    for job in jobs:
+        check_size(pipeline, job.size, times, str(job.source))
+    cells: list[Image.Image] = []
+    side = min(CELL, max(max(job.size) for job in jobs) * pipeline.vae.layout.scale**times)
+    for start in range(0, len(jobs), batch_size):
+        group = jobs[start : start + batch_size]
+        sources = [read_source(job.source) for job in group]
+        results = upscale(
+            pipeline,
+            [source.image for source in sources],
+            [job.prompt for job in group],
+            times=times,
+            batch_size=batch_size,
+            on_step=_share(on_step, start, len(group), len(jobs)),
+            **options,
+        )
+        for job, source, result in zip(group, sources, results, strict=True):
+            save_result(result, source, job.target)
+            if len(cells) < 2 * MOST_ROWS:
+                cells += _pair(source.image, result, side)
+    save_image(grid(cells, 2), out / SHEET)
+    return out / SHEET
+
+
+def _share(on_step: Callable[[int, int], None], first: int, count: int, of: int) -> Callable[[int, int], None]:
+    """Return a function of a group's steps that counts them as steps of all images."""
+    return lambda done, total: on_step(first * total + done * count, of * total)
+
+
+def _pair(source: Image.Image, result: Image.Image, cell: int) -> list[Image.Image]:
+    """Return an input and its result as cells of the contact sheet: whole where they fit, else their centre at full size."""
+    width, height = result.size
+    left, top = max(0, (width - cell) // 2), max(0, (height - cell) // 2)
+    box = (left, top, min(width, left + cell), min(height, top + cell))
+    cells = []
+    for image in (source.resize(result.size, Image.Resampling.LANCZOS), result):
+        shown = Image.new("RGB", (cell, cell), "white")
+        shown.paste(image.crop(box), (0, 0))
+        cells.append(shown)
+    return cells

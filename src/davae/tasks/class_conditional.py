@@ -1,0 +1,104 @@
+"""A class-conditional transformer on plain latents: from scratch, or fine-tuned from a pretrained one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.backbones.lightning_dit import LightningDiT
+from davae.backbones.new_latents import change_latents
+from davae.backbones.repatch import change_patch
+from davae.backbones.trainable import choose_trainable
+from davae.data.latent_cache.read import CachedLatents, collate_latents
+from davae.errors import ModelError
+from davae.latent import over_grid
+from davae.losses.flow_matching import direction_loss
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.placement import send
+from davae.recipes.schema import BaseRecipe, ClassArchitecture
+from davae.recipes.sections import FlowOptim
+from davae.tasks.conditioning import conditioning
+from davae.tasks.noising import FLOW, noise_batch
+from davae.train.loop import Player
+from davae.train.random import Draws
+
+
+def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int) -> LightningDiT:
+    """The recipe's LightningDiT: new, or the weights of `init` on the recipe's patch size and grid; where the recipe aligns
+    it with another autoencoder, behind an embedder and a head that nobody has trained yet.
+
+    Raises:
+        ModelError: `init` has another width, depth, number of channels or classes than the recipe.
+    """
+    a = recipe.architecture
+    assert isinstance(a, ClassArchitecture)
+    sizes = a.model_dump(exclude={"family", "patch_size"})
+    if recipe.init is None:
+        return LightningDiT(input_size=latent_side, patch_size=a.patch_size, in_channels=channels, **sizes)
+    start = load_pipeline(recipe.init).transformer
+    wanted = {**sizes, "prediction_type": "velocity"}  # it goes on by flow matching
+    if recipe.align is None:
+        wanted["in_channels"] = channels
+    for name, value in wanted.items():
+        if start.config[name] != value:
+            raise ModelError(
+                f"init {recipe.init} has {name} {start.config[name]}, the recipe asks for {value}; "
+                "set the recipe's architecture to the pretrained one's"
+            )
+    if recipe.align is not None:
+        return change_latents(start, channels, a.patch_size, latent_side)
+    return change_patch(start, a.patch_size, latent_side)
+
+
+class ClassFlowTask:
+    """Flow matching on cached latents with class labels; velocity error, and its direction where the recipe says so."""
+
+    name = "dit"
+
+    def __init__(
+        self,
+        recipe: BaseRecipe,
+        transformer: LightningDiT,
+        cache: CachedLatents,
+        normalise: tuple[Tensor, Tensor],
+        device: torch.device,
+    ):
+        self.settings = self.chosen_settings(recipe)
+        self.dataset, self.collate, self.device = cache, collate_latents, device
+        self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
+        transformer.to(device)  # type: ignore[arg-type]
+        if self.settings.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self.conditioning = conditioning(transformer, cache, device)
+        parameters = self.choose(transformer)
+        self.players = {"dit": Player(transformer, [{"params": parameters}], lr=self.settings.lr)}
+        self.modules: dict[str, nn.Module] = {"dit": transformer}
+
+    def chosen_settings(self, recipe: BaseRecipe) -> FlowOptim:
+        """The recipe's section that this training follows."""
+        return recipe.dit
+
+    def choose(self, transformer: LightningDiT) -> list[nn.Parameter]:
+        """Mark what is trained; returns it in module order."""
+        return choose_trainable(transformer, None)
+
+    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing to add."""
+
+    def active(self, step: int) -> list[str]:
+        return ["dit"]
+
+    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+        s = self.settings
+        latents = send(batch["latents"], self.device)
+        z = (latents - over_grid(self.mean, latents)) / over_grid(self.std, latents)  # (B,C,h,w)
+        flow = noise_batch(FLOW, z, batch["conditions"], self.conditioning.null, s, draws)
+        velocity = self.conditioning.predict(self.modules["dit"], flow.x_t, flow.t, flow.conditions)
+        error = (velocity.float() - flow.target).square().mean()
+        if s.cosine_loss == "off":
+            return error, {"loss": error.detach()}
+        direction = direction_loss(velocity, flow.target)
+        total = error + direction
+        return total, {"loss": total.detach(), "loss_velocity": error.detach(), "loss_direction": direction.detach()}

@@ -1,0 +1,268 @@
+"""What a family's transformer is told beside the noisy latents: prompts or classes.
+
+Time runs from data to noise, as in `davae.losses`; models that count it the other way are turned round in their calls, and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from davae.backbones.families import CLASS_CALLS, TEXT_CALLS, bound
+from davae.backbones.families.rows import transformer_family
+from davae.backbones.null_tokens import draw_count, repeat_last_token
+from davae.data.latent_cache.finite import ALWAYS, EMBEDDING, NULL_NOT_FINITE, check_many
+from davae.data.latent_cache.read import CachedLatents
+from davae.errors import DataError
+from davae.pretrained.placement import send
+
+logger = logging.getLogger(__name__)
+
+
+class Conditioning(Protocol):
+    """How one family is called."""
+
+    null: Any  # the condition that stands for none, in guidance
+
+    def guided_by(self, guidance: float) -> Conditioning | None:
+        """Return this conditioning with another guidance scale as the model's input; None where it has no such input."""
+        ...
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Whatever else is random in a training step."""
+        ...
+
+    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[Any]) -> Tensor:
+        """What the family was trained to predict, as its call gives it: x_t (B,c,h,w), t (B,) -> (B,c,h,w)."""
+        ...
+
+
+class EmbeddedInStep:
+    """Prompt embeddings computed when a step asks for them, in place of a cache's.
+
+    A caption whose embedding is not finite is named in the log and trains as the empty caption does.
+
+    Args:
+        embedder: captions -> the text encoders' outputs, one tensor per kind, each (B,...).
+    """
+
+    def __init__(self, embedder: Callable[[list[str]], tuple[Tensor, ...]]):
+        self.embedder = embedder
+        self.asked = 0
+        self.lost: dict[str, str] = {}  # captions without a finite embedding, and why
+
+    @cached_property
+    def null(self) -> tuple[Tensor, ...]:
+        """The embeddings (1,...) of the empty caption in float32; the text encoders are loaded for them.
+
+        Raises:
+            DataError: they are not finite.
+        """
+        parts = tuple(part.float() for part in self.embedder([""]))
+        if not bool(finite_rows(parts).all()):
+            raise DataError(NULL_NOT_FINITE)
+        return parts
+
+    def embed(self, captions: list[str]) -> tuple[Tensor, ...]:
+        """Return the embeddings of captions in float32, each distinct caption embedded once.
+
+        Raises:
+            DataError: those of the empty caption are not finite, or those of many others.
+        """
+        distinct = list(dict.fromkeys(captions))
+        rows = torch.tensor([distinct.index(caption) for caption in captions])
+        parts = tuple(part.float() for part in self.embedder(distinct))
+        good = finite_rows(parts)
+        self.asked += len(distinct)
+        if not bool(good.all()):
+            self._note([caption for caption, fine in zip(distinct, good.tolist(), strict=True) if not fine])
+            parts = tuple(
+                torch.where(good.reshape(-1, *[1] * (part.ndim - 1)), part, null)
+                for part, null in zip(parts, self.null, strict=True)
+            )
+        return tuple(part[rows.to(part.device)] for part in parts)
+
+    def _note(self, captions: list[str]) -> None:
+        for caption in captions:
+            if caption not in self.lost:
+                self.lost[caption] = f"{EMBEDDING}: '{caption[:60]}'"
+                logger.warning(
+                    "%s; its image trains as one without a caption (%d so far)", self.lost[caption], len(self.lost)
+                )
+        check_many(self.lost, self.asked, 4 * ALWAYS)
+
+
+def embed_in_step(conditioning: Any, embedder: Callable[[list[str]], tuple[Tensor, ...]]) -> None:
+    """Let a conditioning embed its captions in each step, and load the text encoders now.
+
+    In the first step the processes of a machine would load them one after another, and those of other machines wait.
+
+    Raises:
+        DataError: the embedding of the empty caption is not finite.
+    """
+    embedded = EmbeddedInStep(embedder)
+    embedded.null  # noqa: B018
+    conditioning.cache = embedded
+
+
+def finite_rows(parts: tuple[Tensor, ...]) -> Tensor:
+    """Return which rows are finite in all tensors (B,...): (B,) booleans."""
+    return torch.stack([torch.isfinite(part).flatten(1).all(1) for part in parts]).all(0)
+
+
+class BatchCaption(str):
+    """A caption whose embeddings came with its batch.
+
+    Attributes:
+        text: the batch's embeddings, one tensor (B,...) per kind.
+        row: the caption's place in them.
+    """
+
+    text: tuple[Tensor, ...]
+    row: int
+
+
+def of_batch(captions: list[str], text: tuple[Tensor, ...]) -> list[BatchCaption]:
+    """Return a batch's captions with its embeddings, one tensor (B,...) per kind."""
+    found = []
+    for row, caption in enumerate(captions):
+        one = BatchCaption(caption)
+        one.text, one.row = text, row
+        found.append(one)
+    return found
+
+
+class TextConditioning:
+    """Prompts, embedded once in the cache."""
+
+    null = ""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        cache: CachedLatents,
+        device: torch.device,
+        *,
+        null_text: bool,
+        pixel_factor: int,
+        scheduler: Any,
+        guidance: float = 1.0,
+    ):
+        self.cache, self.device = cache, device
+        self.call = bound(TEXT_CALLS[type(transformer).__name__], pixel_factor, scheduler)
+        self.distilled = bool(transformer.config.get("guidance_embeds"))  # type: ignore[union-attr, operator]
+        self._set_guidance(guidance)
+        self.config = transformer.config
+        self.processor = repeat_last_token(transformer) if null_text else None
+        self._null: tuple[Tensor, ...] | None = None  # of the empty caption, (1,...)
+
+    def draw(self, generator: torch.Generator) -> None:
+        if self.processor is not None:
+            self.processor.count = draw_count(generator)
+
+    def _set_guidance(self, guidance: float) -> None:
+        if self.distilled:
+            self.call = copy.copy(self.call)
+            vars(self.call)["GUIDANCE"] = guidance  # calls may be frozen dataclasses
+
+    def guided_by(self, guidance: float) -> TextConditioning | None:
+        if not self.distilled:
+            return None
+        other = copy.copy(self)
+        other._set_guidance(guidance)
+        return other
+
+    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[str]) -> Tensor:
+        return self.call.predict(model, self.config, x_t, t, self.parts(conditions))
+
+    def parts(self, conditions: list[str]) -> tuple[Tensor, ...]:
+        """Return the embeddings (B,...) of captions in float32 on the device, one tensor per kind.
+
+        Those of a batch are sent as they came; only what replaces a caption that was dropped is looked up.
+        """
+        text = next((caption.text for caption in conditions if isinstance(caption, BatchCaption)), None)
+        if text is None:
+            return tuple(send(part, self.device) for part in self.cache.embed(conditions))
+        found = tuple(send(part, self.device).float() for part in text)
+        dropped = torch.tensor([not isinstance(caption, BatchCaption) for caption in conditions])
+        if not bool(dropped.any()):
+            return found
+        if self._null is None:
+            self._null = tuple(send(part, self.device) for part in self.cache.embed([self.null]))
+        mask = send(dropped, self.device)
+        return tuple(
+            torch.where(mask.reshape(-1, *[1] * (part.ndim - 1)), null, part)
+            for part, null in zip(found, self._null, strict=True)
+        )
+
+
+class ClassConditioning:
+    """Class numbers; the null class is the one after the last."""
+
+    def __init__(self, transformer: nn.Module, num_classes: int, device: torch.device):
+        self.null, self.device = num_classes, device
+        self.call, self.config = CLASS_CALLS[type(transformer).__name__], transformer.config
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Nothing else is random."""
+
+    def guided_by(self, guidance: float) -> None:
+        """Classes are guided by two passes alone."""
+
+    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[int]) -> Tensor:
+        labels = send(torch.tensor(conditions), self.device)
+        return self.call.predict(model, self.config, x_t, t, (labels,))
+
+
+def check_classes(labels: list[int], num_classes: int, where: str) -> None:
+    """DataError when a label is no class of the model."""
+    odd = [label for label in labels if not 0 <= label < num_classes]
+    if odd:
+        raise DataError(
+            f"{where} has class label {odd[0]}, the model has classes 0 to {num_classes - 1}; "
+            "use pictures of its classes, or a model with more"
+        )
+
+
+def conditioning(
+    transformer: nn.Module,
+    cache: CachedLatents,
+    device: torch.device,
+    *,
+    null_text: bool = False,
+    pixel_factor: int = 8,
+    scheduler: Any = None,
+    guidance: float = 1.0,
+) -> Conditioning:
+    """The conditioning of a transformer's family.
+
+    Args:
+        null_text: the prompt's last token stands for many equal ones (SD3 without a T5 that speaks).
+        pixel_factor: pixels per latent position, for models that are told the size of the picture.
+        scheduler: the pipeline's, for models that are told the time before its shift.
+        guidance: the input of models into which guidance was distilled.
+
+    Raises:
+        DataError: a class-conditional transformer, and labels that are none of its classes.
+    """
+    family = transformer_family(type(transformer).__name__)
+    if family.classes_key is None:
+        return TextConditioning(
+            transformer,
+            cache,
+            device,
+            null_text=null_text,
+            pixel_factor=pixel_factor,
+            scheduler=scheduler,
+            guidance=guidance,
+        )
+    num_classes = int(transformer.config[family.classes_key])  # type: ignore[index]
+    check_classes(cache.conditions, num_classes, "the training set")
+    return ClassConditioning(transformer, num_classes, device)

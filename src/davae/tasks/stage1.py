@@ -1,0 +1,86 @@
+"""Stage 1: the detail-aligned VAE (Sec. 3.1, Eq. 3-6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.data.images import Pictures
+from davae.losses.alignment import alignment_loss
+from davae.losses.reconstruction import adaptive_weight, gradient_at
+from davae.pretrained.placement import send
+from davae.recipes.sections import Stage1
+from davae.tasks.reconstruction import ReconstructionTask
+from davae.train.distributed import mean_over_ranks
+from davae.train.loop import Player
+from davae.train.random import Draws
+from davae.vae.detail_vae import DetailVAE
+
+
+def random_squares(images: Tensor, side: int, draws: Draws) -> Tensor:
+    """A square of `side` pixels at a drawn place of each picture: (B,3,H,W) -> (B,3,side,side).
+
+    Where the pictures are no larger they stay whole. All layers but attention are local, so that many small squares train a
+    DetailVAE at a fraction of a whole picture's cost.
+    """
+    height, width = images.shape[-2:]
+    if side >= min(height, width):
+        return images
+    places = (((length - side + 1) * draws.uniform()).long().tolist() for length in (height, width))
+    cut = [one[:, y : y + side, x : x + side] for one, y, x in zip(images, *places, strict=True)]
+    return torch.stack(cut).contiguous(memory_format=torch.channels_last)
+
+
+class DetailVAEPass(nn.Module):
+    """One encoder and one decoder pass, as a module so that data-parallel wrappers see it."""
+
+    def __init__(self, vae: DetailVAE, detail_dropout: float):
+        super().__init__()
+        self.vae, self.detail_dropout = vae, detail_dropout
+
+    def forward(self, images: Tensor, noise: Tensor, chance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """I_hr (B,3,sH,sW), normal noise (B,D,h,w), uniform chance of being kept (B,) -> reconstruction (B,3,sH,sW), raw z
+        (B,C,h,w), and mean and log-variance of raw z_d (B,D,h,w)."""
+        raw = self.vae.encode_raw(images)
+        z_d = raw.mean + (0.5 * raw.logvar).exp() * noise.to(raw.mean)  # (B,D,h,w)
+        if self.detail_dropout:
+            kept = chance.to(z_d) >= self.detail_dropout
+            z_d = z_d * (kept / (1 - self.detail_dropout)).view(-1, 1, 1, 1)
+        return self.vae.decode_raw(self.vae.layout.join(raw.z, z_d)), raw.z, raw.mean, raw.logvar
+
+
+class Stage1Task(ReconstructionTask):
+    """Trains detail encoder and decoder; the base encoder never changes."""
+
+    name = "stage1"
+
+    def __init__(self, settings: Stage1, vae: DetailVAE, pictures: Pictures, device: torch.device):
+        self.stage, self.vae = settings, vae.to(device, memory_format=vae.memory_format)  # type: ignore[call-overload]
+        self.vae.train()
+        if settings.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        parameters = [*vae.detail_encoder.parameters(), *vae.decoder.parameters()]
+        player = Player(vae, [{"params": parameters}], lr=settings.lr)
+        super().__init__(settings, pictures, player, DetailVAEPass(vae, settings.detail_dropout), device)
+
+    def autoencoder_turn(self, images: Tensor, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+        s, factor = self.stage, self.vae.spatial_factor
+        if s.crop is not None:
+            images = random_squares(images, s.crop, draws)  # (B,3,crop,crop)
+        height, width = images.shape[-2] // factor, images.shape[-1] // factor
+        noise = draws.normal(self.vae.layout.detail_channels, height, width)
+        chance = send(draws.uniform(), images.device)
+        reconstruction, z, mean, logvar = self.modules["vae"](images, send(noise, images.device), chance)
+        # looked up before any gradient is taken: FSDP2 puts the pieces back after that
+        last, last_encoder = self.vae.last_decoder_weight, self.vae.last_encoder_weight
+        total, pull, logged = self.trainer.autoencoder_loss(images, reconstruction, mean, logvar, last, step)
+        align = alignment_loss(mean.float(), z.float())
+        weight: Tensor | float = s.lambda_align
+        if s.alignment == "adaptive" and s.lambda_align:
+            above = gradient_at(reconstruction, last_encoder, pull)
+            below = gradient_at(align, last_encoder, torch.ones_like(align), mean.numel())
+            weight = s.lambda_align * adaptive_weight(mean_over_ranks(above), mean_over_ranks(below))
+        total = total + weight * align  # Eq. 6
+        return total, {"loss": total.detach(), **logged, "align": align.detach()}

@@ -1,0 +1,153 @@
+"""Stage 2: the warm-started transformer (Sec. 3.2, Eq. 7-13)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.backbones.expand import new_weight_masks
+from davae.backbones.families.rows import transformer_family
+from davae.backbones.trainable import choose_trainable, in_full_precision
+from davae.data.latent_cache.read import CachedLatents, collate_latents
+from davae.latent import LatentLayout, over_grid
+from davae.losses.clean_base import with_clean_base, without_base_error
+from davae.losses.velocity import detail_direction_loss, detail_weight, velocity_loss
+from davae.pretrained.placement import send
+from davae.recipes.sections import Stage2
+from davae.tasks.conditioning import Conditioning, of_batch
+from davae.tasks.noising import Objective, noise_batch
+from davae.train.loop import Player
+from davae.train.monitor import Parts
+from davae.train.random import Draws
+from davae.train.sharding import like, local
+
+
+class Stage2Task:
+    """The base's own objective on cached z_hr, detail faded in by w(n)."""
+
+    name = "stage2"
+
+    def __init__(
+        self,
+        settings: Stage2,
+        layout: LatentLayout,
+        transformer: nn.Module,
+        cache: CachedLatents,
+        normalise: tuple[Tensor, Tensor],
+        conditioning: Conditioning,
+        objective: Objective,
+        device: torch.device,
+    ):
+        self.settings, self.layout, self.dataset, self.collate, self.device = (
+            settings,
+            layout,
+            cache,
+            collate_latents,
+            device,
+        )
+        self.conditioning, self.objective = conditioning, objective
+        # a model with guidance as its input is never called with an empty caption
+        self.drops = not transformer.config.get("guidance_embeds")  # type: ignore[union-attr, operator]
+        self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
+        self.transformer = transformer.to(device)
+        parameters = in_full_precision(choose_trainable(transformer, settings.lora))
+        if settings.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.masks = new_weight_masks(transformer)
+        self.head = transformer_family(type(transformer).__name__).head  # now: FSDP2 changes the class
+        self.players = {
+            "transformer": Player(transformer, [{"params": parameters}], lr=settings.lr, parts=self.parts)
+        }
+        self.modules: dict[str, nn.Module] = {"transformer": transformer}
+
+    def parts(self) -> Parts:
+        """P', O', LoRA and the rest, whose gradient norms are logged apart. P and P' share tensors: masks part them."""
+        groups: Parts = {"P'": [], "O'": [], "lora": [], "rest": []}
+        for name, parameter in self.transformer.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if name in self.masks:
+                new = "O'" if name.startswith(f"{self.head}.") else "P'"
+                groups[new].append((parameter, self.masks[name]))
+                groups["rest"].append((parameter, 1 - self.masks[name]))
+            else:
+                groups["lora" if "lora_" in name else "rest"].append((parameter, None))
+        return groups
+
+    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        if self.settings.new_weight_lr_multiplier != 1.0:
+            NewWeightBoost(self.transformer, self.settings.new_weight_lr_multiplier).attach(optimizer)
+
+    def active(self, step: int) -> list[str]:
+        return ["transformer"]
+
+    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+        s = self.settings
+        raw = send(batch["latents"], self.device)  # (B,C+D,h,w)
+        latents = (raw - over_grid(self.mean, raw)) / over_grid(self.std, raw)
+        conditions = batch["conditions"]
+        if "text" in batch:
+            conditions = of_batch(conditions, batch["text"])
+        settings = s if self.drops else s.model_copy(update={"caption_dropout": 0.0})
+        noisy = noise_batch(
+            self.objective,
+            latents,
+            conditions,
+            self.conditioning.null,
+            settings,
+            draws,
+            s.min_snr_gamma,
+            s.x0_ratio_max,
+        )
+        self.conditioning.draw(draws.batch)
+        x_t, target = noisy.x_t, noisy.target
+        chosen = None
+        if s.clean_base > 0.0:  # drawn last: without it, every other draw stays the same
+            chosen = send(draws.uniform() < s.clean_base, self.device)
+            x_t = with_clean_base(x_t, latents, self.layout, chosen)
+        prediction = self.conditioning.predict(self.modules["transformer"], x_t, noisy.t, noisy.conditions)
+        if chosen is not None:
+            target = without_base_error(target, prediction, self.layout, chosen)
+        weight = detail_weight(step, s.warmup_steps)
+        loss = velocity_loss(prediction, target, self.layout, weight, noisy.weight)
+        total, direction = loss.total, {}
+        if s.cosine_loss != "off":
+            shared = weight if s.cosine_loss == "faded" else 1.0
+            term = detail_direction_loss(prediction, target, self.layout, shared)
+            total, direction = total + term, {"loss_direction": term.detach()}
+        return total, {
+            "loss": total.detach(),
+            **direction,
+            "loss_base": loss.base.detach(),
+            "loss_detail": loss.detail.detach(),
+            "detail_weight": weight,
+        }
+
+
+class NewWeightBoost:
+    """A learning-rate multiplier for P' and O' alone, which share their tensors with P and O.
+
+    Adam's update is proportional to the learning rate, so scaling the update of the new entries is the same.
+    """
+
+    def __init__(self, transformer: nn.Module, multiplier: float):
+        self.transformer, self.masks, self.multiplier = transformer, new_weight_masks(transformer), multiplier
+        self._before: list[Tensor] = []
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.register_step_pre_hook(self._remember)
+        optimizer.register_step_post_hook(self._boost)
+
+    def _parameters(self) -> list[Tensor]:
+        """Looked up at every step: FSDP2 puts pieces in their place."""
+        return [self.transformer.get_parameter(name).detach() for name in self.masks]
+
+    def _remember(self, *_: Any) -> None:
+        self._before = [local(parameter).clone() for parameter in self._parameters()]
+
+    def _boost(self, *_: Any) -> None:
+        for parameter, mask, before in zip(self._parameters(), self.masks.values(), self._before, strict=True):
+            now = local(parameter)
+            now += (self.multiplier - 1) * local(like(mask.to(now), parameter)) * (now - before)

@@ -1,0 +1,338 @@
+"""Run folders and checkpoints: written whole or not at all, resumed to the bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from davae.errors import Interrupted, RecipeError, RunError
+from davae.files.atomic import atomic_folder, atomic_text, make_folder, require_space, save_tensors, saving, sweep
+from davae.files.checksums import file_sum
+from davae.files.ownership import check_run, unowned
+from davae.files.reading import load_json
+from davae.recipes import differences, dump_recipe, validate
+from davae.recipes.loading import AnyRecipe
+from davae.recipes.values import read_yaml_file
+from davae.train.distributed import barrier, from_main, is_main
+from davae.train.locking import RunLock
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Interrupted", "RunError", "RunFolder", "new_folder", "replace_text", "save_tensors"]
+new_folder, replace_text = atomic_folder, atomic_text  # the older names
+
+
+CHECKPOINT_KEPT = "the last checkpoint is whole"
+
+
+def marker(folder: Path, step: str) -> Path:
+    """The file that says that a step of a run is done."""
+    return folder / "checkpoints" / f"{step}.done"
+
+
+def was_done(folder: Path, step: str) -> bool:
+    """Whether a step of the run in a folder was done, whatever its recipe says."""
+    return marker(folder, step).is_file()
+
+
+def goal(recipe: AnyRecipe, step: str) -> str:
+    """Return the step counts that a step's marker contains when it is done.
+
+    Raising `max_steps` makes the step, and all that follow from it, due again.
+    """
+    sections = [getattr(recipe, name, None) for name in ("vae", "dit", "stage1", "stage2", "network")]
+    goals = [str(section.max_steps) for section in sections if section is not None]
+    return "/".join(goals[:1] if step in {"stage1", "cache", "vae"} else goals)
+
+
+def is_done(folder: Path, recipe: AnyRecipe, step: str) -> bool:
+    """Return whether a step of the run in a folder is done with this recipe's step counts."""
+    file = marker(folder, step)
+    return file.is_file() and file.read_bytes() == goal(recipe, step).encode()
+
+
+class RunFolder:
+    """One run's files (DESIGN, section 10). Opening it refuses another recipe's folder, and one that is in use.
+
+    Of several processes of one launch the first one opens, locks and writes; the others only read.
+    """
+
+    def __init__(self, path: Path | str, recipe: AnyRecipe):
+        self.path, self.recipe = Path(path), recipe
+        self._lock: RunLock | None = None
+        if is_main():
+            self._open()
+
+    def _open(self) -> None:
+        recipe = self.recipe
+        saved = self.path / "recipe.yaml"
+        if saved.is_file():
+            try:
+                previous = validate(read_yaml_file(saved, f"recipe {saved}"), str(saved))
+            except RecipeError as error:
+                raise RunError(
+                    f"{saved} was written by another version of davae ({error}); use a new --out"
+                ) from error
+            if type(previous) is not type(recipe):
+                raise RunError(f"{self.path} holds a run of recipe '{previous.name}'; use another --out")
+            changed = differences(previous, recipe)
+            if changed:
+                more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+                raise RunError(
+                    f"{self.path} holds a run of another recipe: {changed[0]}{more}; use another --out, or the same values"
+                )
+        check_run(self.path, self.done)
+        with saving(self.path):
+            make_folder(self.path / "checkpoints")
+        self._lock = RunLock(self.path)
+        atomic_text(saved, dump_recipe(recipe))
+        for place in (self.path, self.path / "checkpoints"):
+            put_back(place)
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def forget(self) -> None:
+        """Close the folder; without its recipe where nothing was trained, so that a corrected recipe may take it."""
+        if is_main() and not (self.path / "metrics.jsonl").is_file() and not any(self.path.glob("checkpoints/*")):
+            (self.path / "recipe.yaml").unlink(missing_ok=True)
+        self.close()
+
+    def done(self, step: str) -> bool:
+        """Whether a step of the run finished with the step count the recipe asks for."""
+        return is_done(self.path, self.recipe, step)
+
+    def due(self, step: str) -> bool:
+        """Return whether a step is still to be done, as the first process sees it: others may see its files late.
+
+        Collective: all processes must ask.
+        """
+        return not from_main(self.done(step))
+
+    def mark_done(self, step: str) -> None:
+        if is_main():
+            atomic_text(marker(self.path, step), goal(self.recipe, step))
+        barrier()
+
+    def checkpoints(self, stage: str) -> list[Path]:
+        """Complete checkpoints of a stage, oldest first."""
+        found = (self.path / "checkpoints").glob(f"{stage}-[0-9]*")
+        return sorted(path for path in found if path.name.rpartition("-")[2].isdecimal() and path.is_dir())
+
+
+def put_back(folder: Path) -> None:
+    """Undo what a kill inside `atomic_folder` left: a folder moved aside whose successor never took its place."""
+    sweep(folder)
+    for old in folder.glob(".*.old"):  # the name that davae 0.1 moved a folder to
+        name = folder / old.name.removeprefix(".").removesuffix(".old")
+        if old.is_symlink() or not old.is_dir() or unowned(old) is not None:
+            continue
+        if name.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(name)
+
+
+STATE = "state.pt"
+
+
+def state_bytes(state: Any) -> int:
+    """Return how many bytes the tensors of a nested state take."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(state_bytes(value) for value in values)
+
+
+def save_checkpoint(
+    folder: RunFolder, stage: str, step: int, state: dict[str, Any], keep: int, spared: Callable[[int], bool]
+) -> Path:
+    """Write `<stage>-<step>` atomically, then drop all but the newest `keep` and those that are spared."""
+    target = folder.path / "checkpoints" / f"{stage}-{step:08d}"
+    require_space(target, state_bytes(state), "a checkpoint")
+    with atomic_folder(target, CHECKPOINT_KEPT) as partial:
+        torch.save(state, partial / STATE)
+        meta = {"stage": stage, "step": step, "crc32": file_sum(partial / STATE)}
+        meta["recipe"] = folder.recipe.model_dump(mode="json")
+        (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    for old in folder.checkpoints(stage)[:-keep]:
+        if not spared(int(old.name.rpartition("-")[2])):
+            shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """RunError when the file was cut off or changed since it was written."""
+    try:
+        meta = load_json((path / "meta.json").read_text(encoding="utf-8"))
+        if file_sum(path / STATE) != meta["crc32"]:
+            raise RunError(f"{STATE} is not what was written (its checksum differs)")
+        if f"{meta['stage']}-{meta['step']:08d}" not in path.name:  # it may be called `earlier-...` by now
+            raise RunError(f"it holds step {meta['step']} of {meta['stage']}")
+        # mapped, not read: the processes of a machine share one copy, which the system takes back when it needs it
+        return torch.load(str(path / STATE), map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"checkpoint {path} cannot be read: {reason}") from error
+
+
+def check_same_recipe(path: Path, recipe: AnyRecipe) -> None:
+    """Compare the recipe that a checkpoint was trained with and this one, whatever `recipe.yaml` holds by now.
+
+    Raises:
+        RunError: they train something else: `recipe.yaml` was changed by hand, or is damaged.
+    """
+    stored = load_json((path / "meta.json").read_text(encoding="utf-8")).get("recipe")
+    if stored is None:  # written by an earlier version
+        return
+    try:
+        before = validate(stored, str(path))
+    except RecipeError as error:
+        logger.warning("%s: its recipe is one of another version of davae and is not compared (%s)", path, error)
+        return
+    if changed := differences(before, recipe):
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise RunError(
+            f"{path} was trained with another recipe: {changed[0]}{more}; put the value back in {path.parent.parent}/"
+            "recipe.yaml, or use a new --out"
+        )
+
+
+def newest_checkpoint(folder: RunFolder, stage: str) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read; a broken one is named in the log and moved to `broken-...`.
+
+    Every process of a launch gets the same one.
+
+    Raises:
+        RunError: there are checkpoints, and none can be read.
+    """
+    chosen: Path | None = None
+    state: dict[str, Any] | None = None
+    failure = ""
+    for path in reversed(folder.checkpoints(stage) if is_main() else []):
+        try:
+            chosen, state = path, load_checkpoint(path)
+            break
+        except RunError as error:
+            reason = str(error)
+            failure = failure or reason
+            logger.warning("%s; going back to the one before", reason)
+    if failure and state is None:
+        raise RunError(f"{failure}, and none before it; use a new --out to start again")
+    if chosen is not None and failure:
+        for path in folder.checkpoints(stage):
+            if path > chosen:
+                path.rename(path.with_name(f"broken-{path.name}"))
+    if chosen is not None:
+        check_same_recipe(chosen, folder.recipe)
+    chosen = from_main(chosen)
+    if chosen is None or is_main():
+        return state
+    return load_checkpoint(chosen)
+
+
+class Metrics:
+    """metrics.jsonl: one object a logged step. Reopening after a resume drops what the resumed run will log again."""
+
+    def __init__(self, path: Path, stage: str, resumed_step: int):
+        self.path, self.stage = path, stage
+        kept = [record for record in read_metrics(path) if record["stage"] != stage or record["step"] <= resumed_step]
+        atomic_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with saving(self.path, CHECKPOINT_KEPT):
+            self._stream.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+            self._stream.flush()
+
+    def to_disk(self) -> None:
+        """Before a checkpoint: what is kept of its steps is on the disk before it is."""
+        with saving(self.path, CHECKPOINT_KEPT):
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl or timing.jsonl; the log names lines that a crash or the disk has damaged."""
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = load_json(line)
+            numbers = [value for name, value in record.items() if name != "stage"]
+            if not (
+                isinstance(record["stage"], str) and type(record["step"]) is int and all(map(is_number, numbers))
+            ):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, AttributeError):
+            logger.warning("%s: dropped line %d, which a crash cut off or the disk has damaged", path, number)
+        else:
+            records.append(record)
+    return records
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a logged value can be drawn and averaged."""
+    return isinstance(value, (int, float)) and (isinstance(value, float) or abs(value) < 2**63)
+
+
+def changed_inputs(folder: RunFolder, stage: str, inputs: Mapping[str, str]) -> list[str]:
+    """Return what a stage's checkpoints were trained on that is something else now; note the inputs before the first.
+
+    Args:
+        inputs: what is trained on -> its hash.
+    """
+    path = folder.path / "checkpoints" / f"{stage}-inputs.json"
+    if path.is_file() and (folder.checkpoints(stage) or was_done(folder.path, stage)):
+        try:
+            known = load_json(path.read_bytes())
+            if changed := [name for name in inputs if known[name] != inputs[name]]:
+                return changed
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s is damaged; what %s was trained on before is not compared", path, stage)
+    atomic_text(path, json.dumps(dict(inputs)))
+    return []
+
+
+def set_aside(folder: RunFolder, stage: str) -> None:
+    """Rename a stage's checkpoints, so that it begins again; they stay for the user to look at."""
+    for path in folder.checkpoints(stage):
+        path.rename(path.with_name(f"earlier-{path.name}"))
+    for step in (stage, "report"):  # the report is about the weights that are now set aside
+        marker(folder.path, step).unlink(missing_ok=True)
+
+
+def check_stage2_inputs(folder: RunFolder, inputs: Mapping[str, str], first: Path) -> None:
+    """Compare what stage 2 trains on with what it began with; begin again where this run made it anew.
+
+    Args:
+        folder: the run.
+        inputs: what is trained on -> its hash.
+        first: folder of the run that made it.
+
+    Raises:
+        RunError: another run (`--stage1`) has made it anew since.
+    """
+    if not (changed := changed_inputs(folder, "stage2", inputs)):
+        return
+    what = f"{' and '.join(changed)} changed since stage 2 began"
+    if first != folder.path:
+        raise RunError(f"--stage1 {first}: {what}, whose weights belong to the earlier; use a new --out")
+    logger.warning("%s: %s; stage 2 begins again, its checkpoints are now named earlier-*", folder.path, what)
+    set_aside(folder, "stage2")
+    changed_inputs(folder, "stage2", inputs)

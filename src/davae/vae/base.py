@@ -1,0 +1,181 @@
+"""One row per supported base autoencoder: where its latents leave the encoder and enter the decoder.
+
+Adding one is adding a row here and a line in tests/test_autoencoders.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from davae.vae.pooled_tiny import PooledAutoencoderTiny
+
+
+@dataclass(frozen=True)
+class AutoencoderFamily:
+    """How to put a detail latent beside the latent of an autoencoder of one diffusers class.
+
+    Attributes:
+        class_name: the diffusers class.
+        widths: config key of the encoder's widths, whose number tells the spatial factor.
+        channels: config key of C.
+        last: path of the encoder's last convolution; -1 is the last of a sequence.
+        first: path of the decoder's first convolution.
+        quant: whether 1x1 convolutions may stand around the latent.
+        shortcut: attributes by which encoder and decoder add the latent past those convolutions, where they do.
+        checkpointing: whether it has gradient checkpointing, and that leaves its results alone.
+        cell: side of the cells of latent positions that have statistics of their own: 2 where the pipeline normalises
+            2x2 packed positions.
+        video: whether it is a video autoencoder, which sees a picture as one frame (B,c,1,h,w).
+        first_chunk: whether its decoder must be told that a frame is the first one.
+    """
+
+    class_name: str
+    widths: str = "block_out_channels"
+    channels: str = "latent_channels"
+    last: str = "conv_out"
+    first: str = "conv_in"
+    quant: bool = False
+    shortcut: tuple[str, str] | None = None
+    checkpointing: bool = True
+    cell: int = 1
+    video: bool = False
+    first_chunk: bool = False
+
+
+VIDEO: dict[str, Any] = {"widths": "dim_mult", "channels": "z_dim", "quant": True, "video": True}
+
+AUTOENCODERS = {
+    row.class_name: row
+    for row in (
+        AutoencoderFamily("AutoencoderKL", quant=True),
+        AutoencoderFamily("AutoencoderKLFlux2", quant=True, cell=2),
+        AutoencoderFamily("AutoencoderKLQwenImage", **VIDEO),
+        AutoencoderFamily("AutoencoderKLQwenImage21", **VIDEO, first_chunk=True),
+        AutoencoderFamily("AutoencoderKLWan", **VIDEO, first_chunk=True),
+        AutoencoderFamily(
+            "AutoencoderDC",
+            widths="encoder_block_out_channels",
+            shortcut=("out_shortcut", "in_shortcut"),
+            checkpointing=False,  # diffusers gives it none
+        ),
+        # under checkpointing diffusers' EncoderTiny forgets to bring [-1,1] to [0,1]
+        AutoencoderFamily(
+            "AutoencoderTiny",
+            widths="encoder_block_out_channels",
+            last="layers.-1",
+            first="layers.0",
+            checkpointing=False,
+        ),
+        AutoencoderFamily(
+            "PooledAutoencoderTiny",
+            widths="encoder_block_out_channels",
+            last="layers.-1",
+            first="layers.0",
+            checkpointing=False,
+        ),
+    )
+}
+
+
+def autoencoder_family(class_name: str) -> AutoencoderFamily:
+    """The row of an autoencoder class; ValueError names the nearest ones that are supported."""
+    if class_name not in AUTOENCODERS:
+        near = difflib.get_close_matches(class_name, AUTOENCODERS, n=3, cutoff=0.0)
+        raise ValueError(
+            f"autoencoder class {class_name} is not supported; the nearest that are: {', '.join(near)}. "
+            "A row in davae/vae/base.py adds one"
+        )
+    return AUTOENCODERS[class_name]
+
+
+def autoencoder_class(class_name: str) -> Any:
+    """A supported autoencoder's class: diffusers' own, or davae's."""
+    if class_name == PooledAutoencoderTiny.__name__:
+        return PooledAutoencoderTiny
+    return getattr(diffusers, autoencoder_family(class_name).class_name)
+
+
+def layer_path(module: nn.Module, path: str) -> str:
+    """A row's path with -1 replaced by the last number there is."""
+    if not path.endswith(".-1"):
+        return path
+    parent = path.removesuffix(".-1")
+    return f"{parent}.{len(module.get_submodule(parent)) - 1}"  # type: ignore[arg-type]
+
+
+def spatial_factor(config: Any, class_name: str) -> int:
+    """Pixels per latent position, each way; of a DetailVAE, whose config holds its base's, s times the base's."""
+    if "base_class" in config:
+        return spatial_factor(config["base_config"], config["base_class"]) * config["scale"]
+    family = autoencoder_family(class_name)
+    patch = (config.get("patch_size") or 1) if family.video else 1
+    return 2 ** (len(config[family.widths]) - 1) * patch
+
+
+def base_channels(config: Any, class_name: str) -> int:
+    """C."""
+    return int(config[autoencoder_family(class_name).channels])
+
+
+def base_statistics(config: Any) -> tuple[list[float], list[float]]:
+    """Per-channel mean and std by which pipelines normalise a base autoencoder's latents: (z - mean) / std."""
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        factor = float(config.get("scaling_factor") or 1.0)
+        return list(config["latents_mean"]), [float(std) / factor for std in config["latents_std"]]
+    scaling, shift = float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0)
+    channels = int(config["latent_channels"])
+    return [shift] * channels, [1 / scaling] * channels
+
+
+def packed_statistics(base_vae: Any) -> tuple[list[float], list[float]]:
+    """The same of an autoencoder whose pipelines normalise 2x2 packed positions by its batch norm: 4C values, (c,2,2)."""
+    variance = base_vae.bn.running_var.cpu().double() + base_vae.config["batch_norm_eps"]
+    return base_vae.bn.running_mean.tolist(), variance.sqrt().tolist()
+
+
+def convolution_at(network: nn.Module, path: str) -> tuple[Tensor, Tensor]:
+    """Copies of a convolution's weight (out,in,3,3) and bias (out,). Of a causal one over time, (out,in,t,3,3), a single
+    frame meets the last slice alone."""
+    conv: Any = network.get_submodule(layer_path(network, path))
+    weight, bias = conv.weight.detach().clone(), conv.bias.detach().clone()
+    return (weight[:, :, -1] if weight.ndim == 5 else weight), bias
+
+
+def last_convolution(base: Any, family: AutoencoderFamily) -> tuple[Tensor, Tensor]:
+    """Weight (C,width,3,3) and bias (C,) of what a base encoder does last, as far as the latent's mean goes: its convolution
+    with a shortcut that averages channels past it and a 1x1 convolution after it folded in."""
+    weight, bias = convolution_at(base.encoder, family.last)
+    if family.shortcut is not None and getattr(base.encoder, family.shortcut[0]):
+        group = weight.shape[1] // weight.shape[0]
+        for out in range(weight.shape[0]):
+            weight[out, out * group : (out + 1) * group, 1, 1] += 1 / group
+    quant = base.quant_conv if family.quant else None
+    if quant is not None:
+        mix = quant.weight.detach().flatten(1)  # (2C,2C) of a 1x1 convolution
+        bias = mix @ bias if quant.bias is None else mix @ bias + quant.bias.detach()
+        weight = torch.einsum("oj,jikl->oikl", mix, weight)
+    channels = base_channels(base.config, family.class_name)
+    return weight[:channels], bias[:channels]  # means come before log-variances
+
+
+def first_convolution(base: Any, family: AutoencoderFamily) -> tuple[Tensor, Tensor]:
+    """Weight (width,C,3,3) and bias (width,) of what a base decoder does first: its convolution with all that can be
+    folded into it, a 1x1 convolution before it and a shortcut that repeats channels past it."""
+    weight, bias = convolution_at(base.decoder, family.first)
+    if family.shortcut is not None and getattr(base.decoder, family.shortcut[1]):
+        repeats = weight.shape[0] // weight.shape[1]
+        for out in range(weight.shape[0]):
+            weight[out, out // repeats, 1, 1] += 1
+    post_quant = base.post_quant_conv if family.quant else None
+    if post_quant is not None:
+        mix = post_quant.weight.detach().flatten(1)  # (C,C) of a 1x1 convolution
+        if post_quant.bias is not None:
+            bias = bias + torch.einsum("oikl,i->o", weight, post_quant.bias.detach())
+        weight = torch.einsum("oikl,ij->ojkl", weight, mix)
+    return weight, bias
