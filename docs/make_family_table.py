@@ -34,14 +34,14 @@ EXPANDING = {
 }
 UPGRADING = {"upgrade, stock pipeline": "upgrade_gives_a_stock_pipeline_at_the_doubled_size"}
 OWN_FILES = {  # families whose tests are not parametrised with the others
-    "SD3Transformer2DModel": {"upgrade, stock pipeline": "tests/test_training.py"},
+    "SD3Transformer2DModel": {"upgrade, stock pipeline": "tests/runs/test_training.py"},
     "LightningDiT": {
-        "step 0, gradients, round trip": "tests/test_lightning_dit.py",
-        "LoRA, full": "tests/test_lightning_dit.py",
-        "upgrade, stock pipeline": "tests/test_class_conditional.py",
+        "step 0, gradients, round trip": "tests/backbones/test_lightning_dit.py",
+        "LoRA, full": "tests/backbones/test_lightning_dit.py",
+        "upgrade, stock pipeline": "tests/sample/test_class_conditional.py",
     },
 }
-SHARED_FILES = ("tests/test_families.py", "tests/test_family_upgrades.py")
+SHARED_FILES = ("tests/families/test_families.py", "tests/families/test_family_upgrades.py")
 
 Outcomes = dict[str, dict[str, str]]
 

@@ -17,11 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CORE = (
     "test_models.py",
-    "test_losses.py",
-    "test_recipes.py",
-    "test_autoencoders.py",
-    "test_objectives.py",
-    "test_loop.py",
+    "losses/test_losses.py",
+    "recipes/test_recipes.py",
+    "vae/test_autoencoders.py",
+    "tasks/test_objectives.py",
+    "train/test_loop.py",
 )
 
 

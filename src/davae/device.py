@@ -21,7 +21,8 @@ def compile_blocks(module: nn.Module, autocast_on: torch.device | None = None) -
     Args:
         autocast_on: where the blocks will run in mixed precision, if they will.
     """
-    # torch 2.14's AVX-512 code of a half-precision backward pass gives NaN, AVX2's does not (tests/test_lightning_dit.py)
+    # torch 2.14's AVX-512 code of a half-precision backward pass gives NaN, AVX2's does not
+    # (tests/backbones/test_lightning_dit.py)
     options: Any = {"cpp.simdlen": 256} if autocast_on is not None and autocast_on.type == "cpu" else None
     names = set(block_names(module))
     for part in module.modules():

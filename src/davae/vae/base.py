@@ -1,6 +1,6 @@
 """One row per supported base autoencoder: where its latents leave the encoder and enter the decoder.
 
-Adding one is adding a row here and a line in tests/test_autoencoders.py.
+Adding one is adding a row here and a line in tests/vae/test_autoencoders.py.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright drive
 pytest.importorskip("gradio", reason="the page needs Gradio (davae[app])")
 expect = playwright.expect
 
-SHOTS = Path(__file__).resolve().parents[1] / "runs" / "screenshots"
+SHOTS = Path(__file__).resolve().parents[2] / "runs" / "screenshots"
 REBOUND = "--host-resolver-rules=MAP rebound.example 127.0.0.1"  # what an attacker's DNS answers the second time
 OPEN = "--disable-features=LocalNetworkAccessChecks"  # newer browsers ask before a site reaches this machine
 SECONDS = 240_000  # milliseconds that a step may take on a busy machine

@@ -95,7 +95,7 @@ def test_hashes_of_runs_that_were_begun_stay(monkeypatch: pytest.MonkeyPatch):
 
 def test_figures_of_finished_runs_are_found():
     """The files in the repository are those of the tables as they are, on the weights in the repository."""
-    results = Path(__file__).resolve().parents[1] / "docs/results/reproduce"
+    results = Path(__file__).resolve().parents[2] / "docs/results/reproduce"
     assert all(reproduction.finished(job, results) for job in jobs("table5", "micro", 1, []))
 
 

@@ -919,7 +919,7 @@ def test_prompt_files_in_any_encoding(name: str, data: bytes, expected: list[str
 
 # -- the page ----------------------------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parents[1] / "docs" / "layouts.md"
+PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
 BLOCKS = re.findall(r"```layout\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 LINE = re.compile(r'(?P<file>\S+)(?: += (?P<content>.*)| +-> "(?P<caption>.*?)"(?:, class (?P<label>\d+))?)?')
 

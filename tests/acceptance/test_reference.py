@@ -14,7 +14,7 @@ from davae.cli import app
 from davae.errors import RecipeError
 from davae.recipes import load_recipe, shipped_recipes
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from warm import run
 
 __all__ = ["finished", "recipe_file", "recipe_values"]  # fixtures
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -149,7 +149,7 @@ def test_two_processes_are_one_but_for_rounding(tiny_base: Path, picture_folder:
         tiny_base, picture_folder, stage1__max_steps=20, stage1__lr=1e-4, stage1__gan_lr=1e-4
     )
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    script, outs = str(Path(__file__).with_name("in_float64.py")), [tmp_path / "one", tmp_path / "two"]
+    script, outs = str(Path(__file__).parents[1] / "in_float64.py"), [tmp_path / "one", tmp_path / "two"]
     run([script, str(tmp_path / "tiny.yaml"), str(outs[0])], tmp_path / "log")
     run_two([script, str(tmp_path / "tiny.yaml"), str(outs[1])], tmp_path / "log")
     one, two = (json.loads((out / "values.json").read_text()) for out in outs)

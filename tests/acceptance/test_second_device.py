@@ -21,7 +21,7 @@ from warm import run
 
 from davae.train.run_folder import read_metrics
 
-DEVICE = Path(__file__).parent / "second_device"
+DEVICE = Path(__file__).parents[1] / "second_device"
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling the device takes g++")
 

@@ -17,7 +17,7 @@ import yaml
 from davae.cli import app
 from davae.recipes import load_recipe, shipped_recipes, validate
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")] if path.is_file())
 COMMAND: Any = typer.main.get_command(app)
 PLACEHOLDERS = re.compile(r"\bVERB\b|\bTABLE\b|\bNAME\b|[\[\]|]|\.\.\.")

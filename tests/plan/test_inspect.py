@@ -33,7 +33,7 @@ from davae.runs.checks import check_recipe
 from davae.vae.base import AUTOENCODERS
 from davae.zoo.presets import find_preset, presets
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

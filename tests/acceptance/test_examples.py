@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WRITES = {
     "three_ways.py": "three_ways.png",
     "fade_detail.py": "fade_detail.png",

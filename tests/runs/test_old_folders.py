@@ -23,7 +23,7 @@ from davae.pretrained.autoencoders import load_detail_vae
 from davae.recipes.sections import Cache, Data
 from davae.runs.cache import cache_key
 
-ARCHIVE = Path(__file__).parent / "fixtures" / "run-of-0.1.0.tar.gz"
+ARCHIVE = Path(__file__).parents[1] / "fixtures" / "run-of-0.1.0.tar.gz"
 
 
 @pytest.fixture

@@ -252,7 +252,7 @@ def test_sample_files_resume_and_share_the_work(tmp_path: Path) -> None:
 
 def test_the_photo_recipe_upgrades_its_trained_base_to_a_report(shared: Path, tmp_path: Path) -> None:
     """`davae upgrade imagenette128-micro` on the weights in the repository, shortened."""
-    weights = Path(__file__).resolve().parents[1] / "benchmarks" / "weights" / "imagenette64"
+    weights = Path(__file__).resolve().parents[2] / "benchmarks" / "weights" / "imagenette64"
     settings = {
         "base.model": weights,
         "base.train": "null",

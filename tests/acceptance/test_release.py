@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 import davae
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def script(name: str) -> Any:

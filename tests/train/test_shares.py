@@ -19,7 +19,7 @@ from davae.recipes.sections import Hardware, Stage1
 from davae.train.random import Draws
 from davae.train.shares import Share, share_of_step
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = Path(davae.recipes.__file__).parent / "accelerate"
 
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("davae.publish.assemble")  # imported before the clock of the first input runs
 pytest.importorskip("davae.convert.checkpoints")
 
-BENCH = Path(__file__).resolve().parents[1] / "benchmarks" / "fuzz.py"
+BENCH = Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz.py"
 
 
 @pytest.fixture(scope="module")

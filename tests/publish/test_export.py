@@ -404,7 +404,7 @@ def test_the_page_s_commands_and_code_run_in_order(
     runs: dict[str, Path], bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """docs/export.md as written, on the tiny model, but for the block that runs a folder's own code (tested above)."""
-    page = (Path(__file__).resolve().parents[1] / "docs/export.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs/export.md").read_text()
     monkeypatch.setattr("davae.publish.hub.HfApi", Api)
     monkeypatch.setattr(Api, "calls", [], raising=False)
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ from davae.recipes import load_recipe
 from davae.recipes.schema import Recipe
 from davae.recipes.sections import Hardware
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = ["stage1", "cache", "stage2", "export", "report", "sampling"]
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks/phases.py"))
 SHIPPED: list[str] = BENCHMARK["upgrade_recipes"]()

@@ -37,7 +37,7 @@ from davae.vae.blocks import downsample
 from davae.vae.codec import raw_statistics
 from davae.vae.frames import encode_mode
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"family": "lightningdit", "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 2}
 OPTIM = {"batch_size": 4, "lr": 0.01}
 
