@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.data.images import Pictures
+from davae.data.images import ImageDataset
 from davae.data.openmoji import CREDIT
 from davae.data.sources import open_source
 from davae.dataset.encoding import Encoder
@@ -42,7 +42,7 @@ def measure(images: int) -> dict[str, Any]:
     """Return the errors of every way to encode and store."""
     vae = load_detail_vae(UPGRADES["micro"] / "vae").eval()
     source = open_source("openmoji", 128)
-    pictures = Pictures(source, range(images), 128)
+    pictures = ImageDataset(source, range(images), 128)
     batch = torch.stack([pictures.read(number, -1)["image"] for number in range(images)])
     exact = Encoder(vae, torch.float32, 8)(batch)
     found = {"stored as float16": compare(exact, exact.half().float(), vae)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from davae.data.openmoji import OpenMoji
-from davae.data.images import Pictures, grid, split, to_images
+from davae.data.images import ImageDataset, grid, split, to_images
 from davae.analyze.detail_use import decode_faded, reconstructions
 from davae.sample.open import (open_model)
 
@@ -18,7 +18,7 @@ base, _ = open_model("micro")
 vae = open_model("micro-upgraded")[0].vae
 
 source = OpenMoji(128)
-held_out = Pictures(source, split(source, 0.1).held_out[:3], 128)  # no training saw these
+held_out = ImageDataset(source, split(source, 0.1).held_out[:3], 128)  # no training saw these
 images = torch.stack([held_out[(i, -1)]["image"] for i in range(3)])  # (3,3,128,128) in [-1,1]
 with torch.no_grad():
     latents = vae.encode(images).latent_dist.mode()  # (3,C+D,16,16), base first

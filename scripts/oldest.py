@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = (
-    "test_models.py",
+    "vae/test_models.py",
     "losses/test_losses.py",
     "recipes/test_recipes.py",
     "vae/test_autoencoders.py",

@@ -17,7 +17,7 @@ from davae.recipes import load_recipe
 from davae.runs.upgrade import Upgrade
 from davae.train.distributed import is_main, mean_over_ranks, ranks
 from davae.train.loop import Trainer
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 
 
 def main(recipe: Any, out: Path) -> None:
@@ -30,7 +30,7 @@ def main(recipe: Any, out: Path) -> None:
     task.trainer.perceptual.double()
     loss = task.loss
 
-    def noted(player: str, batch: Any, step: int, draws: Draws) -> tuple[torch.Tensor, dict[str, Any]]:
+    def noted(player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[torch.Tensor, dict[str, Any]]:
         total, logged = loss(player, {**batch, "images": batch["images"].double()}, step, draws)
         numbers = torch.stack([torch.as_tensor(value).double() for value in logged.values()])
         values.append(dict(zip(logged, mean_over_ranks(numbers).tolist(), strict=True)))

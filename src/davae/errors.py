@@ -37,6 +37,3 @@ class UnreadableImage(DavaeError):
     def __init__(self, kind: str, detail: str = ""):
         super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind = kind
-
-
-UnreadablePicture = UnreadableImage  # the older name

@@ -11,7 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from davae.analyze.detail_use import reconstructions
 from davae.cost.flops import count
-from davae.data.images import Pictures, split
+from davae.data.images import ImageDataset, split
 from davae.data.openmoji import OpenMoji, emoji_names
 from davae.evaluate.generation import open_autoencoder
 from davae.evaluate.reconstruction import score_reconstructions
@@ -24,7 +24,7 @@ from davae.zoo import FOLDER, resolve
 def held_out() -> list[torch.Tensor]:
     """The held-out emoji at 128 px, white background."""
     source = OpenMoji(128)
-    pictures = Pictures(source, split(source, 0.1).held_out, 128)
+    pictures = ImageDataset(source, split(source, 0.1).held_out, 128)
     return list(torch.stack([pictures[(i, -1)]["image"] for i in range(len(pictures))]).split(16))
 
 

@@ -17,7 +17,7 @@ from davae.app import decoding
 from davae.app.decoding import decode_apart
 from davae.app.uploads import read_picture, shown_name, uploaded
 from davae.data.decoding import decode
-from davae.errors import DataError, UnreadablePicture
+from davae.errors import DataError, UnreadableImage
 
 
 def png(width: int = 50, height: int = 40) -> bytes:
@@ -55,7 +55,7 @@ def test_a_decoder_that_loops_or_dies_costs_one_line(does, kind: str, monkeypatc
     monkeypatch.setattr(decoding, "header_size", does)  # the child is a copy of this process
     monkeypatch.setattr(decoding, "SECONDS", 1 if does is loop else 20)
     monkeypatch.setattr(decoding, "MEMORY", 2**28)
-    with pytest.raises(UnreadablePicture, match=kind):
+    with pytest.raises(UnreadableImage, match=kind):
         decode_apart(png(), 100, 10_000)
     monkeypatch.undo()
     assert decode_apart(png(), 100, 10_000).size == (50, 40)
@@ -63,7 +63,7 @@ def test_a_decoder_that_loops_or_dies_costs_one_line(does, kind: str, monkeypatc
 
 def test_sizes_are_refused_from_the_header():
     for side, pixels in ((49, 10_000), (100, 1_999)):
-        with pytest.raises(UnreadablePicture, match="too large: 50x40"):
+        with pytest.raises(UnreadableImage, match="too large: 50x40"):
             decode_apart(png(), side, pixels)
 
 

@@ -19,7 +19,7 @@ from conftest import picture, tiny_upgrade_recipe
 from safetensors.torch import load_file
 
 from davae.data.batches import Batches, training_loader
-from davae.data.images import Pictures
+from davae.data.images import ImageDataset
 from davae.data.latent_cache.read import CachedLatents, Team, read_meta, seal
 from davae.data.latent_cache.write import (
     ChannelStatistics,
@@ -48,16 +48,16 @@ def embed(captions: list[str]) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     folder = tmp_path_factory.mktemp("many")
     for number in range(40):
         picture(number, 16, 16).save(folder / f"{number:02d}.png")
         (folder / f"{number:02d}.txt").write_text(f"number {number % 7}")
     (folder / "20.png").write_bytes(b"broken")
-    return Pictures(open_source(str(folder), 16), range(40), 16, flip=True)
+    return ImageDataset(open_source(str(folder), 16), range(40), 16, flip=True)
 
 
-def write(folder: Path, pictures: Pictures, ranks: int, encoder: Any = encode) -> None:
+def write(folder: Path, pictures: ImageDataset, ranks: int, encoder: Any = encode) -> None:
     """`ranks` processes, here threads, that wait for each other."""
     barrier = Barrier(ranks)
 
@@ -78,7 +78,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path, pictures: Pictures) -> None:
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path, pictures: ImageDataset) -> None:
     folders = [tmp_path / str(ranks) for ranks in (1, 2, 3)]
     for ranks, folder in enumerate(folders, 1):
         write(folder, pictures, ranks)
@@ -120,7 +120,7 @@ def test_statistics_merged_in_parts_equal_one_pass() -> None:
     torch.testing.assert_close(merged.std, whole.std(1, unbiased=False), rtol=1e-8, atol=0)
 
 
-def test_an_interrupted_cache_goes_on_at_its_last_whole_shard(tmp_path: Path, pictures: Pictures) -> None:
+def test_an_interrupted_cache_goes_on_at_its_last_whole_shard(tmp_path: Path, pictures: ImageDataset) -> None:
     calls: list[int] = []
 
     def counting(images: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def test_an_interrupted_cache_goes_on_at_its_last_whole_shard(tmp_path: Path, pi
 
 
 def test_a_stale_folder_is_made_again_and_says_why(
-    tmp_path: Path, pictures: Pictures, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, pictures: ImageDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, pictures, 1)
     options: dict[str, Any] = {"variants": 1, "batch_size": 4, "dtype": "float32"}

@@ -17,7 +17,7 @@ from davae.data.adm_crop import adm_crop
 from davae.data.batches import Batches
 from davae.data.buckets import nearest_bucket
 from davae.data.equal import equal_images
-from davae.data.images import Pictures, collate, held_out, split, spread
+from davae.data.images import ImageDataset, collate, held_out, split, spread
 from davae.data.latent_cache.read import CachedLatents, seal
 from davae.data.latent_cache.write import write_latents, write_text
 from davae.data.sources import open_source, survey
@@ -81,7 +81,7 @@ def test_variants_enumerate_flips(tmp_path: Path, variants: int, mirrored: list[
         image = Image.new("L", (8, 8), 10 * number)
         image.paste(255, (4, 0, 8, 8))
         image.convert("RGB").save(folder / f"{number}.png")
-    pictures = Pictures(open_source(str(folder), 8), range(6), 8, flip=True)
+    pictures = ImageDataset(open_source(str(folder), 8), range(6), 8, flip=True)
     key: dict[str, Any] = {"autoencoder": "a", "data": "d"}
     options: dict[str, Any] = {"batch_size": 2, "dtype": "float32"}
     meta = write_latents(tmp_path / "cache", pictures, lambda images: images, key=key, variants=variants, **options)
@@ -100,7 +100,7 @@ def test_variants_enumerate_flips(tmp_path: Path, variants: int, mirrored: list[
 
 def test_training_still_draws_its_flips(tmp_path: Path) -> None:
     picture(0, 8, 8).save(tmp_path / "a.png")
-    pictures = Pictures(open_source(str(tmp_path), 8), [0], 8, flip=True)
+    pictures = ImageDataset(open_source(str(tmp_path), 8), [0], 8, flip=True)
     seen = {pictures.read(0, draw)["image"].numpy().tobytes() for draw in range(20)}
     assert len(seen) == 2
     cached = pictures.enumerating()
@@ -185,7 +185,7 @@ def test_only_new_names_travel(tmp_path: Path) -> None:
     for number in range(4):
         picture(number, 8, 8).save(tmp_path / f"{number}.png")
     (tmp_path / "5.png").write_bytes(b"broken")
-    pictures = Pictures(open_source(str(tmp_path), 8), range(5), 8)
+    pictures = ImageDataset(open_source(str(tmp_path), 8), range(5), 8)
     pictures.skipped |= {f"old {number}": "too small" for number in range(100_000)}
     items = [pictures[(place, 0)] for place in (0, 4, 4, 1)]
     assert [len(item["skipped"]) for item in items] == [0, 1, 0, 0]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from davae.data.batches import Batches
 from davae.data.captions.choice import SourceOptions
-from davae.data.images import Pictures, held_out, split
+from davae.data.images import ImageDataset, held_out, split
 from davae.data.latent_cache.read import CachedLatents, read_meta, seal
 from davae.data.latent_cache.write import ChannelStatistics, write_latents, write_text
 from davae.data.openmoji import Emoji, caption, colour_word
@@ -66,7 +66,7 @@ def test_corrupt_and_truncated_pictures_are_skipped_counted_and_named(
     picture(1, 64, 64).save(buffer, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(buffer.getvalue()[:300])
     source = open_source(str(tmp_path), 32)
-    pictures = Pictures(source, [0, 1, 2], 32)
+    pictures = ImageDataset(source, [0, 1, 2], 32)
     with caplog.at_level(logging.WARNING):
         items = [pictures[(i, -1)] for i in range(3)]
     assert [source.key(item["index"]) for item in items] == ["good.png"] * 3
@@ -75,7 +75,7 @@ def test_corrupt_and_truncated_pictures_are_skipped_counted_and_named(
     (tmp_path / "good.png").unlink()
     broken = open_source(str(tmp_path), 32)
     with pytest.raises(DataError, match="none of the 2 pictures can be read"):
-        Pictures(broken, [0, 1], 32)[(0, 0)]
+        ImageDataset(broken, [0, 1], 32)[(0, 0)]
 
 
 def test_small_pictures_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -140,7 +140,7 @@ def test_real_photos(shared: Path):
     assert len(source) == 5096
     parts = split(source, 0.1)
     assert 400 < len(parts.held_out) < 620
-    item = Pictures(source, parts.train, 64)[(3, 7)]
+    item = ImageDataset(source, parts.train, 64)[(3, 7)]
     assert item["image"].shape == (3, 64, 64)
     assert float(item["image"].std()) > 0.05
 
@@ -192,7 +192,7 @@ def test_statistics_equal_the_whole_in_float64():
 
 
 def test_cache_round_trip_and_stale_key(tmp_path: Path, picture_folder: Path):
-    pictures = Pictures(open_source(str(picture_folder), 32), list(range(12)), 32)
+    pictures = ImageDataset(open_source(str(picture_folder), 32), list(range(12)), 32)
     encode = lambda images: images[:, :, ::8, ::8]  # noqa: E731
     key = {"autoencoder": "a", "data": "d", "preprocessing": {"data.flip": False}}
     with pytest.raises(DataError, match="holds no whole latent cache"):

@@ -11,7 +11,7 @@ import torch
 from conftest import picture
 from safetensors.torch import save_file
 
-from davae.data.images import Pictures
+from davae.data.images import ImageDataset
 from davae.data.latent_cache.finite import stored
 from davae.data.latent_cache.import_shards import import_shards
 from davae.data.latent_cache.read import CachedLatents, seal
@@ -38,7 +38,7 @@ def cache(
     target: Path, folder: Path, values: dict[int, float], bad_captions: dict[str, float] | None = None
 ) -> CachedLatents:
     """A cache of latents in which some images' have one odd value, and of embeddings in which some captions' have."""
-    pictures = Pictures(open_source(str(folder), 16), range(40), 16)
+    pictures = ImageDataset(open_source(str(folder), 16), range(40), 16)
 
     def encode(images: torch.Tensor) -> torch.Tensor:
         latents = images[:, :, ::4, ::4] * 3

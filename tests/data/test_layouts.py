@@ -24,7 +24,7 @@ from davae.data.captions.texts import MAX_CAPTION, as_label, as_texts, decode_te
 from davae.data.findings import Findings
 from davae.data.shards.names import expand_braces
 from davae.data.sources import open_source
-from davae.errors import DataError, UnreadablePicture
+from davae.errors import DataError, UnreadableImage
 from davae.recipes import validate
 
 
@@ -171,7 +171,7 @@ def test_a_damaged_sidecar_leaves_its_image_out_and_is_one_line(
 ) -> None:
     files: dict[str, bytes | str] = {"a.png": "", name: data, "b.png": "", "b.json": '{"caption": "x"}'}
     source = open_source(lay(tmp_path, files) if form == "folder" else tar(tmp_path / "a.tar", files), 8)
-    for error in (DataError, UnreadablePicture):
+    for error in (DataError, UnreadableImage):
         with pytest.raises(error, match=message):
             _ = (source.caption(0), source.label(0))
     assert source.identity(0) != source.identity(1)
@@ -357,7 +357,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
     assert found == {"cat/1.png": 0, "dog/1.png": 1, "dog/linked.png": 1, "dog/lost.png": 1, "dog/more/2.png": 2}
     assert source.caption(0) == "my cat"
     assert counts(source.findings.unused) == {"broken link": 2, "link to a folder that is read already": 3}
-    with pytest.raises(UnreadablePicture, match="missing file"):
+    with pytest.raises(UnreadableImage, match="missing file"):
         source.load(3)
 
 
@@ -819,7 +819,7 @@ def test_a_messy_download_folder(tmp_path: Path) -> None:
     for index in range(len(source)):
         try:
             source.size(index)
-        except UnreadablePicture as error:
+        except UnreadableImage as error:
             faults[source.key(index)] = error.kind
     assert faults == {"f.png": "not a picture", "j.png": "not an image that davae reads", "n.png": "missing file"}
 

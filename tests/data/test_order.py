@@ -8,7 +8,7 @@ import pytest
 from davae.data.batches import Batches
 from davae.data.buckets import LEAST_SHARE, bucket_sizes, nearest_bucket
 from davae.data.sources import survey
-from davae.errors import DataError, UnreadablePicture
+from davae.errors import DataError, UnreadableImage
 from davae.recipes import load_recipe
 
 
@@ -71,7 +71,7 @@ class Sizes:
     def size(self, index: int) -> tuple[int, int]:
         width, height = (int(v) for v in self.sizes[index])
         if not width:
-            raise UnreadablePicture("empty file")
+            raise UnreadableImage("empty file")
         return width, height
 
 

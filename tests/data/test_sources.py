@@ -18,9 +18,9 @@ from PIL import Image, ImageCms
 
 from davae.data.captions.choice import SourceOptions, choose
 from davae.data.decoding import decode
-from davae.data.images import Pictures, by_kind
+from davae.data.images import ImageDataset, by_kind
 from davae.data.sources import open_source, survey
-from davae.errors import DataError, RecipeError, UnreadablePicture
+from davae.errors import DataError, RecipeError, UnreadableImage
 from davae.recipes import validate
 from davae.runs.upgrade import Upgrade
 
@@ -265,7 +265,7 @@ def test_worker_processes_tell_what_they_skipped(tmp_path: Path) -> None:
         picture(number).save(tmp_path / f"{number}.png")
     (tmp_path / "cut.jpg").write_bytes(jpeg(picture(0, 64, 64))[:500])
     source = open_source(str(tmp_path), 32)
-    pictures = Pictures(source, range(7), 32)
+    pictures = ImageDataset(source, range(7), 32)
     loader = training_loader(pictures, Batches(7, 7, seed=0, start=0, stop=1), num_workers=1)
     assert [len(batch["indices"]) for batch in loader] == [7]
     assert set(pictures.skipped) == {"cut.jpg"}
@@ -275,7 +275,7 @@ def test_forked_workers_read_a_tar_that_is_open_already(tmp_path: Path) -> None:
     from davae.data.batches import Batches, training_loader
 
     write_tar(tmp_path / "a.tar", {f"{number:03}.png": png(picture(number)) for number in range(200)})
-    pictures = Pictures(open_source(str(tmp_path / "a.tar"), 32), range(200), 32)
+    pictures = ImageDataset(open_source(str(tmp_path / "a.tar"), 32), range(200), 32)
     expected = torch.stack([pictures[(number, -1)]["image"] for number in range(200)])  # leaves the file open
     for batch in training_loader(pictures, Batches(200, 8, seed=0, start=0, stop=50), num_workers=4):
         assert torch.equal(batch["images"], expected[batch["indices"]])
@@ -287,13 +287,15 @@ def test_limits_of_pixels_and_crops(tmp_path: Path) -> None:
         DataError, match=r"none of the 1 pictures can be used; 1 left out: 1 too many pixels \(a.png\)"
     ):
         survey(open_source(str(tmp_path), 8, SourceOptions(max_pixels=4999)), [0], [(8, 8)])
-    with pytest.raises(UnreadablePicture, match=r"100x50, the limit data\.max_pixels is 4999"):
+    with pytest.raises(UnreadableImage, match=r"100x50, the limit data\.max_pixels is 4999"):
         decode(tmp_path / "a.png", max_pixels=4999)
     source = open_source(str(tmp_path), 8)
-    random = Pictures(source, [0], 50, crop="random")
+    random = ImageDataset(source, [0], 50, crop="random")
     crops = {tuple(random[(0, draw)]["image"].flatten()[:50].tolist()) for draw in range(6)}
     assert len(crops) > 3
-    assert torch.equal(random[(0, -1)]["image"], Pictures(source, [0], 50)[(0, 3)]["image"]), "plain is the centre"
+    assert torch.equal(random[(0, -1)]["image"], ImageDataset(source, [0], 50)[(0, 3)]["image"]), (
+        "plain is the centre"
+    )
 
 
 @pytest.mark.parametrize(

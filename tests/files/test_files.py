@@ -15,7 +15,7 @@ import torch
 from conftest import tiny_autoencoder, tiny_recipe
 from PIL import Image
 
-from davae.errors import DataError, DavaeError, ModelError, RecipeError, RunError, UnreadablePicture
+from davae.errors import DataError, DavaeError, ModelError, RecipeError, RunError, UnreadableImage
 from davae.files import atomic as files
 from davae.files.atomic import (
     atomic_file,
@@ -46,7 +46,7 @@ def test_errors_are_of_one_kind_and_keep_their_bases():
     assert issubclass(DataError, ValueError)
     assert issubclass(RecipeError, ValueError)
     assert issubclass(RunError, RuntimeError)
-    assert isinstance(UnreadablePicture("truncated", "12 bytes"), DavaeError)
+    assert isinstance(UnreadableImage("truncated", "12 bytes"), DavaeError)
 
 
 @pytest.mark.parametrize("folder", [False, True])

@@ -26,7 +26,7 @@ from davae.lab.reproduce import (
     finished,
     jobs,
     markdown,
-    raced,
+    measure_speed,
     run_job,
     table_rows,
 )
@@ -157,14 +157,14 @@ def test_runs_are_done_once_and_make_the_table(tiny_scale: Path):
     assert markdown(headings, lines).splitlines()[1] == "|" + " --- |" * len(headings)
 
     shutil.rmtree(tiny_scale / "out" / "runs" / todo[0].key)  # the other seed's weights serve
-    speed = raced(todo, tiny_scale / "out", results, lambda progress: None)["rows"]
+    speed = measure_speed(todo, tiny_scale / "out", results, lambda progress: None)["rows"]
     assert list(speed) == ["full", "no fade", "enlarged"]
     assert {row["tokens"] for row in speed.values()} == {16}
     assert table_rows(todo, results)[0][1:3] == ["tokens", "images/s"]
     for name in ("results", "out"):
         (tiny_scale / name).rename(tiny_scale / f"old-{name}")
     with pytest.raises(RecipeError, match=r"weights of 'full' are not in .*; use the --out"):
-        raced(todo, tiny_scale / "out", results, lambda progress: None)
+        measure_speed(todo, tiny_scale / "out", results, lambda progress: None)
 
 
 def test_a_new_default_changes_no_hash():
@@ -248,10 +248,10 @@ def test_models_that_are_there_are_drawn_and_timed(
     assert (enlarged["generation"]["seed"], second["generation"]["seed"]) == (0, 1)
     assert enlarged["generation"]["fd_lite0"] != second["generation"]["fd_lite0"]
     assert table_rows(todo, results)[0] == ["", "FD-lite0", "precision", "seeds"]
-    speed = raced(todo, tiny_scale / "out", results, lambda progress: None)["rows"]
+    speed = measure_speed(todo, tiny_scale / "out", results, lambda progress: None)["rows"]
     assert (speed["native"]["tokens"], speed["enlarged"]["tokens"]) == (64, 16)
     assert speed["native"]["images_per_second"] == pytest.approx(1 / speed["native"]["seconds"])
-    assert raced(todo, tiny_scale / "out", results, lambda progress: None)["rows"] == speed  # measured once
+    assert measure_speed(todo, tiny_scale / "out", results, lambda progress: None)["rows"] == speed  # measured once
     headings, lines = table_rows(todo, results)
     assert headings == ["", "tokens", "images/s", "FD-lite0", "precision", "seeds"]
     assert [line[:2] for line in lines] == [["native", "64"], ["enlarged", "16"]]

@@ -20,7 +20,7 @@ from davae.recipes.schema import EmbedderAlignment
 from davae.recipes.sections import Run
 from davae.runs.dcgen import EmbedderTask
 from davae.train.loop import Trainer
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder
 
 
@@ -45,7 +45,7 @@ def align_embedder(
     settings = EmbedderAlignment(batch_size=len(own), lr_schedule="cosine", **optim)
     task = EmbedderTask(settings, embedder, base_embedder, pairs, scales[0], scales[1], torch.device("cpu"))
     everything = collate_pairs([pairs[(number, 0)] for number in range(len(pairs))])
-    draws = Draws(0, "test", 0, 0, len(pairs))
+    draws = SampleRandom(0, "test", 0, 0, len(pairs))
     before = task.loss("embedder", everything, 0, draws)[0].item()
     run = Run(log_every=10_000, checkpoint_every=10_000)
     Trainer(task, run, RunFolder(tmp_path, load_recipe("micro-base")), Accelerator(cpu=True)).fit()

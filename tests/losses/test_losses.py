@@ -11,7 +11,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from davae import LatentLayout, alignment_loss, detail_weight, group_mean, velocity_loss
 from davae.losses.flow_matching import interpolate, sample_timesteps, shift_timestep, velocity_target
 from davae.losses.perceptual import Lpips, unit, unit_distance
-from davae.losses.reconstruction import adaptive_weight, carry, discriminator_hinge, kl_loss, reconstruction_loss
+from davae.losses.reconstruction import (
+    adaptive_weight,
+    discriminator_hinge,
+    kl_loss,
+    reconstruction_loss,
+    with_known_gradient,
+)
 
 F64 = torch.float64
 
@@ -140,7 +146,7 @@ def test_a_carried_gradient_is_that_of_the_loss_behind_it():
     w = torch.randn(3, dtype=F64, requires_grad=True)
     leaf = (w**3).detach().requires_grad_()
     loss = leaf.sin().sum()
-    carried = carry(w**3, torch.autograd.grad(loss, leaf)[0], loss)
+    carried = with_known_gradient(w**3, torch.autograd.grad(loss, leaf)[0], loss)
     assert float(carried) == float(loss)
     (2 * carried).backward()
     torch.testing.assert_close(w.grad, 2 * torch.autograd.grad((w**3).sin().sum(), w)[0])

@@ -23,7 +23,7 @@ from davae.data.formats import formats, is_image_name, unused_kind
 from davae.data.openmoji import OpenMoji
 from davae.data.png_metadata import TAIL
 from davae.data.sources import open_source
-from davae.errors import DataError, UnreadablePicture
+from davae.errors import DataError, UnreadableImage
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1, 2])
@@ -216,12 +216,12 @@ def floats(*values: float) -> bytes:
 
 
 def test_floats_are_refused_by_name_or_read_where_the_option_says_how() -> None:
-    with pytest.raises(UnreadablePicture, match=r"float pixels: set data\.float_pixels=unit"):
+    with pytest.raises(UnreadableImage, match=r"float pixels: set data\.float_pixels=unit"):
         header_size(io.BytesIO(floats(0.0, 1.0)))
     image = decode(io.BytesIO(floats(0.0, 0.5, 1.0)), floats="unit")
     assert [image.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]  # type: ignore[index]
     for values in ((0.0, 230.0), (-0.5, 0.5), (math.nan, 0.5), (math.inf, 0.0)):
-        with pytest.raises(UnreadablePicture, match="where 0 to 1 was expected"):
+        with pytest.raises(UnreadableImage, match="where 0 to 1 was expected"):
             decode(io.BytesIO(floats(*values)), floats="unit")
 
 
@@ -242,7 +242,7 @@ def test_floats_are_refused_by_name_or_read_where_the_option_says_how() -> None:
 )
 def test_what_davae_does_not_read_is_named(data: bytes, message: str) -> None:
     for read in (decode, header_size):
-        with pytest.raises(UnreadablePicture, match=message):
+        with pytest.raises(UnreadableImage, match=message):
             read(io.BytesIO(data))
 
 
@@ -255,7 +255,7 @@ def test_no_program_runs_for_postscript_named_png(tmp_path: Path, monkeypatch: p
     picture(0).save(tmp_path / "good.png")
     (tmp_path / "cat.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n%%EndComments\n")
     source = open_source(str(tmp_path), 8)
-    with pytest.raises(UnreadablePicture, match="not an image that davae reads"):
+    with pytest.raises(UnreadableImage, match="not an image that davae reads"):
         source.load(0)
     with pytest.raises(DataError, match="not an image that davae reads"):
         read_picture(tmp_path / "cat.png")
@@ -306,11 +306,11 @@ def test_endings_come_from_pillows_registry() -> None:
 def test_animations_are_found_by_content_and_counting_ends(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [picture(i, 9, 9) for i in range(5)]
     data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
-    with pytest.raises(UnreadablePicture, match="animation: 5 frames"):
+    with pytest.raises(UnreadableImage, match="animation: 5 frames"):
         header_size(io.BytesIO(data))
     monkeypatch.setattr("davae.data.decoding.MAX_FRAMES", 3)
     monkeypatch.setattr("davae.data.decoding.MAX_COUNTED", 3)
-    with pytest.raises(UnreadablePicture, match=f"animation: {2 if kind == 'GIF' else 3} or more frames"):
+    with pytest.raises(UnreadableImage, match=f"animation: {2 if kind == 'GIF' else 3} or more frames"):
         decode(io.BytesIO(data))
     one = saved(frames[0], kind, save_all=True)
     assert decode(io.BytesIO(one)).size == header_size(io.BytesIO(one)) == (9, 9)
@@ -319,7 +319,7 @@ def test_animations_are_found_by_content_and_counting_ends(kind: str, monkeypatc
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_named_pipe_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(UnreadablePicture, match="not a regular file"):
+    with pytest.raises(UnreadableImage, match="not a regular file"):
         decode(tmp_path / "a.png")
 
 
@@ -329,5 +329,5 @@ def test_damaged_avif_is_left_out_by_name() -> None:
     data = saved(Image.fromarray(CORNERS), "AVIF", quality=95)
     body, items = data.rindex(b"mdat") + 4, data.index(b"iloc")
     for broken in (data[:body] + b"\xff" * (len(data) - body), data[:items] + b"free" + data[items + 4 :]):
-        with pytest.raises(UnreadablePicture, match=r"damaged|not a picture"):
+        with pytest.raises(UnreadableImage, match=r"damaged|not a picture"):
             decode(io.BytesIO(broken))

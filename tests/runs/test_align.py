@@ -30,7 +30,7 @@ from davae.runs.dcgen import BASE_CACHE, HeadTask, check_grids
 from davae.runs.train_base import base_run, train_base
 from davae.tasks.class_conditional import ClassFlowTask, build_class_transformer
 from davae.train.loop import Progress, Trainer
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder, read_metrics
 from davae.train.setup import seed_initial_weights
 from davae.vae.blocks import downsample
@@ -207,7 +207,7 @@ def held_loss(task: ClassFlowTask, count: int = 12) -> float:
     """Flow loss of a task's model on fixed latents and noise."""
     batch = task.collate([task.dataset[(number, 0)] for number in range(count)])
     with torch.no_grad():
-        return float(task.loss("dit", batch, 0, Draws(7, "held", 0, 0, count))[0])
+        return float(task.loss("dit", batch, 0, SampleRandom(7, "held", 0, 0, count))[0])
 
 
 def test_an_aligned_head_is_better_than_a_random_one(values: dict[str, Any], finished: Path, tmp_path: Path) -> None:

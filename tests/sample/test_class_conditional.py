@@ -96,7 +96,7 @@ def test_the_position_table_is_not_trained(finished: Path) -> None:
     cache = CachedLatents(finished / "base" / "cache", "class")
     model = random_model(torch.float32, num_classes=2)
     task = ClassFlowTask(recipe, model, cache, (torch.zeros(1), torch.ones(1)), torch.device("cpu"))  # type: ignore[arg-type]
-    trained = {id(parameter) for parameter in task.players["dit"].parameters.values()}
+    trained = {id(parameter) for parameter in task.trainables["dit"].parameters.values()}
     assert {name for name, p in model.named_parameters() if id(p) not in trained} == {"pos_embed"}
 
 

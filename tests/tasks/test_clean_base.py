@@ -21,7 +21,7 @@ from davae.errors import ModelError
 from davae.losses.clean_base import with_clean_base, without_base_error
 from davae.publish.assemble import apply_upgrade, read_details, save_upgrade
 from davae.recipes.sections import Lora, Stage2
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 
 LAYOUT = LatentLayout(2, 4)
 
@@ -58,7 +58,7 @@ def loss_of(**settings) -> tuple[torch.Tensor, torch.Tensor]:
     task.modules["transformer"] = seen = Seen()
     torch.manual_seed(3)
     batch = {"latents": torch.randn(8, 8, 4, 4), "conditions": ["a"] * 8}
-    total, _ = task.loss("transformer", batch, 0, Draws(0, "stage2", 0, 0, 8))
+    total, _ = task.loss("transformer", batch, 0, SampleRandom(0, "stage2", 0, 0, 8))
     return total, torch.nn.functional.pixel_shuffle(seen.inputs[0].transpose(1, 2).unflatten(2, (2, 2)), 2)
 
 

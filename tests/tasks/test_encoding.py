@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from davae import DetailVAE
-from davae.data.images import Pictures
+from davae.data.images import ImageDataset
 from davae.data.latent_cache.plan import FLIPS, begun_with
 from davae.data.latent_cache.read import CachedLatents, Team, seal
 from davae.data.latent_cache.write import write_latents
@@ -211,7 +211,7 @@ def test_an_interrupted_cache_of_drawn_flips_is_made_again(
 def test_an_interrupted_cache_goes_on_with_another_batch_size(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for number in range(70):
         Image.new("RGB", (16, 16), (3 * number, 0, 0)).save(tmp_path / f"{number:02d}.png")
-    pictures = Pictures(open_source(str(tmp_path), 16), range(70), 16)
+    pictures = ImageDataset(open_source(str(tmp_path), 16), range(70), 16)
     calls: list[int] = []
 
     def write(name: str, batch: int, *, stop: int = 10**6) -> dict[str, bytes]:

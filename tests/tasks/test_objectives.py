@@ -30,7 +30,7 @@ from davae.recipes.sections import FlowOptim, Stage2
 from davae.runs.upgrade import Upgrade
 from davae.runs.validation import ddim, solve
 from davae.tasks.noising import FLOW, Diffusion, Objective, check_timesteps, choose_objective, noise_batch
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 from davae.train.run_folder import read_metrics
 
 F64 = torch.float64
@@ -107,7 +107,7 @@ def test_the_two_weights_differ_by_a_power_of_the_noise_level():
     assert float(x0_ratio_weight(torch.zeros((), dtype=F64), 5.0)) == 0.0
     latents = torch.randn(8, 4, 2, 2)
     settings = Stage2(max_steps=1, batch_size=8, x0_ratio_max=5.0)
-    draws = Draws(0, "stage2", 0, 0, 8)
+    draws = SampleRandom(0, "stage2", 0, 0, 8)
     batch = noise_batch(FLOW, latents, ["a"] * 8, "", settings, draws, x0_ratio_max=settings.x0_ratio_max)
     assert torch.equal(batch.weight, x0_ratio_weight(batch.t.view(-1, 1, 1, 1), 5.0))  # type: ignore[arg-type]
 
@@ -209,7 +209,7 @@ def test_a_batch_is_noised_as_its_objective_says():
     latents = torch.randn(64, 2, 2, 2)
     for prediction in ("epsilon", "v_prediction"):
         objective = Diffusion(table, prediction)  # type: ignore[arg-type]
-        draws = Draws(0, "stage2", 0, 0, 64)
+        draws = SampleRandom(0, "stage2", 0, 0, 64)
         batch = noise_batch(objective, latents, ["a"] * 64, "", settings, draws, min_snr_gamma=5.0)
         alpha, sigma = objective.levels(batch.t)
         noise = (batch.x_t - alpha * latents) / sigma
@@ -224,10 +224,10 @@ def test_a_batch_is_noised_as_its_objective_says():
 def test_a_sample_is_noised_alike_in_any_part_of_the_batch(objective: Objective):
     settings, latents = Stage2(max_steps=1, batch_size=1, caption_dropout=0.5), torch.randn(8, 2, 2, 2)
     captions = [str(number) for number in range(8)]
-    whole = noise_batch(objective, latents, captions, "", settings, Draws(0, "stage2", 3, 0, 8))
+    whole = noise_batch(objective, latents, captions, "", settings, SampleRandom(0, "stage2", 3, 0, 8))
     for place in (0, 4):
         part = slice(place, place + 4)
-        draws = Draws(0, "stage2", 3, place, 4)
+        draws = SampleRandom(0, "stage2", 3, place, 4)
         mine = noise_batch(objective, latents[part], captions[part], "", settings, draws)
         assert torch.equal(mine.x_t, whole.x_t[part])
         assert torch.equal(mine.t, whole.t[part])

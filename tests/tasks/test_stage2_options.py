@@ -20,7 +20,7 @@ from davae.runs.validation import guided, solve
 from davae.tasks.conditioning import conditioning
 from davae.tasks.noising import FLOW
 from davae.tasks.stage2 import Stage2Task
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 
 
 def adapted(lora: Lora) -> set[str]:
@@ -65,7 +65,7 @@ def test_an_upgrade_file_keeps_further_layers(tmp_path: Path, targets: tuple[str
         assert ("extra_targets" in stream.metadata()["lora"]) == bool(targets), "earlier versions read the usual ones"
 
 
-class Recorder(torch.nn.Module):
+class StepRecorder(torch.nn.Module):
     """A FLUX that notes what it is called with."""
 
     def __init__(self, channels: int):
@@ -88,20 +88,20 @@ class Captions:
         return torch.zeros(len(captions), 3, 8), torch.zeros(len(captions), 8)
 
 
-def flux_task(distilled: bool, **settings: Any) -> tuple[Stage2Task, Recorder, Captions]:
+def flux_task(distilled: bool, **settings: Any) -> tuple[Stage2Task, StepRecorder, Captions]:
     flux = CASES["FluxTransformer2DModel"].build("FluxTransformer2DModel", guidance_embeds=distilled)
     cache, stage = Captions(), Stage2(max_steps=1, batch_size=8, lora=Lora(rank=2), caption_dropout=0.5, **settings)
     transformer, device = expand_transformer(flux, 4), torch.device("cpu")
     condition = conditioning(transformer, cache, device, guidance=stage.embedded_guidance)  # type: ignore[arg-type]
     layout, ones = LatentLayout(4, 4), torch.ones(1, 8, 1, 1)
     task = Stage2Task(stage, layout, transformer, cache, (0 * ones, ones), condition, FLOW, device)  # type: ignore[arg-type]
-    task.modules["transformer"] = Recorder(8)
+    task.modules["transformer"] = StepRecorder(8)
     return task, task.modules["transformer"], cache
 
 
 def train_once(task: Stage2Task) -> None:
     batch = {"latents": torch.randn(8, 8, 4, 4), "conditions": ["a"] * 8}
-    task.loss("transformer", batch, 0, Draws(0, "stage2", 0, 0, 8))
+    task.loss("transformer", batch, 0, SampleRandom(0, "stage2", 0, 0, 8))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])

@@ -32,7 +32,7 @@ from davae.train import run_folder as state
 from davae.train.ema import Average
 from davae.train.monitor import StepTimer, Watch
 from davae.train.optimizers import build_optimizer
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder, new_folder, newest_checkpoint, read_metrics
 from davae.train.setup import make_accelerator
 from davae.train.shares import Share, share_of_step
@@ -59,15 +59,19 @@ def test_one_process_runs_one_precision_after_the_other() -> None:
 
 
 def test_noise_hangs_on_the_place_in_the_global_batch():
-    whole = Draws(3, "stage1", 7, 0, 6)
-    parts = [Draws(3, "stage1", 7, place, 2) for place in (0, 2, 4)]
+    whole = SampleRandom(3, "stage1", 7, 0, 6)
+    parts = [SampleRandom(3, "stage1", 7, place, 2) for place in (0, 2, 4)]
     values = [(d.uniform(), d.normal(2, 3)) for d in (whole, *parts)]
     for number, value in enumerate(values[0]):
         assert torch.equal(value, torch.cat([v[number] for v in values[1:]]))
         assert len(value.flatten().unique()) == value.numel(), "no two samples share their noise"
     shared = [torch.rand(3, generator=d.batch) for d in (whole, *parts)]
     assert all(torch.equal(shared[0], other) for other in shared[1:])
-    others = [Draws(4, "stage1", 7, 0, 6), Draws(3, "stage2", 7, 0, 6), Draws(3, "stage1", 8, 0, 6)]
+    others = [
+        SampleRandom(4, "stage1", 7, 0, 6),
+        SampleRandom(3, "stage2", 7, 0, 6),
+        SampleRandom(3, "stage1", 8, 0, 6),
+    ]
     assert not any(torch.equal(values[0][0], other.uniform()) for other in others)
 
 

@@ -14,8 +14,8 @@ from davae.errors import RunError
 from davae.recipes.sections import Optim, Run
 from davae.tasks.stage1 import random_squares
 from davae.tasks.text_to_image import build_tokenizer
-from davae.train.loop import Player, Trainer
-from davae.train.random import Draws
+from davae.train.loop import Trainable, Trainer
+from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder, read_metrics
 
 
@@ -28,12 +28,12 @@ class OneWeight:
         self.settings, self.bad = Optim(max_steps=max_steps, batch_size=1, lr=0.1, optimizer=optimizer), bad
         self.dataset, self.collate = [0.0] * 4, lambda items: items
         self.weight = torch.nn.Linear(1, 1, bias=False)
-        self.players = {"one": Player(self.weight, [{"params": list(self.weight.parameters())}], lr=0.1)}
+        self.trainables = {"one": Trainable(self.weight, [{"params": list(self.weight.parameters())}], lr=0.1)}
         self.modules: dict[str, torch.nn.Module] = {"one": self.weight}
 
     def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None: ...
 
-    def active(self, step: int) -> list[str]:
+    def trainables_at(self, step: int) -> list[str]:
         return ["one"]
 
     def loss(self, player: str, batch: Any, step: int, draws: object) -> tuple[torch.Tensor, dict]:
@@ -87,7 +87,7 @@ def test_tokenizer_is_the_same_every_time() -> None:
 
 def test_random_squares_are_cut_from_the_pictures_where_they_are_drawn():
     images = torch.arange(4 * 3 * 24 * 32, dtype=torch.float64).view(4, 3, 24, 32)  # no value twice
-    draws = Draws(0, "stage1", 5, 0, 4)
+    draws = SampleRandom(0, "stage1", 5, 0, 4)
     squares = random_squares(images, 16, draws)
     assert squares.shape == (4, 3, 16, 16)
     places = set()
@@ -101,6 +101,6 @@ def test_random_squares_are_cut_from_the_pictures_where_they_are_drawn():
 
 
 def test_whole_pictures_draw_nothing():
-    draws, untouched = Draws(0, "stage1", 5, 0, 4), Draws(0, "stage1", 5, 0, 4)
+    draws, untouched = SampleRandom(0, "stage1", 5, 0, 4), SampleRandom(0, "stage1", 5, 0, 4)
     random_squares(torch.rand(4, 3, 16, 16), 16, draws)
     assert torch.equal(draws.uniform(), untouched.uniform())

@@ -16,8 +16,8 @@ from davae.errors import RunError
 from davae.losses.reconstruction import gradient_at
 from davae.recipes.sections import Reconstruction, Run
 from davae.tasks.reconstruction import ReconstructionTrainer
-from davae.train.loop import Player, Trainer
-from davae.train.random import Draws
+from davae.train.loop import Trainable, Trainer
+from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder, newest_checkpoint, read_metrics
 
 
@@ -48,8 +48,8 @@ class TinyGan:
         self.last = nn.Conv2d(4, 3, 3, padding=1)
         autoencoder = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), self.last)
         self.trainer = ReconstructionTrainer(self.settings, torch.device("cpu"))
-        self.players = self.trainer.players(
-            Player(autoencoder, [{"params": list(autoencoder.parameters())}], lr=1e-3)
+        self.trainables = self.trainer.trainables(
+            Trainable(autoencoder, [{"params": list(autoencoder.parameters())}], lr=1e-3)
         )
         if half:
             autoencoder = Half(autoencoder)
@@ -57,9 +57,9 @@ class TinyGan:
         self.modules: dict[str, nn.Module] = {"vae": autoencoder, **self.trainer.modules()}
         self.dataset, self.collate = Items(torch.rand(4, 3, 8, 8).unbind()), torch.stack
         self.prepare_optimizer = lambda name, optimizer: None
-        self.active = self.trainer.active
+        self.trainables_at = self.trainer.trainables_at
 
-    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[torch.Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[torch.Tensor, dict[str, Any]]:
         if player == "discriminator":
             return self.trainer.discriminator_loss(self.modules["discriminator"])
         reconstruction = self.modules["vae"](batch) * (float("nan") if step >= self.nan_from else 1.0)
@@ -81,7 +81,9 @@ def train(
 
 
 def weights(task: TinyGan) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for player in task.players.values() for p in player.module.parameters()])
+    return torch.cat(
+        [p.detach().flatten() for player in task.trainables.values() for p in player.module.parameters()]
+    )
 
 
 def test_a_scaled_gan_is_the_unscaled_one(tmp_path: Path):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from conftest import picture
 
-from davae.data.images import Pictures
+from davae.data.images import ImageDataset
 from davae.data.latent_cache.files import latent_shards
 from davae.data.latent_cache.read import CachedLatents, Team, read_meta, seal
 from davae.data.latent_cache.write import write_latents, write_text
@@ -138,7 +138,7 @@ def test_shards_of_other_data_are_refused_and_made_again(tmp_path: Path):
         return (torch.ones(len(captions), 1),)
 
     def write(folder: Path, data: Path, key: dict[str, str], team: Team) -> Any:
-        pictures = Pictures(open_source(str(data), 16), range(len(list(data.glob("*.png")))), 16)
+        pictures = ImageDataset(open_source(str(data), 16), range(len(list(data.glob("*.png")))), 16)
         meta = write_latents(folder, pictures, encode, key=key, team=team, **options)
         return seal(folder, write_text(folder, embed, meta, batch_size=4, dtype="float32"))
 

@@ -16,7 +16,7 @@ from davae.data.batches import Batches, Passes, chosen_workers
 from davae.errors import RunError
 from davae.recipes import Recipe, load_recipe, shipped_recipes
 from davae.recipes.sections import Hardware, Stage1
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 from davae.train.shares import Share, share_of_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,7 @@ def test_any_division_trains_on_the_same_samples_with_the_same_noise(buckets: bo
     expected = [sorted(item for n in range(s * 4, s * 4 + 4) for item in whole.batch(n)) for s in range(steps)]
     noise = {}
     for number in range(steps * accumulation):
-        draws = Draws(seed, "stage1", number, 0, batch)
+        draws = SampleRandom(seed, "stage1", number, 0, batch)
         noise |= dict(zip(whole.batch(number), draws.normal(2).tolist(), strict=True))
     for processes, start in product((1, 2, 4, 8, 16), (0, 2)):
         part = share(batch, accumulation, processes, 1)
@@ -100,7 +100,7 @@ def test_any_division_trains_on_the_same_samples_with_the_same_noise(buckets: bo
             for rank, passes in enumerate(own):
                 for number, items in enumerate(passes):
                     place = ((step * part.passes + number) * processes + rank) * part.images
-                    draws = Draws(seed, "stage1", *divmod(place, batch), part.images)
+                    draws = SampleRandom(seed, "stage1", *divmod(place, batch), part.images)
                     assert draws.normal(2).tolist() == [noise[item] for item in items]
                     if groups is not None:
                         assert len({int(groups[index]) for index, _ in items}) == 1, "one bucket a pass"

@@ -24,7 +24,7 @@ from diffusers import (
 
 from davae import DetailVAE
 from davae.convert.folders import convert_tiny
-from davae.data.images import Pictures
+from davae.data.images import ImageDataset
 from davae.data.sources import open_source
 from davae.errors import ModelError
 from davae.evaluate.reconstruction import score_reconstructions
@@ -296,7 +296,7 @@ def taef2(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def photos(shared: Path, count: int) -> torch.Tensor:
     source = open_source(str(shared / "data/clothing128.tar"), 128)
-    pictures = Pictures(source, list(range(count)), 128)
+    pictures = ImageDataset(source, list(range(count)), 128)
     return torch.stack([pictures[(i, -1)]["image"] for i in range(count)])
 
 

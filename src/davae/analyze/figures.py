@@ -17,7 +17,7 @@ from davae.analyze.curves import compared_curves, loss_curves
 from davae.analyze.detail_use import UNIT_NORMAL, reconstructions
 from davae.analyze.latents import class_knowledge, embed_points, pca_pictures, scatter_plot
 from davae.data.formats import open_image
-from davae.data.images import Pictures, to_images
+from davae.data.images import ImageDataset, to_images
 from davae.dataset.look import as_data, batches, numbered_batches, real_pictures
 from davae.errors import DataError, ModelError
 from davae.evaluate.features import make_extractor
@@ -159,7 +159,7 @@ def sensitivity(
 
 
 @torch.no_grad()
-def raw_latents(vae: DetailVAE, pictures: Pictures, num: int) -> tuple[Tensor, Tensor, list[int | None]]:
+def raw_latents(vae: DetailVAE, pictures: ImageDataset, num: int) -> tuple[Tensor, Tensor, list[int | None]]:
     """(z (N,C,h,w), z_d (N,D,h,w), labels) of pictures; one that cannot be read has neither latents nor a label."""
     parts, labels = [], []
     for positions, images in numbered_batches(pictures, num):

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from davae.data.decoding import decode, header_size
-from davae.errors import UnreadablePicture
+from davae.errors import UnreadableImage
 
 SECONDS = 20  # for one image, of the clock and of the processor
 MEMORY = 2 * 2**30  # bytes that decoding one image may add
@@ -45,17 +45,17 @@ def decode_apart(content: bytes, max_side: int, max_pixels: int) -> Image.Image:
         theirs.close()
         try:
             if not ours.poll(SECONDS):
-                raise UnreadablePicture("too slow", f"not decoded within {SECONDS} seconds")
+                raise UnreadableImage("too slow", f"not decoded within {SECONDS} seconds")
             answer = json.loads(ours.recv_bytes(4096))
             if "kind" in answer:
-                raise UnreadablePicture(answer["kind"], answer["detail"])
+                raise UnreadableImage(answer["kind"], answer["detail"])
             width, height = answer["size"]
             if not ours.poll(SECONDS):
-                raise UnreadablePicture("too slow", f"not decoded within {SECONDS} seconds")
+                raise UnreadableImage("too slow", f"not decoded within {SECONDS} seconds")
             pixels = ours.recv_bytes(3 * max_pixels)
             return Image.frombytes("RGB", (width, height), pixels)
         except (EOFError, OSError) as error:
-            raise UnreadablePicture("damaged", "decoding it ended the decoder") from error
+            raise UnreadableImage("damaged", "decoding it ended the decoder") from error
         finally:
             child.kill()
             child.join()
@@ -69,12 +69,12 @@ def _decode(connection: Connection, content: bytes, max_side: int, max_pixels: i
     try:
         width, height = header_size(io.BytesIO(content), 2**62)
         if max(width, height) > max_side or width * height > max_pixels:
-            raise UnreadablePicture("too large", f"{width}x{height}")
+            raise UnreadableImage("too large", f"{width}x{height}")
         image = decode(io.BytesIO(content), "white", max_pixels)
         connection.send_bytes(json.dumps({"size": image.size}).encode())
         connection.send_bytes(image.tobytes())
-    except (UnreadablePicture, MemoryError) as error:
-        kind, _, detail = (str(error) if isinstance(error, UnreadablePicture) else MEMORY_LINE).partition(": ")
+    except (UnreadableImage, MemoryError) as error:
+        kind, _, detail = (str(error) if isinstance(error, UnreadableImage) else MEMORY_LINE).partition(": ")
         connection.send_bytes(json.dumps({"kind": kind, "detail": detail[:300]}).encode())
 
 

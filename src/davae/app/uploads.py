@@ -11,7 +11,7 @@ from PIL import Image
 from davae.app.decoding import decode_apart
 from davae.app.limits import is_below
 from davae.data.formats import is_image_name
-from davae.errors import DataError, UnreadablePicture
+from davae.errors import DataError, UnreadableImage
 
 MAX_BYTES = 20 * 2**20  # of one file
 MAX_SIDE = 12_000  # pixels
@@ -41,7 +41,7 @@ def read_picture(path: Path) -> Image.Image:
         raise DataError(f"{name} has {size / 2**20:.0f} MiB; the page takes files up to {MAX_BYTES // 2**20} MiB")
     try:
         return decode_apart(content, MAX_SIDE, MAX_PIXELS)
-    except UnreadablePicture as error:
+    except UnreadableImage as error:
         found = str(error)
     if size_found := re.fullmatch(r"too large: (\d+x\d+)", found):
         raise DataError(f"{name} is {size_found[1]}, more pixels than the page takes: {_BOUND}")

@@ -133,7 +133,7 @@ class Masked(Joint):
         return F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
 
 
-def valueless(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor) -> bool:
     """Whether FLOPs or memory are being counted, with tensors that hold no values: masks then stand for whole prompts."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
@@ -146,7 +146,7 @@ def inner(model: nn.Module) -> Any:
 def trimmed(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Embeddings (B,L,d) and mask (B,L) without the end that no prompt of the batch reaches, as pipelines pad them; no mask
     where every token counts."""
-    if valueless(mask):
+    if is_fake(mask):
         return embeds, None
     reached = int(mask.any(0).nonzero().max()) + 1
     embeds, mask = embeds[:, :reached], mask[:, :reached]

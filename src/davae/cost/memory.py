@@ -31,7 +31,7 @@ from davae.losses.velocity import velocity_loss
 from davae.pretrained.open import BaseShapes
 from davae.recipes.sections import Stage1, Stage2
 from davae.tasks.stage1 import Stage1Task
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 from davae.vae.codec import encode_raw
 
 # the attention that CPU tensors get, which the registry lacks
@@ -135,7 +135,7 @@ def rehearsal() -> Iterator[None]:
         yield
 
 
-class Undrawn(Draws):
+class Undrawn(SampleRandom):
     """Draws of a rehearsal: shapes alone, so that a batch of any size takes no time. Call it inside a rehearsal."""
 
     def __init__(self, count: int):
@@ -269,7 +269,7 @@ def stage1_memory(
         last = settings.max_steps + settings.gan_start  # any step at which the discriminator plays
 
         def step() -> None:
-            for player in task.active(last):
+            for player in task.trainables_at(last):
                 task.loss(player, {"images": images}, last, draws)[0].backward()
 
         averaged = [p for p in vae.parameters() if p.requires_grad] if settings.ema_decay else []

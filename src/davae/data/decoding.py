@@ -20,7 +20,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from davae.data.formats import open_image
 from davae.data.png_metadata import png_metadata
-from davae.errors import DataError, UnreadablePicture
+from davae.errors import DataError, UnreadableImage
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +58,17 @@ def naming_damage() -> Iterator[list[warnings.WarningMessage]]:
             warnings.simplefilter("always")
             yield told
     except FileNotFoundError as error:
-        raise UnreadablePicture("missing file", f"{error.strerror or error}") from error
+        raise UnreadableImage("missing file", f"{error.strerror or error}") from error
     except UnidentifiedImageError as error:
-        raise UnreadablePicture("not a picture", "no format that Pillow knows") from error
+        raise UnreadableImage("not a picture", "no format that Pillow knows") from error
     except Image.DecompressionBombError as error:
-        raise UnreadablePicture("too many pixels", str(error)) from error
+        raise UnreadableImage("too many pixels", str(error)) from error
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:  # the file system's, not a decoder's
-            raise UnreadablePicture("cannot be opened", f"{error.strerror or error}") from error
+            raise UnreadableImage("cannot be opened", f"{error.strerror or error}") from error
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         cut = isinstance(error, EOFError) or "truncat" in reason.lower()
-        raise UnreadablePicture("truncated" if cut else "damaged", reason) from error
+        raise UnreadableImage("truncated" if cut else "damaged", reason) from error
 
 
 def checked(stream: IO[bytes] | Path) -> IO[bytes] | Path:
@@ -76,13 +76,13 @@ def checked(stream: IO[bytes] | Path) -> IO[bytes] | Path:
     if isinstance(stream, Path):
         status = stream.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UnreadablePicture("cannot be opened", "not a regular file")
+            raise UnreadableImage("cannot be opened", "not a regular file")
         size = status.st_size
     else:
         size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
     if size == 0:
-        raise UnreadablePicture("empty file")
+        raise UnreadableImage("empty file")
     return stream
 
 
@@ -105,7 +105,7 @@ def orientation(image: Image.Image, told: list[warnings.WarningMessage]) -> int:
         damage = " ".join(str(error).split())[:100] or type(error).__name__
     damage = damage or next((" ".join(str(w.message).split()) for w in told if "EXIF" in str(w.message)), "")
     if damage and value is None:
-        raise UnreadablePicture("damaged metadata", f"EXIF: {damage}")
+        raise UnreadableImage("damaged metadata", f"EXIF: {damage}")
     return value if isinstance(value, int) else 1
 
 
@@ -124,13 +124,13 @@ def check_header(image: Image.Image, max_pixels: int, floats: Floats = "refuse")
     """
     width, height = image.size
     if width * height > max_pixels:
-        raise UnreadablePicture("too many pixels", f"{width}x{height}, the limit data.max_pixels is {max_pixels}")
+        raise UnreadableImage("too many pixels", f"{width}x{height}, the limit data.max_pixels is {max_pixels}")
     if image.format not in ONE_IMAGE and (frames := frames_of(image)):
-        raise UnreadablePicture("animation", frames)
+        raise UnreadableImage("animation", frames)
     if image.mode == "F" and floats == "refuse":
-        raise UnreadablePicture("float pixels", "set data.float_pixels=unit where 0 is black and 1 is white")
+        raise UnreadableImage("float pixels", "set data.float_pixels=unit where 0 is black and 1 is white")
     if image.mode == "I" and image.format not in SIXTEEN_BIT_AS_I:
-        raise UnreadablePicture("32-bit pixels", "their range is not known; save the image with 8 or 16 bits")
+        raise UnreadableImage("32-bit pixels", "their range is not known; save the image with 8 or 16 bits")
 
 
 def frames_of(image: Image.Image) -> str:
@@ -217,7 +217,7 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         return decode(path)
-    except UnreadablePicture as error:
+    except UnreadableImage as error:
         raise DataError(f"{path}: {error}") from error
 
 
@@ -248,7 +248,7 @@ def to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         low, high = float(values.min()), float(values.max())
         if not (low >= 0.0 and high <= 1.0):  # also not a number
-            raise UnreadablePicture("float pixels", f"values from {low:g} to {high:g} where 0 to 1 was expected")
+            raise UnreadableImage("float pixels", f"values from {low:g} to {high:g} where 0 to 1 was expected")
         white = 1.0
     elif isinstance(image, TiffImageFile):
         white = 2.0 ** image.tag_v2.get(TIFF_BITS, (16,))[0] - 1

@@ -10,7 +10,7 @@ from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
-from davae.errors import UnreadablePicture
+from davae.errors import UnreadableImage
 
 # No format that runs a program (EPS through Ghostscript) or that is meant for something else than images.
 ALLOWED = frozenset(("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM"))
@@ -92,7 +92,7 @@ def open_image(stream: IO[bytes] | Path) -> Image.Image:
         return Image.open(stream, formats=formats())
     except UnidentifiedImageError:
         if (found := _name_of(_first_bytes(stream))) is not None:
-            raise UnreadablePicture(*found) from None
+            raise UnreadableImage(*found) from None
         raise
 
 

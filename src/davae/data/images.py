@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from davae.data.adm_crop import adm_crop
 from davae.data.findings import Findings
-from davae.errors import DataError, UnreadablePicture
+from davae.errors import DataError, UnreadableImage
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def counted(skipped: dict[str, str]) -> str:
     return f"{len(skipped)} left out: {', '.join(parts)}"
 
 
-class PictureSource(Protocol):
+class ImageSource(Protocol):
     """Pictures by index, with captions."""
 
     @property
@@ -88,7 +88,7 @@ class Split:
     held_out: list[int]
 
 
-def split(source: PictureSource, share: float, indices: Sequence[int] | None = None) -> Split:
+def split(source: ImageSource, share: float, indices: Sequence[int] | None = None) -> Split:
     """Split images into those to train on and those to hold out. At least one stays in training.
 
     Args:
@@ -167,7 +167,7 @@ def grid(pictures: list[Image.Image], columns: int, gap: int = 4) -> Image.Image
     return sheet
 
 
-class Pictures(Dataset):
+class ImageDataset(Dataset):
     """Items by (position, draw): the draw number seeds crop, flip, background and caption, so a run can be repeated.
 
     A draw of -1 gives the plain, unaugmented picture. An unreadable picture is logged once, kept in `skipped` with the
@@ -183,7 +183,7 @@ class Pictures(Dataset):
 
     def __init__(
         self,
-        source: PictureSource,
+        source: ImageSource,
         indices: Sequence[int],
         resolution: int,
         *,
@@ -206,7 +206,7 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def enumerating(self) -> Pictures:
+    def enumerating(self) -> ImageDataset:
         """Return the same images for a cache: draw v * len + position is variant v, and `flip` mirrors every odd variant.
 
         So each image is kept in both orientations, however often it is drawn. What is skipped is kept in common.
@@ -234,7 +234,7 @@ class Pictures(Dataset):
         width, height = self.sizes[self.groups[position]]
         small = picture.width < width or picture.height < height
         if small and not self.enlarge:
-            raise UnreadablePicture("too small", f"{picture.width}x{picture.height}, which its header did not say")
+            raise UnreadableImage("too small", f"{picture.width}x{picture.height}, which its header did not say")
         place = (0.5, 0.5)
         if rng is not None and self.crop == "random":
             place = (float(rng.random()), float(rng.random()))
@@ -244,7 +244,7 @@ class Pictures(Dataset):
             pixels = pixels.flip(-1) if mirrored else pixels
         return {"image": pixels, "caption": caption, "index": index, "label": self.source.label(index)}
 
-    def skip(self, position: int, error: UnreadablePicture) -> None:
+    def skip(self, position: int, error: UnreadableImage) -> None:
         """Keep and log, once, why a picture is not used."""
         name = self.source.key(self.indices[position])
         if name not in self.skipped:
@@ -264,7 +264,7 @@ class Pictures(Dataset):
                 continue
             try:
                 return {**self.read(place, draw), "skipped": met}
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 self.skip(place, error)
                 met[name] = self.skipped[name]
         raise DataError(f"none of the {len(self.indices)} pictures can be read; the log names each")

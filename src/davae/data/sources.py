@@ -15,7 +15,7 @@ import numpy as np
 from davae.data.buckets import nearest_bucket
 from davae.data.captions.choice import SourceOptions
 from davae.data.files import TABLE_OPTIONS, NpzSource, TarSource
-from davae.data.images import PictureSource, counted, target_name
+from davae.data.images import ImageSource, counted, target_name
 from davae.data.shards.commands import PIPE
 from davae.data.shards.folder import open_file, open_folder, open_table
 from davae.data.shards.names import expand_braces, expand_shards, is_shard
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 LOGGED = 20  # left-out pictures named one by one; all are counted
 
 
-def open_source(name: str, resolution: int, options: SourceOptions | None = None) -> PictureSource:
+def open_source(name: str, resolution: int, options: SourceOptions | None = None) -> ImageSource:
     """The source that a recipe's `data.source` names.
 
     Args:
@@ -97,7 +97,7 @@ class Survey:
 
 
 def survey(
-    source: PictureSource,
+    source: ImageSource,
     indices: Sequence[int],
     sizes: Sequence[tuple[int, int]],
     enlarge: bool = False,
@@ -150,6 +150,6 @@ def survey(
     return Survey([indices[place] for place in kept], np.asarray(groups, np.int16), left_out, measured.pixels[kept])
 
 
-def usable(source: PictureSource, indices: Sequence[int], resolution: int, enlarge: bool = False) -> list[int]:
+def usable(source: ImageSource, indices: Sequence[int], resolution: int, enlarge: bool = False) -> list[int]:
     """The pictures that `survey` leaves for squares of `resolution` pixels."""
     return survey(source, indices, [(resolution, resolution)], enlarge).indices

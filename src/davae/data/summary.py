@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from davae.data.findings import Tally, add_to
-from davae.data.images import PictureSource, by_kind, spread
+from davae.data.images import ImageSource, by_kind, spread
 from davae.errors import DataError, UnreadableImage
 
 READ = 100_000  # captions and classes that a summary reads; of a larger set it reads this many, spread over all
@@ -66,7 +66,7 @@ class CaptionFacts:
     damaged: dict[int, str] = field(default_factory=dict)  # image whose caption cannot be read -> why
 
 
-def read_captions(source: PictureSource, indices: Sequence[int], limits: Sequence[TokenLimit]) -> CaptionFacts:
+def read_captions(source: ImageSource, indices: Sequence[int], limits: Sequence[TokenLimit]) -> CaptionFacts:
     """Count captions: distinct ones by a hash, cut ones by each tokenizer. Memory is 8 bytes a distinct caption."""
     facts = CaptionFacts(cut_by={limit.name: {"tokens": limit.tokens, "captions": 0} for limit in limits})
     seen: Counter[bytes] = Counter()
@@ -223,7 +223,7 @@ def _named(count: int, names: Sequence[str]) -> str:
 
 
 def summarise(
-    source: PictureSource,
+    source: ImageSource,
     name: str,
     usable: Sequence[int],
     *,
@@ -301,7 +301,7 @@ def equal_files(equal: Mapping[str, str]) -> dict[str, Tally]:
     return tallies
 
 
-def read_labels(source: PictureSource, indices: Sequence[int]) -> tuple[dict[int, int | None], dict[int, str]]:
+def read_labels(source: ImageSource, indices: Sequence[int]) -> tuple[dict[int, int | None], dict[int, str]]:
     """Return the class of each image, and of the images whose class cannot be read why."""
     labels: dict[int, int | None] = {}
     damaged: dict[int, str] = {}
@@ -313,13 +313,13 @@ def read_labels(source: PictureSource, indices: Sequence[int]) -> tuple[dict[int
     return labels, damaged
 
 
-def class_name(source: PictureSource, label: int) -> str:
+def class_name(source: ImageSource, label: int) -> str:
     """Return the name of a class, its number where the source has no names."""
     names = source.findings.class_names
     return names[label] if 0 <= label < len(names) else str(label)
 
 
-def example(source: PictureSource, index: int, size: Sequence[int]) -> dict[str, Any]:
+def example(source: ImageSource, index: int, size: Sequence[int]) -> dict[str, Any]:
     """Describe one image; `file` is where `davae data --show` writes it."""
     label = source.label(index)
     named = label is not None and label < len(source.findings.class_names)

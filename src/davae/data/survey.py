@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from davae.data.equal import FileImages, equal_images
-from davae.data.images import PictureSource
-from davae.errors import RunError, UnreadablePicture
+from davae.data.images import ImageSource
+from davae.errors import RunError, UnreadableImage
 from davae.files.atomic import atomic_file
 from davae.files.reading import load_json
 
@@ -38,19 +38,19 @@ class Sizes:
     equal: dict[int, int] = field(default_factory=dict)
 
 
-def measure_sizes(source: PictureSource, indices: Sequence[int]) -> Sizes:
+def measure_sizes(source: ImageSource, indices: Sequence[int]) -> Sizes:
     """Read the header of each chosen image, and find those with equal files. Pixels are not decoded."""
     pixels = np.zeros((len(indices), 2), np.int32)
     reasons: dict[int, str] = {}
     for place, index in enumerate(indices):
         try:
             pixels[place] = source.size(index)
-        except UnreadablePicture as error:
+        except UnreadableImage as error:
             reasons[place] = str(error)
     return Sizes(pixels, reasons, equal_images(source, indices, reasons) if isinstance(source, FileImages) else {})
 
 
-def sizes_key(source: PictureSource, indices: Sequence[int], options: str) -> str:
+def sizes_key(source: ImageSource, indices: Sequence[int], options: str) -> str:
     """Return a hash of the names and the bytes of the chosen images' files, and of the options that refuse some."""
     digest = hashlib.sha256(f"{FORMAT} {options}".encode())
     for index in indices:

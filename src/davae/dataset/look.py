@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from davae.backbones.families.rows import transformer_family
-from davae.data.images import Pictures, grid, spread, to_images
+from davae.data.images import ImageDataset, grid, spread, to_images
 from davae.data.shards.remote import glob_url, is_remote
 from davae.data.sources import check_name, expand_braces
 from davae.data.summary import CLIP_AT_LEAST, EXAMPLES, Summary, TokenLimit, example
@@ -28,7 +28,7 @@ from davae.dataset.opened import (
     open_images,
     open_pictures,
 )
-from davae.errors import DataError, RunError, UnreadablePicture
+from davae.errors import DataError, RunError, UnreadableImage
 from davae.files.atomic import atomic_file, make_folder
 from davae.pretrained.offline import readable
 from davae.pretrained.open import read_shapes
@@ -148,7 +148,7 @@ def prepared(
     if opened.sizes:
         options: dict[str, Any] = {"sizes": opened.sizes, "groups": opened.survey.groups, "enlarge": data.enlarge}
         square = opened.sizes[0][0]
-        pictures = Pictures(opened.source, indices, square, seed=seed, flip=data.flip, crop=data.crop, **options)
+        pictures = ImageDataset(opened.source, indices, square, seed=seed, flip=data.flip, crop=data.crop, **options)
     for place, index in enumerate(indices):
         try:
             if pictures is not None:
@@ -160,7 +160,7 @@ def prepared(
             image, caption = opened.source.load(index, rng)
             mirrored = data.flip and rng.random() < 0.5
             yield place, ImageOps.mirror(image) if mirrored else image, caption
-        except UnreadablePicture as error:
+        except UnreadableImage as error:
             damaged[opened.source.key(index)] = str(error)
             bad.add(place)
 
@@ -238,7 +238,7 @@ def real_pictures(
     *,
     summary: Path | None = None,
     limits: Sequence[TokenLimit] = (CLIP_AT_LEAST,),
-) -> Pictures:
+) -> ImageDataset:
     """Return the images of a source as squares: all, or one side of the split that holds out a share.
 
     Args:
@@ -255,19 +255,21 @@ def real_pictures(
     return opened.squares(opened.survey.indices)
 
 
-def batches(pictures: Pictures, num: int | None = None, size: int = 16, *, shared: bool = False) -> Iterator[Tensor]:
+def batches(
+    pictures: ImageDataset, num: int | None = None, size: int = 16, *, shared: bool = False
+) -> Iterator[Tensor]:
     """Yield plain images, (B,3,R,R), in order, as `numbered_batches` does."""
     return (images for _, images in numbered_batches(pictures, num, size, shared=shared))
 
 
-def prompts_of(pictures: Pictures, positions: Sequence[int], by_class: bool) -> list[str]:
+def prompts_of(pictures: ImageDataset, positions: Sequence[int], by_class: bool) -> list[str]:
     """Return the prompts of images by position, without decoding them: their captions, or their classes."""
     source, indices = pictures.source, [pictures.indices[position] for position in positions]
     return [str(source.label(index)) if by_class else source.caption(index) for index in indices]
 
 
 def numbered_batches(
-    pictures: Pictures, num: int | None = None, size: int = 16, *, shared: bool = False
+    pictures: ImageDataset, num: int | None = None, size: int = 16, *, shared: bool = False
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield the positions of images and the images, (B,3,R,R), in order.
 
@@ -287,7 +289,7 @@ def numbered_batches(
             try:
                 images.append(pictures.read(i, -1)["image"])
                 positions.append(int(i))
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 pictures.skip(i, error)
         if images:
             yield positions, torch.stack(images)

@@ -16,7 +16,7 @@ from davae.data.batches import Batches
 from davae.data.buckets import bucket_sizes, group_counts
 from davae.data.captions.choice import SourceOptions
 from davae.data.equal import FileImages, equal_images
-from davae.data.images import Pictures, PictureSource, Split, split, spread
+from davae.data.images import ImageDataset, ImageSource, Split, split, spread
 from davae.data.latent_cache.key import fingerprint, hash_pictures
 from davae.data.sources import Survey, open_source, survey
 from davae.data.summary import CLIP_AT_LEAST, EXAMPLES, Summary, TokenLimit, count_words, summarise
@@ -39,7 +39,7 @@ SUMMARY = "data.json"  # in a run folder
 class OpenedData:
     """A recipe's images, looked through once: which train, which are held out, which are left out and why."""
 
-    source: PictureSource
+    source: ImageSource
     sizes: list[tuple[int, int]]  # (width, height) of the buckets; one square without them
     train: list[int]
     groups: np.ndarray  # bucket of each training image
@@ -63,9 +63,9 @@ class OpenedData:
             chosen = spread(len(self.source), self.data.limit)
             keep_sizes(folder, sizes_key(self.source, chosen, repr(source_options(self.data))), self.measured)
 
-    def pictures(self, data: Data, seed: int) -> Pictures:
+    def pictures(self, data: Data, seed: int) -> ImageDataset:
         """Return the training images, in their buckets."""
-        return Pictures(
+        return ImageDataset(
             self.source,
             self.train,
             self.sizes[0][0],
@@ -77,9 +77,9 @@ class OpenedData:
             enlarge=data.enlarge,
         )
 
-    def squares(self, indices: Sequence[int], seed: int = 0) -> Pictures:
+    def squares(self, indices: Sequence[int], seed: int = 0) -> ImageDataset:
         """Return chosen images as squares, for what is measured and shown."""
-        return Pictures(self.source, indices, self.sizes[0][0], seed=seed, enlarge=self.data.enlarge)
+        return ImageDataset(self.source, indices, self.sizes[0][0], seed=seed, enlarge=self.data.enlarge)
 
     @property
     def shown_from(self) -> Literal["held out", "training"]:
@@ -90,7 +90,9 @@ class OpenedData:
         """Return up to `num` held-out images that fill the square, spread over all; training images where none is."""
         square, large = self.sizes[0], self.data.enlarge
         indices = self.held_out or [
-            i for i, g in zip(self.train, self.groups, strict=True) if large or fills(self.source, i, square, int(g))
+            i
+            for i, g in zip(self.train, self.groups, strict=True)
+            if large or covers_square(self.source, i, square, int(g))
         ]
         return [indices[place] for place in spread(len(indices), num)]
 
@@ -233,7 +235,7 @@ def open_images(
     return opened
 
 
-def apart_from(source: PictureSource, chosen: Sequence[int], parts: Split) -> list[int]:
+def apart_from(source: ImageSource, chosen: Sequence[int], parts: Split) -> list[int]:
     """Return the held-out images without those whose file equals a training image's; all of them where none is left."""
     equal: dict[int, int] = {}
     if is_main() and isinstance(source, FileImages) and parts.held_out:
@@ -278,7 +280,7 @@ def check_same_data(opened: OpenedData, name: str) -> None:
     )
 
 
-def fills(source: PictureSource, index: int, square: tuple[int, int], group: int) -> bool:
+def covers_square(source: ImageSource, index: int, square: tuple[int, int], group: int) -> bool:
     """Whether a usable picture is large enough for the square; one whose bucket is the square is."""
     return group == 0 or min(source.size(index)) >= square[0]
 

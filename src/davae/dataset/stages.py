@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from davae.backbones.families.rows import transformer_family
-from davae.data.images import Pictures
+from davae.data.images import ImageDataset
 from davae.data.summary import Summary, TokenLimit, check_captions
 from davae.dataset.opened import (
     SUMMARY,
@@ -92,13 +92,13 @@ class StageData:
         """Images of stage 2 that cannot be used, and why; more are met while reading."""
         return dict(self.stage2.left_out)
 
-    def for_stage1(self) -> Pictures:
+    def for_stage1(self) -> ImageDataset:
         """Return the training set of stage 1, in its buckets."""
         pictures = self.stage1.pictures(self.stage1.data, self.recipe.run.seed)
         pictures.skipped = self.skipped if self.shared else dict(self.stage1.left_out)
         return pictures
 
-    def for_cache(self) -> Pictures:
+    def for_cache(self) -> ImageDataset:
         """Return the training set of stage 2 as the cache encodes it, in its buckets."""
         pictures = self.stage2.pictures(self.stage2.data, self.recipe.run.seed).enumerating()
         pictures.skipped = self.skipped

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from davae.backbones.classes import goes_by_class
 from davae.data.formats import open_image
-from davae.data.images import Pictures, to_tensor
+from davae.data.images import ImageDataset, to_tensor
 from davae.dataset.encoding import coding_bytes, images_at_a_time
 from davae.dataset.look import as_data, batches, real_pictures
 from davae.dataset.opened import with_counts
@@ -160,7 +160,7 @@ _real: dict[tuple[str, int, float, str, Path | None, int], ImageSet] = {}
 
 
 def real_images(
-    pictures: Pictures, data: Data, held_in: float, features: str, weights: Path | None, patch_size: int = 0
+    pictures: ImageDataset, data: Data, held_in: float, features: str, weights: Path | None, patch_size: int = 0
 ) -> ImageSet:
     """Measure a set of real images, kept for the next model that is compared with it."""
     key = data.model_dump_json(), pictures.resolution, held_in, features, weights, patch_size

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from davae.data.images import Pictures, collate
+from davae.data.images import ImageDataset, collate
 from davae.dataset.opened import SUMMARY, announce, open_pictures
 from davae.errors import ModelError
 from davae.files.atomic import save_tensors
 from davae.losses.perceptual import perceptual_distance
 from davae.recipes.schema import SuperResolution, SuperResolutionRecipe
 from davae.train.distributed import from_main, on_main
-from davae.train.loop import Observer, Player, Trainer, training_seed
-from davae.train.random import Draws
+from davae.train.loop import Observer, Trainable, Trainer, training_seed
+from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder
 from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
 from davae.vae.blocks import downsample
@@ -40,7 +40,9 @@ class SuperResolutionTask:
 
     name = "network"
 
-    def __init__(self, recipe: SuperResolutionRecipe, network: nn.Module, pictures: Pictures, device: torch.device):
+    def __init__(
+        self, recipe: SuperResolutionRecipe, network: nn.Module, pictures: ImageDataset, device: torch.device
+    ):
         self.settings, self.scale, self.dataset, self.device = recipe.network, recipe.scale, pictures, device
         self.collate = collate
         s = recipe.network
@@ -48,16 +50,16 @@ class SuperResolutionTask:
             perceptual_distance(s.perceptual, s.perceptual_weights).to(device) if s.lambda_lpips else None
         )
         network.to(device)
-        self.players = {"network": Player(network, [{"params": list(network.parameters())}], lr=s.lr)}
+        self.trainables = {"network": Trainable(network, [{"params": list(network.parameters())}], lr=s.lr)}
         self.modules: dict[str, nn.Module] = {"network": network}
 
     def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         pass
 
-    def active(self, step: int) -> list[str]:
+    def trainables_at(self, step: int) -> list[str]:
         return ["network"]
 
-    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         images = batch["images"].to(self.device)  # (B,3,sH,sW) in [-1,1]
         small = downsample(images, self.scale, "antialias") / 2 + 0.5  # the network speaks [0,1]
         enlarged = self.modules["network"](small) * 2 - 1

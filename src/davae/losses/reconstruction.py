@@ -104,7 +104,7 @@ class _Carried(torch.autograd.Function):
         return upstream[0].to(gradient.dtype) * gradient, None, None
 
 
-def carry(tensor: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+def with_known_gradient(tensor: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
     """A scalar worth `value` that hands `gradient` to `tensor` on its way back.
 
     What stands behind `value` (LPIPS, a discriminator) is differentiated once; adaptive weights and the training step share

@@ -32,7 +32,7 @@ from davae.publish.assemble import (
 from davae.publish.card import Origin, write_card
 from davae.publish.report_file import read_report
 from davae.publish.standalone import home_module, standalone_source
-from davae.publish.upgrade_file import VAE_FOLDER, Upgrade, check_base_autoencoder, write_upgrade
+from davae.publish.upgrade_file import VAE_FOLDER, UpgradeFile, check_base_autoencoder, write_upgrade
 from davae.recipes import Recipe, load_recipe
 from davae.train.run_folder import is_done, was_done
 from davae.zoo import resolve
@@ -130,7 +130,7 @@ def export(
 
 
 def apply(
-    upgrade: Upgrade,
+    upgrade: UpgradeFile,
     base: str,
     out: Path,
     dtype: torch.dtype,

@@ -26,7 +26,7 @@ NEAR = 0.05  # relative distance of two base latents that still are the same aut
 
 
 @dataclass(frozen=True)
-class Upgrade:
+class UpgradeFile:
     """An upgrade file with its DetailVAE's folder."""
 
     file: Path
@@ -70,7 +70,7 @@ def write_upgrade(source: Path, folder: Path, dtype: torch.dtype) -> None:
     )
 
 
-def find_upgrade(name: str, vae: Path | None = None) -> Upgrade:
+def find_upgrade(name: str, vae: Path | None = None) -> UpgradeFile:
     """An upgrade by its file, its folder, a hub id or an embedded one's name, with its DetailVAE.
 
     Args:
@@ -96,7 +96,7 @@ def find_upgrade(name: str, vae: Path | None = None) -> Upgrade:
             f"{place} was trained with DetailVAE {str(details.vae_id)[:12]}, {folder} is {found[:12]}; give the right one "
             "with --vae"
         )
-    return Upgrade(place, folder, metadata)
+    return UpgradeFile(place, folder, metadata)
 
 
 def _download(name: str) -> Path:

@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from davae.data.latent_cache.read import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.errors import DataError
-from davae.data.images import (Pictures)
+from davae.data.images import (ImageDataset)
 from davae.data.summary import check_captions
 from davae.pretrained.autoencoders import (autoencoder_config, load_autoencoder)
 from davae.vae.codec import (latent_shape, raw_statistics)
@@ -35,7 +35,7 @@ from davae.tasks.text_to_image import (
     build_tokenizer,
     build_transformer,
 )
-from davae.runs.cache import cache_key, cache_pictures, cache_shards, tell_left_out
+from davae.runs.cache import cache_key, cache_pictures, cache_shards, write_skipped
 from davae.dataset.encoding import run_precision
 from davae.publish.assemble import save_pipeline
 from davae.train.loop import Observer, Progress, Trainer, training_seed
@@ -111,7 +111,7 @@ class BaseRun:
         return opened
 
     @cached_property
-    def pictures(self) -> Pictures:
+    def pictures(self) -> ImageDataset:
         """The training images as the cache encodes them."""
         return self.opened.pictures(self.recipe.data, self.recipe.run.seed).enumerating()
 
@@ -217,7 +217,7 @@ class BaseRun:
         )
         skipped = {**self.opened.left_out, **meta.skipped}
         used = len(self.opened.train) - len(meta.skipped)
-        tell_left_out(self.out / "pictures.json", used, skipped, self.accelerator)
+        write_skipped(self.out / "pictures.json", used, skipped, self.accelerator)
         return meta
 
     def watch(self, name: str) -> Callable[[int, int], None]:

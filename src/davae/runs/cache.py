@@ -26,7 +26,7 @@ from davae.data.latent_cache.key import (
 from davae.data.latent_cache.write import write_latents, write_text
 from davae.data.latent_cache.import_shards import PATTERN, STATISTICS, import_shards
 from davae.errors import DataError
-from davae.data.images import (Pictures, by_kind, counted)
+from davae.data.images import (ImageDataset, by_kind, counted)
 from davae.data.tables import TableSource
 from davae.files.atomic import atomic_text, saving
 from davae.recipes.sections import Cache, Data
@@ -102,7 +102,7 @@ def cache_key(
 
 def cache_pictures(
     folder: Path,
-    pictures: Pictures,
+    pictures: ImageDataset,
     vae: Any,
     *,
     key: Key,
@@ -173,7 +173,7 @@ def cache_shards(
     patient_barrier()
 
 
-def tell_left_out(path: Path, used: int, skipped: dict[str, str], accelerator: Accelerator) -> None:
+def write_skipped(path: Path, used: int, skipped: dict[str, str], accelerator: Accelerator) -> None:
     """`pictures.json`: how many pictures train, and the names of the others under what is wrong with them."""
     if not accelerator.is_main_process:
         return

@@ -32,7 +32,7 @@ from davae.files.ownership import check_run
 from davae.errors import RecipeError
 from davae.recipes import (Recipe)
 from davae.runs.train_base import (train_base)
-from davae.runs.cache import cache_key, cache_pictures, cache_shards, tell_left_out
+from davae.runs.cache import cache_key, cache_pictures, cache_shards, write_skipped
 from davae.tasks.base_model import (base_shapes)
 from davae.runs.checks import (base_objective, check_init, check_recipe, check_shared)
 from davae.tasks.conditioning import conditioning, embed_in_step
@@ -226,7 +226,7 @@ class Upgrade:
                 if self.init is None:  # weights to go on from were trained on the statistics they came with
                     on_main(partial(self._store_statistics, vae, meta))
             if self.recipe.cache.shards is None:
-                tell_left_out(self.out / "pictures.json", len(self._used(meta)), self.skipped, self.accelerator)
+                write_skipped(self.out / "pictures.json", len(self._used(meta)), self.skipped, self.accelerator)
             self.folder.mark_done("cache")
         return target
 
@@ -363,7 +363,7 @@ class Upgrade:
             trainer.fit(recipe.stage2_data.num_workers)
             trainer.use_average()
             state = trainer.whole_state("transformer")
-            tensors = {name: state[name] for name in task.players["transformer"].trained}
+            tensors = {name: state[name] for name in task.trainables["transformer"].trained}
             trainer.release()
 
             def export() -> None:

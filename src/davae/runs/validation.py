@@ -22,7 +22,7 @@ from davae.errors import RecipeError
 from davae.train.best import BEST
 from davae.tasks.conditioning import Conditioning, EmbeddedInStep
 from davae.cost.flops import meta_detail_vae
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 from davae.dataset.encoding import Encoder, coding_bytes, images_at_a_time, run_precision
 from davae.train.loop import Periodic
 from davae.tasks.noising import Diffusion, noise_batch
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 SHOWN = 8  # pictures in a grid
 
 
-class CaptionTable:
+class CaptionParts:
     """Embeddings of a few captions, computed once: what held-out pictures and shown prompts need of the text encoders."""
 
     def __init__(self, captions: list[str], parts: tuple[Tensor, ...]):
@@ -109,7 +109,7 @@ def shown_at_a_time(run: Upgrade) -> int:
     return from_main(chosen)  # all processes run the wrapped model as often
 
 
-def embedded_captions(run: Any, conditioning: Any, captions: list[str]) -> CaptionTable:
+def embedded_captions(run: Any, conditioning: Any, captions: list[str]) -> CaptionParts:
     """Return embeddings of captions; one that is not finite is named and replaced by the empty caption's, as in training.
 
     Text encoders that training has loaded for its own captions embed these too.
@@ -117,7 +117,7 @@ def embedded_captions(run: Any, conditioning: Any, captions: list[str]) -> Capti
     known, size = conditioning.cache, run.recipe.cache.batch_size
     embedded = known if isinstance(known, EmbeddedInStep) else EmbeddedInStep(run.embedder())
     parts = [embedded.embed(captions[first : first + size]) for first in range(0, len(captions), size)]
-    return CaptionTable(captions, tuple(torch.cat(kind) for kind in zip(*parts, strict=True)))
+    return CaptionParts(captions, tuple(torch.cat(kind) for kind in zip(*parts, strict=True)))
 
 
 def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
@@ -158,7 +158,7 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
             settings = task.settings.model_copy(update={"caption_dropout": 0.0})
             for first in range(0, len(latents), size):
                 part = latents[first : first + size]
-                draws = Draws(recipe.run.seed, "validation", 0, first, len(part))  # the same at every step
+                draws = SampleRandom(recipe.run.seed, "validation", 0, first, len(part))  # the same at every step
                 told = conditions[first : first + size]
                 noisy = noise_batch(task.objective, part, told, conditioning.null, settings, draws)
                 prediction = conditioning.predict(task.modules["transformer"], noisy.x_t, noisy.t, noisy.conditions)
@@ -171,7 +171,7 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
         periodic.append(Periodic(recipe.stage2.validate_every, validate))
     if recipe.run.sample_every:
         side, decoding = recipe.base.resolution // run.shapes.vae_factor, Halving("progress", shown_at_a_time(run))
-        draws = Draws(recipe.sampling.seed, "samples", 0, 0, len(prompts))
+        draws = SampleRandom(recipe.sampling.seed, "samples", 0, 0, len(prompts))
         noise = draws.normal(task.layout.channels, side, side).to(device)
 
         @torch.no_grad()

@@ -22,7 +22,7 @@ from davae.data.decoding import (
 )
 from davae.data.formats import is_image_name, open_image
 from davae.data.images import grid
-from davae.errors import DataError, RunError, UnreadablePicture
+from davae.errors import DataError, RunError, UnreadableImage
 from davae.files.outputs import check_image, save_image
 from davae.sample.upscale import check_enlarging, check_size, upscale
 
@@ -99,7 +99,7 @@ def find_images(places: Sequence[Path], out: Path, prompt: str | None = None) ->
         targets[target] = file
         try:
             size = header_size(file)
-        except UnreadablePicture as error:
+        except UnreadableImage as error:
             raise DataError(f"{file}: {error}") from error
         jobs.append(ImageJob(file, target, _prompt(file) if prompt is None else prompt, size))
     for target in targets:
@@ -138,7 +138,7 @@ def read_source(path: Path) -> Source:
                 return Source(upright_rgb(image, "white"), None, turn)
             upright = image.transpose(UPRIGHT[turn][0]) if turn in UPRIGHT else image.copy()
             return Source(upright, profile, turn)
-    except UnreadablePicture as error:
+    except UnreadableImage as error:
         raise DataError(f"{path}: {error}") from error
 
 

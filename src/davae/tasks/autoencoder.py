@@ -8,12 +8,12 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor, nn
 
-from davae.data.images import Pictures
+from davae.data.images import ImageDataset
 from davae.recipes.schema import Autoencoder, BaseRecipe
 from davae.recipes.sections import Reconstruction
 from davae.tasks.reconstruction import ReconstructionTask
-from davae.train.loop import Player
-from davae.train.random import Draws
+from davae.train.loop import Trainable
+from davae.train.random import SampleRandom
 
 
 def build_autoencoder(recipe: BaseRecipe) -> AutoencoderKL | AutoencoderDC:
@@ -81,14 +81,14 @@ class AutoencoderTask(ReconstructionTask):
         self,
         settings: Reconstruction,
         vae: AutoencoderKL | AutoencoderDC,
-        pictures: Pictures,
+        pictures: ImageDataset,
         device: torch.device,
     ):
         self.vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        player = Player(vae, [{"params": list(vae.parameters())}], lr=settings.lr)
+        player = Trainable(vae, [{"params": list(vae.parameters())}], lr=settings.lr)
         super().__init__(settings, pictures, player, AutoencoderPass(vae), device)
 
-    def autoencoder_turn(self, images: Tensor, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+    def autoencoder_turn(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         reconstruction, mean, logvar = self.modules["vae"](images, draws.samples)
         last = self.vae.decoder.conv_out.weight
         total, _, logged = self.trainer.autoencoder_loss(images, reconstruction, mean, logvar, last, step)

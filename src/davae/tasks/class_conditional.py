@@ -21,8 +21,8 @@ from davae.recipes.schema import BaseRecipe, ClassArchitecture
 from davae.recipes.sections import FlowOptim
 from davae.tasks.conditioning import conditioning
 from davae.tasks.noising import FLOW, noise_batch
-from davae.train.loop import Player
-from davae.train.random import Draws
+from davae.train.loop import Trainable
+from davae.train.random import SampleRandom
 
 
 def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int) -> LightningDiT:
@@ -73,7 +73,7 @@ class ClassFlowTask:
             transformer.enable_gradient_checkpointing()
         self.conditioning = conditioning(transformer, cache, device)
         parameters = self.choose(transformer)
-        self.players = {"dit": Player(transformer, [{"params": parameters}], lr=self.settings.lr)}
+        self.trainables = {"dit": Trainable(transformer, [{"params": parameters}], lr=self.settings.lr)}
         self.modules: dict[str, nn.Module] = {"dit": transformer}
 
     def chosen_settings(self, recipe: BaseRecipe) -> FlowOptim:
@@ -87,10 +87,10 @@ class ClassFlowTask:
     def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         """Nothing to add."""
 
-    def active(self, step: int) -> list[str]:
+    def trainables_at(self, step: int) -> list[str]:
         return ["dit"]
 
-    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         latents = send(batch["latents"], self.device)
         z = (latents - over_grid(self.mean, latents)) / over_grid(self.std, latents)  # (B,C,h,w)

@@ -20,7 +20,7 @@ from davae.losses.min_snr import Prediction, min_snr_weight
 from davae.losses.x0_ratio import x0_ratio_weight
 from davae.pretrained.placement import send
 from davae.recipes.sections import FlowOptim, Stage2
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 
 
 class Objective(Protocol):
@@ -120,7 +120,7 @@ def noise_batch(
     conditions: list[Any],
     null: Any,
     settings: FlowOptim,
-    draws: Draws,
+    draws: SampleRandom,
     min_snr_gamma: float | None = None,
     x0_ratio_max: float | None = None,
 ) -> NoisedBatch:

@@ -9,21 +9,21 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from davae.data.images import Pictures, collate
+from davae.data.images import ImageDataset, collate
 from davae.losses.perceptual import perceptual_distance
 from davae.losses.reconstruction import (
     adaptive_weight,
-    carry,
     discriminator_hinge,
     generator_hinge,
     gradient_at,
     reconstruction_loss,
+    with_known_gradient,
 )
 from davae.pretrained.placement import send
 from davae.recipes.sections import Reconstruction
 from davae.train.distributed import mean_over_ranks
-from davae.train.loop import Player
-from davae.train.random import Draws
+from davae.train.loop import Trainable
+from davae.train.random import SampleRandom
 from davae.vae.discriminator import PatchDiscriminator
 
 
@@ -51,17 +51,17 @@ class ReconstructionTrainer:
         self._images: Tensor | None = None
         self._fake: Tensor | None = None  # scores of the reconstruction, (B,1,h,w), with their graph
 
-    def players(self, autoencoder: Player) -> dict[str, Player]:
-        players = {"vae": autoencoder}
+    def trainables(self, autoencoder: Trainable) -> dict[str, Trainable]:
+        trainables = {"vae": autoencoder}
         if self.discriminator is not None:
-            players["discriminator"] = Player(
+            trainables["discriminator"] = Trainable(
                 self.discriminator,
                 [{"params": list(self.discriminator.parameters())}],
                 lr=self.settings.gan_lr,
                 ema=False,
                 clip=False,
             )
-        return players
+        return trainables
 
     def modules(self) -> dict[str, nn.Module]:
         return {"discriminator": self.discriminator} if self.discriminator is not None else {}
@@ -69,7 +69,7 @@ class ReconstructionTrainer:
     def adversarial(self, step: int) -> bool:
         return self.discriminator is not None and step + 1 >= self.settings.gan_start
 
-    def active(self, step: int) -> list[str]:
+    def trainables_at(self, step: int) -> list[str]:
         return ["vae", "discriminator"] if self.adversarial(step) else ["vae"]
 
     def autoencoder_loss(
@@ -116,7 +116,7 @@ class ReconstructionTrainer:
             gradient = pull + s.lambda_adv * weight * push
             logged |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
             self._images, self._fake = images, logits
-        total = carry(reconstruction, gradient, value) + s.lambda_kl * loss.kl
+        total = with_known_gradient(reconstruction, gradient, value) + s.lambda_kl * loss.kl
         return total, pull, logged
 
     def discriminator_loss(self, discriminator: nn.Module) -> tuple[Tensor, dict[str, Any]]:
@@ -127,7 +127,7 @@ class ReconstructionTrainer:
         return loss, {"discriminator": loss.detach()}
 
 
-def keep_layout(autoencoder: nn.Module) -> None:
+def keep_channels_last(autoencoder: nn.Module) -> None:
     """diffusers' residual blocks copy their shortcut's input out of channels_last, and everything behind it back, when they
     are in training mode; without dropout the mode means nothing else to them."""
     for block in autoencoder.modules():
@@ -141,26 +141,31 @@ class ReconstructionTask(ABC):
     name: str
 
     def __init__(
-        self, settings: Reconstruction, pictures: Pictures, player: Player, forward: nn.Module, device: torch.device
+        self,
+        settings: Reconstruction,
+        pictures: ImageDataset,
+        player: Trainable,
+        forward: nn.Module,
+        device: torch.device,
     ):
         self.settings, self.dataset, self.collate, self.device = settings, pictures, collate, device
         self.trainer = ReconstructionTrainer(settings, device)
-        self.players = self.trainer.players(player)
-        keep_layout(player.module)
+        self.trainables = self.trainer.trainables(player)
+        keep_channels_last(player.module)
         self.modules: dict[str, nn.Module] = {"vae": forward, **self.trainer.modules()}
 
     def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
         """Nothing to add; a task may."""
 
-    def active(self, step: int) -> list[str]:
-        return self.trainer.active(step)
+    def trainables_at(self, step: int) -> list[str]:
+        return self.trainer.trainables_at(step)
 
-    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         if player == "discriminator":
             return self.trainer.discriminator_loss(self.modules["discriminator"])
         images = send(batch["images"], self.device, torch.channels_last)
         return self.autoencoder_turn(images, step, draws)
 
     @abstractmethod
-    def autoencoder_turn(self, images: Tensor, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+    def autoencoder_turn(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         """Scalar loss of the autoencoder on images (B,3,H,W), and what to log."""

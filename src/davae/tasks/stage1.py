@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.data.images import Pictures
+from davae.data.images import ImageDataset
 from davae.losses.alignment import alignment_loss
 from davae.losses.reconstruction import adaptive_weight, gradient_at
 from davae.pretrained.placement import send
 from davae.recipes.sections import Stage1
 from davae.tasks.reconstruction import ReconstructionTask
 from davae.train.distributed import mean_over_ranks
-from davae.train.loop import Player
-from davae.train.random import Draws
+from davae.train.loop import Trainable
+from davae.train.random import SampleRandom
 from davae.vae.detail_vae import DetailVAE
 
 
-def random_squares(images: Tensor, side: int, draws: Draws) -> Tensor:
+def random_squares(images: Tensor, side: int, draws: SampleRandom) -> Tensor:
     """A square of `side` pixels at a drawn place of each picture: (B,3,H,W) -> (B,3,side,side).
 
     Where the pictures are no larger they stay whole. All layers but attention are local, so that many small squares train a
@@ -56,16 +56,16 @@ class Stage1Task(ReconstructionTask):
 
     name = "stage1"
 
-    def __init__(self, settings: Stage1, vae: DetailVAE, pictures: Pictures, device: torch.device):
+    def __init__(self, settings: Stage1, vae: DetailVAE, pictures: ImageDataset, device: torch.device):
         self.stage, self.vae = settings, vae.to(device, memory_format=vae.memory_format)  # type: ignore[call-overload]
         self.vae.train()
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         parameters = [*vae.detail_encoder.parameters(), *vae.decoder.parameters()]
-        player = Player(vae, [{"params": parameters}], lr=settings.lr)
+        player = Trainable(vae, [{"params": parameters}], lr=settings.lr)
         super().__init__(settings, pictures, player, DetailVAEPass(vae, settings.detail_dropout), device)
 
-    def autoencoder_turn(self, images: Tensor, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+    def autoencoder_turn(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s, factor = self.stage, self.vae.spatial_factor
         if s.crop is not None:
             images = random_squares(images, s.crop, draws)  # (B,3,crop,crop)

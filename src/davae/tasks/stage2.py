@@ -18,9 +18,9 @@ from davae.pretrained.placement import send
 from davae.recipes.sections import Stage2
 from davae.tasks.conditioning import Conditioning, of_batch
 from davae.tasks.noising import Objective, noise_batch
-from davae.train.loop import Player
+from davae.train.loop import Trainable
 from davae.train.monitor import Parts
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 from davae.train.sharding import like, local
 
 
@@ -57,8 +57,8 @@ class Stage2Task:
             transformer.enable_gradient_checkpointing()  # type: ignore[operator]
         self.masks = new_weight_masks(transformer)
         self.head = transformer_family(type(transformer).__name__).head  # now: FSDP2 changes the class
-        self.players = {
-            "transformer": Player(transformer, [{"params": parameters}], lr=settings.lr, parts=self.parts)
+        self.trainables = {
+            "transformer": Trainable(transformer, [{"params": parameters}], lr=settings.lr, parts=self.parts)
         }
         self.modules: dict[str, nn.Module] = {"transformer": transformer}
 
@@ -80,10 +80,10 @@ class Stage2Task:
         if self.settings.new_weight_lr_multiplier != 1.0:
             NewWeightBoost(self.transformer, self.settings.new_weight_lr_multiplier).attach(optimizer)
 
-    def active(self, step: int) -> list[str]:
+    def trainables_at(self, step: int) -> list[str]:
         return ["transformer"]
 
-    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         raw = send(batch["latents"], self.device)  # (B,C+D,h,w)
         latents = (raw - over_grid(self.mean, raw)) / over_grid(self.std, raw)

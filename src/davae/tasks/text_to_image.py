@@ -26,8 +26,8 @@ from davae.pretrained.placement import send
 from davae.recipes.schema import TextArchitecture
 from davae.recipes.sections import FlowOptim
 from davae.tasks.noising import FLOW, noise_batch
-from davae.train.loop import Player
-from davae.train.random import Draws
+from davae.train.loop import Trainable
+from davae.train.random import SampleRandom
 
 
 def build_tokenizer(captions: Iterable[str], vocabulary: int, tokens: int) -> CLIPTokenizer:
@@ -149,16 +149,16 @@ class BaseFlowTask:
         decay = [p for p in model.parameters() if p.ndim >= 2]
         plain = [p for p in model.parameters() if p.ndim < 2]
         groups = [{"params": decay}, {"params": plain, "weight_decay": 0.0}]
-        self.players = {"dit": Player(model, groups, lr=settings.lr)}
+        self.trainables = {"dit": Trainable(model, groups, lr=settings.lr)}
         self.modules: dict[str, nn.Module] = {"dit": model}
 
     def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         """Nothing to add."""
 
-    def active(self, step: int) -> list[str]:
+    def trainables_at(self, step: int) -> list[str]:
         return ["dit"]
 
-    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         z = (send(batch["latents"], self.device) - self.mean) / self.std  # (B,C,h,w)
         flow = noise_batch(FLOW, z, batch["conditions"], "", s, draws)

@@ -24,7 +24,7 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def check(accelerator: Accelerator, task: str, players: int, run: Run, settings: Optim) -> None:
+def check(accelerator: Accelerator, task: str, trainables: int, run: Run, settings: Optim) -> None:
     """Whether this engine can train the task at all.
 
     Raises:
@@ -36,7 +36,7 @@ def check(accelerator: Accelerator, task: str, players: int, run: Run, settings:
     sharded = accelerator.is_fsdp2 or is_deepspeed(accelerator)
     if sharded and settings.optimizer == "adamw-8bit":
         raise RunError(f"{task}.optimizer: adamw-8bit keeps its state in blocks that cannot be sharded; use adamw")
-    if is_deepspeed(accelerator) and players > 1:
+    if is_deepspeed(accelerator) and trainables > 1:
         raise RunError(
             f"{task}: DeepSpeed trains one network, and this one plays against a discriminator; run this stage with DDP or "
             f"FSDP2, or set {task}.lambda_adv=0"

@@ -33,7 +33,7 @@ from davae.train.monitor import (
     peak_memory,
 )
 from davae.train.optimizers import build_optimizer, learning_rate
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 from davae.train.run_folder import Metrics, RunFolder, newest_checkpoint, save_checkpoint
 from davae.train.shares import share_of_step
 from davae.train.signals import stop_on_signal
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Player:
+class Trainable:
     """One optimizer and what it trains.
 
     Attributes:
@@ -73,7 +73,7 @@ class Task(Protocol):
     """What a stage brings to the loop."""
 
     name: str
-    players: dict[str, Player]
+    trainables: dict[str, Trainable]
     modules: dict[str, nn.Module]  # one a player, called in `loss`; the loop replaces them by their wrapped selves
     dataset: Any  # its `groups`: the bucket of every item
     collate: Callable[[list[Any]], Any]
@@ -81,7 +81,7 @@ class Task(Protocol):
     @property
     def settings(self) -> Optim: ...
 
-    def active(self, step: int) -> list[str]:
+    def trainables_at(self, step: int) -> list[str]:
         """Players whose turn it is at this step, in order."""
         ...
 
@@ -89,8 +89,8 @@ class Task(Protocol):
         """A chance to hook into a player's optimizer before training."""
         ...
 
-    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
-        """Scalar loss of one player, and what to log. Called in the order of `active` on the same batch."""
+    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+        """Scalar loss of one player, and what to log. Called in the order of `trainables_at` on the same batch."""
         ...
 
 
@@ -153,15 +153,15 @@ class Trainer:
         self.seed = training_seed(settings, run)
         self.step = 0
         passes = settings.model_copy(update={"accumulation": self.share.passes})
-        engine.check(accelerator, task.name, len(task.players), run, passes)
+        engine.check(accelerator, task.name, len(task.trainables), run, passes)
         open_trackers(accelerator, run, folder.path, settings.model_dump())
         state = newest_checkpoint(folder, task.name)
         if state is not None:
-            for name, player in task.players.items():
+            for name, player in task.trainables.items():
                 restore(player.module, player.trained, state["players"][name])
         self.optimizers: dict[str, Any] = {}
         self.ema: dict[str, Average] = {}
-        for name, player in task.players.items():
+        for name, player in task.trainables.items():
             if run.compile == "blocks":
                 mixed = run.mixed_precision != "no"
                 compile_blocks(player.module, accelerator.device if mixed else None)
@@ -199,7 +199,7 @@ class Trainer:
             "step": self.step,
             "skipped": int(self.skipped),
             "best": self.best.value,
-            "players": {name: snapshot(p.module, p.trained) for name, p in self.task.players.items()},
+            "players": {name: snapshot(p.module, p.trained) for name, p in self.task.trainables.items()},
             "optimizers": {name: engine.optimizer_state(o, optimizer_state) for name, o in self.optimizers.items()},
             "ema": {name: average.state_dict() for name, average in self.ema.items()},
         }
@@ -224,7 +224,7 @@ class Trainer:
 
     def whole_state(self, player: str) -> dict[str, Tensor]:
         """Trained parameters and buffers of a player on the CPU, put together from all processes. Collective."""
-        return snapshot(self.task.players[player].module, self.task.players[player].trained)
+        return snapshot(self.task.trainables[player].module, self.task.trainables[player].trained)
 
     def release(self) -> None:
         """Let go of optimizers, averages and what accelerate keeps of them."""
@@ -313,9 +313,9 @@ class Trainer:
     def _train_step(self, loader: Iterator[Any]) -> dict[str, Any]:
         settings, timer = self.task.settings, self.timer
         means, lost = Means(), torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
-        active = self.task.active(self.step)
+        active = self.task.trainables_at(self.step)
         for name in active:
-            lr = learning_rate(settings, self.task.players[name].lr, self.step)
+            lr = learning_rate(settings, self.task.trainables[name].lr, self.step)
             for group in self.optimizers[name].param_groups:
                 group["lr"] = lr * group["lr_multiplier"]
             self.optimizers[name].zero_grad(set_to_none=True)
@@ -324,7 +324,7 @@ class Trainer:
             with timer.phase("data"):
                 batch = next(loader)
             first = ((self.step * passes + part) * ranks() + rank()) * own  # place in the endless stream of samples
-            draws = Draws(self.seed, self.task.name, *divmod(first, settings.batch_size), own)
+            draws = SampleRandom(self.seed, self.task.name, *divmod(first, settings.batch_size), own)
             for name in active:
                 with ExitStack() as stack:
                     if part < passes - 1:  # gradients stay in the process until the last part
@@ -343,12 +343,12 @@ class Trainer:
             self.skipped += bad
             self.in_a_row.copy_((self.in_a_row + self.scale.counts(bad, lost)) * bad)
             self.scale.update()
-        values["lr"] = learning_rate(settings, next(iter(self.task.players.values())).lr, self.step)
+        values["lr"] = learning_rate(settings, next(iter(self.task.trainables.values())).lr, self.step)
         return values
 
     def _update(self, name: str, values: dict[str, Any]) -> Tensor:
         """One player's step, left out where its gradient is not finite; returns whether it was."""
-        player, optimizer = self.task.players[name], self.optimizers[name]
+        player, optimizer = self.task.trainables[name], self.optimizers[name]
         self.scale.unscale(optimizer)
         if player.parts is not None and (self.step + 1) % self.run.log_every == 0:
             values |= gradient_norms(player.parts())

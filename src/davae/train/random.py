@@ -14,7 +14,7 @@ def named_generator(*names: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-class Draws:
+class SampleRandom:
     """What is random in one batch: a generator a sample, and one for what the samples of the global batch share.
 
     A global batch divided over any number of processes gives each sample the same values; resuming needs no saved state.
@@ -31,9 +31,9 @@ class Draws:
         self.batch = named_generator(seed, stage, "batch", batch)
         self.samples = [named_generator(seed, stage, batch, place + number) for number in range(count)]
 
-    def afresh(self) -> Draws:
+    def afresh(self) -> SampleRandom:
         """The same values from the start."""
-        return Draws(*self.names)
+        return SampleRandom(*self.names)
 
     def uniform(self) -> Tensor:
         """(B,) in [0,1)."""

@@ -38,7 +38,7 @@ from davae.vae.pipeline_contract import pipeline_entries
 from davae.vae.posterior import RawLatents, StructuredPosterior
 from davae.vae.strips import decode_by_rows, encode_by_rows
 from davae.vae.tiling import Tiling, tiled
-from davae.vae.warm_start import Start, take_weights
+from davae.vae.warm_start import Start, load_base_weights
 from davae.vae.whole_layers import decode_in_tiles, encode_in_tiles
 
 Encode = Callable[[Tensor], Tensor]
@@ -200,7 +200,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
         if source.dtype != model.dtype:
             model = model.to(source.dtype)
             model._fill_statistics()
-        take_weights(model, source, start)
+        load_base_weights(model, source, start)
         return model
 
     def set_detail_statistics(self, mean: Tensor, std: Tensor) -> None:

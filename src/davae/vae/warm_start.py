@@ -15,7 +15,7 @@ from davae.vae.blocks import DetailDown, DetailUp
 Start = Literal["enlarged", "unfolded"]  # what a new decoder makes pictures of: z alone, or z_d as well
 
 
-def take_weights(vae: Any, base: Any, start: Start) -> None:
+def load_base_weights(vae: Any, base: Any, start: Start) -> None:
     """Give a new DetailVAE the weights of its base autoencoder, which lies where it does, and its new layers their start.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from davae.backbones.call import Parts, SizedCall, size_rows, valueless
+from davae.backbones.call import Parts, SizedCall, is_fake, size_rows
 
 PUBLISHED = {
     "use_dynamic_shifting": True,
@@ -66,7 +66,7 @@ class CogView4Call(SizedCall):
         k = self.shift(x_t.shape[-2] * x_t.shape[-1] // config["patch_size"] ** 2)
         u = t / (t + k * (1 - t))  # (B,)
         lengths = mask.sum(1).long()
-        each = [mask.shape[1]] if valueless(mask) else lengths.unique().tolist()
+        each = [mask.shape[1]] if is_fake(mask) else lengths.unique().tolist()
         if len(each) == 1:
             return self._equal(model, x_t, u, embeds[:, : each[0]])
         velocity = torch.empty_like(x_t)

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from torch import Tensor, nn
 
-from davae.backbones.call import Parts, PlainLatents, valueless
+from davae.backbones.call import Parts, PlainLatents, is_fake
 
 
 class HiDreamCall(PlainLatents):
@@ -34,10 +34,10 @@ class HiDreamCall(PlainLatents):
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         t5, llama, pooled = parts
-        if valueless(x_t):
+        if is_fake(x_t):
             _spread_evenly(model)
         # outside training mode its experts pass no gradient back, and sizes are read from tensors
-        model.train((torch.is_grad_enabled() or valueless(x_t)) and not config["force_inference_output"])
+        model.train((torch.is_grad_enabled() or is_fake(x_t)) and not config["force_inference_output"])
         prediction = model(
             hidden_states=x_t,
             timesteps=t * 1000,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor, nn
 
-from davae.backbones.call import Parts, PlainLatents, inner, masked_with_null, valueless
+from davae.backbones.call import Parts, PlainLatents, inner, is_fake, masked_with_null
 
 
 class Lumina2Call(PlainLatents):
@@ -29,7 +29,7 @@ class Lumina2Call(PlainLatents):
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = parts
-        if valueless(x_t):
+        if is_fake(x_t):
             _at_full_length(inner(model))
         return -model(
             hidden_states=x_t,
@@ -85,7 +85,7 @@ class LuminaNextCall(PlainLatents):
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = parts
-        last = mask.shape[1] if valueless(mask) else int(mask.amax(0).nonzero().max()) + 1
+        last = mask.shape[1] if is_fake(mask) else int(mask.amax(0).nonzero().max()) + 1
         length = -(-last // self.MULTIPLE) * self.MULTIPLE  # the longest prompt's
         mask = mask[:, :length].long().to(x_t.device)
         scale = math.sqrt(x_t.shape[-2] * x_t.shape[-1]) / config["sample_size"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.backbones.call import Masked, Packed, Parts, inner, trimmed, valueless
+from davae.backbones.call import Masked, Packed, Parts, inner, is_fake, trimmed
 
 
 class QwenImageCall(Packed, Masked):
@@ -46,7 +46,7 @@ class QwenImage21Call(Masked):
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = trimmed(*parts)
         height, width = x_t.shape[-2:]
-        if valueless(x_t):
+        if is_fake(x_t):
             return self._unpack(counted_pass(inner(model), self.pack(x_t), t, embeds), x_t)
         image = torch.arange(embeds.shape[1] + height * width // 4, device=x_t.device) >= embeds.shape[1]
         tokens = model(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.backbones.call import Masked, Parts, stacked, valueless
+from davae.backbones.call import Masked, Parts, is_fake, stacked
 
 
 class ZImageCall(Masked):
@@ -23,7 +23,7 @@ class ZImageCall(Masked):
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = parts
-        lengths = [mask.shape[1]] * len(mask) if valueless(mask) else mask.sum(1).long().tolist()
+        lengths = [mask.shape[1]] * len(mask) if is_fake(mask) else mask.sum(1).long().tolist()
         pictures = model(
             [latents[:, None] for latents in x_t],  # (c,1,h,w) each
             1 - t,

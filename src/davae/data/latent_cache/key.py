@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.data.images import PictureSource
+from davae.data.images import ImageSource
 from davae.data.tables import TableSource
 
 PARTS = {
@@ -38,7 +38,7 @@ def hash_weights(tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any
     return digest.hexdigest()[:16]
 
 
-def hash_pictures(source: PictureSource, indices: Sequence[int]) -> str:
+def hash_pictures(source: ImageSource, indices: Sequence[int]) -> str:
     """A hash of the chosen pictures' names, sizes in bytes and captions, in order. Pixels are not read."""
     digest = hashlib.sha256()
     for index in indices:

@@ -16,7 +16,7 @@ from davae.errors import DataError
 class PairedLatents(Dataset):
     """What two autoencoders say of each picture, by (index, draw): latents (c,h,w) and (C,h',w') of the same draw.
 
-    Both caches were written from one `Pictures` in one order, so that an index means the same crop and flip in both.
+    Both caches were written from one `ImageDataset` in one order, so that an index means the same crop and flip in both.
 
     Attributes:
         groups: (N,) the bucket of each item.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from davae.data.batches import chosen_workers
-from davae.data.images import Pictures, collate
+from davae.data.images import ImageDataset, collate
 from davae.data.latent_cache.captions import CaptionTable, pack, write_table
 from davae.data.latent_cache.files import (
     Shard,
@@ -38,7 +38,7 @@ from davae.data.latent_cache.key import Key, plain
 from davae.data.latent_cache.plan import begun_with, shard_rows
 from davae.data.latent_cache.read import LABELS, NO_LABEL, CacheMeta, Team, prepare
 from davae.data.latent_cache.text_rows import packed
-from davae.errors import DataError, UnreadablePicture
+from davae.errors import DataError, UnreadableImage
 from davae.files.atomic import require_space
 from davae.files.reading import load_json
 
@@ -126,20 +126,20 @@ def _asking_for_space(
 class Readable(Dataset):
     """Pictures, or why one cannot be read: nothing stands in for it."""
 
-    def __init__(self, pictures: Pictures):
+    def __init__(self, pictures: ImageDataset):
         self.pictures = pictures
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[int, dict[str, Any] | UnreadablePicture]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, dict[str, Any] | UnreadableImage]:
         position, draw = item
         try:
             return position, self.pictures.read(position, draw)
-        except UnreadablePicture as error:
+        except UnreadableImage as error:
             return position, error
 
 
 def write_latents(
     folder: Path,
-    pictures: Pictures,
+    pictures: ImageDataset,
     encode: Callable[[Tensor], Tensor],
     *,
     key: Key,
@@ -208,7 +208,7 @@ def _write_shard(
     number: int,
     group: int,
     items: list[tuple[int, int]],
-    pictures: Pictures,
+    pictures: ImageDataset,
     encode: Callable[[Tensor], Tensor],
     batch_size: int,
     dtype: str,
@@ -233,17 +233,17 @@ def _write_shard(
     over = 0
     for found in loader:
         for position, item in found:
-            if isinstance(item, UnreadablePicture):
+            if isinstance(item, UnreadableImage):
                 pictures.skip(position, item)
                 skipped[pictures.source.key(pictures.indices[position])] = str(item)
-        good = [(position, item) for position, item in found if not isinstance(item, UnreadablePicture)]
+        good = [(position, item) for position, item in found if not isinstance(item, UnreadableImage)]
         over += len(found)
         if good:
             encoded = encode(collate([item for _, item in good])["images"]).float().cpu()
             values, faults = stored(encoded.numpy(), dtype)
             for (position, _), fault in zip(good, faults, strict=True):
                 if fault is not None:
-                    pictures.skip(position, UnreadablePicture(LATENT, fault))
+                    pictures.skip(position, UnreadableImage(LATENT, fault))
                     name = pictures.source.key(pictures.indices[position])
                     lost[name] = skipped[name] = f"{LATENT}: {fault}"
             kept = [row for row, fault in enumerate(faults) if fault is None]
@@ -283,7 +283,7 @@ def merge_index(folder: Path) -> None:
 
 
 def merged_meta(
-    folder: Path, key: Key, pictures: Pictures | None = None, given: tuple[Tensor, Tensor] | None = None
+    folder: Path, key: Key, pictures: ImageDataset | None = None, given: tuple[Tensor, Tensor] | None = None
 ) -> CacheMeta:
     """Statistics and lists of all shards, merged in their order.
 

@@ -16,7 +16,7 @@ from davae.data.files import FolderSource, TarSource
 from davae.data.findings import Findings, Tally, add_to
 from davae.data.folder import walk
 from davae.data.formats import is_image_name, unused_kind
-from davae.data.images import PictureSource
+from davae.data.images import ImageSource
 from davae.data.shards.names import is_shard, shards_in
 from davae.data.shards.remote import open_stream
 from davae.data.tables import TableSource, holds_images, is_saved_table
@@ -25,7 +25,7 @@ from davae.errors import DataError
 PARTS = re.compile(r"[-_./]")
 
 
-def open_folder(folder: Path, options: SourceOptions) -> PictureSource:
+def open_folder(folder: Path, options: SourceOptions) -> ImageSource:
     """Open loose images, or the `.tar` shards or `.parquet` files that lie directly in a folder.
 
     Raises:
@@ -80,7 +80,7 @@ def tables_in(folder: Path) -> list[Path]:
     )
 
 
-def open_table(name: str, options: SourceOptions, files: Sequence[Path] | None = None) -> PictureSource:
+def open_table(name: str, options: SourceOptions, files: Sequence[Path] | None = None) -> ImageSource:
     """Open a table; of a stream, the rows that data.limit names."""
     return open_stream(name, options) if options.streaming else TableSource(name, options, files)
 
@@ -136,7 +136,7 @@ def _count_others(folder: Path, read: set[Path], unused: dict[str, Tally], deep:
             add_to(unused, "folder next to shards or tables" if path.is_dir() else unused_kind(path.name), path.name)
 
 
-def with_unused(source: PictureSource, unused: dict[str, Tally], split: bool, wanted: str) -> PictureSource:
+def with_unused(source: ImageSource, unused: dict[str, Tally], split: bool, wanted: str) -> ImageSource:
     """Return the source with what is not read in its findings."""
     found: Findings = source.findings
     notes = (split_note(wanted),) if split else ()
@@ -148,7 +148,7 @@ def with_unused(source: PictureSource, unused: dict[str, Tally], split: bool, wa
     return source
 
 
-def open_file(path: Path, options: SourceOptions) -> PictureSource:
+def open_file(path: Path, options: SourceOptions) -> ImageSource:
     """Open a file whose name does not show what it is: a tar by its content.
 
     Raises:

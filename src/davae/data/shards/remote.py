@@ -30,7 +30,7 @@ from davae.data.shards.commands import PIPE, open_command
 from davae.data.shards.copies import cache_folder, once
 from davae.data.shards.tar_index import index_tar, unpack_in_place
 from davae.data.tables import cell_bytes, column_weights, load_rows
-from davae.errors import DataError, UnreadablePicture
+from davae.errors import DataError, UnreadableImage
 from davae.files.atomic import atomic_text
 from davae.files.reading import read_object
 
@@ -160,6 +160,6 @@ def picture_suffix(data: bytes) -> str:
     try:
         with naming_damage(), open_image(io.BytesIO(data)) as image:
             name = (image.format or "").lower()
-    except UnreadablePicture:
+    except UnreadableImage:
         return "jpg"
     return name if name in ("png", "webp", "gif", "bmp", "tiff") else "jpg"

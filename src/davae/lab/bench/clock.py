@@ -41,11 +41,11 @@ def gpu_rounds() -> int:
     return int(torch.cuda.is_available())
 
 
-def race(contenders: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Spread]:
+def race(timed_jobs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Spread]:
     """Time each contender `repeats` times, one after the other in every round, so that drift hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in timed_jobs}
     for turn in range(-warmup, repeats):
-        for name, work in contenders.items():
+        for name, work in timed_jobs.items():
             synchronise()
             started = time.perf_counter()
             work()

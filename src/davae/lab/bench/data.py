@@ -14,7 +14,7 @@ from davae.data.batches import Batches, chosen_workers, training_loader
 from davae.data.latent_cache.read import CacheMeta, check_cache, read_meta
 from davae.runs.upgrade import Upgrade
 from davae.train.loop import training_seed
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 
 WARM_UP = 2  # steps that are not counted
 
@@ -70,7 +70,7 @@ def step_speed(run: Upgrade, steps: int) -> dict[str, Any]:
     """
     task = run.stage2_task()
     settings, seed = task.settings, training_seed(run.recipe.stage2, run.recipe.run)
-    optimizer = torch.optim.AdamW(task.players["transformer"].parameters.values(), lr=settings.lr)
+    optimizer = torch.optim.AdamW(task.trainables["transformer"].parameters.values(), lr=settings.lr)
     stop = steps + WARM_UP
     batches = Batches(
         len(task.dataset), settings.batch_size, seed=seed, start=0, stop=stop, groups=task.dataset.groups
@@ -83,7 +83,7 @@ def step_speed(run: Upgrade, steps: int) -> dict[str, Any]:
         began = time.perf_counter()
         batch = next(loader)
         ready = time.perf_counter()
-        draws = Draws(seed, task.name, step, 0, settings.batch_size)
+        draws = SampleRandom(seed, task.name, step, 0, settings.batch_size)
         loss, _ = task.loss("transformer", batch, step, draws)
         loss.backward()
         optimizer.step()

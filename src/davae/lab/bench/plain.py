@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from davae.latent import LatentLayout
 from davae.recipes.sections import Optim, Stage1, Stage2
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 
 
 class PlainOptimizer:
@@ -59,13 +59,13 @@ class PlainStage1:
         self.autoencoder = PlainOptimizer(parameters, settings, settings.lr)
         self.critic = PlainOptimizer(list(discriminator.parameters()), settings, settings.gan_lr)
 
-    def reconstruct(self, images: Tensor, draws: Draws) -> tuple[Tensor, Any]:
+    def reconstruct(self, images: Tensor, draws: SampleRandom) -> tuple[Tensor, Any]:
         raw = self.vae.encode_raw(images)
         noise = draws.normal(*raw.mean.shape[1:]).to(raw.mean.device)
         z_d = raw.mean + (0.5 * raw.logvar).exp() * noise
         return self.vae.decode_raw(self.vae.layout.join(raw.z, z_d)), raw
 
-    def step(self, images: Tensor, number: int, lr: float, afresh: Callable[[], Draws]) -> float:
+    def step(self, images: Tensor, number: int, lr: float, afresh: Callable[[], SampleRandom]) -> float:
         """One turn of the autoencoder and one of the discriminator; `afresh` gives the step's noise afresh."""
         s, align_by = self.settings, self.vae.layout.group_size
         reconstruction, raw = self.reconstruct(images, afresh())
@@ -141,7 +141,7 @@ class PlainStage2:
         parameters = [p for p in transformer.parameters() if p.requires_grad]
         self.optimizer = PlainOptimizer(parameters, settings, settings.lr)
 
-    def step(self, images: Tensor, captions: Sequence[str], number: int, lr: float, draws: Draws) -> float:
+    def step(self, images: Tensor, captions: Sequence[str], number: int, lr: float, draws: SampleRandom) -> float:
         s, c, d = self.settings, self.layout.base_channels, self.layout.detail_channels
         with torch.no_grad():
             latents = self.vae.encode(images).latent_dist.mode()  # (B,C+D,h,w)

@@ -30,7 +30,7 @@ from davae.runs.upgrade import Upgrade
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
 from davae.train.loop import Progress, Trainer, learning_rate
-from davae.train.random import Draws
+from davae.train.random import SampleRandom
 from davae.train.run_folder import read_metrics
 
 PARTS = ("data", "forward", "backward", "optimizer")  # of a step, as the trainer times them
@@ -42,28 +42,28 @@ class Turn:
 
     step: int
     batch: Any
-    draws: Draws
+    draws: SampleRandom
 
 
 @dataclass
-class Recorder:
+class StepRecorder:
     """Stands before a task's first player and writes down what it was given."""
 
     task: Any
     turns: list[Turn] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._loss, self._first = self.task.loss, next(iter(self.task.players))
+        self._loss, self._first = self.task.loss, next(iter(self.task.trainables))
         self.task.loss = self.loss
 
-    def loss(self, player: str, batch: Any, step: int, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         if player == self._first:
             self.turns.append(Turn(step, batch, draws.afresh()))
         return self._loss(player, batch, step, draws)
 
 
 @dataclass
-class Duel:
+class PairedSteps:
     """Observer of a trainer whose opponent takes every step after it: the same batch, the same noise, the same weights.
 
     Rounding grows about tenfold with every step of Adam, so each step starts from the trainer's weights, and only the two
@@ -79,7 +79,7 @@ class Duel:
             trainer's steps but the first.
     """
 
-    recorder: Recorder
+    recorder: StepRecorder
     play: Callable[[Turn], Callable[[], float]]
     follow: Callable[[], None]
     accelerator: Accelerator
@@ -119,7 +119,7 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
             own.copy_(other)
 
 
-def result(duels: list[Duel], batch: int) -> dict[str, Any]:
+def result(duels: list[PairedSteps], batch: int) -> dict[str, Any]:
     """Figures of all repeats. The first step of each warms up: its losses count, its time does not."""
     fast = spread([seconds for duel in duels for seconds in duel.ours[1:]])
     slow = spread([seconds for duel in duels for seconds in duel.plain[1:]])
@@ -175,7 +175,7 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = Tru
     Args:
         follow: False lets the opponent go on from its own weights.
     """
-    duels: list[Duel] = []
+    duels: list[PairedSteps] = []
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch) / "vgg.safetensors"
         save_file(random_lpips("vgg"), weights)
@@ -202,7 +202,7 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = Tru
                     cast(nn.Module, task.trainer.discriminator), cast(nn.Module, rival.trainer.discriminator)
                 )
 
-            duels.append(Duel(Recorder(task), play, copy if follow else lambda: None, run.accelerator))
+            duels.append(PairedSteps(StepRecorder(task), play, copy if follow else lambda: None, run.accelerator))
             Trainer(task, recipe.run, run.folder, run.accelerator, duels[-1]).fit()
             duels[-1].end(run.folder.path)
             run.folder.close()
@@ -235,7 +235,7 @@ class LivePrompts:
 
 def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
     """The trainer's stage 2 against `PlainStage2`, on a detail VAE that saw one step and a cache in float32."""
-    duels: list[Duel] = []
+    duels: list[PairedSteps] = []
     recipe = quick(quick(recipe, "stage1", 1), "stage2", steps + 1)
     settings = recipe.stage2.model_copy(
         update={"new_weight_lr_multiplier": 1.0, "warmup_steps": 0, "min_snr_gamma": None}
@@ -271,7 +271,7 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
             def copy(task: Stage2Task = task, rival: Stage2Task = rival) -> None:
                 copy_weights(task.transformer, rival.transformer)
 
-            duels.append(Duel(Recorder(task), play, copy, run.accelerator))
+            duels.append(PairedSteps(StepRecorder(task), play, copy, run.accelerator))
             Trainer(task, recipe.run, run.folder, run.accelerator, duels[-1]).fit()
             duels[-1].end(run.folder.path)
             run.folder.close()
@@ -283,7 +283,7 @@ def plain_stage2(run: Upgrade, rival: Any) -> PlainStage2:
     settings, conditioning = run.recipe.stage2, rival.conditioning
     conditioning.cache = LivePrompts(run.base)
 
-    def draw(latents: Tensor, captions: list[str], draws: Draws) -> tuple[list[str], Tensor, Tensor]:
+    def draw(latents: Tensor, captions: list[str], draws: SampleRandom) -> tuple[list[str], Tensor, Tensor]:
         dropped = draws.uniform() < settings.caption_dropout
         t = torch.cat(
             [

@@ -91,5 +91,5 @@ def reproduce(
     shown = load_table(name)
     if shown.throughput:
         with progress_display() as observer:
-            reproduction.raced(wanted, out, results, observer)
+            reproduction.measure_speed(wanted, out, results, observer)
     table(f"{shown.title}\nThe paper: {shown.claim}", *reproduction.table_rows(wanted, results))

@@ -9,7 +9,7 @@ from davae.lab.reproduce.figures import FIGURES, TRAINED_WHOLE, figure, figure_j
 from davae.lab.reproduce.job import BaseJob, DrawnJob, EnlargedJob, Job, PlannedJob, UpgradeJob, model_digest
 from davae.lab.reproduce.plans import cost, missing_parts
 from davae.lab.reproduce.runs import finished, run_job, trained_autoencoder, trained_run, trained_stage1
-from davae.lab.reproduce.speed import raced
+from davae.lab.reproduce.speed import measure_speed
 from davae.lab.reproduce.tabulate import markdown, spread, table_rows
 
 __all__ = [
@@ -27,9 +27,9 @@ __all__ = [
     "finished",
     "jobs",
     "markdown",
+    "measure_speed",
     "missing_parts",
     "model_digest",
-    "raced",
     "run_job",
     "spread",
     "table_rows",

@@ -51,7 +51,7 @@ def jobs(
     """
     chosen, settings = load_table(table), load_scale(scale)
     shown = wanted_rows(table, chosen.rows_at(scale), rows or [])
-    maker = Maker(chosen, settings, overrides, recipe_kinds(shown))
+    maker = JobFactory(chosen, settings, overrides, recipe_kinds(shown))
     found = []
     for seed in range(seeds or settings.seeds):
         for row in shown:
@@ -86,7 +86,7 @@ def recipe_kinds(rows: list[Row]) -> set[type[AnyRecipe]]:
 
 
 @dataclass(frozen=True)
-class Maker:
+class JobFactory:
     """Makes the jobs of one table at one scale."""
 
     table: Table

@@ -18,7 +18,7 @@ from davae.lab.reproduce.runs import trained_upscaler
 from davae.train.loop import Observer
 
 
-def raced(wanted: Sequence[Job], out: Path, results: Path, observer: Observer) -> dict[str, Any]:
+def measure_speed(wanted: Sequence[Job], out: Path, results: Path, observer: Observer) -> dict[str, Any]:
     """Time one picture of each row, with the table's steps and guidance, and keep the figures beside the rows'.
 
     Args:
@@ -30,7 +30,7 @@ def raced(wanted: Sequence[Job], out: Path, results: Path, observer: Observer) -
     known = speeds(wanted, results)
     if known is not None:
         return known
-    rows = contenders(wanted)
+    rows = timed_jobs(wanted)
     generation = settings(rows[0])
     figures = {
         "rows": time_pictures(
@@ -47,12 +47,12 @@ def raced(wanted: Sequence[Job], out: Path, results: Path, observer: Observer) -
 
 
 def speeds(wanted: Sequence[Job], results: Path) -> dict[str, Any] | None:
-    """What `raced` measured, here or elsewhere."""
-    path = path_of(contenders(wanted), results)
+    """What `measure_speed` measured, here or elsewhere."""
+    path = path_of(timed_jobs(wanted), results)
     return read_object(path) if path.is_file() else None
 
 
-def contenders(wanted: Sequence[Job]) -> list[Job]:
+def timed_jobs(wanted: Sequence[Job]) -> list[Job]:
     """The first seed of every row: the others take as long."""
     return [job for job in wanted if job.seed == 0]
 
