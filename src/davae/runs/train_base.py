@@ -1,0 +1,25 @@
+"""Train a base model: the run that its recipe asks for."""
+
+from __future__ import annotations
+
+from davae.recipes.schema import BaseRecipe
+from davae.runs.base import BaseRun
+from davae.runs.dcgen import DCGenRun
+from davae.train.loop import Observer
+from pathlib import Path
+from davae.train.signals import check_stop
+from davae.train.signals import stop_on_signal
+
+
+def base_run(recipe: BaseRecipe, out: Path, observer: Observer, *, first: Path | None = None) -> BaseRun:
+    """Return the run of a recipe: DC-Gen's where it has the section `align`. Arguments are those of `BaseRun`."""
+    kind = BaseRun if recipe.align is None else DCGenRun
+    return kind(recipe, out, observer, first=first)
+
+
+def train_base(recipe: BaseRecipe, out: Path, observer: Observer) -> Path:
+    """Train the recipe's model; returns the folder of its pipeline. Resumes what is already there."""
+    with stop_on_signal(recipe.run.stop_signals):
+        pipeline = base_run(recipe, out, observer).run()
+        check_stop(str(out))
+    return pipeline
