@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from davae.tasks.base_model import planned_shapes
-
 import math
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -13,18 +11,20 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+from davae.backbones.families.rows import model_class
+from davae.data.images import ImageDataset
 from davae.data.latent_cache.read import CachedLatents, CacheMeta, is_whole, read_meta
-from davae.errors import DataError
-from davae.data.images import (ImageDataset)
 from davae.data.summary import check_captions
-from davae.pretrained.autoencoders import (autoencoder_config, load_autoencoder)
-from davae.vae.codec import (latent_shape, raw_statistics)
-from davae.backbones.families.rows import model_class, transformer_family
-from davae.pretrained.open import BaseShapes
+from davae.dataset.encoding import run_precision
+from davae.dataset.opened import SUMMARY, OpenedData, announce, architecture_limits, bucket_notes, open_pictures
+from davae.errors import DataError, RecipeError
 from davae.files.ownership import check_run
-from davae.errors import RecipeError
+from davae.pretrained.autoencoders import load_autoencoder
+from davae.publish.assemble import save_pipeline
 from davae.recipes.schema import BaseRecipe, ClassArchitecture, TextArchitecture
+from davae.runs.cache import cache_key, cache_pictures, cache_shards, write_skipped
 from davae.tasks.autoencoder import AutoencoderTask, build_autoencoder
+from davae.tasks.base_model import planned_shapes
 from davae.tasks.class_conditional import ClassFlowTask, build_class_transformer
 from davae.tasks.text_to_image import (
     BaseFlowTask,
@@ -35,21 +35,12 @@ from davae.tasks.text_to_image import (
     build_tokenizer,
     build_transformer,
 )
-from davae.runs.cache import cache_key, cache_pictures, cache_shards, write_skipped
-from davae.dataset.encoding import run_precision
-from davae.publish.assemble import save_pipeline
-from davae.train.loop import Observer, Progress, Trainer, training_seed
-from davae.dataset.opened import SUMMARY, OpenedData, announce, architecture_limits, bucket_notes, open_pictures
 from davae.train.distributed import from_main, is_main, on_main
-from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
-from davae.train.signals import check_stop, stop_on_signal
+from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.run_folder import RunFolder, was_done
-
-
-
-
-
-
+from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
+from davae.train.signals import check_stop
+from davae.vae.codec import latent_shape, raw_statistics
 
 
 class BaseRun:

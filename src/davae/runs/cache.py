@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from davae.data.latent_cache.read import CacheMeta, Team, seal
+from davae.data.images import ImageDataset, by_kind, counted
+from davae.data.latent_cache.import_shards import PATTERN, STATISTICS, import_shards
 from davae.data.latent_cache.key import (
     FORMER_DATA,
     Key,
@@ -23,15 +24,14 @@ from davae.data.latent_cache.key import (
     hash_weights,
     plain,
 )
+from davae.data.latent_cache.read import CacheMeta, Team, seal
 from davae.data.latent_cache.write import write_latents, write_text
-from davae.data.latent_cache.import_shards import PATTERN, STATISTICS, import_shards
-from davae.errors import DataError
-from davae.data.images import (ImageDataset, by_kind, counted)
 from davae.data.tables import TableSource
-from davae.files.atomic import atomic_text, saving
-from davae.recipes.sections import Cache, Data
 from davae.dataset.encoding import Encoder
 from davae.dataset.opened import OpenedData
+from davae.errors import DataError
+from davae.files.atomic import atomic_text, saving
+from davae.recipes.sections import Cache, Data
 from davae.train.distributed import compare, patient_barrier
 
 logger = logging.getLogger(__name__)

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from davae.tasks.base_model import bucket_step
-
 import logging
 from pathlib import Path
 
 import torch
 
+from davae.backbones.families.rows import model_class, transformer_family
+from davae.cost.flops import meta_transformer
 from davae.data.buckets import bucket_sizes
 from davae.data.latent_cache.read import is_whole
-from davae.errors import DataError
-from davae.latent import LatentLayout
-from davae.vae.base import autoencoder_family
-from davae.pretrained.distilled import Distilled, distilled
-from davae.backbones.families.rows import model_class, transformer_family
-from davae.pretrained.offline import readable
-from davae.errors import ModelError
-from davae.pretrained.open import (BaseShapes, load_scheduler, read_shapes)
-from davae.pretrained.stored import check_component
-from davae.vae.warm_start import filter_shares
+from davae.errors import DataError, ModelError, RecipeError
 from davae.files.reading import read_object
-from davae.errors import RecipeError
-from davae.recipes import (Recipe, differences, load_recipe)
-from davae.recipes.sections import Lora
-from davae.tasks.base_model import (planned_shapes)
-from davae.cost.flops import meta_transformer
+from davae.latent import LatentLayout
+from davae.pretrained.distilled import Distilled, distilled
+from davae.pretrained.offline import readable
+from davae.pretrained.open import BaseShapes, load_scheduler
+from davae.pretrained.stored import check_component
 from davae.publish.assemble import UPGRADE_FILE, check_fit, read_details, read_metadata
+from davae.recipes import Recipe, differences, load_recipe
+from davae.recipes.sections import Lora
+from davae.tasks.base_model import bucket_step
 from davae.tasks.noising import FLOW, Objective, check_timesteps, choose_objective
+from davae.vae.base import autoencoder_family
+from davae.vae.warm_start import filter_shares
 from davae.zoo import resolve, resolve_upgrade
 
 
@@ -177,8 +173,6 @@ def check_shared(recipe: Recipe, folder: Path) -> None:
         raise DataError(f"--stage1 {folder} was made from another autoencoder or data: {changed[0]}")
 
 
-
-
 def base_objective(recipe: Recipe, shapes: BaseShapes, configs: str | None = None) -> Objective:
     """What the recipe's base model predicts, by its own scheduler; one that is trained first does by flow matching.
 
@@ -203,8 +197,6 @@ def base_objective(recipe: Recipe, shapes: BaseShapes, configs: str | None = Non
         )
     check_timesteps(recipe.stage2, objective)
     return objective
-
-
 
 
 def check_buckets(recipe: Recipe, shapes: BaseShapes) -> None:

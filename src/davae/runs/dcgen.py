@@ -33,12 +33,13 @@ import torch
 from torch import Tensor, nn
 
 from davae.backbones.lightning_dit import LightningDiT, PatchEmbed
+from davae.backbones.new_latents import EMBEDDER, HEAD
+from davae.data.latent_cache.paired import PairedLatents, collate_pairs
 from davae.data.latent_cache.read import CachedLatents, is_whole, read_meta
 from davae.dataset.encoding import run_precision
 from davae.errors import ModelError, RecipeError
 from davae.losses.embedding_alignment import token_alignment_loss
-from davae.backbones.new_latents import EMBEDDER, HEAD
-from davae.data.latent_cache.paired import PairedLatents, collate_pairs
+from davae.pretrained.autoencoders import autoencoder_config, load_autoencoder
 from davae.pretrained.open import load_part, read_shapes
 from davae.recipes.schema import BaseRecipe, EmbedderAlignment
 from davae.recipes.sections import FlowOptim
@@ -49,9 +50,7 @@ from davae.tasks.class_conditional import ClassFlowTask
 from davae.train.distributed import from_main
 from davae.train.loop import Trainable
 from davae.train.random import SampleRandom
-from davae.pretrained.autoencoders import (autoencoder_config, load_autoencoder)
-from davae.vae.codec import (latent_shape, raw_statistics)
-
+from davae.vae.codec import latent_shape, raw_statistics
 
 FAMILY = "LightningDiT"
 BASE_CACHE = "cache-base"  # beside `cache`: the same pictures under the pretrained model's autoencoder

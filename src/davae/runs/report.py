@@ -12,30 +12,30 @@ import torch
 from PIL import Image
 
 from davae.analyze.curves import loss_curves
-from davae.publish.report_file import (read_report)
-from davae.runs.report_page import (Column, ReportContent, best_rows, write_report)
-from davae.data.openmoji import CREDIT
-from davae.data.images import spread, to_images
 from davae.analyze.detail_use import reconstructions
+from davae.backbones.classes import class_count, class_names, goes_by_class
+from davae.backbones.families.rows import denoiser
+from davae.cost.flops import count
+from davae.data.images import spread, to_images
+from davae.data.openmoji import CREDIT
+from davae.dataset.encoding import coding_bytes, images_at_a_time, report_precision
+from davae.dataset.opened import OpenedData
+from davae.errors import ModelError
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.throughput import Timing, time_pipelines
 from davae.losses.perceptual import Lite0Distance
-from davae.backbones.classes import class_count, class_names, goes_by_class
 from davae.pretrained.memory_budget import Halving, OneOnDevice
-from davae.errors import ModelError
-from davae.backbones.families.rows import (denoiser)
-from davae.pretrained.open import (load_pipeline)
-from davae.sample.generate import generate
-from davae.dataset.encoding import coding_bytes, images_at_a_time, report_precision
+from davae.pretrained.open import load_pipeline
 from davae.publish.assemble import load_upgraded
-from davae.train.loop import Observer, Progress
-from davae.dataset.opened import OpenedData
-from davae.cost.flops import (count)
-from davae.train.distributed import from_main, on_main
-from davae.train.signals import check_stop, stop_on_signal
-from davae.train.run_folder import read_metrics
-from davae.train.times import read_times, timed
+from davae.publish.report_file import read_report
+from davae.runs.report_page import Column, ReportContent, best_rows, write_report
 from davae.runs.upgrade import Upgrade
+from davae.sample.generate import generate
+from davae.train.distributed import from_main, on_main
+from davae.train.loop import Observer, Progress
+from davae.train.run_folder import read_metrics
+from davae.train.signals import check_stop, stop_on_signal
+from davae.train.times import read_times, timed
 from davae.zoo import shipped_upgrade
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,9 @@ from typing import Any, Literal
 import jinja2
 from PIL import Image
 
-from davae.runs.crops import enlarged, most_different, squared_error
-from davae.errors import ModelError
+from davae.durations import duration
 from davae.files.atomic import atomic_text
-from davae.files.reading import read_object
-from davae.durations import (duration)
+from davae.runs.crops import enlarged, most_different, squared_error
 
 
 @dataclass
@@ -135,12 +133,6 @@ def data_uri(picture: Image.Image | bytes) -> str:
 
 def _inline(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64," + base64.b64encode(content).decode()
-
-
-
-
-
-
 
 
 def write_report(content: ReportContent, folder: Path) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from davae.recipes.schema import BaseRecipe
 from davae.runs.base import BaseRun
 from davae.runs.dcgen import DCGenRun
 from davae.train.loop import Observer
-from pathlib import Path
-from davae.train.signals import check_stop
-from davae.train.signals import stop_on_signal
+from davae.train.signals import check_stop, stop_on_signal
 
 
 def base_run(recipe: BaseRecipe, out: Path, observer: Observer, *, first: Path | None = None) -> BaseRun:

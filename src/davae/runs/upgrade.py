@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.data.latent_cache.read import CachedLatents, CacheMeta, is_whole, read_meta
-from davae.data.latent_cache.key import Key, fingerprint
-from davae.errors import DataError
-from davae.files.atomic import model_folder
-from davae.pretrained.autoencoders import (load_detail_vae)
-from davae.vae.detail_vae import DetailVAE
 from davae.backbones.expand import expand_transformer
 from davae.backbones.families.rows import transformer_family
+from davae.data.latent_cache.key import Key, fingerprint
+from davae.data.latent_cache.read import CachedLatents, CacheMeta, is_whole, read_meta
+from davae.dataset.encoding import report_precision, run_precision
+from davae.dataset.opened import OpenedData
+from davae.dataset.stages import StageData
+from davae.errors import DataError, RecipeError
+from davae.files.atomic import model_folder
+from davae.files.ownership import check_run
+from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.open import (
     embed_captions,
     load_part,
@@ -28,29 +31,25 @@ from davae.pretrained.open import (
     load_text_encoders,
     reads_silent_t5,
 )
-from davae.files.ownership import check_run
-from davae.errors import RecipeError
-from davae.recipes import (Recipe)
-from davae.runs.train_base import (train_base)
-from davae.runs.cache import cache_key, cache_pictures, cache_shards, write_skipped
-from davae.tasks.base_model import (base_shapes)
-from davae.runs.checks import (base_objective, check_init, check_recipe, check_shared)
-from davae.tasks.conditioning import conditioning, embed_in_step
-from davae.dataset.encoding import report_precision, run_precision
 from davae.publish.assemble import UPGRADE_FILE, export_upgraded, load_trained
+from davae.recipes import Recipe
+from davae.runs.cache import cache_key, cache_pictures, cache_shards, write_skipped
+from davae.runs.checks import base_objective, check_init, check_recipe, check_shared
+from davae.runs.train_base import train_base
+from davae.runs.validation import stage1_pictures, stage2_pictures
+from davae.tasks.base_model import base_shapes
+from davae.tasks.conditioning import conditioning, embed_in_step
+from davae.tasks.stage1 import Stage1Task
+from davae.tasks.stage2 import Stage2Task
+from davae.train.distributed import from_main, is_main, on_main
 from davae.train.loading import one_at_a_time
 from davae.train.locking import changing, hold_for_reading
 from davae.train.loop import Observer, Progress, Trainer, training_seed
-from davae.dataset.opened import OpenedData
-from davae.runs.validation import stage1_pictures, stage2_pictures
-from davae.train.distributed import from_main, is_main, on_main
+from davae.train.run_folder import RunFolder, check_stage2_inputs, was_done
 from davae.train.setup import make_accelerator, seed_initial_weights
 from davae.train.signals import check_stop, stop_on_signal
-from davae.tasks.stage1 import Stage1Task
-from davae.tasks.stage2 import Stage2Task
-from davae.dataset.stages import StageData
-from davae.train.run_folder import RunFolder, check_stage2_inputs, was_done
 from davae.train.times import timed
+from davae.vae.detail_vae import DetailVAE
 from davae.zoo import resolve, resolve_upgrade
 
 logger = logging.getLogger(__name__)

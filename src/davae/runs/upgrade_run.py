@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from davae.errors import ModelError, RecipeError, RunError
-from davae.sample.open import (model_places)
+from davae.files.reading import load_json
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import Compile, Offload, Placement, Precision
-from davae.files.reading import load_json
 from davae.recipes import Recipe, check_commands, load_recipe, permit_commands, read_recipe, set_values, validate
 from davae.recipes.commands import commands_in
+from davae.runs.report import upgrade as run_to_report
+from davae.runs.upgrade import Upgrade
+from davae.sample.open import model_places
 from davae.train.loop import Progress
 from davae.train.times import read_times
-from davae.runs.upgrade import Upgrade
-from davae.runs.report import upgrade as run_to_report
 
 Observer = Callable[[Progress], None]
 

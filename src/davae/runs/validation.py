@@ -13,22 +13,22 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
-from davae.data.images import collate, grid, to_images
-from davae.files.atomic import atomic_file
-from davae.losses.velocity import velocity_loss
-from davae.losses.flow_matching import shift_timestep
-from davae.pretrained.memory_budget import Halving
-from davae.errors import RecipeError
-from davae.train.best import BEST
-from davae.tasks.conditioning import Conditioning, EmbeddedInStep
 from davae.cost.flops import meta_detail_vae
-from davae.train.random import SampleRandom
+from davae.data.images import collate, grid, to_images
 from davae.dataset.encoding import Encoder, coding_bytes, images_at_a_time, run_precision
-from davae.train.loop import Periodic
+from davae.errors import RecipeError
+from davae.files.atomic import atomic_file
+from davae.losses.flow_matching import shift_timestep
+from davae.losses.velocity import velocity_loss
+from davae.pretrained.memory_budget import Halving
+from davae.tasks.conditioning import Conditioning, EmbeddedInStep
 from davae.tasks.noising import Diffusion, noise_batch
-from davae.train.distributed import from_main, is_main
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
+from davae.train.best import BEST
+from davae.train.distributed import from_main, is_main
+from davae.train.loop import Periodic
+from davae.train.random import SampleRandom
 
 if TYPE_CHECKING:
     from davae.dataset.opened import OpenedData
