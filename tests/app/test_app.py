@@ -21,9 +21,9 @@ from davae.analyze.detail_use import decode_faded, reconstructions
 from davae.app import drawing, reconstructing
 from davae.app.inspection import inspection
 from davae.app.pair import Pair, Stopped, open_pair
-from davae.app.previews import preview
+from davae.app.previews import checkpoint_images
 from davae.app.training import Trainings
-from davae.app.uploads import MAX_BYTES, read_picture, store_pictures
+from davae.app.uploads import MAX_BYTES, read_upload, store_images
 from davae.backbones.expand import expand_transformer
 from davae.backbones.families.rows import denoiser
 from davae.errors import DataError, ModelError, RecipeError, RunError
@@ -80,7 +80,7 @@ def test_hostile_uploads_are_refused_in_one_line(name: str, tmp_path: Path):
     content, says = HOSTILE[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=says) as refused:
-        read_picture(tmp_path / name)
+        read_upload(tmp_path / name)
     assert name in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -92,9 +92,9 @@ def test_one_bad_upload_writes_nothing(tmp_path: Path):
     bad.write_text("words")
     target = tmp_path / "set"
     with pytest.raises(DataError, match=r"b\.jpg"):
-        store_pictures([good, bad], target)
+        store_images([good, bad], target)
     assert not target.exists()
-    assert store_pictures([good, tmp_path / "A cat!.txt"], target) == 1
+    assert store_images([good, tmp_path / "A cat!.txt"], target) == 1
     assert sorted(path.name for path in target.iterdir()) == ["000-a-cat.png", "000-a-cat.txt"]
 
 
@@ -178,7 +178,7 @@ def test_a_photo_is_encoded_at_the_models_size(pair: Pair):
     photo = picture(1, width=50, height=40)
     encoded = reconstructing.encode(pair, photo)
     assert encoded.original.size == encoded.base.size == (32, 32)  # type: ignore[union-attr]
-    full = reconstructing.decode(pair, encoded, torch.ones(8))
+    full = reconstructing.decode_weighted(pair, encoded, torch.ones(8))
     assert full.size == (32, 32)
     assert reconstructing.encode(pair, picture(1, 80, 70), 64).original.size == (64, 64)
     with pytest.raises(DataError, match="smaller than the target"):
@@ -187,7 +187,7 @@ def test_a_photo_is_encoded_at_the_models_size(pair: Pair):
 
 def test_error_map_and_psnr_of_known_pictures():
     black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
-    assert reconstructing.psnr(black, grey) == pytest.approx(-20 * np.log10(0.2))
+    assert reconstructing.psnr_of(black, grey) == pytest.approx(-20 * np.log10(0.2))
     assert np.asarray(reconstructing.error_map(black, black)).max() <= 4  # the dark end of the colours
     bright = np.asarray(reconstructing.error_map(black, Image.new("RGB", (4, 4), "white")))
     assert bright.min() > 150
@@ -255,7 +255,7 @@ def test_a_training_starts_pauses_and_resumes(tiny_base: Path, picture_folder: P
         assert state.line.startswith("paused: stage 1, detail VAE: step")
         assert not state.finished
         assert {row["curve"] for row in trainings.curves("first")["stage1"]} == {"L1", "alignment"}
-        shown = preview(tmp_path / "runs/first")
+        shown = checkpoint_images(tmp_path / "runs/first")
         assert shown[0][0].size == (32, 32)
         assert shown[1][1] == f"stage 1, step {trainings.curves('first')['stage1'][-1]['step']}"
         with pytest.raises(RunError, match="resume it"):

@@ -29,8 +29,8 @@ from test_app import pair  # noqa: F401 - a fixture
 
 from davae.app import access as doors
 from davae.app import drawing, page, slot
-from davae.app.access import Access, Place, grant, parse_place, read_auth, same_origin
-from davae.app.forms import FormError, line_of, plain
+from davae.app.access import Access, HostPort, grant, parse_host, read_auth, same_origin
+from davae.app.forms import FormError, escape_markup, line_of
 from davae.app.guard import Guard
 from davae.app.limits import Bounds, make_room, occupied, wrong_call
 from davae.app.page import build_server, listen, remove_left_folders, upload_folder
@@ -148,7 +148,7 @@ def test_own_origins_pass():
         ("https://localhost:443", "localhost"),
         ("http://[::1]:7860", "[::1]:7860"),
     ):
-        assert same_origin(origin, parse_place(host) or Place("", None)), origin
+        assert same_origin(origin, parse_host(host) or HostPort("", None)), origin
         headers = {"Origin": origin, "Host": host, **COOKIE}
         assert echo_client().post("/gradio_api/cancel", headers=headers, json={}).status_code == 200
 
@@ -373,13 +373,13 @@ def test_other_machines_need_a_password():
 
 def test_a_page_for_every_address_answers_to_the_one_it_was_reached_at():
     access = grant("0.0.0.0", auth="a:b")
-    assert access.answers_to(Place("192.168.1.7", 7860), "192.168.1.7")
-    assert access.answers_to(Place("192.168.1.7", 7860), "::ffff:192.168.1.7")
-    assert access.answers_to(Place("fe80::1", 7860), "fe80::1%eth0")
-    assert not access.answers_to(Place("192.168.1.8", 7860), "192.168.1.7")
-    assert not access.answers_to(Place("192.168.1.8", 7860), None)
-    assert not access.answers_to(Place("evil.example", 7860), "192.168.1.7")
-    assert not grant("127.0.0.1").answers_to(Place("127.0.0.2", 7860), "127.0.0.2")
+    assert access.answers_to(HostPort("192.168.1.7", 7860), "192.168.1.7")
+    assert access.answers_to(HostPort("192.168.1.7", 7860), "::ffff:192.168.1.7")
+    assert access.answers_to(HostPort("fe80::1", 7860), "fe80::1%eth0")
+    assert not access.answers_to(HostPort("192.168.1.8", 7860), "192.168.1.7")
+    assert not access.answers_to(HostPort("192.168.1.8", 7860), None)
+    assert not access.answers_to(HostPort("evil.example", 7860), "192.168.1.7")
+    assert not grant("127.0.0.1").answers_to(HostPort("127.0.0.2", 7860), "127.0.0.2")
 
 
 def test_the_password_is_asked_for_besides_the_token(monkeypatch: pytest.MonkeyPatch):
@@ -472,7 +472,7 @@ def test_answers_name_no_folder_and_show_text_as_text():
     )
     assert line_of(error) == "cannot read a.png: b.png and d.png; http://x/y/z stays"
     assert len(line_of(ValueError("x" * 5000))) < 500
-    assert plain("<b>a</b> ![x](http://e) `c` *d* [e](f)") == (
+    assert escape_markup("<b>a</b> ![x](http://e) `c` *d* [e](f)") == (
         r"&lt;b&gt;a&lt;/b&gt; \!\[x\]\(http://e\) \`c\` \*d\* \[e\]\(f\)"
     )
 
@@ -733,7 +733,7 @@ def test_a_stop_that_is_handled_late_ends_no_newer_drawing(served: SimpleNamespa
         for _ in range(3):
             if stop.is_set():
                 raise Stopped
-            yield drawing.Drawn("upgraded", picture(0, 8, 8), 8, 1, 0.1)
+            yield drawing.DrawnImage("upgraded", picture(0, 8, 8), 8, 1, 0.1)
 
     monkeypatch.setattr(drawing, "draw", draw)
     (run,), (end,) = handlers_of(served.page, "draw"), handlers_of(served.page, "stop-drawing")

@@ -15,7 +15,7 @@ from conftest import picture
 
 from davae.app import decoding
 from davae.app.decoding import decode_apart
-from davae.app.uploads import read_picture, shown_name, uploaded
+from davae.app.uploads import read_upload, shown_name, uploaded
 from davae.data.decoding import decode
 from davae.errors import DataError, UnreadableImage
 
@@ -72,7 +72,7 @@ def test_a_program_named_as_an_image_is_not_run(tmp_path: Path, monkeypatch: pyt
     program.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) (w) file closefile\n")
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("a program was started"))
     with pytest.raises(DataError, match=r"cat\.png: not an image that davae reads"):
-        read_picture(program)
+        read_upload(program)
 
 
 def test_names_of_uploads_are_shown_short_and_files_of_others_not_at_all(tmp_path: Path):
@@ -85,5 +85,5 @@ def test_names_of_uploads_are_shown_short_and_files_of_others_not_at_all(tmp_pat
             uploaded([other], tmp_path)
         assert not other or other not in str(refused.value)
     with pytest.raises(DataError, match=r"absent\.png cannot be read") as absent:
-        read_picture(tmp_path / "absent.png")
+        read_upload(tmp_path / "absent.png")
     assert str(tmp_path) not in str(absent.value)

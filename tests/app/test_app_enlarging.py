@@ -13,7 +13,7 @@ from PIL import Image
 from upgraded_tiny import assembled
 
 import davae
-from davae.app.enlarging import enlarge
+from davae.app.enlarging import enlarge_image
 from davae.app.page import build, upload_folder
 from davae.app.pair import Pair, Stopped
 from davae.app.training import Trainings
@@ -29,7 +29,7 @@ def pair(tiny_base: Path) -> Pair:
 
 def test_an_image_is_enlarged_as_by_the_library(pair: Pair):
     image, steps = picture(1, 20, 14), []
-    done = enlarge(
+    done = enlarge_image(
         pair, image, "a", stop=threading.Event(), on_step=lambda step, total: steps.append((step, total)), **OPTIONS
     )
     (same,) = davae.upscale(pair.upgraded, image, "a", steps=2, guidance_scale=1.0, batch_size=8)
@@ -41,14 +41,16 @@ def test_an_image_is_enlarged_as_by_the_library(pair: Pair):
 def test_it_stops_between_two_passes_and_refuses_what_takes_too_long(pair: Pair, monkeypatch: pytest.MonkeyPatch):
     stop = threading.Event()
     with pytest.raises(Stopped):
-        enlarge(pair, picture(1, 40, 40), "a", stop=stop, on_step=lambda *_: stop.set(), **{**OPTIONS, "steps": 9})
+        enlarge_image(
+            pair, picture(1, 40, 40), "a", stop=stop, on_step=lambda *_: stop.set(), **{**OPTIONS, "steps": 9}
+        )
     with pytest.raises(ModelError, match="600x600 pixels, 2500 windows"):
-        enlarge(pair, Image.new("RGB", (600, 600)), "a", stop=threading.Event(), **OPTIONS)
+        enlarge_image(pair, Image.new("RGB", (600, 600)), "a", stop=threading.Event(), **OPTIONS)
     with pytest.raises(ModelError, match="open an upgraded one"):
-        enlarge(Pair("base", pair.upgraded, None), picture(1), "a", stop=threading.Event(), **OPTIONS)
+        enlarge_image(Pair("base", pair.upgraded, None), picture(1), "a", stop=threading.Event(), **OPTIONS)
     monkeypatch.setattr("davae.app.enlarging.MAX_SECONDS", -1)
     with pytest.raises(ModelError, match="use fewer steps"):
-        enlarge(pair, picture(1, 16, 16), "a", stop=threading.Event(), **OPTIONS)
+        enlarge_image(pair, picture(1, 16, 16), "a", stop=threading.Event(), **OPTIONS)
 
 
 def test_the_tab_s_handler_answers_in_one_line_or_with_two_images(pair: Pair, tmp_path: Path):

@@ -17,7 +17,7 @@ from conftest import picture
 from PIL import Image, ImageFile, features
 
 import davae
-from davae.app.uploads import read_picture
+from davae.app.uploads import read_upload
 from davae.data.decoding import decode, header_size
 from davae.data.formats import formats, is_image_name, unused_kind
 from davae.data.openmoji import OpenMoji
@@ -258,7 +258,7 @@ def test_no_program_runs_for_postscript_named_png(tmp_path: Path, monkeypatch: p
     with pytest.raises(UnreadableImage, match="not an image that davae reads"):
         source.load(0)
     with pytest.raises(DataError, match="not an image that davae reads"):
-        read_picture(tmp_path / "cat.png")
+        read_upload(tmp_path / "cat.png")
     assert started == []
 
 

@@ -24,14 +24,14 @@ PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
-class Place:
+class HostPort:
     """A host in lower case without a final dot or brackets, and the port where one is written."""
 
     host: str
     port: int | None
 
 
-def parse_place(text: str) -> Place | None:
+def parse_host(text: str) -> HostPort | None:
     """Parse the value of a Host header; None for anything but one host name or address with a port.
 
     Args:
@@ -45,27 +45,27 @@ def parse_place(text: str) -> Place | None:
         return None
     if found["six"]:
         try:
-            return Place(str(ipaddress.IPv6Address(found["six"])), port)
+            return HostPort(str(ipaddress.IPv6Address(found["six"])), port)
         except ValueError:
             return None
     host = found["name"].lower().removesuffix(".")
-    return Place(host, port) if NAME.fullmatch(host) else None
+    return HostPort(host, port) if NAME.fullmatch(host) else None
 
 
-def same_origin(origin: str, host: Place) -> bool:
+def same_origin(origin: str, host: HostPort) -> bool:
     """Return whether an Origin header names the place that the Host header names.
 
     A sandboxed frame, a local file and a redirect across sites send `null`, which is refused.
     """
     scheme, separator, rest = origin.partition("://")
     standard = PORTS.get(scheme.lower())
-    place = parse_place(rest) if separator and standard else None
+    place = parse_host(rest) if separator and standard else None
     if place is None:
         return False
     return (place.host, place.port or standard) == (host.host, host.port or standard)
 
 
-def is_local(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Return whether an address to listen on is reachable from this machine alone."""
     if host.lower() == "localhost":
         return True
@@ -83,7 +83,7 @@ def is_wildcard(host: str) -> bool:
         return False
 
 
-def host_name(text: str, option: str) -> str:
+def checked_host(text: str, option: str) -> str:
     """Normalise a host name or address that the owner wrote for an option.
 
     Raises:
@@ -91,10 +91,10 @@ def host_name(text: str, option: str) -> str:
     """
     try:
         written = str(ipaddress.ip_address(text.strip("[]")))
-        place = parse_place(f"[{written}]" if ":" in written else written)
+        place = parse_host(f"[{written}]" if ":" in written else written)
     except ValueError:
         try:
-            place = parse_place(text.encode("idna").decode("ascii"))
+            place = parse_host(text.encode("idna").decode("ascii"))
         except UnicodeError:
             place = None
     if place is None or place.port is not None:
@@ -157,7 +157,7 @@ class Access:
         host = "127.0.0.1" if is_wildcard(self.host) else self.host
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/?token={self.token}"
 
-    def answers_to(self, host: Place, own_address: str | None) -> bool:
+    def answers_to(self, host: HostPort, own_address: str | None) -> bool:
         """Return whether a request for a host is meant for this page.
 
         A foreign name that resolves to this machine (DNS rebinding) is not. Where the page listens on every
@@ -211,11 +211,11 @@ def grant(host: str = "127.0.0.1", allow_hosts: Iterable[str] = (), auth: str | 
     Raises:
         RunError: a name that is not a host name, or an address that other machines reach without a password.
     """
-    name = host_name(host, "--host")
-    names = {host_name(allowed, "--allow-host") for allowed in allow_hosts}
+    name = checked_host(host, "--host")
+    names = {checked_host(allowed, "--allow-host") for allowed in allow_hosts}
     if not is_wildcard(name):
         names.add(name)
-    if not is_local(name) and auth is None:
+    if not is_loopback(name) and auth is None:
         raise RunError(
             f"--host: other machines reach {host}; give --auth user:password (or DAVAE_APP_AUTH, --auth-file), "
             "or leave --host and use an SSH tunnel"

@@ -29,7 +29,7 @@ _warm: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()  # transformer or 
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnImage:
     """One picture, and what it cost."""
 
     way: str
@@ -60,7 +60,7 @@ def draw(
     guidance: float,
     stop: threading.Event,
     on_step: Callable[[str, int, int], None] = lambda way, done, steps: None,
-) -> Iterator[Drawn]:
+) -> Iterator[DrawnImage]:
     """One picture a way, from the same base noise, as each is done.
 
     The first picture of a model and size is preceded by one step that is not timed, so that times compare.
@@ -99,7 +99,7 @@ def draw(
                 picture = picture.resize((pair.resolution,) * 2, Image.Resampling.BICUBIC)
             seconds = time.perf_counter() - started
             left -= time.monotonic() - began
-        yield Drawn(way, picture, size, image_tokens(pipeline, size), seconds)
+        yield DrawnImage(way, picture, size, image_tokens(pipeline, size), seconds)
 
 
 @contextmanager

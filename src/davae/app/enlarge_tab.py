@@ -10,9 +10,9 @@ import gradio as gr
 
 from davae.app import enlarging, forms
 from davae.app.pair import Pair, Stopped
-from davae.app.tabs import COMPUTE, STOPPED, USERS, slider_of_two, status_of, stops
+from davae.app.tabs import COMPUTE, STOPPED, USERS, comparison, status_of, stops
 from davae.app.turns import Turns, arrival_of
-from davae.app.uploads import MAX_PROMPT, MAX_STEPS, read_picture, uploaded
+from davae.app.uploads import MAX_PROMPT, MAX_STEPS, read_upload, uploaded
 from davae.backbones.classes import goes_by_class
 
 
@@ -47,7 +47,7 @@ def enlarge_tab(pair: Pair, folder: Path) -> None:
             go = gr.Button("Enlarge", variant="primary", elem_id="enlarge")
             halt = gr.Button("Stop", elem_id="stop-enlarging")
     status = gr.Markdown(f"Every side becomes {pair.scale} times as long.", elem_id="enlarge-status")
-    slider = slider_of_two(pair, "bicubic | enlarged by the model", "enlarge-slider")
+    slider = comparison(pair, "bicubic | enlarged by the model", "enlarge-slider")
 
     def run(
         path: Any, words: Any, share: Any, count: Any, scale: Any, number: Any,
@@ -60,17 +60,17 @@ def enlarge_tab(pair: Pair, folder: Path) -> None:
             words = forms.text("class" if by_class else "prompt", words, MAX_PROMPT)
             options = {
                 "strength": forms.number("strength", share, 0, 1),
-                "steps": forms.whole("steps", count, 1, MAX_STEPS),
+                "steps": forms.integer("steps", count, 1, MAX_STEPS),
                 "guidance": forms.number("guidance", scale, 0, 30),
-                "seed": forms.whole("seed", number or 0, 0, 2**31 - 1),
+                "seed": forms.integer("seed", number or 0, 0, 2**31 - 1),
             }
             paths = uploaded(forms.files("image", path, 1), folder)
             if not paths:
                 yield {status: "Drop an image first."}
                 return
-            done = enlarging.enlarge(
+            done = enlarging.enlarge_image(
                 pair,
-                read_picture(paths[0]),
+                read_upload(paths[0]),
                 words,
                 stop=stop,
                 on_step=lambda step, total: progress((step, total), desc="enlarging"),

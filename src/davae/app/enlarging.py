@@ -43,7 +43,7 @@ class Enlarged:
         )
 
 
-def enlarge(
+def enlarge_image(
     pair: Pair,
     image: Image.Image,
     prompt: str,

@@ -23,16 +23,16 @@ class FormError(DavaeError, ValueError):
     """A field of the page that holds what it may not; the message is one readable line."""
 
 
-def whole(name: str, value: Any, low: int, high: int) -> int:
+def integer(name: str, value: Any, low: int, high: int) -> int:
     """Return a whole number between two bounds, both included.
 
     Raises:
         FormError: anything else.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 != 0:  # NaN and infinity too
-        raise FormError(f"{name}: {shown(value)} is not a whole number; the page takes {low:,} to {high:,}")
+        raise FormError(f"{name}: {excerpt(value)} is not a whole number; the page takes {low:,} to {high:,}")
     if not low <= value <= high:
-        raise FormError(f"{name} is {shown(int(value))}; the page takes {low:,} to {high:,}")
+        raise FormError(f"{name} is {excerpt(int(value))}; the page takes {low:,} to {high:,}")
     return int(value)
 
 
@@ -43,9 +43,9 @@ def number(name: str, value: Any, low: float, high: float) -> float:
         FormError: anything else.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise FormError(f"{name}: {shown(value)} is not a number; the page takes {low:g} to {high:g}")
+        raise FormError(f"{name}: {excerpt(value)} is not a number; the page takes {low:g} to {high:g}")
     if not low <= value <= high:
-        raise FormError(f"{name} is {shown(value)}; the page takes {low:g} to {high:g}")
+        raise FormError(f"{name} is {excerpt(value)}; the page takes {low:g} to {high:g}")
     return float(value)
 
 
@@ -59,7 +59,7 @@ def one_of(name: str, value: Any, known: Sequence[Choice]) -> Choice:
         if type(value) is type(choice) and value == choice:
             return choice
     few = ", ".join(str(choice) for choice in known[:8]) + (", ..." if len(known) > 8 else "")
-    raise FormError(f"{name}: {shown(value)} is not a choice; use {few or 'nothing: there is none'}")
+    raise FormError(f"{name}: {excerpt(value)} is not a choice; use {few or 'nothing: there is none'}")
 
 
 def some_of(name: str, value: Any, known: Sequence[Choice]) -> list[Choice]:
@@ -105,7 +105,7 @@ def files(name: str, value: Any, most: int) -> list[str]:
     return [str(path) for path in listed]
 
 
-def shown(value: Any) -> str:
+def excerpt(value: Any) -> str:
     """Return the beginning of a value, on one line, fit to repeat in an answer."""
     if isinstance(value, int) and abs(value) >= 10**SHOWN:
         return "a huge number"
@@ -125,6 +125,6 @@ def line_of(error: Exception) -> str:
     return line if len(line) <= LINE else f"{line[:LINE]}..."
 
 
-def plain(line: str) -> str:
+def escape_markup(line: str) -> str:
     """Escape a text for a field that shows Markdown and HTML: it is shown as it was written."""
     return MARKUP.sub(r"\\\1", html.escape(line, quote=False))

@@ -15,11 +15,11 @@ from starlette.requests import cookie_parser
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from davae.app.access import Access, parse_place, same_origin
+from davae.app.access import Access, parse_host, same_origin
 from davae.app.limits import (
     Bounds,
     Refused,
-    bounded,
+    bounded_body,
     content_length,
     is_below,
     make_room,
@@ -100,7 +100,7 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             headers = Headers(scope=scope)
-            check_source(scope, headers, self.access)
+            check_sender(scope, headers, self.access)
             await self._check_password(headers)
             response = self._check_token(scope, headers)
             if response is None:
@@ -197,19 +197,19 @@ class Guard:
             room = min(bounds.folder - taken, shutil.disk_usage(self.uploads).free - bounds.spare)
             if length > room or room <= 0:
                 raise Refused(507, "the page has no room for more files; try again later")
-            await self.app(scope, bounded(receive, min(bounds.upload, room), bounds.seconds), send)
+            await self.app(scope, bounded_body(receive, min(bounds.upload, room), bounds.seconds), send)
         finally:
             self._uploading -= 1
 
 
-def check_source(scope: Scope, headers: Headers, access: Access) -> None:
+def check_sender(scope: Scope, headers: Headers, access: Access) -> None:
     """Refuse a request for another host (DNS rebinding) or from a page of another origin (CSRF).
 
     Raises:
         Refused: not exactly one Host that the page answers to, a foreign Origin, or a subrequest of another site.
     """
     hosts = headers.getlist("host")
-    host = parse_place(hosts[0]) if len(hosts) == 1 else None
+    host = parse_host(hosts[0]) if len(hosts) == 1 else None
     if host is None:
         raise Refused(400, "the request needs one Host")
     server = scope.get("server") or (None, None)

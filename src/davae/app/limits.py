@@ -178,7 +178,7 @@ def make_room(folder: Path, limit: int) -> None:
         total -= size
 
 
-def bounded(receive: Receive, most: int, seconds: float) -> Receive:
+def bounded_body(receive: Receive, most: int, seconds: float) -> Receive:
     """Return `receive` with a bound on the bytes and the time of a body; beyond it the answer is 413 or 408."""
     end, taken, whole = time.monotonic() + seconds, 0, False
 

@@ -21,7 +21,7 @@ from fastapi.responses import FileResponse, PlainTextResponse, Response
 
 from davae.app.access import Access
 from davae.app.enlarge_tab import enlarge_tab
-from davae.app.forms import plain
+from davae.app.forms import escape_markup
 from davae.app.guard import Guard
 from davae.app.limits import Bounds
 from davae.app.pair import Pair
@@ -108,7 +108,7 @@ def remove_left_folders(temporary: Path) -> None:
 
 
 def _lead(pair: Pair) -> str:
-    name, size, scale = plain(label(pair.name)), pair.resolution, pair.scale
+    name, size, scale = escape_markup(label(pair.name)), pair.resolution, pair.scale
     if pair.upgraded is None:
         return f"**{name}** is a base model. Open an upgraded one to compare: `davae app micro`."
     text = (

@@ -30,10 +30,10 @@ from davae.zoo import resolve
 PICTURES = 4
 STEPS = 12
 
-Preview = list[tuple[Image.Image, str]]
+CheckpointImages = list[tuple[Image.Image, str]]
 
 
-def preview(folder: Path) -> Preview:
+def checkpoint_images(folder: Path) -> CheckpointImages:
     """A few pictures of the newest checkpoint, with captions: reconstructions in stage 1, samples in stage 2.
 
     Empty before the first checkpoint, and when it cannot be read: a training removes old ones.
@@ -72,7 +72,7 @@ def _restore(module: torch.nn.Module, state: dict[str, Any], player: str) -> Non
         parameter.copy_(value)
 
 
-def _reconstructions(folder: Path, recipe: Recipe, state: dict[str, Any]) -> Preview:
+def _reconstructions(folder: Path, recipe: Recipe, state: dict[str, Any]) -> CheckpointImages:
     vae = DetailVAE.from_base(_base(folder, recipe).vae, recipe.detail_channels, recipe.scale, recipe.downsample)
     _restore(vae, state, "vae")
     opened = open_pictures(recipe.stage1_data, recipe.resolution, bucket_step(recipe, base_shapes(recipe)))
@@ -82,13 +82,13 @@ def _reconstructions(folder: Path, recipe: Recipe, state: dict[str, Any]) -> Pre
         raw = vae.encode_raw(images)
         decoded = vae.decode_raw(vae.layout.join(raw.z, raw.mean))
     kind = "held out" if opened.held_out else "training"
-    shown: Preview = []
+    shown: CheckpointImages = []
     for original, picture in zip(to_images(images), to_images(decoded), strict=True):
         shown += [(original, f"original, {kind}"), (picture, f"stage 1, step {state['step']}")]
     return shown
 
 
-def _samples(folder: Path, recipe: Recipe, state: dict[str, Any]) -> Preview:
+def _samples(folder: Path, recipe: Recipe, state: dict[str, Any]) -> CheckpointImages:
     base = _base(folder, recipe)
     transformer = expand_transformer(denoiser(base), recipe.detail_channels, recipe.stage2.new_weights)
     choose_trainable(transformer, recipe.stage2.lora)

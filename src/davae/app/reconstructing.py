@@ -14,6 +14,7 @@ from davae.analyze.detail_use import decode_faded, reconstructions
 from davae.app.pair import LOCK, Pair
 from davae.data.images import fit_square, to_images, to_tensor
 from davae.errors import ModelError
+from davae.evaluate.reconstruction import psnr
 from davae.sample.finite import check_reconstruction
 from davae.vae.detail_vae import DetailVAE
 
@@ -56,7 +57,7 @@ def weights_of(channels: int, strength: float, first: int, last: int) -> Tensor:
     return weights
 
 
-def decode(pair: Pair, encoded: Encoded, weights: Tensor) -> Image.Image:
+def decode_weighted(pair: Pair, encoded: Encoded, weights: Tensor) -> Image.Image:
     """The upgraded picture with raw z_d multiplied by `weights` (D,)."""
     with LOCK:
         return to_images(check_reconstruction(decode_faded(_vae(pair), encoded.latents, weights)))[0]
@@ -74,9 +75,10 @@ def error_map(original: Image.Image, picture: Image.Image) -> Image.Image:
     return Image.fromarray((matplotlib.colormaps["inferno"](error.clip(0, 1))[..., :3] * 255).astype(np.uint8))
 
 
-def psnr(original: Image.Image, picture: Image.Image) -> float:
-    """PSNR in dB of one picture against another of the same size."""
-    return float(-10 * np.log10(max(((_pixels(original) - _pixels(picture)) ** 2).mean(), 1e-10)))
+def psnr_of(original: Image.Image, image: Image.Image) -> float:
+    """Return the PSNR in dB of one image against another of the same size, at most 100."""
+    both = [torch.from_numpy(_pixels(one)).movedim(-1, 0)[None] for one in (image, original)]  # (1,3,H,W)
+    return float(psnr(*both))
 
 
 def _pixels(picture: Image.Image) -> np.ndarray:

@@ -12,12 +12,12 @@ import gradio as gr
 import torch
 
 from davae.app import drawing, forms, reconstructing
-from davae.app.forms import line_of, plain
+from davae.app.forms import escape_markup, line_of
 from davae.app.inspection import inspection
 from davae.app.pair import Pair, Stopped
 from davae.app.roots import Roots, label
 from davae.app.turns import Turns, arrival_of
-from davae.app.uploads import MAX_PROMPT, MAX_STEPS, read_picture, uploaded
+from davae.app.uploads import MAX_PROMPT, MAX_STEPS, read_upload, uploaded
 from davae.errors import DavaeError
 from davae.recipes.sections import Sampling
 from davae.sample.class_conditional import ClassConditionalPipeline
@@ -33,7 +33,7 @@ SMALL = 300  # pixels, below which a picture is shown enlarged
 
 def status_of(error: Exception) -> str:
     """Return an error's line for a field that shows Markdown."""
-    return plain(line_of(error))
+    return escape_markup(line_of(error))
 
 
 def _picture(pair: Pair, label: str, **options: Any) -> gr.Image:
@@ -59,7 +59,7 @@ def stops(button: gr.Button, turns: Turns, status: gr.Markdown) -> None:
     button.click(end, None, status, api_visibility="private", concurrency_limit=None)
 
 
-def slider_of_two(pair: Pair, label: str, elem_id: str) -> gr.ImageSlider:
+def comparison(pair: Pair, label: str, elem_id: str) -> gr.ImageSlider:
     classes = ["picture", "small"] if pair.resolution < SMALL else ["picture"]
     return gr.ImageSlider(label=label, format="png", height=460, type="pil", elem_id=elem_id, elem_classes=classes)
 
@@ -119,7 +119,7 @@ def generate_tab(pair: Pair) -> None:
     with gr.Row(visible=len(ways) > 1):
         left = gr.Dropdown(ways, value=ways[0], label="Left")
         right = gr.Dropdown(ways, value=ways[-1], label="Right")
-    slider = slider_of_two(pair, "Drag the line between the two; the wheel zooms", "drawn-slider")
+    slider = comparison(pair, "Drag the line between the two; the wheel zooms", "drawn-slider")
     gr.Markdown("The same place of each, enlarged: at first where left and right differ most.")
     with gr.Row():
         across = gr.Slider(0, 1, 0.5, step=0.01, label="Across", elem_id="across")
@@ -147,15 +147,15 @@ def generate_tab(pair: Pair) -> None:
         } | dict.fromkeys(notes.values(), "")
         try:
             chosen = forms.some_of("ways", chosen, ways)
-            times = forms.whole("zoom", times, 2, 8)
+            times = forms.integer("zoom", times, 2, 8)
             for side in (first, second):
                 forms.one_of("side", side, ways)
             for result in drawing.draw(
                 pair,
                 forms.text("class" if by_class else "prompt", words, MAX_PROMPT),
                 chosen,
-                seed=forms.whole("seed", number or 0, 0, 2**31 - 1),
-                steps=forms.whole("steps", count, 1, MAX_STEPS),
+                seed=forms.integer("seed", number or 0, 0, 2**31 - 1),
+                steps=forms.integer("steps", count, 1, MAX_STEPS),
                 guidance=forms.number("guidance", scale, 0, 30),
                 stop=stop,
                 on_step=lambda way, done, total: progress((done, total), desc=way),
@@ -181,7 +181,7 @@ def generate_tab(pair: Pair) -> None:
 
     def places_of(found: dict[str, Any], x: Any, y: Any, times: Any) -> list[Any]:
         x, y = forms.number("across", x, 0, 1), forms.number("down", y, 0, 1)
-        times = forms.whole("zoom", times, 2, 8)
+        times = forms.integer("zoom", times, 2, 8)
         return [drawing.cut(found[way], x, y, times) if way in found else None for way in details]
 
     outputs = [drawn, slider, status, across, down, *pictures.values(), *notes.values(), *details.values()]
@@ -208,7 +208,9 @@ def generate_tab(pair: Pair) -> None:
 
 def reconstruct_tab(pair: Pair, folder: Path) -> None:
     if pair.upgraded is None:
-        gr.Markdown(f"{plain(label(pair.name))} has no detail channels; open an upgraded model to see what they add.")
+        gr.Markdown(
+            f"{escape_markup(label(pair.name))} has no detail channels; open an upgraded model to see what they add."
+        )
         return
     channels = pair.upgraded.vae.layout.detail_channels
     sizes = [pair.resolution, 2 * pair.resolution]
@@ -230,18 +232,18 @@ def reconstruct_tab(pair: Pair, folder: Path) -> None:
     gr.Markdown(
         f"Error: mean over the colours, of the upgraded picture; white is {reconstructing.ERROR_SHOWN:.0%} or more."
     )
-    slider = slider_of_two(pair, "base + bicubic | upgraded", "reconstruction-slider")
+    slider = comparison(pair, "base + bicubic | upgraded", "reconstruction-slider")
 
     def fade(kept: reconstructing.Encoded | None, weight: Any, low: Any, high: Any) -> list[Any]:
         weight = forms.number("strength", weight, 0, 1.5)
-        ends = [forms.whole("channel", end, 1, channels) for end in (low, high)]
+        ends = [forms.integer("channel", end, 1, channels) for end in (low, high)]
         if kept is None:
             return [None, None, "", None]
         weights = reconstructing.weights_of(channels, weight, *ends)
-        picture = reconstructing.decode(pair, kept, weights)
-        text = f"PSNR against the original: upgraded {reconstructing.psnr(kept.original, picture):.2f} dB"
+        picture = reconstructing.decode_weighted(pair, kept, weights)
+        text = f"PSNR against the original: upgraded {reconstructing.psnr_of(kept.original, picture):.2f} dB"
         if kept.base is not None:
-            text += f", base + bicubic {reconstructing.psnr(kept.original, kept.base):.2f} dB"
+            text += f", base + bicubic {reconstructing.psnr_of(kept.original, kept.base):.2f} dB"
         return [
             picture,
             reconstructing.error_map(kept.original, picture),
@@ -254,7 +256,7 @@ def reconstruct_tab(pair: Pair, folder: Path) -> None:
             paths = uploaded(forms.files("photo", path, 1), folder)
             if not paths:
                 return [None, None, None, None, None, "", None]
-            kept = reconstructing.encode(pair, read_picture(paths[0]), forms.one_of("pixels", pixels, sizes))
+            kept = reconstructing.encode(pair, read_upload(paths[0]), forms.one_of("pixels", pixels, sizes))
             return [kept, kept.original, kept.base, *fade(kept, weight, low, high)]
         except USERS as error:
             return [None, None, None, None, None, status_of(error), None]
@@ -307,7 +309,7 @@ def inspect_tab(roots: Roots) -> None:
         try:
             rows, line = inspection(
                 roots.model_source(forms.text("model", source, 200).strip()),
-                forms.whole("pixels", pixels, 1, MAX_RESOLUTION),
+                forms.integer("pixels", pixels, 1, MAX_RESOLUTION),
                 forms.one_of("scale", times, SCALES),
             )
         except USERS as error:

@@ -11,12 +11,12 @@ import gradio as gr
 import pandas as pd
 
 from davae.app import forms
-from davae.app.forms import plain
-from davae.app.previews import preview
+from davae.app.forms import escape_markup
+from davae.app.previews import checkpoint_images
 from davae.app.roots import RECIPES_OWN, Roots
 from davae.app.tabs import COMPUTE, as_user_error
 from davae.app.training import Trainings, upgrade_recipes
-from davae.app.uploads import MAX_PICTURES, MAX_TRAINING_STEPS, uploaded
+from davae.app.uploads import MAX_IMAGES, MAX_TRAINING_STEPS, uploaded
 from davae.recipes import Recipe, load_recipe
 
 COLOURS = "#4c78a8", "#f58518"  # blue, orange
@@ -41,14 +41,16 @@ def overrides_of(recipe: Recipe, first: Any, second: Any, values: Sequence[Any])
     Raises:
         FormError: a value out of its bounds.
     """
-    one = forms.whole("steps of stage 1", first, 1, MAX_TRAINING_STEPS)
-    two = forms.whole("steps of stage 2", second, 1, MAX_TRAINING_STEPS)
+    one = forms.integer("steps of stage 1", first, 1, MAX_TRAINING_STEPS)
+    two = forms.integer("steps of stage 2", second, 1, MAX_TRAINING_STEPS)
     warmup = min(recipe.stage2.warmup_steps, two // 4)
     overrides = [f"stage1.max_steps={one}", f"stage2.max_steps={two}", f"stage2.warmup_steps={warmup}"]
     for (key, (title, is_whole, low, high)), value in zip(VALUES.items(), values, strict=True):
         if value is not None:
             checked = (
-                forms.whole(title, value, int(low), int(high)) if is_whole else forms.number(title, value, low, high)
+                forms.integer(title, value, int(low), int(high))
+                if is_whole
+                else forms.number(title, value, low, high)
             )
             overrides.append(f"{key}={checked!r}")
     return overrides
@@ -136,7 +138,7 @@ def train_tab(trainings: Trainings, roots: Roots, uploads: Path) -> None:
         title = forms.text("name", title, 200).strip()
         which = forms.one_of("recipe", forms.text("recipe", which, 200).strip(), choices)
         source = roots.data_source(RECIPES_OWN if data in (None, "") else data)
-        paths = uploaded(forms.files("images", sent, 2 * MAX_PICTURES), uploads)
+        paths = uploaded(forms.files("images", sent, 2 * MAX_IMAGES), uploads)
         recipe = load_recipe(which)
         assert isinstance(recipe, Recipe)
         overrides = overrides_of(recipe, first, second, values)
@@ -165,7 +167,13 @@ def train_tab(trainings: Trainings, roots: Roots, uploads: Path) -> None:
         now = trainings.state(title)
         curves = [pd.DataFrame(rows) if rows else None for rows in trainings.curves(title).values()]
         open_it = f"[Open the report](/reports/{title})" if now.finished else ""
-        return [title, f"**{plain(title)}** {plain(forms.without_folders(now.line))}", open_it, *curves, names]
+        return [
+            title,
+            f"**{escape_markup(title)}** {escape_markup(forms.without_folders(now.line))}",
+            open_it,
+            *curves,
+            names,
+        ]
 
     def pictures(title: str, seen: str) -> list[Any]:
         if not title:
@@ -173,7 +181,7 @@ def train_tab(trainings: Trainings, roots: Roots, uploads: Path) -> None:
         newest = trainings.newest_checkpoint(title)
         if newest == seen or not newest:
             return [gr.skip(), seen]
-        return [preview(trainings.folder(title)), newest]
+        return [checkpoint_images(trainings.folder(title)), newest]
 
     view = [shown, state, link, *plots, old]
     one_at_a_time: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1}

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from davae.app import slot
-from davae.app.forms import shown, without_folders
+from davae.app.forms import excerpt, without_folders
 from davae.app.limits import is_below
-from davae.app.uploads import MAX_TRAINING_STEPS, store_pictures
+from davae.app.uploads import MAX_TRAINING_STEPS, store_images
 from davae.errors import RecipeError, RunError
 from davae.files.atomic import atomic_text
 from davae.recipes import Recipe, dump_recipe, load_recipe, shipped_recipes
@@ -58,7 +58,7 @@ class Trainings:
         """A training's run folder; RunError when the name could lead elsewhere."""
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise RunError(
-                f"{shown(name)} is not a name for a training; use small letters, digits and '-', 40 at most"
+                f"{excerpt(name)} is not a name for a training; use small letters, digits and '-', 40 at most"
             )
         return self.root / name
 
@@ -126,7 +126,7 @@ class Trainings:
             if (folder / "recipe.yaml").is_file():
                 raise RunError(f"there is a training '{name}' already; resume it, or choose another name")
             if uploads:
-                store_pictures(uploads, folder / "pictures")
+                store_images(uploads, folder / "pictures")
             folder.mkdir(parents=True, exist_ok=True)
             atomic_text(folder / "recipe.yaml", dump_recipe(resolved))
             self._launch(name)

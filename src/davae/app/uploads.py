@@ -16,7 +16,7 @@ from davae.errors import DataError, UnreadableImage
 MAX_BYTES = 20 * 2**20  # of one file
 MAX_SIDE = 12_000  # pixels
 MAX_PIXELS = 40_000_000
-MAX_PICTURES = 500  # of one training set
+MAX_IMAGES = 500  # of one training set
 MAX_PROMPT = 500  # characters
 MAX_STEPS = 150  # of one picture
 MAX_TRAINING_STEPS = 200_000
@@ -25,7 +25,7 @@ MAX_SECONDS = 600  # of one drawing, without the wait
 _BOUND = f"{MAX_SIDE:,} a side and {MAX_PIXELS // 1_000_000} million in all"
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_upload(path: Path) -> Image.Image:
     """Return an uploaded image as upright sRGB, decoded only after its header was found within bounds.
 
     Raises:
@@ -69,7 +69,7 @@ def uploaded(paths: list[str], folder: Path) -> list[Path]:
     return [Path(path) for path in paths]
 
 
-def store_pictures(uploads: list[Path], folder: Path) -> int:
+def store_images(uploads: list[Path], folder: Path) -> int:
     """Copy uploaded pictures and the `.txt` captions beside them into `folder`; returns how many pictures.
 
     All are checked before the first is written.
@@ -81,14 +81,14 @@ def store_pictures(uploads: list[Path], folder: Path) -> int:
     pictures = [path for path in uploads if path.suffix.lower() != ".txt"]
     if not pictures:
         raise DataError("no pictures were uploaded")
-    if len(pictures) > MAX_PICTURES:
-        raise DataError(f"{len(pictures)} pictures; the page takes up to {MAX_PICTURES}: put them below --data-root")
+    if len(pictures) > MAX_IMAGES:
+        raise DataError(f"{len(pictures)} pictures; the page takes up to {MAX_IMAGES}: put them below --data-root")
     for path in pictures:
         if not is_image_name(path.name):
             raise DataError(
                 f"{shown_name(path)} is not an image that can be trained on; use PNG, JPEG, WebP, BMP, TIFF or GIF"
             )
-        read_picture(path)
+        read_upload(path)
     if any(path.stat().st_size > 10_000 for path in captions.values()):
         raise DataError("a caption file has more than 10,000 bytes")
     folder.mkdir(parents=True, exist_ok=True)
