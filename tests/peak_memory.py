@@ -31,6 +31,7 @@ from davae.cost.flops import predict_once
 from davae.cost.memory import TrainingStep, stage1_memory, stage2_memory
 from davae.dataset.encoding import Encoder
 from davae.lab.bench.tokens import shallow
+from davae.latent import LatentStatistics
 from davae.plan.phase_facts import ImageFacts, TextFacts
 from davae.plan.phase_sizes import Sizes
 from davae.plan.phases import drawn, encoding
@@ -120,9 +121,9 @@ def stage2(settings: Stage2, model: Model) -> Stage2Task:
     base = part(model.shapes.transformer_class, model.shapes.transformer_config)
     layout, side = model.layout, model.side
     rows = Rows(64, {"latents": torch.zeros(layout.channels, side, side), "conditions": ""})
-    normalise = torch.zeros(1, layout.channels, 1, 1), torch.ones(1, layout.channels, 1, 1)
+    ones = torch.ones(1, layout.channels, 1, 1)
     wide = expand_transformer(base, model.detail_channels)
-    task = Stage2Task(settings, layout, wide, rows, normalise, Prompts(model), FLOW, CPU)  # type: ignore[arg-type]
+    task = Stage2Task(settings, layout, wide, rows, LatentStatistics(0 * ones, ones), Prompts(model), FLOW, CPU)  # type: ignore[arg-type]
     task.collate = lambda items: {
         "latents": torch.stack([item["latents"] for item in items]),
         "conditions": [item["conditions"] for item in items],

@@ -85,8 +85,33 @@ def check_statistics(name: str, values: Sequence[float]) -> None:
             raise ValueError(f"{name}: {value} at channel {channel}; it must be finite, a std positive")
 
 
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Mean and standard deviation by which raw latents become the latents that a transformer takes.
+
+    Attributes:
+        mean, std: (1,c,1,1), or (1,c,k,k) of the positions of a k x k cell.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def to(self, *place: torch.device | torch.dtype | Tensor) -> LatentStatistics:
+        """Return the statistics on another device or in another precision, as `Tensor.to` takes them."""
+        mean, std = (values.to(*place) for values in (self.mean, self.std))  # type: ignore[arg-type]
+        return LatentStatistics(mean, std)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Return what the transformer takes for raw latents (B,c,h,w)."""
+        return (latents - over_grid(self.mean, latents)) / over_grid(self.std, latents)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Return the raw latents of what the transformer takes, (B,c,h,w)."""
+        return latents * over_grid(self.std, latents) + over_grid(self.mean, latents)
+
+
 def over_grid(statistics: Tensor, latents: Tensor) -> Tensor:
-    """Statistics (1,c,k,k) of the positions of a k x k cell, repeated over the grid of latents (B,c,h,w)."""
+    """Repeat statistics (1,c,k,k) of the positions of a k x k cell over the grid of latents (B,c,h,w)."""
     side = statistics.shape[-1]
     if side == 1:
         return statistics

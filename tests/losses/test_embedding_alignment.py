@@ -14,6 +14,7 @@ from test_lightning_dit import random_model
 from davae.backbones.lightning_dit import PatchEmbed
 from davae.backbones.new_latents import change_latents
 from davae.data.latent_cache.paired import collate_pairs
+from davae.latent import LatentStatistics
 from davae.losses.embedding_alignment import token_alignment_loss
 from davae.recipes import load_recipe
 from davae.recipes.schema import EmbedderAlignment
@@ -40,7 +41,8 @@ def align_embedder(
 ) -> tuple[float, float]:
     """Error of a float64 embedder before and after it learned `base_embedder`'s tokens."""
     embedder = PatchEmbed(patch, own.shape[1], base_embedder.proj.out_channels).double()
-    scales = [(torch.full((1, c, 1, 1), 0.5), torch.full((1, c, 1, 1), 2.0)) for c in (own.shape[1], base.shape[1])]
+    grids = [(1, c, 1, 1) for c in (own.shape[1], base.shape[1])]
+    scales = [LatentStatistics(torch.full(grid, 0.5), torch.full(grid, 2.0)) for grid in grids]
     pairs: Any = Pairs(own, base)
     settings = EmbedderAlignment(batch_size=len(own), lr_schedule="cosine", **optim)
     task = EmbedderTask(settings, embedder, base_embedder, pairs, scales[0], scales[1], torch.device("cpu"))

@@ -34,7 +34,7 @@ from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder, read_metrics
 from davae.train.setup import seed_initial_weights
 from davae.vae.blocks import downsample
-from davae.vae.codec import raw_statistics
+from davae.vae.codec import Codec
 from davae.vae.frames import encode_mode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,7 +215,10 @@ def test_an_aligned_head_is_better_than_a_random_one(values: dict[str, Any], fin
     recipe = recipe_of(values, align=longer)
     model = aligned(values, finished)
     torch.nn.init.xavier_uniform_(model.final_layer.linear.weight)
-    cache, scale = CachedLatents(finished / "cache", "class"), raw_statistics(load_autoencoder(values["autoencoder"]))
+    cache, scale = (
+        CachedLatents(finished / "cache", "class"),
+        Codec(load_autoencoder(values["autoencoder"])).statistics,
+    )
     task = HeadTask(recipe, model, cache, scale, torch.device("cpu"))
     before = held_loss(task)
     run = Run(log_every=10, checkpoint_every=100)

@@ -18,6 +18,7 @@ from davae import ClassConditionalPipeline, DetailVAE
 from davae.data.latent_cache.read import CachedLatents
 from davae.errors import ModelError
 from davae.evaluate.generation import evaluate_reconstruction
+from davae.latent import LatentStatistics
 from davae.pretrained.open import load_pipeline
 from davae.recipes import load_recipe
 from davae.sample.sample_file import class_schedule, field_uint8, write_samples
@@ -95,7 +96,7 @@ def test_the_position_table_is_not_trained(finished: Path) -> None:
     recipe = load_recipe(str(finished / "base" / "recipe.yaml"))
     cache = CachedLatents(finished / "base" / "cache", "class")
     model = random_model(torch.float32, num_classes=2)
-    task = ClassFlowTask(recipe, model, cache, (torch.zeros(1), torch.ones(1)), torch.device("cpu"))  # type: ignore[arg-type]
+    task = ClassFlowTask(recipe, model, cache, LatentStatistics(torch.zeros(1), torch.ones(1)), torch.device("cpu"))  # type: ignore[arg-type]
     trained = {id(parameter) for parameter in task.trainables["dit"].parameters.values()}
     assert {name for name, p in model.named_parameters() if id(p) not in trained} == {"pos_embed"}
 

@@ -26,7 +26,7 @@ from davae.recipes import differences, load_recipe
 from davae.runs.validation import embedded_captions
 from davae.tasks.conditioning import EmbeddedInStep, embed_in_step
 from davae.train.loading import one_at_a_time
-from davae.vae.codec import encode_raw
+from davae.vae.codec import Codec
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def images(count: int = 5) -> Tensor:
 
 def test_float32_is_what_it_was_and_half_precision_is_near(vae: DetailVAE):
     with torch.no_grad():
-        plain = encode_raw(vae, images())
+        plain = Codec(vae).encode_raw(images())
     assert torch.equal(Encoder(vae, torch.float32, 16)(images()), plain)
     half = Encoder(vae, torch.bfloat16, 16)(images())
     assert half.dtype == torch.float32
@@ -54,14 +54,15 @@ def test_memory_that_runs_out_halves_the_batch_and_then_tiles(
     vae: DetailVAE, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     sizes: list[tuple[int, bool]] = []
+    encode_raw = Codec.encode_raw
 
-    def hungry(model: Any, batch: Tensor) -> Tensor:
-        sizes.append((len(batch), model.use_tiling))
-        if len(batch) > 1 or not model.use_tiling:
+    def hungry(codec: Codec, batch: Tensor) -> Tensor:
+        sizes.append((len(batch), codec.vae.use_tiling))
+        if len(batch) > 1 or not codec.vae.use_tiling:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return encode_raw(model, batch)
+        return encode_raw(codec, batch)
 
-    monkeypatch.setattr("davae.dataset.encoding.encode_raw", hungry)
+    monkeypatch.setattr(Codec, "encode_raw", hungry)
     encoder = Encoder(vae, torch.bfloat16, 4)
     found = encoder(images())
     assert sizes == [(4, False), (2, False), (1, False), *[(1, True)] * 5]
@@ -74,14 +75,16 @@ def test_memory_that_runs_out_halves_the_batch_and_then_tiles(
 def test_latents_that_overflow_in_float16_are_computed_again(
     vae: DetailVAE, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    def overflowing(model: Any, batch: Tensor) -> Tensor:
-        found = encode_raw(model, batch)
+    encode_raw = Codec.encode_raw
+
+    def overflowing(codec: Codec, batch: Tensor) -> Tensor:
+        found = encode_raw(codec, batch)
         return found if found.dtype == torch.float32 else found * 1e6
 
-    monkeypatch.setattr("davae.dataset.encoding.encode_raw", overflowing)
+    monkeypatch.setattr(Codec, "encode_raw", overflowing)
     found = Encoder(vae, torch.float16, 16)(images())
     with torch.no_grad():
-        assert torch.equal(found, encode_raw(vae, images()))
+        assert torch.equal(found, Codec(vae).encode_raw(images()))
     assert "overflow in float16" in caplog.text
 
 

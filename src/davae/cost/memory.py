@@ -32,7 +32,7 @@ from davae.pretrained.open import BaseShapes
 from davae.recipes.sections import Stage1, Stage2
 from davae.tasks.stage1 import Stage1Task
 from davae.train.random import SampleRandom
-from davae.vae.codec import encode_raw
+from davae.vae.codec import Codec
 
 # the attention that CPU tensors get, which the registry lacks
 FORMULAS: dict[Any, Callable[..., float]] = {
@@ -320,7 +320,7 @@ def encode_bytes(vae: Any, pixels: int, dtype: torch.dtype, tile: int | None = N
         if tile is not None:
             vae.enable_tiling(tile)
         images = torch.empty(1, 3, pixels, pixels, dtype=dtype)
-        return images.numel() * images.element_size() + sampling_bytes(lambda: encode_raw(vae, images))
+        return images.numel() * images.element_size() + sampling_bytes(lambda: Codec(vae).encode_raw(images))
 
 
 def predict_in(dtype: torch.dtype, transformer: nn.Module, latents: Tensor) -> Tensor:

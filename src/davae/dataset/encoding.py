@@ -16,7 +16,7 @@ from davae.pretrained.placement import send
 from davae.recipes.schema import Recipe
 from davae.recipes.sections import Run
 from davae.vae.blocks import downsample
-from davae.vae.codec import encode_raw, latent_shape
+from davae.vae.codec import Codec
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ def coding_bytes(vae: Any, pixels: int, precision: torch.dtype) -> int:
     """
     with torch.device("meta"):
         bare = type(vae).from_config(vae.config)
-    factor, channels = latent_shape(vae.config, type(vae).__name__)
-    decoding = decode_sampling_bytes(copy.deepcopy(bare), channels, pixels // factor, precision)
+    codec = Codec(vae)
+    decoding = decode_sampling_bytes(copy.deepcopy(bare), codec.channels, pixels // codec.factor, precision)
     return max(encode_bytes(bare, pixels, precision), decoding) + 4 * 3 * pixels**2
 
 
@@ -89,10 +89,10 @@ class Encoder:
     def _encode(self, images: Tensor) -> Tensor:
         there = send(images, self.vae.device, torch.channels_last)
         there = downsample(there, self.smaller) if self.smaller > 1 else there
-        latents = encode_raw(self.own, there.to(self.precision)).float()
+        latents = Codec(self.own).encode_raw(there.to(self.precision)).float()
         if self.precision == torch.float16 and not bool(torch.isfinite(latents).all()):
             logger.warning("%s: latents overflow in float16; computed again in float32", self.halving.what)
-            latents = encode_raw(self.vae, there)
+            latents = Codec(self.vae).encode_raw(there)
         return latents
 
     def _tile(self) -> None:

@@ -35,7 +35,7 @@ from davae.runs.checks import base_objective, check_distilled, check_init, check
 from davae.tasks.autoencoder import build_autoencoder
 from davae.tasks.base_model import base_shapes, new_transformer
 from davae.train.shares import share_of_step
-from davae.vae.codec import latent_shape
+from davae.vae.codec import Codec
 from davae.zoo import resolve
 from davae.zoo.presets import presets
 
@@ -127,7 +127,8 @@ def base_gpu_days(recipe: BaseRecipe, latents: tuple[int, int] | None = None) ->
     if not isinstance(recipe.autoencoder, str):
         with torch.device("meta"):
             vae = build_autoencoder(recipe)
-        latents = latent_shape(vae.config, type(vae).__name__)
+        codec = Codec(vae)
+        latents = codec.factor, codec.channels
         assert recipe.vae is not None
         days = training_days(recipe.vae, sum(flops.total for flops in autoencoder_flops(vae, recipe.resolution)))
     assert latents is not None

@@ -40,7 +40,7 @@ from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.run_folder import RunFolder, was_done
 from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.signals import check_stop
-from davae.vae.codec import latent_shape, raw_statistics
+from davae.vae.codec import Codec
 
 
 class BaseRun:
@@ -134,7 +134,8 @@ class BaseRun:
         """
         recipe, patch = self.recipe, self.recipe.architecture.patch_size
         vae = self.autoencoder()
-        factor, channels = latent_shape(vae.config, type(vae).__name__)
+        codec = Codec(vae)
+        factor, channels = codec.factor, codec.channels
         if recipe.resolution % (factor * patch):
             raise RecipeError(
                 f"resolution: {recipe.resolution} is not divisible by {factor * patch} "
@@ -238,7 +239,7 @@ class BaseRun:
         seed_initial_weights(training_seed(recipe.dit, recipe.run))
         encoders = [build_text_encoder(architecture, tokenizer) for _ in range(2)]
         model = TextToImage(encoders, build_transformer(architecture, channels, side)).to(self.accelerator.device)
-        self.fit(BaseFlowTask(recipe.dit, model, tokenizer, cache, raw_statistics(vae), self.accelerator.device))
+        self.fit(BaseFlowTask(recipe.dit, model, tokenizer, cache, Codec(vae).statistics, self.accelerator.device))
         # Text encoders stay float32: transformers loads what the file holds, diffusers' models load as float32, and a
         # pipeline opened without a dtype would mix both.
         return StableDiffusion3Pipeline(
@@ -259,7 +260,7 @@ class BaseRun:
         seed_initial_weights(training_seed(recipe.dit, recipe.run))
         transformer = build_class_transformer(recipe, channels, side)
         self.prepare_transformer(transformer, cache, vae)
-        self.fit(ClassFlowTask(recipe, transformer, cache, raw_statistics(vae), self.accelerator.device))
+        self.fit(ClassFlowTask(recipe, transformer, cache, Codec(vae).statistics, self.accelerator.device))
         return model_class("ClassConditionalPipeline")(
             vae=vae.half(), transformer=transformer.half(), class_names=class_names(cache, recipe)
         )

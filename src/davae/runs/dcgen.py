@@ -38,6 +38,7 @@ from davae.data.latent_cache.paired import PairedLatents, collate_pairs
 from davae.data.latent_cache.read import CachedLatents, is_whole, read_meta
 from davae.dataset.encoding import run_precision
 from davae.errors import ModelError, RecipeError
+from davae.latent import LatentStatistics
 from davae.losses.embedding_alignment import token_alignment_loss
 from davae.pretrained.autoencoders import autoencoder_config, load_autoencoder
 from davae.pretrained.open import load_part, read_shapes
@@ -50,7 +51,7 @@ from davae.tasks.class_conditional import ClassFlowTask
 from davae.train.distributed import from_main
 from davae.train.loop import Trainable
 from davae.train.random import SampleRandom
-from davae.vae.codec import latent_shape, raw_statistics
+from davae.vae.codec import Codec, latent_shape
 
 FAMILY = "LightningDiT"
 BASE_CACHE = "cache-base"  # beside `cache`: the same pictures under the pretrained model's autoencoder
@@ -121,7 +122,7 @@ class EmbedderTask:
         embedder: the new one; its dtype is the one that is computed in.
         base_embedder: the pretrained one, frozen.
         pairs: both latents of each picture.
-        normalise, base_normalise: (mean, std), each (1,C,1,1), of the two latents.
+        statistics, base_statistics: of the two latents, by which they are normalised.
     """
 
     name = "align.embedder"
@@ -132,15 +133,15 @@ class EmbedderTask:
         embedder: PatchEmbed,
         base_embedder: PatchEmbed,
         pairs: PairedLatents,
-        normalise: tuple[Tensor, Tensor],
-        base_normalise: tuple[Tensor, Tensor],
+        statistics: LatentStatistics,
+        base_statistics: LatentStatistics,
         device: torch.device,
     ):
         self.settings, self.dataset, self.collate = settings, pairs, collate_pairs
         dtype = embedder.proj.weight.dtype
         self.place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.normalise = tuple(values.to(**self.place) for values in normalise)
-        self.base_normalise = tuple(values.to(**self.place) for values in base_normalise)
+        self.statistics = statistics.to(device, dtype)
+        self.base_statistics = base_statistics.to(device, dtype)
         self.base_embedder = base_embedder.to(**self.place).requires_grad_(False)
         embedder.to(device).requires_grad_(True)
         self.trainables = {"embedder": Trainable(embedder, [{"params": list(embedder.parameters())}], lr=settings.lr)}
@@ -154,12 +155,10 @@ class EmbedderTask:
 
     def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         """The alignment error; `unexplained` is its share of the variance of the pretrained model's tokens."""
-        mean, std = self.normalise
-        base_mean, base_std = self.base_normalise
         with torch.no_grad():
-            base_tokens = self.base_embedder((batch["base_latents"].to(**self.place) - base_mean) / base_std)
+            base_tokens = self.base_embedder(self.base_statistics.normalise(batch["base_latents"].to(**self.place)))
             variance = base_tokens.var(dim=(0, 1), unbiased=False).mean()
-        tokens = self.modules["embedder"]((batch["latents"].to(**self.place) - mean) / std)  # (B,L,w)
+        tokens = self.modules["embedder"](self.statistics.normalise(batch["latents"].to(**self.place)))  # (B,L,w)
         error = token_alignment_loss(tokens, base_tokens)
         return error, {"loss": error.detach(), "unexplained": error.detach() / variance}
 
@@ -208,7 +207,7 @@ class DCGenRun(BaseRun):
         recipe, device = self.recipe, self.accelerator.device
         assert recipe.align is not None
         assert recipe.init is not None
-        normalise = raw_statistics(vae)
+        statistics = Codec(vae).statistics
         base_vae = load_autoencoder(recipe.init).to(device)
         self.cache_base(base_vae)
         pairs = PairedLatents(self.first / "cache", self.out / BASE_CACHE)
@@ -216,13 +215,13 @@ class DCGenRun(BaseRun):
         # copies are trained: an engine may wrap what it trains, and wraps nothing twice
         embedder = copy.deepcopy(transformer.x_embedder)
         task = EmbedderTask(
-            recipe.align.embedder, embedder, base_embedder, pairs, normalise, raw_statistics(base_vae), device
+            recipe.align.embedder, embedder, base_embedder, pairs, statistics, Codec(base_vae).statistics, device
         )
         del base_vae
         self.fit(task, release=True)
         transformer.x_embedder.load_state_dict(embedder.state_dict())
         learner = copy.deepcopy(transformer)
-        self.fit(HeadTask(recipe, learner, cache, normalise, device), release=True)
+        self.fit(HeadTask(recipe, learner, cache, statistics, device), release=True)
         transformer.load_state_dict(learner.state_dict())
 
     def cache_base(self, base_vae: Any) -> None:

@@ -317,7 +317,7 @@ class Upgrade:
             vae.layout,
             transformer,
             cache,
-            (vae.mean, vae.std),  # type: ignore[arg-type]
+            vae.statistics,
             conditioning(
                 transformer,
                 cache,

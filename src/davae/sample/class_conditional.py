@@ -17,7 +17,7 @@ from davae.backbones.classes import find_class
 from davae.backbones.lightning_dit import LightningDiT
 from davae.pretrained.open import pixel_factor
 from davae.sample.ode import GuidedModel, OnStep, solve_ode, stepped, time_grid
-from davae.vae.base import base_statistics
+from davae.vae.codec import Codec
 
 OnStepEnd = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
 
@@ -179,9 +179,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def _decode(self, x: Tensor, output_type: str) -> Any:
         """Normalised latents (B,c,h,w) -> pictures."""
-        mean, std = (torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in base_statistics(self.vae.config))
-        raw = x.float() * std.to(x.device) + mean.to(x.device)
-        pixels = self.vae.decode(raw.to(self.vae.dtype)).sample  # (B,3,H,W)
+        pixels = Codec(self.vae).decode(x.float())  # (B,3,H,W)
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)
 
 

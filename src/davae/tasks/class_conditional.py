@@ -13,7 +13,7 @@ from davae.backbones.repatch import change_patch
 from davae.backbones.trainable import choose_trainable
 from davae.data.latent_cache.read import CachedLatents, collate_latents
 from davae.errors import ModelError
-from davae.latent import over_grid
+from davae.latent import LatentStatistics
 from davae.losses.flow_matching import direction_loss
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import send
@@ -62,12 +62,12 @@ class ClassFlowTask:
         recipe: BaseRecipe,
         transformer: LightningDiT,
         cache: CachedLatents,
-        normalise: tuple[Tensor, Tensor],
+        statistics: LatentStatistics,
         device: torch.device,
     ):
         self.settings = self.chosen_settings(recipe)
         self.dataset, self.collate, self.device = cache, collate_latents, device
-        self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
+        self.statistics = statistics.to(device, torch.float32)
         transformer.to(device)  # type: ignore[arg-type]
         if self.settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -93,7 +93,7 @@ class ClassFlowTask:
     def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         latents = send(batch["latents"], self.device)
-        z = (latents - over_grid(self.mean, latents)) / over_grid(self.std, latents)  # (B,C,h,w)
+        z = self.statistics.normalise(latents)  # (B,C,h,w)
         flow = noise_batch(FLOW, z, batch["conditions"], self.conditioning.null, s, draws)
         velocity = self.conditioning.predict(self.modules["dit"], flow.x_t, flow.t, flow.conditions)
         error = (velocity.float() - flow.target).square().mean()

@@ -11,7 +11,7 @@ from davae.backbones.expand import new_weight_masks
 from davae.backbones.families.rows import transformer_family
 from davae.backbones.trainable import choose_trainable, in_full_precision
 from davae.data.latent_cache.read import CachedLatents, collate_latents
-from davae.latent import LatentLayout, over_grid
+from davae.latent import LatentLayout, LatentStatistics
 from davae.losses.clean_base import with_clean_base, without_base_error
 from davae.losses.velocity import detail_direction_loss, detail_weight, velocity_loss
 from davae.pretrained.placement import send
@@ -35,7 +35,7 @@ class Stage2Task:
         layout: LatentLayout,
         transformer: nn.Module,
         cache: CachedLatents,
-        normalise: tuple[Tensor, Tensor],
+        statistics: LatentStatistics,
         conditioning: Conditioning,
         objective: Objective,
         device: torch.device,
@@ -50,7 +50,7 @@ class Stage2Task:
         self.conditioning, self.objective = conditioning, objective
         # a model with guidance as its input is never called with an empty caption
         self.drops = not transformer.config.get("guidance_embeds")  # type: ignore[union-attr, operator]
-        self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
+        self.statistics = statistics.to(device, torch.float32)
         self.transformer = transformer.to(device)
         parameters = in_full_precision(choose_trainable(transformer, settings.lora))
         if settings.gradient_checkpointing:
@@ -86,7 +86,7 @@ class Stage2Task:
     def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         raw = send(batch["latents"], self.device)  # (B,C+D,h,w)
-        latents = (raw - over_grid(self.mean, raw)) / over_grid(self.std, raw)
+        latents = self.statistics.normalise(raw)
         conditions = batch["conditions"]
         if "text" in batch:
             conditions = of_batch(conditions, batch["text"])

@@ -22,6 +22,7 @@ from transformers import (
 
 from davae.backbones.null_tokens import draw_count, repeat_last_token
 from davae.data.latent_cache.read import CachedLatents, collate_latents
+from davae.latent import LatentStatistics
 from davae.pretrained.placement import send
 from davae.recipes.schema import TextArchitecture
 from davae.recipes.sections import FlowOptim
@@ -139,12 +140,12 @@ class BaseFlowTask:
         model: TextToImage,
         tokenizer: CLIPTokenizer,
         cache: CachedLatents,
-        normalise: tuple[Tensor, Tensor],
+        statistics: LatentStatistics,
         device: torch.device,
     ):
         self.settings, self.dataset, self.collate, self.device = settings, cache, collate_latents, device
         self.tokenizer = tokenizer
-        self.mean, self.std = (values.to(device, torch.float32) for values in normalise)
+        self.statistics = statistics.to(device, torch.float32)
         self.processor = repeat_last_token(model.transformer)
         decay = [p for p in model.parameters() if p.ndim >= 2]
         plain = [p for p in model.parameters() if p.ndim < 2]
@@ -160,7 +161,7 @@ class BaseFlowTask:
 
     def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
-        z = (send(batch["latents"], self.device) - self.mean) / self.std  # (B,C,h,w)
+        z = self.statistics.normalise(send(batch["latents"], self.device))  # (B,C,h,w)
         flow = noise_batch(FLOW, z, batch["conditions"], "", s, draws)
         tokens = self.tokenizer(
             flow.conditions,

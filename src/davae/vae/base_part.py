@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.vae import Encoder
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from davae.latent import LatentLayout, over_grid
+from davae.latent import LatentLayout, LatentStatistics
 from davae.vae.base import autoencoder_family, base_channels
 from davae.vae.base_decoder import BaseDecoder
 from davae.vae.frames import Frames, only_frame
@@ -47,8 +47,11 @@ class BasePart:
         """
         latents = only_frame(latents) if latents.ndim == 5 else latents
         z = latents if latents.shape[1] == self.layout.base_channels else self.layout.split(latents)[0]
-        mean, std = (over_grid(self.layout.split(part)[0], z).to(z) for part in (self.mean, self.std))
-        return z * std + mean  # (B,C,h,w)
+        return self._base_statistics(z).denormalise(z)  # (B,C,h,w)
+
+    def _base_statistics(self, z: Tensor) -> LatentStatistics:
+        mean, std = (self.layout.split(part)[0].to(z) for part in (self.mean, self.std))
+        return LatentStatistics(mean, std)
 
     @apply_forward_hook
     def encode_base(self, images: Tensor) -> Tensor:
@@ -77,8 +80,7 @@ class BasePart:
         with torch.no_grad():
             moments = self.frames.encode(lambda x: self.base_quant_conv(encode(x)), images)
         z = moments[:, : self.layout.base_channels]  # mode
-        mean, std = (over_grid(self.layout.split(part)[0], z).to(z) for part in (self.mean, self.std))
-        return (z - mean) / std
+        return self._base_statistics(z).normalise(z)
 
     @apply_forward_hook
     def decode_base(self, latents: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from davae.latent import LatentLayout, check_statistics, over_grid
+from davae.latent import LatentLayout, LatentStatistics, check_statistics, over_grid
 from davae.vae.base import (
     autoencoder_class,
     autoencoder_family,
@@ -211,13 +211,18 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
         )
         self._fill_statistics()
 
+    @property
+    def statistics(self) -> LatentStatistics:
+        """Mean and std of raw [z, z_d]."""
+        return LatentStatistics(cast(Tensor, self.mean), cast(Tensor, self.std))
+
     def normalise(self, latents: Tensor) -> Tensor:
         """Raw [z, z_d] -> what the transformer sees."""
-        return (latents - over_grid(cast(Tensor, self.mean), latents)) / over_grid(cast(Tensor, self.std), latents)
+        return self.statistics.normalise(latents)
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """What the transformer sees -> raw [z, z_d]."""
-        return latents * over_grid(cast(Tensor, self.std), latents) + over_grid(cast(Tensor, self.mean), latents)
+        return self.statistics.denormalise(latents)
 
     def encode_raw(self, images: Tensor) -> RawLatents:
         """One pass of both encoders, before normalisation: what stage 1 trains on (Eq. 1-3 use raw latents).
