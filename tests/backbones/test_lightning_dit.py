@@ -18,7 +18,7 @@ from davae import ClassConditionalPipeline, LatentLayout, LightningDiT, expand_t
 from davae.backbones.lightning_dit import RotaryEmbedding, grid_positions, rotary_angles
 from davae.backbones.repatch import change_patch
 from davae.backbones.trainable import choose_trainable
-from davae.convert.lightningdit import lightningdit
+from davae.convert.lightningdit import dit, lightningdit
 from davae.device import compile_blocks
 from davae.losses.flow_matching import direction_loss
 from davae.losses.velocity import detail_direction_loss
@@ -174,7 +174,7 @@ def test_equals_diffusers_dit_but_for_its_frequencies() -> None:
                 f"blocks.{n}.mlp.fc2.{part}": source[f"{block}ff.net.2.{part}"],
                 f"blocks.{n}.adaLN_modulation.1.{part}": source[f"{block}norm1.linear.{part}"],
             }
-    ours = davae.convert.dit(own, num_heads=2).double()
+    ours = dit(own, num_heads=2).double()
     x, y = torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.tensor([0, 3, 5])
     t = torch.tensor([0, 500, 999])
     with torch.no_grad():

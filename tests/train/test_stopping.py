@@ -75,7 +75,7 @@ def test_a_verb_that_a_signal_ends_leaves_with_130(name: str):
     code = (
         "import davae.cli, sys, time\n"
         "davae.cli._quiet_libraries = lambda: None\n"
-        "davae.commands.app = lambda: (print('ready', flush=True), time.sleep(60))\n"
+        "davae.cli.app = lambda: (print('ready', flush=True), time.sleep(60))\n"
         "sys.argv = ['davae', 'inspect']\n"
         "davae.cli.main()"
     )
