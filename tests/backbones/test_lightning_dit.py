@@ -13,7 +13,6 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
 from safetensors import safe_open
 from torch import Tensor
 
-import davae
 from davae import ClassConditionalPipeline, LatentLayout, LightningDiT, expand_transformer
 from davae.backbones.lightning_dit import RotaryEmbedding, grid_positions, rotary_angles
 from davae.backbones.repatch import change_patch
