@@ -124,7 +124,9 @@ def test_the_map_of_the_code_is_whole():
     assert {f"{name}/" for name in packages} <= paths_of(page)
     picture = page.read_text(encoding="utf-8").split("## The layers")[1].split("```text\n")[1].split("```")[0]
     drawn = [[word for word in line.split() if word in packages] for line in picture.splitlines()]
-    contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"][0]
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ][0]
     order = [name for layer in contract["layers"] for name in re.findall(r"davae\.(\w+)", layer) if name in packages]
     assert sorted(name for words in drawn for name in words) == sorted(packages)
     rows = {name: row for row, words in enumerate(drawn) for name in words}
