@@ -10,7 +10,7 @@ import torch
 
 from davae.data.openmoji import OpenMoji
 from davae.data.images import ImageDataset, grid, split, to_images
-from davae.analyze.detail_use import decode_faded, reconstructions
+from davae.analyze.sensitivity import decode_faded, reconstructions
 from davae.sample.open import (open_model)
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")

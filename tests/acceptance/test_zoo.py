@@ -9,14 +9,13 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from davae.analyze.detail_use import reconstructions
+from davae.analyze.sensitivity import reconstructions
 from davae.cost.flops import count
 from davae.data.images import ImageDataset, split
 from davae.data.openmoji import OpenMoji, emoji_names
-from davae.evaluate.generation import open_autoencoder
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.sample.generate import generate
-from davae.sample.open import open_model
+from davae.sample.open import open_autoencoder, open_model
 from davae.zoo import FOLDER, resolve
 
 

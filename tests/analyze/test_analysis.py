@@ -14,13 +14,20 @@ from conftest import picture, tiny_autoencoder, tiny_upgrade_recipe
 from PIL import Image
 
 from davae import DetailVAE
-from davae.analyze.detail_use import UNIT_NORMAL, reconstructions
-from davae.analyze.figures import compare, curves, latents, raw_latents, sensitivity, spectra
-from davae.analyze.latents import class_knowledge, embed_points, pca_pictures, scatter_plot
+from davae.analyze.curves import compared_runs_figure, curves_figure
+from davae.analyze.latents import (
+    class_knowledge,
+    embed_points,
+    latents_figure,
+    pca_pictures,
+    raw_latents,
+    scatter_plot,
+)
+from davae.analyze.sensitivity import UNIT_NORMAL, reconstructions, sensitivity_figure
+from davae.analyze.spectra import radial_power, spectra_figure
 from davae.commands import analyze
 from davae.errors import DataError, ModelError
 from davae.evaluate.generation import real_pictures
-from davae.evaluate.spectra import radial_power
 from davae.recipes import validate
 from davae.runs.upgrade import Upgrade
 
@@ -98,17 +105,17 @@ def numbers(path: Path) -> dict:
 
 def test_every_figure_of_a_run(run: Path, tiny_base: Path, by_class: Path, picture_folder: Path, tmp_path: Path):
     vae, data = str(run / "vae"), str(by_class)
-    rows = numbers(sensitivity(vae, str(tiny_base), data, tmp_path, num=8, held_out=0.0))["rows"]
+    rows = numbers(sensitivity_figure(vae, str(tiny_base), data, tmp_path, num=8, held_out=0.0))["rows"]
     assert {"full", "zero detail", "random detail"} <= set(rows)
     assert all(row["pictures"] == 8 for row in rows.values())
     assert all(row["rfd_lite0"] >= 0 for row in rows.values())
     assert rows["random detail, N(0, I)"]["random"] == "N(0, I), as in the paper"
 
-    groups = numbers(spectra(vae, data, tmp_path, num=12, held_out=0.0))["groups"]
+    groups = numbers(spectra_figure(vae, data, tmp_path, num=12, held_out=0.0))["groups"]
     assert len(groups["z_d"]["power"]) == len(groups["z"]["frequency"]) == 5  # 8 positions: rings 0 to 4
     assert len(groups["z_d"]["energy"]) == 5
 
-    found = numbers(latents(vae, vae, data, tmp_path, num=12, held_out=0.0))["rows"]
+    found = numbers(latents_figure(vae, vae, data, tmp_path, num=12, held_out=0.0))["rows"]
     assert found["aligned z_d"] == found["unaligned z_d"]
     assert found["z"]["alignment_error_over_variance"] is None
     scatter = numbers(tmp_path / "latents-points.png")
@@ -116,20 +123,20 @@ def test_every_figure_of_a_run(run: Path, tiny_base: Path, by_class: Path, pictu
     assert sorted(scatter["labels"]) == [0] * 6 + [1] * 6
     assert found["aligned z_d"]["alignment_error_over_variance"] > 0
 
-    assert numbers(curves(run, tmp_path))["last"]["step"] == 4
-    side_by_side = numbers(compare({"this": run, "again": run}, tmp_path))
+    assert numbers(curves_figure(run, tmp_path))["last"]["step"] == 4
+    side_by_side = numbers(compared_runs_figure({"this": run, "again": run}, tmp_path))
     assert side_by_side["this"]["last"] == side_by_side["again"]["last"]
     with pytest.raises(DataError, match="a class for every picture"):
-        latents(vae, None, str(picture_folder), tmp_path, num=12, held_out=0.0)
+        latents_figure(vae, None, str(picture_folder), tmp_path, num=12, held_out=0.0)
     with pytest.raises(ModelError, match="needs a DetailVAE"):
-        spectra(str(tiny_base), data, tmp_path, num=8, held_out=0.0)
+        spectra_figure(str(tiny_base), data, tmp_path, num=8, held_out=0.0)
     with pytest.raises(ModelError, match="no two steps of stage 2"):
-        curves(tmp_path, tmp_path)
+        curves_figure(tmp_path, tmp_path)
 
 
 def test_runs_of_one_folder_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     told: dict[str, Path] = {}
-    monkeypatch.setattr("davae.analyze.figures.compare", lambda named, out: told.update(named) or out)
+    monkeypatch.setattr("davae.analyze.curves.compared_runs_figure", lambda named, out: told.update(named) or out)
     analyze.compare([Path("a/x"), Path("b/x")], tmp_path)
     assert list(told) == ["a/x", "b/x"]
     told.clear()

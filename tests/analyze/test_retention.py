@@ -11,7 +11,7 @@ from conftest import picture
 from upgraded_tiny import assembled
 
 from davae.analyze.diffusability import alignment_r2, latent_measures, probe_loss
-from davae.analyze.retention import LEVELS, check_pair, prediction_errors, retention
+from davae.analyze.retention import LEVELS, check_pair, prediction_errors, retention_figure
 from davae.backbones.expand import expand_transformer
 from davae.backbones.families.rows import denoiser
 from davae.data.images import to_tensor
@@ -40,7 +40,7 @@ def test_a_warm_start_keeps_everything_and_a_trained_one_less(base, tiny_base: P
 def test_the_report_compares_images_of_the_same_noise(base, tiny_base: Path, tmp_path: Path, picture_folder: Path):
     fresh = assemble(base, DetailVAE.from_base(base.vae, 8), expand_transformer(denoiser(base), 8))
     fresh.save_pretrained(tmp_path / "upgrade")
-    done = retention(
+    done = retention_figure(
         str(tiny_base), str(tmp_path / "upgrade"), str(picture_folder), tmp_path / "figures", num=2, held_out=0.0,
         drawn=2, steps=2, guidance=1.0,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from conftest import picture, tiny_upgrade_recipe
 from family_pipelines import BUILDERS
 from PIL import Image
 
-from davae.analyze.detail_use import decode_faded, reconstructions
+from davae.analyze.sensitivity import decode_faded, reconstructions
 from davae.app import drawing, reconstructing
 from davae.app.inspection import inspection
 from davae.app.pair import Pair, Stopped, open_pair

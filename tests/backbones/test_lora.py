@@ -21,7 +21,7 @@ from davae import expand_transformer, widen_lora
 from davae.backbones.expand import latent_channels
 from davae.backbones.families.rows import TRANSFORMERS, model_class, transformer_family
 from davae.backbones.trainable import choose_trainable
-from davae.convert.folders import convert_lora
+from davae.convert.lora import convert_lora
 from davae.errors import ModelError
 from davae.publish.assemble import without_lora
 from davae.publish.export import loads_lora, lora_layers

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from davae import cli
-from davae.convert.folders import convert_lora
+from davae.convert.lora import convert_lora
 from davae.convert.tiny import tiny_autoencoder
 from davae.data.latent_cache.import_shards import read_statistics
 from davae.errors import DataError, ModelError

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from davae.analyze import figures as analysis
+from davae.analyze.curves import compared_runs_figure, curves_figure
+from davae.analyze.figure import write_figure
 from davae.commands.sample import image_size
 from davae.errors import RecipeError, RunError
 from davae.files.outputs import save_image
-from davae.sample import files as drawing
+from davae.sample import image_folder as drawing
 
 OPTIONS: dict[str, Any] = {"num": 2, "seed": 1, "steps": 2, "guidance": 2.5, "resolution": None, "batch_size": 4}
 
@@ -84,21 +85,21 @@ def run_folder(path: Path, loss: float) -> Path:
 def test_figures_of_two_runs_are_two_files(tmp_path: Path):
     one, two = run_folder(tmp_path / "one", 1.0), run_folder(tmp_path / "two", 2.0)
     out = tmp_path / "figures"
-    first = analysis.curves(one, out)
+    first = curves_figure(one, out)
     kept = first.read_bytes(), first.with_suffix(".json").read_bytes()
-    second = analysis.curves(two, out)
+    second = curves_figure(two, out)
     assert (first.name, second.name) == ("curves.png", "curves-2.png")
     assert (first.read_bytes(), first.with_suffix(".json").read_bytes()) == kept
-    assert analysis.curves(one, out) == first, "the same figure again takes its own place"
-    assert analysis.curves(two, out) == second
+    assert curves_figure(one, out) == first, "the same figure again takes its own place"
+    assert curves_figure(two, out) == second
     assert json.loads(second.with_suffix(".json").read_text())["last"]["loss_base"] == 2.0
-    compared = [analysis.compare({"a": one, "b": two}, out), analysis.compare({"a": one, "b": one}, out)]
+    compared = [compared_runs_figure({"a": one, "b": two}, out), compared_runs_figure({"a": one, "b": one}, out)]
     assert [path.name for path in compared] == ["compare.png", "compare-2.png"]
 
 
 def test_settings_of_a_figure_belong_to_its_name(tmp_path: Path):
     for settings, name in (({"num": 8}, "spectra"), ({"num": 9}, "spectra-2"), ({"num": 8}, "spectra")):
         figures = {"vae": "v", "data": "d", "settings": settings, "groups": {}}
-        assert analysis.write_figure(tmp_path, "spectra", Image.new("RGB", (4, 4)), figures).stem == name
+        assert write_figure(tmp_path, "spectra", Image.new("RGB", (4, 4)), figures).stem == name
     save_image(Image.new("RGB", (4, 4)), tmp_path / "latents.png")  # whose figures are gone
-    assert analysis.write_figure(tmp_path, "latents", Image.new("RGB", (4, 4)), {"vae": "v"}).stem == "latents-2"
+    assert write_figure(tmp_path, "latents", Image.new("RGB", (4, 4)), {"vae": "v"}).stem == "latents-2"

@@ -13,7 +13,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from davae import DetailVAE
-from davae.analyze.detail_use import reconstructions
+from davae.analyze.sensitivity import reconstructions
 from davae.cli import app
 from davae.dataset.encoding import coding_bytes, images_at_a_time
 from davae.pretrained.memory_budget import OneOnDevice
@@ -70,7 +70,7 @@ def test_evaluate_reconstruction_goes_by_its_batch_size(
         return plain(self, images, *rest, **named)
 
     monkeypatch.setattr(DetailVAE, "encode", counting)
-    monkeypatch.setattr("davae.evaluate.generation.open_autoencoder", lambda name: vae)
+    monkeypatch.setattr("davae.sample.open.open_autoencoder", lambda name: vae)
     monkeypatch.setattr("davae.evaluate.generation.perceptual_distances", lambda *_: {})
     command = ["evaluate", "reconstruction", "--vae", "x", "--data", str(tmp_path), "--resolution", "32", *options]
     found = CliRunner().invoke(app, command)

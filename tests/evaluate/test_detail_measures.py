@@ -11,15 +11,9 @@ from PIL import Image
 
 import davae.evaluate.generation
 from davae.errors import DataError, DavaeError
-from davae.evaluate.detail import (
-    ImageSpectrum,
-    SpectrumMeter,
-    image_patches,
-    measure_images,
-    patch_places,
-    top_octave_error,
-)
+from davae.evaluate.detail import image_patches, measure_images, patch_places
 from davae.evaluate.features import Features
+from davae.evaluate.spectra import ImageSpectrum, SpectrumMeter, top_octave_error
 
 
 def spectrum(images: torch.Tensor, size: int) -> ImageSpectrum:

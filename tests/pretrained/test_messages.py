@@ -126,8 +126,7 @@ def test_recipes_whose_files_are_elsewhere_are_one_line(name: str, tmp_path: Pat
 
 def test_micro_upgraded_is_known():
     from davae import DetailVAE
-    from davae.evaluate.generation import open_autoencoder
-    from davae.sample.open import model_places
+    from davae.sample.open import model_places, open_autoencoder
 
     assert isinstance(open_autoencoder("micro-upgraded"), DetailVAE)
     assert len(model_places("micro-upgraded")) == 2

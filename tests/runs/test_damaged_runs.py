@@ -13,7 +13,7 @@ import torch
 from test_stopping import tiny_recipe
 
 import davae
-from davae.analyze.figures import stage2_records
+from davae.analyze.curves import stage2_records
 from davae.app import slot
 from davae.commands.verbs import check_value
 from davae.data.latent_cache.read import read_meta

@@ -17,11 +17,11 @@ from test_training import run_cli
 from davae import ClassConditionalPipeline, DetailVAE
 from davae.data.latent_cache.read import CachedLatents
 from davae.errors import ModelError
-from davae.evaluate.generation import evaluate_reconstruction
+from davae.evaluate.reconstruction import evaluate_reconstruction
+from davae.evaluate.sample_file import class_schedule, field_uint8, write_samples
 from davae.latent import LatentStatistics
 from davae.pretrained.open import load_pipeline
 from davae.recipes import load_recipe
-from davae.sample.sample_file import class_schedule, field_uint8, write_samples
 from davae.tasks.class_conditional import ClassFlowTask
 from davae.train.run_folder import read_metrics
 

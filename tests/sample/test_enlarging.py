@@ -18,10 +18,10 @@ from davae.backbones.families.rows import denoiser, transformer_family
 from davae.data.images import to_tensor
 from davae.errors import ModelError
 from davae.pretrained.open import pixel_factor, token_side
-from davae.sample import enlarge
+from davae.sample.canvas import WindowGrid
+from davae.sample.draw_detail import draw_detail
 from davae.sample.lockstep import Left, together
 from davae.sample.upscale import back_projected
-from davae.sample.windows import WindowGrid
 from davae.vae.blocks import downsample
 
 FAST = ("Flux2Transformer2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SDXL")
@@ -119,7 +119,7 @@ def test_a_call_that_fails_ends_all_and_leaves_no_thread():
 
 def test_the_base_stays_exactly_the_input_s_and_the_result_gives_it_back(pipeline, monkeypatch: pytest.MonkeyPatch):
     kept = []
-    draw = enlarge.draw_detail
+    draw = draw_detail
     monkeypatch.setattr("davae.sample.upscale.draw_detail", lambda *a, **k: kept.append(draw(*a, **k)) or kept[-1])
     image = picture(1, 16, 16)
     (result,) = davae.upscale(pipeline, image, "a red square", steps=3)
@@ -135,7 +135,7 @@ def test_the_base_stays_exactly_the_input_s_and_the_result_gives_it_back(pipelin
 def test_a_free_base_of_strength_one_is_plain_drawing(pipeline, monkeypatch: pytest.MonkeyPatch):
     """With nothing clamped the detour over canvas and hooks is the stock pipeline's own drawing from the same noise."""
     kept = []
-    draw = enlarge.draw_detail
+    draw = draw_detail
     monkeypatch.setattr(
         "davae.sample.upscale.draw_detail", lambda p, work, **k: kept.extend([work, draw(p, work, **k)]) or kept[1]
     )

@@ -19,16 +19,16 @@ from davae.data.prompts import read_prompts
 from davae.errors import DataError, ModelError, RunError
 from davae.evaluate import prompts as prompting
 from davae.evaluate.reconstruction import score_reconstructions
+from davae.evaluate.sample_file import write_samples
 from davae.files.ownership import only_writer
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import Placement
 from davae.sample import fingerprint as hashing
 from davae.sample import make_data as synthesis
-from davae.sample.files import sample_to_folder
 from davae.sample.fingerprint import model_fingerprint
 from davae.sample.finite import checked_decoding
 from davae.sample.generate import generate
-from davae.sample.sample_file import write_samples
+from davae.sample.image_folder import sample_to_folder
 
 
 @pytest.fixture

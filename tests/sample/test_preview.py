@@ -183,7 +183,7 @@ def test_the_base_decoder_is_an_option_of_whole_pipelines(tmp_path: Path):
     from typer.testing import CliRunner
 
     from davae.cli import app
-    from davae.evaluate.generation import open_autoencoder
+    from davae.sample.open import open_autoencoder
 
     words = ["apply", "micro-upgraded", "--base", "micro", "--out", str(tmp_path / "out"), "--dtype", "float32"]
     for more, has in ((["--base-decoder"], True), ([], False)):

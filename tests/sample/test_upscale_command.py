@@ -13,7 +13,7 @@ from upgraded_tiny import assembled
 
 from davae.cli import app
 from davae.errors import DataError, DavaeError, ModelError, RunError
-from davae.sample.enlarge_files import enlarge_files, find_images, read_source, save_result
+from davae.sample.upscale_files import enlarge_files, find_images, read_source, save_result
 
 OPTIONS = {"strength": 0.0, "steps": 2, "guidance_scale": 1.0, "seed": 0, "times": 1, "batch_size": 2}
 

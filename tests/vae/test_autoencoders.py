@@ -23,7 +23,7 @@ from diffusers import (
 )
 
 from davae import DetailVAE
-from davae.convert.folders import convert_tiny
+from davae.convert.tiny import convert_tiny
 from davae.data.images import ImageDataset
 from davae.data.sources import open_source
 from davae.errors import ModelError

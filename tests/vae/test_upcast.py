@@ -13,7 +13,7 @@ from conftest import tiny_autoencoder
 from family_pipelines.diffusion import stable_diffusion_xl
 
 from davae import DetailVAE, expand_transformer
-from davae.analyze.detail_use import reconstructions
+from davae.analyze.sensitivity import reconstructions
 from davae.publish.assemble import assemble
 from davae.vae.overflow import in_range
 

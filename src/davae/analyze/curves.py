@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from davae.evaluate.figure import to_png
+from davae.analyze.figure import check_figure, write_figure
+from davae.errors import ModelError
+from davae.evaluate.plot import to_png
+from davae.train.run_folder import read_metrics
 
 SHOWN = {
     "stage1": ("l1", "lpips", "align", "kl", "adversarial"),
@@ -80,3 +84,30 @@ def compared_curves(runs: dict[str, list[dict[str, Any]]], names: tuple[str, ...
         axis.tick_params(labelsize=8)
     axes[0][0].legend(frameon=False, fontsize=8)
     return to_png(figure)
+
+
+def stage2_records(run: Path) -> list[dict[str, Any]]:
+    """Return what stage 2 of a run logged; ModelError when it is less than two steps."""
+    found = [r for r in read_metrics(run / "metrics.jsonl") if r["stage"] == "stage2"]
+    records = [record for record in found if {"loss_base", "loss_detail"} <= record.keys()]
+    if len(records) < 2:
+        raise ModelError(f"run {run} has logged no two steps of stage 2; train it first, or name another run")
+    return records
+
+
+def curves_figure(run: Path, out: Path) -> Path:
+    """Loss curves of a run's stage 2 (Fig. S3)."""
+    check_figure(out, "curves")
+    records = stage2_records(run)
+    picture = loss_curves(records, "stage2")
+    assert picture is not None
+    return write_figure(out, "curves", picture, {"run": str(run), "last": records[-1]})
+
+
+def compared_runs_figure(runs: dict[str, Path], out: Path) -> Path:
+    """Base and detail loss of several runs side by side: zero against random new weights (Fig. 4), or any others."""
+    check_figure(out, "compare")
+    records = {name: stage2_records(run) for name, run in runs.items()}
+    picture = compared_curves(records, ("loss_base", "loss_detail"))
+    figures = {name: {"run": str(runs[name]), "first": r[0], "last": r[-1]} for name, r in records.items()}
+    return write_figure(out, "compare", picture, figures)

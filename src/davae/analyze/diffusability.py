@@ -9,18 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from davae.analyze.figures import check_figure, figure_settings, open_detail_vae, raw_latents, write_figure
+from davae.analyze.figure import check_figure, figure_settings, write_figure
+from davae.analyze.latents import raw_latents
+from davae.analyze.spectra import radial_power, spectra_plot
 from davae.dataset.look import as_data, real_pictures
-from davae.evaluate.spectra import radial_power, spectra_plot
 from davae.latent import LatentLayout
 from davae.losses.flow_matching import interpolate, velocity_target
 from davae.recipes.sections import Data
+from davae.sample.open import open_detail_vae
 from davae.vae.base_decoder import neighbourhoods, solve_ridge
 
 WIDTH, BATCH, RATE = 64, 32, 2e-3  # of the probe
 
 
-def diffusability(
+def diffusability_figure(
     vae: str, data: str | Data, out: Path, *, num: int, held_out: float, probe_steps: int = 300, seed: int = 0
 ) -> Path:
     """Measure a DetailVAE's latents and write `diffusability.png` (spectra) and `.json`.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,8 +18,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, write_figure
+from davae.data.images import ImageDataset, to_images
+from davae.dataset.look import as_data, batches, numbered_batches, real_pictures
 from davae.errors import DataError
-from davae.evaluate.figure import to_png
+from davae.evaluate.plot import to_png
+from davae.losses.alignment import group_mean
+from davae.recipes.sections import Data
+from davae.sample.open import open_detail_vae
+from davae.vae.detail_vae import DetailVAE
 
 
 def pca_pictures(latents: Tensor, size: int) -> list[Image.Image]:
@@ -103,4 +112,60 @@ def class_knowledge(latents: Tensor, labels: list[int], seed: int = 0) -> ClassK
         float(probe.score(features[test], targets[test])),
         float(silhouette_score(scaled, targets, random_state=seed)),
         float(shares.max()),
+    )
+
+
+@torch.no_grad()
+def raw_latents(vae: DetailVAE, pictures: ImageDataset, num: int) -> tuple[Tensor, Tensor, list[int | None]]:
+    """(z (N,C,h,w), z_d (N,D,h,w), labels) of pictures; one that cannot be read has neither latents nor a label."""
+    parts, labels = [], []
+    for positions, images in numbered_batches(pictures, num):
+        parts.append(vae.encode_raw(images.to(vae.device)))
+        labels += [pictures.source.label(pictures.indices[i]) for i in positions]
+    return torch.cat([part.z.cpu() for part in parts]), torch.cat([part.mean.cpu() for part in parts]), labels
+
+
+def latents_figure(
+    vae: str, unaligned: str | None, data: str | Data, out: Path, *, num: int, held_out: float
+) -> Path:
+    """Latent maps, class separability and a scatter by class (Fig. 3): z, aligned z_d and, from a second run, unaligned z_d.
+
+    The scatter is a figure of its own, `latents-points`.
+    """
+    check_figure(out, "latents")
+    check_figure(out, "latents-points")
+    models = {"z_d": open_detail_vae(vae)}
+    if unaligned is not None:
+        models = {"aligned z_d": models["z_d"], "unaligned z_d": open_detail_vae(unaligned)}
+    first = next(iter(models.values()))
+    pictures = real_pictures(
+        data, int(first.config["sample_size"]), held_out, "held_out", summary=out / "latents.data.json"
+    )
+    groups: dict[str, Tensor] = {}
+    labels: list[int | None] = []
+    for name, model in models.items():
+        z, z_d, labels = raw_latents(model, pictures, num)
+        groups |= {"z": z, name: z_d}
+    known = [label for label in labels if label is not None]
+    if len(known) < len(labels):
+        raise DataError(
+            "class separability needs a class for every picture: sub-folders, or `.cls` files in the shards"
+        )
+    rows = {"original": to_images(next(batches(pictures, SHOWN, SHOWN)))}
+    figures = {}
+    for name, group in groups.items():
+        rows[name] = pca_pictures(group, 128)[:SHOWN]
+        z = groups["z"]
+        alignment = None if name == "z" else float((group_mean(group, z.shape[1]) - z).square().mean() / z.var())
+        figures[name] = {**asdict(class_knowledge(group, known)), "alignment_error_over_variance": alignment}
+    points = {name: embed_points(group) for name, group in groups.items()}
+    places = {name: np.round(found, 3).tolist() for name, found in points.items()}
+    origin: dict[str, Any] = {"vae": vae, "unaligned": unaligned, "data": as_data(data).source}
+    origin["settings"] = figure_settings(data, num, held_out)
+    write_figure(out, "latents-points", scatter_plot(points, known), {**origin, "labels": known, "points": places})
+    return write_figure(
+        out,
+        "latents",
+        contact_sheet(rows, 128),
+        {**origin, "pictures": len(known), "rows": figures},
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.analyze.figures import check_figure, contact_sheet, figure_settings, write_figure
+from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, write_figure
 from davae.backbones.classes import goes_by_class
 from davae.backbones.families import CALLS, TEXT_CALLS, bound
 from davae.backbones.families.rows import denoiser, transformer_family
@@ -26,10 +26,9 @@ from davae.tasks.noising import Objective, choose_objective
 from davae.vae.detail_vae import DetailVAE
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the way to noise
-SHOWN = 8
 
 
-def retention(
+def retention_figure(
     base: str,
     upgrade: str,
     data: str | Data,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from davae.analyze.detail_use import decode_faded, reconstructions
+from davae.analyze.sensitivity import decode_faded, reconstructions
 from davae.app.pair import LOCK, Pair
 from davae.data.images import fit_square, to_images, to_tensor
 from davae.errors import ModelError

@@ -52,10 +52,10 @@ def sensitivity(
 
     `davae analyze sensitivity --vae runs/micro --base micro --data openmoji --held-out 0.1`
     """
-    from davae.analyze import figures as analysis
+    from davae.analyze.sensitivity import sensitivity_figure
     from davae.console import console
 
-    done = analysis.sensitivity(
+    done = sensitivity_figure(
         vae,
         base,
         chosen_data(data, set, {}),
@@ -83,12 +83,10 @@ def spectra(
 
     `davae analyze spectra --vae runs/micro --data openmoji --held-out 0.1`
     """
-    from davae.analyze import figures as analysis
+    from davae.analyze.spectra import spectra_figure
     from davae.console import console
 
-    console.print(
-        f"{analysis.spectra(vae, chosen_data(data, set, {}), out, num=num, held_out=held_out)}", markup=False
-    )
+    console.print(f"{spectra_figure(vae, chosen_data(data, set, {}), out, num=num, held_out=held_out)}", markup=False)
 
 
 @analyze_app.command()
@@ -105,11 +103,11 @@ def latents(
 
     `davae analyze latents --vae runs/aligned --unaligned runs/unaligned --data photos/`
     """
-    from davae.analyze import figures as analysis
+    from davae.analyze.latents import latents_figure
     from davae.console import console
 
     console.print(
-        f"{analysis.latents(vae, unaligned, chosen_data(data, set, {}), out, num=num, held_out=held_out)}",
+        f"{latents_figure(vae, unaligned, chosen_data(data, set, {}), out, num=num, held_out=held_out)}",
         markup=False,
     )
 
@@ -117,10 +115,10 @@ def latents(
 @analyze_app.command()
 def curves(run: Annotated[Path, typer.Argument(help="A run folder.")], out: Folder = Path("figures")) -> None:
     """Base and detail loss of stage 2 (Fig. S3). Example: `davae analyze curves runs/micro`"""
-    from davae.analyze import figures as analysis
+    from davae.analyze.curves import curves_figure
     from davae.console import console
 
-    console.print(f"{analysis.curves(run, out)}", markup=False)
+    console.print(f"{curves_figure(run, out)}", markup=False)
 
 
 @analyze_app.command()
@@ -137,16 +135,16 @@ def compare(
 
     `davae analyze compare runs/zero runs/random`
     """
-    from davae.analyze import figures as analysis
+    from davae.analyze.curves import compared_runs_figure
     from davae.console import console
 
     distinct = len({run.name for run in runs}) == len(runs)
     named = {run.name if distinct else str(run): run for run in runs}
-    console.print(f"{analysis.compare(named, out)}", markup=False)
+    console.print(f"{compared_runs_figure(named, out)}", markup=False)
 
 
 @analyze_app.command()
-def retention(
+def retention_figure(
     base: Annotated[str, typer.Argument(help="The pretrained model: a folder, a hub id, or `micro`.")],
     upgrade: Annotated[str, typer.Argument(help="Its upgrade: a run or pipeline folder, or `micro-upgraded`.")],
     data: Data,
@@ -165,10 +163,10 @@ def retention(
 
     `davae analyze retention micro micro-upgraded --data openmoji --held-out 0.1`
     """
-    from davae.analyze.retention import retention as compare_with_base
+    from davae.analyze.retention import retention_figure
     from davae.console import console
 
-    done = compare_with_base(
+    done = retention_figure(
         base,
         upgrade,
         chosen_data(data, set, {}),
@@ -186,7 +184,7 @@ def retention(
 
 
 @analyze_app.command()
-def diffusability(
+def diffusability_figure(
     vae: Annotated[str, typer.Argument(help="A DetailVAE's folder, or a run's.")],
     data: Data,
     out: Folder = Path("figures"),
@@ -200,9 +198,9 @@ def diffusability(
 
     `davae analyze diffusability runs/micro --data openmoji`
     """
-    from davae.analyze.diffusability import diffusability as measure
+    from davae.analyze.diffusability import diffusability_figure
     from davae.console import console
 
     chosen = chosen_data(data, set, {})
-    done = measure(vae, chosen, out, num=num, held_out=held_out, probe_steps=probe_steps, seed=seed)
+    done = diffusability_figure(vae, chosen, out, num=num, held_out=held_out, probe_steps=probe_steps, seed=seed)
     console.print(f"{done}", markup=False)

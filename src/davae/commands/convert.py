@@ -45,7 +45,7 @@ def _transformer(
     sizes: list[str] | None,
 ) -> None:
     from davae.console import console
-    from davae.convert.folders import convert_transformer
+    from davae.convert.lightningdit import convert_transformer
 
     console.print(f"{convert_transformer(kind, file, out, vae, _sizes(sizes))}", markup=False)
 
@@ -91,7 +91,7 @@ def vavae(
     `davae convert vavae vavae.pt --statistics latents_stats.pt --out vavae`
     """
     from davae.console import console
-    from davae.convert.folders import convert_vavae
+    from davae.convert.vavae import convert_vavae
 
     console.print(f"{convert_vavae(file, out, config, statistics)}", markup=False)
 
@@ -105,7 +105,7 @@ def davae(
 ) -> None:
     """The authors' DA-VAE weights as a DetailVAE. Example: `davae convert davae da.ckpt --config da.yaml --out detail-vae`"""
     from davae.console import console
-    from davae.convert.folders import convert_davae
+    from davae.convert.davae import convert_davae
 
     console.print(f"{convert_davae(file, out, config, statistics)}", markup=False)
 
@@ -123,7 +123,7 @@ def tiny(
     `davae convert tiny taef2_encoder.pth taef2_decoder.pth --out taef2`
     """
     from davae.console import console
-    from davae.convert.folders import convert_tiny
+    from davae.convert.tiny import convert_tiny
 
     console.print(f"{convert_tiny(encoder, decoder, out)}", markup=False)
 
@@ -139,6 +139,6 @@ def lora(
     `davae convert lora style.safetensors --upgraded micro-128 --out style-128.safetensors`
     """
     from davae.console import console
-    from davae.convert.folders import convert_lora
+    from davae.convert.lora import convert_lora
 
     console.print(f"{convert_lora(file, upgraded, out)}", markup=False)

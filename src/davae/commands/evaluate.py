@@ -92,7 +92,7 @@ def reconstruction(
     `davae evaluate reconstruction --vae runs/micro/vae --data openmoji --held-out 0.1`
     """
     from davae.console import console
-    from davae.evaluate.generation import evaluate_reconstruction
+    from davae.evaluate.reconstruction import evaluate_reconstruction
 
     figures = evaluate_reconstruction(
         vae,
@@ -255,8 +255,8 @@ def samples(
     `davae evaluate samples --pipeline lightningdit-xl --out samples.npz --num 50000`
     """
     from davae.console import console, progress_display
+    from davae.evaluate.sample_file import write_sample_file
     from davae.pretrained.placement import Placement
-    from davae.sample.files import write_sample_file
     from davae.train.loop import Progress
 
     with progress_display() as observer:

@@ -51,8 +51,8 @@ def sample(
         raise RecipeError('PROMPT: none given; add one, as "a red rose", or --prompt-file')
     from davae.console import console, progress_display
     from davae.pretrained.placement import Placement
-    from davae.sample.files import add_lora, read_prompt_texts, sample_to_folder
-    from davae.sample.open import open_model
+    from davae.sample.image_folder import read_prompt_texts, sample_to_folder
+    from davae.sample.open import add_lora, open_model
     from davae.sample.preview import Preview
     from davae.train.loop import Progress
 

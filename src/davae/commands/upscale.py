@@ -44,8 +44,8 @@ def upscale(
     """
     from davae.console import console, progress_display
     from davae.pretrained.placement import Placement
-    from davae.sample.enlarge_files import enlarge_files, find_images
     from davae.sample.open import open_model
+    from davae.sample.upscale_files import enlarge_files, find_images
     from davae.train.loop import Progress
 
     jobs = find_images(images, out, prompt)

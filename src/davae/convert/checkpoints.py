@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from davae.errors import ModelError
+from davae.errors import ModelError, RecipeError
 from davae.pretrained.hub_errors import brief
+from davae.recipes.values import read_yaml_file
 
 State = dict[str, Tensor]
 WRAPPERS = ("ema", "model", "state_dict")  # where training scripts keep the weights, the average first
@@ -121,3 +122,20 @@ def load_strictly(model: nn.Module, state: State, what: str) -> None:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ModelError(f"the weights do not fit {what}: {'; '.join(problems[:4])}{more}")
     model.load_state_dict(state)
+
+
+def read_section(path: Path, key: str) -> dict[str, Any]:
+    """The first mapping in a YAML file, however deep, that holds `key`; ModelError when there is none."""
+    try:
+        pending: list[Any] = [read_yaml_file(path, f"config {path}")]
+    except RecipeError as error:
+        raise ModelError(str(error)) from error
+    while pending:
+        node = pending.pop(0)
+        if isinstance(node, dict):
+            if key in node:
+                return node
+            pending += node.values()
+        elif isinstance(node, list):
+            pending += node
+    raise ModelError(f"config {path} has no section with {key}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from davae.convert.checkpoints import State, load_strictly
+from davae.convert.checkpoints import State, load_state, load_strictly, read_section
 from davae.convert.vavae import autoencoder_config, rename, under
+from davae.data.latent_cache.import_shards import read_statistics
 from davae.errors import ModelError
+from davae.files.atomic import model_folder
+from davae.files.ownership import check_out
 from davae.vae.detail_vae import DetailVAE
 
 
@@ -69,3 +73,17 @@ def official_davae(state_dict: State, config: dict[str, Any]) -> DetailVAE:
 
 def shortcut(state: State) -> State:
     return {name.replace("shortcut_proj.", "shortcut."): value for name, value in state.items()}
+
+
+def convert_davae(checkpoint: Path, out: Path, config: Path, statistics: Path | None) -> Path:
+    """The authors' DA-VAE weights -> a DetailVAE's folder; `statistics` are those of all C+D channels."""
+    check_out(out, [place for place in (checkpoint, config, statistics) if place])
+    model = official_davae(load_state(checkpoint), read_section(config, "ddconfig_base"))
+    if statistics is not None:
+        mean, std = (v.view(1, -1, 1, 1) for v in read_statistics(statistics, model.layout.channels))
+        (base_mean, detail_mean), (base_std, detail_std) = model.layout.split(mean), model.layout.split(std)
+        model.register_to_config(base_mean=base_mean.flatten().tolist(), base_std=base_std.flatten().tolist())
+        model.set_detail_statistics(detail_mean.flatten(), detail_std.flatten())
+    with model_folder(out) as partial:
+        model.save_pretrained(partial)
+    return out

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+from diffusers import DDPMScheduler
+
 from davae.backbones.lightning_dit import LightningDiT
-from davae.convert.checkpoints import State, load_strictly, strip_prefixes
+from davae.convert.checkpoints import State, load_state, load_strictly, strip_prefixes
 from davae.errors import ModelError
+from davae.files.atomic import model_folder
+from davae.files.ownership import check_out
+from davae.pretrained.autoencoders import load_autoencoder
+from davae.sample.class_conditional import ClassConditionalPipeline
 
 PLAIN = {"use_qknorm": False, "use_swiglu": False, "use_rope": False, "use_rmsnorm": False, "learn_sigma": True}
 
@@ -98,3 +105,40 @@ def dit(state_dict: State, **config: Any) -> LightningDiT:
     that it does not give the official outputs.
     """
     return lightningdit(state_dict, **{**PLAIN, **config, "prediction_type": "epsilon"})
+
+
+# how the official samplers treat each model
+LIGHTNING_SAMPLING = {"timestep_shift": 0.3, "cfg_interval_start": 0.2, "cfg_channels": 3}
+
+
+DIT_SAMPLING = {"cfg_channels": 3}
+
+
+def convert_transformer(kind: str, checkpoint: Path, out: Path, vae: str | None, config: dict[str, Any]) -> Path:
+    """`lightningdit`, `sit`, `repa` or `dit` weights -> a transformer's folder, or a whole pipeline where `vae` is given."""
+    check_out(out, (checkpoint, vae) if vae else (checkpoint,))
+    state = load_state(checkpoint)
+    readers: dict[str, Any] = {"lightningdit": lightningdit, "sit": sit, "repa": sit, "dit": dit}
+    if kind == "repa":
+        config = {**config, "reversed_time": True}
+    model = readers[kind](state, **config)
+    if vae is None:
+        with model_folder(out) as partial:
+            model.save_pretrained(partial)
+        return out
+    autoencoder = load_autoencoder(vae)
+    channels = int(autoencoder.config["latent_channels"])
+    if channels != model.config["in_channels"]:
+        raise ModelError(
+            f"the transformer takes {model.config['in_channels']} channels, the autoencoder {vae} gives {channels}"
+        )
+    sampling: dict[str, Any] = {"lightningdit": LIGHTNING_SAMPLING, "dit": DIT_SAMPLING}.get(kind, {})
+    scheduler = None
+    if kind == "dit":
+        scheduler = DDPMScheduler(
+            beta_start=1e-4, beta_end=0.02, beta_schedule="linear", variance_type="learned_range", clip_sample=False
+        )
+    pipeline = ClassConditionalPipeline(autoencoder, model, scheduler, **sampling)
+    with model_folder(out) as partial:
+        pipeline.save_pretrained(partial)
+    return out

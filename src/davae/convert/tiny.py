@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from davae.convert.checkpoints import load_strictly
+from davae.convert.checkpoints import load_state, load_strictly
 from davae.errors import ModelError
+from davae.files.atomic import model_folder
+from davae.files.ownership import check_out
 from davae.vae.pooled_tiny import PooledAutoencoderTiny
 
 
@@ -37,3 +40,12 @@ def tiny_autoencoder(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> 
         weights[f"decoder.layers.{int(number) - 1}.{rest}"] = tensor  # AutoencoderTiny clamps outside of its layers
     load_strictly(model, weights, "the tiny autoencoder's weights")
     return model.eval()
+
+
+def convert_tiny(encoder: Path, decoder: Path, out: Path) -> Path:
+    """`davae convert tiny`: TAESD's, TAEF1's or TAEF2's two files as one diffusers autoencoder."""
+    check_out(out, (encoder, decoder))
+    model = tiny_autoencoder(load_state(encoder), load_state(decoder))
+    with model_folder(out) as partial:
+        model.save_pretrained(partial)
+    return out

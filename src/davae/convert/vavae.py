@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from davae.convert.checkpoints import State, load_strictly
+from davae.convert.checkpoints import State, load_state, load_strictly, read_section
+from davae.data.latent_cache.import_shards import read_statistics
 from davae.errors import ModelError
+from davae.files.atomic import model_folder
+from davae.files.ownership import check_out
 
 ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
 HALF = ("encoder", "decoder")
@@ -123,3 +127,29 @@ def vavae(
     model = AutoencoderKL(**config)
     load_strictly(model, weights, "an AutoencoderKL of this ddconfig")
     return model.eval()
+
+
+# the architecture of the released VA-VAE (f16, 32 channels)
+VAVAE_F16D32: dict[str, Any] = {
+    "double_z": True,
+    "z_channels": 32,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 1, 2, 2, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [16],
+    "dropout": 0.0,
+}
+
+
+def convert_vavae(checkpoint: Path, out: Path, config: Path | None, statistics: Path | None) -> Path:
+    """VA-VAE weights -> an AutoencoderKL's folder."""
+    check_out(out, [place for place in (checkpoint, config, statistics) if place])
+    ddconfig = VAVAE_F16D32 if config is None else read_section(config, "ddconfig")["ddconfig"]
+    measured = None if statistics is None else read_statistics(statistics, int(ddconfig["z_channels"]))
+    model = vavae(load_state(checkpoint), ddconfig, measured)
+    with model_folder(out) as partial:
+        model.save_pretrained(partial)
+    return out

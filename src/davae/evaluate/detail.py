@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from davae.errors import DataError
 from davae.evaluate.distribution import Gaussian, compare, frechet_distance
 from davae.evaluate.features import Extractor, Features, joined
+from davae.evaluate.spectra import ImageSpectrum, SpectrumMeter, top_octave_error
 
 PATCH_SIZE = 64  # pixels of a crop by default
 PATCHES_PER_IMAGE = 4
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def patch_places(height: int, width: int, size: int, number: int) -> list[tuple[int, int]]:
@@ -59,74 +58,6 @@ def image_patches(images: Tensor, size: int, first: int = 0) -> Tensor:
             for top, left in patch_places(height, width, size, number)
         ]
     )
-
-
-@dataclass(frozen=True)
-class ImageSpectrum:
-    """Mean power per Fourier coefficient of the luminance, in rings of spatial frequency.
-
-    Attributes:
-        frequency: (K,) cycles per pixel, 0 to 0.5.
-        power: (K,) for pixels in [-1,1] and an orthonormal transform: white noise of variance v has power v in each ring.
-    """
-
-    frequency: np.ndarray
-    power: np.ndarray
-
-
-class SpectrumMeter:
-    """Average the power spectrum over a set of images that arrive in batches."""
-
-    def __init__(self) -> None:
-        self.count, self.total = 0, np.zeros(0)
-        self.shape: tuple[int, int] | None = None
-
-    def add(self, images: Tensor) -> None:
-        """Add images (B,3,H,W) in [-1,1].
-
-        Raises:
-            DataError: another size than the images before.
-        """
-        shape = (int(images.shape[-2]), int(images.shape[-1]))
-        if self.shape is None:
-            self.shape, self.total = shape, np.zeros(shape)
-        if shape != self.shape:
-            raise DataError(
-                f"spectrum: an image has {shape[1]}x{shape[0]} pixels, the ones before {self.shape[1]}x{self.shape[0]}; "
-                "compare images of one size"
-            )
-        weights = torch.tensor(LUMA, dtype=torch.float64)
-        luma = torch.einsum("bchw,c->bhw", images.double().cpu(), weights)  # (B,H,W)
-        self.total += torch.fft.fft2(luma, norm="ortho").abs().square().sum(0).numpy()
-        self.count += len(images)
-
-    def result(self) -> ImageSpectrum:
-        """Return the mean spectrum; ring k holds the coefficients within half a step of k/min(H,W) cycles per pixel."""
-        assert self.shape is not None
-        height, width = self.shape
-        side = min(height, width)
-        radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])  # (H,W) cycles per pixel
-        rings = np.round(radius * side).astype(int).ravel()
-        kept = side // 2 + 1  # the corners beyond 0.5 cycles hold few coefficients
-        sums = np.bincount(rings, weights=(self.total / self.count).ravel())[:kept]
-        return ImageSpectrum(np.arange(kept) / side, sums / np.bincount(rings)[:kept])
-
-
-def top_octave_error(generated: ImageSpectrum, real: ImageSpectrum) -> tuple[float, float]:
-    """Return how far the finest details are from the real ones, in dB: root mean square, and mean with its sign.
-
-    Over the rings between a quarter and half a cycle per pixel, the octave that an image of half the size cannot hold. A
-    blurred set has a negative mean.
-
-    Raises:
-        DataError: spectra of images of different sizes.
-    """
-    if len(generated.frequency) != len(real.frequency):
-        raise DataError("spectrum: generated and real images differ in size; compare them at one size")
-    inside = real.frequency > 0.25
-    floor = np.finfo(np.float64).tiny
-    ratio = 10 * np.log10(np.maximum(generated.power[inside], floor) / np.maximum(real.power[inside], floor))
-    return float(np.sqrt(np.square(ratio).mean())), float(ratio.mean())
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,90 +11,22 @@ import torch
 from torch import Tensor
 
 from davae.backbones.classes import goes_by_class
-from davae.data.formats import open_image
 from davae.data.images import ImageDataset, to_tensor
-from davae.dataset.encoding import coding_bytes, images_at_a_time
 from davae.dataset.look import as_data, batches, real_pictures
 from davae.dataset.opened import with_counts
 from davae.errors import DataError, ModelError
 from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST, stored_gaussian
 from davae.evaluate.features import make_extractor
-from davae.evaluate.reconstruction import perceptual_distances, score_reconstructions
-from davae.evaluate.spectra import image_spectra_plot
-from davae.evaluate.throughput import time_pipelines
+from davae.evaluate.spectra import draw_spectra
 from davae.evaluate.upscale import make_upscaler
-from davae.files.outputs import check_image, save_image
-from davae.pretrained.autoencoders import load_autoencoder
-from davae.pretrained.memory_budget import TILE, Halving
+from davae.files.outputs import check_image
 from davae.pretrained.open import default_resolution
-from davae.pretrained.placement import FULL, Placement, Precision, own_device
+from davae.pretrained.placement import FULL, Placement
 from davae.pretrained.text_encoders import pipeline_limits
 from davae.recipes.sections import Data
 from davae.sample.generate import generate
 from davae.sample.open import check_classes, open_model
-from davae.vae.detail_vae import DetailVAE
-from davae.vae.frames import decode_latents, encode_mode
-from davae.vae.overflow import in_range
-from davae.zoo import SHIPPED, UPGRADES, resolve
-
-
-def open_autoencoder(name: str) -> Any:
-    """A DetailVAE or any supported diffusers autoencoder on this process's device, by folder, run or embedded model."""
-    place = str(UPGRADES[SHIPPED[name]] / "vae") if name in SHIPPED else resolve(name)
-    return load_autoencoder(place).to(own_device())
-
-
-def evaluate_reconstruction(
-    vae: str,
-    data: str | Data,
-    resolution: int | None,
-    num: int | None,
-    held_out: float,
-    *,
-    summary: Path | None = None,
-    lpips: str | None = None,
-    lpips_weights: str | None = None,
-    features: str | None = None,
-    feature_weights: Path | None = None,
-    batch_size: int | None = None,
-    precision: Precision = "float32",
-) -> dict[str, Any]:
-    """Return the figures of `davae evaluate reconstruction`.
-
-    Args:
-        batch_size: images at a time; None takes what the memory plan allows. Fewer when memory runs out.
-        precision: of the autoencoder.
-    """
-    dtype = getattr(torch, precision)
-    model: Any = open_autoencoder(vae).to(dtype)
-    own = model.config.get("sample_size")  # some classes have none
-    if resolution is None and own is None:
-        raise ModelError(f"{vae}: an {type(model).__name__} does not say its size; give --resolution")
-    size = int(resolution or own)
-    distances = perceptual_distances(lpips, lpips_weights)
-    extractor = None if features is None else make_extractor(features, feature_weights)
-
-    @torch.no_grad()
-    def reconstruct(images: Tensor) -> Tensor:
-        latents = in_range(model, partial(encode_mode, model), images)  # (B,C,h,w)
-        return in_range(model, partial(decode_latents, model), latents)  # (B,3,H,W)
-
-    pictures = real_pictures(data, size, held_out, "held_out", summary=summary)
-    chosen = images_at_a_time(batch_size, 16, model.device, lambda: coding_bytes(model, size, dtype))
-    tiles = (lambda: model.enable_tiling(TILE)) if isinstance(model, DetailVAE) else None
-    parts = batches(pictures, num, chosen, shared=True)
-    halved = partial(Halving("reconstruction", chosen, tiles), reconstruct)
-    scores = score_reconstructions(parts, halved, distances, extractor, shared=True)
-    settings = {} if precision == "float32" else {"dtype": precision}
-    return {
-        "vae": vae,
-        "data": as_data(data).source,
-        "held_out": held_out,
-        "resolution": size,
-        **settings,
-        **scores.as_dict(),
-    }
 
 
 def evaluate_pictures(
@@ -135,7 +64,7 @@ def evaluate_pictures(
     reference = {} if stored is None else {"fid_reference": "mu and sigma stored in the data"}
     figures = compare_sets(samples, originals, extractor.name, patch_size, stored)
     if spectrum is not None:
-        draw_spectra(spectrum, samples, originals)
+        draw_spectra(spectrum, samples.spectrum, originals.spectrum)
     return {"pictures": generated, "data": real.source, "resolution": resolution, **figures, **reference}
 
 
@@ -148,12 +77,6 @@ def condition_of(picture: dict[str, Any], pipeline: Any) -> str:
             "a class-conditional model is measured on pictures with classes: sub-folders, or `.cls` files"
         )
     return str(picture["label"])
-
-
-def draw_spectra(target: Path, generated: ImageSet, real: ImageSet) -> None:
-    """Write the mean power spectra of two sets as a PNG."""
-    plot = image_spectra_plot({"real": real.spectrum, "generated": generated.spectrum})
-    save_image(open_image(io.BytesIO(plot)), target)
 
 
 _real: dict[tuple[str, int, float, str, Path | None, int], ImageSet] = {}
@@ -231,7 +154,7 @@ def evaluate_generation(
     samples = measure_images(drawn(), extractor, patch_size)
     figures = compare_sets(samples, real, extractor.name, patch_size)
     if spectrum is not None:
-        draw_spectra(spectrum, samples, real)
+        draw_spectra(spectrum, samples.spectrum, real.spectrum)
     return {
         "pipeline": pipeline,
         "data": as_data(data).source,
@@ -245,53 +168,3 @@ def evaluate_generation(
         "guidance_scale": guidance,
         "seed": seed,
     }
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to a picture, to be timed: what `pipeline` draws at `resolution` pixels, brought to `compare_at` by `upscale`.
-
-    Sizes that are None are the model's own, and the drawn one.
-    """
-
-    name: str
-    pipeline: str
-    resolution: int | None = None
-    compare_at: int | None = None
-    upscale: str = "bilinear"
-
-
-def time_pictures(
-    candidates: Sequence[Candidate], data: str | Data, *, steps: int, guidance: float, repeats: int = 5
-) -> dict[str, dict[str, float]]:
-    """Tokens and median seconds of one picture by each candidate, enlarging included; they take turns.
-
-    Args:
-        data: pictures whose first caption or class is drawn.
-    """
-    entries: list[tuple[str, Any, int, Callable[[Any], Any]]] = []
-    prompt = ""
-    for candidate in candidates:
-        model, _ = open_model(candidate.pipeline)
-        size = candidate.resolution or default_resolution(model)
-        final = candidate.compare_at or size
-        enlarge = make_upscaler(candidate.upscale, final) if size != final else None
-        finish = partial(enlarged, enlarge) if enlarge else lambda picture: picture
-        entries.append((candidate.name, model, size, finish))
-        prompt = prompt or condition_of(real_pictures(data, final, 0.0, "train")[(0, -1)], model)
-    timings = time_pipelines(entries, prompt, steps=steps, guidance_scale=guidance, repeats=repeats)
-    return {
-        timing.name: {
-            "tokens": timing.tokens,
-            "seconds": timing.whole,
-            "transformer_seconds": timing.transformer,
-            "images_per_second": 1 / timing.whole,
-            "repeats": repeats,
-        }
-        for timing in timings
-    }
-
-
-def enlarged(enlarge: Callable[[list[Any]], list[Any]], picture: Any) -> Any:
-    """One picture by an upscaler of several."""
-    return enlarge([picture])[0]

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from davae.dataset.encoding import coding_bytes, images_at_a_time
+from davae.dataset.look import as_data, batches, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.distribution import frechet_distance
-from davae.evaluate.features import Extractor
+from davae.evaluate.features import Extractor, make_extractor
 from davae.losses.perceptual import Lite0Distance, Lpips
+from davae.pretrained.memory_budget import TILE, Halving
+from davae.pretrained.placement import Precision
+from davae.recipes.sections import Data
 from davae.sample.finite import check_reconstruction
+from davae.sample.open import open_autoencoder
+from davae.vae.detail_vae import DetailVAE
+from davae.vae.frames import decode_latents, encode_mode
+from davae.vae.overflow import in_range
 
 WINDOW = 11  # pixels: SSIM's Gaussian
 
@@ -120,3 +132,55 @@ def score_reconstructions(
     if extractor is not None:
         frechet[f"r{extractor.name}"] = frechet_distance(*(torch.cat(side) for side in zip(*features, strict=True)))
     return ReconstructionScores(means[0], means[1], len(table), dict(zip(distances, means[2:], strict=True)), frechet)
+
+
+def evaluate_reconstruction(
+    vae: str,
+    data: str | Data,
+    resolution: int | None,
+    num: int | None,
+    held_out: float,
+    *,
+    summary: Path | None = None,
+    lpips: str | None = None,
+    lpips_weights: str | None = None,
+    features: str | None = None,
+    feature_weights: Path | None = None,
+    batch_size: int | None = None,
+    precision: Precision = "float32",
+) -> dict[str, Any]:
+    """Return the figures of `davae evaluate reconstruction`.
+
+    Args:
+        batch_size: images at a time; None takes what the memory plan allows. Fewer when memory runs out.
+        precision: of the autoencoder.
+    """
+    dtype = getattr(torch, precision)
+    model: Any = open_autoencoder(vae).to(dtype)
+    own = model.config.get("sample_size")  # some classes have none
+    if resolution is None and own is None:
+        raise ModelError(f"{vae}: an {type(model).__name__} does not say its size; give --resolution")
+    size = int(resolution or own)
+    distances = perceptual_distances(lpips, lpips_weights)
+    extractor = None if features is None else make_extractor(features, feature_weights)
+
+    @torch.no_grad()
+    def reconstruct(images: Tensor) -> Tensor:
+        latents = in_range(model, partial(encode_mode, model), images)  # (B,C,h,w)
+        return in_range(model, partial(decode_latents, model), latents)  # (B,3,H,W)
+
+    pictures = real_pictures(data, size, held_out, "held_out", summary=summary)
+    chosen = images_at_a_time(batch_size, 16, model.device, lambda: coding_bytes(model, size, dtype))
+    tiles = (lambda: model.enable_tiling(TILE)) if isinstance(model, DetailVAE) else None
+    parts = batches(pictures, num, chosen, shared=True)
+    halved = partial(Halving("reconstruction", chosen, tiles), reconstruct)
+    scores = score_reconstructions(parts, halved, distances, extractor, shared=True)
+    settings = {} if precision == "float32" else {"dtype": precision}
+    return {
+        "vae": vae,
+        "data": as_data(data).source,
+        "held_out": held_out,
+        "resolution": size,
+        **settings,
+        **scores.as_dict(),
+    }

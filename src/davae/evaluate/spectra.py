@@ -1,89 +1,94 @@
-"""Radial power spectra of latents (Fig. S5): how much of z and z_d lies at which spatial frequency."""
+"""Power spectra of images, and the error of their finest details."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.ticker import NullFormatter, ScalarFormatter
 from torch import Tensor
 
-from davae.evaluate.figure import to_png
+from davae.data.formats import open_image
+from davae.errors import DataError
+from davae.evaluate.plot import to_png
+from davae.files.outputs import save_image
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 @dataclass(frozen=True)
-class Spectrum:
-    """Mean power per Fourier coefficient in rings of spatial frequency (cycles per latent position, up to 0.5).
+class ImageSpectrum:
+    """Mean power per Fourier coefficient of the luminance, in rings of spatial frequency.
 
     Attributes:
-        power: of channels standardised over the set, so that white noise has 1.
-        energy: of channels as they are, their means over the set taken off: absolute, as the paper's Fig. S5.
+        frequency: (K,) cycles per pixel, 0 to 0.5.
+        power: (K,) for pixels in [-1,1] and an orthonormal transform: white noise of variance v has power v in each ring.
     """
 
     frequency: np.ndarray
     power: np.ndarray
-    energy: np.ndarray
-
-    @property
-    def high_share(self) -> float:
-        """Share of the power (mean left out) in frequencies above a quarter cycle per position: half of Nyquist."""
-        inside = self.frequency > 0
-        weight = self.power[inside] * self.frequency[inside]  # a ring's number of coefficients grows with its radius
-        return float(weight[self.frequency[inside] > 0.25].sum() / weight.sum())
 
 
-def radial_power(latents: Tensor) -> Spectrum:
-    """Spectrum of latents (N,c,h,w), averaged over N and c.
+class SpectrumMeter:
+    """Average the power spectrum over a set of images that arrive in batches."""
 
-    White noise has power 1 everywhere, and its variance as energy.
+    def __init__(self) -> None:
+        self.count, self.total = 0, np.zeros(0)
+        self.shape: tuple[int, int] | None = None
+
+    def add(self, images: Tensor) -> None:
+        """Add images (B,3,H,W) in [-1,1].
+
+        Raises:
+            DataError: another size than the images before.
+        """
+        shape = (int(images.shape[-2]), int(images.shape[-1]))
+        if self.shape is None:
+            self.shape, self.total = shape, np.zeros(shape)
+        if shape != self.shape:
+            raise DataError(
+                f"spectrum: an image has {shape[1]}x{shape[0]} pixels, the ones before {self.shape[1]}x{self.shape[0]}; "
+                "compare images of one size"
+            )
+        weights = torch.tensor(LUMA, dtype=torch.float64)
+        luma = torch.einsum("bchw,c->bhw", images.double().cpu(), weights)  # (B,H,W)
+        self.total += torch.fft.fft2(luma, norm="ortho").abs().square().sum(0).numpy()
+        self.count += len(images)
+
+    def result(self) -> ImageSpectrum:
+        """Return the mean spectrum; ring k holds the coefficients within half a step of k/min(H,W) cycles per pixel."""
+        assert self.shape is not None
+        height, width = self.shape
+        side = min(height, width)
+        radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])  # (H,W) cycles per pixel
+        rings = np.round(radius * side).astype(int).ravel()
+        kept = side // 2 + 1  # the corners beyond 0.5 cycles hold few coefficients
+        sums = np.bincount(rings, weights=(self.total / self.count).ravel())[:kept]
+        return ImageSpectrum(np.arange(kept) / side, sums / np.bincount(rings)[:kept])
+
+
+def top_octave_error(generated: ImageSpectrum, real: ImageSpectrum) -> tuple[float, float]:
+    """Return how far the finest details are from the real ones, in dB: root mean square, and mean with its sign.
+
+    Over the rings between a quarter and half a cycle per pixel, the octave that an image of half the size cannot hold. A
+    blurred set has a negative mean.
 
     Raises:
-        ValueError: latents that are not square, or smaller than 4 positions.
+        DataError: spectra of images of different sizes.
     """
-    side = latents.shape[-1]
-    if latents.shape[-2] != side or side < 4:
-        raise ValueError(f"spectra need square latents of at least 4 positions, found {tuple(latents.shape[-2:])}")
-    x = latents.cpu().double()
-    deviation = x.std((0, 2, 3), unbiased=False, keepdim=True).clamp(min=1e-8)  # (1,c,1,1)
-    squares = torch.fft.fft2(x - x.mean((0, 2, 3), keepdim=True), norm="ortho").abs().square()  # (N,c,h,w)
-    power = (squares / deviation.square()).mean((0, 1)).numpy()  # (h,w)
-    energy = squares.mean((0, 1)).numpy()
-    axis = np.fft.fftfreq(side)
-    radius = np.hypot(axis[:, None], axis[None])
-    rings = np.round(radius * side).astype(int)
-    kept = np.arange(side // 2 + 1)  # corners beyond Nyquist have few coefficients
-    power, energy = (np.array([values[rings == ring].mean() for ring in kept]) for values in (power, energy))
-    return Spectrum(kept / side, power, energy)
+    if len(generated.frequency) != len(real.frequency):
+        raise DataError("spectrum: generated and real images differ in size; compare them at one size")
+    inside = real.frequency > 0.25
+    floor = np.finfo(np.float64).tiny
+    ratio = 10 * np.log10(np.maximum(generated.power[inside], floor) / np.maximum(real.power[inside], floor))
+    return float(np.sqrt(np.square(ratio).mean())), float(ratio.mean())
 
 
-def spectra_plot(spectra: dict[str, Spectrum]) -> bytes:
-    """PNG against frequency, one line a group, without the mean: power of standardised channels, and absolute energy."""
-    figure, (axis, absolute) = plt.subplots(1, 2, figsize=(9.2, 3.4))
-    for name, spectrum in spectra.items():
-        style = {"marker": "o", "markersize": 3, "linewidth": 1.4, "label": name}
-        axis.plot(spectrum.frequency[1:], spectrum.power[1:], **style)
-        absolute.plot(spectrum.frequency[1:], spectrum.energy[1:], **style)
-    axis.axhline(1.0, color="0.6", linewidth=0.8, linestyle=":", label="white noise")
-    axis.set(yscale="log", xlabel="cycles per latent position", ylabel="power (channels standardised)")
-    axis.yaxis.set_major_formatter(ScalarFormatter())
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_yticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if _within(axis.get_ylim(), tick)])
-    absolute.set(yscale="log", xlabel="cycles per latent position", ylabel="energy (raw latents)")
-    for part in (axis, absolute):
-        part.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    return to_png(figure)
-
-
-def _within(limits: tuple[float, float], value: float) -> bool:
-    return limits[0] <= value <= limits[1]
-
-
-def image_spectra_plot(spectra: Mapping[str, Any]) -> bytes:
+def image_spectra_plot(spectra: Mapping[str, ImageSpectrum]) -> bytes:
     """Return a PNG: power in dB against frequency, one line a set; the octave that half the size cannot hold is shaded.
 
     Args:
@@ -98,3 +103,9 @@ def image_spectra_plot(spectra: Mapping[str, Any]) -> bytes:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     return to_png(figure)
+
+
+def draw_spectra(target: Path, generated: ImageSpectrum, real: ImageSpectrum) -> None:
+    """Write the mean power spectra of two sets of images as a PNG."""
+    plot = image_spectra_plot({"real": real, "generated": generated})
+    save_image(open_image(io.BytesIO(plot)), target)

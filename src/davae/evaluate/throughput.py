@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from davae.backbones.families.rows import denoiser
-from davae.pretrained.open import token_side
+from davae.dataset.look import real_pictures
+from davae.evaluate.generation import condition_of
+from davae.evaluate.upscale import make_upscaler
+from davae.pretrained.open import default_resolution, token_side
+from davae.recipes.sections import Data
 from davae.sample.call import call_pipeline
+from davae.sample.open import open_model
 
 
 @dataclass(frozen=True)
@@ -101,3 +107,53 @@ def time_pipelines(
         )
         for name, pipeline, resolution, _ in candidates
     ]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to a picture, to be timed: what `pipeline` draws at `resolution` pixels, brought to `compare_at` by `upscale`.
+
+    Sizes that are None are the model's own, and the drawn one.
+    """
+
+    name: str
+    pipeline: str
+    resolution: int | None = None
+    compare_at: int | None = None
+    upscale: str = "bilinear"
+
+
+def time_pictures(
+    candidates: Sequence[Candidate], data: str | Data, *, steps: int, guidance: float, repeats: int = 5
+) -> dict[str, dict[str, float]]:
+    """Tokens and median seconds of one picture by each candidate, enlarging included; they take turns.
+
+    Args:
+        data: pictures whose first caption or class is drawn.
+    """
+    entries: list[tuple[str, Any, int, Callable[[Any], Any]]] = []
+    prompt = ""
+    for candidate in candidates:
+        model, _ = open_model(candidate.pipeline)
+        size = candidate.resolution or default_resolution(model)
+        final = candidate.compare_at or size
+        enlarge = make_upscaler(candidate.upscale, final) if size != final else None
+        finish = partial(enlarged, enlarge) if enlarge else lambda picture: picture
+        entries.append((candidate.name, model, size, finish))
+        prompt = prompt or condition_of(real_pictures(data, final, 0.0, "train")[(0, -1)], model)
+    timings = time_pipelines(entries, prompt, steps=steps, guidance_scale=guidance, repeats=repeats)
+    return {
+        timing.name: {
+            "tokens": timing.tokens,
+            "seconds": timing.whole,
+            "transformer_seconds": timing.transformer,
+            "images_per_second": 1 / timing.whole,
+            "repeats": repeats,
+        }
+        for timing in timings
+    }
+
+
+def enlarged(enlarge: Callable[[list[Any]], list[Any]], picture: Any) -> Any:
+    """One picture by an upscaler of several."""
+    return enlarge([picture])[0]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from davae.analyze.curves import loss_curves
-from davae.analyze.detail_use import reconstructions
+from davae.analyze.sensitivity import reconstructions
 from davae.backbones.classes import class_count, class_names, goes_by_class
 from davae.backbones.families.rows import denoiser
 from davae.cost.flops import count

@@ -23,10 +23,10 @@ from davae.data.images import to_images, to_tensor
 from davae.errors import ModelError
 from davae.pretrained.memory_budget import TILE
 from davae.pretrained.open import default_resolution, pixel_factor, token_side
-from davae.sample.enlarge import Enlargement, draw_detail
+from davae.sample.canvas import Enlargement, WindowGrid
+from davae.sample.draw_detail import draw_detail
 from davae.sample.finite import finite_rows, remedy
 from davae.sample.generate import structured_noise
-from davae.sample.windows import WindowGrid
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.frames import decode_latents

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from davae.analyze import figures as analysis
+from davae.analyze.curves import compared_runs_figure, curves_figure
+from davae.analyze.latents import latents_figure
+from davae.analyze.sensitivity import sensitivity_figure
+from davae.analyze.spectra import spectra_figure
 from davae.lab.reproduce.choose import jobs
 from davae.lab.reproduce.job import UpgradeJob
 from davae.lab.reproduce.runs import trained_run, trained_stage1
@@ -34,14 +37,14 @@ def figure(name: str, scale: ScaleName, overrides: list[str], out: Path, target:
     data = full.measures["reconstruction"]["data"]
     base = str(full.recipe.base.model)
     if name == "figS3":
-        return analysis.curves(trained_run(full, out, observer), target)
+        return curves_figure(trained_run(full, out, observer), target)
     if name == "fig4":
         runs = {"zero": trained_run(full, out, observer), "random": trained_run(others[0], out, observer)}
-        return analysis.compare(runs, target)
+        return compared_runs_figure(runs, target)
     vae = str(trained_stage1(full, out, observer) / "vae")
     if name == "figS5":
-        return analysis.spectra(vae, data, target, num=1000, held_out=0.0)
+        return spectra_figure(vae, data, target, num=1000, held_out=0.0)
     if name == "tableS2a":
-        return analysis.sensitivity(vae, base, data, target, num=500, held_out=0.0)
+        return sensitivity_figure(vae, base, data, target, num=500, held_out=0.0)
     other = str(trained_stage1(others[0], out, observer) / "vae")
-    return analysis.latents(vae, other, data, target, num=2000, held_out=0.0)
+    return latents_figure(vae, other, data, target, num=2000, held_out=0.0)

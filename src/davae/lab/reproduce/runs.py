@@ -10,7 +10,8 @@ from typing import Any
 
 from davae.data.latent_cache.key import fingerprint
 from davae.errors import RecipeError
-from davae.evaluate.generation import evaluate_generation, evaluate_reconstruction
+from davae.evaluate.generation import evaluate_generation
+from davae.evaluate.reconstruction import evaluate_reconstruction
 from davae.files.atomic import atomic_text, saving
 from davae.files.reading import read_object
 from davae.lab.bench.clock import machine

@@ -9,7 +9,7 @@ from typing import Any
 
 from davae.data.latent_cache.key import fingerprint
 from davae.errors import RecipeError
-from davae.evaluate.generation import Candidate, time_pictures
+from davae.evaluate.throughput import Candidate, time_pictures
 from davae.files.atomic import atomic_text, saving
 from davae.files.reading import read_object
 from davae.lab.bench.clock import machine

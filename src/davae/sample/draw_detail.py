@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,108 +16,11 @@ from davae.backbones.expand import CLEAN_BASE
 from davae.backbones.families.rows import denoiser
 from davae.backbones.packed_latents import pack_like, unpack_latents
 from davae.errors import ModelError
-from davae.latent import LatentLayout
 from davae.sample.call import at_a_time, call_pipeline
-from davae.sample.levels import Level, level_after
+from davae.sample.canvas import Canvas, Enlargement, step_count
 from davae.sample.lockstep import Exchange, Left, together
-from davae.sample.windows import WindowGrid
 
 TWO_OUTPUTS = ("CogVideoXDPMScheduler",)  # steps that take and give a second tensor
-
-
-@dataclass
-class Enlargement:
-    """One image to draw detail for.
-
-    Attributes:
-        z: its normalised base latent (1,C,H,W).
-        noise: structured standard normal noise (1,C+D,H,W), one for all steps and windows.
-        grid: the windows that cover it.
-        prompt: text, or a class by name or number.
-        generator: what a stochastic scheduler draws from.
-    """
-
-    z: Tensor
-    noise: Tensor
-    grid: WindowGrid
-    prompt: str
-    generator: torch.Generator
-
-
-class Canvas:
-    """The noisy latents of one image while they are drawn, and the scheduler that steps them.
-
-    Every step blends the windows' predictions, steps the whole canvas once (so that solvers with memory and the noise of
-    stochastic ones know no windows), and puts the known base in place: x_base = a z + s n at the new level
-    (`Level.state`).
-
-    Args:
-        free: steps at the end in which the base is free.
-        clean: the base stays at z, without noise, at every level: for models that were trained for it.
-    """
-
-    def __init__(self, work: Enlargement, layout: LatentLayout, device: torch.device, free: int, clean: bool):
-        self.grid, self.layout, self.free, self.clean = work.grid, layout, free, clean
-        self.generator = work.generator
-        self.z, self.noise = work.z.float().to(device), work.noise.float().to(device)
-        self.state: Tensor | None = None
-        self.calls = 0
-        self._scheduler: Any = None
-
-    def first(self) -> Tensor:
-        """Return the windows of what a pipeline takes as starting noise."""
-        n, n_d = self.layout.split(self.noise)
-        return self.grid.gather(self.layout.join(self.z if self.clean else n, n_d))
-
-    def start(self, pipeline: Any) -> Tensor:
-        """Return the windows of the starting state, made on the first call."""
-        if self.state is None:
-            sigma = 1.0 if pipeline.scheduler is None else float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0))
-            self.state = self._with_base(self.noise * sigma, level_after(pipeline, 0), step_count(pipeline))
-        return self.grid.gather(self.state)
-
-    def step(self, pipeline: Any, outputs: Tensor, timestep: Any, options: dict[str, Any]) -> Tensor:
-        """Return the windows (N,c,w,w) after a step.
-
-        Args:
-            outputs: what the model predicts for the windows, after guidance; without a scheduler, the windows' next states.
-            timestep, options: what the pipeline gives its scheduler's `step`.
-        """
-        self.start(pipeline)
-        assert self.state is not None
-        moved = self.grid.blend(outputs.float().to(self.z.device))
-        if pipeline.scheduler is not None:
-            moved = self._stepped(pipeline.scheduler, moved, timestep, options)
-        self.calls += 1
-        self.state = self._with_base(moved, level_after(pipeline, self.calls), step_count(pipeline) - self.calls)
-        return self.grid.gather(self.state)
-
-    def _stepped(self, scheduler: Any, prediction: Tensor, timestep: Any, options: dict[str, Any]) -> Tensor:
-        if self._scheduler is None:  # with the pipeline's timesteps, and a memory of its own
-            self._scheduler = copy.deepcopy(scheduler)
-            for name in ("step", "scale_model_input"):
-                vars(self._scheduler).pop(name, None)
-            self._scheduler.is_scale_input_called = True
-        if "generator" in options:
-            options = {**options, "generator": self.generator}
-        return self._scheduler.step(prediction, timestep, self.state, **{**options, "return_dict": False})[0]
-
-    def share_index(self, scheduler: Any) -> None:
-        """Set the step of a pipeline's scheduler, which its `scale_model_input` reads, to this canvas's."""
-        if hasattr(scheduler, "_step_index"):
-            scheduler._step_index = self._scheduler._step_index
-
-    def _with_base(self, latents: Tensor, level: Level, remaining: int) -> Tensor:
-        if remaining < self.free:
-            return latents
-        _, z_d = self.layout.split(latents)
-        n, _ = self.layout.split(self.noise)
-        return self.layout.join(self.z if self.clean else level.state(self.z, n), z_d)
-
-
-def step_count(pipeline: Any) -> int:
-    """Return the steps of the drawing that runs."""
-    return len(pipeline.times) - 1 if pipeline.scheduler is None else len(pipeline.scheduler.timesteps)
 
 
 Handed = tuple[Any, Tensor, Any, dict[str, Any]]  # the pipeline, predictions, timestep, further arguments of a step

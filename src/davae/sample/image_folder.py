@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from accelerate import PartialState
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 from PIL import Image
-from torch import Tensor
 
-from davae.backbones.classes import class_count, goes_by_class
-from davae.backbones.expand import MARK
-from davae.backbones.families.rows import denoiser, transformer_family
-from davae.backbones.lora import widen_lora
 from davae.data.images import grid
 from davae.data.prompts import read_prompts
-from davae.errors import ModelError
-from davae.files.atomic import save_tensors, saving
-from davae.files.outputs import check_image, check_place, save_image
-from davae.pretrained.lora_files import read_lora
-from davae.pretrained.placement import FULL, Placement
-from davae.sample.fingerprint import model_fingerprint
+from davae.files.outputs import check_image, save_image
 from davae.sample.generate import generate
-from davae.sample.open import check_classes, model_places, open_model
+from davae.sample.open import check_classes
 from davae.sample.preview import Preview
-from davae.sample.sample_file import Labels, class_schedule, write_samples
 
 
 def sample_to_folder(
@@ -138,77 +122,3 @@ def read_prompt_texts(path: Path) -> list[str]:
         DataError: no such file, another format, no prompts in it.
     """
     return [prompt.text for prompt in read_prompts(path)]
-
-
-def add_lora(pipeline: Any, file: Path) -> None:
-    """Load a LoRA of the base into its pipeline, or into an upgraded one, for which it is widened.
-
-    Raises:
-        ModelError: a pipeline that loads no LoRA, a file that is not one or does not fit.
-    """
-    if not isinstance(pipeline, LoraBaseMixin):
-        raise ModelError(f"--lora {file}: a {type(pipeline).__name__} loads no LoRA files; leave it out")
-    transformer = denoiser(pipeline)
-    part = transformer_family(type(transformer).__name__).component
-    state, settings = read_lora(file, type(pipeline), part, transformer.config)
-    metadata = {"format": "pt"} | ({LORA_ADAPTER_METADATA_KEY: json.dumps(settings)} if settings else {})
-    try:
-        if MARK in transformer.config:
-            state = widen_lora(state, transformer)
-        with TemporaryDirectory(prefix="davae-lora-") as folder:
-            save_tensors(Path(folder) / "lora.safetensors", state, metadata)
-            pipeline.load_lora_weights(folder, weight_name="lora.safetensors")  # type: ignore[attr-defined]
-    except (ModelError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"--lora {file}: it does not fit this {type(transformer).__name__}: {reason}") from error
-
-
-def write_sample_file(
-    pipeline: str,
-    target: Path,
-    *,
-    num: int,
-    labels: Labels,
-    steps: int,
-    guidance: float,
-    seed: int,
-    batch_size: int,
-    on_part: Callable[[int, int], None],
-    placement: Placement = FULL,
-) -> bool:
-    """`davae evaluate samples`: whether the `.npz` is whole (False: other processes still draw their parts)."""
-    check_place(target)
-    weights = model_fingerprint(model_places(pipeline))
-    model, _ = open_model(pipeline, placement)
-    if not goes_by_class(model):
-        raise ModelError(f"{pipeline} is no class-conditional model; sample files follow the ImageNet protocol")
-    state = PartialState()
-    schedule = class_schedule(num, class_count(model), labels, seed)
-
-    def draw(classes: list[int], first: int) -> Tensor:
-        prompts = [str(number) for number in classes]
-        pictures = generate(
-            model,
-            prompts,
-            output_type="pt",
-            steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
-            first=first,
-            batch_size=batch_size,
-        )
-        return torch.stack(pictures)
-
-    settings = {"labels": labels, "steps": steps, "guidance": guidance, "seed": seed, **placement.changes}
-    with saving(target):
-        return write_samples(
-            target,
-            schedule,
-            draw,
-            settings={**settings, "weights": weights},
-            about={"pipeline": pipeline},
-            former={**settings, "pipeline": pipeline},
-            rank=state.process_index,
-            ranks=state.num_processes,
-            on_part=on_part,
-        )

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, write_figure
+from davae.data.images import to_images
+from davae.dataset.look import as_data, batches, real_pictures
+from davae.evaluate.features import make_extractor
+from davae.evaluate.reconstruction import perceptual_distances, score_reconstructions
+from davae.recipes.sections import Data
+from davae.sample.open import open_autoencoder, open_detail_vae
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.frames import decode_latents, encode_mode
@@ -73,3 +81,49 @@ def decode_faded(vae: DetailVAE, latents: Tensor, weights: Tensor) -> Tensor:
     z, z_d = vae.layout.split(vae.denormalise(latents))
     faded = vae.layout.join(z, z_d * weights.to(z_d).view(1, -1, 1, 1))
     return in_range(vae, partial(decode_latents, vae), vae.normalise(faded))  # (B,3,sH,sW)
+
+
+RANDOM = {
+    "random detail": "channel means and deviations of the training set",
+    UNIT_NORMAL: "N(0, I), as in the paper",
+}
+
+
+def sensitivity_figure(
+    vae: str,
+    base: str,
+    data: str | Data,
+    out: Path,
+    *,
+    num: int,
+    held_out: float,
+    lpips: str | None = None,
+    lpips_weights: str | None = None,
+    features: str = "lite0",
+    feature_weights: Path | None = None,
+) -> Path:
+    """Decoder sensitivity (Tab. S2a, S3): what full, zeroed and random detail decode to, beside base + bicubic.
+
+    Random detail comes twice: with the statistics of the training set, and from N(0, I) as in the paper. Each row has PSNR,
+    SSIM, perceptual distances and the Frechet distance to the originals (rFID with Inception's features).
+    """
+    check_figure(out, "sensitivity")
+    model, base_vae = open_detail_vae(vae), open_autoencoder(base)
+    pictures = real_pictures(
+        data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "sensitivity.data.json"
+    )
+    perceptual, extractor = perceptual_distances(lpips, lpips_weights), make_extractor(features, feature_weights)
+    shown = next(batches(pictures, SHOWN, SHOWN))
+    rows, figures = {"original": to_images(shown)}, {}
+    for name, reconstruct in reconstructions(model, base_vae, unit_normal=True).items():
+        rows[name] = to_images(reconstruct(shown))
+        scores = score_reconstructions(batches(pictures, num), reconstruct, perceptual, extractor)
+        figures[name] = scores.as_dict() | ({"random": RANDOM[name]} if name in RANDOM else {})
+    source = as_data(data).source
+    settings = figure_settings(data, num, held_out) | {"features": features, "lpips": lpips}
+    return write_figure(
+        out,
+        "sensitivity",
+        contact_sheet(rows, 128),
+        {"vae": vae, "base": base, "data": source, "settings": settings, "rows": figures},
+    )

@@ -9,12 +9,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
+from davae.backbones.classes import class_count, goes_by_class
 from davae.data.latent_cache.key import fingerprint
 from davae.errors import ModelError
-from davae.files.atomic import atomic_file
-from davae.files.outputs import archive_comment, check_archive, is_drawn
+from davae.files.atomic import atomic_file, saving
+from davae.files.outputs import archive_comment, check_archive, check_place, is_drawn
+from davae.pretrained.placement import FULL, Placement
+from davae.sample.fingerprint import model_fingerprint
+from davae.sample.generate import generate
+from davae.sample.open import model_places, open_model
 from davae.sample.resume import kept_images
 
 Labels = Literal["balanced", "random"]
@@ -121,3 +127,54 @@ def _join(path: Path, parts: list[Path], labels: np.ndarray, comment: bytes) -> 
                 stream.write(np.load(part).tobytes())
         with archive.open("arr_1.npy", "w") as stream:
             np.lib.format.write_array(stream, np.asarray(labels, dtype=np.int64))
+
+
+def write_sample_file(
+    pipeline: str,
+    target: Path,
+    *,
+    num: int,
+    labels: Labels,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch_size: int,
+    on_part: Callable[[int, int], None],
+    placement: Placement = FULL,
+) -> bool:
+    """`davae evaluate samples`: whether the `.npz` is whole (False: other processes still draw their parts)."""
+    check_place(target)
+    weights = model_fingerprint(model_places(pipeline))
+    model, _ = open_model(pipeline, placement)
+    if not goes_by_class(model):
+        raise ModelError(f"{pipeline} is no class-conditional model; sample files follow the ImageNet protocol")
+    state = PartialState()
+    schedule = class_schedule(num, class_count(model), labels, seed)
+
+    def draw(classes: list[int], first: int) -> Tensor:
+        prompts = [str(number) for number in classes]
+        pictures = generate(
+            model,
+            prompts,
+            output_type="pt",
+            steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            first=first,
+            batch_size=batch_size,
+        )
+        return torch.stack(pictures)
+
+    settings = {"labels": labels, "steps": steps, "guidance": guidance, "seed": seed, **placement.changes}
+    with saving(target):
+        return write_samples(
+            target,
+            schedule,
+            draw,
+            settings={**settings, "weights": weights},
+            about={"pipeline": pipeline},
+            former={**settings, "pipeline": pipeline},
+            rank=state.process_index,
+            ranks=state.num_processes,
+            on_part=on_part,
+        )

@@ -1,0 +1,90 @@
+"""Figure files: a PNG to look at and a JSON of its numbers, in one folder."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from davae.data.formats import open_image
+from davae.dataset.look import as_data
+from davae.files.outputs import check_figures, check_image, save_image, write_figures
+from davae.files.reading import load_json
+from davae.recipes.sections import Data
+
+ORIGIN = ("run", "vae", "unaligned", "base", "data", "settings")  # keys of what a figure was made of
+
+
+def check_figure(out: Path, name: str) -> None:
+    """Refuse a place for a figure where something that davae did not write has its name, before any work.
+
+    Raises:
+        RunError: in one line, what is there.
+    """
+    check_image(out / f"{name}.png")
+    check_figures(out / f"{name}.json")
+
+
+def free_name(out: Path, name: str, figures: dict[str, Any]) -> str:
+    """Return the name under which to write a figure: figures of other models or data keep theirs.
+
+    Args:
+        figures: values of the new figure; what it was made of is under `run`, `vae`, `unaligned`, `base`, `data`, `settings`.
+    """
+
+    def origin(values: Any) -> dict[str, Any]:
+        if not isinstance(values, dict):
+            return {}
+        compared = {name: row["run"] for name, row in values.items() if isinstance(row, dict) and "run" in row}
+        return {**{key: values.get(key) for key in ORIGIN}, "compared": compared}
+
+    again, chosen = 1, name
+    while (out / f"{chosen}.png").exists() or (out / f"{chosen}.json").exists():
+        check_figure(out, chosen)
+        try:
+            there = load_json((out / f"{chosen}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            there = None
+        if origin(there) == origin(json.loads(json.dumps(figures))):
+            break
+        again += 1
+        chosen = f"{name}-{again}"
+    return chosen
+
+
+def write_figure(out: Path, name: str, picture: bytes | Image.Image, figures: dict[str, Any]) -> Path:
+    """Write `name.png` and `name.json` into a folder and return the image's path.
+
+    A figure of another run, model or data that has the name already is kept: the new one is `name-2`, `name-3`, ...
+    """
+    name = free_name(out, name, figures)
+    path = out / f"{name}.png"
+    save_image(open_image(io.BytesIO(picture)) if isinstance(picture, bytes) else picture, path)
+    write_figures(out / f"{name}.json", figures)
+    return path
+
+
+def figure_settings(data: str | Data, num: int, held_out: float) -> dict[str, Any]:
+    """Return what else a figure depends on, by which it is known from others of the same name."""
+    options = as_data(data).model_dump(mode="json", exclude_defaults=True, exclude={"source"})
+    return {"num": num, "held_out": held_out, **({"options": options} if options else {})}
+
+
+def contact_sheet(rows: dict[str, list[Image.Image]], cell: int) -> Image.Image:
+    """Pictures in named rows, on white."""
+    label, gap = 120, 4
+    columns = max(len(pictures) for pictures in rows.values())
+    sheet = Image.new("RGB", (label + columns * (cell + gap), len(rows) * (cell + gap)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for line, (name, pictures) in enumerate(rows.items()):
+        top = line * (cell + gap)
+        draw.text((6, top + cell // 2 - 8), name, fill="black", font=font)
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (label + column * (cell + gap), top))
+    return sheet
+
+
+SHOWN = 8  # images in a figure

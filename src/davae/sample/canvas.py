@@ -1,0 +1,172 @@
+"""Noisy canvases of images whose base is known, and the overlapping windows that cover them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from davae.latent import LatentLayout
+from davae.sample.levels import Level, level_after
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """Windows of one size that cover a canvas.
+
+    Attributes:
+        height, width: of the canvas, in latent positions.
+        window: side of a window.
+        tops, lefts: first rows and first columns of the windows.
+    """
+
+    height: int
+    width: int
+    window: int
+    tops: tuple[int, ...]
+    lefts: tuple[int, ...]
+
+    @classmethod
+    def over(cls, height: int, width: int, window: int, overlap: float, grain: int = 1) -> WindowGrid:
+        """Return the fewest windows that cover a canvas with at least a share of `overlap` in common.
+
+        Args:
+            height, width: of the canvas, at least `window`; multiples of `grain`.
+            overlap: share of a window's side, in [0, 0.75].
+            grain: windows begin at multiples of it.
+        """
+        tops, lefts = (_starts(length, window, overlap, grain) for length in (height, width))
+        return cls(height, width, window, tops, lefts)
+
+    def __len__(self) -> int:
+        return len(self.tops) * len(self.lefts)
+
+    def gather(self, canvas: Tensor) -> Tensor:
+        """Return the windows (N,c,w,w) of a canvas (1,c,H,W), row by row."""
+        side = self.window
+        return torch.cat([canvas[:, :, y : y + side, x : x + side] for y in self.tops for x in self.lefts])
+
+    def blend(self, parts: Tensor) -> Tensor:
+        """Return the canvas (1,c,H,W) whose values are weighted means of the windows (N,c,w,w) over them.
+
+        The weights fall linearly from a window's centre to its edge, so that no window ends in a step.
+        """
+        if len(parts) == 1:
+            return parts
+        side = self.window
+        slope = torch.arange(side, device=parts.device, dtype=parts.dtype) + 0.5
+        ramp = torch.minimum(slope, slope.flip(0)) / side  # (w,)
+        weight = ramp[:, None] * ramp
+        total = parts.new_zeros(1, parts.shape[1], self.height, self.width)
+        weights = parts.new_zeros(self.height, self.width)
+        corners = [(y, x) for y in self.tops for x in self.lefts]
+        for part, (y, x) in zip(parts, corners, strict=True):
+            total[0, :, y : y + side, x : x + side] += part * weight
+            weights[y : y + side, x : x + side] += weight
+        return total / weights
+
+
+def _starts(length: int, window: int, overlap: float, grain: int) -> tuple[int, ...]:
+    if length <= window:
+        return (0,)
+    stride = max(grain, int(window * (1 - overlap)) // grain * grain)
+    count = -(-(length - window) // stride) + 1
+    return tuple(round((length - window) * n / (count - 1) / grain) * grain for n in range(count))
+
+
+@dataclass
+class Enlargement:
+    """One image to draw detail for.
+
+    Attributes:
+        z: its normalised base latent (1,C,H,W).
+        noise: structured standard normal noise (1,C+D,H,W), one for all steps and windows.
+        grid: the windows that cover it.
+        prompt: text, or a class by name or number.
+        generator: what a stochastic scheduler draws from.
+    """
+
+    z: Tensor
+    noise: Tensor
+    grid: WindowGrid
+    prompt: str
+    generator: torch.Generator
+
+
+class Canvas:
+    """The noisy latents of one image while they are drawn, and the scheduler that steps them.
+
+    Every step blends the windows' predictions, steps the whole canvas once (so that solvers with memory and the noise of
+    stochastic ones know no windows), and puts the known base in place: x_base = a z + s n at the new level
+    (`Level.state`).
+
+    Args:
+        free: steps at the end in which the base is free.
+        clean: the base stays at z, without noise, at every level: for models that were trained for it.
+    """
+
+    def __init__(self, work: Enlargement, layout: LatentLayout, device: torch.device, free: int, clean: bool):
+        self.grid, self.layout, self.free, self.clean = work.grid, layout, free, clean
+        self.generator = work.generator
+        self.z, self.noise = work.z.float().to(device), work.noise.float().to(device)
+        self.state: Tensor | None = None
+        self.calls = 0
+        self._scheduler: Any = None
+
+    def first(self) -> Tensor:
+        """Return the windows of what a pipeline takes as starting noise."""
+        n, n_d = self.layout.split(self.noise)
+        return self.grid.gather(self.layout.join(self.z if self.clean else n, n_d))
+
+    def start(self, pipeline: Any) -> Tensor:
+        """Return the windows of the starting state, made on the first call."""
+        if self.state is None:
+            sigma = 1.0 if pipeline.scheduler is None else float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0))
+            self.state = self._with_base(self.noise * sigma, level_after(pipeline, 0), step_count(pipeline))
+        return self.grid.gather(self.state)
+
+    def step(self, pipeline: Any, outputs: Tensor, timestep: Any, options: dict[str, Any]) -> Tensor:
+        """Return the windows (N,c,w,w) after a step.
+
+        Args:
+            outputs: what the model predicts for the windows, after guidance; without a scheduler, the windows' next states.
+            timestep, options: what the pipeline gives its scheduler's `step`.
+        """
+        self.start(pipeline)
+        assert self.state is not None
+        moved = self.grid.blend(outputs.float().to(self.z.device))
+        if pipeline.scheduler is not None:
+            moved = self._stepped(pipeline.scheduler, moved, timestep, options)
+        self.calls += 1
+        self.state = self._with_base(moved, level_after(pipeline, self.calls), step_count(pipeline) - self.calls)
+        return self.grid.gather(self.state)
+
+    def _stepped(self, scheduler: Any, prediction: Tensor, timestep: Any, options: dict[str, Any]) -> Tensor:
+        if self._scheduler is None:  # with the pipeline's timesteps, and a memory of its own
+            self._scheduler = copy.deepcopy(scheduler)
+            for name in ("step", "scale_model_input"):
+                vars(self._scheduler).pop(name, None)
+            self._scheduler.is_scale_input_called = True
+        if "generator" in options:
+            options = {**options, "generator": self.generator}
+        return self._scheduler.step(prediction, timestep, self.state, **{**options, "return_dict": False})[0]
+
+    def share_index(self, scheduler: Any) -> None:
+        """Set the step of a pipeline's scheduler, which its `scale_model_input` reads, to this canvas's."""
+        if hasattr(scheduler, "_step_index"):
+            scheduler._step_index = self._scheduler._step_index
+
+    def _with_base(self, latents: Tensor, level: Level, remaining: int) -> Tensor:
+        if remaining < self.free:
+            return latents
+        _, z_d = self.layout.split(latents)
+        n, _ = self.layout.split(self.noise)
+        return self.layout.join(self.z if self.clean else level.state(self.z, n), z_d)
+
+
+def step_count(pipeline: Any) -> int:
+    """Return the steps of the drawing that runs."""
+    return len(pipeline.times) - 1 if pipeline.scheduler is None else len(pipeline.scheduler.timesteps)
