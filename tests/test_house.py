@@ -93,7 +93,7 @@ LONG_FUNCTIONS: dict[str, int] = {
     "davae.runs.validation.stage2_pictures": 64,
     "davae.sample.call.call_pipeline": 66,
     "davae.sample.class_conditional.ClassConditionalPipeline.__call__": 79,
-    "davae.sample.enlarge.draw_detail": 63,
+    "davae.sample.draw_detail.draw_detail": 63,
     "davae.sample.upscale.upscale": 63,
     "davae.vae.detail_vae.DetailVAE.__init__": 75,
 }
