@@ -144,7 +144,7 @@ def compare(
 
 
 @analyze_app.command()
-def retention_figure(
+def retention(
     base: Annotated[str, typer.Argument(help="The pretrained model: a folder, a hub id, or `micro`.")],
     upgrade: Annotated[str, typer.Argument(help="Its upgrade: a run or pipeline folder, or `micro-upgraded`.")],
     data: Data,
@@ -184,7 +184,7 @@ def retention_figure(
 
 
 @analyze_app.command()
-def diffusability_figure(
+def diffusability(
     vae: Annotated[str, typer.Argument(help="A DetailVAE's folder, or a run's.")],
     data: Data,
     out: Folder = Path("figures"),
