@@ -193,46 +193,76 @@ def open_images(
     if side == "held_out":
         parts = Split(parts.train, apart_from(source, chosen, parts))
     chosen = chosen if side == "both" else getattr(parts, side)
+    measured = measured_sizes(source, chosen, data, folder)
+    found = survey(source, chosen, sizes, data.enlarge, measured, strict)
+    train, groups, squares = split_found(found, parts, sizes, data.enlarge)
+    equal = {chosen[place]: chosen[first] for place, first in measured.equal.items()}
+    trained = {equal.get(index, index) for index in train} if equal and squares else set[int]()
+    apart = [index for index in squares if equal.get(index, index) not in trained]
+    opened = OpenedData(
+        source,
+        sizes,
+        train,
+        groups,
+        apart,
+        data,
+        found,
+        measured,
+        len(chosen),
+        time.perf_counter() - started,
+        equal,
+        len(squares) - len(apart),
+    )
+    check_same_data(opened, data.source)
+    return opened
+
+
+def measured_sizes(source: ImageSource, chosen: Sequence[int], data: Data, folder: Path | None) -> Sizes:
+    """Return the sizes of chosen images, read from their headers by the first process alone; collective.
+
+    Args:
+        source: the images.
+        chosen: those that are measured.
+        data: the recipe's section, which may change their sizes.
+        folder: run folder that may keep the sizes of an earlier start.
+    """
     measured = None
     if is_main():
         if folder is not None and any(folder.glob("survey-*.npz")):
             measured = load_sizes(folder, sizes_key(source, chosen, repr(source_options(data))), len(chosen))
         measured = measured or measure_sizes(source, chosen)
     measured = from_main(measured)
-    if len(measured.pixels) != len(chosen):  # this process found other files, which the comparison below names
-        measured = measure_sizes(source, chosen)
-    found = survey(source, chosen, sizes, data.enlarge, measured, strict)
+    # a process that found other files measures its own, and check_same_data names them
+    return measured if len(measured.pixels) == len(chosen) else measure_sizes(source, chosen)
+
+
+def split_found(
+    found: Survey, parts: Split, sizes: Sequence[tuple[int, int]], enlarge: bool
+) -> tuple[list[int], np.ndarray, list[int]]:
+    """Divide usable images into those that train and those that are held out.
+
+    Args:
+        found: the usable images.
+        parts: the split of all images.
+        sizes: (width, height) of the buckets, the square first.
+        enlarge: whether small images are enlarged.
+
+    Returns:
+        Training images, the bucket of each, and held-out images that fill the square. Where only held-out images are
+        usable, they train.
+    """
     held = set(parts.held_out)
     trains = np.asarray([index not in held for index in found.indices], bool)
-    if not trains.any():  # the only usable pictures are held out: rather train on them than fail
+    if not trains.any():
         trains = ~trains
         held = set()
     train = [index for index, own in zip(found.indices, trains, strict=True) if own]
     squares = [
         i
         for i, g, size in zip(found.indices, found.groups, found.pixels, strict=True)
-        if i in held and (data.enlarge or g == 0 or min(size) >= sizes[0][0])
+        if i in held and (enlarge or g == 0 or min(size) >= sizes[0][0])
     ]
-    equal = {chosen[place]: chosen[first] for place, first in measured.equal.items()}
-    trained = {equal.get(index, index) for index in train} if equal and squares else set[int]()
-    apart = [index for index in squares if equal.get(index, index) not in trained]
-    seconds = time.perf_counter() - started
-    opened = OpenedData(
-        source,
-        sizes,
-        train,
-        found.groups[trains],
-        apart,
-        data,
-        found,
-        measured,
-        len(chosen),
-        seconds,
-        equal,
-        len(squares) - len(apart),
-    )
-    check_same_data(opened, data.source)
-    return opened
+    return train, found.groups[trains], squares
 
 
 def apart_from(source: ImageSource, chosen: Sequence[int], parts: Split) -> list[int]:

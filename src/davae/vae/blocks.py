@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from davae.latent import LatentLayout
+from davae.vae.base import AutoencoderFamily, layer_path
 
 Downsample = Literal["antialias", "bicubic"]
 
@@ -71,3 +74,28 @@ class DetailUp(nn.Module):
         else:
             side = latents.repeat_interleave(self.conv.out_channels // self.in_channels, dim=1)
         return F.pixel_shuffle(main + side, self.scale)  # (B,out,s*h,s*w)
+
+
+def replace_ends(
+    encoder: nn.Module, decoder: nn.Module, family: AutoencoderFamily, layout: LatentLayout, learned_shortcuts: bool
+) -> tuple[str, str]:
+    """Put the detail latent's blocks where a base autoencoder has its own last and first convolution.
+
+    Args:
+        encoder, decoder: copies of the base autoencoder's networks; changed in place.
+        family: the base autoencoder's row.
+        layout: channels and scale of the latents.
+        learned_shortcuts: the blocks' shortcuts have weights of their own even where channels divide.
+
+    Returns:
+        Paths of the encoder's last and the decoder's first block.
+    """
+    last, first = layer_path(encoder, family.last), layer_path(decoder, family.first)
+    width: Any = encoder.get_submodule(last).in_channels
+    encoder.set_submodule(last, DetailDown(width, 2 * layout.detail_channels, layout.scale, learned_shortcuts))
+    width = decoder.get_submodule(first).out_channels
+    decoder.set_submodule(first, DetailUp(layout.channels, width, layout.scale, learned_shortcuts))
+    if family.shortcut is not None:  # the new layers have their own
+        for module, name in zip((encoder, decoder), family.shortcut, strict=True):
+            setattr(module, name, False)
+    return last, first

@@ -26,13 +26,12 @@ from davae.vae.base import (
     autoencoder_family,
     base_channels,
     base_statistics,
-    layer_path,
     packed_statistics,
     spatial_factor,
 )
 from davae.vae.base_decoder import BaseDecoder
 from davae.vae.base_part import BasePart
-from davae.vae.blocks import DetailDown, DetailUp, Downsample, downsample
+from davae.vae.blocks import DetailDown, Downsample, downsample, replace_ends
 from davae.vae.frames import frames_of, only_frame
 from davae.vae.pipeline_contract import pipeline_entries
 from davae.vae.posterior import RawLatents, StructuredPosterior
@@ -115,35 +114,27 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
             sample_size=int(base.config.get("sample_size") or 32 * self.spatial_factor // scale) * scale,
             **pipeline_entries(self, family, base.config, self.layout.channels, self.spatial_factor),
         )
-
         self.base_encoder = base.encoder
         self.base_quant_conv = base.quant_conv if family.quant and base.quant_conv is not None else nn.Identity()
         self.detail_encoder = copy.deepcopy(base.encoder)
         self.decoder = base.decoder
         self.base_decoder = None if base_decoder_config is None else BaseDecoder(**base_decoder_config)
-        self._last, self._first = layer_path(base.encoder, family.last), layer_path(base.decoder, family.first)
-        width = self.detail_encoder.get_submodule(self._last).in_channels
-        self.detail_encoder.set_submodule(
-            self._last, DetailDown(width, 2 * detail_channels, scale, learned_shortcuts)
+        self._last, self._first = replace_ends(
+            self.detail_encoder, self.decoder, family, self.layout, learned_shortcuts
         )
-        width = self.decoder.get_submodule(self._first).out_channels
-        self.decoder.set_submodule(self._first, DetailUp(self.layout.channels, width, scale, learned_shortcuts))
-        if family.shortcut is not None:  # the new layers have their own
-            for module, name in zip((self.detail_encoder, self.decoder), family.shortcut, strict=True):
-                setattr(module, name, False)
+        self._register_statistics(family.cell)
+        self.base_encoder.requires_grad_(False)
+        self.base_quant_conv.requires_grad_(False)
+        self.use_slicing = self.use_tiling = False
+        self.tiling = Tiling(tile=self.config["sample_size"], overlap=0.25)
+        self.train(False)
 
-        # Order of channels is the layout's: base first. Not saved with the weights: the config holds them.
-        cell = (1, self.layout.channels, family.cell, family.cell)
+    def _register_statistics(self, side: int) -> None:
+        """Make the buffers (1,C+D,side,side), which are not saved with the weights: the config holds them."""
+        cell = (1, self.layout.channels, side, side)
         self.register_buffer("mean", torch.zeros(cell), persistent=False)
         self.register_buffer("std", torch.ones(cell), persistent=False)
         self._fill_statistics()
-
-        self.base_encoder.requires_grad_(False)
-        self.base_quant_conv.requires_grad_(False)
-        self.use_slicing = False
-        self.use_tiling = False
-        self.tiling = Tiling(tile=self.config["sample_size"], overlap=0.25)
-        self.train(False)
 
     def _fill_statistics(self) -> None:
         """Put the config's per-channel statistics into the buffers, at their precision."""
