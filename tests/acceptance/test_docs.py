@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,9 @@ def commands_of(page: Path) -> list[tuple[list[str], bool]]:
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     outside = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    lines = [(line, True) for block in blocks for line in block.splitlines()]
+    lines = [(line, True) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines += [(" ".join(code.split()), False) for code in re.findall(r"`([^`]+)`", outside)]
+    lines = [(line.split(" > ")[0], whole) for line, whole in lines]
     found = [(shlex.split(line, comments=True)[1:], whole) for line, whole in lines if line.startswith("davae ")]
     return [(words, whole) for words, whole in found if not PLACEHOLDERS.search(" ".join(words))]
 
@@ -133,6 +137,27 @@ def test_the_map_of_the_code_is_whole():
     assert [rows[name] for name in order] == sorted(rows.values())
 
 
+def texts_of(tree: ast.AST) -> Iterator[str]:
+    """Yield the text of every string of a file; values that are formatted in are left out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+            yield "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_messages_of_the_troubleshooting_page_are_davae_s_own():
+    """The first column of the tables under `davae prints`."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    tables = re.findall(r"\| davae prints .*?\n\|[-|]+\n((?:\|.*\n)+)", page)
+    messages = [row.split("|")[1].strip(" `") for table in tables for row in table.splitlines()]
+    assert len(messages) > 20
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py")]
+    texts = "\n".join(text for tree in trees for text in texts_of(tree))
+    assert not [message for message in messages if message not in texts]
+
+
 def test_yaml_of_the_documentation_is_a_recipe():
     blocks = [
         block
@@ -150,6 +175,23 @@ def test_the_recipes_page_names_every_recipe():
     for name in shipped_recipes():
         assert f"`{name}`" in text
         assert load_recipe(name).name
+
+
+def test_the_table_of_gpus_has_the_planned_figures():
+    planned = json.loads((ROOT / "docs" / "results" / "phases.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d) x (\w+), (\d+) GB \| (.*) \|$", text, flags=re.MULTILINE)
+    assert len(rows) > 8
+    for name, gpus, gpu, memory, cells in rows:
+        plan, (*figures, hours, disk) = planned[name], cells.split(" | ")
+        assert (int(gpus), f"{gpu.lower()}-{memory}gb") == (plan["gpus"], plan["gpu"])
+        phases = {phase["name"]: phase for phase in plan["phases"]}
+        expected = [f"{phases[phase]['device_gib']:.1f}" for phase in ("stage1", "cache", "stage2", "sampling")]
+        assert figures == expected, name
+        total = sum(phase["hours"] for phase in plan["phases"] if phase["name"] != "sampling")
+        assert hours == (f"{total:.0f}" if total >= 1 else "under 1"), name
+        taken = sum(phase["disk_gib"] for phase in plan["phases"])
+        assert disk == f"{taken:.{0 if taken >= 10 else 1}f}", name
 
 
 def test_every_page_is_in_the_navigation_and_the_site_builds(tmp_path: Path):
