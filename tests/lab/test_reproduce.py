@@ -34,6 +34,9 @@ from davae.lab.reproduce.choose import ONCE
 from davae.lab.reproduce.tables import Scale, ScaleName, Table, load_table, overrides_for, table_names
 from davae.recipes import BaseRecipe, Recipe
 
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs/results/reproduce"
+
 
 @pytest.mark.parametrize("scale", ["micro", "gpu", "paper"])
 @pytest.mark.parametrize("name", table_names())
@@ -95,8 +98,7 @@ def test_hashes_of_runs_that_were_begun_stay(monkeypatch: pytest.MonkeyPatch):
 
 def test_figures_of_finished_runs_are_found():
     """The files in the repository are those of the tables as they are, on the weights in the repository."""
-    results = Path(__file__).resolve().parents[2] / "docs/results/reproduce"
-    assert all(reproduction.finished(job, results) for job in jobs("table5", "micro", 1, []))
+    assert all(reproduction.finished(job, RESULTS) for job in jobs("table5", "micro", 1, []))
 
 
 @pytest.fixture
@@ -267,38 +269,51 @@ def test_weights_of_an_upgrade_are_part_of_the_hash(monkeypatch: pytest.MonkeyPa
     assert [Path(str(model)).name for model in asked] == ["base", "upgrade"]
 
 
-@pytest.mark.parametrize("name", table_names())
-def test_the_plan_of_every_table_can_be_printed(name: str):
-    todo = jobs(name, "paper", 1, [])
-    missing = reproduction.missing_parts(todo)
-    assert any("is not here" in part for part in missing)
+def commands_of(text: str) -> list[str]:
+    return [command.strip() for command in re.split("\n|&&", text) if command.strip().startswith("davae ")]
+
+
+def test_commands_of_the_paper_scale_page_are_those_of_the_tables_and_parse():
+    page = (ROOT / "docs/paper-scale.md").read_text(encoding="utf-8")
+    written = [
+        command for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for command in commands_of(block)
+    ]
+    todo = [job for name in table_names() for job in jobs(name, "paper", None, [])]
+    assert written == [command for job in todo for command in commands_of(job.command)]
+    for command in written:
+        parse(shlex.split(command)[1:])
     for job in todo:
-        told = reproduction.cost(job)
-        assert "H100-days" in told or told == "no training", told  # every size is known from some preset's configs
-        if isinstance(job, PlannedJob):
-            assert all(command.startswith("davae ") for command in job.command.splitlines())
-            with pytest.raises(RecipeError, match="is a plan: run its commands"):
-                run_job(job, Path("never"), Path("never"), lambda progress: None)
+        assert f", {job.row}\n" in page  # a heading
+        assert f"| {job.row} |" in page  # its inputs and cost
 
 
-def test_the_cost_of_what_nobody_knows_is_unknown(tmp_path: Path):
-    (job,) = jobs("table2", "paper", 1, ["autoencoder=models/strange"], ["VA-VAE f16c32, p = 2"])
-    assert isinstance(job, BaseJob)
-    assert reproduction.cost(replace(job, like=None)) == "cost unknown until models/strange is there"
-    (job,) = jobs("table5", "paper", 1, [f"base.model={tmp_path}/none"], ["full"])
-    assert reproduction.cost(job) == f"cost unknown until {tmp_path}/none is there"
+@pytest.mark.parametrize("name", ["table1", "table3"])
+def test_rows_that_are_plans_are_not_run(name: str):
+    for job in jobs(name, "paper", 1, []):
+        assert isinstance(job, PlannedJob)
+        assert all(command.startswith("davae ") for command in job.command.splitlines())
+        with pytest.raises(RecipeError, match="is a plan: run its commands"):
+            run_job(job, Path("never"), Path("never"), lambda progress: None)
 
 
-def test_a_plan_is_printed_and_its_commands_parse(capsys: pytest.CaptureFixture):
-    run_cli("reproduce", "table1", "--scale", "paper", "--row", "DiT-XL/2", "--row", "REPA (SiT-XL/2)")
-    told = capsys.readouterr().out
-    lines = told.splitlines()
-    assert lines[0] == "# DiT-XL/2: no training"
-    assert any(line.startswith("# REPA samples by an SDE") for line in lines)
-    assert lines[-2].startswith("Note: FID without guidance")
-    assert lines[-1].startswith("Not run here: ")
-    assert "models/sd-vae is not here" in lines[-1]
-    for name in table_names():
-        for job in jobs(name, "paper", 1, []):
-            for command in re.split("\n|&&", job.command):
-                parse(shlex.split(command)[1:])
+@pytest.mark.parametrize(
+    ("words", "titles"),
+    [
+        (("table1", "--row", "DiT-XL/2", "--row", "REPA (SiT-XL/2)"), ["# DiT-XL/2", "# REPA (SiT-XL/2)"]),
+        (("table5", "--dry-run", "--row", "full"), ["# full, seed 0"]),
+    ],
+)
+def test_the_paper_scale_prints_commands_and_the_page(
+    words: tuple[str, ...], titles: list[str], capsys: pytest.CaptureFixture
+):
+    run_cli("reproduce", *words, "--scale", "paper")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("#")] == titles
+    assert sum(line.startswith("davae ") for line in lines) == len(lines) - len(titles) - 1
+    assert lines[-1].startswith("docs/paper-scale.md lists")
+
+
+def test_the_dry_run_shows_which_runs_are_done(capsys: pytest.CaptureFixture):
+    run_cli("reproduce", "table5", "--dry-run", "--row", "full", "--seeds", "4", "--results", str(RESULTS))
+    titles = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    assert titles == [*(f"# full, seed {seed}: done" for seed in range(3)), "# full, seed 3"]

@@ -9,13 +9,15 @@ import typer
 
 from davae.commands.options import AllowCommands, DryRun, Overrides
 
+Scale = Literal["micro", "gpu", "paper"]
+
 
 def reproduce(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="table1 to table5, tableS2, tableS2a, fig3, fig4, figS3, figS5")
     ],
     scale: Annotated[
-        Literal["micro", "gpu", "paper"],
+        Scale,
         typer.Option(
             help="micro: real photos, two cores. gpu: the same, trained longer on one GPU. paper: ImageNet."
         ),
@@ -46,50 +48,78 @@ def reproduce(
 
     `davae reproduce table5 --scale paper --dry-run`
     """
-    from davae.console import console, progress_display, table
+    from davae.lab.reproduce import FIGURES
+
+    if name in FIGURES:
+        given = [flag for flag, value in {"--row": row, "--seeds": seeds, "--markdown": markdown}.items() if value]
+        _figure(name, scale, set or [], out, results, given, dry_run)
+    else:
+        _table(name, scale, seeds, set or [], row, out, results, markdown, dry_run)
+
+
+def _figure(
+    name: str, scale: Scale, overrides: list[str], out: Path, results: Path, given: list[str], dry_run: bool
+) -> None:
+    """Draw a figure, or print the commands of its runs.
+
+    Args:
+        given: options of the command line that only tables have.
+    """
+    from davae.console import console, progress_display
     from davae.errors import RecipeError
-    from davae.lab import reproduce as reproduction
+    from davae.lab import reproduce as lab
+
+    if given:
+        raise RecipeError(f"{given[0]} is for tables; {name} is drawn from one seed of rows of Table 5")
+    if dry_run:
+        part = "" if name in lab.TRAINED_WHOLE else ": the detail VAE and the cache alone"
+        for job in lab.figure_jobs(name, scale, overrides):
+            console.print(f"# {job.row}{part}\n{job.command}", markup=False, soft_wrap=True)
+        return
+    with progress_display() as observer:
+        done = lab.figure(name, scale, overrides, out, results / name, observer)
+    console.print(f"{done}", markup=False)
+
+
+def _table(
+    name: str,
+    scale: Scale,
+    seeds: int | None,
+    overrides: list[str],
+    rows: list[str] | None,
+    out: Path,
+    results: Path,
+    markdown: bool,
+    dry_run: bool,
+) -> None:
+    """Run the jobs of a table that are not done yet and print it, or print the commands alone.
+
+    Commands alone are printed for rows that davae does not run itself, and at the paper's scale without a GPU.
+    """
+    import torch
+
+    from davae.console import console, progress_display, table
+    from davae.lab import reproduce as lab
     from davae.lab.reproduce.tables import load_table
 
-    if name in reproduction.FIGURES:
-        given = [flag for flag, value in {"--row": row, "--seeds": seeds, "--markdown": markdown}.items() if value]
-        if given:
-            raise RecipeError(f"{given[0]} is for tables; {name} is drawn from one seed of rows of Table 5")
-        if dry_run:
-            part = "" if name in reproduction.TRAINED_WHOLE else "; of it the detail VAE and the cache alone"
-            for job in reproduction.figure_jobs(name, scale, set or []):
-                console.print(
-                    f"# {job.row}: {reproduction.cost(job)}{part}\n{job.command}", markup=False, soft_wrap=True
-                )
-            return
-        with progress_display() as observer:
-            done = reproduction.figure(name, scale, set or [], out, results / name, observer)
-        console.print(f"{done}", markup=False)
-        return
-    wanted = reproduction.jobs(name, scale, seeds, set or [], row)
+    jobs = lab.jobs(name, scale, seeds, overrides, rows)
     if markdown:
-        console.print(reproduction.markdown(*reproduction.table_rows(wanted, results)), markup=False, soft_wrap=True)
+        console.print(lab.markdown(*lab.table_rows(jobs, results)), markup=False, soft_wrap=True)
         return
-    missing = reproduction.missing_parts(wanted) if scale == "paper" else []
-    plans = [job for job in wanted if isinstance(job, reproduction.PlannedJob)]
-    if dry_run or missing or plans:
-        for job in wanted:
-            state = "done" if reproduction.finished(job, results) else reproduction.cost(job)
-            title = job.row if job in plans else f"{job.row}, seed {job.seed}"
-            notes = "".join(f"\n# {note}" for note in job.notes) if isinstance(job, reproduction.PlannedJob) else ""
-            console.print(f"# {title}: {state}{notes}\n{job.command}", markup=False, soft_wrap=True)
-        for note in load_table(name).notes if plans else ():
-            console.print(f"Note: {note}.", markup=False, soft_wrap=True)
-        if missing:
-            console.print(f"Not run here: {'; '.join(missing)}.", markup=False, soft_wrap=True)
-        elif plans:
-            console.print("These commands are for you to run; `davae reproduce` printed them.", markup=False)
+    planned = any(isinstance(job, lab.PlannedJob) for job in jobs)
+    if dry_run or planned or (scale == "paper" and not torch.cuda.is_available()):
+        for job in jobs:
+            title = job.row if isinstance(job, lab.PlannedJob) else f"{job.row}, seed {job.seed}"
+            state = ": done" if lab.finished(job, results) else ""
+            console.print(f"# {title}{state}\n{job.command}", markup=False, soft_wrap=True)
+        if scale == "paper":
+            console.print("docs/paper-scale.md lists what these commands read and cost.", markup=False)
         return
-    for job in wanted:
+    for job in jobs:
         with progress_display() as observer:
-            reproduction.run_job(job, out, results, observer)
+            lab.run_job(job, out, results, observer)
     shown = load_table(name)
     if shown.throughput:
         with progress_display() as observer:
-            reproduction.measure_speed(wanted, out, results, observer)
-    table(f"{shown.title}\nThe paper: {shown.claim}", *reproduction.table_rows(wanted, results))
+            lab.measure_speed(jobs, out, results, observer)
+    table(f"{shown.title}\nThe paper: {shown.claim}", *lab.table_rows(jobs, results))

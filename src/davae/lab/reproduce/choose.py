@@ -1,4 +1,4 @@
-"""From a table's rows to jobs."""
+"""Jobs of a table: one run for each row and seed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from davae.recipes import (
 )
 from davae.recipes.loading import suggestion
 
-ONCE: tuple[RowKind, ...] = ("enlarged", "planned")  # rows of which nothing hangs on the seed
+ONCE: tuple[RowKind, ...] = ("enlarged", "planned")  # kinds of rows that no seed changes
 DETAIL = "runs/stage1"  # where commands put a DetailVAE
 Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
 
@@ -40,9 +40,11 @@ Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
 def jobs(
     table: str, scale: ScaleName, seeds: int | None, overrides: list[str], rows: list[str] | None = None
 ) -> list[Job]:
-    """Every run that a table, or some of its rows, needs: one seed of all rows before the next seed.
+    """Return every run that a table, or some of its rows, needs: one seed of all rows before the next seed.
 
     Args:
+        table: name of a shipped table.
+        seeds: of every row that depends on a seed; None takes the scale's.
         overrides: `a.b=c`, each for the recipes that have its section.
         rows: names of rows; all by default.
 
@@ -50,23 +52,27 @@ def jobs(
         RecipeError: unknown table or row, or an override that does not fit the recipe.
     """
     chosen, settings = load_table(table), load_scale(scale)
-    shown = wanted_rows(table, chosen.rows_at(scale), rows or [])
-    maker = JobFactory(chosen, settings, overrides, recipe_kinds(shown))
+    shown = named_rows(table, chosen.rows_at(scale), rows or [])
+    factory = JobFactory(chosen, settings, overrides, recipe_kinds(shown))
     found = []
     for seed in range(seeds or settings.seeds):
         for row in shown:
             if row.upscale == "network" and settings.super_resolution is None:
                 continue
             if seed == 0 or row.kind not in ONCE:
-                found.append(maker.job(row, seed))
-    unused = [override for override in overrides if override not in maker.used]
+                found.append(factory.job(row, seed))
+    unused = [override for override in overrides if override not in factory.used]
     if unused:
         raise RecipeError(f"--set {unused[0]}: no row of {table} trains what it changes")
     return found
 
 
-def wanted_rows(table: str, rows: tuple[Row, ...], names: list[str]) -> list[Row]:
-    """The rows of these names, or all; RecipeError for a name that is none."""
+def named_rows(table: str, rows: tuple[Row, ...], names: list[str]) -> list[Row]:
+    """Return the rows with the given names; all rows for no names.
+
+    Raises:
+        RecipeError: a name that no row has.
+    """
     known = [row.name for row in rows]
     for name in names:
         if name not in known:
@@ -75,7 +81,7 @@ def wanted_rows(table: str, rows: tuple[Row, ...], names: list[str]) -> list[Row
 
 
 def recipe_kinds(rows: list[Row]) -> set[type[AnyRecipe]]:
-    """Kinds of the recipes that rows change."""
+    """Return the kinds of recipes that rows change."""
     kinds: set[type[AnyRecipe]] = set()
     for row in rows:
         if row.kind in ("upgrade", "enlarged") or row.detail_vae is not None:
@@ -87,13 +93,19 @@ def recipe_kinds(rows: list[Row]) -> set[type[AnyRecipe]]:
 
 @dataclass(frozen=True)
 class JobFactory:
-    """Makes the jobs of one table at one scale."""
+    """Jobs of one table at one scale.
+
+    Attributes:
+        overrides: `a.b=c` of the user.
+        kinds: of the recipes that the rows change.
+        used: overrides that some recipe took.
+    """
 
     table: Table
     scale: Scale
     overrides: list[str]
     kinds: set[type[AnyRecipe]]
-    used: set[str] = field(default_factory=set)  # overrides that some recipe took
+    used: set[str] = field(default_factory=set)
 
     @property
     def measures(self) -> dict[str, Any]:
@@ -107,7 +119,7 @@ class JobFactory:
         }
 
     def job(self, row: Row, seed: int) -> Job:
-        """One run of a row."""
+        """Return one run of a row."""
         match row.kind:
             case "upgrade":
                 return self.upgrade(row.name, row.set, seed)
@@ -118,10 +130,10 @@ class JobFactory:
             case "drawn":
                 return self.drawn(row, seed)
             case "planned":
-                return self.planned(row)
+                return PlannedJob(row=row.name, seed=0, command="\n".join(row.commands))
 
     def load(self, kind: type[Kind], name: str, changes: list[str]) -> Kind:
-        """A recipe of a kind."""
+        """Load a recipe with changes, which must be of a kind."""
         recipe = load_recipe(name, changes)
         if not isinstance(recipe, kind):
             raise RecipeError(f"recipe '{name}' is of kind {recipe.kind}, this row needs another")
@@ -129,13 +141,13 @@ class JobFactory:
         return recipe
 
     def own(self, kind: type[AnyRecipe], changes: dict[str, Any]) -> list[str]:
-        """The user's overrides that are for a recipe of a kind that a row changes so."""
+        """Return the user's overrides for a recipe of a kind to which a row applies changes."""
         found = overrides_for(kind, self.kinds, self.overrides, changes)
         self.used.update(found)
         return found
 
     def upgrade(self, name: str, changes: dict[str, Any], seed: int, verb: str = "train-dit") -> UpgradeJob:
-        """The scale's recipe with the table's, a row's and the user's changes."""
+        """Return the upgrade by the scale's recipe with changes of the table, of a row and of the user."""
         sets = upgrade_overrides(self.scale, self.table.set, changes, seed=seed)
         sets += self.own(Recipe, {**self.scale.set, **self.table.set, **changes})
         recipe = self.load(Recipe, self.scale.recipe, sets)
@@ -143,7 +155,7 @@ class JobFactory:
         return UpgradeJob(row=name, seed=seed, command=command, recipe=recipe, measures=self.measures)
 
     def enlarged(self, row: Row) -> EnlargedJob:
-        """A row of enlarged pictures. Nothing hangs on stage 2's seed, so there is one."""
+        """Return the job of a row of enlarged images; it is the same for every seed of stage 2."""
         recipe = self.upgrade(row.name, row.set, 0).recipe
         if recipe.base.model is None:
             raise RecipeError("tables need a base model that is trained already: --set base.model=FOLDER")
@@ -166,7 +178,7 @@ class JobFactory:
         )
 
     def base(self, row: Row, seed: int) -> BaseJob:
-        """A base recipe, on its own autoencoder or on the DetailVAE of an upgrade."""
+        """Return the training of a base recipe, on its own autoencoder or on the DetailVAE of an upgrade."""
         changes, words, detail = row.set, [], None
         if row.detail_vae is not None:
             detail = self.upgrade(row.name, row.detail_vae, 0, "cache-latents")
@@ -182,11 +194,10 @@ class JobFactory:
             recipe=recipe,
             measures=self.measures,
             detail=detail,
-            like=row.like,
         )
 
     def drawn(self, row: Row, seed: int) -> DrawnJob:
-        """A model that is there."""
+        """Return the job of an existing model."""
         upscale, pipeline = row.upscale or "bilinear", str(row.pipeline)
         generation = self.measures["generation"]
         words = generation_words(pipeline, generation, self.table.compare_at, row.upscale)
@@ -203,26 +214,21 @@ class JobFactory:
             generation=generation,
         )
 
-    def planned(self, row: Row) -> PlannedJob:
-        """Commands to print."""
-        return PlannedJob(
-            row=row.name,
-            seed=0,
-            command="\n".join(row.commands),
-            needs=(*row.needs, *self.table.needs),
-            notes=row.notes,
-            recipe=None if row.recipe is None else load_recipe(row.recipe),
-            like=row.like,
-        )
-
 
 def setting(overrides: list[str]) -> list[str]:
-    """`--set` before each."""
+    """Return the overrides with `--set` before each."""
     return [word for override in overrides for word in ("--set", override)]
 
 
 def generation_words(pipeline: str, chosen: dict[str, Any], compare_at: int | None, upscale: str | None) -> list[str]:
-    """`davae evaluate generation` with the settings of a table."""
+    """Return the words of `davae evaluate generation` with the settings of a table.
+
+    Args:
+        pipeline: a folder, an embedded model or a hub id.
+        chosen: the table's settings of generation.
+        compare_at: pixels at which images are measured; None is the size that is drawn.
+        upscale: how images of another size are brought to `compare_at`.
+    """
     words = ["davae", "evaluate", "generation", "--pipeline", pipeline, "--data", chosen["data"]]
     words += [] if compare_at is None else ["--compare-at", str(compare_at)]
     words += [] if upscale is None else ["--upscale", upscale]

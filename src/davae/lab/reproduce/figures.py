@@ -14,7 +14,7 @@ from davae.lab.reproduce.runs import trained_run, trained_stage1
 from davae.lab.reproduce.tables import ScaleName
 from davae.train.loop import Observer
 
-FIGURES = {  # the rows of Table 5 that each needs
+FIGURES = {  # rows of Table 5 that each figure needs
     "fig3": ("full", "without alignment"),
     "fig4": ("full", "without zero initial weights"),
     "figS3": ("full",),
@@ -25,14 +25,26 @@ TRAINED_WHOLE = ("fig4", "figS3")  # the others need no more than the detail VAE
 
 
 def figure_jobs(name: str, scale: ScaleName, overrides: list[str]) -> list[UpgradeJob]:
-    """The runs that a figure needs, in the order of `FIGURES`."""
+    """Return the runs that a figure needs, in the order of `FIGURES`.
+
+    Args:
+        name: a key of `FIGURES`.
+        overrides: `a.b=c` for the recipes.
+    """
     found = jobs("table5", scale, 1, overrides, list(FIGURES[name]))
     by_row = {job.row: job for job in found if isinstance(job, UpgradeJob)}
     return [by_row[row] for row in FIGURES[name]]
 
 
 def figure(name: str, scale: ScaleName, overrides: list[str], out: Path, target: Path, observer: Observer) -> Path:
-    """A figure of the paper; trains what it needs and returns its PNG."""
+    """Draw a figure of the paper, after training what it needs, and return the path of its PNG.
+
+    Args:
+        name: a key of `FIGURES`.
+        overrides: `a.b=c` for the recipes.
+        out: folder of the runs.
+        target: path of the figure.
+    """
     full, *others = figure_jobs(name, scale, overrides)
     data = full.measures["reconstruction"]["data"]
     base = str(full.recipe.base.model)

@@ -1,4 +1,4 @@
-"""One run of one row of a table, and the hash of all that its figures hang on."""
+"""Runs of a table's rows, each with the hash of everything that its figures depend on."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from davae.data.latent_cache.key import fingerprint
-from davae.recipes import AnyRecipe
 from davae.recipes.schema import BaseRecipe, Recipe, SuperResolutionRecipe
 from davae.recipes.sections import FlowOptim
 from davae.zoo import SHIPPED, UPGRADES, resolve
 
 UNUSED = FlowOptim(max_steps=1, batch_size=1)  # the training of a run that ends with its cache
-PREPARED = ("resolution", "autoencoder", "architecture", "data", "vae", "cache")  # what a base run's cache hangs on
+PREPARED = (
+    "resolution",
+    "autoencoder",
+    "architecture",
+    "data",
+    "vae",
+    "cache",
+)  # what the cache of a base run depends on
 
 
 @cache
 def model_digest(model: str | None) -> str:
-    """Hash of a model folder's weights, so that figures of older weights are not taken for those of new ones."""
+    """Return a hash of a model folder's weights, so that new weights make old figures due again."""
     files = sorted(Path(model).rglob("*.safetensors")) if model is not None else []
     digest = hashlib.sha256(str(model).encode() if not files else b"")
     for file in files:
@@ -40,7 +46,7 @@ class Job(ABC):
     @property
     @abstractmethod
     def key(self) -> str:
-        """Hash of all that its figures hang on; defaults are left out, so that new options change no hash."""
+        """Hash of everything that the figures depend on; without defaults, so that new options change no hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,7 @@ class UpgradeJob(Job):
 
     @cached_property
     def stage1_key(self) -> str:
-        """Hash of what stage 1 and the cache hang on."""
+        """Hash of everything that stage 1 and the cache depend on."""
         fields = {"base", "scale", "detail_channels", "downsample", "data", "stage1", "cache", "init"}
         values = self.recipe.model_dump(mode="json", exclude_defaults=True, include=fields)
         if self.recipe.stage2.data is not None:
@@ -69,7 +75,7 @@ class UpgradeJob(Job):
 
 @dataclass(frozen=True, kw_only=True)
 class EnlargedJob(Job):
-    """The base model's pictures, enlarged to the size of an upgrade.
+    """Images of the base model, enlarged to the size of an upgrade.
 
     Attributes:
         recipe: the upgrade; not trained.
@@ -95,15 +101,13 @@ class BaseJob(Job):
     """A transformer on an autoencoder's plain latents, by a base recipe: from scratch, or from a pretrained one.
 
     Attributes:
-        detail: the upgrade whose DetailVAE and cache are used, in place of the recipe's autoencoder; it shares them with
-            every other run that agrees with it up to there.
-        like: a preset with latents of the same size as the autoencoder's.
+        detail: the upgrade whose DetailVAE and cache are used in place of the recipe's autoencoder; runs that agree in
+            everything up to the cache share both.
     """
 
     recipe: BaseRecipe
     measures: dict[str, Any]
     detail: UpgradeJob | None = None
-    like: str | None = None
 
     @cached_property
     def key(self) -> str:
@@ -116,7 +120,7 @@ class BaseJob(Job):
 
     @cached_property
     def autoencoder_key(self) -> str:
-        """Hash of what the autoencoder and the cache of its latents hang on."""
+        """Hash of everything that the autoencoder and the cache of its latents depend on."""
         if self.detail is not None:
             return self.detail.stage1_key
         own = self.recipe.autoencoder
@@ -125,21 +129,21 @@ class BaseJob(Job):
 
     @property
     def prepared(self) -> BaseRecipe:
-        """The recipe up to its cache: the same of all runs with the same `autoencoder_key`."""
+        """The recipe up to its cache, equal for all runs with the same `autoencoder_key`."""
         parts = {name: getattr(self.recipe, name) for name in PREPARED}
         return BaseRecipe(name="autoencoder", dit=UNUSED, run=self.recipe.run, **parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnJob(Job):
-    """A model that is there, measured without training.
+    """An existing model, measured without training.
 
     Attributes:
         pipeline: a folder, an embedded model or a hub id.
         resolution: pixels that are drawn; None is the model's own size.
-        compare_at: pixels at which its pictures are measured; None is the size that is drawn.
-        upscale: how pictures of another size come to that one.
-        generation: how they are drawn and measured.
+        compare_at: pixels at which its images are measured; None is the size that is drawn.
+        upscale: how images of another size are brought to `compare_at`.
+        generation: how images are drawn and measured.
     """
 
     pipeline: str
@@ -160,19 +164,7 @@ class DrawnJob(Job):
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedJob(Job):
-    """Commands that are printed and not run.
-
-    Attributes:
-        needs: files, folders and hub ids that they read.
-        notes: what they do not give.
-        recipe: what they train.
-        like: a preset with latents of the same size as those of a base recipe's autoencoder.
-    """
-
-    needs: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    recipe: AnyRecipe | None = None
-    like: str | None = None
+    """Commands that are printed and not run; docs/paper-scale.md lists what they read and cost."""
 
     @property
     def key(self) -> str:

@@ -1,9 +1,10 @@
-"""What a job does: train what is not trained yet, and measure it."""
+"""Run a job: train what is not trained yet, measure it, and time the rows of a table."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,6 +13,7 @@ from davae.data.latent_cache.key import fingerprint
 from davae.errors import RecipeError
 from davae.evaluate.generation import evaluate_generation
 from davae.evaluate.reconstruction import evaluate_reconstruction
+from davae.evaluate.throughput import Candidate, time_pictures
 from davae.files.atomic import atomic_text, saving
 from davae.files.reading import read_object
 from davae.lab.bench.clock import machine
@@ -29,13 +31,23 @@ OWN = "of this run"  # instead of a path that only this machine has
 
 
 def finished(job: Job, results: Path) -> dict[str, Any] | None:
-    """The figures of a job that was run before, here or elsewhere."""
+    """Return the figures of a finished job, from this machine or another; None where there are none.
+
+    Args:
+        results: folder of finished runs' figures.
+    """
     path = results / f"{job.key}.json"
     return read_object(path) if path.is_file() else None
 
 
 def run_job(job: Job, out: Path, results: Path, observer: Observer) -> dict[str, Any]:
-    """Train and measure; what several jobs agree on up to their latents is made once. Resumes.
+    """Train and measure a job, and return its figures; the same call resumes an interrupted job.
+
+    Jobs that agree in everything up to their latents share the autoencoder and the cache.
+
+    Args:
+        out: folder of the runs.
+        results: folder of finished runs' figures.
 
     Raises:
         RecipeError: a job that only plans.
@@ -59,7 +71,7 @@ def run_job(job: Job, out: Path, results: Path, observer: Observer) -> dict[str,
 
 
 def measured(job: Job, out: Path, observer: Observer) -> dict[str, Any]:
-    """A job's figures, after whatever has to be trained for them."""
+    """Train what a job needs, and return its figures."""
     match job:
         case UpgradeJob():
             return upgraded_figures(job, out, observer)
@@ -76,7 +88,7 @@ def measured(job: Job, out: Path, observer: Observer) -> dict[str, Any]:
 
 
 def trained_stage1(job: UpgradeJob, out: Path, observer: Observer) -> Path:
-    """Folder of the DetailVAE and cache that a job shares with others; trained if it is not there."""
+    """Return the folder of the DetailVAE and cache that a job shares with others; train them if needed."""
     first = out / "stage1" / job.stage1_key
     if was_done(first, "cache"):  # in another precision perhaps: hashes leave `run` out
         return first
@@ -89,7 +101,7 @@ def trained_stage1(job: UpgradeJob, out: Path, observer: Observer) -> Path:
 
 
 def trained_run(job: UpgradeJob, out: Path, observer: Observer) -> Path:
-    """A job's run folder; trained if it is not there."""
+    """Return a job's run folder; train it if needed."""
     first, folder = trained_stage1(job, out, observer), out / "runs" / job.key
     run = Upgrade(job.recipe, folder, observer, stage1=first)
     run.train_dit()
@@ -98,7 +110,7 @@ def trained_run(job: UpgradeJob, out: Path, observer: Observer) -> Path:
 
 
 def trained_upscaler(job: EnlargedJob, out: Path, observer: Observer) -> str:
-    """What `--upscale` takes for a job: a method, or the weights of a network; trained if they are not there."""
+    """Return the value of `--upscale` for a job: a method, or a network's weights, trained if needed."""
     if job.super_resolution is None:
         return job.upscale
     folder = out / "networks" / fingerprint(job.super_resolution.model_dump(mode="json"))
@@ -106,7 +118,7 @@ def trained_upscaler(job: EnlargedJob, out: Path, observer: Observer) -> str:
 
 
 def trained_autoencoder(job: BaseJob, out: Path, observer: Observer) -> Path:
-    """Folder of the autoencoder and cache that a job shares with others; trained if it is not there."""
+    """Return the folder of the autoencoder and cache that a job shares with others; train them if needed."""
     if job.detail is not None:
         return trained_stage1(job.detail, out, observer)
     first = out / "autoencoders" / job.autoencoder_key
@@ -119,7 +131,7 @@ def trained_autoencoder(job: BaseJob, out: Path, observer: Observer) -> Path:
 
 
 def trained_base(job: BaseJob, first: Path, out: Path, observer: Observer) -> Path:
-    """A job's run folder, on the autoencoder and cache in `first`; trained if it is not there."""
+    """Return a job's run folder, on the autoencoder and cache in `first`; train it if needed."""
     folder = out / "runs" / job.key
     run = base_run(job.recipe, folder, observer, first=first)
     run.run()
@@ -131,7 +143,7 @@ def trained_base(job: BaseJob, first: Path, out: Path, observer: Observer) -> Pa
 
 
 def upgraded_figures(job: UpgradeJob, out: Path, observer: Observer) -> dict[str, Any]:
-    """Train an upgrade, and measure it."""
+    """Train an upgrade, and return its figures."""
     folder, first = trained_run(job, out, observer), out / "stage1" / job.stage1_key
     generation = measured_generation(
         str(folder),
@@ -149,7 +161,7 @@ def upgraded_figures(job: UpgradeJob, out: Path, observer: Observer) -> dict[str
 
 
 def enlarged_figures(job: EnlargedJob, out: Path, observer: Observer) -> dict[str, Any]:
-    """Measure the base model's pictures, enlarged."""
+    """Return the figures of the base model's images, enlarged."""
     method = trained_upscaler(job, out, observer)
     figures = measured_generation(
         str(job.recipe.base.model),
@@ -163,7 +175,7 @@ def enlarged_figures(job: EnlargedJob, out: Path, observer: Observer) -> dict[st
 
 
 def base_figures(job: BaseJob, out: Path, observer: Observer) -> dict[str, Any]:
-    """Train a transformer on plain latents, and measure it and its autoencoder."""
+    """Train a transformer on plain latents, and return its figures and those of its autoencoder."""
     first = trained_autoencoder(job, out, observer)
     folder = trained_base(job, first, out, observer)
     generation = measured_generation(
@@ -185,7 +197,7 @@ def base_figures(job: BaseJob, out: Path, observer: Observer) -> dict[str, Any]:
 
 
 def drawn_figures(job: DrawnJob, observer: Observer) -> dict[str, Any]:
-    """Measure a model that is there."""
+    """Return the figures of an existing model."""
     generation = measured_generation(
         job.pipeline,
         job.generation,
@@ -209,7 +221,7 @@ def measured_generation(
     upscale: str = "bilinear",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """FD or FID of samples at `compare_at` pixels, as a table says."""
+    """Return FD or FID of samples at `compare_at` pixels by the settings of a table."""
     return evaluate_generation(
         pipeline,
         Data(source=chosen["data"], enlarge=enlarge),
@@ -229,7 +241,13 @@ def measured_generation(
 
 
 def reconstruction_once(first: Path, settings: dict[str, Any], recipe: Recipe | BaseRecipe) -> dict[str, Any]:
-    """Return reconstruction figures of a shared autoencoder, measured once, of images prepared as its training does."""
+    """Return reconstruction figures of a shared autoencoder, measured once.
+
+    Args:
+        first: folder of the autoencoder.
+        settings: data and number of images.
+        recipe: whose training prepares its images as the measurement does.
+    """
     path = first / f"reconstruction-{fingerprint(settings)}.json"
     if not path.is_file():
         data = Data(source=settings["data"], enlarge=recipe.data.enlarge)
@@ -239,6 +257,86 @@ def reconstruction_once(first: Path, settings: dict[str, Any], recipe: Recipe | 
 
 
 def last_losses(folder: Path, stage: str, names: tuple[str, ...], points: int = 10) -> dict[str, float]:
-    """Losses of a training, averaged over the last logged points."""
+    """Return losses of a training, averaged over the last logged points.
+
+    Args:
+        folder: of the run.
+        stage: `stage2` or `dit`.
+        names: of the losses.
+        points: how many logged steps are averaged.
+    """
     records = [r for r in read_metrics(folder / "metrics.jsonl") if r["stage"] == stage][-points:]
     return {name: mean(record[name] for record in records) for name in names}
+
+
+# -- timing --------------------------------------------------------------------------------------------------------
+
+
+def measure_speed(jobs: Sequence[Job], out: Path, results: Path, observer: Observer) -> dict[str, Any]:
+    """Time one image of each row, with the table's steps and guidance, all rows alternating in one process.
+
+    Args:
+        jobs: of all rows of a table.
+        out: the folder of `run_job`; a trained row is timed with the weights of any seed there.
+        results: folder of finished runs' figures, which takes those of the speed too.
+
+    Raises:
+        RecipeError: the weights of a row are on another machine.
+    """
+    known = speeds(jobs, results)
+    if known is not None:
+        return known
+    rows = timed_jobs(jobs)
+    generation = _drawing(rows[0])
+    figures = {
+        "rows": time_pictures(
+            [_candidate(job, jobs, out, observer) for job in rows],
+            generation["data"],
+            steps=generation["steps"],
+            guidance=generation["guidance"],
+        ),
+        "machine": machine(),
+    }
+    with saving(results):
+        atomic_text(_speed_file(rows, results), json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def speeds(jobs: Sequence[Job], results: Path) -> dict[str, Any] | None:
+    """Return the figures of `measure_speed`, from this machine or another; None where there are none."""
+    path = _speed_file(timed_jobs(jobs), results)
+    return read_object(path) if path.is_file() else None
+
+
+def timed_jobs(jobs: Sequence[Job]) -> list[Job]:
+    """Return the job of each row's first seed; the other seeds take as long."""
+    return [job for job in jobs if job.seed == 0]
+
+
+def _speed_file(rows: Sequence[Job], results: Path) -> Path:
+    return results / f"speed-{fingerprint(*sorted(job.key for job in rows))}.json"
+
+
+def _drawing(job: Job) -> dict[str, Any]:
+    """Return the settings with which a job's images are drawn."""
+    if isinstance(job, DrawnJob):
+        return job.generation
+    if isinstance(job, (UpgradeJob, EnlargedJob)):
+        return job.measures["generation"]
+    raise RecipeError(f"the row '{job.row}' is not timed: it is neither an upgrade nor enlarged nor drawn")
+
+
+def _candidate(job: Job, jobs: Sequence[Job], out: Path, observer: Observer) -> Candidate:
+    """Return the model that is timed for a row."""
+    if isinstance(job, DrawnJob):
+        return Candidate(job.row, job.pipeline, job.resolution, job.compare_at, job.upscale)
+    if isinstance(job, EnlargedJob):
+        method = trained_upscaler(job, out, observer)
+        return Candidate(job.row, str(job.recipe.base.model), None, job.recipe.resolution, method)
+    folders = [out / "runs" / seed.key for seed in jobs if seed.row == job.row]
+    for folder in folders:
+        if (folder / "pipeline").is_dir():
+            return Candidate(job.row, str(folder))
+    raise RecipeError(
+        f"images/s: the weights of '{job.row}' are not in {folders[0]}; use the --out and the machine that trained them"
+    )

@@ -1,4 +1,4 @@
-"""The table that finished runs make."""
+"""Table of the figures of finished runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from davae.lab.reproduce.job import Job
-from davae.lab.reproduce.runs import finished
-from davae.lab.reproduce.speed import speeds
+from davae.lab.reproduce.runs import finished, speeds
 
 SHOWN = (  # key, heading, decimals
     ("speed.tokens", "tokens", 0),
@@ -27,17 +26,27 @@ SHOWN = (  # key, heading, decimals
 )
 
 
-def spread(values: list[float], decimals: int) -> str:
-    """`mean ± standard deviation` over seeds; the mean alone where there is one, or where nothing varies."""
+def mean_and_deviation(values: list[float], decimals: int) -> str:
+    """Return `mean ± standard deviation` over seeds; the mean alone for one seed or equal values.
+
+    Args:
+        values: one for each seed.
+        decimals: of both numbers.
+    """
     text = f"{mean(values):.{decimals}f}"
     return text if len(set(values)) < 2 or not decimals else f"{text} ± {stdev(values):.{decimals}f}"
 
 
-def table_rows(wanted: Sequence[Job], results: Path) -> tuple[list[str], list[list[str]]]:
-    """(headings, a line a row) of what has been run: mean and spread over seeds, and how many there are."""
-    done: dict[str, list[dict[str, Any]]] = {job.row: [] for job in wanted}
-    timed = (speeds(wanted, results) or {"rows": {}})["rows"]
-    for job in wanted:
+def table_rows(jobs: Sequence[Job], results: Path) -> tuple[list[str], list[list[str]]]:
+    """Return headings and one line for each row: means over seeds with their deviation, and the number of seeds.
+
+    Args:
+        jobs: of all rows of a table; those that have not been run are left out.
+        results: folder of finished runs' figures.
+    """
+    done: dict[str, list[dict[str, Any]]] = {job.row: [] for job in jobs}
+    timed = (speeds(jobs, results) or {"rows": {}})["rows"]
+    for job in jobs:
         figures = finished(job, results)
         if figures is not None:
             done[job.row].append(figures | {"speed": timed.get(job.row, {})})
@@ -47,7 +56,11 @@ def table_rows(wanted: Sequence[Job], results: Path) -> tuple[list[str], list[li
     for row, runs in done.items():
         cells = [[value for f in runs if (value := look_up(f, key)) is not None] for key, _, _ in shown]
         lines.append(
-            [row, *(spread(v, s[2]) if v else "-" for v, s in zip(cells, shown, strict=True)), str(len(runs))]
+            [
+                row,
+                *(mean_and_deviation(v, s[2]) if v else "-" for v, s in zip(cells, shown, strict=True)),
+                str(len(runs)),
+            ]
         )
     return ["", *(heading for _, heading, _ in shown), "seeds"], lines
 
@@ -58,6 +71,10 @@ def look_up(figures: dict[str, Any], path: str) -> float | None:
 
 
 def markdown(headings: list[str], lines: list[list[str]]) -> str:
-    """The table for a document."""
+    """Return the table in Markdown.
+
+    Args:
+        headings, lines: of `table_rows`.
+    """
     rule = ["---"] * len(headings)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *lines)) + "\n"

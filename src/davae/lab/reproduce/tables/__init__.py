@@ -17,25 +17,25 @@ ScaleName = Literal["micro", "gpu", "paper"]
 
 
 class Generation(Section):
-    """How samples are drawn and compared with real pictures."""
+    """How samples are drawn and compared with real images."""
 
     data: str
     num: PositiveInt
     steps: PositiveInt
     guidance: NonNegativeFloat
     features: Literal["lite0", "inception"]
-    batch_size: PositiveInt = 32  # drawn at a time; the pictures do not hang on it
+    batch_size: PositiveInt = 32  # drawn at a time; no image depends on it
 
 
 class Reconstructed(Section):
-    """Which pictures are encoded and decoded."""
+    """The images that are encoded and decoded."""
 
     data: str
     num: PositiveInt
 
 
 class Scale(Section):
-    """What all tables share: `set` changes the recipe of every row."""
+    """Settings that all tables share at a scale; `set` changes the recipe of every row."""
 
     recipe: str
     set: dict[str, Any]
@@ -49,28 +49,23 @@ RowKind = Literal["upgrade", "enlarged", "base", "drawn", "planned"]
 
 
 class Row(Section):
-    """One row. What is given tells its kind; `set` changes the recipe that is trained.
+    """One row; `set` changes the recipe that is trained, and the fields that are given decide the kind.
 
     - `upgrade`, where nothing is given: the scale's recipe.
-    - `enlarged`, by `upscale`: the base model's pictures, enlarged; `network` is a trained super-resolution network.
+    - `enlarged`, by `upscale`: images of the base model, enlarged; `network` is a trained super-resolution network.
     - `base`, by `recipe`: a base recipe, for `davae train-base`.
-    - `drawn`, by `pipeline`: a model that is there, measured without training.
-    - `planned`, by `commands`: printed, not run.
+    - `drawn`, by `pipeline`: an existing model, measured without training.
+    - `planned`, by `commands`: printed, not run. docs/paper-scale.md lists inputs and costs.
     """
 
     name: str
     set: dict[str, Any] = Field(default={})
     upscale: Literal["bilinear", "bicubic", "lanczos", "network"] | None = None  # of a drawn row too
-    recipe: str | None = None  # of a planned row: what its commands train, for its cost
+    recipe: str | None = None
     detail_vae: dict[str, Any] | None = None  # base rows: `set` of the upgrade whose DetailVAE is the autoencoder
-    like: str | None = (
-        None  # a preset with as large latents: tells a base recipe's cost where its autoencoder is not here
-    )
     pipeline: str | None = None
     resolution: PositiveInt | None = None  # drawn rows: pixels that are drawn; the model's own where not given
     commands: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()  # planned rows: files, folders and hub ids that the commands read
-    notes: tuple[str, ...] = ()  # planned rows: what the commands do not give
 
     @property
     def kind(self) -> RowKind:
@@ -84,25 +79,29 @@ class Row(Section):
 
 
 class Table(Section):
-    """`claim` is what the paper finds. `set` changes every upgrade; `generation` is instead of the scale's.
+    """Rows of a table at every scale.
 
-    `rows` are those of every scale, `micro` those of the small ones (micro and gpu), `paper` its own.
+    Attributes:
+        claim: the finding of the paper.
+        set: changes of every upgrade's recipe.
+        generation: replaces the scale's.
+        throughput: whether images per second are measured, all rows alternating.
+        compare_at: pixels at which images of drawn rows are measured.
+        rows, micro, paper: rows of every scale, of the small ones (micro and gpu), of the paper's.
     """
 
     title: str
     claim: str
     set: dict[str, Any] = Field(default={})
     generation: Generation | None = None
-    throughput: bool = False  # whether images a second are measured, all rows in turns
-    compare_at: PositiveInt | None = None  # pixels of drawn rows' pictures when they are measured
-    needs: tuple[str, ...] = ()  # of all planned rows
-    notes: tuple[str, ...] = ()  # on all planned rows
+    throughput: bool = False
+    compare_at: PositiveInt | None = None
     rows: tuple[Row, ...] = ()
     micro: tuple[Row, ...] = ()
     paper: tuple[Row, ...] = ()
 
     def rows_at(self, scale: ScaleName) -> tuple[Row, ...]:
-        """Every row of the table at a scale."""
+        """Return every row of the table at a scale."""
         return (*self.rows, *(self.paper if scale == "paper" else self.micro))
 
 
@@ -111,13 +110,17 @@ def _read(name: str) -> Any:
 
 
 def table_names() -> list[str]:
-    """Names of the shipped tables."""
+    """Return the names of the shipped tables."""
     entries = (e.name for e in files("davae.lab.reproduce.tables").iterdir())
     return sorted(e.removesuffix(".yaml") for e in entries if e.endswith(".yaml") and e != "scales.yaml")
 
 
 def load_table(name: str) -> Table:
-    """Raises RecipeError for an unknown name."""
+    """Return a shipped table.
+
+    Raises:
+        RecipeError: unknown name.
+    """
     known = table_names()
     if name not in known:
         raise RecipeError(f"unknown table '{name}'{suggestion(name, known)}; there are {', '.join(known)}")
@@ -129,28 +132,38 @@ def load_scale(name: ScaleName) -> Scale:
 
 
 def upgrade_overrides(scale: Scale, *changes: Mapping[str, Any], seed: int = 0) -> list[str]:
-    """The `a.b=c` of one upgrade at a scale; what stands later wins."""
+    """Return the `a.b=c` of one upgrade at a scale; later changes replace earlier ones.
+
+    Args:
+        changes: settings by dotted path, of the table and of the row.
+        seed: of stage 2; 0 is the recipe's own.
+    """
     values = {key: value for part in (scale.set, *changes) for key, value in part.items()}
     return as_overrides(values | ({"stage2.seed": seed} if seed else {}))
 
 
 def base_overrides(changes: Mapping[str, Any], seed: int = 0) -> list[str]:
-    """The `a.b=c` of one training of a base recipe. Seeds share the autoencoder."""
+    """Return the `a.b=c` of one training of a base recipe.
+
+    Args:
+        changes: settings by dotted path, of the row.
+        seed: of the transformer's training; the autoencoder is shared by all seeds.
+    """
     return as_overrides({**changes} | ({"dit.seed": seed} if seed else {}))
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """`a.b=c` for each value, as the command line takes it."""
+    """Return `a.b=c` for each value, as the command line takes it."""
     return [f"{path}={'null' if value is None else value}" for path, value in values.items()]
 
 
 def overrides_for(
     kind: type[BaseModel], kinds: Iterable[type[BaseModel]], overrides: Iterable[str], changes: Mapping[str, Any]
 ) -> list[str]:
-    """Those of a user's overrides that are for one recipe, where a table has several.
+    """Return the user's overrides that apply to one recipe of a table.
 
-    An override goes to every recipe that has its section and does not replace it by a plain value; one whose section none of
-    `kinds` has goes to all, whose loading then says what is wrong with it.
+    An override goes to every recipe that has its section and does not replace it by a plain value. An override whose section
+    none of `kinds` has goes to all recipes, and loading one of them then fails with the reason.
 
     Args:
         kind: of the recipe.
