@@ -32,13 +32,13 @@ from davae.cost.memory import TrainingStep, stage1_memory, stage2_memory
 from davae.dataset.encoding import Encoder
 from davae.lab.bench.tokens import shallow
 from davae.latent import LatentStatistics
+from davae.losses.flow_matching import FlowMatching
 from davae.plan.phase_facts import ImageFacts, TextFacts
 from davae.plan.phase_sizes import Sizes
 from davae.plan.phases import drawn, encoding
 from davae.pretrained.open import BaseShapes, read_shapes
 from davae.recipes import load_recipe
 from davae.recipes.sections import Stage1, Stage2
-from davae.tasks.noising import FLOW
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
 from davae.train.loop import Trainer
@@ -123,7 +123,9 @@ def stage2(settings: Stage2, model: Model) -> Stage2Task:
     rows = Rows(64, {"latents": torch.zeros(layout.channels, side, side), "conditions": ""})
     ones = torch.ones(1, layout.channels, 1, 1)
     wide = expand_transformer(base, model.detail_channels)
-    task = Stage2Task(settings, layout, wide, rows, LatentStatistics(0 * ones, ones), Prompts(model), FLOW, CPU)  # type: ignore[arg-type]
+    task = Stage2Task(
+        settings, layout, wide, rows, LatentStatistics(0 * ones, ones), Prompts(model), FlowMatching(), CPU
+    )  # type: ignore[arg-type]
     task.collate = lambda items: {
         "latents": torch.stack([item["latents"] for item in items]),
         "conditions": [item["conditions"] for item in items],

@@ -19,8 +19,7 @@ from davae.backbones.repatch import change_patch
 from davae.backbones.trainable import choose_trainable
 from davae.convert.lightningdit import dit, lightningdit
 from davae.device import compile_blocks
-from davae.losses.flow_matching import direction_loss
-from davae.losses.velocity import detail_direction_loss
+from davae.losses.velocity import detail_direction_loss, direction_loss
 from davae.pretrained.open import load_pipeline
 from davae.publish.assemble import apply_upgrade, save_upgrade
 from davae.recipes.sections import Lora

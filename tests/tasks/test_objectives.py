@@ -20,20 +20,28 @@ from davae.backbones.families import CALLS
 from davae.backbones.families.rows import transformer_family
 from davae.errors import ModelError, RecipeError
 from davae.losses import ddpm
-from davae.losses.flow_matching import interpolate, velocity_target
-from davae.losses.min_snr import min_snr_weight
-from davae.losses.x0_ratio import x0_ratio_weight
+from davae.losses.ddpm import Diffusion, min_snr_weight
+from davae.losses.flow_matching import FlowMatching, interpolate, logit_normal, velocity_target, x0_ratio_weight
 from davae.pretrained.open import load_scheduler
 from davae.pretrained.placement import send
 from davae.recipes import validate
 from davae.recipes.sections import FlowOptim, Stage2
+from davae.runs.checks import check_timesteps
 from davae.runs.upgrade import Upgrade
 from davae.runs.validation import ddim, solve
-from davae.tasks.noising import FLOW, Diffusion, Objective, check_timesteps, choose_objective, noise_batch
+from davae.tasks.noising import (
+    Objective,
+    choose_objective,
+    drop_conditions,
+    error_weight,
+    flow_matching,
+    noise_batch,
+)
 from davae.train.random import SampleRandom
 from davae.train.run_folder import read_metrics
 
 F64 = torch.float64
+FLOW = FlowMatching()
 SCHEDULERS = {
     "linear": DDPMScheduler(),
     "scaled_linear, as Stable Diffusion": DDPMScheduler(
@@ -108,8 +116,10 @@ def test_the_two_weights_differ_by_a_power_of_the_noise_level():
     latents = torch.randn(8, 4, 2, 2)
     settings = Stage2(max_steps=1, batch_size=8, x0_ratio_max=5.0)
     draws = SampleRandom(0, "stage2", 0, 0, 8)
-    batch = noise_batch(FLOW, latents, ["a"] * 8, "", settings, draws, x0_ratio_max=settings.x0_ratio_max)
-    assert torch.equal(batch.weight, x0_ratio_weight(batch.t.view(-1, 1, 1, 1), 5.0))  # type: ignore[arg-type]
+    batch = noise_batch(FLOW, latents, draws)
+    weight = error_weight(FLOW, batch.t, min_snr_gamma=None, x0_ratio_max=settings.x0_ratio_max)
+    assert torch.equal(weight, x0_ratio_weight(batch.t.view(-1, 1, 1, 1), 5.0))  # type: ignore[arg-type]
+    assert error_weight(FLOW, batch.t, min_snr_gamma=None, x0_ratio_max=None) is None
 
 
 def test_one_weight_at_a_time_and_each_for_its_objective():
@@ -196,8 +206,7 @@ def test_what_cannot_be_trained_is_refused(family: str, scheduler: str, options:
 def test_timesteps_are_uniform_over_the_training_steps():
     objective = Diffusion(DDPMScheduler(num_train_timesteps=10).alphas_cumprod, "epsilon")
     generator = torch.Generator().manual_seed(0)
-    settings = FlowOptim(max_steps=1, batch_size=1)
-    t = objective.draw(settings, [generator] * 20_000)
+    t = objective.draw([generator] * 20_000)
     shares = torch.bincount(t, minlength=10) / len(t)
     assert len(shares) == 10
     assert float((shares - 0.1).abs().max()) < 0.01
@@ -205,34 +214,48 @@ def test_timesteps_are_uniform_over_the_training_steps():
 
 def test_a_batch_is_noised_as_its_objective_says():
     table = DDPMScheduler().alphas_cumprod
-    settings = Stage2(max_steps=1, batch_size=1, caption_dropout=0.5)
     latents = torch.randn(64, 2, 2, 2)
     for prediction in ("epsilon", "v_prediction"):
         objective = Diffusion(table, prediction)  # type: ignore[arg-type]
         draws = SampleRandom(0, "stage2", 0, 0, 64)
-        batch = noise_batch(objective, latents, ["a"] * 64, "", settings, draws, min_snr_gamma=5.0)
+        conditions = drop_conditions(["a"] * 64, "", 0.5, draws)
+        batch = noise_batch(objective, latents, draws)
         alpha, sigma = objective.levels(batch.t)
         noise = (batch.x_t - alpha * latents) / sigma
         expected = noise if prediction == "epsilon" else alpha * noise - sigma * latents
         torch.testing.assert_close(batch.target, expected, rtol=1e-3, atol=1e-3)
-        assert batch.weight is not None
-        assert torch.equal(batch.weight, min_snr_weight(alpha, sigma, 5.0, prediction))  # type: ignore[arg-type]
-        assert {"a", ""} == set(batch.conditions)
+        weight = error_weight(objective, batch.t, min_snr_gamma=5.0, x0_ratio_max=None)
+        assert weight is not None
+        assert torch.equal(weight, min_snr_weight(alpha, sigma, 5.0, prediction))  # type: ignore[arg-type]
+        assert {"a", ""} == set(conditions)
 
 
 @pytest.mark.parametrize("objective", [FLOW, Diffusion(DDPMScheduler().alphas_cumprod, "epsilon")])
 def test_a_sample_is_noised_alike_in_any_part_of_the_batch(objective: Objective):
-    settings, latents = Stage2(max_steps=1, batch_size=1, caption_dropout=0.5), torch.randn(8, 2, 2, 2)
+    latents = torch.randn(8, 2, 2, 2)
     captions = [str(number) for number in range(8)]
-    whole = noise_batch(objective, latents, captions, "", settings, SampleRandom(0, "stage2", 3, 0, 8))
+    draws = SampleRandom(0, "stage2", 3, 0, 8)
+    conditions = drop_conditions(captions, "", 0.5, draws)
+    whole = noise_batch(objective, latents, draws)
     for place in (0, 4):
         part = slice(place, place + 4)
         draws = SampleRandom(0, "stage2", 3, place, 4)
-        mine = noise_batch(objective, latents[part], captions[part], "", settings, draws)
+        kept = drop_conditions(captions[part], "", 0.5, draws)
+        mine = noise_batch(objective, latents[part], draws)
         assert torch.equal(mine.x_t, whole.x_t[part])
         assert torch.equal(mine.t, whole.t[part])
-        assert mine.conditions == whole.conditions[part]
+        assert kept == conditions[part]
     assert len(whole.t.unique()) > 4
+
+
+def test_flow_matching_takes_its_timesteps_from_the_recipe():
+    settings = FlowOptim(max_steps=1, batch_size=1, timestep_mean=0.5, timestep_std=0.8, timestep_shift=3.0)
+    objective = flow_matching(settings)
+    assert objective == FlowMatching(0.5, 0.8, 3.0)
+    generators = [torch.Generator().manual_seed(number) for number in range(4)]
+    normal = torch.cat([torch.randn(1, generator=torch.Generator().manual_seed(number)) for number in range(4)])
+    assert torch.equal(objective.draw(generators), logit_normal(normal, mean=0.5, std=0.8, shift=3.0))
+    assert choose_objective(None, transformer_family("LightningDiT"), "m", objective) is objective
 
 
 def test_timesteps_of_flow_matching_are_refused_for_ddpm():
@@ -290,9 +313,7 @@ def test_pictures_on_the_way_are_solved_by_the_bases_objective(prediction: Any):
             noise = (x - alpha * truth) / sigma
             return objective.target(truth, noise, t)
 
-    task: Any = SimpleNamespace(
-        objective=objective, modules={"transformer": None}, settings=Stage2(max_steps=1, batch_size=1)
-    )
+    task: Any = SimpleNamespace(objective=objective, modules={"transformer": None})
     for scale in (1.0, 4.0):
         found = solve(Knowing(), task, torch.randn(2, 4, 3, 3), ["a", "b"], 10, scale)
         torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-3)

@@ -17,7 +17,7 @@ from davae.files.atomic import save_tensors
 from davae.losses.perceptual import perceptual_distance
 from davae.recipes.schema import SuperResolution, SuperResolutionRecipe
 from davae.train.distributed import from_main, on_main
-from davae.train.loop import Observer, Trainable, Trainer, training_seed
+from davae.train.loop import Observer, Task, Trainable, Trainer, training_seed
 from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder
 from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
@@ -35,7 +35,7 @@ def build_network(settings: SuperResolution, scale: int) -> nn.Module:
     return Compact(num_feat=settings.channels, num_conv=settings.layers, upscale=scale)
 
 
-class SuperResolutionTask:
+class SuperResolutionTask(Task[SuperResolution]):
     """L1 and a perceptual distance between the enlarged and the true picture."""
 
     name = "network"
@@ -53,13 +53,7 @@ class SuperResolutionTask:
         self.trainables = {"network": Trainable(network, [{"params": list(network.parameters())}], lr=s.lr)}
         self.modules: dict[str, nn.Module] = {"network": network}
 
-    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        pass
-
-    def trainables_at(self, step: int) -> list[str]:
-        return ["network"]
-
-    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         images = batch["images"].to(self.device)  # (B,3,sH,sW) in [-1,1]
         small = downsample(images, self.scale, "antialias") / 2 + 0.5  # the network speaks [0,1]
         enlarged = self.modules["network"](small) * 2 - 1

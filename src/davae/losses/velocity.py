@@ -1,18 +1,26 @@
-"""The detail loss fades in: Eq. 12 (the weight) and Eq. 13 (the loss it weighs)."""
+"""The loss of stage 2: the weight w(n) of Eq. 12, L_DiT of Eq. 13, and LightningDiT's loss of direction."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from davae.latent import LatentLayout
-from davae.losses.flow_matching import direction_loss
 
 
 def detail_weight(step: int, warmup_steps: int) -> float:
-    """w(n) of Eq. 12: (1 - cos(pi n / N_warm)) / 2 up to N_warm, then 1. N_warm = 0 means no fade."""
+    """Return w(n) of Eq. 12: (1 - cos(pi n / N_warm)) / 2 up to N_warm, then 1.
+
+    Args:
+        step: n.
+        warmup_steps: N_warm; 0 means no fade.
+
+    Returns:
+        The weight of the detail channels, in [0,1].
+    """
     if step >= warmup_steps:
         return 1.0
     return (1.0 - math.cos(math.pi * max(step, 0) / warmup_steps)) / 2.0
@@ -20,7 +28,12 @@ def detail_weight(step: int, warmup_steps: int) -> float:
 
 @dataclass(frozen=True)
 class VelocityLoss:
-    """`total` is Eq. 13; `base` and `detail` are the unweighted means of each group (Fig. S3)."""
+    """Terms of Eq. 13.
+
+    Attributes:
+        total: L_DiT.
+        base, detail: unweighted mean squared errors of each group of channels (Fig. S3).
+    """
 
     total: Tensor
     base: Tensor
@@ -30,17 +43,17 @@ class VelocityLoss:
 def velocity_loss(
     prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float, error_weight: Tensor | None = None
 ) -> VelocityLoss:
-    """L_DiT of Eq. 13, averaged over batch and positions. Epsilon and v predictions are weighed by groups alike.
+    """Return L_DiT of Eq. 13, averaged over batch and positions; epsilon and v are weighed like velocities.
 
     Args:
-        prediction, target: velocities (B,C+D,h,w), or whatever else the model predicts.
+        prediction, target: velocities (B,C+D,h,w), or the epsilon or v that the model predicts.
         layout: which channels are base and which detail.
         weight: w(n) in [0,1].
         error_weight: multiplies the squared errors in `total`, as min-SNR weights do: (B,1,1,1), or (B,C+D,1,1) where the
             groups are noised differently.
 
     Raises:
-        ValueError: when shapes differ or do not fit the layout.
+        ValueError: shapes differ or do not fit the layout.
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
@@ -56,11 +69,28 @@ def velocity_loss(
     return VelocityLoss(total, base, detail)
 
 
-def detail_direction_loss(prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float) -> Tensor:
-    """1 - cosine of predicted and true velocity over the channels, detail channels weighing `weight` in every product.
+def direction_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return 1 - cosine of predicted and true velocity along the channel axis, averaged: LightningDiT's second term.
 
-    LightningDiT's second term, with the fade-in of Eq. 12: 0 looks at the base alone, 1 at all channels alike.
-    prediction, target (B,C+D,h,w) -> scalar in [0,2].
+    Args:
+        prediction, target: (B,c,h,w).
+
+    Returns:
+        A scalar in [0,2].
+    """
+    return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=1).mean()
+
+
+def detail_direction_loss(prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float) -> Tensor:
+    """Return `direction_loss` with the detail channels weighed by `weight` in every product.
+
+    Args:
+        prediction, target: (B,C+D,h,w).
+        layout: which channels are detail.
+        weight: w(n) of Eq. 12; 0 compares the base alone, 1 all channels alike.
+
+    Returns:
+        A scalar in [0,2].
     """
     root = math.sqrt(weight)
 

@@ -20,9 +20,9 @@ from davae.pretrained.open import BaseShapes, load_scheduler
 from davae.pretrained.stored import check_component
 from davae.publish.assemble import UPGRADE_FILE, check_fit, read_details, read_metadata
 from davae.recipes import Recipe, differences, load_recipe
-from davae.recipes.sections import Lora
+from davae.recipes.sections import FlowOptim, Lora, Stage2
 from davae.tasks.base_model import bucket_step
-from davae.tasks.noising import FLOW, Objective, check_timesteps, choose_objective
+from davae.tasks.noising import Objective, choose_objective, flow_matching
 from davae.vae.base import autoencoder_family
 from davae.vae.warm_start import filter_shares
 from davae.zoo import resolve, resolve_upgrade
@@ -183,11 +183,12 @@ def base_objective(recipe: Recipe, shapes: BaseShapes, configs: str | None = Non
         ModelError: an objective that stage 2 cannot train.
         RecipeError: timesteps shaped for a model whose timesteps are uniform.
     """
+    flow = flow_matching(recipe.stage2)
     if recipe.base.model is None:
-        return FLOW
+        return flow
     model = configs or resolve(recipe.base.model)
     objective = choose_objective(
-        load_scheduler(model), transformer_family(shapes.transformer_class), recipe.base.model
+        load_scheduler(model), transformer_family(shapes.transformer_class), recipe.base.model, flow
     )
     stated = shapes.transformer_config.get("prediction_type")  # LightningDiT says it of itself
     if stated is not None and (stated == "epsilon") != (objective.prediction == "epsilon"):
@@ -197,6 +198,26 @@ def base_objective(recipe: Recipe, shapes: BaseShapes, configs: str | None = Non
         )
     check_timesteps(recipe.stage2, objective)
     return objective
+
+
+def check_timesteps(settings: Stage2, objective: Objective) -> None:
+    """Refuse timesteps and weights of flow matching for a model of another objective.
+
+    Raises:
+        RecipeError: one of them is set, with its dotted path.
+    """
+    if objective.prediction == "flow":
+        return
+    if settings.x0_ratio_max is not None:
+        raise RecipeError(
+            f"stage2.x0_ratio_max: weighs flow matching; this model's scheduler has {objective.prediction}; use min_snr_gamma"
+        )
+    for name in ("timestep_mean", "timestep_std", "timestep_shift"):
+        if getattr(settings, name) != FlowOptim.model_fields[name].default:
+            raise RecipeError(
+                f"stage2.{name}: belongs to flow matching; this model's scheduler stands for {objective.prediction}, whose "
+                f"timesteps are uniform. Leave it out"
+            )
 
 
 def check_buckets(recipe: Recipe, shapes: BaseShapes) -> None:

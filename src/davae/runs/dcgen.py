@@ -49,7 +49,7 @@ from davae.runs.cache import cache_key, cache_pictures
 from davae.tasks.autoencoder import build_autoencoder
 from davae.tasks.class_conditional import ClassFlowTask
 from davae.train.distributed import from_main
-from davae.train.loop import Trainable
+from davae.train.loop import Task, Trainable
 from davae.train.random import SampleRandom
 from davae.vae.codec import Codec, latent_shape
 
@@ -115,7 +115,7 @@ def encoding_weights(vae: nn.Module) -> dict[str, Tensor]:
 # -- the two steps ---------------------------------------------------------------------------------------------------
 
 
-class EmbedderTask:
+class EmbedderTask(Task[EmbedderAlignment]):
     """Step 1: the new patch embedder alone.
 
     Args:
@@ -147,13 +147,7 @@ class EmbedderTask:
         self.trainables = {"embedder": Trainable(embedder, [{"params": list(embedder.parameters())}], lr=settings.lr)}
         self.modules: dict[str, nn.Module] = {"embedder": embedder}
 
-    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing to add."""
-
-    def trainables_at(self, step: int) -> list[str]:
-        return ["embedder"]
-
-    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         """The alignment error; `unexplained` is its share of the variance of the pretrained model's tokens."""
         with torch.no_grad():
             base_tokens = self.base_embedder(self.base_statistics.normalise(batch["base_latents"].to(**self.place)))

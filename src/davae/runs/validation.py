@@ -18,11 +18,12 @@ from davae.data.images import collate, grid, to_images
 from davae.dataset.encoding import Encoder, coding_bytes, images_at_a_time, run_precision
 from davae.errors import RecipeError
 from davae.files.atomic import atomic_file
-from davae.losses.flow_matching import shift_timestep
+from davae.losses.ddpm import Diffusion
+from davae.losses.flow_matching import FlowMatching, shift_timestep
 from davae.losses.velocity import velocity_loss
 from davae.pretrained.memory_budget import Halving
 from davae.tasks.conditioning import Conditioning, EmbeddedInStep
-from davae.tasks.noising import Diffusion, noise_batch
+from davae.tasks.noising import drop_conditions, noise_batch
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
 from davae.train.best import BEST
@@ -155,14 +156,13 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
         @torch.no_grad()
         def validate(step: int) -> dict[str, float]:
             sums, size = torch.zeros(3, dtype=torch.float64), recipe.cache.batch_size
-            settings = task.settings.model_copy(update={"caption_dropout": 0.0})
             for first in range(0, len(latents), size):
                 part = latents[first : first + size]
                 draws = SampleRandom(recipe.run.seed, "validation", 0, first, len(part))  # the same at every step
-                told = conditions[first : first + size]
-                noisy = noise_batch(task.objective, part, told, conditioning.null, settings, draws)
-                prediction = conditioning.predict(task.modules["transformer"], noisy.x_t, noisy.t, noisy.conditions)
-                loss = velocity_loss(prediction, noisy.target, task.layout, 1.0)
+                given = drop_conditions(conditions[first : first + size], conditioning.null, 0.0, draws)
+                noised = noise_batch(task.objective, part, draws)
+                prediction = conditioning.predict(task.modules["transformer"], noised.x_t, noised.t, given)
+                loss = velocity_loss(prediction, noised.target, task.layout, 1.0)
                 found = [float(value) for value in (loss.total, loss.base, loss.detail)]
                 sums += len(part) * torch.tensor(found, dtype=torch.float64)
             total, base, detail = (sums / len(latents)).tolist()
@@ -219,7 +219,8 @@ def solve(
         for now in solver.timesteps:
             x = solver.step(predict(x, int(now)), int(now), x, return_dict=False)[0]
         return x
-    times = shift_timestep(torch.linspace(1, 0, steps + 1), task.settings.timestep_shift).tolist()
+    assert isinstance(task.objective, FlowMatching)
+    times = shift_timestep(torch.linspace(1, 0, steps + 1), task.objective.shift).tolist()
     for now, following in itertools.pairwise(times):
         x = x + (following - now) * predict(x, now)
     return x

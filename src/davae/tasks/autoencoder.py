@@ -88,7 +88,7 @@ class AutoencoderTask(ReconstructionTask):
         player = Trainable(vae, [{"params": list(vae.parameters())}], lr=settings.lr)
         super().__init__(settings, pictures, player, AutoencoderPass(vae), device)
 
-    def autoencoder_turn(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+    def score_reconstruction(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         reconstruction, mean, logvar = self.modules["vae"](images, draws.samples)
         last = self.vae.decoder.conv_out.weight
         total, _, logged = self.trainer.autoencoder_loss(images, reconstruction, mean, logvar, last, step)

@@ -14,14 +14,14 @@ from davae.backbones.trainable import choose_trainable
 from davae.data.latent_cache.read import CachedLatents, collate_latents
 from davae.errors import ModelError
 from davae.latent import LatentStatistics
-from davae.losses.flow_matching import direction_loss
+from davae.losses.velocity import direction_loss
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import send
 from davae.recipes.schema import BaseRecipe, ClassArchitecture
 from davae.recipes.sections import FlowOptim
 from davae.tasks.conditioning import conditioning
-from davae.tasks.noising import FLOW, noise_batch
-from davae.train.loop import Trainable
+from davae.tasks.noising import drop_conditions, flow_matching, noise_batch
+from davae.train.loop import Task, Trainable
 from davae.train.random import SampleRandom
 
 
@@ -52,7 +52,7 @@ def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int)
     return change_patch(start, a.patch_size, latent_side)
 
 
-class ClassFlowTask:
+class ClassFlowTask(Task[FlowOptim]):
     """Flow matching on cached latents with class labels; velocity error, and its direction where the recipe says so."""
 
     name = "dit"
@@ -66,6 +66,7 @@ class ClassFlowTask:
         device: torch.device,
     ):
         self.settings = self.chosen_settings(recipe)
+        self.objective = flow_matching(self.settings)
         self.dataset, self.collate, self.device = cache, collate_latents, device
         self.statistics = statistics.to(device, torch.float32)
         transformer.to(device)  # type: ignore[arg-type]
@@ -84,21 +85,16 @@ class ClassFlowTask:
         """Mark what is trained; returns it in module order."""
         return choose_trainable(transformer, None)
 
-    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing to add."""
-
-    def trainables_at(self, step: int) -> list[str]:
-        return ["dit"]
-
-    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         latents = send(batch["latents"], self.device)
         z = self.statistics.normalise(latents)  # (B,C,h,w)
-        flow = noise_batch(FLOW, z, batch["conditions"], self.conditioning.null, s, draws)
-        velocity = self.conditioning.predict(self.modules["dit"], flow.x_t, flow.t, flow.conditions)
-        error = (velocity.float() - flow.target).square().mean()
+        conditions = drop_conditions(batch["conditions"], self.conditioning.null, s.caption_dropout, draws)
+        noised = noise_batch(self.objective, z, draws)
+        velocity = self.conditioning.predict(self.modules["dit"], noised.x_t, noised.t, conditions)
+        error = (velocity.float() - noised.target).square().mean()
         if s.cosine_loss == "off":
             return error, {"loss": error.detach()}
-        direction = direction_loss(velocity, flow.target)
+        direction = direction_loss(velocity, noised.target)
         total = error + direction
         return total, {"loss": total.detach(), "loss_velocity": error.detach(), "loss_direction": direction.detach()}

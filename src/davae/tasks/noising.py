@@ -1,163 +1,123 @@
-"""What a base model was trained to predict, and from which noise: flow matching, epsilon or v under its own scheduler.
+"""The base model's own training objective, read from its scheduler, and the noised batch that every task trains on.
 
-Base pretraining and stage 2 draw one noised batch here. Both groups of channels share its timestep; whoever gives them
-different ones changes `noise_batch`, which alone knows.
+The base and the detail channels share one timestep. `noise_batch` alone depends on that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from davae.backbones.families.rows import TransformerFamily
-from davae.errors import ModelError, RecipeError
-from davae.losses import ddpm
-from davae.losses.flow_matching import interpolate, logit_normal, velocity_target
-from davae.losses.min_snr import Prediction, min_snr_weight
-from davae.losses.x0_ratio import x0_ratio_weight
+from davae.errors import ModelError
+from davae.losses.ddpm import Diffusion, PredictionType, min_snr_weight
+from davae.losses.flow_matching import FlowMatching, x0_ratio_weight
 from davae.pretrained.placement import send
-from davae.recipes.sections import FlowOptim, Stage2
+from davae.recipes.sections import FlowOptim
 from davae.train.random import SampleRandom
 
 
 class Objective(Protocol):
-    """A way to noise latents, and what is predicted from them."""
+    """A way to noise latents, and the target that a model predicts from them."""
 
     @property
-    def prediction(self) -> Prediction: ...
+    def prediction(self) -> PredictionType: ...
 
-    def draw(self, settings: FlowOptim, generators: list[torch.Generator]) -> Tensor:
-        """A timestep for each sample's generator (B,), as the family's call takes it."""
+    def draw(self, generators: list[torch.Generator]) -> Tensor:
+        """Draw one timestep from each sample's generator, (B,), in the unit that the family's call takes."""
         ...
 
     def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t (B,c,h,w)."""
+        """Return x_t (B,c,h,w)."""
         ...
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the model should say of x_t, (B,c,h,w)."""
+        """Return the target that the model predicts from x_t, (B,c,h,w)."""
         ...
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma), each (B,1,1,1), of x_t = alpha x_0 + sigma noise."""
+        """Return (alpha, sigma), each (B,1,1,1), of x_t = alpha x_0 + sigma noise."""
         ...
 
 
-class FlowMatching:
-    """Rectified flow: t in (0,1), logit-normal and shifted as the recipe says; the target is noise - data."""
-
-    prediction: Literal["flow"] = "flow"
-
-    def draw(self, settings: FlowOptim, generators: list[torch.Generator]) -> Tensor:
-        normal = torch.cat([torch.randn(1, generator=generator) for generator in generators])  # (B,)
-        return logit_normal(
-            normal, mean=settings.timestep_mean, std=settings.timestep_std, shift=settings.timestep_shift
-        )
-
-    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return interpolate(latents, noise, t)
-
-    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return velocity_target(latents, noise)
-
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.reshape(-1, 1, 1, 1)
-        return 1 - t, t
+def flow_matching(settings: FlowOptim) -> FlowMatching:
+    """Return flow matching with the timesteps of a recipe's section."""
+    return FlowMatching(settings.timestep_mean, settings.timestep_std, settings.timestep_shift)
 
 
-@dataclass(frozen=True)
-class Diffusion:
-    """DDPM: integer t, uniform over the scheduler's training steps; the target is the noise, or v.
+def drop_conditions(conditions: list[Any], null: Any, chance: float, draws: SampleRandom) -> list[Any]:
+    """Replace each condition by `null` with a given chance, for classifier-free guidance.
 
-    A model that also returns a variance is trained on its mean alone: the stock pipelines drop the variance before the
-    scheduler's step, so nobody would see what its variational bound taught. The new rows of that half stay zero, which is the
-    middle of the range that a learned variance is interpolated in.
+    One number is drawn for each sample, also where the chance is 0.
+
+    Args:
+        conditions: B prompts or classes.
+        null: the condition of an unconditional prediction.
+        chance: in [0,1].
+        draws: of this batch.
     """
-
-    alphas_cumprod: Tensor  # (T,)
-    prediction: Literal["epsilon", "v_prediction"]
-
-    def draw(self, settings: FlowOptim, generators: list[torch.Generator]) -> Tensor:
-        steps = len(self.alphas_cumprod)
-        return torch.cat([ddpm.draw_timesteps(1, steps, generator, generator.device) for generator in generators])
-
-    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return ddpm.add_noise(latents, noise, self.alphas_cumprod, t)
-
-    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        if self.prediction == "epsilon":
-            return noise
-        return ddpm.v_target(latents, noise, self.alphas_cumprod, t)
-
-    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        like = torch.empty(len(t), 1, 1, 1, device=t.device)
-        return ddpm.signal_and_noise(self.alphas_cumprod, t, like)
-
-
-FLOW = FlowMatching()
+    dropped = draws.uniform() < chance
+    return [null if drop else value for value, drop in zip(conditions, dropped, strict=True)]
 
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """x_t and the target (B,c,h,w), t (B,), and the conditions, some dropped for guidance.
+    """Noised latents x_t (B,c,h,w), their timesteps t (B,), and the target (B,c,h,w)."""
 
-    `weight` multiplies the squared errors, (B,1,1,1): min-SNR, or None for one and all.
-    """
-
-    conditions: list[Any]
-    t: Tensor
     x_t: Tensor
+    t: Tensor
     target: Tensor
-    weight: Tensor | None
 
 
-def noise_batch(
-    objective: Objective,
-    latents: Tensor,
-    conditions: list[Any],
-    null: Any,
-    settings: FlowOptim,
-    draws: SampleRandom,
-    min_snr_gamma: float | None = None,
-    x0_ratio_max: float | None = None,
-) -> NoisedBatch:
-    """Draw condition dropout, timestep and noise of each sample, in that order. `null` replaces what is dropped.
+def noise_batch(objective: Objective, latents: Tensor, draws: SampleRandom) -> NoisedBatch:
+    """Draw the timestep and the noise of each sample, in that order, and noise the latents.
 
     Args:
-        min_snr_gamma, x0_ratio_max: the loss weights of `min_snr_weight` and, for flow matching, of `x0_ratio_weight`; one at
-            most.
+        objective: of the base model.
+        latents: normalised, (B,c,h,w).
+        draws: of this batch.
     """
-    dropped = draws.uniform() < settings.caption_dropout
-    t = send(objective.draw(settings, draws.samples), latents.device)
+    t = send(objective.draw(draws.samples), latents.device)
     noise = send(draws.normal(*latents.shape[1:]), latents.device).to(latents.dtype)
-    weight = None
+    return NoisedBatch(objective.noised(latents, noise, t), t, objective.target(latents, noise, t))
+
+
+def error_weight(
+    objective: Objective, t: Tensor, *, min_snr_gamma: float | None, x0_ratio_max: float | None
+) -> Tensor | None:
+    """Return the weight of each sample's squared errors, (B,1,1,1); None where all weigh the same.
+
+    Args:
+        objective: of the base model.
+        t: (B,).
+        min_snr_gamma: gamma of `min_snr_weight`.
+        x0_ratio_max: maximum of `x0_ratio_weight`, for flow matching; at most one of the two is given.
+    """
     if min_snr_gamma is not None:
-        weight = min_snr_weight(*objective.levels(t), min_snr_gamma, objective.prediction)
-    elif x0_ratio_max is not None:
-        weight = x0_ratio_weight(objective.levels(t)[1], x0_ratio_max)
-    return NoisedBatch(
-        conditions=[null if drop else value for value, drop in zip(conditions, dropped, strict=True)],
-        t=t,
-        x_t=objective.noised(latents, noise, t),
-        target=objective.target(latents, noise, t),
-        weight=weight,
-    )
+        return min_snr_weight(*objective.levels(t), min_snr_gamma, objective.prediction)
+    if x0_ratio_max is not None:
+        return x0_ratio_weight(objective.levels(t)[1], x0_ratio_max)
+    return None
 
 
-def choose_objective(scheduler: Any, family: TransformerFamily, model: str) -> Objective:
-    """The objective that a base pipeline's own scheduler stands for.
+def choose_objective(
+    scheduler: Any, family: TransformerFamily, model: str, flow: FlowMatching | None = None
+) -> Objective:
+    """Return the objective that a base pipeline's own scheduler belongs to.
 
     Args:
         scheduler: a diffusers scheduler; None where the pipeline solves its flow's ODE itself (LightningDiT).
+        family: of the base's transformer.
         model: its name, for messages.
+        flow: what to return where the scheduler is one of flow matching.
 
     Raises:
-        ModelError: a prediction or noise that stage 2 cannot train, or one that this family is not called with.
+        ModelError: a prediction or noise that stage 2 cannot train, or one with which this family is not called.
     """
-    objective = _objective(scheduler, model)
+    objective = _objective(scheduler, model, flow or FlowMatching())
     if objective.prediction not in family.objectives:
         raise ModelError(
             f"model {model}: its scheduler {type(scheduler).__name__} stands for {objective.prediction}, a "
@@ -167,13 +127,13 @@ def choose_objective(scheduler: Any, family: TransformerFamily, model: str) -> O
     return objective
 
 
-def _objective(scheduler: Any, model: str) -> Objective:
+def _objective(scheduler: Any, model: str, flow: FlowMatching) -> Objective:
     if scheduler is None:
-        return FLOW
+        return flow
     name, config = type(scheduler).__name__, scheduler.config
     kind = config.get("prediction_type")
     if name.startswith("FlowMatch") or kind == "flow_prediction":
-        return FLOW
+        return flow
     # noise levels that are no table: continuous ones (EDM), and flow sigmas under another prediction
     table = hasattr(scheduler, "alphas_cumprod") and config.get("timestep_type") != "continuous"
     if kind not in ("epsilon", "v_prediction") or not table or config.get("use_flow_sigmas"):
@@ -183,18 +143,3 @@ def _objective(scheduler: Any, model: str) -> Objective:
             "epsilon and v_prediction on a table of alphas_cumprod"
         )
     return Diffusion(scheduler.alphas_cumprod, kind)
-
-
-def check_timesteps(settings: FlowOptim, objective: Objective) -> None:
-    """Raise RecipeError when a recipe asks for timesteps or weights of flow matching for a model of another objective."""
-    if objective.prediction != "flow" and isinstance(settings, Stage2) and settings.x0_ratio_max is not None:
-        raise RecipeError(
-            f"stage2.x0_ratio_max: weighs flow matching; this model's scheduler has {objective.prediction}; use min_snr_gamma"
-        )
-    for name in ("timestep_mean", "timestep_std", "timestep_shift"):
-        default = FlowOptim.model_fields[name].default
-        if objective.prediction != "flow" and getattr(settings, name) != default:
-            raise RecipeError(
-                f"stage2.{name}: belongs to flow matching; this model's scheduler stands for {objective.prediction}, whose "
-                f"timesteps are uniform. Leave it out"
-            )

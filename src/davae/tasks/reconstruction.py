@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from davae.losses.reconstruction import (
 from davae.pretrained.placement import send
 from davae.recipes.sections import Reconstruction
 from davae.train.distributed import mean_over_ranks
-from davae.train.loop import Trainable
+from davae.train.loop import Task, Trainable
 from davae.train.random import SampleRandom
 from davae.vae.discriminator import PatchDiscriminator
 
@@ -135,10 +135,8 @@ def keep_channels_last(autoencoder: nn.Module) -> None:
             block.training = False
 
 
-class ReconstructionTask(ABC):
-    """A task of the loop whose players are an autoencoder and, where lambda_adv is not 0, a discriminator."""
-
-    name: str
+class ReconstructionTask(Task[Reconstruction]):
+    """Training of an autoencoder by Eq. 5, with a discriminator where lambda_adv is not 0."""
 
     def __init__(
         self,
@@ -154,18 +152,15 @@ class ReconstructionTask(ABC):
         keep_channels_last(player.module)
         self.modules: dict[str, nn.Module] = {"vae": forward, **self.trainer.modules()}
 
-    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
-        """Nothing to add; a task may."""
-
     def trainables_at(self, step: int) -> list[str]:
         return self.trainer.trainables_at(step)
 
-    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
-        if player == "discriminator":
+    def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+        if name == "discriminator":
             return self.trainer.discriminator_loss(self.modules["discriminator"])
         images = send(batch["images"], self.device, torch.channels_last)
-        return self.autoencoder_turn(images, step, draws)
+        return self.score_reconstruction(images, step, draws)
 
     @abstractmethod
-    def autoencoder_turn(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+    def score_reconstruction(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         """Scalar loss of the autoencoder on images (B,3,H,W), and what to log."""

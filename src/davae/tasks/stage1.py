@@ -65,7 +65,7 @@ class Stage1Task(ReconstructionTask):
         player = Trainable(vae, [{"params": parameters}], lr=settings.lr)
         super().__init__(settings, pictures, player, DetailVAEPass(vae, settings.detail_dropout), device)
 
-    def autoencoder_turn(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+    def score_reconstruction(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s, factor = self.stage, self.vae.spatial_factor
         if s.crop is not None:
             images = random_squares(images, s.crop, draws)  # (B,3,crop,crop)

@@ -17,14 +17,14 @@ from davae.losses.velocity import detail_direction_loss, detail_weight, velocity
 from davae.pretrained.placement import send
 from davae.recipes.sections import Stage2
 from davae.tasks.conditioning import Conditioning, of_batch
-from davae.tasks.noising import Objective, noise_batch
-from davae.train.loop import Trainable
+from davae.tasks.noising import Objective, drop_conditions, error_weight, noise_batch
+from davae.train.loop import Task, Trainable
 from davae.train.monitor import Parts
 from davae.train.random import SampleRandom
 from davae.train.sharding import like, local
 
 
-class Stage2Task:
+class Stage2Task(Task[Stage2]):
     """The base's own objective on cached z_hr, detail faded in by w(n)."""
 
     name = "stage2"
@@ -40,16 +40,12 @@ class Stage2Task:
         objective: Objective,
         device: torch.device,
     ):
-        self.settings, self.layout, self.dataset, self.collate, self.device = (
-            settings,
-            layout,
-            cache,
-            collate_latents,
-            device,
-        )
+        self.settings, self.layout, self.device = settings, layout, device
+        self.dataset, self.collate = cache, collate_latents
         self.conditioning, self.objective = conditioning, objective
         # a model with guidance as its input is never called with an empty caption
-        self.drops = not transformer.config.get("guidance_embeds")  # type: ignore[union-attr, operator]
+        embedded = transformer.config.get("guidance_embeds")  # type: ignore[union-attr, operator]
+        self.dropout = 0.0 if embedded else settings.caption_dropout
         self.statistics = statistics.to(device, torch.float32)
         self.transformer = transformer.to(device)
         parameters = in_full_precision(choose_trainable(transformer, settings.lora))
@@ -80,42 +76,28 @@ class Stage2Task:
         if self.settings.new_weight_lr_multiplier != 1.0:
             NewWeightBoost(self.transformer, self.settings.new_weight_lr_multiplier).attach(optimizer)
 
-    def trainables_at(self, step: int) -> list[str]:
-        return ["transformer"]
-
-    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
-        s = self.settings
+    def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+        s, layout = self.settings, self.layout
         raw = send(batch["latents"], self.device)  # (B,C+D,h,w)
         latents = self.statistics.normalise(raw)
-        conditions = batch["conditions"]
-        if "text" in batch:
-            conditions = of_batch(conditions, batch["text"])
-        settings = s if self.drops else s.model_copy(update={"caption_dropout": 0.0})
-        noisy = noise_batch(
-            self.objective,
-            latents,
-            conditions,
-            self.conditioning.null,
-            settings,
-            draws,
-            s.min_snr_gamma,
-            s.x0_ratio_max,
-        )
+        prompts = of_batch(batch["conditions"], batch["text"]) if "text" in batch else batch["conditions"]
+        conditions = drop_conditions(prompts, self.conditioning.null, self.dropout, draws)
+        noised = noise_batch(self.objective, latents, draws)
+        x_t, target = noised.x_t, noised.target
         self.conditioning.draw(draws.batch)
-        x_t, target = noisy.x_t, noisy.target
-        chosen = None
-        if s.clean_base > 0.0:  # drawn last: without it, every other draw stays the same
-            chosen = send(draws.uniform() < s.clean_base, self.device)
-            x_t = with_clean_base(x_t, latents, self.layout, chosen)
-        prediction = self.conditioning.predict(self.modules["transformer"], x_t, noisy.t, noisy.conditions)
-        if chosen is not None:
-            target = without_base_error(target, prediction, self.layout, chosen)
-        weight = detail_weight(step, s.warmup_steps)
-        loss = velocity_loss(prediction, target, self.layout, weight, noisy.weight)
+        clean = self.draw_clean_base(draws)
+        if clean is not None:
+            x_t = with_clean_base(x_t, latents, layout, clean)
+        prediction = self.conditioning.predict(self.modules["transformer"], x_t, noised.t, conditions)
+        if clean is not None:
+            target = without_base_error(target, prediction, layout, clean)
+        weights = error_weight(self.objective, noised.t, min_snr_gamma=s.min_snr_gamma, x0_ratio_max=s.x0_ratio_max)
+        weight = detail_weight(step, s.warmup_steps)  # w(n), Eq. 12
+        loss = velocity_loss(prediction, target, layout, weight, weights)  # Eq. 13
         total, direction = loss.total, {}
         if s.cosine_loss != "off":
             shared = weight if s.cosine_loss == "faded" else 1.0
-            term = detail_direction_loss(prediction, target, self.layout, shared)
+            term = detail_direction_loss(prediction, target, layout, shared)
             total, direction = total + term, {"loss_direction": term.detach()}
         return total, {
             "loss": total.detach(),
@@ -124,6 +106,15 @@ class Stage2Task:
             "loss_detail": loss.detail.detach(),
             "detail_weight": weight,
         }
+
+    def draw_clean_base(self, draws: SampleRandom) -> Tensor | None:
+        """Draw which samples keep a clean base, (B,) booleans; None, and nothing drawn, where the recipe keeps none.
+
+        Called after every other draw of the step, which are therefore the same with and without it.
+        """
+        if self.settings.clean_base == 0.0:
+            return None
+        return send(draws.uniform() < self.settings.clean_base, self.device)
 
 
 class NewWeightBoost:

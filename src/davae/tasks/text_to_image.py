@@ -26,8 +26,8 @@ from davae.latent import LatentStatistics
 from davae.pretrained.placement import send
 from davae.recipes.schema import TextArchitecture
 from davae.recipes.sections import FlowOptim
-from davae.tasks.noising import FLOW, noise_batch
-from davae.train.loop import Trainable
+from davae.tasks.noising import drop_conditions, flow_matching, noise_batch
+from davae.train.loop import Task, Trainable
 from davae.train.random import SampleRandom
 
 
@@ -129,7 +129,7 @@ class TextToImage(nn.Module):
         )[0]
 
 
-class BaseFlowTask:
+class BaseFlowTask(Task[FlowOptim]):
     """Flow matching on cached base latents, text encoders included."""
 
     name = "dit"
@@ -144,6 +144,7 @@ class BaseFlowTask:
         device: torch.device,
     ):
         self.settings, self.dataset, self.collate, self.device = settings, cache, collate_latents, device
+        self.objective = flow_matching(settings)
         self.tokenizer = tokenizer
         self.statistics = statistics.to(device, torch.float32)
         self.processor = repeat_last_token(model.transformer)
@@ -153,24 +154,19 @@ class BaseFlowTask:
         self.trainables = {"dit": Trainable(model, groups, lr=settings.lr)}
         self.modules: dict[str, nn.Module] = {"dit": model}
 
-    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing to add."""
-
-    def trainables_at(self, step: int) -> list[str]:
-        return ["dit"]
-
-    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+    def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s = self.settings
         z = self.statistics.normalise(send(batch["latents"], self.device))  # (B,C,h,w)
-        flow = noise_batch(FLOW, z, batch["conditions"], "", s, draws)
+        prompts = drop_conditions(batch["conditions"], "", s.caption_dropout, draws)
+        noised = noise_batch(self.objective, z, draws)
         tokens = self.tokenizer(
-            flow.conditions,
+            prompts,
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids.to(self.device)
         self.processor.count = draw_count(draws.batch)
-        velocity = self.modules["dit"](flow.x_t, flow.t * 1000, tokens)
-        loss = (velocity - flow.target).square().mean()
+        velocity = self.modules["dit"](noised.x_t, noised.t * 1000, tokens)
+        loss = (velocity - noised.target).square().mean()
         return loss, {"loss": loss.detach()}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -41,6 +42,7 @@ from davae.train.state_dict import load_optimizer_state, optimizer_state, restor
 from davae.train.times import timed
 
 logger = logging.getLogger(__name__)
+Settings = TypeVar("Settings", bound=Optim)
 
 
 @dataclass
@@ -69,29 +71,42 @@ class Trainable:
         return {name: own[name] for name in self.trained}
 
 
-class Task(Protocol):
-    """What a stage brings to the loop."""
+class Task(ABC, Generic[Settings]):
+    """One stage of training: what it trains, on which data, by which loss.
+
+    Attributes:
+        name: of the stage, in metrics and checkpoints.
+        settings: the recipe's section of the stage.
+        trainables: by name; the first one's learning rate is logged.
+        modules: one for each trainable, called in `loss`; the loop replaces them by their wrapped selves.
+        dataset: its `groups` are the buckets of its items.
+        collate: items -> batch.
+    """
 
     name: str
+    settings: Settings
     trainables: dict[str, Trainable]
-    modules: dict[str, nn.Module]  # one a player, called in `loss`; the loop replaces them by their wrapped selves
-    dataset: Any  # its `groups`: the bucket of every item
+    modules: dict[str, nn.Module]
+    dataset: Any
     collate: Callable[[list[Any]], Any]
 
-    @property
-    def settings(self) -> Optim: ...
-
     def trainables_at(self, step: int) -> list[str]:
-        """Players whose turn it is at this step, in order."""
-        ...
+        """Return the names of what is trained at this step, in order: all trainables."""
+        return list(self.trainables)
 
     def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """A chance to hook into a player's optimizer before training."""
-        ...
+        """Add hooks to a trainable's optimizer before training; none by default."""
 
-    def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
-        """Scalar loss of one player, and what to log. Called in the order of `trainables_at` on the same batch."""
-        ...
+    @abstractmethod
+    def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+        """Return the scalar loss of one trainable, and values to log by name.
+
+        Args:
+            name: of the trainable; called in the order of `trainables_at` on the same batch.
+            batch: as `collate` made it.
+            step: counts from 0.
+            draws: all randomness of this batch.
+        """
 
 
 @dataclass
@@ -138,7 +153,7 @@ class Trainer:
 
     def __init__(
         self,
-        task: Task,
+        task: Task[Any],
         run: Run,
         folder: RunFolder,
         accelerator: Accelerator,
