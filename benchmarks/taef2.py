@@ -30,9 +30,9 @@ from davae.losses.perceptual import Lpips
 from davae.pretrained.autoencoders import load_autoencoder
 from davae.recipes import Recipe, load_recipe
 from davae.tasks.stage1 import Stage1Task
+from davae.train.accelerator import make_accelerator, seed_initial_weights
 from davae.train.loop import Progress, Trainer
 from davae.train.run_folder import RunFolder
-from davae.train.setup import make_accelerator, seed_initial_weights
 from davae.vae.detail_vae import downsample
 from davae.vae.frames import decode_latents, encode_mode
 

@@ -41,9 +41,9 @@ from davae.recipes import load_recipe
 from davae.recipes.sections import Stage1, Stage2
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
+from davae.train.accelerator import make_accelerator
 from davae.train.loop import Trainer
 from davae.train.run_folder import RunFolder
-from davae.train.setup import make_accelerator
 from davae.train.shares import Share
 from davae.vae.frames import decode_latents
 from davae.zoo import resolve

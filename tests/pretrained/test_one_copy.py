@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from davae.train import sharding
+from davae.train import state_dict
 from davae.train.run_folder import load_checkpoint
 from davae.train.state_dict import load_optimizer_state, optimizer_state
 
@@ -23,9 +23,9 @@ def test_processes_that_write_nothing_copy_nothing(monkeypatch: pytest.MonkeyPat
     weight = torch.nn.Parameter(torch.ones(3))
     for main, copies in ((True, [3, 3]), (False, [])):
         copied.clear()
-        monkeypatch.setattr(sharding, "is_main", lambda main=main: main)
-        sharding.whole(weight)
-        sharding.whole_parameter(weight, torch.zeros(3))
+        monkeypatch.setattr(state_dict, "is_main", lambda main=main: main)
+        state_dict.gather(weight)
+        state_dict.gather_parts(weight, torch.zeros(3))
         assert copied == copies
 
 

@@ -29,10 +29,10 @@ from davae.recipes.sections import Run
 from davae.runs.dcgen import BASE_CACHE, HeadTask, check_grids
 from davae.runs.train_base import base_run, train_base
 from davae.tasks.class_conditional import ClassFlowTask, build_class_transformer
+from davae.train.accelerator import seed_initial_weights
 from davae.train.loop import Progress, Trainer
 from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder, read_metrics
-from davae.train.setup import seed_initial_weights
 from davae.vae.blocks import downsample
 from davae.vae.codec import Codec
 from davae.vae.frames import encode_mode

@@ -27,9 +27,8 @@ from davae.files.reading import load_json, parse_json, whole_number
 from davae.publish.export import _report
 from davae.publish.report_file import read_report
 from davae.runs.report import is_sound
-from davae.train.best import Best
 from davae.train.locking import PROCESS, running_process
-from davae.train.run_folder import RunFolder, load_checkpoint, read_metrics, save_checkpoint
+from davae.train.run_folder import Best, RunFolder, load_checkpoint, read_metrics, save_checkpoint
 from davae.train.times import read_times
 
 SOURCE = Path(davae.__file__).parent

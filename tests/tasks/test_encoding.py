@@ -25,7 +25,7 @@ from davae.errors import DataError
 from davae.recipes import differences, load_recipe
 from davae.runs.validation import embedded_captions
 from davae.tasks.conditioning import EmbeddedInStep, embed_in_step
-from davae.train.loading import one_at_a_time
+from davae.train.locking import one_at_a_time
 from davae.vae.codec import Codec
 
 
@@ -186,7 +186,7 @@ def test_processes_of_a_machine_load_one_after_another(tmp_path: Path, monkeypat
     monkeypatch.setattr("tempfile.tempdir", None)
     with one_at_a_time(tmp_path / "run"):
         assert not list(tmp_path.glob("*.lock"))
-    monkeypatch.setattr("davae.train.loading.ranks", lambda: 2)
+    monkeypatch.setattr("davae.train.locking.ranks", lambda: 2)
     with one_at_a_time(tmp_path / "run"):
         (lock,) = tmp_path.glob("davae-load-*.lock")
         with pytest.raises(Timeout):

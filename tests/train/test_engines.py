@@ -29,12 +29,12 @@ from davae.recipes.sections import Optim, Run, Stage1
 from davae.runs.report import upgrade
 from davae.runs.upgrade import Upgrade
 from davae.train import run_folder as state
+from davae.train.accelerator import make_accelerator
 from davae.train.ema import Average
 from davae.train.monitor import StepTimer, Watch
 from davae.train.optimizers import build_optimizer
 from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder, new_folder, newest_checkpoint, read_metrics
-from davae.train.setup import make_accelerator
 from davae.train.shares import Share, share_of_step
 
 CONFIGS = Path(davae.recipes.__file__).parent / "accelerate"

@@ -14,9 +14,10 @@ from davae.errors import RunError
 from davae.recipes.sections import Optim, Run
 from davae.tasks.stage1 import random_squares
 from davae.tasks.text_to_image import build_tokenizer
-from davae.train.loop import Trainable, Trainer
+from davae.train.loop import Trainer
 from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder, read_metrics
+from davae.train.task import Trainable
 
 
 class OneWeight:

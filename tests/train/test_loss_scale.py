@@ -16,9 +16,10 @@ from davae.errors import RunError
 from davae.losses.reconstruction import gradient_at
 from davae.recipes.sections import Reconstruction, Run
 from davae.tasks.reconstruction import ReconstructionTrainer
-from davae.train.loop import Trainable, Trainer
+from davae.train.loop import Trainer
 from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder, newest_checkpoint, read_metrics
+from davae.train.task import Trainable
 
 
 class Half(nn.Module):

@@ -25,9 +25,8 @@ from davae.errors import DataError
 from davae.recipes.sections import Data
 from davae.runs.cache import check_same_key
 from davae.train import distributed as ranks
-from davae.train.best import BEST, Best
 from davae.train.loop import Periodic, Trainer
-from davae.train.run_folder import RunFolder
+from davae.train.run_folder import BEST, Best, RunFolder
 
 
 def _run(rank: int, count: int, meeting: Path, work: Callable[[int], Any], answers: Any) -> None:

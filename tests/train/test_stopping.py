@@ -19,10 +19,9 @@ from test_loop import OneWeight, train
 import davae.files.atomic
 from davae.errors import Interrupted, RecipeError, RunError
 from davae.recipes import dump_recipe
-from davae.train.best import Best
 from davae.train.locking import PROCESS, RunLock, changing, hold_for_reading, running_process
 from davae.train.monitor import peak_memory
-from davae.train.run_folder import RunFolder, changed_inputs, newest_checkpoint, read_metrics, set_aside
+from davae.train.run_folder import Best, RunFolder, changed_inputs, newest_checkpoint, read_metrics, set_aside
 from davae.train.signals import check_stop, stop_on_signal
 
 # -- signals -----------------------------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from davae.errors import ModelError
 from davae.files.atomic import save_tensors
 from davae.losses.perceptual import perceptual_distance
 from davae.recipes.schema import SuperResolution, SuperResolutionRecipe
+from davae.train.accelerator import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.distributed import from_main, on_main
-from davae.train.loop import Observer, Task, Trainable, Trainer, training_seed
+from davae.train.loop import Observer, Trainer, training_seed
 from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder
-from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
+from davae.train.task import Task, Trainable
 from davae.vae.blocks import downsample
 
 WEIGHTS = "network.safetensors"

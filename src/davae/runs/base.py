@@ -35,10 +35,10 @@ from davae.tasks.text_to_image import (
     build_tokenizer,
     build_transformer,
 )
+from davae.train.accelerator import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.distributed import from_main, is_main, on_main
 from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.run_folder import RunFolder, was_done
-from davae.train.setup import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.signals import check_stop
 from davae.vae.codec import Codec
 

@@ -49,8 +49,8 @@ from davae.runs.cache import cache_key, cache_pictures
 from davae.tasks.autoencoder import build_autoencoder
 from davae.tasks.class_conditional import ClassFlowTask
 from davae.train.distributed import from_main
-from davae.train.loop import Task, Trainable
 from davae.train.random import SampleRandom
+from davae.train.task import Task, Trainable
 from davae.vae.codec import Codec, latent_shape
 
 FAMILY = "LightningDiT"

@@ -41,12 +41,11 @@ from davae.tasks.base_model import base_shapes
 from davae.tasks.conditioning import conditioning, embed_in_step
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
+from davae.train.accelerator import make_accelerator, seed_initial_weights
 from davae.train.distributed import from_main, is_main, on_main
-from davae.train.loading import one_at_a_time
-from davae.train.locking import changing, hold_for_reading
+from davae.train.locking import changing, hold_for_reading, one_at_a_time
 from davae.train.loop import Observer, Progress, Trainer, training_seed
 from davae.train.run_folder import RunFolder, check_stage2_inputs, was_done
-from davae.train.setup import make_accelerator, seed_initial_weights
 from davae.train.signals import check_stop, stop_on_signal
 from davae.train.times import timed
 from davae.vae.detail_vae import DetailVAE

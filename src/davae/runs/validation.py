@@ -26,10 +26,10 @@ from davae.tasks.conditioning import Conditioning, EmbeddedInStep
 from davae.tasks.noising import drop_conditions, noise_batch
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
-from davae.train.best import BEST
 from davae.train.distributed import from_main, is_main
 from davae.train.loop import Periodic
 from davae.train.random import SampleRandom
+from davae.train.run_folder import BEST
 
 if TYPE_CHECKING:
     from davae.dataset.opened import OpenedData

@@ -12,8 +12,8 @@ from davae.data.images import ImageDataset
 from davae.recipes.schema import Autoencoder, BaseRecipe
 from davae.recipes.sections import Reconstruction
 from davae.tasks.reconstruction import ReconstructionTask
-from davae.train.loop import Trainable
 from davae.train.random import SampleRandom
+from davae.train.task import Trainable
 
 
 def build_autoencoder(recipe: BaseRecipe) -> AutoencoderKL | AutoencoderDC:

@@ -21,8 +21,8 @@ from davae.recipes.schema import BaseRecipe, ClassArchitecture
 from davae.recipes.sections import FlowOptim
 from davae.tasks.conditioning import conditioning
 from davae.tasks.noising import drop_conditions, flow_matching, noise_batch
-from davae.train.loop import Task, Trainable
 from davae.train.random import SampleRandom
+from davae.train.task import Task, Trainable
 
 
 def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int) -> LightningDiT:

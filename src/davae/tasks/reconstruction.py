@@ -22,8 +22,8 @@ from davae.losses.reconstruction import (
 from davae.pretrained.placement import send
 from davae.recipes.sections import Reconstruction
 from davae.train.distributed import mean_over_ranks
-from davae.train.loop import Task, Trainable
 from davae.train.random import SampleRandom
+from davae.train.task import Task, Trainable
 from davae.vae.discriminator import PatchDiscriminator
 
 

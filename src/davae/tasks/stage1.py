@@ -14,8 +14,8 @@ from davae.pretrained.placement import send
 from davae.recipes.sections import Stage1
 from davae.tasks.reconstruction import ReconstructionTask
 from davae.train.distributed import mean_over_ranks
-from davae.train.loop import Trainable
 from davae.train.random import SampleRandom
+from davae.train.task import Trainable
 from davae.vae.detail_vae import DetailVAE
 
 

@@ -18,10 +18,10 @@ from davae.pretrained.placement import send
 from davae.recipes.sections import Stage2
 from davae.tasks.conditioning import Conditioning, of_batch
 from davae.tasks.noising import Objective, drop_conditions, error_weight, noise_batch
-from davae.train.loop import Task, Trainable
 from davae.train.monitor import Parts
 from davae.train.random import SampleRandom
-from davae.train.sharding import like, local
+from davae.train.state_dict import like, local
+from davae.train.task import Task, Trainable
 
 
 class Stage2Task(Task[Stage2]):

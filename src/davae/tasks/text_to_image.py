@@ -27,8 +27,8 @@ from davae.pretrained.placement import send
 from davae.recipes.schema import TextArchitecture
 from davae.recipes.sections import FlowOptim
 from davae.tasks.noising import drop_conditions, flow_matching, noise_batch
-from davae.train.loop import Task, Trainable
 from davae.train.random import SampleRandom
+from davae.train.task import Task, Trainable
 
 
 def build_tokenizer(captions: Iterable[str], vocabulary: int, tokens: int) -> CLIPTokenizer:

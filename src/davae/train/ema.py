@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.train.sharding import like, local, whole_parameter
+from davae.train.state_dict import gather_parts, like, local
 
 
 class Average:
@@ -48,7 +48,7 @@ class Average:
         """Whole tensors on the CPU; collective where weights lie in pieces."""
         return {
             "steps": self.steps,
-            "shadow": {name: whole_parameter(p, self.shadow[name]) for name, p in self.parameters.items()},
+            "shadow": {name: gather_parts(p, self.shadow[name]) for name, p in self.parameters.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from filelock import FileLock, Timeout
 from davae.errors import RunError
 from davae.files.atomic import alive, atomic_text, host_name, make_folder, saving
 from davae.files.reading import load_json, whole_number
+from davae.train.distributed import ranks
 
 logger = logging.getLogger(__name__)
 
@@ -136,3 +139,17 @@ def changing(folder: Path) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
+
+
+@contextmanager
+def one_at_a_time(run: Path) -> Iterator[None]:
+    """Let the processes of one machine that train `run` load their weights one after another.
+
+    The lock lies in the machine's own temporary folder, so that each machine has one. A single process takes none.
+    """
+    if ranks() == 1:
+        yield
+        return
+    name = hashlib.sha256(str(Path(os.path.realpath(run))).encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"davae-load-{name}.lock"):
+        yield

@@ -1,31 +1,35 @@
-"""The one training loop: base pretraining, stage 1 and stage 2 are tasks that run in it."""
+"""Training loop of every stage; base pretraining, stage 1 and stage 2 are its tasks."""
 
 from __future__ import annotations
 
 import logging
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from davae.data.batches import Passes, chosen_workers, training_loader
 from davae.device import compile_blocks
 from davae.errors import Interrupted, RunError
 from davae.recipes.sections import Optim, Run
-from davae.train import accelerator as engine
-from davae.train.best import Best
+from davae.train.accelerator import (
+    LossScale,
+    check_engine,
+    clip_gradients,
+    gather_optimizer,
+    load_optimizer,
+    step_unless,
+    wrap,
+)
 from davae.train.distributed import any_rank, barrier, from_main, is_main, mean_over_ranks, rank, ranks
 from davae.train.ema import Average
-from davae.train.loss_scale import LossScale
 from davae.train.monitor import (
     Means,
-    Parts,
     StepTimer,
     Timings,
     Watch,
@@ -35,83 +39,19 @@ from davae.train.monitor import (
 )
 from davae.train.optimizers import build_optimizer, learning_rate
 from davae.train.random import SampleRandom
-from davae.train.run_folder import Metrics, RunFolder, newest_checkpoint, save_checkpoint
+from davae.train.run_folder import Best, Metrics, RunFolder, newest_checkpoint, save_checkpoint
 from davae.train.shares import share_of_step
 from davae.train.signals import stop_on_signal
 from davae.train.state_dict import load_optimizer_state, optimizer_state, restore, snapshot
+from davae.train.task import Task
 from davae.train.times import timed
 
 logger = logging.getLogger(__name__)
-Settings = TypeVar("Settings", bound=Optim)
-
-
-@dataclass
-class Trainable:
-    """One optimizer and what it trains.
-
-    Attributes:
-        groups: AdamW groups, each may carry its own `lr_multiplier`.
-        parts: what to log gradient norms of, where a task tells groups of weights apart.
-    """
-
-    module: nn.Module
-    groups: list[dict[str, Any]]
-    lr: float
-    ema: bool = True
-    clip: bool = True
-    parts: Callable[[], Parts] | None = None
-
-    def __post_init__(self) -> None:
-        self.trained = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name; engines may have replaced it by pieces."""
-        own = dict(self.module.named_parameters())
-        return {name: own[name] for name in self.trained}
-
-
-class Task(ABC, Generic[Settings]):
-    """One stage of training: what it trains, on which data, by which loss.
-
-    Attributes:
-        name: of the stage, in metrics and checkpoints.
-        settings: the recipe's section of the stage.
-        trainables: by name; the first one's learning rate is logged.
-        modules: one for each trainable, called in `loss`; the loop replaces them by their wrapped selves.
-        dataset: its `groups` are the buckets of its items.
-        collate: items -> batch.
-    """
-
-    name: str
-    settings: Settings
-    trainables: dict[str, Trainable]
-    modules: dict[str, nn.Module]
-    dataset: Any
-    collate: Callable[[list[Any]], Any]
-
-    def trainables_at(self, step: int) -> list[str]:
-        """Return the names of what is trained at this step, in order: all trainables."""
-        return list(self.trainables)
-
-    def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """Add hooks to a trainable's optimizer before training; none by default."""
-
-    @abstractmethod
-    def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
-        """Return the scalar loss of one trainable, and values to log by name.
-
-        Args:
-            name: of the trainable; called in the order of `trainables_at` on the same batch.
-            batch: as `collate` made it.
-            step: counts from 0.
-            draws: all randomness of this batch.
-        """
 
 
 @dataclass
 class Progress:
-    """What a display gets to know after each step."""
+    """State of a training after a step, for a display."""
 
     task: str
     step: int
@@ -125,28 +65,38 @@ Observer = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Periodic:
-    """Something done every so many steps, by all processes; what it returns is logged. The lowest BEST marks the best
-    checkpoint."""
+    """Work that all processes do every `every` steps.
+
+    Attributes:
+        run: step -> values to log. The lowest value of the name BEST marks the best checkpoint.
+    """
 
     every: int
     run: Callable[[int], dict[str, float]]
 
 
 def training_seed(settings: Optim, run: Run) -> int:
-    """The seed of one training: its own, else the run's."""
+    """Return the seed of one training: its own, else the run's."""
     return run.seed if settings.seed is None else settings.seed
 
 
 class Trainer:
-    """Runs one task to its last step, from its newest checkpoint if there is one.
+    """Trains one task to its last step, from its newest checkpoint if there is one.
 
-    `batch_size` x `accumulation` of the recipe is what all processes together train on in a step: each takes an equal share,
-    in as many passes as `share_of_step` finds. Any number of processes sees the same samples with the same noise.
+    All processes together train on `batch_size` x `accumulation` images of the recipe in a step. Each takes an equal share,
+    in the passes that `share_of_step` finds. Any number of processes sees the same samples with the same noise.
+
+    Args:
+        task: the stage.
+        run: the recipe's section.
+        folder: takes checkpoints and metrics.
+        accelerator: the engine.
+        observer: called after every logged step.
+        periodic: validation and images of progress.
 
     Raises:
         Interrupted: after a signal, with a checkpoint written.
-        RunError: when the loss stays non-finite, no step was taken, the batch cannot be divided, or the folder cannot be
-            written.
+        RunError: the loss stays non-finite, no step was taken, the batch cannot be divided, or the folder cannot be written.
     """
 
     MAX_SKIPPED = 10  # non-finite steps in a row
@@ -168,28 +118,28 @@ class Trainer:
         self.seed = training_seed(settings, run)
         self.step = 0
         passes = settings.model_copy(update={"accumulation": self.share.passes})
-        engine.check(accelerator, task.name, len(task.trainables), run, passes)
+        check_engine(accelerator, task.name, len(task.trainables), passes)
         open_trackers(accelerator, run, folder.path, settings.model_dump())
         state = newest_checkpoint(folder, task.name)
         if state is not None:
-            for name, player in task.trainables.items():
-                restore(player.module, player.trained, state["players"][name])
+            for name, trainable in task.trainables.items():
+                restore(trainable.module, trainable.trained, state["players"][name])
         self.optimizers: dict[str, Any] = {}
         self.ema: dict[str, Average] = {}
-        for name, player in task.trainables.items():
+        for name, trainable in task.trainables.items():
             if run.compile == "blocks":
                 mixed = run.mixed_precision != "no"
-                compile_blocks(player.module, accelerator.device if mixed else None)
-            optimizer = build_optimizer(settings, player.groups, player.lr)
+                compile_blocks(trainable.module, accelerator.device if mixed else None)
+            optimizer = build_optimizer(settings, trainable.groups, trainable.lr)
             task.prepare_optimizer(name, optimizer)
-            task.modules[name], self.optimizers[name] = engine.prepare(
+            task.modules[name], self.optimizers[name] = wrap(
                 accelerator, task.modules[name], optimizer, self.share.images
             )
-            if player.ema and settings.ema_decay:
+            if trainable.ema and settings.ema_decay:
                 device = torch.device("cpu") if run.ema_device == "cpu" else None
-                self.ema[name] = Average(player.parameters, settings.ema_decay, device)
+                self.ema[name] = Average(trainable.parameters, settings.ema_decay, device)
         device = accelerator.device
-        # counted where the loss is computed, so that no step waits for the device: skipped ever, and in a row until now
+        # counted on the loss's device, so that no step waits for it: steps skipped in all, and in a row until now
         self.skipped, self.in_a_row = torch.zeros(2, device=device).unbind()
         self.best = Best(folder.path, task.name)
         self.scale = LossScale(accelerator)
@@ -200,7 +150,7 @@ class Trainer:
 
     def _load(self, state: dict[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
-            engine.load_optimizer(optimizer, state["optimizers"][name], load_optimizer_state)
+            load_optimizer(optimizer, state["optimizers"][name], load_optimizer_state)
         for name, average in self.ema.items():
             average.load_state_dict(state["ema"][name])
         self.scale.load(state.get("scaler", {}))
@@ -209,13 +159,13 @@ class Trainer:
         logger.info("%s: resumed at step %d", self.task.name, self.step)
 
     def save(self) -> None:
-        """Write a checkpoint. Collective: all processes gather, the first one writes, all wait until it is whole."""
+        """Write a checkpoint. Collective: all processes gather, the first one writes, the others wait."""
         state = {
             "step": self.step,
             "skipped": int(self.skipped),
             "best": self.best.value,
             "players": {name: snapshot(p.module, p.trained) for name, p in self.task.trainables.items()},
-            "optimizers": {name: engine.optimizer_state(o, optimizer_state) for name, o in self.optimizers.items()},
+            "optimizers": {name: gather_optimizer(o, optimizer_state) for name, o in self.optimizers.items()},
             "ema": {name: average.state_dict() for name, average in self.ema.items()},
         }
         if scaler := self.scale.state():
@@ -233,16 +183,16 @@ class Trainer:
         barrier()
 
     def use_average(self) -> None:
-        """Copy each EMA into its player: what is exported."""
+        """Copy each average into the weights, for the export."""
         for average in self.ema.values():
             average.copy_to_parameters()
 
-    def whole_state(self, player: str) -> dict[str, Tensor]:
-        """Trained parameters and buffers of a player on the CPU, put together from all processes. Collective."""
-        return snapshot(self.task.trainables[player].module, self.task.trainables[player].trained)
+    def whole_state(self, name: str) -> dict[str, Tensor]:
+        """Return a trainable's parameters and buffers on the CPU, gathered from all processes. Collective."""
+        return snapshot(self.task.trainables[name].module, self.task.trainables[name].trained)
 
     def release(self) -> None:
-        """Let go of optimizers, averages and what accelerate keeps of them."""
+        """Free the optimizers, the averages and accelerate's references to them."""
         self.optimizers.clear()
         self.ema.clear()
         self.accelerator.free_memory()
@@ -303,7 +253,7 @@ class Trainer:
                         self.save()
                     if broken:
                         self._give_up()
-                    if stop:  # in the last step too: what follows takes hours as well
+                    if stop:  # also in the last step: the stages that follow take hours as well
                         raise Interrupted(
                             f"{self.task.name}: stopped at step {self.step} of {settings.max_steps}, saved; "
                             "run the same command again to go on"
@@ -314,9 +264,11 @@ class Trainer:
             del loader
 
     def _periodic(self) -> dict[str, float]:
-        """Do what is due at this step; return what the first process found, on which all must agree."""
+        """Do the periodic work due at this step; return the first process's values, so that all agree."""
         due = [entry for entry in self.periodic if self.step % entry.every == 0]
-        found = {name: value for entry in due for name, value in entry.run(self.step).items()}
+        found: dict[str, float] = {}
+        for entry in due:
+            found |= entry.run(self.step)
         return from_main(found) if due else {}
 
     def _give_up(self) -> None:
@@ -338,7 +290,7 @@ class Trainer:
         for part in range(passes):
             with timer.phase("data"):
                 batch = next(loader)
-            first = ((self.step * passes + part) * ranks() + rank()) * own  # place in the endless stream of samples
+            first = ((self.step * passes + part) * ranks() + rank()) * own  # place in the stream of all samples
             draws = SampleRandom(self.seed, self.task.name, *divmod(first, settings.batch_size), own)
             for name in active:
                 with ExitStack() as stack:
@@ -362,20 +314,20 @@ class Trainer:
         return values
 
     def _update(self, name: str, values: dict[str, Any]) -> Tensor:
-        """One player's step, left out where its gradient is not finite; returns whether it was."""
-        player, optimizer = self.task.trainables[name], self.optimizers[name]
+        """Step one optimizer unless its gradient is not finite; return whether it was not, a boolean scalar."""
+        trainable, optimizer = self.task.trainables[name], self.optimizers[name]
         self.scale.unscale(optimizer)
-        if player.parts is not None and (self.step + 1) % self.run.log_every == 0:
-            values |= gradient_norms(player.parts())
-        limit = self.task.settings.max_grad_norm if player.clip else math.inf
-        norm = engine.clip(self.accelerator, optimizer, limit)
+        if trainable.parts is not None and (self.step + 1) % self.run.log_every == 0:
+            values |= gradient_norms(trainable.parts())
+        limit = self.task.settings.max_grad_norm if trainable.clip else math.inf
+        norm = clip_gradients(self.accelerator, optimizer, limit)
         values[f"grad_norm_{name}"] = norm
-        if norm is None:  # the engine looks after it
+        if norm is None:  # the engine clips and skips by itself
             optimizer.step()
             bad = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         else:
             bad = ~torch.isfinite(norm)
-            engine.step_unless(optimizer, bad)
+            step_unless(optimizer, bad)
         if name in self.ema:
             self.ema[name].step()
         return bad

@@ -21,7 +21,7 @@ from davae.errors import RunError
 from davae.files.atomic import saving
 from davae.recipes.sections import Run
 from davae.train.distributed import sum_over_ranks
-from davae.train.sharding import like, local
+from davae.train.state_dict import like, local
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pickle
 import shutil
@@ -18,7 +19,7 @@ from davae.errors import Interrupted, RecipeError, RunError
 from davae.files.atomic import atomic_folder, atomic_text, make_folder, require_space, save_tensors, saving, sweep
 from davae.files.checksums import file_sum
 from davae.files.ownership import check_run, unowned
-from davae.files.reading import load_json
+from davae.files.reading import load_json, whole_number
 from davae.recipes import differences, dump_recipe, validate
 from davae.recipes.loading import AnyRecipe
 from davae.recipes.values import read_yaml_file
@@ -336,3 +337,37 @@ def check_stage2_inputs(folder: RunFolder, inputs: Mapping[str, str], first: Pat
     logger.warning("%s: %s; stage 2 begins again, its checkpoints are now named earlier-*", folder.path, what)
     set_aside(folder, "stage2")
     changed_inputs(folder, "stage2", inputs)
+
+
+BEST = "validation_loss"
+
+
+class Best:
+    """The lowest validation loss of a stage so far, and the step that reached it.
+
+    Args:
+        folder: of the run.
+        stage: whose checkpoints are meant.
+    """
+
+    def __init__(self, folder: Path, stage: str):
+        self.path, self.value = folder / "checkpoints" / f"{stage}-best.json", math.inf
+
+    def kept(self) -> int:
+        """Return the step whose checkpoint is kept; -1 where no step was validated."""
+        try:
+            return whole_number(load_json(self.path.read_bytes())["step"])
+        except FileNotFoundError:
+            return -1
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s is damaged; the checkpoint that validated best is not known any more", self.path)
+            return -1
+
+    def improved(self, values: Mapping[str, float], step: int) -> bool:
+        """Return whether this step validated better than all before; its number is then written down."""
+        if BEST not in values or not values[BEST] < self.value:
+            return False
+        self.value = values[BEST]
+        if is_main():
+            atomic_text(self.path, json.dumps({"step": step, BEST: self.value}))
+        return True

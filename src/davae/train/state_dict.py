@@ -1,4 +1,7 @@
-"""What a checkpoint holds: whole tensors by name, whatever engine and however many processes wrote it."""
+"""Checkpoint contents: whole tensors by name, whichever engine and however many processes write and read them.
+
+Parameters lie whole in each process, in pieces as FSDP2's DTensor, or in pieces as DeepSpeed's ZeRO-3 keeps them.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,66 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from davae.errors import RunError
-from davae.train.sharding import fill, like, whole
+from davae.train.distributed import is_main
 
 
 def snapshot(module: nn.Module, trained: list[str]) -> dict[str, Tensor]:
-    """Trained parameters and all buffers by name, whole, on the CPU. Collective where they lie in pieces."""
+    """Return trained parameters and all buffers by name, whole, on the CPU. Collective where they lie in pieces."""
     parameters = dict(module.named_parameters())
-    return {name: whole(parameters[name]) for name in trained} | {
-        name: whole(buffer) for name, buffer in module.named_buffers()
+    return {name: gather(parameters[name]) for name in trained} | {
+        name: gather(buffer) for name, buffer in module.named_buffers()
     }
 
 
 def restore(module: nn.Module, trained: list[str], state: Mapping[str, Tensor]) -> None:
-    """Put a snapshot back; RunError when the names do not agree exactly."""
+    """Put a snapshot back.
+
+    Args:
+        module: as it was when the snapshot was taken.
+        trained: names of the parameters that the snapshot holds.
+        state: the snapshot.
+
+    Raises:
+        RunError: the names do not agree exactly.
+    """
     parameters = dict(module.named_parameters())
-    own = {name: parameters[name].detach() for name in trained} | dict(module.named_buffers())
-    if own.keys() != state.keys():
-        odd = sorted(own.keys() ^ state.keys())[0]
-        raise RunError(f"the checkpoint does not fit this model: '{odd}' stands in only one of them; use a new --out")
-    for name, tensor in own.items():
+    ours = {name: parameters[name].detach() for name in trained} | dict(module.named_buffers())
+    if ours.keys() != state.keys():
+        unexpected = sorted(ours.keys() ^ state.keys())[0]
+        raise RunError(
+            f"the checkpoint does not fit this model: '{unexpected}' is in only one of them; use a new --out"
+        )
+    for name, tensor in ours.items():
         fill(tensor, state[name])
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """As torch's own state_dict, with whole tensors on the CPU."""
+    """Return torch's own state_dict of an optimizer with whole tensors on the CPU. Collective where they lie in pieces."""
     state = optimizer.state_dict()
     entries = {
-        number: {key: whole(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        number: {key: gather(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
         for number, entry in state["state"].items()
     }
     return {**state, "state": entries}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The reverse, for parameters in pieces or whole."""
+    """Put a state of `optimizer_state` back, cut into pieces where the parameters are.
+
+    Args:
+        optimizer: with the parameters of the one that was saved, in the same order.
+        state: of whole tensors.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         optimizer.load_state_dict(state)
-        for (
-            entry
-        ) in optimizer.state.values():  # on the CPU they would stay in the checkpoint's file, which goes one day
+        # on the CPU the tensors would stay in the checkpoint's mapped file, which is deleted one day
+        for entry in optimizer.state.values():
             entry.update({k: v.clone() for k, v in entry.items() if isinstance(v, Tensor) and v.device.type == "cpu"})
         return
     for number, entry in state["state"].items():
@@ -62,3 +81,70 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         }
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         group.update({key: value for key, value in saved.items() if key != "params"})
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process keeps, all of a whole one; writing to the part changes the tensor."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_tensor  # type: ignore[attr-defined]
+    return tensor
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Return the whole tensor on the CPU in the first process, and its part in the others, which write nothing.
+
+    Collective where the tensor lies in pieces: all processes call it in the same order.
+    """
+    if hasattr(tensor, "ds_tensor"):
+        return gather_parts(tensor, local(tensor))
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        found = tensor.full_tensor()
+        return found.cpu() if is_main() else tensor.to_local()
+    return tensor.cpu() if is_main() else tensor
+
+
+def gather_parts(parameter: Tensor, part: Tensor) -> Tensor:
+    """Put together, as `gather` does, values that each process keeps for its part of a parameter.
+
+    Args:
+        parameter: in pieces or whole; the values are cut like it.
+        part: this process's values, shaped like `local(parameter)`.
+    """
+    if isinstance(parameter, DTensor):
+        wrapped = DTensor.from_local(
+            part.to(parameter.to_local().device),
+            parameter.device_mesh,
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        found = wrapped.full_tensor()
+        return found.cpu() if is_main() else part
+    if hasattr(parameter, "ds_tensor"):
+        piece: Any = part.to(parameter.device)
+        pieces = [torch.empty_like(piece) for _ in range(dist.get_world_size())]
+        dist.all_gather(pieces, piece)
+        if not is_main():
+            return part
+        return torch.cat(pieces)[: parameter.ds_numel].view(parameter.ds_shape).cpu()  # type: ignore[attr-defined]
+    return part.detach().cpu() if is_main() else part.detach()
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a whole tensor of a parameter's shape cut into pieces as the parameter is, on its device."""
+    if isinstance(parameter, DTensor):
+        value = value.to(parameter.to_local().device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value.to(parameter.device)
+
+
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a parameter, cut into pieces or not."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            local(parameter).copy_(local(like(value.to(parameter.dtype), parameter)))
+        else:
+            parameter.copy_(value)
