@@ -30,7 +30,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-UPGRADE = '"sd35-medium-1k", base="path/to/sd3.5-medium", data="path/to/pictures", out="runs/sd35"'
+UPGRADE = '"sd35-medium-1k", base="path/to/sd3.5-medium", data="path/to/images", out="runs/sd35"'
 
 
 def test_python_examples_run(recipe_file: Path, finished: Path, tmp_path: Path):
@@ -61,7 +61,7 @@ def test_commands_run_on_a_tiny_model(
     """Every command as written, with the tiny model, pictures and sizes in the place of the big ones."""
     swaps = {
         "path/to/sd3.5-medium": str(tiny_base),
-        "path/to/pictures": str(picture_folder),
+        "path/to/images": str(picture_folder),
         "runs/sd35": str(finished),
     }
     swapped = words[1:]
