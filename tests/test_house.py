@@ -65,7 +65,7 @@ CEILINGS = {
     "vae": Ceiling(2050, words=11, openings=74),
     "zoo": Ceiling(150, openings=5),
 }
-PAGE_WORDS = 63  # in README, CHANGELOG and the pages of docs/
+PAGE_WORDS = 0  # in README, CHANGELOG and the pages of docs/
 CORE_LINES_NOW = 2803  # falls to CORE_LINES
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {
