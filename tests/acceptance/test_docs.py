@@ -88,6 +88,19 @@ def test_links_lead_to_files(page: Path):
     assert not missing
 
 
+GENERATED = ("paper-scale.md", "families-table.md")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in GENERATED], ids=lambda page: page.name)
+def test_prose_fits_its_lines_and_uses_the_field_s_word(page: Path):
+    """Outside of code, tables and images: at most 120 columns, and *image*, not *picture*."""
+    made = r"```.*?```|<!-- attempts -->.*?<!-- end of attempts -->"
+    text = re.sub(made, "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "![", ":::", "    "))]
+    assert not [line for line in prose if len(line) > 120]
+    assert not re.findall(r".*\bpictures?\b.*", re.sub(r"`[^`]*`", "", text), flags=re.IGNORECASE)
+
+
 CODE_PAGES = [ROOT / "docs" / "paper-map.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "add-family.md",
               ROOT / "CONTRIBUTING.md"]  # fmt: skip
 
