@@ -19,9 +19,9 @@ from PIL import Image
 
 from davae.analyze.sensitivity import decode_faded, reconstructions
 from davae.app import drawing, reconstructing
+from davae.app.checkpoint_images import checkpoint_images
 from davae.app.inspection import inspection
 from davae.app.pair import Pair, Stopped, open_pair
-from davae.app.previews import checkpoint_images
 from davae.app.training import Trainings
 from davae.app.uploads import MAX_BYTES, read_upload, store_images
 from davae.backbones.expand import expand_transformer
@@ -102,7 +102,7 @@ def test_three_ways_with_tokens_and_time(pair: Pair):
     drawn = list(
         drawing.draw(pair, "a red square", list(drawing.WAYS), seed=3, steps=2, guidance=2.0, stop=threading.Event())
     )
-    assert [(d.way, d.tokens, d.drawn_at, d.picture.size) for d in drawn] == [
+    assert [(d.way, d.tokens, d.drawn_at, d.image.size) for d in drawn] == [
         ("base, enlarged", 16, 16, (32, 32)),
         ("base, native", 64, 32, (32, 32)),
         ("upgraded", 16, 32, (32, 32)),
@@ -110,7 +110,7 @@ def test_three_ways_with_tokens_and_time(pair: Pair):
     assert all(d.seconds > 0 for d in drawn)
     assert "16 px, enlarged to 32 · 16 tokens" in drawn[0].note
     same = generate(pair.upgraded, ["a red square"], steps=2, guidance_scale=2.0, seed=3)[0]
-    assert np.array_equal(np.asarray(drawn[2].picture), np.asarray(same))
+    assert np.array_equal(np.asarray(drawn[2].image), np.asarray(same))
 
 
 def test_a_drawing_stops_between_two_steps(pair: Pair):
@@ -197,10 +197,10 @@ def test_the_place_that_differs_most_is_found_and_cut():
     first = Image.new("RGB", (64, 48), "white")
     second = first.copy()
     second.paste((0, 0, 0), (40, 8, 48, 16))
-    x, y = drawing.place(first, second, 8)
+    x, y = drawing.most_different_place(first, second, 8)
     assert (x * 64 - 4, y * 48 - 4) == (40, 8)
-    assert np.asarray(drawing.cut(second, x, y, 8)).max() == 0
-    assert drawing.cut(second, 0.0, 1.0, 4).size == (64, 64)  # clipped at the edges
+    assert np.asarray(drawing.cut_place(second, x, y, 8)).max() == 0
+    assert drawing.cut_place(second, 0.0, 1.0, 4).size == (64, 64)  # clipped at the edges
 
 
 def test_pairs_without_a_base_or_without_an_upgrade(pair: Pair, tiny_base: Path, tmp_path: Path):
@@ -300,4 +300,4 @@ def test_other_families_open_with_their_base_and_draw(name: str, tmp_path: Path)
     options = {"seed": 0, "steps": 2, "guidance": 2.0, "stop": threading.Event()}
     drawn = list(drawing.draw(pair, "a red square", ways, **options))
     assert [d.way for d in drawn] == ways
-    assert {d.picture.width for d in drawn} == {pair.resolution}
+    assert {d.image.width for d in drawn} == {pair.resolution}

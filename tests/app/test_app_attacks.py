@@ -606,12 +606,12 @@ def test_every_handler_checks_its_own_arguments(served: SimpleNamespace, monkeyp
 
     monkeypatch.setattr(Trainings, "_launch", lambda self, name: None)
     monkeypatch.setattr("davae.app.drawing.draw", lambda *args, **options: iter(()))
-    monkeypatch.setattr("davae.app.tabs.inspection", lambda *args: ([], "inspected"))
+    monkeypatch.setattr("davae.app.inspect_tab.inspection", lambda *args: ([], "inspected"))
     tried = 0
     for _, fn, values in endpoints(served.page):
         function = inspect.unwrap(fn.fn)
         if "request" in inspect.signature(function).parameters:
-            values = [*values, SimpleNamespace(session_hash="x"), lambda *args, **options: None]
+            values = [*values, SimpleNamespace(session_hash="x")]
         for place, part in enumerate(fn.inputs):
             if part.stateful:
                 continue
@@ -722,7 +722,9 @@ def test_the_slot_outlives_its_page(tmp_path: Path):
 def handlers_of(page: Any, button: str) -> list[Any]:
     """The functions that a button calls."""
     return [
-        fn for fn in page.fns.values() if any(part and page.blocks[part].elem_id == button for part, _ in fn.targets)
+        fn
+        for fn in page.fns.values()
+        if any(part in page.blocks and page.blocks[part].elem_id == button for part, _ in fn.targets)
     ]
 
 

@@ -61,14 +61,9 @@ def test_the_tab_s_handler_answers_in_one_line_or_with_two_images(pair: Pair, tm
     request = SimpleNamespace(session_hash="x", headers={})
 
     def call(*values) -> dict[str, object]:
-        answers = (
-            list(handler.fn.__wrapped__(*values, request, lambda *a, **k: None))
-            if hasattr(handler.fn, "__wrapped__")
-            else list(handler.fn(*values, request, lambda *a, **k: None))
-        )
-        return {part.elem_id: value for answer in answers for part, value in answer.items()}
+        return {part.elem_id: value for answer in handler.fn(*values, request) for part, value in answer.items()}
 
-    good = (str(upload), "a", 0, 2, 1.0, 0)
+    good = (str(upload), "a", 0, 2, 1.0, 0, "none", True)
     answer = call(*good)
     assert [image.size for image in answer["enlarge-slider"]] == [(32, 32), (32, 32)]
     for place, value, line in (

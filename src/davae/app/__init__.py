@@ -1,4 +1,4 @@
-"""The page of `davae app`: draw, reconstruct, inspect and train in a browser. Gradio is the extra `davae[app]`.
+"""Page of `davae app`: draw, reconstruct, enlarge, inspect and train in a browser.
 
-Only `page.py`, `tabs.py` and `train_tab.py` know Gradio; what they call stands in the other modules and runs without it.
+Gradio is the extra `davae[app]`. `page.py`, `widgets.py` and the `*_tab.py` use it; the other modules run without it.
 """

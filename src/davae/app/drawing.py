@@ -1,4 +1,4 @@
-"""The same seed drawn three ways: base enlarged, base native, upgraded; each with its tokens and its time."""
+"""One prompt drawn three ways from the same seed: base enlarged, base native, upgraded; with tokens and time of each."""
 
 from __future__ import annotations
 
@@ -15,38 +15,52 @@ from PIL import Image
 
 from davae.app.pair import LOCK, Pair, Stopped, watched
 from davae.app.uploads import MAX_PROMPT, MAX_SECONDS, MAX_STEPS
+from davae.backbones.classes import goes_by_class
 from davae.backbones.families.rows import denoiser
 from davae.errors import ModelError
-from davae.evaluate.throughput import image_tokens
+from davae.evaluate.throughput import image_tokens, synchronise
 from davae.runs.crops import enlarged, most_different
-from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.generate import generate
 from davae.sample.open import check_classes
+from davae.sample.preview import Preview
+from davae.vae.detail_vae import DetailVAE
 
 ENLARGED, NATIVE, UPGRADED = WAYS = ("base, enlarged", "base, native", "upgraded")
+PREVIEWS = 8  # of a drawing, at most
+
+OnStep = Callable[[str, int, int], None]
+OnPreview = Callable[[str, int, Image.Image], None]
 
 _warm: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()  # transformer or U-Net -> resolutions that ran once
 
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """One picture, and what it cost."""
+    """One image and its cost.
+
+    Attributes:
+        way: one of WAYS.
+        image: at the pair's resolution.
+        drawn_at: pixels that the model drew; the image may be enlarged.
+        tokens: of the image, in the transformer.
+        seconds: without the wait and the previews.
+    """
 
     way: str
-    picture: Image.Image
-    drawn_at: int  # pixels that the model drew; the picture may be enlarged
+    image: Image.Image
+    drawn_at: int
     tokens: int
     seconds: float
 
     @property
     def note(self) -> str:
-        """For the line below the picture."""
-        enlarged = "" if self.drawn_at == self.picture.width else f", enlarged to {self.picture.width}"
+        """Return the line below the image."""
+        enlarged = "" if self.drawn_at == self.image.width else f", enlarged to {self.image.width}"
         return f"{self.drawn_at} px{enlarged} · {self.tokens} tokens · {self.seconds:.2f} s"
 
 
 def ways_of(pair: Pair) -> list[str]:
-    """The ways that a pair can draw."""
+    """Return the ways that a pair can draw."""
     return [way for way in WAYS if (pair.upgraded if way == UPGRADED else pair.base) is not None]
 
 
@@ -59,14 +73,24 @@ def draw(
     steps: int,
     guidance: float,
     stop: threading.Event,
-    on_step: Callable[[str, int, int], None] = lambda way, done, steps: None,
+    on_step: OnStep = lambda way, done, steps: None,
+    on_preview: OnPreview | None = None,
 ) -> Iterator[DrawnImage]:
-    """One picture a way, from the same base noise, as each is done.
+    """Draw one image a way, from the same base noise, and give each as it is done.
 
-    The first picture of a model and size is preceded by one step that is not timed, so that times compare.
+    The first image of a model and size is preceded by one step that is not timed, so that times compare.
+
+    Args:
+        pair: the models.
+        prompt: text, or a class by name or number.
+        ways: some of WAYS.
+        seed, steps, guidance: of every way.
+        stop: ends the drawing before the next pass of the model.
+        on_step: called with the way, the steps done and all steps.
+        on_preview: called every few steps of the upgraded model with the way, the step and an image of its base.
 
     Raises:
-        ModelError: an empty or overlong prompt, a class the model lacks, steps or guidance out of bounds, no way asked for.
+        ModelError: an empty or overlong prompt, an unknown class, steps or guidance out of bounds, no way chosen.
         Stopped: after `stop` was set.
     """
     _check(pair, prompt, ways, steps, guidance, seed)
@@ -76,30 +100,77 @@ def draw(
         if pipeline is None:
             raise ModelError(f"{pair.name} is open without what draws '{way}'")
         size = pair.resolution // pair.scale if way == ENLARGED else pair.resolution
-        began = time.monotonic()
-
-        def before_pass(done: int, way: str = way) -> None:
-            if stop.is_set():
-                raise Stopped
-            if time.monotonic() - began > left:  # noqa: B023 - called before the next way begins
-                raise ModelError(f"a drawing may take {MAX_SECONDS} seconds; use fewer steps, or draw fewer ways")
-            on_step(way, min(done, steps), steps)
-
-        network = denoiser(pipeline)
-        with LOCK, watched(network, before_pass), _refusals(way):
-            began = time.monotonic()
+        network, watch = denoiser(pipeline), _Watch(way, steps, left, stop, on_step)
+        preview = _preview(pipeline, way, steps, on_preview)
+        with LOCK, watched(network, watch), _refusals(way):
+            watch.began = time.monotonic()
             options = {"resolution": size, "guidance_scale": guidance, "seed": seed}
             ran = _warm.setdefault(network, set())
             if size not in ran:
                 generate(pipeline, [prompt], steps=1, **options)
                 ran.add(size)
             started = time.perf_counter()
-            picture = generate(pipeline, [prompt], steps=steps, **options)[0]
+            image = generate(pipeline, [prompt], steps=steps, preview=preview, **options)[0]
             if size != pair.resolution:
-                picture = picture.resize((pair.resolution,) * 2, Image.Resampling.BICUBIC)
-            seconds = time.perf_counter() - started
-            left -= time.monotonic() - began
-        yield DrawnImage(way, picture, size, image_tokens(pipeline, size), seconds)
+                image = image.resize((pair.resolution,) * 2, Image.Resampling.BICUBIC)
+            seconds = time.perf_counter() - started - (preview.seconds if preview else 0.0)
+            left -= time.monotonic() - watch.began
+        yield DrawnImage(way, image, size, image_tokens(pipeline, size), seconds)
+
+
+class _Watch:
+    """Called before each pass of a model: ends a drawing that was stopped or takes too long, and counts its steps."""
+
+    def __init__(self, way: str, steps: int, left: float, stop: threading.Event, on_step: OnStep):
+        self.way, self.steps, self.left, self.stop, self.on_step = way, steps, left, stop, on_step
+        self.began = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        if self.stop.is_set():
+            raise Stopped
+        if time.monotonic() - self.began > self.left:
+            raise ModelError(f"a drawing may take {MAX_SECONDS} seconds; use fewer steps, or draw fewer ways")
+        self.on_step(self.way, min(done, self.steps), self.steps)
+
+
+class TimedPreview(Preview):
+    """Previews whose time is kept apart; a scheduler of unknown noise levels ends them, not the drawing.
+
+    Attributes:
+        seconds: that all previews took.
+    """
+
+    seconds = 0.0
+
+    def __call__(self, pipeline: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Look at the latents after a step, as `Preview` does."""
+        if (step + 1) % self.every:
+            return super().__call__(pipeline, step, timestep, kwargs)
+        synchronise()  # so that the steps before are not counted
+        began = time.perf_counter()
+        try:
+            return super().__call__(pipeline, step, timestep, kwargs)
+        except ModelError:
+            self.every = MAX_STEPS + 1
+            return kwargs
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+def preview_interval(steps: int) -> int:
+    """Return the steps between two previews: at least two, and at most PREVIEWS previews a drawing."""
+    return max(2, -(-steps // PREVIEWS))
+
+
+def _preview(pipeline: Any, way: str, steps: int, on_preview: OnPreview | None) -> TimedPreview | None:
+    if on_preview is None or not isinstance(pipeline.vae, DetailVAE):
+        return None
+
+    def show(step: int, images: list[Image.Image]) -> None:
+        if step < steps:  # the last step's image follows
+            on_preview(way, step, images[0])
+
+    return TimedPreview(pipeline, preview_interval(steps), on_preview=show)
 
 
 @contextmanager
@@ -113,8 +184,8 @@ def _refusals(way: str) -> Iterator[None]:
 
 def _check(pair: Pair, prompt: str, ways: list[str], steps: int, guidance: float, seed: int) -> None:
     if not prompt.strip():
-        wanted = "a class" if isinstance(pair.any, ClassConditionalPipeline) else "a prompt"
-        raise ModelError(f"the model needs {wanted}; write one")
+        needed = "a class" if goes_by_class(pair.any) else "a prompt"
+        raise ModelError(f"the model needs {needed}; write one")
     if len(prompt) > MAX_PROMPT:
         raise ModelError(f"the prompt has {len(prompt)} characters; the page takes up to {MAX_PROMPT}")
     if not 1 <= steps <= MAX_STEPS:
@@ -130,16 +201,75 @@ def _check(pair: Pair, prompt: str, ways: list[str], steps: int, guidance: float
     check_classes(pair.any, [prompt])
 
 
-def place(first: Image.Image, second: Image.Image, zoom: int) -> tuple[float, float]:
-    """Where two pictures differ most: centre of the square that is 1/zoom as wide, shares of the sides in [0,1]."""
+class ExampleDrawing:
+    """The drawing that a page shows before its visitor draws: made once, on the first visit, and kept for all.
+
+    Args:
+        pair: the models.
+        prompt: to draw.
+    """
+
+    STEPS, SECONDS = 16, 30.0  # a model that takes longer shows none
+
+    def __init__(self, pair: Pair, prompt: str):
+        self.pair, self.prompt = pair, prompt
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._drawn: list[DrawnImage] = []
+
+    def images(self, guidance: float) -> list[DrawnImage]:
+        """Return the images, none where a visitor's own drawing came first or the model is slow.
+
+        Args:
+            guidance: scale of the guidance.
+
+        Raises:
+            ModelError: the model cannot draw them.
+        """
+        with self._lock:
+            if not self._drawn:
+                self._stop.clear()
+                timer = threading.Timer(self.SECONDS, self._stop.set)
+                timer.start()
+                ways = [way for way in ways_of(self.pair) if way != NATIVE]
+                try:
+                    options = {"seed": 0, "steps": self.STEPS, "guidance": guidance, "stop": self._stop}
+                    self._drawn = list(draw(self.pair, self.prompt, ways, **options))
+                except Stopped:
+                    return []
+                finally:
+                    timer.cancel()
+            return self._drawn
+
+    def give_way(self) -> None:
+        """End the drawing, so that a visitor does not wait for it."""
+        self._stop.set()
+
+
+def most_different_place(first: Image.Image, second: Image.Image, zoom: int) -> tuple[float, float]:
+    """Find where two images differ most.
+
+    Args:
+        first, second: of the same size.
+        zoom: the place is a square 1/zoom as wide as the images.
+
+    Returns:
+        Its centre (x, y), as shares of the sides in [0,1].
+    """
     side = max(1, first.width // zoom)
     left, top = most_different(first, second, side)
     return (left + side / 2) / first.width, (top + side / 2) / first.height
 
 
-def cut(picture: Image.Image, x: float, y: float, zoom: int) -> Image.Image:
-    """The part of a picture around (x, y), shares of its sides in [0,1], enlarged `zoom` times without smoothing."""
-    side = max(1, picture.width // zoom)
-    left = int(np.clip(round(x * picture.width - side / 2), 0, picture.width - side))
-    top = int(np.clip(round(y * picture.height - side / 2), 0, picture.height - side))
-    return enlarged(picture, left, top, side, zoom)
+def cut_place(image: Image.Image, x: float, y: float, zoom: int) -> Image.Image:
+    """Return the part of an image around (x, y), enlarged without smoothing.
+
+    Args:
+        image: to cut from.
+        x, y: centre, as shares of the sides in [0,1].
+        zoom: the part is 1/zoom as wide as the image, and enlarged `zoom` times.
+    """
+    side = max(1, image.width // zoom)
+    left = int(np.clip(round(x * image.width - side / 2), 0, image.width - side))
+    top = int(np.clip(round(y * image.height - side / 2), 0, image.height - side))
+    return enlarged(image, left, top, side, zoom)

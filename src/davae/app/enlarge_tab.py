@@ -1,91 +1,142 @@
-"""What the tab Enlarge shows and what its buttons do."""
+"""The tab Enlarge: an image of the visitor, enlarged by the upgraded model."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from davae.app import enlarging, forms
-from davae.app.pair import Pair, Stopped
-from davae.app.tabs import COMPUTE, STOPPED, USERS, comparison, status_of, stops
-from davae.app.turns import Turns, arrival_of
+from davae.app.about import CREDIT, EXAMPLE_IMAGES, example_image
+from davae.app.pair import Pair
+from davae.app.streaming import Report
+from davae.app.turns import Turns
 from davae.app.uploads import MAX_PROMPT, MAX_STEPS, read_upload, uploaded
+from davae.app.widgets import (
+    COMPUTE,
+    NO_EXAMPLE,
+    QUIET,
+    comparison,
+    example_choice,
+    image_box,
+    is_shown_step,
+    previews_switch,
+    stops,
+    updates_of,
+)
 from davae.backbones.classes import goes_by_class
+from davae.errors import DavaeError
 
 
-def enlarge_tab(pair: Pair, folder: Path) -> None:
-    """Add the fields and handlers of the tab.
+class EnlargeTab:
+    """Fields of the tab and what its buttons do.
 
     Args:
         pair: the models of the page.
         folder: of uploads.
+        tab: that holds the fields; its example is shown when it is opened.
     """
-    if pair.upgraded is None:
-        gr.Markdown("A base model is open; an upgraded one enlarges images: `davae app micro`.")
-        return
-    turns, by_class = Turns(), goes_by_class(pair.upgraded)
-    with gr.Row():
-        file = gr.File(label="Drop an image", elem_id="enlarged-image", height=170)
-        with gr.Column():
-            prompt = gr.Textbox(
-                "1" if by_class else "",
-                label="Class" if by_class else "What it shows",
+
+    def __init__(self, pair: Pair, folder: Path, tab: gr.Tab):
+        self.pair, self.folder, self.turns = pair, folder, Turns()
+        if pair.upgraded is None:
+            gr.Markdown("A base model is open; an upgraded one enlarges images: `davae app micro`.")
+            return
+        self.by_class = goes_by_class(pair.upgraded)
+        with gr.Row():
+            with gr.Column():
+                self.file = gr.File(label="Drop an image", elem_id="enlarged-image", height=170)
+                self.example = example_choice("enlarge-example")
+            self._add_form()
+            self.input = image_box(pair, "input", elem_id="enlarge-input", height=260, min_width=200)
+        hint = f"Every side becomes {pair.scale} times as long. {CREDIT}"
+        self.status = gr.Markdown(hint, elem_id="enlarge-status")
+        self.slider = comparison(pair, "bicubic | enlarged by the model", "enlarge-slider")
+        self._connect(tab)
+
+    def _add_form(self) -> None:
+        with gr.Column(scale=2):
+            self.prompt = gr.Textbox(
+                "1" if self.by_class else "",
+                label="Class" if self.by_class else "What it shows",
                 elem_id="enlarge-prompt",
                 max_length=MAX_PROMPT,
             )
-            strength = gr.Slider(
+            self.strength = gr.Slider(
                 0, 1, 0, step=0.05, label="Strength: share of the steps that may change the image itself"
             )
             with gr.Row():
-                steps = gr.Slider(1, MAX_STEPS, 20, step=1, label="Steps", elem_id="enlarge-steps")
-                guidance = gr.Slider(0, 15, 1.0, step=0.1, label="Guidance")
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-        with gr.Column(min_width=120):
-            go = gr.Button("Enlarge", variant="primary", elem_id="enlarge")
-            halt = gr.Button("Stop", elem_id="stop-enlarging")
-    status = gr.Markdown(f"Every side becomes {pair.scale} times as long.", elem_id="enlarge-status")
-    slider = comparison(pair, "bicubic | enlarged by the model", "enlarge-slider")
+                self.steps = gr.Slider(1, MAX_STEPS, 20, step=1, label="Steps", elem_id="enlarge-steps")
+                self.guidance = gr.Slider(0, 15, 1.0, step=0.1, label="Guidance")
+                self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+            with gr.Row():
+                self.previews = previews_switch("enlarge-previews")
+                self.start = gr.Button("Enlarge", variant="primary", elem_id="enlarge")
+                self.halt = gr.Button("Stop", elem_id="stop-enlarging")
 
-    def run(
-        path: Any, words: Any, share: Any, count: Any, scale: Any, number: Any,
-        request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008 - Gradio finds the bar by this default
-    ) -> Iterator[dict[Any, Any]]:  # fmt: skip
-        visitor, arrival = str(request.session_hash), arrival_of(request)
-        stop = turns.begin(visitor, arrival)
-        yield {slider: None, status: "Waiting for the model."}
+    def _connect(self, tab: gr.Tab) -> None:
+        inputs = [
+            self.file, self.prompt, self.strength, self.steps, self.guidance, self.seed, self.example, self.previews,
+        ]  # fmt: skip
+        outputs = [self.slider, self.status]
+        self.start.click(self.enlarge, inputs, outputs, trigger_mode="always_last", **QUIET, **COMPUTE)
+        stops(self.halt, self.turns, self.status)
+        for event in (tab.select, self.file.change, self.example.change):
+            event(self.show_input, [self.example, self.file], self.input, **QUIET)
+
+    def _image(self, path: Any, example: Any) -> Image.Image | None:
+        """Return the dropped image, else the chosen example."""
+        paths = uploaded(forms.files("image", path, 1), self.folder)
+        known = forms.one_of("example", example, [*EXAMPLE_IMAGES, NO_EXAMPLE])
+        if paths:
+            return read_upload(paths[0])
+        return None if known == NO_EXAMPLE else example_image(known, self.pair.resolution // self.pair.scale)
+
+    # -- handlers ----------------------------------------------------------------------------------------------
+
+    def show_input(self, example: Any, path: Any) -> Image.Image | None:
+        """Return the image that a press of the button enlarges; one that cannot be read is named then."""
         try:
-            words = forms.text("class" if by_class else "prompt", words, MAX_PROMPT)
+            return self._image(path, example)
+        except DavaeError:
+            return None
+
+    def enlarge(
+        self, path: Any, words: Any, share: Any, count: Any, scale: Any, number: Any, example: Any, previews: Any,
+        request: gr.Request,
+    ) -> Iterator[dict[Any, Any]]:  # fmt: skip
+        """Give the enlarged image, before it bicubic enlargement and previews of the base."""
+
+        def work(stop: threading.Event, report: Report) -> None:
+            prompt = forms.text("class" if self.by_class else "prompt", words, MAX_PROMPT)
             options = {
                 "strength": forms.number("strength", share, 0, 1),
                 "steps": forms.integer("steps", count, 1, MAX_STEPS),
                 "guidance": forms.number("guidance", scale, 0, 30),
                 "seed": forms.integer("seed", number or 0, 0, 2**31 - 1),
             }
-            paths = uploaded(forms.files("image", path, 1), folder)
-            if not paths:
-                yield {status: "Drop an image first."}
+            shows = forms.flag("previews", previews)
+            image = self._image(path, example)
+            if image is None:
+                report({self.status: "Drop an image first."})
                 return
             done = enlarging.enlarge_image(
-                pair,
-                read_upload(paths[0]),
-                words,
+                self.pair,
+                image,
+                prompt,
                 stop=stop,
-                on_step=lambda step, total: progress((step, total), desc="enlarging"),
+                on_step=lambda step, total: self._report_step(report, step, total),
+                on_preview=(lambda *both: report({self.slider: both})) if shows else None,
                 **options,
             )
-        except Stopped:
-            yield {status: STOPPED}
-            return
-        except USERS as error:
-            yield {status: status_of(error)}
-            return
-        finally:
-            turns.end(visitor, arrival)
-        yield {slider: (done.before, done.after), status: done.note}
+            report({self.slider: (done.before, done.after), self.status: done.note})
 
-    inputs = [file, prompt, strength, steps, guidance, seed]
-    go.click(run, inputs, [slider, status], trigger_mode="always_last", api_visibility="private", **COMPUTE)
-    stops(halt, turns, status)
+        yield from updates_of(work, request, self.turns, self.status, {self.slider: None})
+
+    def _report_step(self, report: Report, done: int, total: int) -> None:
+        if is_shown_step(done, total):
+            report({self.status: f"Enlarging: step {done} of {total}."})

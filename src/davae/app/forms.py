@@ -49,6 +49,21 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
+def flag(name: str, value: Any) -> bool:
+    """Return a switch.
+
+    Args:
+        name: of the field, for the message.
+        value: what the visitor sent.
+
+    Raises:
+        FormError: anything but true and false.
+    """
+    if not isinstance(value, bool):
+        raise FormError(f"{name}: {excerpt(value)} is not a switch; send true or false")
+    return value
+
+
 def one_of(name: str, value: Any, known: Sequence[Choice]) -> Choice:
     """Return the choice that equals a value.
 

@@ -1,4 +1,4 @@
-"""What an upgrade would bring for a model: the table of `davae inspect`."""
+"""Figures of an upgrade before it is trained: the table of `davae inspect`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from davae.plan.counted import counted
 
 
 def inspection(model: str, resolution: int, scale: int) -> tuple[list[list[str]], str]:
-    """(rows of name and value, a line with the bound) for a base model.
+    """Return the rows of name and value, and a line with the bound, for a base model.
+
+    Args:
+        model: name or folder.
+        resolution: pixels of the upgraded image, each way.
+        scale: pixels of the upgraded image over those of the base, each way.
 
     Raises:
         ModelError: no such model, one that cannot be upgraded, or a resolution that does not divide.

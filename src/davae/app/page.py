@@ -20,14 +20,16 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 
 from davae.app.access import Access
-from davae.app.enlarge_tab import enlarge_tab
+from davae.app.enlarge_tab import EnlargeTab
 from davae.app.forms import escape_markup
+from davae.app.generate_tab import GenerateTab
 from davae.app.guard import Guard
+from davae.app.inspect_tab import InspectTab
 from davae.app.limits import Bounds
 from davae.app.pair import Pair
+from davae.app.reconstruct_tab import ReconstructTab
 from davae.app.roots import Roots, label
-from davae.app.tabs import generate_tab, inspect_tab, reconstruct_tab
-from davae.app.train_tab import train_tab
+from davae.app.train_tab import TrainTab
 from davae.app.training import Trainings
 from davae.app.uploads import MAX_BYTES
 from davae.console import console
@@ -41,7 +43,7 @@ FOLDER, LOCK = "davae-app-", ".in-use"
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
 .small img { image-rendering: pixelated; }
-.picture img { width: 100%; height: 100%; object-fit: contain; }
+.framed img { width: 100%; height: 100%; object-fit: contain; }
 footer { display: none !important; }
 """
 
@@ -50,23 +52,25 @@ def build(pair: Pair, trainings: Trainings, roots: Roots | None = None) -> gr.Bl
     """Return the five tabs around a pair of models and a folder of trainings.
 
     Args:
+        pair: the models.
+        trainings: those that the page starts and shows.
         roots: folders whose entries the page offers by name; by default none.
     """
     roots = roots or Roots(model=pair.name.removesuffix("-upgraded"))
     uploads = upload_folder()
     title = f"davae: {label(pair.name)}"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(f"# davae\n{_lead(pair)}")
+        gr.Markdown(f"# davae\n{_lead(pair)}", elem_id="lead")
         with gr.Tab("Generate", id="generate"):
-            generate_tab(pair)
-        with gr.Tab("Reconstruct", id="reconstruct"):
-            reconstruct_tab(pair, uploads)
-        with gr.Tab("Enlarge", id="enlarge"):
-            enlarge_tab(pair, uploads)
+            GenerateTab(pair).connect_visit(page)
+        with gr.Tab("Reconstruct", id="reconstruct") as tab:
+            ReconstructTab(pair, uploads, tab)
+        with gr.Tab("Enlarge", id="enlarge") as tab:
+            EnlargeTab(pair, uploads, tab)
         with gr.Tab("Inspect", id="inspect"):
-            inspect_tab(roots)
+            InspectTab(roots)
         with gr.Tab("Train", id="train"):
-            train_tab(trainings, roots, uploads)
+            TrainTab(trainings, roots, uploads)
     page.queue(max_size=QUEUE, default_concurrency_limit=8, api_open=False)
     # Gradio checks the files that arguments name only in a page that was launched; a mounted one is not.
     page.has_launched = True
@@ -108,13 +112,13 @@ def remove_left_folders(temporary: Path) -> None:
 
 
 def _lead(pair: Pair) -> str:
-    name, size, scale = escape_markup(label(pair.name)), pair.resolution, pair.scale
+    """Return the sentences about the model that stand above the tabs."""
+    lines = [f"**{escape_markup(label(pair.name))}** is open.", *(escape_markup(line) for line in model_facts(pair))]
     if pair.upgraded is None:
-        return f"**{name}** is a base model. Open an upgraded one to compare: `davae app micro`."
-    text = (
-        f"**{name}** draws {size} pixels with the tokens of {size // scale}: {scale} times the size at the same cost."
-    )
-    return text if pair.base is not None else f"{text} Its base is not open; name it with `--base` to compare."
+        lines.append("Open an upgraded model to compare: `davae app micro`.")
+    elif pair.base is None:
+        lines.append("Its base is not open; name it with `--base` to compare.")
+    return " ".join(lines)
 
 
 def build_server(
@@ -127,6 +131,8 @@ def build_server(
     """Return the page at `/` and the report of each training at `/reports/NAME`, behind the guard.
 
     Args:
+        pair: the models.
+        trainings: those that the page starts and shows.
         access: hosts and secrets; by default those of a page on this machine, with a new token.
         roots: folders whose entries the page offers by name; by default none.
         bounds: what requests may take.

@@ -1,4 +1,4 @@
-"""A photo through the base autoencoder and through the upgraded one, its detail channels faded at will."""
+"""An image through the base autoencoder and through the upgraded one, its detail channels faded at will."""
 
 from __future__ import annotations
 
@@ -23,15 +23,26 @@ ERROR_SHOWN = 0.25  # mean absolute error of a pixel, of a range of 1, that the 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A photo at the model's size, what the base makes of it, and its latents."""
+    """An image at the model's size, its base reconstruction and its latents.
+
+    Attributes:
+        original: the image.
+        base: reconstruction of the base autoencoder at its own resolution, enlarged by bicubic interpolation.
+        latents: normalised z_hr (1,C+D,h,w).
+    """
 
     original: Image.Image
-    base: Image.Image | None  # base autoencoder at its own resolution, enlarged by bicubic interpolation
-    latents: Tensor  # normalised z_hr (1,C+D,h,w)
+    base: Image.Image | None
+    latents: Tensor
 
 
 def encode(pair: Pair, photo: Image.Image, resolution: int | None = None) -> Encoded:
-    """Crop the centre square of a photo to `resolution` pixels (the model's own by default) and encode it.
+    """Encode the centre square of an image.
+
+    Args:
+        pair: the models.
+        photo: at least `resolution` pixels wide and high.
+        resolution: pixels to reduce the square to; by default the model's own.
 
     Raises:
         ModelError: the pair has no upgraded autoencoder.
@@ -51,14 +62,26 @@ def encode(pair: Pair, photo: Image.Image, resolution: int | None = None) -> Enc
 
 
 def weights_of(channels: int, strength: float, first: int, last: int) -> Tensor:
-    """(D,): `strength` for detail channels `first` to `last` (counted from 1, both included), 0 for the others."""
+    """Return weights (D,) of the detail channels: `strength` for some, 0 for the others.
+
+    Args:
+        channels: D.
+        strength: weight.
+        first, last: channels that get it, counted from 1, both included.
+    """
     weights = torch.zeros(channels)
     weights[max(0, first - 1) : last] = strength
     return weights
 
 
 def decode_weighted(pair: Pair, encoded: Encoded, weights: Tensor) -> Image.Image:
-    """The upgraded picture with raw z_d multiplied by `weights` (D,)."""
+    """Decode an image with raw z_d multiplied by weights.
+
+    Args:
+        pair: the models.
+        encoded: the image's latents.
+        weights: (D,).
+    """
     with LOCK:
         return to_images(check_reconstruction(decode_faded(_vae(pair), encoded.latents, weights)))[0]
 
@@ -69,9 +92,14 @@ def _vae(pair: Pair) -> DetailVAE:
     return pair.upgraded.vae
 
 
-def error_map(original: Image.Image, picture: Image.Image) -> Image.Image:
-    """Mean absolute error of the colours of each pixel: black none, white `ERROR_SHOWN` or more."""
-    error = np.abs(_pixels(original) - _pixels(picture)).mean(-1) / ERROR_SHOWN
+def error_map(original: Image.Image, image: Image.Image) -> Image.Image:
+    """Return a map of the mean absolute error of each pixel's colours, brightest at ERROR_SHOWN or more.
+
+    Args:
+        original: to compare with.
+        image: of the same size.
+    """
+    error = np.abs(_pixels(original) - _pixels(image)).mean(-1) / ERROR_SHOWN
     return Image.fromarray((matplotlib.colormaps["inferno"](error.clip(0, 1))[..., :3] * 255).astype(np.uint8))
 
 
@@ -81,5 +109,5 @@ def psnr_of(original: Image.Image, image: Image.Image) -> float:
     return float(psnr(*both))
 
 
-def _pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture, dtype=np.float64) / 255
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=np.float64) / 255

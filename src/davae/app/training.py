@@ -18,9 +18,11 @@ from typing import Any
 from davae.app import slot
 from davae.app.forms import excerpt, without_folders
 from davae.app.limits import is_below
-from davae.app.uploads import MAX_TRAINING_STEPS, store_images
+from davae.app.uploads import MAX_TRAINING_STEPS, named, shown_name, store_images
+from davae.dataset.opened import SUMMARY
 from davae.errors import RecipeError, RunError
 from davae.files.atomic import atomic_text
+from davae.files.reading import read_object
 from davae.recipes import Recipe, dump_recipe, load_recipe, shipped_recipes
 from davae.train.locking import running_process
 from davae.train.run_folder import read_metrics
@@ -235,6 +237,18 @@ class Trainings:
         """Folder name of the newest checkpoint, stage 2 before stage 1; empty before the first."""
         found = (self.folder(name) / "checkpoints").glob("stage[12]-[0-9]*")
         return max((path.name for path in found), default="")
+
+    def left_out(self, name: str) -> list[str]:
+        """Return a line for each reason why a training leaves images out, with the names of the first ones."""
+        try:
+            summary = read_object(self.folder(name) / SUMMARY, RunError)
+        except RunError:  # not written yet
+            return []
+        first = summary.get("left_out_first", {})
+        return [
+            f"{count} {without_folders(reason)}: {named([shown_name(Path(one)) for one in first.get(reason, ())], count)}"
+            for reason, count in summary.get("left_out", {}).items()
+        ]
 
     def curves(self, name: str) -> dict[str, list[dict[str, Any]]]:
         """Losses of both stages so far: stage -> rows of step, value and curve."""

@@ -1,9 +1,10 @@
-"""What a stranger may send: one place with every bound, and one line for everything beyond it."""
+"""Bounds of what a visitor may send, and one line for everything beyond them."""
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -18,9 +19,10 @@ MAX_SIDE = 12_000  # pixels
 MAX_PIXELS = 40_000_000
 MAX_IMAGES = 500  # of one training set
 MAX_PROMPT = 500  # characters
-MAX_STEPS = 150  # of one picture
+MAX_STEPS = 150  # of one image
 MAX_TRAINING_STEPS = 200_000
 MAX_SECONDS = 600  # of one drawing, without the wait
+FEW = 5  # names that a line repeats
 
 _BOUND = f"{MAX_SIDE:,} a side and {MAX_PIXELS // 1_000_000} million in all"
 
@@ -69,21 +71,45 @@ def uploaded(paths: list[str], folder: Path) -> list[Path]:
     return [Path(path) for path in paths]
 
 
+def named(names: Sequence[str], count: int) -> str:
+    """Return the first FEW names of files, and how many follow.
+
+    Args:
+        names: at least the first ones.
+        count: of all.
+    """
+    first = names[:FEW]
+    return ", ".join(first) + (f" and {count - len(first)} more" if count > len(first) else "")
+
+
+def unused_captions(uploads: list[Path]) -> list[str]:
+    """Return the names of `.txt` files that no uploaded image of the same name goes with."""
+    images = {path.stem for path in uploads if path.suffix.lower() != ".txt"}
+    return [shown_name(path) for path in uploads if path.suffix.lower() == ".txt" and path.stem not in images]
+
+
 def store_images(uploads: list[Path], folder: Path) -> int:
-    """Copy uploaded pictures and the `.txt` captions beside them into `folder`; returns how many pictures.
+    """Copy uploaded images and their `.txt` captions into a folder.
 
     All are checked before the first is written.
+
+    Args:
+        uploads: images and captions.
+        folder: to write to.
+
+    Returns:
+        The number of images.
 
     Raises:
         DataError: one of them cannot be used, there are too many, or there is none.
     """
     captions = {path.stem: path for path in uploads if path.suffix.lower() == ".txt"}
-    pictures = [path for path in uploads if path.suffix.lower() != ".txt"]
-    if not pictures:
-        raise DataError("no pictures were uploaded")
-    if len(pictures) > MAX_IMAGES:
-        raise DataError(f"{len(pictures)} pictures; the page takes up to {MAX_IMAGES}: put them below --data-root")
-    for path in pictures:
+    images = [path for path in uploads if path.suffix.lower() != ".txt"]
+    if not images:
+        raise DataError("no images were uploaded")
+    if len(images) > MAX_IMAGES:
+        raise DataError(f"{len(images)} images; the page takes up to {MAX_IMAGES}: put them below --data-root")
+    for path in images:
         if not is_image_name(path.name):
             raise DataError(
                 f"{shown_name(path)} is not an image that can be trained on; use PNG, JPEG, WebP, BMP, TIFF or GIF"
@@ -92,10 +118,10 @@ def store_images(uploads: list[Path], folder: Path) -> int:
     if any(path.stat().st_size > 10_000 for path in captions.values()):
         raise DataError("a caption file has more than 10,000 bytes")
     folder.mkdir(parents=True, exist_ok=True)
-    for number, path in enumerate(pictures):
+    for number, path in enumerate(images):
         words = "-".join(re.findall(r"[a-z0-9]+", path.stem.lower()))[:40]
         name = f"{number:03d}-{words}" if words else f"{number:03d}"
         shutil.copyfile(path, folder / f"{name}{path.suffix.lower()}")
         if path.stem in captions:
             shutil.copyfile(captions[path.stem], folder / f"{name}.txt")
-    return len(pictures)
+    return len(images)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from davae.latent import LatentLayout
-from davae.sample.levels import Level, level_after
+from davae.sample.levels import Level, adds_noise, clean_from, level_after
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class Canvas:
         self.generator = work.generator
         self.z, self.noise = work.z.float().to(device), work.noise.float().to(device)
         self.state: Tensor | None = None
+        self._before: Tensor | None = None  # the state one step earlier
         self.calls = 0
         self._scheduler: Any = None
 
@@ -141,8 +142,21 @@ class Canvas:
         if pipeline.scheduler is not None:
             moved = self._stepped(pipeline.scheduler, moved, timestep, options)
         self.calls += 1
+        self._before = self.state
         self.state = self._with_base(moved, level_after(pipeline, self.calls), step_count(pipeline) - self.calls)
         return self.grid.gather(self.state)
+
+    def clean_base(self, pipeline: Any) -> Tensor:
+        """Return an estimate of the clean base latent (1,C,H,W): z while it is known, then what the last step moved to."""
+        if self._before is None or self.state is None or step_count(pipeline) - self.calls >= self.free:
+            return self.z
+        before, after = (self.layout.split(state)[0] for state in (self._before, self.state))
+        start, end = level_after(pipeline, self.calls - 1), level_after(pipeline, self.calls)
+        if self.clean:
+            return after
+        if pipeline.scheduler is not None and adds_noise(pipeline.scheduler):
+            return after / max(end.data, 0.1)
+        return clean_from(before, after, start, end)
 
     def _stepped(self, scheduler: Any, prediction: Tensor, timestep: Any, options: dict[str, Any]) -> Tensor:
         if self._scheduler is None:  # with the pipeline's timesteps, and a memory of its own

@@ -23,14 +23,21 @@ from davae.sample.lockstep import Exchange, Left, together
 TWO_OUTPUTS = ("CogVideoXDPMScheduler",)  # steps that take and give a second tensor
 
 
+OnBase = Callable[[int, list[Tensor]], None]
 Handed = tuple[Any, Tensor, Any, dict[str, Any]]  # the pipeline, predictions, timestep, further arguments of a step
 
 
 class _Group:
     """The windows of several images, and which of them a call of the pipeline draws."""
 
-    def __init__(self, canvases: Sequence[Canvas], batch_size: int, on_step: Callable[[int, int], None]):
-        self.canvases, self.on_step = canvases, on_step
+    def __init__(
+        self,
+        canvases: Sequence[Canvas],
+        batch_size: int,
+        on_step: Callable[[int, int], None],
+        on_base: OnBase | None,
+    ):
+        self.canvases, self.on_step, self.on_base = canvases, on_step, on_base
         total = sum(len(canvas.grid) for canvas in canvases)
         self.parts = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
 
@@ -49,6 +56,8 @@ class _Group:
         for own, *_ in handed:
             self.canvases[0].share_index(own.scheduler)
         joined = torch.cat(windows)
+        if self.on_base is not None:
+            self.on_base(self.canvases[0].calls, [canvas.clean_base(pipeline) for canvas in self.canvases])
         self.on_step(self.canvases[0].calls, step_count(pipeline))
         return [joined[part.start : part.stop] for part in self.parts]
 
@@ -63,6 +72,7 @@ def draw_detail(
     guidance_scale: float,
     batch_size: int,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_base: OnBase | None = None,
 ) -> list[Tensor]:
     """Draw the detail channels of images whose base is known, through an unmodified pipeline.
 
@@ -72,6 +82,8 @@ def draw_detail(
     Args:
         pipeline: an upgraded pipeline of any family that `davae upgrade` trains.
         batch_size: windows that the model sees at a time.
+        on_step: called with the steps that are done and their number.
+        on_base: called after each step with its number and an estimate of each image's clean base latent (1,C,H,W).
 
     Returns:
         Normalised z_hr (1,C+D,H,W) of each image; at strength 0 its base channels are z exactly.
@@ -87,7 +99,7 @@ def draw_detail(
     clean = bool(denoiser(pipeline).config.get(CLEAN_BASE))
     free = int(steps * strength + 1e-9)  # as image-to-image pipelines count them
     canvases = [Canvas(one, layout, device, free, clean) for one in work]
-    group = _Group(canvases, at_a_time(pipeline, batch_size, guidance_scale), on_step)
+    group = _Group(canvases, at_a_time(pipeline, batch_size, guidance_scale), on_step, on_base)
     prompts = [one.prompt for one in work for _ in range(len(one.grid))]
     noise = torch.cat([canvas.first() for canvas in canvases])
     side = work[0].grid.window

@@ -24,7 +24,7 @@ from davae.errors import ModelError
 from davae.pretrained.memory_budget import TILE
 from davae.pretrained.open import default_resolution, pixel_factor, token_side
 from davae.sample.canvas import Enlargement, WindowGrid
-from davae.sample.draw_detail import draw_detail
+from davae.sample.draw_detail import OnBase, draw_detail
 from davae.sample.finite import finite_rows, remedy
 from davae.sample.generate import structured_noise
 from davae.vae.blocks import downsample
@@ -55,6 +55,7 @@ def upscale(
     overlap: float = OVERLAP,
     faithful: bool = True,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_base: OnBase | None = None,
 ) -> list[Image.Image]:
     """Enlarge images with an upgraded model: s times as high and wide, at the tokens of the small image.
 
@@ -71,6 +72,8 @@ def upscale(
         overlap: share of its side that a window has in common with the next one.
         faithful: correct the result until it gives the input again when it is reduced; only at strength 0.
         on_step: called with the steps that are done and their number, over all images.
+        on_base: called after each step of a group of images with its number and estimates of their clean base latents
+            (1,C,h,w), normalised; the image may be mirrored at its right and lower edge.
 
     Returns:
         One image for each of `images`, RGB.
@@ -89,7 +92,9 @@ def upscale(
         _note_noisy_base()
     results = [source.convert("RGB") for source in sources]
     work = _Work(pipe, side, overlap, seed, faithful and strength == 0.0)
-    options = {"strength": strength, "steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
+    options = {
+        "strength": strength, "steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size, "on_base": on_base,
+    }  # fmt: skip
     total, before = steps * times * len(results), 0
     for _ in range(times):
         for chosen in _groups([len(work.grid(image.size)) for image in results], batch_size):
