@@ -21,7 +21,7 @@ from test_app_attacks import handlers_of
 
 from davae.app import about, drawing, enlarging
 from davae.app.forms import FormError, flag
-from davae.app.page import build
+from davae.app.page import build, upload_folder
 from davae.app.pair import Pair, Stopped
 from davae.app.streaming import streamed
 from davae.app.training import Trainings
@@ -219,11 +219,11 @@ def test_the_page_opens_with_facts_and_examples(pair: Pair, page: Any):  # noqa:
 def test_examples_of_an_embedded_model_and_of_a_folder_without_recipe(pair: Pair, tmp_path: Path):  # noqa: F811
     micro = Pair("micro-upgraded", pair.base, pair.upgraded)
     assert about.example_prompts(micro) == list(load_recipe("micro").sampling.prompts)[: about.FEW]
-    assert "openmoji" in about.facts(micro)[-1]
+    assert "openmoji" in about.model_facts(micro)[-1]
     (tmp_path / "recipe.yaml").write_text("kind: nonsense")
     for name in (str(tmp_path), str(tmp_path / "absent"), "organisation/model"):
         assert about.example_prompts(Pair(name, pair.base, pair.upgraded)) == list(about.PROMPTS)
-    assert "It is a base model that draws 16 pixels" in about.facts(Pair("base", pair.base, None))[0]
+    assert "It is a base model that draws 16 pixels" in about.model_facts(Pair("base", pair.base, None))[0]
 
 
 def test_the_first_drawing_is_made_once_and_gives_way(pair: Pair, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
@@ -255,9 +255,18 @@ def test_an_example_is_reconstructed_while_no_image_is_dropped(page: Any):
 # -- uploads ---------------------------------------------------------------------------------------------------
 
 
-def test_captions_without_an_image_are_named():
+def test_captions_without_an_image_are_named(page: Any, monkeypatch: pytest.MonkeyPatch):
     uploads = [Path("a.png"), Path("a.txt"), Path("b.txt"), Path("c\n.TXT")]
     assert unused_captions(uploads) == ["b.txt", "c?.TXT"]
+    sent = [upload_folder() / name for name in ("a.png", "<b>.txt")]
+    for path in sent:
+        path.touch()
+    monkeypatch.setattr(Trainings, "start", lambda *_, **options: None)
+    begin = handler_of(page, "training-name")
+    values = [part.value for part in begin.inputs]
+    line = "Captions without an image of their name: &lt;b&gt;.txt."
+    assert begin.fn("first", *values[1:3], [str(path) for path in sent], *values[4:]) == ("first", line)
+    assert begin.fn("first", *values[1:]) == ("first", "")
     assert named([str(number) for number in range(7)], 7) == "0, 1, 2, 3, 4 and 2 more"
 
 

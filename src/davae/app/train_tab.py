@@ -200,10 +200,9 @@ class TrainTab:
         overrides = overrides_of(recipe, first, second, values)
         self.trainings.start(title, which, data=source, uploads=paths or None, overrides=overrides)
         unused = unused_captions(paths)
-        return (
-            title,
-            f"Uploads that are not used: {escape_markup(named(unused))} (no image of that name)." if unused else "",
-        )
+        if not unused:
+            return title, ""
+        return title, f"Captions without an image of their name: {escape_markup(named(unused, len(unused)))}."
 
     def _known(self, title: Any) -> str:
         return forms.one_of("training", title, self.trainings.names())
