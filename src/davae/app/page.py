@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 
+from davae.app.about import model_facts
 from davae.app.access import Access
 from davae.app.enlarge_tab import EnlargeTab
 from davae.app.forms import escape_markup
