@@ -18,6 +18,7 @@ import pytest
 import typer
 import yaml
 
+import davae
 from davae.cli import app
 from davae.recipes import load_recipe, shipped_recipes, validate
 
@@ -205,6 +206,13 @@ def test_the_table_of_gpus_has_the_planned_figures():
         assert hours == (f"{total:.0f}" if total >= 1 else "under 1"), name
         taken = sum(phase["disk_gib"] for phase in plan["phases"])
         assert disk == f"{taken:.{0 if taken >= 10 else 1}f}", name
+
+
+def test_every_public_name_is_on_the_python_page():
+    """But for classes that exported folders name, and nobody imports."""
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = {name for name in davae.__all__ if not re.fullmatch(r"Detail\w+Pipeline|PooledAutoencoderTiny", name)}
+    assert named <= set(re.findall(r"^::: davae\.(\w+)$", text, flags=re.MULTILINE))
 
 
 def test_every_page_is_in_the_navigation_and_the_site_builds(tmp_path: Path):
