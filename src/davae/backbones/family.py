@@ -1,11 +1,12 @@
-"""What a row of `families.py` says of a transformer, and the names that rows share."""
+"""A model family: where its transformer's latent channels enter and leave, and how the transformer is called."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from davae.backbones.families import CALLS
+from davae.backbones.call import Call
+from davae.errors import ModelError
 
 TokenOrder = Literal["patch_channel", "channel_patch"]
 Condition = Literal["text", "class"]
@@ -13,36 +14,36 @@ ObjectiveName = Literal["flow", "epsilon", "v_prediction"]
 
 
 @dataclass(frozen=True)
-class TransformerFamily:
-    """How to widen a transformer of one diffusers class.
+class Family:
+    """All that davae knows of the models of one class: how they are widened, and how they are called.
 
     Attributes:
-        class_name: the diffusers class.
+        class_name: class of the model, in diffusers or davae.
+        pipeline: the stock pipeline that runs the model.
         embedder: module path of P, a convolution or linear over the input channels.
         head: module path of O, a linear or convolution over the output channels.
-        head_order: how a token's outputs are laid out: `patch_channel` (p,p,c), channels innermost, or
-            `channel_patch` (c,p,p).
-        embedder_order: the same for a linear embedder's inputs.
-        packed: latent positions that the pipeline packs into the channels of one token before the transformer sees them.
-        in_key, out_key: config keys of the channels that go in and come out.
-        attributes: instance attributes that hold the number of channels, in or out.
-        pipeline: the stock pipeline that runs the model.
+        head_order: order of a token's outputs: `patch_channel` (p,p,c), channels innermost, or `channel_patch` (c,p,p).
         lora_targets: ends of the names of the layers that LoRA adapts, as regular expressions: attention and feed-forward, in
             both streams.
-        condition: what a picture is asked for by: a prompt or a class number.
+        call: how a training step calls the model; None where the model can be expanded but not trained.
+        condition: what an image is drawn from: a prompt or a class number.
+        attributes: instance attributes that hold the number of channels, in or out.
         component: the model's name in its pipeline.
+        embedder_order: order of a linear embedder's inputs, as `head_order`.
+        packed: latent positions that the pipeline packs into the channels of one token before the transformer sees them.
+        in_key, out_key: config keys of the channels that go in and come out.
         fixed: parameters that are tables, never trained.
-        objectives: what the family's call knows to be asked for; the base pipeline's scheduler picks one.
+        objectives: predictions that the call can be trained for; the base pipeline's scheduler picks one.
         classes_key: config key of the number of classes, where `condition` is class.
-        patch_key: config key of p; None where the pipeline's packing is all there is, or positions are tokens.
-        grid: positions per side that the model groups beside p, so that latents divide by it too.
-        guidance: argument by which its pipeline takes a guidance scale.
-        negative_prompts: whether its pipeline guides only, or only several prompts, with a negative one given for each.
-        default_pixels: what its stock pipeline draws when no size is asked for, where that is a literal.
+        patch_key: config key of p; None where only the pipeline packs positions, or positions are tokens.
+        grid: positions per side that the model groups in addition to p, so that latents divide by it too.
+        guidance: argument by which the pipeline takes a guidance scale.
+        negative_prompts: whether the pipeline guides only, or only several prompts, with a negative prompt for each.
+        default_pixels: side of the images that the stock pipeline draws by default, where its code has a literal.
         upgraded_pipelines: davae's subclasses of stock pipelines that cannot draw an upgrade, or not by default.
-        scaled_config: entries of the transformer's config from which its pipeline reads sizes in pixels of the base; an
+        scaled_config: entries of the transformer's config from which the pipeline reads sizes in pixels of the base; an
             upgrade multiplies them by s.
-        scaled_options: the same among the pipeline's own options, given in pixels.
+        scaled_options: options of the pipeline with sizes in pixels of the base; an upgrade multiplies them by s.
     """
 
     class_name: str
@@ -51,6 +52,7 @@ class TransformerFamily:
     head: str
     head_order: TokenOrder
     lora_targets: tuple[str, ...]
+    call: Call | None = None
     condition: Condition = "text"
     attributes: tuple[str, ...] = ()
     component: str = "transformer"
@@ -72,15 +74,25 @@ class TransformerFamily:
 
     @property
     def trains(self) -> bool:
-        """Whether stage 2 knows how to call the model; the other ones can be expanded."""
-        return self.class_name in CALLS
+        """Whether stage 2 can call the model; the other families can be expanded."""
+        return self.call is not None
+
+    def require_call(self) -> Call:
+        """Return how the model is called.
+
+        Raises:
+            ModelError: a family that can only be expanded.
+        """
+        if self.call is None:
+            raise ModelError(f"expand_transformer widens a {self.class_name}, but davae cannot call or train one yet")
+        return self.call
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 JOINT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # the text's side of a joint attention
 MLP = ("ff.net.0.proj", "ff.net.2")
 TEXT_MLP = ("ff_context.net.0.proj", "ff_context.net.2")
-FLUX = (*ATTENTION, *JOINT, *MLP, *TEXT_MLP, "proj_mlp", r"single_transformer_blocks.\d+.proj_out")
+FLUX_LAYERS = (*ATTENTION, *JOINT, *MLP, *TEXT_MLP, "proj_mlp", r"single_transformer_blocks.\d+.proj_out")
 GATED = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 SWIGLU = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
 

@@ -1,13 +1,15 @@
-"""FLUX.1."""
+"""FLUX.1, FLUX.2, Chroma, Ovis-Image, LongCat-Image and Bria: 2x2 latent positions packed into a token."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from davae.backbones.call import JointAndPooled, Packed, Parts
+from davae.backbones.call import Joint, JointAndPooled, Masked, Packed, PackedGrid, Parts
+from davae.backbones.family import ATTENTION, CP, FLUX_LAYERS, JOINT, OUT, Family
 
 
 class FluxCall(Packed, JointAndPooled):
@@ -34,3 +36,204 @@ class FluxCall(Packed, JointAndPooled):
             return_dict=False,
         )[0]
         return self.unpack(tokens, x_t)
+
+
+class ChromaCall(Packed, Masked):
+    """FLUX.1 without pooled embeddings and guidance; a mask over the text."""
+
+    TEXT_TOKENS = 512
+
+    def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
+        encoded = pipeline.encode_prompt(prompt=captions, do_classifier_free_guidance=False, **options)
+        embeds, _, mask = encoded[:3]
+        return embeds, mask  # (B,L,d), (B,L)
+
+    def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
+        embeds, mask = parts
+        packed, img_ids = self.pack(x_t), self.grid(x_t)
+        tokens = model(
+            hidden_states=packed,  # (B,hw/4,4c)
+            timestep=t,
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=x_t.dtype),
+            img_ids=img_ids,
+            # numbers, not truth values: the pipeline adds them to the attention's logits
+            attention_mask=torch.cat([mask.to(x_t), x_t.new_ones(packed.shape[:2])], dim=1),  # (B,L+hw/4)
+            return_dict=False,
+        )[0]
+        return self.unpack(tokens, x_t)
+
+
+def text_diagonal(length: int, like: Tensor) -> Tensor:
+    """(L,3): 0, i, i: text runs along the diagonal of the picture's positions."""
+    return F.pad(torch.arange(length, device=like.device)[:, None].expand(-1, 2), (1, 0)).to(like)
+
+
+class FluxLikeCall(Packed, Joint):
+    """The call that these share; each says what differs."""
+
+    TIMES = 1.0  # what the model counts a whole trajectory as
+
+    def text_ids(self, embeds: Tensor, x_t: Tensor) -> Tensor:
+        """(L,3): positions of the text (B,L,d)."""
+        return text_diagonal(embeds.shape[1], x_t)
+
+    def image_ids(self, x_t: Tensor) -> Tensor:
+        """(hw/4,3): positions of the picture's tokens."""
+        return self.grid(x_t)
+
+    def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
+        (embeds,) = parts
+        tokens = model(
+            hidden_states=self.pack(x_t),  # (B,hw/4,4c)
+            timestep=t * self.TIMES,
+            encoder_hidden_states=embeds,
+            txt_ids=self.text_ids(embeds, x_t),
+            img_ids=self.image_ids(x_t),
+            return_dict=False,
+        )[0]
+        return self.unpack(tokens, x_t)
+
+
+class OvisImageCall(FluxLikeCall):
+    """Text positions run along the diagonal."""
+
+    TEXT_TOKENS = 256
+
+    def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
+        embeds, *_ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, **options)
+        return (embeds,)  # (B,L,d)
+
+
+class LongCatImageCall(FluxLikeCall):
+    """As Ovis; the picture's positions have 1 in front and begin where the longest text ends."""
+
+    TEXT_TOKENS = 512
+
+    def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
+        embeds, _ = pipeline.encode_prompt(captions)
+        return (embeds,)  # (B,L,d)
+
+    def image_ids(self, x_t: Tensor) -> Tensor:
+        return self.grid(x_t) + x_t.new_tensor([1, self.TEXT_TOKENS, self.TEXT_TOKENS])
+
+
+class BriaCall(FluxLikeCall):
+    """Timesteps to 1000. The pipeline guides away from zeros, so they are what a dropped caption becomes."""
+
+    TEXT_TOKENS = 128
+    TIMES = 1000.0
+
+    def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
+        embeds, *_ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, **options)
+        said = torch.tensor([bool(caption) for caption in captions], device=embeds.device)
+        return (embeds * said[:, None, None],)  # (B,L,d)
+
+    def text_ids(self, embeds: Tensor, x_t: Tensor) -> Tensor:
+        return torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=x_t.dtype)
+
+
+class Flux2Call(PackedGrid, Joint):
+    """Positions are (time, row, column, place in the text)."""
+
+    TEXT_TOKENS = 512
+    GUIDANCE = 4.0  # the pipeline's default; stage 2 puts its own in place
+
+    def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
+        embeds, _ = pipeline.encode_prompt(prompt=captions, **options)
+        return (embeds,)  # (B,L,d)
+
+    def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
+        (embeds,) = parts
+        batch, length = embeds.shape[:2]
+        place = torch.arange(length, device=x_t.device)
+        txt_ids = F.pad(place[:, None], (3, 0)).expand(batch, -1, -1)  # (B,L,4)
+        img_ids = F.pad(self.grid(x_t).long(), (0, 1)).expand(batch, -1, -1)  # (B,hw/4,4)
+        tokens = model(
+            hidden_states=Packed.pack(self, x_t),  # (B,hw/4,4c)
+            timestep=t,
+            guidance=torch.full_like(t, self.GUIDANCE) if config["guidance_embeds"] else None,
+            encoder_hidden_states=embeds,
+            txt_ids=txt_ids,
+            img_ids=img_ids,
+            return_dict=False,
+        )[0]
+        return self.unpack(tokens, x_t)
+
+
+FLUX = (
+    Family(
+        "FluxTransformer2DModel",
+        pipeline="FluxPipeline",
+        embedder="x_embedder",
+        head="proj_out",
+        head_order=CP,
+        lora_targets=FLUX_LAYERS,
+        packed=4,
+        attributes=OUT,
+        call=FluxCall(),
+    ),
+    Family(
+        "Flux2Transformer2DModel",
+        pipeline="Flux2Pipeline",
+        embedder="x_embedder",
+        head="proj_out",
+        head_order=CP,
+        lora_targets=(
+            *ATTENTION,
+            *JOINT,
+            "ff(_context)?.linear_(in|out)",
+            "to_qkv_mlp_proj",
+            r"single_\w+.\d+.attn.to_out",
+        ),
+        packed=4,
+        attributes=OUT,
+        call=Flux2Call(),
+    ),
+    Family(
+        "ChromaTransformer2DModel",
+        pipeline="ChromaPipeline",
+        embedder="x_embedder",
+        head="proj_out",
+        head_order=CP,
+        lora_targets=FLUX_LAYERS,
+        packed=4,
+        attributes=OUT,
+        call=ChromaCall(),
+    ),
+    Family(
+        "OvisImageTransformer2DModel",
+        pipeline="OvisImagePipeline",
+        embedder="x_embedder",
+        head="proj_out",
+        head_order=CP,
+        lora_targets=FLUX_LAYERS,
+        packed=4,
+        attributes=OUT,
+        call=OvisImageCall(),
+    ),
+    Family(
+        "LongCatImageTransformer2DModel",
+        pipeline="LongCatImagePipeline",
+        embedder="x_embedder",
+        head="proj_out",
+        head_order=CP,
+        lora_targets=FLUX_LAYERS,
+        packed=4,
+        attributes=OUT,
+        negative_prompts=True,
+        upgraded_pipelines=("DetailLongCatImagePipeline",),
+        call=LongCatImageCall(),
+    ),
+    Family(
+        "BriaTransformer2DModel",
+        pipeline="BriaPipeline",
+        embedder="x_embedder",
+        head="proj_out",
+        head_order=CP,
+        lora_targets=FLUX_LAYERS,
+        packed=4,
+        attributes=OUT,
+        call=BriaCall(),
+    ),
+)

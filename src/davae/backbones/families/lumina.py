@@ -1,9 +1,11 @@
-"""Lumina-Next and Lumina-Image 2.0: both predict data - noise and count time from noise to data."""
+"""Lumina-Next, Lumina-Image 2.0, Z-Image and ERNIE-Image."""
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +14,11 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor, nn
 
-from davae.backbones.call import Parts, PlainLatents, inner, is_fake, masked_with_null
+from davae.backbones.call import Call, Masked, PackedGrid, Parts, unwrap, is_fake, masked_with_null, stacked, trimmed
+from davae.backbones.family import ATTENTION, BOTH, CP, GATED, OUT, PC, SWIGLU, Family
 
 
-class Lumina2Call(PlainLatents):
+class Lumina2Call(Call):
     """Masked prompts behind the pipeline's system prompt, which the empty prompt of guidance does without."""
 
     TEXT_TOKENS = 256
@@ -30,7 +33,7 @@ class Lumina2Call(PlainLatents):
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = parts
         if is_fake(x_t):
-            _at_full_length(inner(model))
+            _at_full_length(unwrap(model))
         return -model(
             hidden_states=x_t,
             timestep=1 - t,
@@ -60,7 +63,7 @@ class WholePrompts:
         return [self.shape[1]] * self.shape[0]
 
 
-class LuminaNextCall(PlainLatents):
+class LuminaNextCall(Call):
     """Masked prompts, padded to a multiple of 8; rotary tables and the attention's scale hang on the number of tokens.
 
     The head also returns a variance, which the pipeline drops; so it is not trained.
@@ -106,3 +109,116 @@ class LuminaNextCall(PlainLatents):
             return_dict=False,
         )[0]  # (B,2c,h,w)
         return -both.chunk(2, dim=1)[0]
+
+
+class ZImageCall(Masked):
+    """Pictures and prompts as lists; the model counts time from noise to data and points that way."""
+
+    TEXT_TOKENS = 512
+    WIDTH = "cap_feat_dim"
+
+    def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
+        # the pipeline writes into the list that it is given
+        prompts, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False, **options)
+        return stacked(self, prompts)
+
+    def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
+        embeds, mask = parts
+        lengths = [mask.shape[1]] * len(mask) if is_fake(mask) else mask.sum(1).long().tolist()
+        pictures = model(
+            [latents[:, None] for latents in x_t],  # (c,1,h,w) each
+            1 - t,
+            [prompt[:length] for prompt, length in zip(embeds, lengths, strict=True)],
+            return_dict=False,
+        )[0]
+        return -torch.stack([picture[:, 0] for picture in pictures])  # (B,c,h,w)
+
+
+@contextmanager
+def positions_left_out(model: Any) -> Iterator[None]:
+    """Its positions ask for autocast, which the meta device, where models are counted, does not know; they cost nothing."""
+    positions = model.pos_embed
+    width = sum(positions.axes_dim)
+    positions.forward = lambda ids: ids.new_empty(*ids.shape[:2], 1, width)
+    try:
+        yield
+    finally:
+        del positions.forward
+
+
+class ErnieImageCall(PackedGrid, Masked):
+    """Packed positions on their grid, also for the model; timesteps to 1000; prompts with their lengths."""
+
+    TEXT_TOKENS = 512
+    WIDTH = "text_in_dim"
+
+    def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
+        return stacked(self, pipeline.encode_prompt(captions, pipeline._execution_device))
+
+    def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
+        embeds, mask = parts
+        lengths = mask.sum(1).long()  # (B,)
+        embeds, _ = trimmed(embeds, mask)
+        with positions_left_out(model) if x_t.is_meta else nullcontext():
+            grid = model(
+                hidden_states=self.pack(x_t),  # (B,4c,h/2,w/2)
+                timestep=t * 1000,
+                text_bth=embeds,
+                text_lens=lengths,
+                return_dict=False,
+            )[0]
+        return F.pixel_shuffle(grid, 2)  # (B,c,h,w)
+
+
+LUMINA = (
+    Family(
+        "Lumina2Transformer2DModel",
+        pipeline="Lumina2Pipeline",
+        embedder="x_embedder",
+        head="norm_out.linear_2",
+        head_order=PC,
+        lora_targets=(*ATTENTION, *SWIGLU),
+        embedder_order=PC,
+        attributes=OUT,
+        upgraded_pipelines=("DetailLumina2Pipeline",),
+        call=Lumina2Call(),
+    ),
+    Family(
+        "LuminaNextDiT2DModel",
+        pipeline="LuminaPipeline",
+        embedder="patch_embedder.proj",
+        head="norm_out.linear_2",
+        head_order=PC,
+        lora_targets=(*ATTENTION, *SWIGLU),
+        attributes=BOTH,
+        upgraded_pipelines=("DetailLuminaPipeline",),
+        call=LuminaNextCall(),
+    ),
+    Family(
+        "ZImageTransformer2DModel",
+        pipeline="ZImagePipeline",
+        embedder="all_x_embedder.2-1",
+        head="all_final_layer.2-1.linear",
+        head_order=PC,
+        lora_targets=(*ATTENTION, *GATED),
+        embedder_order=PC,
+        attributes=BOTH,
+        patch_key="all_patch_size",
+        default_pixels=1024,
+        upgraded_pipelines=("DetailZImagePipeline",),
+        call=ZImageCall(),
+    ),
+    Family(
+        "ErnieImageTransformer2DModel",
+        pipeline="ErnieImagePipeline",
+        embedder="x_embedder.proj",
+        head="final_linear",
+        head_order=CP,
+        lora_targets=(*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.linear_fc2"),
+        packed=4,
+        attributes=BOTH,
+        default_pixels=1024,
+        upgraded_pipelines=("DetailErnieImagePipeline",),
+        call=ErnieImageCall(),
+    ),
+)
