@@ -1,4 +1,4 @@
-"""The table of model families, from `backbones/families/rows.py` and the outcome of the conformance tests: docs/families-table.md.
+"""The table of model families, from `backbones/families` and the outcome of the conformance tests.
 
     .venv/bin/python docs/make_family_table.py --run      # runs the tests (minutes), keeps their outcome, writes the table
     .venv/bin/python docs/make_family_table.py --run SD3Transformer2DModel      # only those of the classes named
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from family_models import CASES  # noqa: E402
 from family_pipelines import BUILDERS  # noqa: E402
 
-from davae.backbones.families.rows import TRANSFORMERS  # noqa: E402
+from davae.backbones.families import FAMILIES, supported  # noqa: E402
 from davae.zoo.presets import presets  # noqa: E402
 
 TARGET = ROOT / "docs" / "families-table.md"
@@ -84,18 +84,18 @@ def outcome(case: ElementTree.Element) -> str:
 def page(outcomes: Outcomes) -> str:
     """The whole file."""
     labels = [*EXPANDING, *UPGRADING]
-    trained = sum(row.trains for row in TRANSFORMERS.values())
+    trained = sum(row.trains for row in supported())
     lines = [
         "# Model families",
         "",
-        f"{len(TRANSFORMERS)} transformer classes, {trained} of them trained by `davae upgrade`; the others are widened by "
-        "`expand_transformer` and refused by name. Made by `docs/make_family_table.py` from `backbones/families/rows.py` and the "
+        f"{len(FAMILIES)} transformer classes, {trained} of them trained by `davae upgrade`; the others are widened by "
+        "`expand_transformer` and refused by name. Made by `docs/make_family_table.py` from `backbones/families` and the "
         "outcome of the conformance tests on tiny models of the real classes.",
         "",
         f"| transformer | stock pipeline | asked for by | {' | '.join(labels)} | presets |",
         f"|---|---|---|{'---|' * len(labels)}---|",
     ]
-    for name, row in sorted(TRANSFORMERS.items(), key=lambda item: (not item[1].trains, item[0])):
+    for name, row in sorted(FAMILIES.items(), key=lambda item: (not item[1].trains, item[0])):
         cells = [outcomes.get(name, {}).get(label, "not run") for label in labels]
         if not row.trains:
             cells[-1] = "not trained yet"
@@ -110,8 +110,8 @@ def page(outcomes: Outcomes) -> str:
 def main() -> None:
     outcomes = json.loads(OUTCOMES.read_text(encoding="utf-8"))
     if "--run" in sys.argv:
-        names = sys.argv[sys.argv.index("--run") + 1 :] or list(TRANSFORMERS)
-        outcomes = {name: outcomes.get(name, {}) for name in TRANSFORMERS} | run(names)
+        names = sys.argv[sys.argv.index("--run") + 1 :] or list(FAMILIES)
+        outcomes = {name: outcomes.get(name, {}) for name in FAMILIES} | run(names)
         OUTCOMES.write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
     TARGET.write_text(page(outcomes), encoding="utf-8")
 

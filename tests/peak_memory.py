@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from davae import DetailVAE, LatentLayout, expand_transformer
-from davae.backbones.families import CALLS
-from davae.backbones.families.rows import model_class
+from davae.backbones.classes_by_name import model_class
+from davae.backbones.families import family_by_class
 from davae.cost.flops import predict_once
 from davae.cost.memory import TrainingStep, stage1_memory, stage2_memory
 from davae.dataset.encoding import Encoder
@@ -108,7 +108,7 @@ class Prompts:
 
     def predict(self, model: Any, x_t: Tensor, t: Tensor, conditions: list[str]) -> Tensor:
         config = self.model.shapes.transformer_config
-        call = CALLS[self.model.shapes.transformer_class]
+        call = family_by_class(self.model.shapes.transformer_class).call
         parts = tuple(torch.zeros(len(x_t), *part.shape[1:]) for part in call.blank(config))
         return call.predict(model, config, x_t, t, parts)
 

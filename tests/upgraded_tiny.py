@@ -9,7 +9,7 @@ import torch
 from family_pipelines import BUILDERS, VARIANTS
 
 from davae.backbones.expand import expand_transformer
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.pretrained.open import load_pipeline, read_shapes
 from davae.publish.assemble import assemble
 from davae.vae.detail_vae import DetailVAE

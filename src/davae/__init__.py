@@ -8,40 +8,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from davae.homes import HOMES
+
 __version__ = "0.1.0"
 
-_HOMES = {
-    "LatentLayout": "davae.latent",
-    "DetailVAE": "davae.vae.detail_vae",
-    "DetailErnieImagePipeline": "davae.backbones.pipelines.upgraded",
-    "DetailKrea2Pipeline": "davae.backbones.pipelines.upgraded",
-    "DetailLongCatImagePipeline": "davae.backbones.pipelines.upgraded",
-    "DetailQwenImage21Pipeline": "davae.backbones.pipelines.upgraded",
-    "DetailZImagePipeline": "davae.backbones.pipelines.upgraded",
-    "LightningDiT": "davae.backbones.lightning_dit",
-    "PooledAutoencoderTiny": "davae.vae.pooled_tiny",
-    "ClassConditionalPipeline": "davae.sample.class_conditional",
-    "DetailAuraFlowPipeline": "davae.backbones.pipelines.base_pixels",
-    "DetailLuminaPipeline": "davae.backbones.pipelines.base_pixels",
-    "DetailLumina2Pipeline": "davae.backbones.pipelines.base_pixels",
-    "DetailHunyuanDiTPipeline": "davae.backbones.pipelines.ddpm",
-    "DetailPixArtAlphaPipeline": "davae.backbones.pipelines.ddpm",
-    "DetailPixArtSigmaPipeline": "davae.backbones.pipelines.ddpm",
-    "expand_transformer": "davae.backbones.expand",
-    "widen_lora": "davae.backbones.lora",
-    "upgrade": "davae.runs.upgrade_run",
-    "load": "davae.runs.upgrade_run",
-    "UpgradeRun": "davae.runs.upgrade_run",
-    "Progress": "davae.train.loop",
-    "group_mean": "davae.losses.alignment",
-    "alignment_loss": "davae.losses.alignment",
-    "detail_weight": "davae.losses.velocity",
-    "velocity_loss": "davae.losses.velocity",
-    "preview": "davae.sample.preview",
-    "upscale": "davae.sample.upscale",
-    # diffusers looks a pipeline component's loader up on the library that model_index.json names: this one
-    "ModelMixin": "diffusers.models.modeling_utils",
-}
+# diffusers looks a pipeline component's loader up on the library that model_index.json names: this one
+_HOMES = {**HOMES, "ModelMixin": "diffusers.models.modeling_utils"}
 
 __all__ = [
     "ClassConditionalPipeline",

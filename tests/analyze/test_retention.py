@@ -13,7 +13,7 @@ from upgraded_tiny import assembled
 from davae.analyze.diffusability import alignment_r2, latent_measures, probe_loss
 from davae.analyze.retention import LEVELS, check_pair, prediction_errors, retention_figure
 from davae.backbones.expand import expand_transformer
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.data.images import to_tensor
 from davae.errors import ModelError
 from davae.latent import LatentLayout

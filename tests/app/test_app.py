@@ -25,7 +25,7 @@ from davae.app.pair import Pair, Stopped, open_pair
 from davae.app.training import Trainings
 from davae.app.uploads import MAX_BYTES, read_upload, store_images
 from davae.backbones.expand import expand_transformer
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.errors import DataError, ModelError, RecipeError, RunError
 from davae.pretrained.open import load_pipeline
 from davae.publish.assemble import assemble

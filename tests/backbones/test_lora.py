@@ -18,8 +18,9 @@ from test_families import DETAIL, ROUNDS, by_group, latents
 from test_training import fails, run_cli
 
 from davae import expand_transformer, widen_lora
+from davae.backbones.classes_by_name import model_class
 from davae.backbones.expand import latent_channels
-from davae.backbones.families.rows import TRANSFORMERS, model_class, transformer_family
+from davae.backbones.families import FAMILIES, family_by_class, family_of
 from davae.backbones.trainable import choose_trainable
 from davae.convert.lora import convert_lora
 from davae.errors import ModelError
@@ -44,14 +45,14 @@ NO_LOADER = {
     *("NucleusMoEImageTransformer2DModel", "OvisImageTransformer2DModel", "PRXTransformer2DModel"),
     "PixArtTransformer2DModel",
 }
-LOADERS = [name for name in CASES if loads_lora(TRANSFORMERS[name].pipeline, name)]
+LOADERS = [name for name in CASES if loads_lora(FAMILIES[name].pipeline, name)]
 
 
 def loader(name: str, model: torch.nn.Module) -> Any:
     """The LoRA half of a family's pipeline, without its other parts."""
-    mixin = next(c for c in model_class(TRANSFORMERS[name].pipeline).__mro__ if c is not LoraBaseMixin
+    mixin = next(c for c in model_class(FAMILIES[name].pipeline).__mro__ if c is not LoraBaseMixin
                  and issubclass(c, LoraBaseMixin) and not issubclass(c, DiffusionPipeline))  # fmt: skip
-    parts = {TRANSFORMERS[name].component: model, "text_encoder": None, "text_encoder_2": None, "hf_device_map": {}}
+    parts = {FAMILIES[name].component: model, "text_encoder": None, "text_encoder_2": None, "hf_device_map": {}}
     return type("Loader", (mixin,), {})(), parts
 
 
@@ -61,7 +62,7 @@ def test_families_whose_pipelines_load_no_lora():
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_lora_file_gives_the_trained_model(name: str, tmp_path: Path):
-    case, family = CASES[name], transformer_family(name)
+    case, family = CASES[name], family_by_class(name)
     base = case.build(name)
     trained = expand_transformer(base, DETAIL)
     for parameter in choose_trainable(trained, Lora(rank=2, alpha=4)):
@@ -85,7 +86,7 @@ def test_lora_file_gives_the_trained_model(name: str, tmp_path: Path):
 
 def base_lora(model: torch.nn.Module) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """A random LoRA on everything that LoRA reaches and on embedder and head, attached to the model."""
-    family = transformer_family(type(model).__name__)
+    family = family_of(model)
     targets = rf"{family.embedder}|{family.head}|(?:.*\.)?(?:{'|'.join(family.lora_targets)})"
     config = LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
     inject_adapter_in_model(config, model)
@@ -102,7 +103,7 @@ def test_base_part_with_lora_is_the_base_s_with_lora(name: str):
     with torch.no_grad():
         plain = by_group(case.run(base, x[:, :channels]), channels)
     config, state = base_lora(base)
-    prefix = transformer_family(name).component
+    prefix = family_by_class(name).component
     widened = widen_lora({f"{prefix}.{key}": tensor for key, tensor in state.items()}, wide)
     assert set(widened) == {f"{prefix}.{key}" for key in state}
     again = widen_lora(widened, wide)  # a LoRA that fits already is left alone

@@ -28,7 +28,7 @@ from PIL import Image
 from upgraded_tiny import assembled, upgraded
 
 import davae
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 
 DRAW = {"num_inference_steps": 2, "guidance_scale": 1.0}
 

@@ -322,11 +322,11 @@ FLUX1_DEV = {
 )
 def test_flops_of_known_models_give_the_known_bounds(config: dict, resolution: int, low: float, high: float):
     """SD3.5-M at 1K: 4,096 native tokens against 1,024, a bound of about 4.6 at 333 text tokens; 7.9 at 2K; FLUX.1 3.5."""
-    from davae.backbones.families.rows import transformer_family
+    from davae.backbones.families import family_by_class
     from davae.pretrained.open import BaseShapes, patch_size
 
     name = config["_class_name"]
-    family = transformer_family(name)
+    family = family_by_class(name)
     shapes = BaseShapes(family.pipeline, name, "AutoencoderKL", 16, 8, patch_size(config, family), config, {})
     tokens = token_plan(shapes, resolution, 2)
     assert (tokens.native_tokens, tokens.upgraded_tokens) == ((resolution // 16) ** 2, (resolution // 32) ** 2)

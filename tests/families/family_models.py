@@ -17,7 +17,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_p
 from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids
 from torch import Tensor
 
-from davae.backbones.families.rows import TRANSFORMERS
+from davae.backbones.families import FAMILIES
 
 Call = Callable[[Any, Any, Tensor], Tensor]
 
@@ -42,7 +42,7 @@ class Case:
         """One pass with the same conditions every time."""
         torch.manual_seed(5)
         name = type(model).__name__
-        return self.call(model, getattr(diffusers, TRANSFORMERS[name].pipeline), x)
+        return self.call(model, getattr(diffusers, FAMILIES[name].pipeline), x)
 
 
 def sd3(model: Any, pipe: Any, x: Tensor) -> Tensor:

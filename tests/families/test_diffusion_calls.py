@@ -17,8 +17,7 @@ from family_pipelines import diffusion
 from davae.backbones.call import SizedCall
 from davae.backbones.classes import class_number
 from davae.backbones.expand import expand_transformer
-from davae.backbones.families import CALLS
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser, family_of
 from davae.backbones.pipelines.ddpm import ScaledBins
 from davae.errors import ModelError, RecipeError
 from davae.pretrained.open import default_resolution, load_pipeline, pixel_factor, read_shapes
@@ -87,7 +86,7 @@ def test_a_call_feeds_what_the_pipeline_feeds(
         pipeline, size = upgraded(pipeline), 2 * size
     theirs, output = fed(pipeline, size, 1.0, monkeypatch)
     model = denoiser(pipeline)
-    call = CALLS[type(model).__name__]
+    call = family_of(model).call
     if isinstance(call, SizedCall):
         call = replace(call, pixel_factor=pixel_factor(pipeline))
     if name.startswith("DiT"):
@@ -118,7 +117,7 @@ def test_a_dropped_caption_is_what_guidance_goes_away_from(
 ):
     pipeline = load_pipeline(str(bases[name]))
     theirs, _ = fed(pipeline, 4 * pixel_factor(pipeline), 2.0, monkeypatch)
-    parts = CALLS[type(denoiser(pipeline)).__name__].embed(pipeline, ["", PROMPTS[1]], {})
+    parts = family_of(pipeline).call.embed(pipeline, ["", PROMPTS[1]], {})
     keys = ["encoder_hidden_states"]
     keys += [key for key in ("encoder_attention_mask", "text_embedding_mask") if key in theirs]
     assert all(torch.equal(part[0], theirs[key][0]) for key, part in zip(keys, parts, strict=False))

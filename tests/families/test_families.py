@@ -11,7 +11,7 @@ from family_models import CASES
 
 from davae import expand_transformer
 from davae.backbones.expand import latent_channels, new_weight_masks
-from davae.backbones.families.rows import TRANSFORMERS, transformer_family
+from davae.backbones.families import FAMILIES, family_by_class
 from davae.backbones.trainable import choose_trainable
 from davae.errors import ModelError
 from davae.pretrained.open import read_shapes
@@ -39,7 +39,7 @@ def latents(model: torch.nn.Module, extra: int = 0) -> torch.Tensor:
 
 
 def test_every_family_of_diffusers_has_a_case():
-    assert set(CASES) == set(TRANSFORMERS) - {"LightningDiT"}  # tested in test_lightning_dit.py
+    assert set(CASES) == set(FAMILIES) - {"LightningDiT"}  # tested in test_lightning_dit.py
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,7 +87,7 @@ def test_step_zero_gradients_and_round_trip(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_lora_and_full_tuning(name: str, tmp_path: Path):
-    case, family = CASES[name], transformer_family(name)
+    case, family = CASES[name], family_by_class(name)
     base = case.build(name)
     before = {path: p.clone() for path, p in base.named_parameters()}
     x = latents(base, DETAIL)
@@ -128,9 +128,9 @@ def test_lora_and_full_tuning(name: str, tmp_path: Path):
 
 def test_an_unknown_class_names_the_nearest_ones():
     with pytest.raises(
-        ValueError, match=r"FluxTransformer3DModel is not supported; .*FluxTransformer2DModel.*A row in"
+        ValueError, match=r"FluxTransformer3DModel is not supported; .*FluxTransformer2DModel.*A Family in"
     ):
-        transformer_family("FluxTransformer3DModel")
+        family_by_class("FluxTransformer3DModel")
 
 
 @pytest.mark.parametrize("name", ["SD3Transformer2DModel", "PixArtTransformer2DModel", "CogView4Transformer2DModel"])

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from davae import DetailVAE, expand_transformer
 from davae.backbones.expand import latent_channels
-from davae.backbones.families import CALLS
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser, family_of
 from davae.plan.dry_run import token_plan
 from davae.pretrained.open import (
     default_resolution,
@@ -65,7 +64,7 @@ def test_an_euler_loop_over_the_call_is_the_pipeline_s(
     if not hasattr(pipeline.scheduler, "sigmas"):
         pytest.skip("no flow-matching scheduler: compared with its own scheduler in the family's tests")
     shapes, transformer = read_shapes(str(folder_of(name))), pipeline.transformer
-    call, config = CALLS[type(transformer).__name__], transformer.config
+    call, config = family_of(transformer).call, transformer.config
     steps: list[tuple[Tensor, Tensor]] = []
     stock_step = pipeline.scheduler.step
 
@@ -114,7 +113,7 @@ def test_flops_counted_without_weights_are_those_of_a_real_pass(name: str, folde
     shapes = read_shapes(str(folder_of(name)))
     size = 4 * shapes.vae_factor * shapes.patch_size
     model = denoiser(load_pipeline(str(folder_of(name))))
-    call = CALLS[type(model).__name__]
+    call = family_of(model).call
     parts = tuple(torch.ones_like(part) for part in call.blank(model.config))
     x = torch.randn(1, shapes.channels, size // shapes.vae_factor, size // shapes.vae_factor)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -12,7 +12,8 @@ from conftest import picture, tiny_upgrade_recipe
 from family_pipelines import BUILDERS, VARIANTS
 
 import davae
-from davae.backbones.families.rows import TRANSFORMERS, model_class
+from davae.backbones.classes_by_name import model_class
+from davae.backbones.families import supported
 from davae.errors import RecipeError
 from davae.pretrained.open import default_resolution, load_pipeline, read_shapes
 from davae.recipes import validate
@@ -22,7 +23,7 @@ from davae.sample.generate import generate
 
 
 def test_every_family_that_trains_has_a_builder():
-    trains = {row.class_name for row in TRANSFORMERS.values() if row.trains}
+    trains = {row.class_name for row in supported() if row.trains}
     # these two have test files of their own
     assert {name.split(" ")[0] for name in BUILDERS} == trains - {"SD3Transformer2DModel", "LightningDiT"}
 

@@ -12,7 +12,7 @@ import torch
 from family_pipelines.diffusion import stable_diffusion_xl
 
 from davae import DetailVAE, expand_transformer
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.pretrained.open import load_pipeline
 from davae.publish.assemble import assemble
 

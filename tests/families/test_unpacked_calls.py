@@ -14,11 +14,11 @@ from family_pipelines import unpacked
 from torch import Tensor
 
 from davae import DetailVAE, expand_transformer
+from davae.backbones.classes_by_name import model_class
 from davae.backbones.expand import latent_channels
-from davae.backbones.families import CALLS, bound
-from davae.backbones.families.cogview4 import CogView4Call
-from davae.backbones.families.hidream import HiDreamCall
-from davae.backbones.families.rows import model_class
+from davae.backbones.families import family_by_class
+from davae.backbones.families.cogview import CogView4Call
+from davae.backbones.families.others import HiDreamCall
 from davae.cost.flops import transformer_flops
 from davae.errors import RecipeError
 from davae.pretrained.open import load_pipeline, pixel_factor
@@ -72,7 +72,7 @@ def test_the_empty_caption_is_what_the_pipeline_guides_away_from(
         options["cfg_normalization"] = False
     pipeline(PROMPT, num_inference_steps=1, guidance_scale=3.0, output_type="latent", **options)
 
-    call = bound(CALLS[name], factor, pipeline.scheduler)
+    call = family_by_class(name).call.for_pipeline(factor, pipeline.scheduler)
     parts = call.embed(pipeline, ["", PROMPT], {})
     t = pipeline.scheduler.sigmas[:1].expand(2)
     null, velocity = call.predict(

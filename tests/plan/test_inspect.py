@@ -15,8 +15,8 @@ from family_pipelines import BUILDERS
 from torch import nn
 from typer.testing import CliRunner
 
-from davae.backbones.families import CALLS
-from davae.backbones.families.rows import TRANSFORMERS, model_class
+from davae.backbones.classes_by_name import model_class
+from davae.backbones.families import FAMILIES
 from davae.cli import app
 from davae.cost.flops import autoencoder_flops, count, count_flops, meta_transformer, transformer_flops
 from davae.cost.memory import LiveBytes, rehearsal, stage2_memory
@@ -82,7 +82,7 @@ def test_flux_flops_by_hand():
         "guidance_embeds": False,
         "axes_dims_rope": (8, 12, 12),
     }
-    row = TRANSFORMERS["FluxTransformer2DModel"]
+    row = FAMILIES["FluxTransformer2DModel"]
     shapes = BaseShapes(
         row.pipeline, row.class_name, "AutoencoderKL", channels, 8, patch_size(config, row), config, {}
     )
@@ -186,7 +186,7 @@ def test_presets_read_as_folders_do(name: str):
     kinds = model_part(name)["_class_name"], preset.parts["vae"]["_class_name"]
     assert model_class(preset.pipeline)
     assert model_class(preset.parts["scheduler"]["_class_name"])
-    if kinds[0] in TRANSFORMERS and TRANSFORMERS[kinds[0]].trains and kinds[1] in AUTOENCODERS:
+    if kinds[0] in FAMILIES and FAMILIES[kinds[0]].trains and kinds[1] in AUTOENCODERS:
         shapes = read_shapes(name)
         assert (shapes.pipeline_class, shapes.transformer_class, shapes.vae_class) == (preset.pipeline, *kinds)
         check_resolution(shapes, preset.resolution * 2, 2)
@@ -259,11 +259,9 @@ def test_inspect_lists_presets_and_suggests_the_nearest():
 
 
 def test_a_family_that_only_expands_says_so():
-    name = next(
-        (n for n in presets() if _supported(n) and not TRANSFORMERS[model_part(n)["_class_name"]].trains), None
-    )
+    name = next((n for n in presets() if _supported(n) and not FAMILIES[model_part(n)["_class_name"]].trains), None)
     if name is None:
-        assert all(TRANSFORMERS[model_part(n)["_class_name"]].trains for n in presets() if _supported(n))
+        assert all(FAMILIES[model_part(n)["_class_name"]].trains for n in presets() if _supported(n))
         return
     with pytest.raises(ModelError, match="davae cannot train one yet"):
         read_shapes(name)
@@ -274,8 +272,8 @@ def _supported(name: str) -> bool:
     kind = model_part(name)["_class_name"]
     return (
         presets()[name].parts["vae"]["_class_name"] in AUTOENCODERS
-        and kind in TRANSFORMERS
-        and (TRANSFORMERS[kind].component == "transformer")
+        and kind in FAMILIES
+        and (FAMILIES[kind].component == "transformer")
     )
 
 
@@ -386,7 +384,7 @@ def test_recipes_fit_the_real_config(name: str):
     model, _ = readable(recipe.base.model or "")
     kind = model_part(model)["_class_name"]
     if not (
-        kind in CALLS and TRANSFORMERS[kind].trains and presets()[model].parts["vae"]["_class_name"] in AUTOENCODERS
+        kind in FAMILIES and FAMILIES[kind].trains and presets()[model].parts["vae"]["_class_name"] in AUTOENCODERS
     ):
         with pytest.raises(ModelError, match=r"cannot train one yet|is not supported|has no transformer"):
             plan(recipe)

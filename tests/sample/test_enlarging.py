@@ -14,7 +14,7 @@ from PIL import Image
 from upgraded_tiny import BUILDERS, VARIANTS, assembled, upgraded
 
 import davae
-from davae.backbones.families.rows import denoiser, transformer_family
+from davae.backbones.families import family_of
 from davae.data.images import to_tensor
 from davae.errors import ModelError
 from davae.pretrained.open import pixel_factor, token_side
@@ -202,7 +202,7 @@ def test_schedulers_with_memory_noise_and_scaled_inputs_step_the_whole_canvas(tm
 
 
 def family_size(pipeline) -> int:
-    side = token_side(pipeline) * transformer_family(type(denoiser(pipeline)).__name__).grid
+    side = token_side(pipeline) * family_of(pipeline).grid
     size = max(8, side)
     size = 2 * size if size <= 16 else size
     if hasattr(pipeline, "default_sample_size") and type(pipeline).__name__ == "HiDreamImagePipeline":

@@ -15,7 +15,7 @@ from upgraded_tiny import assembled
 import davae
 from davae import LatentLayout, expand_transformer, velocity_loss
 from davae.backbones.expand import CLEAN_BASE
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.backbones.trainable import choose_trainable
 from davae.errors import ModelError
 from davae.losses.clean_base import with_clean_base, without_base_error

@@ -16,8 +16,7 @@ from family_pipelines import diffusion
 
 from davae import LatentLayout, expand_transformer, velocity_loss
 from davae.backbones.expand import new_weight_masks
-from davae.backbones.families import CALLS
-from davae.backbones.families.rows import transformer_family
+from davae.backbones.families import family_by_class
 from davae.errors import ModelError, RecipeError
 from davae.losses import ddpm
 from davae.losses.ddpm import Diffusion, min_snr_weight
@@ -171,7 +170,7 @@ CHOICES: list[tuple[str, str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("family", "scheduler", "options", "expected"), CHOICES)
 def test_the_scheduler_says_what_is_predicted(family: str, scheduler: str, options: dict[str, Any], expected: str):
     made = getattr(diffusers, scheduler)(**options)
-    objective = choose_objective(made, transformer_family(family), "m")
+    objective = choose_objective(made, family_by_class(family), "m")
     assert objective.prediction == expected
     if isinstance(objective, Diffusion):
         assert torch.equal(objective.alphas_cumprod, made.alphas_cumprod)
@@ -200,7 +199,7 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("family", "scheduler", "options", "message"), REFUSED)
 def test_what_cannot_be_trained_is_refused(family: str, scheduler: str, options: dict[str, Any], message: str):
     with pytest.raises(ModelError, match=message):
-        choose_objective(getattr(diffusers, scheduler)(**options), transformer_family(family), "m")
+        choose_objective(getattr(diffusers, scheduler)(**options), family_by_class(family), "m")
 
 
 def test_timesteps_are_uniform_over_the_training_steps():
@@ -255,7 +254,7 @@ def test_flow_matching_takes_its_timesteps_from_the_recipe():
     generators = [torch.Generator().manual_seed(number) for number in range(4)]
     normal = torch.cat([torch.randn(1, generator=torch.Generator().manual_seed(number)) for number in range(4)])
     assert torch.equal(objective.draw(generators), logit_normal(normal, mean=0.5, std=0.8, shift=3.0))
-    assert choose_objective(None, transformer_family("LightningDiT"), "m", objective) is objective
+    assert choose_objective(None, family_by_class("LightningDiT"), "m", objective) is objective
 
 
 def test_timesteps_of_flow_matching_are_refused_for_ddpm():
@@ -271,7 +270,9 @@ def test_the_variance_half_of_a_head_gets_no_gradient():
     wide = expand_transformer(base, 8)
     x = torch.randn(2, 12, 4, 4)
     parts = (torch.tensor([1, 2]),)
-    prediction = CALLS["DiTTransformer2DModel"].predict(wide, wide.config, x, torch.tensor([10, 500]), parts)
+    prediction = family_by_class("DiTTransformer2DModel").call.predict(
+        wide, wide.config, x, torch.tensor([10, 500]), parts
+    )
     velocity_loss(prediction, torch.randn_like(x), LatentLayout(4, 8), 1.0).total.backward()
     gradient = wide.proj_out_2.weight.grad.unflatten(0, (4, 2, 12))  # (p*p, mean and variance, c, width)
     assert float(gradient[:, 0].abs().min()) > 0

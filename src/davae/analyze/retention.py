@@ -11,8 +11,7 @@ from torch import Tensor
 
 from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, write_figure
 from davae.backbones.classes import goes_by_class
-from davae.backbones.families import CALLS, TEXT_CALLS, bound
-from davae.backbones.families.rows import denoiser, transformer_family
+from davae.backbones.families import denoiser, family_of
 from davae.data.images import to_tensor
 from davae.dataset.look import as_data, numbered_batches, prompts_of, real_pictures
 from davae.errors import ModelError
@@ -111,7 +110,7 @@ def prediction_errors(
         captions: prompts, or classes.
     """
     vae: DetailVAE = upgraded.vae
-    family = transformer_family(type(denoiser(base)).__name__)
+    family = family_of(base)
     objective = choose_objective(base.scheduler, family, name)
     generator = torch.Generator().manual_seed(seed)
     latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()  # type: ignore[union-attr]
@@ -142,13 +141,13 @@ def _times(objective: Objective, level: float, count: int, like: Tensor) -> Tens
 
 def _predict(pipeline: Any, x_t: Tensor, t: Tensor, captions: Sequence[str]) -> Tensor:
     model = denoiser(pipeline)
-    kind = type(model).__name__
-    if kind in TEXT_CALLS:
-        call = bound(TEXT_CALLS[kind], pixel_factor(pipeline), pipeline.scheduler)
-        parts = embed_captions(pipeline, list(captions), kind)
-        return call.predict(model, model.config, x_t, t, parts).float()
-    labels = torch.tensor([int(caption) for caption in captions], device=x_t.device)
-    return CALLS[kind].predict(model, model.config, x_t, t, (labels,)).float()
+    family = family_of(model)
+    call = family.require_call().for_pipeline(pixel_factor(pipeline), pipeline.scheduler)
+    if family.condition == "text":
+        parts = embed_captions(pipeline, list(captions), family.class_name)
+    else:
+        parts = (torch.tensor([int(caption) for caption in captions], device=x_t.device),)
+    return call.predict(model, model.config, x_t, t, parts).float()
 
 
 def _held_out(pipeline: Any, data: str | Data, num: int, share: float, summary: Path) -> tuple[Tensor, list[str]]:

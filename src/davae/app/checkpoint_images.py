@@ -12,7 +12,7 @@ from PIL import Image
 from davae.app.pair import LOCK
 from davae.backbones.classes import goes_by_class
 from davae.backbones.expand import expand_transformer
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.backbones.trainable import choose_trainable
 from davae.data.images import to_images
 from davae.dataset.opened import open_pictures

@@ -16,7 +16,7 @@ from PIL import Image
 from davae.app.pair import LOCK, Pair, Stopped, watched
 from davae.app.uploads import MAX_PROMPT, MAX_SECONDS, MAX_STEPS
 from davae.backbones.classes import goes_by_class
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.errors import ModelError
 from davae.evaluate.throughput import image_tokens, synchronise
 from davae.runs.crops import enlarged, most_different

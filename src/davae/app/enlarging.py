@@ -14,7 +14,7 @@ from torch import Tensor
 from davae.app.drawing import preview_interval
 from davae.app.pair import LOCK, Pair, Stopped, watched
 from davae.app.uploads import MAX_SECONDS
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.data.images import to_images
 from davae.errors import ModelError
 from davae.sample.draw_detail import OnBase

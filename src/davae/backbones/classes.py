@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from davae.backbones.families.rows import denoiser, transformer_family
+from davae.backbones.families import denoiser, family_of
 
 
 def goes_by_class(pipeline: Any) -> bool:
     """Whether a pipeline draws classes, not prompts."""
-    return transformer_family(type(denoiser(pipeline)).__name__).condition == "class"
+    return family_of(pipeline).condition == "class"
 
 
 def class_count(pipeline: Any) -> int:
     """Number of classes of a class-conditional pipeline, the null class left out."""
     model = denoiser(pipeline)
-    return int(model.config[transformer_family(type(model).__name__).classes_key])
+    return int(model.config[family_of(model).classes_key])
 
 
 def class_names(pipeline: Any) -> dict[str, int]:

@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from davae.backbones.families.rows import transformer_family
-from davae.backbones.family import TransformerFamily
+from davae.backbones.families import family_of
+from davae.backbones.family import Family
 from davae.latent import LatentLayout
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,7 +35,7 @@ def expand_transformer(transformer: Model, detail_channels: int, new_weights: Ne
     Raises:
         ValueError: unsupported class, D not a multiple of C, or a transformer that was expanded already.
     """
-    family = transformer_family(type(transformer).__name__)
+    family = family_of(transformer)
     config: Any = transformer.config
     if MARK in config:
         raise ValueError(
@@ -65,13 +65,11 @@ def expand_transformer(transformer: Model, detail_channels: int, new_weights: Ne
 
 def latent_channels(transformer: nn.Module) -> int:
     """Channels of the latents that a transformer takes, however its pipeline packs them."""
-    family = transformer_family(type(transformer).__name__)
+    family = family_of(transformer)
     return int(transformer.config[family.in_key]) // family.packed  # type: ignore[index]
 
 
-def widen_embedder(
-    embedder: nn.Module, layout: LatentLayout, family: TransformerFamily, new_weights: NewWeights
-) -> nn.Module:
+def widen_embedder(embedder: nn.Module, layout: LatentLayout, family: Family, new_weights: NewWeights) -> nn.Module:
     """[P, P']: the pretrained patch convolution or linear with D more input channels (Eq. 8)."""
     wide = _like(embedder, layout.channels / layout.base_channels, 1)
     with torch.no_grad():
@@ -84,9 +82,7 @@ def widen_embedder(
     return wide
 
 
-def widen_head(
-    head: nn.Module, layout: LatentLayout, family: TransformerFamily, new_weights: NewWeights
-) -> nn.Module:
+def widen_head(head: nn.Module, layout: LatentLayout, family: Family, new_weights: NewWeights) -> nn.Module:
     """[O, O']: the pretrained head with D more output channels per patch position (Eq. 10).
 
     A head that also predicts a variance has two groups of channels per position; both grow.
@@ -117,14 +113,14 @@ def _like(layer: nn.Module, inputs: float, outputs: float) -> Any:
     )
 
 
-def inputs_by_channel(weight: Tensor, channels: int, family: TransformerFamily) -> Tensor:
+def inputs_by_channel(weight: Tensor, channels: int, family: Family) -> Tensor:
     """View of an embedder's weight with the latent channels on axis 1: (width,c,...), or (p*p,c,width) of a linear."""
     if weight.ndim == 4:
         return weight.unflatten(1, (channels, family.packed))
     return by_channel(weight.T, weight.shape[1] // channels, channels, family.embedder_order)
 
 
-def outputs_by_channel(parameter: Tensor, channels: int, family: TransformerFamily) -> Tensor:
+def outputs_by_channel(parameter: Tensor, channels: int, family: Family) -> Tensor:
     """View of a head's weight or bias with the latent channels on axis 1: (p*p,c,...); p*p twice with a variance."""
     return by_channel(parameter, parameter.shape[0] // channels, channels, family.head_order)
 
@@ -142,7 +138,7 @@ def new_weight_masks(transformer: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: when the transformer was not expanded.
     """
-    family = transformer_family(type(transformer).__name__)
+    family = family_of(transformer)
     config: Any = transformer.config
     if MARK not in config:
         raise ValueError(f"this {family.class_name} was not expanded; call expand_transformer first")

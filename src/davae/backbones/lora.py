@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from davae.backbones.expand import MARK, inputs_by_channel, latent_channels, outputs_by_channel
-from davae.backbones.families.rows import transformer_family
-from davae.backbones.family import TransformerFamily
+from davae.backbones.families import family_of
+from davae.backbones.family import Family
 from davae.errors import ModelError
 from davae.latent import LatentLayout
 
@@ -37,7 +37,7 @@ def widen_lora(state_dict: Mapping[str, Tensor], transformer: nn.Module) -> dict
         ModelError: a transformer that was not expanded, a layer or a shape that it does not have, an adapter other than LoRA
             on its embedder or head.
     """
-    family = transformer_family(type(transformer).__name__)
+    family = family_of(transformer)
     config: Any = transformer.config
     if MARK not in config:
         raise ModelError(f"this {family.class_name} was not upgraded; a LoRA of it needs no widening")
@@ -68,7 +68,7 @@ def widen_lora(state_dict: Mapping[str, Tensor], transformer: nn.Module) -> dict
 
 
 def _fit(
-    name: str, tensor: Tensor, match: re.Match[str], layer: nn.Module, layout: LatentLayout, family: TransformerFamily
+    name: str, tensor: Tensor, match: re.Match[str], layer: nn.Module, layout: LatentLayout, family: Family
 ) -> Tensor:
     """One tensor in the shape that the expanded layer needs."""
     down = bool(DOWN.fullmatch(match["side"]))

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from davae.backbones.families.rows import transformer_family
+from davae.backbones.families import family_of
 from davae.errors import RecipeError
 
 
@@ -32,7 +32,7 @@ def choose_trainable(transformer: nn.Module, lora: LoraSettings | None) -> list[
 
     An expanded transformer shares its tensors with the pretrained one; those that are trained get storage of their own.
     """
-    family = transformer_family(type(transformer).__name__)
+    family = family_of(transformer)
     if lora is None:
         transformer.requires_grad_(True)
         for name in family.fixed:

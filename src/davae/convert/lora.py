@@ -8,7 +8,8 @@ from pathlib import Path
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
 import davae
-from davae.backbones.families.rows import model_class, transformer_family
+from davae.backbones.classes_by_name import model_class
+from davae.backbones.families import component_in, family_by_class
 from davae.backbones.lora import widen_lora
 from davae.errors import ModelError
 from davae.files.atomic import save_tensors
@@ -28,12 +29,12 @@ def convert_lora(file: Path, upgraded: str, out: Path) -> Path:
     check_tensors(out, (file,))
     index = read_config(upgraded, "", "model_index.json")
     kind = class_name(index.get("_class_name", "DiffusionPipeline"))
-    part = next((part for part in ("transformer", "unet") if part in index), None)
+    part = component_in(index)
     if part is None:
         raise ModelError(f"model {upgraded} ({kind}) has no transformer or unet")
     with loading(f"model {upgraded}"):
         model = model_class(index[part][1])
-        transformer_family(index[part][1])
+        family_by_class(index[part][1])
     config = read_config(upgraded, part)
     check_config(config, f"{part} of model {upgraded}")
     with planned(f"{part} of model {upgraded}"):  # shapes alone

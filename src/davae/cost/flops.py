@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from davae.backbones.classes_by_name import model_class
 from davae.backbones.expand import latent_channels
-from davae.backbones.families import CALLS, TEXT_CALLS
-from davae.backbones.families.rows import model_class, transformer_family
+from davae.backbones.families import family_of
 from davae.backbones.lightning_dit import LightningDiT
 from davae.pretrained.open import BaseShapes
 from davae.pretrained.stored import planned
@@ -92,11 +92,11 @@ def predict_once(model: nn.Module, transformer: nn.Module, latents: Tensor) -> T
         model: `transformer`, or a wrapper around it.
         latents: on the device that new tensors get just now.
     """
-    name, batch = type(transformer).__name__, len(latents)
+    batch = len(latents)
     t = torch.empty(batch)
     grid = transformer.at_grid(latents.shape[-1]) if isinstance(transformer, LightningDiT) else nullcontext()
     with grid:
-        call, config = CALLS[name], transformer.config
+        call, config = family_of(transformer).require_call(), transformer.config
         parts = tuple(part.expand(batch, *part.shape[1:]).contiguous() for part in call.blank(config))
         return call.predict(model, config, latents, t, parts)
 
@@ -110,11 +110,11 @@ def transformer_flops(transformer: nn.Module, side: int) -> Flops:
 
 def text_tokens(transformer: nn.Module) -> int:
     """Tokens of the longest text that the transformer sees; 0 where it sees a class."""
-    name = type(transformer).__name__
-    if transformer_family(name).condition == "class":
+    family = family_of(transformer)
+    if family.condition == "class":
         return 0
     with torch.device("meta"):
-        call = TEXT_CALLS[name]
+        call = family.require_call()
         lengths = [part.shape[1] for part in call.blank(transformer.config) if part.ndim == 3]
         return max(lengths, default=call.TEXT_TOKENS)  # Krea 2's prompts have several layers a token
 

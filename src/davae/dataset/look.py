@@ -15,7 +15,7 @@ from accelerate import PartialState
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from davae.backbones.families.rows import transformer_family
+from davae.backbones.families import family_by_class
 from davae.data.images import ImageDataset, grid, spread, to_images
 from davae.data.shards.remote import glob_url, is_remote
 from davae.data.sources import check_name, expand_braces
@@ -220,7 +220,7 @@ def model_of(model: str | None, recipe: AnyRecipe | None) -> list[TokenLimit] | 
         return None
     known = readable(resolve(model))[0]
     shapes = read_shapes(known, to_train=False)
-    if transformer_family(shapes.transformer_class).condition != "text":
+    if family_by_class(shapes.transformer_class).condition != "text":
         return []
     return model_limits(known, shapes.transformer_config)
 

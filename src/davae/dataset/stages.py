@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from davae.backbones.families.rows import transformer_family
+from davae.backbones.families import family_by_class
 from davae.data.images import ImageDataset
 from davae.data.summary import Summary, TokenLimit, check_captions
 from davae.dataset.opened import (
@@ -36,7 +36,7 @@ class StageData:
     def __init__(self, recipe: Recipe, shapes: BaseShapes, model: str, out: Path):
         self.recipe, self.shapes, self.model, self.out = recipe, shapes, model, out
         self.shared = recipe.stage1_data == recipe.stage2_data
-        self.reads_text = transformer_family(shapes.transformer_class).condition == "text"
+        self.reads_text = family_by_class(shapes.transformer_class).condition == "text"
 
     def _open(self, data: Data) -> OpenedData:
         return open_pictures(data, self.recipe.resolution, bucket_step(self.recipe, self.shapes), folder=self.out)

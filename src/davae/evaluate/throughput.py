@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.dataset.look import real_pictures
 from davae.evaluate.generation import condition_of
 from davae.evaluate.upscale import make_upscaler

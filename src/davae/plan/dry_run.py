@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from davae.backbones.expand import expand_transformer
-from davae.backbones.families.rows import transformer_family
+from davae.backbones.families import family_by_class
 from davae.backbones.trainable import choose_trainable
 from davae.cost.flops import (
     autoencoder_flops,
@@ -198,7 +198,7 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
     figures: dict[str, Any] = {
         "image": f"{recipe.resolution}x{recipe.resolution}, base {recipe.base.resolution}x{recipe.base.resolution}",
         "latents": f"z ({layout.base_channels},{side},{side}) + z_d ({layout.detail_channels},{side},{side})",
-        "patch": f"{shapes.patch_size}, head {transformer_family(shapes.transformer_class).head_order}",
+        "patch": f"{shapes.patch_size}, head {family_by_class(shapes.transformer_class).head_order}",
         "objective": base_objective(recipe, shapes, model).prediction,
         "tokens_upgraded": tokens.upgraded_tokens,
         "tokens_native": tokens.native_tokens,

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from davae.backbones.classes_by_name import model_class
 from davae.backbones.expand import expand_transformer
-from davae.backbones.families.rows import model_class, transformer_family
+from davae.backbones.families import family_by_class
 from davae.backbones.trainable import choose_trainable
 from davae.cost.flops import (
     Flops,
@@ -84,7 +85,7 @@ def inspect_model(
     """
     name, note = readable(resolve(model))
     shapes = read_shapes(name, to_train=False)
-    family = transformer_family(shapes.transformer_class)
+    family = family_by_class(shapes.transformer_class)
     known = distilled(name, model)
     notes = [*([note] if note else []), *([] if known is None else [known.note(model)])]
     resolution = resolution or scale * native_resolution(name, shapes)

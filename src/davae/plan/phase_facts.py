@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from davae.backbones.families import TEXT_CALLS
+from davae.backbones.families import family_by_class
 from davae.data.sources import open_source
 from davae.dataset.opened import source_options
 from davae.errors import DataError
@@ -88,12 +88,12 @@ def _heads(config: dict[str, Any]) -> int:
 
 def text_facts(model: str | None, shapes: BaseShapes, encoders: list[TextEncoder]) -> TextFacts:
     """Facts on a model's prompts; zeros for a class-conditional one."""
-    call = TEXT_CALLS.get(shapes.transformer_class)
-    if call is None or not encoders:
+    family = family_by_class(shapes.transformer_class)
+    if family.call is None or family.condition != "text" or not encoders:
         return TextFacts()
     found = [encoder_facts(encoder) for encoder in encoders]
     with torch.device("meta"):
-        parts = [part.shape[1:] for part in call.blank(_Config(shapes.transformer_config))]
+        parts = [part.shape[1:] for part in family.call.blank(_Config(shapes.transformer_config))]
     masks = {shape[0] for shape in parts if len(shape) == 1}
     short = model is not None and Path(model).is_dir() and reads_silent_t5(model)
     padded = stored = 0

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from davae.backbones.families.rows import transformer_family
+from davae.backbones.families import family_by_class
 from davae.files.atomic import free_space
 from davae.plan.phase_sizes import HOUR, Phase, Sizes
 from davae.recipes.hardware import GIB
@@ -104,7 +104,7 @@ def checked(phase: Phase, sizes: Sizes, before: int = 0) -> Phase:
 def text_notes(sizes: Sizes) -> tuple[dict[str, Any], list[str]]:
     """Return what stored prompt embeddings cost, and what embedding in the step costs instead: figures and a sentence."""
     text, recipe = sizes.text, sizes.recipe
-    if not text.parameters or transformer_family(sizes.shapes.transformer_class).condition != "text":
+    if not text.parameters or family_by_class(sizes.shapes.transformer_class).condition != "text":
         return {}, []
     width = 4 if recipe.cache.dtype == "float32" else 2
     prompts = recipe.stage2.batch_size * recipe.stage2.accumulation * recipe.stage2.max_steps

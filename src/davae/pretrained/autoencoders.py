@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from davae.backbones.families.rows import model_class
+from davae.backbones.classes_by_name import model_class
 from davae.errors import ModelError
 from davae.files.checksums import check_folder
 from davae.pretrained.open import MissingPart, read_config

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from davae.backbones.families import component_in
 from davae.errors import ModelError
 from davae.pretrained.open import class_name, read_config
 from davae.zoo.presets import find_preset
@@ -215,7 +216,7 @@ def distilled(model: str, name: str | None = None) -> Distilled | None:
         ModelError: not a diffusers folder.
     """
     index = read_config(model, "", "model_index.json")
-    part = next((one for one in ("transformer", "unet") if one in index), None)
+    part = component_in(index)
     kind = str(class_name(index[part])) if part else ""
     transformer = read_config(model, part) if part else {}
     try:

@@ -20,13 +20,14 @@ from diffusers.configuration_utils import FrozenDict
 from safetensors import safe_open
 from torch import Tensor
 
+from davae.backbones.classes_by_name import model_class
 from davae.backbones.expand import MARK
-from davae.backbones.families import TEXT_CALLS
-from davae.backbones.families.rows import COMPONENTS, TRANSFORMERS, denoiser, model_class, transformer_family
-from davae.backbones.family import TransformerFamily
+from davae.backbones.families import component_in, denoiser, family_by_class, family_of, supported
+from davae.backbones.family import Family
 from davae.errors import ModelError
 from davae.files.checksums import check_folder
 from davae.files.reading import read_object
+from davae.homes import HOMES
 from davae.pretrained.hub_errors import hub_reason
 from davae.pretrained.processors import check_tokenizers
 from davae.pretrained.stored import check_config, check_index, load_component, load_components, loading
@@ -124,7 +125,7 @@ def read_shapes(model: str, *, to_train: bool = True) -> BaseShapes:
 
 def _read_shapes(model: str, to_train: bool) -> BaseShapes:
     index = read_config(model, "", "model_index.json")
-    part = next((name for name in COMPONENTS if name in index), None)
+    part = component_in(index)
     if part is None or "vae" not in index:
         raise ModelError(f"model {model} ({index.get('_class_name')}) has no transformer or U-Net and vae to upgrade")
     vae_class = index["vae"][1]
@@ -137,14 +138,14 @@ def _read_shapes(model: str, to_train: bool) -> BaseShapes:
     if vae_class == "DetailVAE" or MARK in transformer:
         raise ModelError(f"model {model} was upgraded already; start from its pretrained base")
     try:
-        family = transformer_family(transformer_class)
+        family = family_by_class(transformer_class)
         autoencoder_family(vae_class)
     except ValueError as error:
         raise ModelError(f"model {model}: {error}") from error
     if to_train and not family.trains:
         raise ModelError(
             f"model {model}: expand_transformer widens a {transformer_class}, but davae cannot train one yet; "
-            f"it can train {', '.join(row.class_name for row in TRANSFORMERS.values() if row.trains)}"
+            f"it can train {', '.join(row.class_name for row in supported() if row.trains)}"
         )
     channels = base_channels(vae, vae_class)
     taken = int(transformer[family.in_key]) // family.packed
@@ -165,7 +166,7 @@ def _read_shapes(model: str, to_train: bool) -> BaseShapes:
     )
 
 
-def patch_size(config: Any, family: TransformerFamily) -> int:
+def patch_size(config: Any, family: Family) -> int:
     """p: latent positions per token, each way, whether the model or its pipeline packs them."""
     own = 1 if family.patch_key is None else config[family.patch_key]
     side = own if isinstance(own, int) else own[0]  # some list one per axis, or per size that they know
@@ -180,7 +181,7 @@ def pixel_factor(pipeline: Any) -> int:
 def token_side(pipeline: Any) -> int:
     """Pixels of an image token of a pipeline's denoiser, each way."""
     model = denoiser(pipeline)
-    return pixel_factor(pipeline) * patch_size(model.config, transformer_family(type(model).__name__))
+    return pixel_factor(pipeline) * patch_size(model.config, family_of(model))
 
 
 def default_resolution(pipeline: Any) -> int:
@@ -190,7 +191,7 @@ def default_resolution(pipeline: Any) -> int:
     if isinstance(pipeline.vae, DetailVAE) and pipeline.vae.config.get("resolution"):
         return int(pipeline.vae.config["resolution"])
     model = denoiser(pipeline)
-    family = transformer_family(type(model).__name__)
+    family = family_of(model)
     if family.default_pixels is not None:
         return family.default_pixels * (pipeline.vae.layout.scale if isinstance(pipeline.vae, DetailVAE) else 1)
     side: Any = getattr(pipeline, "default_sample_size", None) or model.config["sample_size"]
@@ -275,16 +276,14 @@ def without_own_code(model: str, index: dict[str, Any]) -> Iterator[str]:
     Raises:
         ModelError: such a model on the hub.
     """
-    import davae  # its public names; imported late, they live in this package's layers
-
-    known = (None, "diffusers", "transformers", davae.__name__)
-    own = [k for k, v in index.items() if isinstance(v, list) and v[0] not in known and v[-1] in davae.__all__]
+    known = (None, "diffusers", "transformers", "davae")
+    own = [k for k, v in index.items() if isinstance(v, list) and v[0] not in known and v[-1] in HOMES]
     if not own:
         yield model
         return
     if not Path(model).is_dir():
         raise ModelError(f"model {model} brings davae's code along; download it, and give its folder")
-    here = {k: class_name(index[k]) if k == "_class_name" else [davae.__name__, index[k][-1]] for k in own}
+    here = {k: class_name(index[k]) if k == "_class_name" else ["davae", index[k][-1]] for k in own}
     with tempfile.TemporaryDirectory() as scratch:
         for part in Path(model).iterdir():
             if part.is_dir():
@@ -355,7 +354,7 @@ def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, A
     A guidance-distilled model is told the scale.
     """
     transformer = denoiser(pipeline)
-    family = transformer_family(type(transformer).__name__)
+    family = family_of(transformer)
     if family.guidance == "true_cfg_scale" and transformer.config.get("guidance_embeds"):
         return {"guidance_scale": scale, "true_cfg_scale": 1.0}
     negative = {"negative_prompt": [""] * prompts} if family.negative_prompts and scale > 1 else {}
@@ -368,4 +367,4 @@ def embed_captions(pipeline: Any, captions: list[str], transformer_class: str) -
 
     The transformer itself may be left out of the pipeline; its class tells what kinds it takes.
     """
-    return TEXT_CALLS[transformer_class].embed(pipeline, captions, text_arguments(pipeline))
+    return family_by_class(transformer_class).require_call().embed(pipeline, captions, text_arguments(pipeline))

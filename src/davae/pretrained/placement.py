@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from accelerate import PartialState
 
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.device import block_names, compile_blocks, record_passes
 from davae.errors import ModelError
 

@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules import module as hooks
 
-from davae.backbones.families.rows import model_class
+from davae.backbones.classes_by_name import model_class
 from davae.errors import DavaeError, ModelError
 from davae.files.reading import read_object
+from davae.homes import HOMES
 from davae.pretrained.hub_errors import brief
 
 MOST_PARAMETERS = 200 * 10**9  # of a model that is only planned; the largest known has 20e9
@@ -79,8 +80,6 @@ def check_index(index: dict[str, Any], model: str) -> None:
     Raises:
         ModelError: names the entry.
     """
-    import davae  # its public names; imported late, they live in this package's layers
-
     where = f"model {model}: model_index.json"
     own = index.get("_class_name", "DiffusionPipeline")
     name = own[-1] if isinstance(own, list) and own else own
@@ -94,7 +93,7 @@ def check_index(index: dict[str, Any], model: str) -> None:
         if len(entry) != 2 or not all(one is None or isinstance(one, str) for one in entry):
             raise ModelError(f"{where}, {part}: found {str(entry)[:80]}, expected a library and a class")
         library, kind = entry
-        known = library in LIBRARIES or kind in davae.__all__ or hasattr(diffusers.pipelines, str(library))
+        known = library in LIBRARIES or kind in HOMES or hasattr(diffusers.pipelines, str(library))
         if library is not None and not known:
             raise ModelError(
                 f"{where}, {part}: found the library {library[:80]!r}; davae loads classes of {', '.join(LIBRARIES)}"

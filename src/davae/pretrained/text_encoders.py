@@ -12,8 +12,8 @@ from typing import Any
 import transformers
 from torch import nn
 
-from davae.backbones.families import TEXT_CALLS
-from davae.backbones.families.rows import COMPONENTS, denoiser, model_class
+from davae.backbones.classes_by_name import model_class
+from davae.backbones.families import component_in, denoiser, family_by_class
 from davae.pretrained.open import read_config, reads_silent_t5, silent_t5
 from davae.pretrained.processors import load_processor
 from davae.pretrained.stored import check_config, planned
@@ -53,12 +53,13 @@ def text_encoders(model: str, transformer_config: dict[str, Any]) -> list[TextEn
         and len(value) == 2
         and isinstance(value[1], str)
     ]
-    denoiser = next((index[part][1] for part in COMPONENTS if part in index), "")
+    part = component_in(index)
+    transformer_class = index[part][1] if part else ""
     encoders = []
     for name, class_name in found:
         config = read_config(model, name)
         check_config(config, f"{name} of model {model}")
-        tokens = prompt_tokens(index["_class_name"], denoiser, class_name, config, transformer_config)
+        tokens = prompt_tokens(index["_class_name"], transformer_class, class_name, config, transformer_config)
         encoders.append(TextEncoder(name, class_name, config, tokens))
     return encoders
 
@@ -78,7 +79,7 @@ def prompt_tokens(
     if default is not None and default.default is not None:
         return int(default.default)
     own = transformer_config.get("text_len" if class_name == "BertModel" else "text_len_t5")
-    return int(own or TEXT_CALLS[transformer_class].TEXT_TOKENS)
+    return int(own or family_by_class(transformer_class).require_call().TEXT_TOKENS)
 
 
 def token_limits(model: str, transformer_config: dict[str, Any]) -> list[tuple[str, int, TokenCount | None]]:

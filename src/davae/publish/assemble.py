@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from davae.backbones.classes import label_names
+from davae.backbones.classes_by_name import model_class
 from davae.backbones.expand import CLEAN_BASE, MARK, expand_transformer, latent_channels
-from davae.backbones.families.rows import denoiser, model_class, transformer_family
+from davae.backbones.families import denoiser, family_by_class, family_of
 from davae.backbones.trainable import choose_trainable
 from davae.errors import ModelError
 from davae.files.atomic import model_folder, save_tensors
@@ -128,7 +129,7 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
         if not isinstance(place, str) or "\0" in place or Path(place).is_absolute() or ".." in Path(place).parts:
             raise ModelError(f"upgrade file {path}: {str(place)[:80]!r} is not a folder beside it; it is damaged")
     try:
-        transformer_family(metadata.get("class", ""))
+        family_by_class(metadata.get("class", ""))
     except ValueError as error:
         raise ModelError(f"upgrade file {path}: {error}") from error
     clean = values["clean_base"] or 0.0
@@ -254,7 +255,7 @@ def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
     Where the stock class cannot draw an upgrade by default, its family's row names davae's subclass to take; sizes in pixels
     that the row names are multiplied by s.
     """
-    family, scale = transformer_family(type(transformer).__name__), vae.layout.scale
+    family, scale = family_of(transformer), vae.layout.scale
     subclasses = [model_class(name) for name in family.upgraded_pipelines]
     kind = next((c for c in subclasses if issubclass(c, type(pipeline))), type(pipeline))
     config: Any = transformer.config

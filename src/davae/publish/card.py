@@ -16,7 +16,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 import davae
-from davae.backbones.families.rows import model_class, transformer_family
+from davae.backbones.classes_by_name import model_class
+from davae.backbones.families import component_in, family_by_class
 from davae.data.openmoji import CREDIT
 from davae.errors import ModelError
 from davae.pretrained.open import HUB_ID, MissingPart, fetch_file, read_config
@@ -182,6 +183,7 @@ def _pixels(pipeline: str, recipe: Recipe | None) -> int | None:
 
 
 def _family(index: dict[str, Any]) -> Any:
-    """The row of the model that the pipeline denoises with."""
-    part = next(part for part in ("transformer", "unet") if part in index)
-    return transformer_family(index[part][1])
+    """Return the family of the pipeline's transformer or U-Net."""
+    part = component_in(index)
+    assert part is not None
+    return family_by_class(index[part][1])

@@ -14,7 +14,8 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.utils import get_peft_model_state_dict
 
 import davae
-from davae.backbones.families.rows import denoiser, model_class, transformer_family
+from davae.backbones.classes_by_name import model_class
+from davae.backbones.families import denoiser, family_by_class
 from davae.errors import ModelError
 from davae.files.atomic import model_folder
 from davae.files.ownership import check_out
@@ -197,7 +198,7 @@ def loads_lora(pipeline: str, model: str) -> bool:
 def _with_lora(run: FinishedRun, base: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The upgraded pipeline without LoRA, and LoRA with its settings as diffusers' save_lora_weights takes them."""
     pipeline = load_pipeline(base, dtype)
-    component = transformer_family(read_metadata(run.folder / UPGRADE_FILE)["class"]).component
+    component = family_by_class(read_metadata(run.folder / UPGRADE_FILE)["class"]).component
     transformer: Any = trained_transformer(denoiser(pipeline), run.folder / UPGRADE_FILE)
     lora = lora_layers(transformer, component, dtype)
     vae: Any = load_detail_vae(run.pipeline / "vae", dtype)

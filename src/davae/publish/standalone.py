@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import davae
+from davae.homes import HOMES
 
 HEADER = '''"""{name} of davae {version}, for folders that load without it: written by `davae export --self-contained`.
 
@@ -44,7 +45,7 @@ class Sources:
 
 def home_module(class_name: str) -> str:
     """Last part of the name of the module that defines one of davae's public classes."""
-    return davae._HOMES[class_name].rpartition(".")[2]
+    return HOMES[class_name].rpartition(".")[2]
 
 
 def standalone_source(class_name: str) -> str:
@@ -54,7 +55,7 @@ def standalone_source(class_name: str) -> str:
         ValueError: something that one file cannot hold: two definitions of a name, a late import of davae.
     """
     sources = Sources()
-    _read(davae._HOMES[class_name], sources)
+    _read(HOMES[class_name], sources)
     kept: list[Definition] = []
     imports: set[str] = set()
     pending, seen = [class_name], {class_name}

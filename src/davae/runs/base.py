@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-from davae.backbones.families.rows import model_class
+from davae.backbones.classes_by_name import model_class
 from davae.data.images import ImageDataset
 from davae.data.latent_cache.read import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.data.summary import check_captions

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from davae.backbones.families.rows import model_class, transformer_family
+from davae.backbones.classes_by_name import model_class
+from davae.backbones.families import family_by_class
 from davae.cost.flops import meta_transformer
 from davae.data.buckets import bucket_sizes
 from davae.data.latent_cache.read import is_whole
@@ -68,7 +69,7 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes, configs: str | None = None)
             filter_shares(layout)
         except ValueError as error:
             raise RecipeError(f"stage1.start: {error}") from error
-    cell = shapes.patch_size * transformer_family(shapes.transformer_class).grid
+    cell = shapes.patch_size * family_by_class(shapes.transformer_class).grid
     step = shapes.vae_factor * cell
     if recipe.base.resolution % step:
         below = recipe.base.resolution // step * step
@@ -77,7 +78,7 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes, configs: str | None = None)
             f"{shapes.vae_factor} x patch {cell}); use {below or step} or {below + step}"
         )
     check_buckets(recipe, shapes)
-    if transformer_family(shapes.transformer_class).condition == "class":
+    if family_by_class(shapes.transformer_class).condition == "class":
         config = shapes.transformer_config  # LightningDiT's own configs have input_size alone
         own = (config.get("sample_size") or config["input_size"]) * shapes.vae_factor
         if recipe.base.resolution != own:
@@ -188,7 +189,7 @@ def base_objective(recipe: Recipe, shapes: BaseShapes, configs: str | None = Non
         return flow
     model = configs or resolve(recipe.base.model)
     objective = choose_objective(
-        load_scheduler(model), transformer_family(shapes.transformer_class), recipe.base.model, flow
+        load_scheduler(model), family_by_class(shapes.transformer_class), recipe.base.model, flow
     )
     stated = shapes.transformer_config.get("prediction_type")  # LightningDiT says it of itself
     if stated is not None and (stated == "epsilon") != (objective.prediction == "epsilon"):

@@ -14,7 +14,7 @@ from PIL import Image
 from davae.analyze.curves import loss_curves
 from davae.analyze.sensitivity import reconstructions
 from davae.backbones.classes import class_count, class_names, goes_by_class
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.cost.flops import count
 from davae.data.images import spread, to_images
 from davae.data.openmoji import CREDIT

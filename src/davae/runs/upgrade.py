@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from davae.backbones.expand import expand_transformer
-from davae.backbones.families.rows import transformer_family
+from davae.backbones.families import family_by_class
 from davae.data.latent_cache.key import Key, fingerprint
 from davae.data.latent_cache.read import CachedLatents, CacheMeta, is_whole, read_meta
 from davae.dataset.encoding import report_precision, run_precision
@@ -79,7 +79,7 @@ class Upgrade:
         else:
             self.model = str(self.first / "base" / "pipeline")
         self.shapes = base_shapes(recipe)
-        self.family = transformer_family(self.shapes.transformer_class)
+        self.family = family_by_class(self.shapes.transformer_class)
         self.layout = check_recipe(recipe, self.shapes)
         self.objective = base_objective(recipe, self.shapes)
         check_init(recipe, self.shapes)  # before any work

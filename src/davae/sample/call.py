@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from davae.backbones.classes import class_count, class_number
-from davae.backbones.families import CALLS
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser, family_of
 from davae.errors import ModelError
 from davae.pretrained.open import guidance_arguments, literal_prompts, pixel_factor, text_arguments
 from davae.sample.finite import checked_decoding
@@ -95,7 +94,7 @@ def call_pipeline(
         options["use_resolution_binning"] = False
     if latents is not None:
         model = denoiser(pipeline)
-        options["latents"] = CALLS[type(model).__name__].pack(latents.to(pipeline._execution_device, model.dtype))
+        options["latents"] = family_of(model).require_call().pack(latents.to(pipeline._execution_device, model.dtype))
     options |= text_arguments(pipeline) | literal_prompts(pipeline)
     with checked_decoding(pipeline, prompts):
         return pipeline(prompt=prompts, height=height, width=width, **options)

@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from davae.backbones.expand import CLEAN_BASE
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.backbones.packed_latents import pack_like, unpack_latents
 from davae.errors import ModelError
 from davae.sample.call import at_a_time, call_pipeline

@@ -12,7 +12,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 
 from davae.backbones.classes import class_number, goes_by_class
 from davae.backbones.expand import MARK
-from davae.backbones.families.rows import denoiser, transformer_family
+from davae.backbones.families import denoiser, family_of
 from davae.backbones.lora import widen_lora
 from davae.errors import ModelError
 from davae.files.atomic import save_tensors
@@ -103,7 +103,7 @@ def add_lora(pipeline: Any, file: Path) -> None:
     if not isinstance(pipeline, LoraBaseMixin):
         raise ModelError(f"--lora {file}: a {type(pipeline).__name__} loads no LoRA files; leave it out")
     transformer = denoiser(pipeline)
-    part = transformer_family(type(transformer).__name__).component
+    part = family_of(transformer).component
     state, settings = read_lora(file, type(pipeline), part, transformer.config)
     metadata = {"format": "pt"} | ({LORA_ADAPTER_METADATA_KEY: json.dumps(settings)} if settings else {})
     try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from davae.backbones.classes import class_number, goes_by_class
 from davae.backbones.expand import CLEAN_BASE
-from davae.backbones.families.rows import denoiser, transformer_family
+from davae.backbones.families import denoiser, family_of
 from davae.data.images import to_images, to_tensor
 from davae.errors import ModelError
 from davae.pretrained.memory_budget import TILE
@@ -139,7 +139,7 @@ class _Work:
         self.vae: DetailVAE = pipe.vae
         self.factor = self.vae.spatial_factor // self.vae.layout.scale  # pixels of the input per latent position
         model = denoiser(pipe)
-        self.grain = token_side(pipe) // pixel_factor(pipe) * transformer_family(type(model).__name__).grid
+        self.grain = token_side(pipe) // pixel_factor(pipe) * family_of(model).grid
         self.grain = math.lcm(self.grain, self.vae.mean.shape[-1])
 
     def grid(self, size: tuple[int, int]) -> WindowGrid:
@@ -271,7 +271,7 @@ def _prompts(pipe: Any, prompts: str | Sequence[str] | None, count: int) -> list
 def _window(pipe: Any, pixels: int | None) -> int:
     """Return the side of a window in latent positions."""
     size, step = pixels or default_resolution(pipe), token_side(pipe)
-    step *= transformer_family(type(denoiser(pipe)).__name__).grid
+    step *= family_of(pipe).grid
     if size % step:
         raise ModelError(
             f"window: {size} pixels are not divisible by {step}; use {max(1, round(size / step)) * step}"

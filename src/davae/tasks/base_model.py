@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from davae.backbones.families.rows import transformer_family
+from davae.backbones.families import family_by_class
 from davae.pretrained.autoencoders import autoencoder_config
 from davae.pretrained.open import BaseShapes, read_shapes
 from davae.recipes import Recipe
@@ -28,7 +28,7 @@ def base_shapes(recipe: Recipe) -> BaseShapes:
 
 def bucket_step(recipe: Recipe, shapes: BaseShapes) -> int | None:
     """Return the pixels that a token spans, None for models of square images alone."""
-    if transformer_family(shapes.transformer_class).condition == "class":
+    if family_by_class(shapes.transformer_class).condition == "class":
         return None
     return shapes.vae_factor * recipe.scale * shapes.patch_size
 
@@ -47,7 +47,7 @@ def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
         transformer = new_transformer(recipe, channels, recipe.resolution // factor)
     kind = type(transformer).__name__
     return BaseShapes(
-        pipeline_class=transformer_family(kind).pipeline,
+        pipeline_class=family_by_class(kind).pipeline,
         transformer_class=kind,
         vae_class=vae_class,
         channels=channels,

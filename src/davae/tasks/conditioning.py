@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from davae.backbones.families import CLASS_CALLS, TEXT_CALLS, bound
-from davae.backbones.families.rows import transformer_family
+from davae.backbones.families import family_of
 from davae.backbones.null_tokens import draw_count, repeat_last_token
 from davae.data.latent_cache.finite import ALWAYS, EMBEDDING, NULL_NOT_FINITE, check_many
 from davae.data.latent_cache.read import CachedLatents
@@ -156,7 +155,7 @@ class TextConditioning:
         guidance: float = 1.0,
     ):
         self.cache, self.device = cache, device
-        self.call = bound(TEXT_CALLS[type(transformer).__name__], pixel_factor, scheduler)
+        self.call = family_of(transformer).require_call().for_pipeline(pixel_factor, scheduler)
         self.distilled = bool(transformer.config.get("guidance_embeds"))  # type: ignore[union-attr, operator]
         self._set_guidance(guidance)
         self.config = transformer.config
@@ -208,7 +207,7 @@ class ClassConditioning:
 
     def __init__(self, transformer: nn.Module, num_classes: int, device: torch.device):
         self.null, self.device = num_classes, device
-        self.call, self.config = CLASS_CALLS[type(transformer).__name__], transformer.config
+        self.call, self.config = family_of(transformer).require_call(), transformer.config
 
     def draw(self, generator: torch.Generator) -> None:
         """Nothing else is random."""
@@ -252,7 +251,7 @@ def conditioning(
     Raises:
         DataError: a class-conditional transformer, and labels that are none of its classes.
     """
-    family = transformer_family(type(transformer).__name__)
+    family = family_of(transformer)
     if family.classes_key is None:
         return TextConditioning(
             transformer,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from davae.backbones.families.rows import TransformerFamily
+from davae.backbones.family import Family
 from davae.errors import ModelError
 from davae.losses.ddpm import Diffusion, PredictionType, min_snr_weight
 from davae.losses.flow_matching import FlowMatching, x0_ratio_weight
@@ -103,9 +103,7 @@ def error_weight(
     return None
 
 
-def choose_objective(
-    scheduler: Any, family: TransformerFamily, model: str, flow: FlowMatching | None = None
-) -> Objective:
+def choose_objective(scheduler: Any, family: Family, model: str, flow: FlowMatching | None = None) -> Objective:
     """Return the objective that a base pipeline's own scheduler belongs to.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from davae.backbones.expand import new_weight_masks
-from davae.backbones.families.rows import transformer_family
+from davae.backbones.families import family_of
 from davae.backbones.trainable import choose_trainable, in_full_precision
 from davae.data.latent_cache.read import CachedLatents, collate_latents
 from davae.latent import LatentLayout, LatentStatistics
@@ -52,7 +52,7 @@ class Stage2Task(Task[Stage2]):
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()  # type: ignore[operator]
         self.masks = new_weight_masks(transformer)
-        self.head = transformer_family(type(transformer).__name__).head  # now: FSDP2 changes the class
+        self.head = family_of(transformer).head  # now: FSDP2 changes the class
         self.trainables = {
             "transformer": Trainable(transformer, [{"params": parameters}], lr=settings.lr, parts=self.parts)
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Container
 from typing import Any
 
 from torch import nn
@@ -71,12 +72,12 @@ def denoiser(pipeline: Any) -> Any:
     Raises:
         ModelError: a pipeline that has neither.
     """
-    for name in component_names():
-        if name in pipeline.components:
-            return pipeline.components[name]
-    raise ModelError(f"a {type(pipeline).__name__} has no transformer or U-Net")
+    name = component_in(pipeline.components)
+    if name is None:
+        raise ModelError(f"a {type(pipeline).__name__} has no transformer or U-Net")
+    return pipeline.components[name]
 
 
-def component_names() -> tuple[str, ...]:
-    """Return the names that families' models have in their pipelines."""
-    return tuple(dict.fromkeys(family.component for family in supported()))
+def component_in(parts: Container[str]) -> str | None:
+    """Return the name of the transformer or U-Net among the names of a pipeline's parts; None without one."""
+    return next((family.component for family in supported() if family.component in parts), None)

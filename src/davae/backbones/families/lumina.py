@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor, nn
 
-from davae.backbones.call import Call, Masked, PackedGrid, Parts, unwrap, is_fake, masked_with_null, stacked, trimmed
+from davae.backbones.call import Call, Masked, PackedGrid, Parts, is_fake, masked_with_null, stacked, trimmed, unwrap
 from davae.backbones.family import ATTENTION, BOTH, CP, GATED, OUT, PC, SWIGLU, Family
 
 

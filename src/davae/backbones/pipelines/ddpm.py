@@ -9,7 +9,7 @@ from diffusers import HunyuanDiTPipeline, PixArtAlphaPipeline, PixArtSigmaPipeli
 from diffusers.image_processor import PixArtImageProcessor
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import SUPPORTED_SHAPE, map_to_standard_shapes
 
-from davae.backbones.families.hunyuan_dit import rotary_table
+from davae.backbones.families.pixart import rotary_table
 
 
 class ScaledBins(PixArtImageProcessor):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.backbones.lightning_dit import LightningDiT
 from davae.data.images import to_tensor
 from davae.lab.bench.clock import gpu_rounds, machine, race, ratio, spread

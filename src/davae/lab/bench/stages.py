@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.errors import RecipeError
 from davae.evaluate.throughput import synchronise
 from davae.lab.bench.clock import machine, ratio, spread

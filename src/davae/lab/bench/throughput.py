@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from davae.backbones.families.rows import denoiser
+from davae.backbones.families import denoiser
 from davae.evaluate.throughput import image_tokens
 from davae.lab.bench.clock import gpu_rounds, machine, race
 from davae.sample.generate import generate

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from davae.backbones.classes_by_name import model_class
 from davae.backbones.expand import expand_transformer
-from davae.backbones.families import CALLS
-from davae.backbones.families.rows import model_class
+from davae.backbones.families import family_of
 from davae.backbones.lightning_dit import LightningDiT
 from davae.lab.bench.clock import machine, race, ratio
 from davae.lab.bench.helpers import helped, multiplies
@@ -65,7 +65,7 @@ def one_pass(transformer: nn.Module, channels: int, side: int, batch: int = 1) -
                 return transformer(x, t, labels)
 
         return by_class
-    call = CALLS[type(transformer).__name__]
+    call = family_of(transformer).require_call()
     blank = call.blank(config)
     parts = tuple(torch.randn(batch, *part.shape[1:], generator=generator).to(device, dtype) for part in blank)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from davae.backbones.classes_by_name import model_class
 from davae.backbones.expand import expand_transformer
-from davae.backbones.families.rows import model_class
 from davae.errors import ModelError
 from davae.lab.bench.clock import machine, race
 from davae.lab.bench.tokens import one_pass, random_transformer, shallow

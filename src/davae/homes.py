@@ -1,0 +1,34 @@
+"""The modules that define davae's public names. Reading it loads none of them: `davae --help` does not wait for torch."""
+
+from __future__ import annotations
+
+HOMES = {
+    "LatentLayout": "davae.latent",
+    "DetailVAE": "davae.vae.detail_vae",
+    "DetailErnieImagePipeline": "davae.backbones.pipelines.upgraded",
+    "DetailKrea2Pipeline": "davae.backbones.pipelines.upgraded",
+    "DetailLongCatImagePipeline": "davae.backbones.pipelines.upgraded",
+    "DetailQwenImage21Pipeline": "davae.backbones.pipelines.upgraded",
+    "DetailZImagePipeline": "davae.backbones.pipelines.upgraded",
+    "LightningDiT": "davae.backbones.lightning_dit",
+    "PooledAutoencoderTiny": "davae.vae.pooled_tiny",
+    "ClassConditionalPipeline": "davae.sample.class_conditional",
+    "DetailAuraFlowPipeline": "davae.backbones.pipelines.base_pixels",
+    "DetailLuminaPipeline": "davae.backbones.pipelines.base_pixels",
+    "DetailLumina2Pipeline": "davae.backbones.pipelines.base_pixels",
+    "DetailHunyuanDiTPipeline": "davae.backbones.pipelines.ddpm",
+    "DetailPixArtAlphaPipeline": "davae.backbones.pipelines.ddpm",
+    "DetailPixArtSigmaPipeline": "davae.backbones.pipelines.ddpm",
+    "expand_transformer": "davae.backbones.expand",
+    "widen_lora": "davae.backbones.lora",
+    "upgrade": "davae.runs.upgrade_run",
+    "load": "davae.runs.upgrade_run",
+    "UpgradeRun": "davae.runs.upgrade_run",
+    "Progress": "davae.train.loop",
+    "group_mean": "davae.losses.alignment",
+    "alignment_loss": "davae.losses.alignment",
+    "detail_weight": "davae.losses.velocity",
+    "velocity_loss": "davae.losses.velocity",
+    "preview": "davae.sample.preview",
+    "upscale": "davae.sample.upscale",
+}
