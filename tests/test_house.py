@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 import davae
+from davae.homes import HOMES
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
@@ -333,7 +334,7 @@ def test_public_names_are_those_promised_and_are_where_they_are_looked_up():
     assert sorted(davae.__all__) == sorted(PUBLIC.split())
     trees = {source.module: source.tree for source in library()}
     for name in davae.__all__:
-        defined = {getattr(node, "name", None) for node in trees[davae._HOMES[name]].body}
+        defined = {getattr(node, "name", None) for node in trees[HOMES[name]].body}
         assert name in defined, name
 
 

@@ -1,4 +1,4 @@
-"""The modules that define davae's public names. Reading it loads none of them: `davae --help` does not wait for torch."""
+"""Modules that define davae's public names; none of them is imported here."""
 
 from __future__ import annotations
 
