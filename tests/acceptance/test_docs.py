@@ -123,6 +123,16 @@ def test_files_that_a_page_names_exist(page: Path):
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_our_files_in_code_spans_exist(page: Path):
+    """Paths below a folder of the repository or of the package; figures and results below docs/."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    roots = (ROOT, ROOT / "src" / "davae")
+    paths = re.findall(r"`([\w./*-]+/[\w.*-]+\.(?:py|yaml|md|sbatch|cpp)|docs/[\w./*-]+)`", text)
+    ours = [path for path in paths if any((root / path.split("/")[0]).is_dir() for root in roots)]
+    assert not [path for path in ours if not path.startswith("runs/") and not any(list(r.glob(path)) for r in roots)]
+
+
 def test_names_of_the_paper_map_are_in_their_files():
     found = []
     for line in (ROOT / "docs" / "paper-map.md").read_text(encoding="utf-8").splitlines():
