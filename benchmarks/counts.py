@@ -13,7 +13,7 @@ import json
 import sys
 import time
 
-from davae.plan.counted import SHIPPED, _count, fingerprint, request_key
+from davae.plan.counted import SHIPPED, config_fingerprint, count_figures, request_key
 
 ALWAYS = ("micro", "sd35-medium@1024")
 
@@ -27,10 +27,10 @@ def main() -> int:
     for name in options.models or dict.fromkeys([*ALWAYS, *known]):
         model, _, size = name.partition("@")
         start = time.process_time()
-        configs, resolution = fingerprint(model), int(size) if size else None
+        configs, resolution = config_fingerprint(model), int(size) if size else None
         if configs is None:
             parser.error(f"{model} is neither embedded nor a preset")
-        values = _count(model, resolution, 2, None, None, lambda part: None)
+        values = count_figures(model, resolution, 2, None, None, lambda part: None)
         for asked in {resolution, values["resolution"]}:
             found[request_key(configs, asked, 2, None)] = values
         SHIPPED.write_text(json.dumps(dict(sorted(found.items())), indent=0) + "\n", encoding="utf-8")

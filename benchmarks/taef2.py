@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from davae import DetailVAE
-from davae.convert.tiny import (convert_tiny)
+from davae.convert.tiny import convert_tiny
 from davae.dataset.opened import open_pictures
 from davae.evaluate.generation import batches, real_pictures
 from davae.evaluate.reconstruction import score_reconstructions

@@ -33,9 +33,8 @@ from davae.dataset.encoding import Encoder
 from davae.lab.bench.tokens import shallow
 from davae.latent import LatentStatistics
 from davae.losses.flow_matching import FlowMatching
-from davae.plan.phase_facts import ImageFacts, TextFacts
-from davae.plan.phase_sizes import Sizes
-from davae.plan.phases import drawn, encoding
+from davae.plan.phase_sizes import ImageFacts, PhaseSizes, TextFacts
+from davae.plan.phases import drawing_bytes, encoding_bytes
 from davae.pretrained.open import BaseShapes, read_shapes
 from davae.recipes import load_recipe
 from davae.recipes.sections import Stage1, Stage2
@@ -181,11 +180,11 @@ def compare(name: str, batch: int) -> dict[str, int]:
 # -- phases without training: images encoded, drawn, reconstructed ----------------------------------------------------
 
 
-def facts(model: Model) -> Sizes:
+def facts(model: Model) -> PhaseSizes:
     """What the plan computes those phases from, in float32; trainings and text aside."""
     nothing = TrainingStep(0, 0, 0, 0, 0, 0.0)
     base = RECIPE.base.model_copy(update={"resolution": model.resolution // RECIPE.scale})
-    return Sizes(
+    return PhaseSizes(
         recipe=RECIPE.model_copy(update={"base": base}),
         shapes=model.shapes,
         layout=model.layout,
@@ -227,13 +226,13 @@ def phase(name: str, model: Model) -> tuple[list[Work], int]:
     encoder = Encoder(detail, torch.float32, 64)
     encode: Work = lambda images: encoder(torch.zeros(images, 3, model.resolution, model.resolution))  # noqa: E731
     if name == "cache":
-        return [encode], encoding(sizes)
+        return [encode], encoding_bytes(sizes)
     wide = expand_transformer(transformer, model.detail_channels).eval()
     upgraded = draw(model, wide, detail, model.layout.channels, factor * RECIPE.scale)
     if name == "sampling":
-        return [upgraded], drawn(sizes, upgraded=True).one
+        return [upgraded], drawing_bytes(sizes, upgraded=True).one
     native = draw(model, transformer, vae, model.shapes.channels, factor)
-    planned = [encoding(sizes), *(drawn(sizes, upgraded=kind).one for kind in (False, True))]
+    planned = [encoding_bytes(sizes), *(drawing_bytes(sizes, upgraded=kind).one for kind in (False, True))]
     return [encode, native, upgraded], max(planned)
 
 

@@ -24,7 +24,8 @@ from davae.evaluate.distribution import Gaussian, compare, frechet_distance, gau
 from davae.evaluate.features import Features, InceptionFeatures, Lite0Features, extract
 from davae.evaluate.reconstruction import psnr, score_reconstructions, ssim
 from davae.losses.perceptual import Lite0Distance, Lpips
-from davae.plan.dry_run import plan, token_plan
+from davae.plan.dry_run import plan
+from davae.plan.figures import token_plan
 from davae.sample.generate import base_noise, structured_noise
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from davae import DetailVAE, expand_transformer
 from davae.backbones.expand import latent_channels
 from davae.backbones.families import denoiser, family_of
-from davae.plan.dry_run import token_plan
+from davae.plan.figures import token_plan
 from davae.pretrained.open import (
     default_resolution,
     guidance_arguments,

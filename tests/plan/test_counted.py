@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from davae.plan import counted as module
-from davae.plan.counted import SHIPPED, counted, fingerprint, picture_figures, request_key
+from davae.plan.counted import SHIPPED, config_fingerprint, inspected_figures, picture_figures, request_key
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return values | picture_figures(values, steps or 28)
 
     monkeypatch.setenv(module.PLACE, str(tmp_path / "kept"))
-    monkeypatch.setattr(module, "_count", count)
+    monkeypatch.setattr(module, "count_figures", count)
     monkeypatch.setattr(module, "_shipped", dict)
     return asked
 
@@ -45,18 +45,18 @@ def folder(place: Path, width: int = 8) -> Path:
 @pytest.mark.parametrize("kind", ["preset", "folder"])
 def test_a_request_is_counted_once(counts: list[Any], kind: str, tmp_path: Path):
     model = "sdxl" if kind == "preset" else str(folder(tmp_path / "model"))
-    first = counted(model)
-    assert counted(model) == first
-    assert counted(model, 128) == first, "the size that it draws by default"
+    first = inspected_figures(model)
+    assert inspected_figures(model) == first
+    assert inspected_figures(model, 128) == first, "the size that it draws by default"
     assert len(counts) == 1
     for other in ({"resolution": 256}, {"scale": 4}, {"detail_channels": 32}):
-        counted(model, **other)
-        counted(model, **other)
+        inspected_figures(model, **other)
+        inspected_figures(model, **other)
     assert len(counts) == 4
 
 
 def test_steps_change_the_whole_image_alone(counts: list[Any]):
-    usual, short = counted("sdxl"), counted("sdxl", steps=3)
+    usual, short = inspected_figures("sdxl"), inspected_figures("sdxl", steps=3)
     assert len(counts) == 1
     assert (short["native_picture_flops"], short["upgraded_picture_flops"]) == (1 + 6 * 4 + 10, 1 + 6 * 1 + 10)
     assert short["picture_bound"] == 35 / 17
@@ -67,53 +67,53 @@ def test_steps_change_the_whole_image_alone(counts: list[Any]):
 
 def test_a_changed_config_is_counted_again(counts: list[Any], tmp_path: Path):
     model = str(folder(tmp_path / "model"))
-    counted(model)
+    inspected_figures(model)
     folder(tmp_path / "model", width=16)
-    counted(model)
+    inspected_figures(model)
     (tmp_path / "model" / "vae" / "weights.safetensors").write_bytes(b"no config")
-    counted(model)
+    inspected_figures(model)
     assert len(counts) == 2
-    counted(str(folder(tmp_path / "FLUX.1-schnell", width=16)))  # a distilled model is known by its name
+    inspected_figures(str(folder(tmp_path / "FLUX.1-schnell", width=16)))  # a distilled model is known by its name
     assert len(counts) == 3
 
 
 def test_what_cannot_be_read_or_kept_is_counted(
     counts: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    counted("sdxl")
+    inspected_figures("sdxl")
     for damage in ("{", "[]", '{"model": "sdxl"}'):
         for path in (tmp_path / "kept").rglob("*.json"):
             path.write_text(damage)
         caplog.clear()
-        counted("sdxl")
+        inspected_figures("sdxl")
         assert "is damaged" in caplog.text
     assert len(counts) == 4
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv(module.PLACE, str(tmp_path / "file"))
     with caplog.at_level(logging.INFO):
-        counted("sdxl")
+        inspected_figures("sdxl")
     assert len(counts) == 5
 
 
 def test_a_hub_id_is_never_kept(counts: list[Any]):
     """Its configs may change, and are not here."""
-    assert fingerprint("some/model") is None
-    counted("some/model", 256)
-    counted("some/model", 256)
+    assert config_fingerprint("some/model") is None
+    inspected_figures("some/model", 256)
+    inspected_figures("some/model", 256)
     assert len(counts) == 2
 
 
 def test_other_code_counts_again(counts: list[Any], monkeypatch: pytest.MonkeyPatch):
-    counted("sdxl")
+    inspected_figures("sdxl")
     monkeypatch.setattr(module, "version", lambda package: "0.0")
-    counted("sdxl")
+    inspected_figures("sdxl")
     assert len(counts) == 2
 
 
 @pytest.mark.parametrize(("model", "resolution"), [("micro", None), ("micro", 128), ("sd35-medium", 1024)])
 def test_known_models_ship_counted(model: str, resolution: int | None):
     """With their present configs; test_inspect holds the embedded model's figures against a new count."""
-    configs = fingerprint(model)
+    configs = config_fingerprint(model)
     assert configs is not None
     values = json.loads(SHIPPED.read_text())[request_key(configs, resolution, 2, None)]
     assert values["model"] == model, "run benchmarks/counts.py"

@@ -21,8 +21,9 @@ from davae.cli import app
 from davae.cost.flops import autoencoder_flops, count, count_flops, meta_transformer, transformer_flops
 from davae.cost.memory import LiveBytes, rehearsal, stage2_memory
 from davae.errors import ModelError, RecipeError
-from davae.plan.counted import _count
-from davae.plan.dry_run import check_resolution, plan, token_plan
+from davae.plan.counted import count_figures
+from davae.plan.dry_run import plan
+from davae.plan.figures import check_resolution, token_plan
 from davae.plan.inspect import inspect_model
 from davae.pretrained.offline import readable
 from davae.pretrained.open import BaseShapes, load_pipeline, patch_size, read_shapes
@@ -222,7 +223,7 @@ def test_inspect_of_the_embedded_model(tmp_path: Path):
     assert result.exit_code == 0, result.output
     f = json.loads((tmp_path / "f.json").read_text())
     parts: list[str] = []
-    now = _count("micro", None, 2, None, 30, parts.append)
+    now = count_figures("micro", None, 2, None, 30, parts.append)
     assert f == now, "run benchmarks/counts.py"
     assert parts[0] == "reading configs"
     assert {"memory of stage 1", "memory of stage2 lora", "phases of an upgrade"} < set(parts)

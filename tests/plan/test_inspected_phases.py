@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 from davae.cli import app
 from davae.latent import LatentLayout
 from davae.plan import phases
-from davae.plan.inspect import Inspection
-from davae.plan.inspected_phases import inspected_phases, step_of
+from davae.plan.inspect import Inspection, inspected_phases, step_of
 from davae.pretrained.open import read_shapes
 from davae.zoo import resolve
 

@@ -19,10 +19,9 @@ from davae.dataset.encoding import report_precision
 from davae.errors import RecipeError
 from davae.latent import LatentLayout
 from davae.plan.dry_run import on_hardware
-from davae.plan.phase_facts import ImageFacts, TextFacts, count_images
-from davae.plan.phase_remedies import checked, disk_notes, text_notes
-from davae.plan.phase_sizes import RESERVED, Phase, Sizes
-from davae.plan.phases import Drawn, cache, export, report, stage1, stage2
+from davae.plan.phase_remedies import check_phase, disk_notes, text_notes
+from davae.plan.phase_sizes import RESERVED, ImageFacts, Phase, PhaseSizes, TextFacts, count_images
+from davae.plan.phases import DrawingBytes, cache_phase, export_phase, report_phase, stage1_phase, stage2_phase
 from davae.pretrained.memory_budget import Halving, is_out_of_memory, largest_batch
 from davae.pretrained.open import read_shapes
 from davae.recipes import Recipe, load_recipe
@@ -48,12 +47,12 @@ def recipe(*overrides: str, name: str = "micro") -> Recipe:
     return found
 
 
-def sizes(*overrides: str, **changes: Any) -> Sizes:
+def sizes(*overrides: str, **changes: Any) -> PhaseSizes:
     """Those of the embedded model, training rehearsals aside."""
     chosen = recipe(*SMALL, *overrides)
     shapes = read_shapes(resolve("micro"))
     step = TrainingStep(weights=GIB, gradients=GIB // 2, optimizer=GIB, ema=GIB // 2, activations=GIB, flops=1e12)
-    facts = Sizes(
+    facts = PhaseSizes(
         recipe=chosen,
         shapes=shapes,
         layout=LatentLayout(shapes.channels, 16),
@@ -81,7 +80,7 @@ def sizes(*overrides: str, **changes: Any) -> Sizes:
 def test_a_dry_run_writes_and_prints_every_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for stage in ("stage1_memory", "stage2_memory"):  # their rehearsals have tests of their own
         monkeypatch.setattr(f"davae.plan.dry_run.{stage}", lambda *_, **__: sizes().step1)
-    monkeypatch.setattr("davae.plan.phases.drawn", lambda *_, **__: Drawn(GIB, GIB))
+    monkeypatch.setattr("davae.plan.phases.drawing_bytes", lambda *_, **__: DrawingBytes(GIB, GIB))
     file = tmp_path / "sub" / "plan.json"
     overrides = [word for value in SMALL for word in ("--set", value)]
     shown = CliRunner().invoke(app, ["upgrade", "micro", "--dry-run", "--json", str(file), *overrides])
@@ -118,32 +117,34 @@ def test_json_without_a_dry_run_is_one_line(tmp_path: Path):
 
 
 def test_training_counts_what_lies_on_the_device_and_the_copies_of_a_machine():
-    one = stage2(sizes())
+    one = stage2_phase(sizes())
     held = one.device - sizes().step2.peak
     assert held == 4 * 4 * 400, "a pass's prompt embeddings in float32, and no idle part of the pipeline"
-    validated = stage2(sizes("stage2.validate_every=1"))
+    validated = stage2_phase(sizes("stage2.validate_every=1"))
     assert validated.device - one.device == 4 * 400, "the detail VAE"
-    moved = stage2(sizes("run.ema_device=cpu"))
+    moved = stage2_phase(sizes("run.ema_device=cpu"))
     assert one.device - moved.device == GIB // 2
     assert moved.host - one.host == GIB // 2
-    eight = stage2(replace(sizes(), recipe=sizes().recipe.model_copy(update={"hardware": hardware(8)})))
+    eight = stage2_phase(replace(sizes(), recipe=sizes().recipe.model_copy(update={"hardware": hardware(8)})))
     assert eight.host == one.host
     assert eight.machine < 8 * one.host, "one copy a machine"
     assert eight.machine - one.host == 7 * (one.host - 2 * GIB), (
         "the checkpoint of 2 GiB is the first process's alone"
     )
     assert one.disk == (2 + 2) * 2 * GIB
-    assert stage2(sizes("run.keep_every=100")).disk == (2 + 2 + 46) * 2 * GIB
+    assert stage2_phase(sizes("run.keep_every=100")).disk == (2 + 2 + 46) * 2 * GIB
 
 
 def test_the_report_has_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch):
     asked: list[torch.dtype] = []
-    monkeypatch.setattr("davae.plan.phases.drawn", lambda s, **_: asked.append(s.precision) or Drawn(GIB, GIB))
-    monkeypatch.setattr("davae.plan.phases.encoding", lambda s: asked.append(s.precision) or GIB)
+    monkeypatch.setattr(
+        "davae.plan.phases.drawing_bytes", lambda s, **_: asked.append(s.precision) or DrawingBytes(GIB, GIB)
+    )
+    monkeypatch.setattr("davae.plan.phases.encoding_bytes", lambda s: asked.append(s.precision) or GIB)
     for dtype, expected in ((None, torch.float16), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         asked.clear()
         chosen = sizes("run.mixed_precision=fp16", f"report.dtype={dtype or 'null'}")
-        report(chosen)
+        report_phase(chosen)
         assert set(asked) == {expected} == {report_precision(chosen.recipe)}
         assert chosen.precision == torch.float16, "of the other phases"
     plain, other = recipe(*SMALL), recipe(*SMALL, "report.dtype=float32")
@@ -153,17 +154,16 @@ def test_the_report_has_a_precision_of_its_own(monkeypatch: pytest.MonkeyPatch):
 def test_text_encoders_of_the_step_pass_through_main_memory():
     """SD3.5's take twice the transformer."""
     large = {"text": TextFacts(GIB, 1e9, 500, 400, 100)}
-    stored, step = stage2(sizes(**large)), stage2(sizes("cache.text=step", **large))
+    stored, step = stage2_phase(sizes(**large)), stage2_phase(sizes("cache.text=step", **large))
     assert step.host - stored.host == 4 * GIB - 2 * GIB, "more than the checkpoint of 2 GiB"
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_whether_a_stage_fits_is_what_the_table_has(stage: str):
     facts = sizes(recipe=sizes().recipe.model_copy(update={"hardware": hardware(1)}))
-    own, step = getattr(facts.recipe, stage), facts.step1
     for device in (facts.budget, facts.budget + 1):
-        phase = checked(Phase(stage, device=device), facts)
-        shown = on_hardware(stage, own, step, device, facts)[f"{stage}_fits"]
+        phase = check_phase(Phase(stage, device=device), facts)
+        shown = on_hardware(stage, facts, device)[f"{stage}_fits"]
         assert shown.startswith("fits h100") == phase.fits
         assert phase.remedy in shown
 
@@ -175,7 +175,7 @@ def hardware(count: int, **changes: Any) -> Any:
 
 
 def test_the_export_follows_its_dtype():
-    full, half = export(sizes()), export(sizes("export.dtype=bfloat16"))
+    full, half = export_phase(sizes()), export_phase(sizes("export.dtype=bfloat16"))
     values = 1000 + 5000 + 400
     assert full.disk == 4 * values + 4 * 100
     assert half.disk == 2 * values + 4 * 100
@@ -183,12 +183,12 @@ def test_the_export_follows_its_dtype():
 
 
 def test_the_cache_counts_images_and_prompts():
-    stored = cache(sizes())
+    stored = cache_phase(sizes())
     latents = 10 * 16 * (24 * 8 * 8) * 2  # images, variants, values, bytes
     assert stored.disk == latents + 10 * 100 * 2
-    step = cache(sizes("cache.text=step"))
+    step = cache_phase(sizes("cache.text=step"))
     assert stored.disk - step.disk == 10 * 100 * 2
-    assert stage2(sizes("cache.text=step")).seconds > stage2(sizes()).seconds
+    assert stage2_phase(sizes("cache.text=step")).seconds > stage2_phase(sizes()).seconds
     figures, notes = text_notes(sizes())
     assert figures["text_cache_gib"] * 4 == pytest.approx(figures["text_cache_padded_gib"], abs=1e-3)
     assert "cache.text=step" in notes[0]
@@ -201,8 +201,8 @@ def test_images_are_coded_in_the_runs_precision_and_as_many_as_fit():
         encode_bytes(meta_detail_vae(shapes, 16, 2), 64, dtype) for dtype in (torch.float32, torch.bfloat16)
     )
     assert half == pytest.approx(full / 2, rel=0.1)
-    assert cache(sizes("run.mixed_precision=bf16")).device < 0.6 * cache(sizes()).device
-    assert report(sizes("report.batch_size=2")).device < report(sizes()).device
+    assert cache_phase(sizes("run.mixed_precision=bf16")).device < 0.6 * cache_phase(sizes()).device
+    assert report_phase(sizes("report.batch_size=2")).device < report_phase(sizes()).device
 
 
 def test_batches_are_halved_until_they_fit():
@@ -212,9 +212,15 @@ def test_batches_are_halved_until_they_fit():
 # -- fits and remedies -----------------------------------------------------------------------------------------
 
 
-def named(name: str, found: Sizes) -> Phase:
-    make = {"stage1": stage1, "cache": cache, "stage2": stage2, "export": export, "report": report}[name]
-    return checked(make(found), found)
+def named(name: str, found: PhaseSizes) -> Phase:
+    make = {
+        "stage1": stage1_phase,
+        "cache": cache_phase,
+        "stage2": stage2_phase,
+        "export": export_phase,
+        "report": report_phase,
+    }[name]
+    return check_phase(make(found), found)
 
 
 def test_what_does_not_fit_names_the_remedy():
@@ -246,12 +252,12 @@ def test_the_disk_of_a_run_is_the_sum_of_its_phases():
     """Each phase fits a disk of 4 GiB alone, and not behind the ones before it."""
     phase, small = Phase("cache", disk=3 * GIB), sizes()
     small = replace(small, recipe=small.recipe.model_copy(update={"hardware": hardware(1, disk_gib=4)}))
-    assert checked(phase, small).fits
-    found = checked(phase, small, before=2 * GIB)
+    assert check_phase(phase, small).fits
+    found = check_phase(phase, small, before=2 * GIB)
     assert not found.fits
     assert found.remedy.startswith("set cache.text=step, or set cache.variants=1")
     tidy = replace(small, recipe=small.recipe.model_copy(update={"cache": Cache(text="step")}))
-    assert checked(phase, tidy, before=2 * GIB).remedy == "lower data.limit, or take more disk"
+    assert check_phase(phase, tidy, before=2 * GIB).remedy == "lower data.limit, or take more disk"
 
 
 def test_a_disk_without_room_is_one_line_of_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

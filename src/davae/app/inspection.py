@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from davae.plan.counted import counted
+from davae.plan.counted import inspected_figures
 
 
 def inspection(model: str, resolution: int, scale: int) -> tuple[list[list[str]], str]:
@@ -16,7 +16,7 @@ def inspection(model: str, resolution: int, scale: int) -> tuple[list[list[str]]
     Raises:
         ModelError: no such model, one that cannot be upgraded, or a resolution that does not divide.
     """
-    figures = counted(model, resolution, scale)
+    figures = inspected_figures(model, resolution, scale)
     rows = [
         [key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"]
         for key, value in figures.items()

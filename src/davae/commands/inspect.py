@@ -43,7 +43,7 @@ def inspect(
         )
         model = base
     from davae.console import console, parts_display, quiet_model_libraries, show_phases
-    from davae.plan.counted import counted
+    from davae.plan.counted import inspected_figures
 
     with parts_display(f"inspecting {model}") as show:
 
@@ -51,7 +51,7 @@ def inspect(
             show(part)
             quiet_model_libraries()
 
-        values = counted(model, resolution, scale, detail_channels, steps, watch)
+        values = inspected_figures(model, resolution, scale, detail_channels, steps, watch)
     write_json(json, values)
     _show(values)
     if "phases" in values:

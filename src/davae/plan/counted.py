@@ -1,4 +1,4 @@
-"""Figures of `davae inspect`: those that were counted before are read, as counting takes up to minutes.
+"""Figures of `davae inspect`; figures that were counted before are read, as counting takes up to minutes.
 
 Known models' figures ship with davae (`zoo/counts.json`, made by benchmarks/counts.py). Others are kept in the user's cache
 folder. Reading them loads no torch.
@@ -30,7 +30,7 @@ COUNTED_BY = ("torch", "diffusers", "transformers", "peft")  # their versions ma
 READ_WHOLE = 1 << 20  # bytes; larger JSON files are vocabularies
 
 
-def counted(
+def inspected_figures(
     model: str,
     resolution: int | None = None,
     scale: int = 2,
@@ -38,28 +38,28 @@ def counted(
     steps: int | None = None,
     watch: Callable[[str], None] = lambda part: None,
 ) -> dict[str, Any]:
-    """Return what `inspect_model` and `inspected_phases` find, as the JSON of `davae inspect`.
+    """Return the JSON of `davae inspect`: the figures of `inspect_model` and the phases of `inspected_phases`.
 
     Args:
         model, resolution, scale, detail_channels, steps: as `inspect_model` takes them.
-        watch: called with what is counted next.
+        watch: called with the name of each part before it is counted.
 
     Raises:
         ModelError: as `inspect_model`.
     """
-    configs = fingerprint(model)
+    configs = config_fingerprint(model)
     if configs is None:
-        return _count(model, resolution, scale, detail_channels, steps, watch)
+        return count_figures(model, resolution, scale, detail_channels, steps, watch)
     key = request_key(configs, resolution, scale, detail_channels)
     values = _shipped().get(key) or _kept(key)
     if values is None:
-        values = _count(model, resolution, scale, detail_channels, None, watch)
+        values = count_figures(model, resolution, scale, detail_channels, None, watch)
         for same in {key, request_key(configs, values["resolution"], scale, detail_channels)}:
             _keep(same, values)
     return values if steps is None else values | picture_figures(values, steps)
 
 
-def _count(
+def count_figures(
     model: str,
     resolution: int | None,
     scale: int,
@@ -67,9 +67,9 @@ def _count(
     steps: int | None,
     watch: Callable[[str], None],
 ) -> dict[str, Any]:
+    """Return the figures of `inspected_figures`, counted anew."""
     watch("reading configs")
-    from davae.plan.inspect import inspect_model
-    from davae.plan.inspected_phases import inspected_phases
+    from davae.plan.inspect import inspect_model, inspected_phases
 
     found = inspect_model(model, resolution, scale, detail_channels, steps, watch=watch)
     watch("phases of an upgrade")
@@ -103,7 +103,7 @@ def picture_figures(values: dict[str, Any], steps: int) -> dict[str, float]:
 # -- keys ------------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(model: str) -> str | None:
+def config_fingerprint(model: str) -> str | None:
     """Return a hash of a model's name and configs; None where they are not on this machine."""
     folder = Path(resolve(model))
     if folder.is_dir():
@@ -124,7 +124,7 @@ def _content(path: Path) -> str:
 
 
 def request_key(configs: str, resolution: int | None, scale: int, detail_channels: int | None) -> str:
-    """Return the key of one request; the number of sampling steps is no part of it."""
+    """Return the key of one request, for every number of sampling steps."""
     return _hash([configs, resolution, scale, detail_channels])
 
 
@@ -132,7 +132,7 @@ def _hash(values: Any) -> str:
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
-# -- what was counted before -----------------------------------------------------------------------------------------
+# -- figures that were counted before ---------------------------------------------------------------------------------
 
 
 def _shipped() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from davae.backbones.expand import expand_transformer
 from davae.backbones.trainable import choose_trainable
-from davae.cost.flops import autoencoder_flops, meta_detail_vae, meta_transformer, transformer_flops
+from davae.cost.flops import autoencoder_flops, count, meta_detail_vae, meta_transformer, transformer_flops
 from davae.pretrained.open import BaseShapes
 from davae.recipes import Recipe
 from davae.recipes.hardware import UTILISATION
@@ -46,14 +46,14 @@ def expect(recipe: Recipe, shapes: BaseShapes, speed: float) -> Expected:
     side = recipe.base.resolution // shapes.vae_factor
     with torch.device("meta"):
         transformer = expand_transformer(meta_transformer(shapes), recipe.detail_channels)
-        trained = _count(choose_trainable(transformer, recipe.stage2.lora))
-    own = _count(p for p in vae.parameters() if p.requires_grad)
+        trained = count(choose_trainable(transformer, recipe.stage2.lora))
+    own = count(p for p in vae.parameters() if p.requires_grad)
     coding = sum(flops.total for flops in autoencoder_flops(vae, recipe.stage1_pixels))
     seconds = {
         "stage1": training_seconds(recipe.stage1, coding, speed),
         "stage2": training_seconds(recipe.stage2, transformer_flops(transformer, side).total, speed),
     }
-    whole = 4 * (_count(vae.parameters()) + _count(transformer.parameters()))
+    whole = 4 * (count(vae.parameters()) + count(transformer.parameters()))
     kept = checkpoint_bytes(recipe.stage1, recipe.run, own) + checkpoint_bytes(recipe.stage2, recipe.run, trained)
     return Expected(seconds, kept + whole + 4 * trained)
 
@@ -73,10 +73,6 @@ def checkpoint_bytes(settings: Optim, run: Run, trained: int) -> int:
     if run.keep_every:
         files += settings.max_steps // run.keep_every
     return files * 4 * trained * (3 + bool(settings.ema_decay))
-
-
-def _count(parameters: object) -> int:
-    return sum(parameter.numel() for parameter in parameters)  # type: ignore[attr-defined]
 
 
 def measured_speed(device: torch.device, precision: torch.dtype, processes: int = 1) -> float:

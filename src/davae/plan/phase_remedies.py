@@ -1,4 +1,4 @@
-"""What to change where a phase does not fit, and what prompt embeddings cost."""
+"""Changes that let a phase fit its hardware, and the cost of prompt embeddings."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from davae.backbones.families import family_by_class
 from davae.files.atomic import free_space
-from davae.plan.phase_sizes import HOUR, Phase, Sizes
+from davae.plan.phase_sizes import HOUR, Phase, PhaseSizes
 from davae.recipes.hardware import GIB
 
 
-def train_remedy(name: str) -> Callable[[Sizes], str]:
-    """What makes a training smaller, the cheapest first."""
+def train_remedy(name: str) -> Callable[[PhaseSizes], str]:
+    """Return a function that lists changes which make a training smaller, the cheapest first."""
 
-    def remedy(sizes: Sizes) -> str:
+    def remedy(sizes: PhaseSizes) -> str:
         recipe = sizes.recipe
         settings: Any = getattr(recipe, name)
         ways = []
@@ -36,20 +36,20 @@ def train_remedy(name: str) -> Callable[[Sizes], str]:
     return remedy
 
 
-def half_remedy(sizes: Sizes) -> str:
+def half_remedy(sizes: PhaseSizes) -> str:
     if sizes.recipe.run.mixed_precision == "no":
         return "set run.mixed_precision=bf16, or take a GPU with more memory"
     return "take a GPU with more memory, or offload (`davae sample --offload model`)"
 
 
-def cache_remedy(sizes: Sizes) -> str:
+def cache_remedy(sizes: PhaseSizes) -> str:
     if sizes.text.parameters and sizes.base_bytes == 4:
         return "set base.dtype=bfloat16, or lower cache.batch_size"
     return "lower cache.batch_size, or take a GPU with more memory"
 
 
-def disk_remedy(sizes: Sizes) -> str:
-    """What makes the cache smaller, the largest part first."""
+def disk_remedy(sizes: PhaseSizes) -> str:
+    """Return changes that make the cache smaller, the largest part first."""
     cache = sizes.recipe.cache
     ways = []
     if cache.text == "stored" and sizes.text_disk:
@@ -62,7 +62,12 @@ def disk_remedy(sizes: Sizes) -> str:
 
 
 def disk_notes(phases: list[Phase], folder: Path) -> list[str]:
-    """Return a sentence where a run folder's disk has less room than a new run takes; nothing where it has."""
+    """Return a sentence if a run folder's disk has less room than a new run takes, else nothing.
+
+    Args:
+        phases: of the run.
+        folder: of the run.
+    """
     needed, free = sum(phase.disk for phase in phases), free_space(folder)
     if needed <= free:
         return []
@@ -73,7 +78,7 @@ def disk_notes(phases: list[Phase], folder: Path) -> list[str]:
     ]
 
 
-REMEDIES: dict[str, Callable[[Sizes], str]] = {
+REMEDIES: dict[str, Callable[[PhaseSizes], str]] = {
     "stage1": train_remedy("stage1"),
     "stage2": train_remedy("stage2"),
     "cache": cache_remedy,
@@ -83,8 +88,8 @@ REMEDIES: dict[str, Callable[[Sizes], str]] = {
 }
 
 
-def checked(phase: Phase, sizes: Sizes, before: int = 0) -> Phase:
-    """Fill in whether a phase fits, and the remedy where it does not.
+def check_phase(phase: Phase, sizes: PhaseSizes, before: int = 0) -> Phase:
+    """Return a phase with `fits` and, where it does not fit, with the remedy.
 
     Args:
         before: bytes that the run folder holds when the phase begins.
@@ -101,8 +106,8 @@ def checked(phase: Phase, sizes: Sizes, before: int = 0) -> Phase:
     return replace(phase, fits=not remedies, remedy="; ".join(remedies))
 
 
-def text_notes(sizes: Sizes) -> tuple[dict[str, Any], list[str]]:
-    """Return what stored prompt embeddings cost, and what embedding in the step costs instead: figures and a sentence."""
+def text_notes(sizes: PhaseSizes) -> tuple[dict[str, Any], list[str]]:
+    """Return figures and a sentence on the cost of prompt embeddings, stored and in the step."""
     text, recipe = sizes.text, sizes.recipe
     if not text.parameters or family_by_class(sizes.shapes.transformer_class).condition != "text":
         return {}, []

@@ -1,32 +1,40 @@
-"""Phases of an upgrade, and the sizes that they are computed from."""
+"""Phases of an upgrade, and the sizes that they are computed from: parameters, text, images, FLOPs, hardware."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from davae.cost.flops import meta_detail_vae
+from davae.backbones.families import family_by_class
+from davae.cost.flops import count, meta_detail_vae
 from davae.cost.memory import TrainingStep
+from davae.data.sources import open_source
+from davae.dataset.opened import source_options
+from davae.errors import DataError
 from davae.latent import LatentLayout
-from davae.plan.phase_facts import ImageFacts, TextFacts
-from davae.pretrained.open import BaseShapes
+from davae.pretrained.open import BaseShapes, reads_silent_t5
+from davae.pretrained.text_encoders import TextEncoder
 from davae.recipes.hardware import GIB, GPUS, UTILISATION, Gpu
 from davae.recipes.schema import Recipe
-from davae.recipes.sections import Hardware
+from davae.recipes.sections import Data, Hardware, Optim
 from davae.train.shares import Share
 
-DEFAULT_GPU = "h100-80gb"  # what a recipe without `hardware` is reckoned with
+DEFAULT_GPU = "h100-80gb"  # assumed for a recipe without `hardware`
 RESERVED = 2 * GIB  # of a GPU: CUDA's context, libraries' workspaces, fragmentation; an assumption
 HOST_RUNTIME = 3 * GIB  # of a process: Python, torch, CUDA's libraries; an assumption
 HOUR = 3600.0
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ASSUMED_IMAGES = 500_000  # where the data is not on this machine
+TYPICAL_TOKENS = 100  # of a long caption, where a mask lets the cache leave the padding out
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What one phase takes at its most.
+    """Device memory, main memory, disk and time that one phase takes at its most.
 
     Attributes:
         device: bytes on one GPU.
@@ -65,15 +73,42 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Everything the phases are computed from.
+class TextFacts:
+    """Prompts of one model; zeros for a class-conditional one.
 
     Attributes:
+        parameters: of all text encoders.
+        flops: of embedding one prompt.
+        working_values: values that embedding one prompt holds at a time.
+        padded_values, stored_values: of one prompt's embeddings, at full length and as the cache writes them.
+    """
+
+    parameters: int = 0
+    flops: float = 0.0
+    working_values: int = 0
+    padded_values: int = 0
+    stored_values: int = 0
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """Number of training images, and whether they were counted or assumed."""
+
+    count: int
+    counted: bool
+
+
+@dataclass(frozen=True)
+class PhaseSizes:
+    """Everything that the phases are computed from.
+
+    Attributes:
+        step1, step2: one process's training steps of stage 1 and stage 2.
         transformer, trained: parameters of the expanded transformer, and those that stage 2 trains.
         base_vae, detail_vae: parameters.
         encode_flops, decode_flops: of the detail VAE, one image.
         upgraded_flops, native_flops: of one transformer pass.
-        share1, share2: what one process does of a step.
+        share1, share2: images and passes of one process in a step of stage 1 and of stage 2.
     """
 
     recipe: Recipe
@@ -109,12 +144,12 @@ class Sizes:
 
     @property
     def precision(self) -> torch.dtype:
-        """What the run computes in, and images are encoded and drawn in."""
+        """Precision in which the run computes, encodes and draws."""
         return PRECISIONS[self.recipe.run.mixed_precision]
 
     @property
     def base_bytes(self) -> int:
-        """Of a frozen value of the base."""
+        """Bytes of one frozen value of the base."""
         return 2 if self.recipe.base.dtype == "bfloat16" else 4
 
     @property
@@ -123,8 +158,19 @@ class Sizes:
         distilled = self.shapes.transformer_config.get("guidance_embeds")
         return 1 if distilled or self.recipe.sampling.guidance_scale <= 1 else 2
 
+    def stage(self, name: str) -> tuple[Optim, Share, TrainingStep]:
+        """Return settings of `stage1` or `stage2`, one process's share of a step, and its training step."""
+        if name == "stage1":
+            return self.recipe.stage1, self.share1, self.step1
+        return self.recipe.stage2, self.share2, self.step2
+
     def seconds(self, flops: float, processes: int | None = None) -> float:
-        """Time of so many FLOPs divided over processes; over all that are stated by default."""
+        """Return the time of FLOPs that are divided over processes.
+
+        Args:
+            flops: of all processes together.
+            processes: by default all GPUs of the hardware.
+        """
         return flops / (processes or self.hardware.count) / (UTILISATION * self.gpu.peak)
 
     @property
@@ -133,23 +179,111 @@ class Sizes:
         return min(self.hardware.count, self.hardware.a_machine)
 
     def image_bytes(self, pixels: int) -> int:
+        """Return the bytes of a square float32 image."""
         return 3 * pixels**2 * 4
 
     @property
     def latent_bytes(self) -> int:
-        """Of one cached latent."""
+        """Bytes of one cached latent."""
         side = self.recipe.resolution // (self.shapes.vae_factor * self.layout.scale)
         return self.layout.channels * side**2 * (2 if self.recipe.cache.dtype == "float16" else 4)
 
     def text_device(self, prompts: int) -> int:
-        """Bytes on the device while so many prompts are embedded at a time."""
+        """Return the bytes on the device while a batch of prompts is embedded."""
         return self.base_bytes * (self.text.parameters + prompts * self.text.working_values)
 
     @property
     def text_disk(self) -> int:
-        """Bytes of the prompt embeddings of the training set, reckoned with a caption of its own for each image."""
+        """Bytes of the training set's prompt embeddings, with a caption of its own for each image."""
         width = 4 if self.recipe.cache.dtype == "float32" else 2
         return self.images.count * self.text.stored_values * width
 
     def meta_detail(self) -> Any:
+        """Return a DetailVAE without weights."""
         return meta_detail_vae(self.shapes, self.layout.detail_channels, self.layout.scale)
+
+
+# -- facts from configs and data -------------------------------------------------------------------------------------
+
+
+def count_images(data: Data, resolution: int) -> ImageFacts:
+    """Return the number of training images: `data.limit`, those of a source on this machine, or an assumption.
+
+    Args:
+        data: the recipe's section; its held-out share is subtracted.
+        resolution: pixels at which the images are read.
+    """
+    kept = 1.0 - data.holdout
+    here = data.source == "openmoji" or Path(data.source).exists()
+    if here:
+        try:
+            found = len(open_source(data.source, resolution, source_options(data)))
+        except DataError:
+            found = 0
+        if found:
+            return ImageFacts(max(1, round(kept * min(found, data.limit or found))), True)
+    return ImageFacts(max(1, round(kept * data.limit)) if data.limit else ASSUMED_IMAGES, data.limit is not None)
+
+
+def encoder_facts(encoder: TextEncoder) -> tuple[int, float, int]:
+    """Return (parameters, FLOPs of a prompt, values that a prompt's pass holds) of one text encoder.
+
+    A pass takes two FLOPs a parameter and token. It holds a layer's residual stream, queries, keys, values, its feed-forward
+    and the scores of one attention layer.
+    """
+    module = encoder.on_meta()
+    linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    hidden = max((m.in_features for m in linear if m.in_features == m.out_features), default=0) or 1024
+    widest = max((m.out_features for m in linear if m.out_features <= 8 * hidden), default=hidden)  # no vocabulary
+    heads = _heads(encoder.config)
+    values = encoder.tokens * (6 * hidden + 3 * widest) + 2 * heads * encoder.tokens**2
+    parameters = count(module.parameters())
+    return parameters, 2.0 * parameters * encoder.tokens, values
+
+
+def _heads(config: dict[str, Any]) -> int:
+    """Return the attention heads of a transformers config; 32 where its class has another name for them."""
+    for entry in (config, config.get("text_config") or {}):
+        for name in ("num_attention_heads", "num_heads"):
+            if isinstance(entry.get(name), int):
+                return int(entry[name])
+    return 32
+
+
+def text_facts(model: str | None, shapes: BaseShapes, encoders: list[TextEncoder]) -> TextFacts:
+    """Return facts on a model's prompts; zeros for a class-conditional one.
+
+    Args:
+        model: folder, preset or hub id from which the configs were read.
+        shapes: its configs.
+        encoders: its text encoders.
+    """
+    family = family_by_class(shapes.transformer_class)
+    if family.call is None or family.condition != "text" or not encoders:
+        return TextFacts()
+    found = [encoder_facts(encoder) for encoder in encoders]
+    with torch.device("meta"):
+        parts = [part.shape[1:] for part in family.call.blank(_Config(shapes.transformer_config))]
+    masks = {shape[0] for shape in parts if len(shape) == 1}
+    short = model is not None and Path(model).is_dir() and reads_silent_t5(model)
+    padded = stored = 0
+    for shape in parts:
+        length, width = (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape[0])
+        if short and len(shape) > 1:
+            length = encoders[0].tokens + 1  # one zero token instead of T5's
+        padded += length * width
+        stored += width * (min(length, TYPICAL_TOKENS) if shape[0] in masks and len(shape) > 1 else length)
+    return TextFacts(
+        parameters=sum(entry[0] for entry in found),
+        flops=sum(entry[1] for entry in found),
+        working_values=max(entry[2] for entry in found),
+        padded_values=padded,
+        stored_values=stored,
+    )
+
+
+class _Config(dict[str, Any]):
+    """A transformer's config as its call reads it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]

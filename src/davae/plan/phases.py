@@ -1,4 +1,4 @@
-"""What every phase of an upgrade takes: device memory, main memory, disk and time, before anything is loaded."""
+"""Device memory, main memory, disk and time of every phase of an upgrade, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from davae.backbones.expand import expand_transformer
 from davae.cost.flops import meta_autoencoder, meta_transformer
 from davae.cost.memory import TrainingStep, decode_sampling_bytes, encode_bytes, transformer_sampling_bytes
-from davae.plan.phase_remedies import checked
-from davae.plan.phase_sizes import HOST_RUNTIME, Phase, Sizes
+from davae.plan.phase_remedies import check_phase
+from davae.plan.phase_sizes import HOST_RUNTIME, Phase, PhaseSizes
 from davae.pretrained.memory_budget import TILE, largest_batch
 from davae.recipes.hardware import UTILISATION
 from davae.recipes.schema import Recipe
@@ -23,17 +23,23 @@ DISK_RATE = 1e9  # bytes a second that a run folder's disk writes; an assumption
 REPORT_BATCH = 16  # images that the report draws and decodes at a time, at most
 
 
-def plan_phases(sizes: Sizes) -> list[Phase]:
+def plan_phases(sizes: PhaseSizes) -> list[Phase]:
     """Return the six phases in order, each checked against the hardware."""
-    phases = [make(sizes) for make in (stage1, cache, stage2, export, report, sampling)]
-    return [checked(phase, sizes, sum(p.disk for p in phases[:n])) for n, phase in enumerate(phases)]
+    made = (stage1_phase, cache_phase, stage2_phase, export_phase, report_phase, sampling_phase)
+    phases = [make(sizes) for make in made]
+    return [check_phase(phase, sizes, sum(p.disk for p in phases[:n])) for n, phase in enumerate(phases)]
 
 
-_REHEARSED: dict[str, int] = {}  # what was asked -> bytes; a process plans the same sizes for several phases
+_REHEARSED: dict[str, int] = {}  # request -> bytes; a process plans the same sizes for several phases
 
 
 def rehearsed(work: Callable[[], int], *asked: Any) -> int:
-    """Return `work()`, or what it returned before in this process for a request whose parts print the same."""
+    """Return `work()`, or its earlier result in this process for an equal request.
+
+    Args:
+        work: counts bytes on fake tensors.
+        asked: parts of the request; requests are equal whose parts print the same.
+    """
     key = repr(asked)
     if key not in _REHEARSED:
         _REHEARSED[key] = work()
@@ -45,8 +51,8 @@ def remember(value: int, *asked: Any) -> None:
     _REHEARSED[repr(asked)] = value
 
 
-def encoding(sizes: Sizes, tile: int | None = None) -> int:
-    """Bytes of encoding one image with the detail VAE in the run's precision."""
+def encoding_bytes(sizes: PhaseSizes, tile: int | None = None) -> int:
+    """Return the bytes of encoding one image with the detail VAE in the run's precision."""
     asked = sizes.shapes, sizes.layout, sizes.recipe.resolution, sizes.precision, tile
     return rehearsed(lambda: encode_bytes(sizes.meta_detail(), *asked[2:]), "encode", asked)
 
@@ -54,13 +60,17 @@ def encoding(sizes: Sizes, tile: int | None = None) -> int:
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-def trained_phase(name: str, sizes: Sizes, settings: Optim, step: TrainingStep, share: Share, **counts: int) -> Phase:
-    """One training.
+def training_phase(
+    name: str, sizes: PhaseSizes, settings: Optim, step: TrainingStep, share: Share, **counts: int
+) -> Phase:
+    """Return the phase of one training.
 
     Args:
+        settings: the stage's section of the recipe.
+        step, share: of one process.
         counts: `loaded`: bytes that a process reads into main memory on their way to the device. `resident`: bytes on the
             device besides the step. `kept`: values of a checkpoint, of 4 bytes each. `average`: bytes of the EMA. `item`:
-            bytes of an item of a batch. `extra_disk`: bytes of what the phase leaves besides checkpoints.
+            bytes of an item of a batch. `extra_disk`: bytes of the files that the phase leaves besides checkpoints.
     """
     run, recipe = sizes.recipe.run, sizes.recipe
     workers = recipe.stage2_data.num_workers if recipe.stage2_data.num_workers is not None else 8
@@ -82,10 +92,10 @@ def trained_phase(name: str, sizes: Sizes, settings: Optim, step: TrainingStep, 
     )
 
 
-def stage1(sizes: Sizes) -> Phase:
+def stage1_phase(sizes: PhaseSizes) -> Phase:
     recipe, step = sizes.recipe, sizes.step1
     trained = (step.optimizer + step.gradients + step.ema) // 4
-    return trained_phase(
+    return training_phase(
         "stage1",
         sizes,
         recipe.stage1,
@@ -100,7 +110,7 @@ def stage1(sizes: Sizes) -> Phase:
     )
 
 
-def stage2(sizes: Sizes) -> Phase:
+def stage2_phase(sizes: PhaseSizes) -> Phase:
     recipe, step = sizes.recipe, sizes.step2
     resident, loaded = 0, sizes.base_bytes * sizes.transformer + 4 * sizes.trained
     if recipe.stage2.validate_every or recipe.run.sample_every:
@@ -110,7 +120,7 @@ def stage2(sizes: Sizes) -> Phase:
         resident += sizes.text_device(sizes.share2.images) + 4 * sizes.base_vae
         loaded = max(loaded, sizes.base_bytes * text.parameters)  # read once the transformer is on the device
     item = sizes.latent_bytes + 2 * text.padded_values
-    phase = trained_phase(
+    phase = training_phase(
         "stage2",
         sizes,
         recipe.stage2,
@@ -132,13 +142,16 @@ def stage2(sizes: Sizes) -> Phase:
 # -- cache -----------------------------------------------------------------------------------------------------------
 
 
-def cache(sizes: Sizes) -> Phase:
-    """Images in the run's precision, as many at a time as fit, in tiles where one does not; then prompts."""
+def cache_phase(sizes: PhaseSizes) -> Phase:
+    """Return the phase of the cache: images in the run's precision, as many at a time as fit, then prompts.
+
+    Images are encoded in tiles where one whole image does not fit.
+    """
     recipe, text, dtype = sizes.recipe, sizes.text, sizes.precision
     weights = (4 + (dtype.itemsize if dtype.itemsize < 4 else 0)) * sizes.detail_vae
-    one = encoding(sizes) + sizes.image_bytes(recipe.resolution)
+    one = encoding_bytes(sizes) + sizes.image_bytes(recipe.resolution)
     if weights + one > sizes.budget:
-        one = encoding(sizes, TILE)
+        one = encoding_bytes(sizes, TILE)
     batch = largest_batch(one, sizes.budget - weights, recipe.cache.batch_size)
     items = sizes.images.count * recipe.cache.variants
     device, flops, disk = weights + batch * one, sizes.encode_flops * items, items * sizes.latent_bytes
@@ -165,13 +178,13 @@ def cache(sizes: Sizes) -> Phase:
 # -- what follows training -------------------------------------------------------------------------------------------
 
 
-def pipeline_values(sizes: Sizes) -> int:
-    """Parameters of the upgraded pipeline."""
+def pipeline_values(sizes: PhaseSizes) -> int:
+    """Return the parameters of the upgraded pipeline."""
     return sizes.text.parameters + sizes.transformer + sizes.detail_vae
 
 
-def export(sizes: Sizes) -> Phase:
-    """One process, in main memory: the base, the transformer with its LoRA folded in, and what was trained."""
+def export_phase(sizes: PhaseSizes) -> Phase:
+    """Return the phase of the export: one process holds the base, the folded transformer and the trained weights."""
     recipe = sizes.recipe
     width = 4 if recipe.export.dtype == "float32" else 2
     written = width * pipeline_values(sizes) + 4 * sizes.trained
@@ -184,20 +197,23 @@ def export(sizes: Sizes) -> Phase:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Bytes of drawing one image with a pipeline."""
+class DrawingBytes:
+    """Bytes of drawing one image with a pipeline: of the image's own tensors, and of the weights."""
 
     one: int
     weights: int
 
 
-def drawn_request(sizes: Sizes, side: int, *, upgraded: bool) -> tuple[Any, ...]:
-    """Return what the memory of drawing side x side latents depends on."""
+def drawing_request(sizes: PhaseSizes, side: int, *, upgraded: bool) -> tuple[Any, ...]:
+    """Return everything that the memory of drawing side x side latents depends on."""
     return sizes.shapes, sizes.layout, side, sizes.precision, upgraded
 
 
-def drawn(sizes: Sizes, *, upgraded: bool) -> Drawn:
-    """Of the base at the upgrade's size, or of the upgrade; decoding in tiles where one whole image does not fit."""
+def drawing_bytes(sizes: PhaseSizes, *, upgraded: bool) -> DrawingBytes:
+    """Return the bytes of drawing with the base at the upgrade's size, or with the upgrade.
+
+    The upgrade decodes in tiles where one whole image does not fit.
+    """
     shapes, layout, recipe, dtype = sizes.shapes, sizes.layout, sizes.recipe, sizes.precision
     side = recipe.resolution // (shapes.vae_factor * (layout.scale if upgraded else 1))
     channels = layout.channels if upgraded else layout.base_channels
@@ -216,38 +232,38 @@ def drawn(sizes: Sizes, *, upgraded: bool) -> Drawn:
         except ValueError:  # the base has no positions for the larger size, and is not drawn there
             return 0
 
-    asked = drawn_request(sizes, side, upgraded=upgraded)
+    asked = drawing_request(sizes, side, upgraded=upgraded)
     values = sizes.text.parameters + sizes.transformer + (sizes.detail_vae if upgraded else sizes.base_vae)
     weights = dtype.itemsize * values
     decode = rehearsed(decoding, "decode", asked)
     if upgraded and weights + decode > sizes.budget:
         decode = rehearsed(lambda: decoding(TILE), "decode in tiles", asked)
     step = rehearsed(a_pass, "pass", sizes.passes, asked)
-    return Drawn(max(decode, step), weights)
+    return DrawingBytes(max(decode, step), weights)
 
 
 def in_precision_of_report(recipe: Recipe) -> Recipe:
-    """Return a recipe whose run computes as its report does."""
+    """Return the recipe with the precision of its report as that of the run."""
     if recipe.report.dtype is None:
         return recipe
     name = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[recipe.report.dtype]
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"mixed_precision": name})})
 
 
-def report(sizes: Sizes) -> Phase:
-    """One process: samples of base and upgrade, reconstructions, timings; one model at a time on the device."""
+def report_phase(sizes: PhaseSizes) -> Phase:
+    """Return the phase of the report: one process draws, reconstructs and times, one model at a time on the device."""
     sizes = replace(sizes, recipe=in_precision_of_report(sizes.recipe))
     recipe = sizes.recipe
     at_most = recipe.report.batch_size or REPORT_BATCH
-    models = [drawn(sizes, upgraded=upgraded) for upgraded in (False, True)]
+    models = [drawing_bytes(sizes, upgraded=upgraded) for upgraded in (False, True)]
     vae = sizes.precision.itemsize * (sizes.detail_vae + sizes.base_vae)
-    encode = encoding(sizes)
-    parts = [*models, Drawn(encode, vae)]
+    encode = encoding_bytes(sizes)
+    parts = [*models, DrawingBytes(encode, vae)]
     batch = min(largest_batch(part.one, sizes.budget - part.weights, at_most) for part in parts)
     prompts, steps = max(1, len(recipe.sampling.prompts) or 8), recipe.sampling.steps
     a_pass = sizes.native_flops + 2 * sizes.upgraded_flops
     drawing = steps * sizes.passes * a_pass + 3 * sizes.decode_flops
-    pictures = prompts + recipe.report.timing_repeats + 1
+    images = prompts + recipe.report.timing_repeats + 1
     coding = 4 * recipe.report.holdout_pictures * (sizes.encode_flops + sizes.decode_flops)
     host = HOST_RUNTIME + sum(model.weights for model in models)
     return Phase(
@@ -256,15 +272,15 @@ def report(sizes: Sizes) -> Phase:
         host=host,
         machine=host + (sizes.local - 1) * HOST_RUNTIME,
         disk=4 * prompts * sizes.image_bytes(recipe.resolution) // 4,
-        seconds=sizes.seconds(pictures * drawing + coding, 1),
+        seconds=sizes.seconds(images * drawing + coding, 1),
         batch=batch,
     )
 
 
-def sampling(sizes: Sizes) -> Phase:
-    """One image by the upgraded pipeline, all parts on the device."""
+def sampling_phase(sizes: PhaseSizes) -> Phase:
+    """Return the phase of drawing one image with the upgraded pipeline, all parts on the device."""
     recipe = sizes.recipe
-    model = drawn(sizes, upgraded=True)
+    model = drawing_bytes(sizes, upgraded=True)
     flops = recipe.sampling.steps * sizes.passes * sizes.upgraded_flops + sizes.decode_flops
     host = HOST_RUNTIME + model.weights
     return Phase(

@@ -15,7 +15,7 @@ from davae.backbones.families import family_of
 from davae.backbones.lightning_dit import LightningDiT
 from davae.lab.bench.clock import machine, race, ratio
 from davae.lab.bench.helpers import helped, multiplies
-from davae.plan.dry_run import token_plan
+from davae.plan.figures import token_plan
 from davae.pretrained.open import BaseShapes
 from davae.pretrained.placement import own_device
 

@@ -16,7 +16,7 @@ from davae.backbones.expand import expand_transformer
 from davae.errors import ModelError
 from davae.lab.bench.clock import machine, race
 from davae.lab.bench.tokens import one_pass, random_transformer, shallow
-from davae.plan.dry_run import check_resolution, token_plan
+from davae.plan.figures import check_resolution, token_plan
 from davae.pretrained.open import BaseShapes, read_shapes
 from davae.pretrained.placement import own_device
 from davae.pretrained.text_encoders import TextEncoder, text_encoders
