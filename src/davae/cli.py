@@ -27,7 +27,7 @@ from davae.commands.upgrade import cache_latents, train_base, train_dit, train_v
 from davae.commands.upscale import upscale
 from davae.commands.verbs import Verbs
 from davae.errors import DavaeError, Interrupted
-from davae.lab.commands.bench_data import cache, data_wait, growth, scale
+from davae.lab.commands.bench_data import cache_encoding, data_wait, growth, scale
 from davae.lab.commands.bench_models import bench_app
 from davae.lab.commands.reproduce import reproduce
 from davae.lab.commands.train_sr import train_sr
@@ -65,7 +65,7 @@ app.command("train-base", rich_help_panel=STEPS)(train_base)
 app.command("train-sr", rich_help_panel=STEPS)(train_sr)
 app.add_typer(convert_app, name="convert", rich_help_panel=SHARE)
 app.command(rich_help_panel=MEASURE)(reproduce)
-bench_app.command()(cache)
+bench_app.command("cache")(cache_encoding)
 bench_app.command("data")(data_wait)
 bench_app.command()(scale)
 bench_app.command()(growth)

@@ -13,7 +13,7 @@ from davae.cost.flops import meta_transformer
 from davae.cost.memory import (
     TrainingStep,
     Undrawn,
-    rehearsal,
+    fake_mode,
     stage1_memory,
     stage2_memory,
     transformer_sampling_bytes,
@@ -100,7 +100,7 @@ def test_an_absurd_batch_is_rehearsed_in_seconds():
     shapes = read_shapes(resolve("micro"))
     settings = Stage1(max_steps=1, batch_size=65_536, lambda_lpips=0.0)
     start = time.process_time()
-    with rehearsal():
+    with fake_mode():
         assert Undrawn(65_536).normal(3, 2, 2).shape == (65_536, 3, 2, 2)
         assert Undrawn(65_536).uniform().shape == (65_536,)
     many = stage1_memory(shapes, 16, 2, 32, settings, mixed=False)

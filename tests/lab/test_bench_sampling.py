@@ -10,7 +10,7 @@ from diffusers import SD3Transformer2DModel
 
 from davae.errors import ModelError
 from davae.lab.bench.block_cache import first_block_cached
-from davae.lab.bench.clock import spread
+from davae.lab.bench.clock import Spread
 from davae.lab.bench.helpers import check_helpers, helped, multiplies
 
 
@@ -192,9 +192,9 @@ def test_helpers_that_cannot_be_measured_are_refused_at_once(monkeypatch: pytest
 
 
 def test_a_helper_multiplies_where_it_gains_as_much_on_both() -> None:
-    alone = {"native": spread([8.0]), "upgraded": spread([2.0])}
-    assert multiplies(alone, {"native": spread([4.0]), "upgraded": spread([1.0])}) == 1.0
-    assert multiplies(alone, {"native": spread([4.0]), "upgraded": spread([2.0])}) == 0.5
+    alone = {"native": Spread.of([8.0]), "upgraded": Spread.of([2.0])}
+    assert multiplies(alone, {"native": Spread.of([4.0]), "upgraded": Spread.of([1.0])}) == 1.0
+    assert multiplies(alone, {"native": Spread.of([4.0]), "upgraded": Spread.of([2.0])}) == 0.5
 
 
 def test_throughput_counts_images_of_whole_batches(tiny_base: Path):

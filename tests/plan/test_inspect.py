@@ -19,7 +19,7 @@ from davae.backbones.classes_by_name import model_class
 from davae.backbones.families import FAMILIES
 from davae.cli import app
 from davae.cost.flops import autoencoder_flops, count, count_flops, meta_transformer, transformer_flops
-from davae.cost.memory import LiveBytes, rehearsal, stage2_memory
+from davae.cost.memory import LiveBytes, fake_mode, stage2_memory
 from davae.errors import ModelError, RecipeError
 from davae.plan.counted import count_figures
 from davae.plan.dry_run import plan
@@ -306,7 +306,7 @@ def test_parts_that_do_not_belong_together(tmp_path: Path):
 
 def test_live_bytes_by_hand():
     """a (400 bytes) and its square (400) live together; a view is nothing new; freeing counts."""
-    with rehearsal():
+    with fake_mode():
         outside = torch.empty(100)
         with LiveBytes() as live:
             a = outside + 1

@@ -129,7 +129,7 @@ class TrainingStep:
 
 
 @contextmanager
-def rehearsal() -> Iterator[None]:
+def fake_mode() -> Iterator[None]:
     """Tensors made inside have shapes but no memory."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
@@ -149,7 +149,7 @@ class Undrawn(SampleRandom):
         return torch.empty(self.count, *shape)
 
 
-def stand_in(module: nn.Module) -> None:
+def fake_parameters(module: nn.Module) -> None:
     """Replace tensors on the meta device by fake ones, shared ones by one; `to_empty` cannot do a shared tensor twice."""
     made: dict[int, Any] = {}
     for part in module.modules():
@@ -194,7 +194,7 @@ def _memory(
 
     def measure() -> tuple[float, ...]:
         for module in modules:
-            stand_in(module)
+            fake_parameters(module)
         live = LiveBytes()
         with live:
             for module in modules:
@@ -237,7 +237,7 @@ def stage2_memory(
         cast(Any, transformer).enable_gradient_checkpointing()
     trained = [p for p in transformer.parameters() if p.requires_grad]
     averaged = trained if settings.ema_decay else []
-    with rehearsal():
+    with fake_mode():
         model = Mixed(transformer, mixed)
         latents = torch.empty(settings.batch_size, layout.channels, side, side)
 
@@ -260,7 +260,7 @@ def stage1_memory(
         perceptual = perceptual_distance(settings.perceptual, random=True) if settings.lambda_lpips else None
     parts = [vae, task.trainer.discriminator, perceptual]
     modules = [module for module in parts if module is not None]
-    with rehearsal():
+    with fake_mode():
         task.device = torch.device("cpu")
         task.trainer.settings, task.trainer.perceptual = settings, perceptual
         task.modules = {name: Mixed(module, mixed) for name, module in task.modules.items()}
@@ -288,11 +288,11 @@ def transformer_sampling_bytes(
     transformer: nn.Module, side: int, batch: int, dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """Of one pass over a batch of side x side latents; the transformer on the meta device."""
-    with rehearsal():
+    with fake_mode():
         repeats = Repeats(converted(transformer, dtype))
         if repeats.lengths:  # a pass without gradients holds one block's activations at a time, whatever their number
             repeats.shorten()
-        stand_in(transformer)
+        fake_parameters(transformer)
         latents = torch.empty(batch, latent_channels(transformer), side, side, dtype=dtype)
         return sampling_bytes(lambda: predict_in(dtype, transformer, latents))
 
@@ -301,8 +301,8 @@ def decode_sampling_bytes(
     vae: Any, channels: int, side: int, dtype: torch.dtype = torch.bfloat16, tile: int | None = None
 ) -> int:
     """Of decoding one image, whole or in tiles of `tile` pixels; the autoencoder on the meta device."""
-    with rehearsal():
-        stand_in(converted(vae, dtype))
+    with fake_mode():
+        fake_parameters(converted(vae, dtype))
         if tile is not None:
             vae.enable_tiling(tile)
         latents = torch.empty(1, channels, side, side, dtype=dtype)
@@ -315,8 +315,8 @@ def encode_bytes(vae: Any, pixels: int, dtype: torch.dtype, tile: int | None = N
     Args:
         vae: an autoencoder on the meta device; it is used up.
     """
-    with rehearsal():
-        stand_in(converted(vae, dtype))
+    with fake_mode():
+        fake_parameters(converted(vae, dtype))
         if tile is not None:
             vae.enable_tiling(tile)
         images = torch.empty(1, 3, pixels, pixels, dtype=dtype)

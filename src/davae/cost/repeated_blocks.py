@@ -34,7 +34,7 @@ def signature(block: nn.Module) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class Run:
+class EqualBlocks:
     """Consecutive equal blocks.
 
     Attributes:
@@ -53,7 +53,7 @@ class Repeats:
     """
 
     def __init__(self, model: nn.Module):
-        self.lists: list[tuple[nn.ModuleList, list[Run]]] = []
+        self.lists: list[tuple[nn.ModuleList, list[EqualBlocks]]] = []
         if type(model).__name__ in UNIFORM:
             self._find(model)
         found = [run for _, runs in self.lists for run in runs]
@@ -61,15 +61,15 @@ class Repeats:
 
     def _find(self, module: nn.Module) -> None:
         if isinstance(module, nn.ModuleList) and len(module) > FEW + 1:
-            runs: list[Run] = []
+            runs: list[EqualBlocks] = []
             names = [signature(block) for block in module]
             for block, name in zip(module, names, strict=True):
                 if runs and runs[-1].kind == name:
                     runs[-1].blocks.append(block)
                 else:
-                    runs.append(Run([block], name))
+                    runs.append(EqualBlocks([block], name))
             if any(len(run.blocks) > FEW + 1 for run in runs):
-                self.lists.append((module, [Run(run.blocks, (len(run.blocks), run.kind)) for run in runs]))
+                self.lists.append((module, [EqualBlocks(run.blocks, (len(run.blocks), run.kind)) for run in runs]))
                 return
         for child in module.children():
             self._find(child)

@@ -1,4 +1,4 @@
-"""Timing rivals side by side, peak memory, and what machine it was."""
+"""Time and memory of work that is measured, and the machine that it runs on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,47 +21,54 @@ STATUS = Path("/proc/self/status")  # Linux alone has it
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds of one contender: the median of its repeats, the fastest and the slowest."""
+    """Seconds of one job: the median of its repeats, the fastest and the slowest."""
 
     median: float
     fastest: float
     slowest: float
     repeats: int
 
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        """Return the spread of measured seconds, one for each repeat."""
+        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
 
 
-def spread(seconds: list[float]) -> Spread:
-    return Spread(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
-
-
 def gpu_rounds() -> int:
-    """Warm-up of rounds so long that a CPU needs none; a GPU's first one loads its kernels."""
+    """Return the warm-up rounds of long work: none on a CPU, one on a GPU, whose first round loads kernels."""
     return int(torch.cuda.is_available())
 
 
 def race(timed_jobs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Spread]:
-    """Time each contender `repeats` times, one after the other in every round, so that drift hits all alike."""
+    """Time every job `repeats` times, one after the other in every round, so that drift affects all alike.
+
+    Args:
+        timed_jobs: work by name.
+        repeats: timed rounds.
+        warmup: rounds before them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in timed_jobs}
-    for turn in range(-warmup, repeats):
+    for number in range(-warmup, repeats):
         for name, work in timed_jobs.items():
             synchronise()
             started = time.perf_counter()
             work()
             synchronise()
-            if turn >= 0:
+            if number >= 0:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: spread(values) for name, values in seconds.items()}
+    return {name: Spread.of(values) for name, values in seconds.items()}
 
 
 def ratio(slow: Spread, fast: Spread) -> float:
-    """How many times faster, by the medians."""
+    """Return the speed-up by the medians."""
     return slow.median / fast.median
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Return the machine and the versions that figures were measured with."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -77,9 +84,9 @@ def machine() -> dict[str, Any]:
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a module's function returns when a fresh process calls it, with as many threads as this one.
+    """Call a module's function in a fresh process with as many threads as this one, and return its result.
 
-    Where the system can, the process is forked from one that has imported torch and has computed nothing: it starts at once.
+    Where the system can, the process is forked from one that has imported torch and computed nothing, which starts at once.
 
     Raises:
         RuntimeError: the process ended without an answer.
@@ -106,8 +113,8 @@ def _answer(sender: Any, threads: int, function: Callable[..., Any], arguments: 
     sender.send(function(*arguments))
 
 
-def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
-    """Bytes that work needs on top of what was there before it, in a process of its own.
+def added_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
+    """Return the bytes that work adds to the memory in use before it, measured in a process of its own.
 
     Args:
         prepare: a module's function; called with `arguments`, it returns the work to be measured.
@@ -128,7 +135,7 @@ def _grown(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, .
 
 
 def _peak(reset: bool = False) -> int:
-    """Highest resident bytes since the last reset. Linux alone can reset it; elsewhere it is that of the whole process."""
+    """Return the highest resident bytes since the last reset, or of the whole process where only Linux can reset."""
     if not STATUS.is_file():
         return int(observe.peak_memory(torch.device("cpu")) * 2**30)
     if reset:
@@ -137,9 +144,10 @@ def _peak(reset: bool = False) -> int:
 
 
 def resident(kind: str) -> int:
-    """Bytes of this process in memory by a name of Linux's: `RssAnon` its own, `RssFile` mapped files, `VmHWM` the peak.
+    """Return the bytes of this process in memory; 0 on systems other than Linux.
 
-    0 on other systems.
+    Args:
+        kind: Linux's name: `RssAnon` for its own, `RssFile` for mapped files, `VmHWM` for the peak.
     """
     if not STATUS.is_file():
         return 0

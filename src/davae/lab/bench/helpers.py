@@ -22,8 +22,8 @@ CACHES = ("first-block-cache", "faster-cache")
 
 
 @contextmanager
-def plain(transformer: Any) -> Iterator[None]:
-    """Nothing added."""
+def without_helper(transformer: Any) -> Iterator[None]:
+    """Leave a transformer as it is."""
     yield
 
 
@@ -175,7 +175,7 @@ def cuda_graphs(transformer: Any) -> Iterator[None]:
 
 
 HELPERS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
-    "plain": plain,
+    "plain": without_helper,
     "compiled": compiled,
     "cuda-graphs": cuda_graphs,
     "first-block-cache": first_block_cache,

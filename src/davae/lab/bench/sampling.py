@@ -11,9 +11,9 @@ from torch import Tensor
 from davae.backbones.families import denoiser
 from davae.backbones.lightning_dit import LightningDiT
 from davae.data.images import to_tensor
-from davae.lab.bench.clock import gpu_rounds, machine, race, ratio, spread
+from davae.lab.bench.clock import Spread, gpu_rounds, machine, race, ratio
 from davae.lab.bench.helpers import helped, multiplies
-from davae.lab.bench.vae import psnr
+from davae.lab.bench.vae import psnr_in_range
 from davae.losses.flow_matching import shift_timestep
 from davae.pretrained.placement import own_device
 from davae.sample.generate import generate
@@ -52,14 +52,14 @@ def bench_sample(
                 pictures[helper, name] = to_tensor(drawn)
     rows = {}
     for helper in helpers:
-        times = {name: spread(seconds[helper, name]) for name in pipelines}
-        alone = {name: spread(seconds["plain", name]) for name in pipelines}
+        times = {name: Spread.of(seconds[helper, name]) for name in pipelines}
+        alone = {name: Spread.of(seconds["plain", name]) for name in pipelines}
         rows[helper] = {
             **{f"{name}_seconds": times[name].as_dict() for name in pipelines},
             "upgraded_over_native": ratio(times["native"], times["upgraded"]),
             "over_plain_native": ratio(alone["native"], times["upgraded"]),
             "multiplies": multiplies(alone, times),
-            "psnr": psnr(pictures[helper, "upgraded"], pictures["plain", "upgraded"], 2.0)
+            "psnr": psnr_in_range(pictures[helper, "upgraded"], pictures["plain", "upgraded"], 2.0)
             if helper != "plain"
             else None,
         }

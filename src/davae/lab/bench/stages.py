@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from davae.backbones.families import denoiser
 from davae.errors import RecipeError
 from davae.evaluate.throughput import synchronise
-from davae.lab.bench.clock import machine, ratio, spread
+from davae.lab.bench.clock import Spread, machine, ratio
 from davae.lab.bench.plain import PlainStage1, PlainStage2
 from davae.losses.flow_matching import sample_timesteps
 from davae.losses.perceptual import Lpips, random_lpips
@@ -121,8 +121,8 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 
 def result(duels: list[PairedSteps], batch: int) -> dict[str, Any]:
     """Figures of all repeats. The first step of each warms up: its losses count, its time does not."""
-    fast = spread([seconds for duel in duels for seconds in duel.ours[1:]])
-    slow = spread([seconds for duel in duels for seconds in duel.plain[1:]])
+    fast = Spread.of([seconds for duel in duels for seconds in duel.ours[1:]])
+    slow = Spread.of([seconds for duel in duels for seconds in duel.plain[1:]])
     losses = [pair for duel in duels for pair in duel.losses]
     parts = [step for duel in duels for step in duel.parts]
     return {

@@ -1,8 +1,8 @@
-"""`davae bench tokens`: a transformer at its true width, native against upgraded, beside the bound from FLOPs."""
+"""`davae bench tokens`: a transformer at its true width, native against upgraded, and the bound from FLOPs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from davae.backbones.classes_by_name import model_class
 from davae.backbones.expand import expand_transformer
 from davae.backbones.families import family_of
 from davae.backbones.lightning_dit import LightningDiT
-from davae.lab.bench.clock import machine, race, ratio
+from davae.lab.bench.clock import Spread, machine, race, ratio
 from davae.lab.bench.helpers import helped, multiplies
 from davae.plan.figures import token_plan
 from davae.pretrained.open import BaseShapes
@@ -24,10 +24,14 @@ LISTS = ("dual_attention_layers",)  # config keys that name blocks by number
 
 
 def shallow(config: dict[str, Any], blocks: int) -> dict[str, Any]:
-    """The config with about so many blocks in all, each kind in its share and at least one; widths stay.
+    """Return the config with about `blocks` blocks in all, each kind in its share and at least one; widths stay.
+
+    Args:
+        config: of a transformer.
+        blocks: of all kinds together.
 
     Raises:
-        ValueError: a config that does not say how many blocks it has.
+        ValueError: a config without a number of blocks.
     """
     depths = {key: int(config[key]) for key in DEPTHS if config.get(key)}
     if not depths:
@@ -41,7 +45,12 @@ def shallow(config: dict[str, Any], blocks: int) -> dict[str, Any]:
 
 
 def random_transformer(shapes: BaseShapes, blocks: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A transformer of the true width with a few blocks of random weights, in eval mode on this process's device."""
+    """Return a transformer of the true width with few blocks of random weights, in eval mode on this device.
+
+    Args:
+        shapes: configs of the model.
+        blocks: of all kinds together.
+    """
     torch.manual_seed(0)
     config = {k: v for k, v in shallow(shapes.transformer_config, blocks).items() if not k.startswith("_")}
     with torch.device(own_device()):  # billions of weights are drawn where they will be
@@ -50,7 +59,12 @@ def random_transformer(shapes: BaseShapes, blocks: int, dtype: torch.dtype = tor
 
 
 def one_pass(transformer: nn.Module, channels: int, side: int, batch: int = 1) -> Callable[[], object]:
-    """One forward pass on random latents (batch,c,side,side) and a prompt of the usual length, or a class, for each."""
+    """Return one forward pass on random latents (batch,c,side,side) and a prompt or a class for each.
+
+    Args:
+        channels, side: of the latents.
+        batch: images in the pass; prompts have the usual length.
+    """
     config: Any = transformer.config
     generator = torch.Generator().manual_seed(1)
     first = next(transformer.parameters())
@@ -88,11 +102,13 @@ def bench_tokens(
     helpers: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Seconds of one pass, native and upgraded, their ratio, and the ratio of their FLOPs.
+    """Return the seconds of one pass, native and upgraded, their ratio, and the ratio of their FLOPs.
 
     Args:
-        batch: pictures in a pass; guidance makes two of each.
-        helpers: measured on both too; `check_helpers(helpers, passes=1)` says what can be.
+        shapes: configs of the model.
+        blocks: of the true width, with random weights.
+        batch: images in a pass; guidance makes two of each.
+        helpers: measured on both too; `check_helpers(helpers, passes=1)` checks them.
 
     Raises:
         ValueError: the resolution does not divide into tokens.
@@ -109,13 +125,7 @@ def bench_tokens(
     rows = {}
     for helper in helpers:
         with helped(native, helper), helped(upgraded, helper):
-            faster = race(passes, repeats)
-        rows[helper] = {
-            **{f"{name}_seconds": faster[name].as_dict() for name in models},
-            **{f"{name}_speedup": ratio(times[name], faster[name]) for name in models},
-            "upgraded_over_native": ratio(faster["native"], faster["upgraded"]),
-            "multiplies": multiplies(times, faster),
-        }
+            rows[helper] = helper_figures(times, race(passes, repeats))
     speedup = ratio(times["native"], times["upgraded"])
     config: Any = native.config
     return {
@@ -138,4 +148,18 @@ def bench_tokens(
         "upgraded_gflops_per_second": batch * plan.upgraded_flops / times["upgraded"].median / 1e9,
         **({"helpers": rows} if rows else {}),
         "machine": machine(),
+    }
+
+
+def helper_figures(alone: Mapping[str, Spread], faster: Mapping[str, Spread]) -> dict[str, Any]:
+    """Return the figures of a helper: seconds, speed-ups, and whether they multiply with the token saving.
+
+    Args:
+        alone, faster: seconds of `native` and `upgraded`, without the helper and with it.
+    """
+    return {
+        **{f"{name}_seconds": faster[name].as_dict() for name in alone},
+        **{f"{name}_speedup": ratio(alone[name], faster[name]) for name in alone},
+        "upgraded_over_native": ratio(faster["native"], faster["upgraded"]),
+        "multiplies": multiplies(alone, faster),
     }

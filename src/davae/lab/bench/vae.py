@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from davae.lab.bench.clock import gpu_rounds, machine, peak_memory, race, ratio
+from davae.lab.bench.clock import added_memory, gpu_rounds, machine, race, ratio
 from davae.pretrained.autoencoders import load_autoencoder
 from davae.pretrained.placement import own_device
 from davae.vae.frames import decode_latents, encode_mode
@@ -28,7 +28,7 @@ def synthetic_picture(resolution: int) -> Tensor:
     return (0.6 * picture + 0.05 * noise).clamp(-1, 1)[None]
 
 
-def opened(model: str, tile: int | None, dtype: torch.dtype) -> Any:
+def open_autoencoder(model: str, tile: int | None, dtype: torch.dtype) -> Any:
     """The autoencoder on this process's device, tiled where a tile's side is given."""
     vae = load_autoencoder(model).to(own_device(), dtype)
     if tile is not None:
@@ -36,21 +36,21 @@ def opened(model: str, tile: int | None, dtype: torch.dtype) -> Any:
     return vae
 
 
-def encoding(model: str, picture: Tensor, tile: int | None, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Work for `peak_memory`: one picture encoded. Nothing runs before it: memory that was freed would not count again."""
-    vae = opened(model, tile, dtype)
+def encoding_work(model: str, picture: Tensor, tile: int | None, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Work for `added_memory`: one picture encoded. Nothing runs before it: memory that was freed would not count again."""
+    vae = open_autoencoder(model, tile, dtype)
     given = picture.to(vae.device, dtype)
     return torch.no_grad()(lambda: encode_mode(vae, given).cpu())
 
 
-def decoding(model: str, latents: Tensor, tile: int | None, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Work for `peak_memory`: one picture's latents decoded."""
-    vae = opened(model, tile, dtype)
+def decoding_work(model: str, latents: Tensor, tile: int | None, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Work for `added_memory`: one picture's latents decoded."""
+    vae = open_autoencoder(model, tile, dtype)
     given = latents.to(vae.device, dtype)
     return torch.no_grad()(lambda: decode_latents(vae, given).cpu())
 
 
-def psnr(a: Tensor, b: Tensor, span: float) -> float:
+def psnr_in_range(a: Tensor, b: Tensor, span: float) -> float:
     """10 log10(span^2 / MSE), dB; infinite where nothing differs."""
     error = float((a - b).square().mean())
     return math.inf if error == 0 else 10 * math.log10(span**2 / error)
@@ -71,10 +71,10 @@ def bench_vae(
         ValueError: a size that the autoencoder cannot encode.
     """
     picture = synthetic_picture(resolution)
-    latents = encoding(model, picture, min(256, resolution), dtype)().float()
+    latents = encoding_work(model, picture, min(256, resolution), dtype)().float()
     figures: dict[str, Any] = {"vae": model, "resolution": resolution, "tile": tile}
     for way in ways:
-        prepare, given = (encoding, picture) if way == "encode" else (decoding, latents)
+        prepare, given = (encoding_work, picture) if way == "encode" else (decoding_work, latents)
         figures[way] = whole_against_tiled(prepare, given, model, tile, repeats, dtype)
     return {**figures, "dtype": str(dtype).removeprefix("torch."), "machine": machine()}
 
@@ -96,12 +96,12 @@ def whole_against_tiled(
     sides = {"whole": None, "tiled": tile}
     works = {name: kept(name, prepare(model, given, side, dtype)) for name, side in sides.items()}
     times = race(works, repeats, warmup=gpu_rounds())
-    memory = {name: peak_memory(prepare, model, given, side, dtype) for name, side in sides.items()}
+    memory = {name: added_memory(prepare, model, given, side, dtype) for name, side in sides.items()}
     whole, tiled = made["whole"].float(), made["tiled"].float()
-    if prepare is decoding:
-        error = psnr(tiled.clamp(-1, 1), whole.clamp(-1, 1), 2.0)
+    if prepare is decoding_work:
+        error = psnr_in_range(tiled.clamp(-1, 1), whole.clamp(-1, 1), 2.0)
     else:
-        error = psnr(tiled, whole, float(whole.max() - whole.min()))
+        error = psnr_in_range(tiled, whole, float(whole.max() - whole.min()))
     return {
         "whole_seconds": times["whole"].as_dict(),
         "tiled_seconds": times["tiled"].as_dict(),

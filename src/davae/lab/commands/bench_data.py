@@ -25,7 +25,7 @@ def _run(recipe: str, out: Path, data: str | None, overrides: list[str] | None):
     return run
 
 
-def cache(
+def cache_encoding(
     recipe: Name = "micro",
     out: Out = Path("runs/bench"),
     data: Source = None,

@@ -65,8 +65,8 @@ def tokens(
     show(json, {"model": model, **figures})
 
 
-@bench_app.command()
-def whole(
+@bench_app.command("whole")
+def whole_image(
     model: Annotated[str, typer.Argument(help="A preset (`davae inspect` lists them), a folder or a hub id.")],
     resolution: Annotated[int, typer.Option(help="Pixels of the picture.")] = 1024,
     scale: Annotated[int, typer.Option(min=2, help="s, a power of two.")] = 2,
@@ -134,8 +134,8 @@ def vae(
     show(json, {**figures, "vae": model})
 
 
-@bench_app.command()
-def stage1(
+@bench_app.command("stage1")
+def stage1_step(
     recipe: Annotated[str, typer.Argument(help="An upgrade recipe.")] = "micro",
     steps: Steps = 4,
     repeats: Repeats = 2,
@@ -151,8 +151,8 @@ def stage1(
     show(json, bench_stage1(upgrade_recipe(recipe, set or []), steps=steps, repeats=repeats))
 
 
-@bench_app.command()
-def stage2(
+@bench_app.command("stage2")
+def stage2_step(
     recipe: Annotated[str, typer.Argument(help="An upgrade recipe.")] = "micro",
     steps: Steps = 4,
     repeats: Repeats = 2,
@@ -165,8 +165,8 @@ def stage2(
     show(json, bench_stage2(upgrade_recipe(recipe, set or []), steps=steps, repeats=repeats))
 
 
-@bench_app.command()
-def sample(
+@bench_app.command("sample")
+def whole_pipelines(
     base: Annotated[str, typer.Argument(help="`micro`, a folder or a hub id.")] = "micro",
     upgraded: Annotated[
         str, typer.Argument(help="Its upgrade: a run or pipeline folder, or `micro-upgraded`.")
