@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from davae import DetailVAE
 from davae.data.images import collate
 from davae.lab.bench import clock
-from davae.lab.bench.clock import Spread, peak_memory, race, ratio, spread
+from davae.lab.bench.clock import Spread, added_memory, race, ratio
 from davae.lab.bench.plain import explicit_attention, softmax_attention
 from davae.lab.bench.sampling import bench_guidance
 from davae.lab.bench.stages import bench_stage1, bench_stage2
@@ -35,8 +35,8 @@ def test_rivals_take_turns_and_the_first_round_is_left_out():
     times = race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
     assert order == ["a", "b"] * 3
     assert times["a"].repeats == 2
-    assert spread([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0, 3)
-    assert ratio(spread([4.0]), spread([2.0])) == 2.0
+    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0, 3)
+    assert ratio(Spread.of([4.0]), Spread.of([2.0])) == 2.0
 
 
 def allocate(mebibytes: int):
@@ -54,7 +54,7 @@ def test_memory_is_measured_without_linux_and_without_unix(monkeypatch: pytest.M
 
 
 def test_peak_memory_is_what_the_work_takes():
-    found = peak_memory(allocate, 256) / 2**20
+    found = added_memory(allocate, 256) / 2**20
     assert 250 < found < 300
 
 
