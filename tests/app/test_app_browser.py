@@ -156,7 +156,8 @@ def test_a_prompt_three_pictures_and_a_slider(browser: Any, address: str):
     shot(page, "generate")
     set_number(page, "#steps", "150")
     page.click("#draw")
-    says(page, "#draw-status", "Waiting|drawn")
+    says(page, "#draw-status", "Drawing .*: step")
+    assert page.locator(".progress-text, .progress-level, .eta-bar").count() == 0  # nothing covers the images
     page.click("#stop-drawing")
     says(page, "#draw-status", "Stopped")
     set_number(page, "#steps", "1")
@@ -175,7 +176,7 @@ def test_a_photo_its_detail_faded_and_hostile_uploads(browser: Any, address: str
     page.get_by_role("tab", name="Reconstruct").click()
     upload = "#photo input[type=file]"
     page.set_input_files(upload, tmp_path / "photo.png")
-    says(page, "#reconstruction-note", r"upgraded [\d.]+ dB, base \+ bicubic [\d.]+ dB")
+    says(page, "#reconstruction-note", r"photo\.png.* upgraded [\d.]+ dB, base \+ bicubic [\d.]+ dB")
     full = source_of(page, "#reconstructed")
     set_number(page, "#strength", "0")
     page.wait_for_function("old => document.querySelector('#reconstructed img').src !== old", arg=full)
@@ -190,7 +191,7 @@ def test_a_photo_its_detail_faded_and_hostile_uploads(browser: Any, address: str
     shot(page, "refused")
     page.locator("#photo").get_by_label(re.compile("clear|remove", re.IGNORECASE)).first.click()
     page.set_input_files(upload, tmp_path / "photo.png")
-    says(page, "#reconstruction-note", "dB")  # the server still works
+    says(page, "#reconstruction-note", r"photo\.png.* dB")  # the server still works
     page.context.close()
 
 
@@ -313,6 +314,43 @@ def test_other_sites_get_nothing(browser: Any, address: str):
     assert stranger.goto(f"{address}/?token=wrong").status == 401
     page.context.close()
     stranger.context.close()
+
+
+def test_the_page_opens_with_examples(browser: Any, address: str):
+    """No wall of empty boxes, at any width and in the dark; previews while the upgrade is drawn."""
+    for name, width, query in (("wide", 1280, ""), ("narrow", 390, ""), ("dark", 1280, "?__theme=dark")):
+        page = open_page(browser, address, width)
+        page.goto(f"{address}/{query}")
+        page.wait_for_selector("#draw")
+        says(page, "#draw-status", "An example, a red rose")
+        says(page, "#note-2", "64 tokens")
+        shot(page, f"{name}-generate")
+        for tab, place, words in (
+            ("Reconstruct", "#reconstruction-note", "Example rose.* dB"),
+            ("Enlarge", "#enlarge-status", "times as long"),
+            ("Inspect", "#bound", "before anything is trained"),
+            ("Train", "#training-state", "."),
+        ):
+            page.get_by_role("tab", name=tab).click()
+            says(page, place, words)
+            if tab == "Enlarge":
+                page.wait_for_selector("#enlarge-input img")
+                set_number(page, "#enlarge-steps", "4")
+                page.click("#enlarge")
+                says(page, "#enlarge-status", "128x128 pixels from 1 window")
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (name, tab)
+            shot(page, f"{name}-{tab.lower()}")
+        assert page.foreign == []
+        assert page.errors == []
+        page.context.close()
+    page = open_page(browser, address)
+    page.get_by_role("gridcell", name="a blue fish").or_(page.get_by_text("a blue fish", exact=True)).first.click()
+    page.wait_for_function("document.querySelector('#prompt textarea, #prompt input').value === 'a blue fish'")
+    page.click("#draw")
+    says(page, "#note-2", "preview after step")
+    shot(page, "preview")
+    says(page, "#draw-status", "Done")
+    page.context.close()
 
 
 def test_three_visitors_at_once(browser: Any, address: str):

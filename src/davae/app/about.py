@@ -1,4 +1,4 @@
-"""What the page shows before a visitor has done anything: facts about its model, example prompts and images."""
+"""Facts about the model of a page, and its example prompts and images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def recipe_of(pair: Pair) -> Recipe | None:
         return None
     try:
         recipe = load_recipe(file)
-    except RecipeError:  # of another version of davae
+    except RecipeError:  # written by another version of davae
         return None
     return recipe if isinstance(recipe, Recipe) else None
 
@@ -49,7 +49,7 @@ def example_prompts(pair: Pair) -> list[str]:
 
 
 def model_facts(pair: Pair) -> list[str]:
-    """Return sentences about a model: its size, its tokens, what it was trained on, what it takes."""
+    """Return sentences about a model: its size, its tokens, its training data, its inputs."""
     pipeline, size = pair.any, pair.resolution
     if pair.upgraded is None:
         small = size // pair.scale

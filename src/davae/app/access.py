@@ -1,4 +1,4 @@
-"""Who may use the page: host names, origins, a token and a password, compared in constant time."""
+"""Access to the page: host names, origins, a token and a password."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class HostPort:
 
 
 def parse_host(text: str) -> HostPort | None:
-    """Parse the value of a Host header; None for anything but one host name or address with a port.
+    """Parse the value of a Host header, None for anything but one host with or without a port.
 
     Args:
         text: `name`, `name:port`, `1.2.3.4:port` or `[::1]:port`.
@@ -53,9 +53,13 @@ def parse_host(text: str) -> HostPort | None:
 
 
 def same_origin(origin: str, host: HostPort) -> bool:
-    """Return whether an Origin header names the place that the Host header names.
+    """Return whether an Origin header names the host of the Host header.
 
     A sandboxed frame, a local file and a redirect across sites send `null`, which is refused.
+
+    Args:
+        origin: the header.
+        host: from the Host header.
     """
     scheme, separator, rest = origin.partition("://")
     standard = PORTS.get(scheme.lower())
@@ -86,6 +90,10 @@ def is_wildcard(host: str) -> bool:
 def checked_host(text: str, option: str) -> str:
     """Normalise a host name or address that the owner wrote for an option.
 
+    Args:
+        text: the value.
+        option: its name, for the message.
+
     Raises:
         RunError: not a host name; with a port, a scheme or a wildcard.
     """
@@ -103,7 +111,11 @@ def checked_host(text: str, option: str) -> str:
 
 
 def read_auth(auth: str | None, file: Path | None) -> str | None:
-    """Return `user:password` from an option or from the first line of a file, None where neither is given.
+    """Return `user:password` from an option or the first line of a file, None without either.
+
+    Args:
+        auth: value of `--auth`.
+        file: value of `--auth-file`.
 
     Raises:
         RunError: both, a file that others may read, or a value without a user or a password.
@@ -128,13 +140,13 @@ def read_auth(auth: str | None, file: Path | None) -> str | None:
 
 @dataclass(frozen=True)
 class Access:
-    """The names that the page answers to, and the secrets that a request must carry.
+    """Names that the page answers to, and secrets that a request must carry.
 
     Attributes:
         host: address to listen on.
         names: host names that a request may carry besides those of this machine.
         token: secret of the printed address.
-        auth: `user:password`, asked for besides the token.
+        auth: `user:password`, required besides the token.
     """
 
     host: str = "127.0.0.1"
@@ -144,7 +156,10 @@ class Access:
 
     @property
     def cookie(self) -> str:
-        """Name of the cookie: pages on other ports of one host share cookies, so it differs from page to page."""
+        """Name of the cookie, different for each page.
+
+        Pages on other ports of one host share cookies.
+        """
         return f"davae-{hashlib.sha256(self.token.encode()).hexdigest()[:12]}"
 
     @property
@@ -172,14 +187,20 @@ class Access:
         return is_wildcard(self.host) and own_address is not None and host.host == _unmapped(own_address)
 
     def has_token(self, token: str | None, cookie: str | None, authorization: str | None) -> bool:
-        """Return whether one of three places where a request can carry the secret does: query, cookie, header."""
+        """Return whether the query, the cookie or the header of a request carries the secret.
+
+        Args:
+            token: of the query.
+            cookie: of this page's name.
+            authorization: the header.
+        """
         scheme, _, bearer = (authorization or "").partition(" ")
         in_header = scheme.lower() in ("token", "bearer") and _equal(bearer.strip(), self.token)
         in_query = token is not None and _equal(token, self.token)
         return in_header | in_query | (cookie is not None and _equal(cookie, self.cookie_value))
 
     def has_password(self, authorization: str | None) -> bool:
-        """Return whether a request carries the user and the password, where one is asked for."""
+        """Return whether a request carries the user and the password, True where none is required."""
         if self.auth is None:
             return True
         scheme, _, encoded = (authorization or "").partition(" ")
@@ -193,7 +214,7 @@ class Access:
 
 
 def _unmapped(address: str) -> str:
-    """Return an address of this machine as a Host header writes it, `::ffff:1.2.3.4` as `1.2.3.4`."""
+    """Return an address of this machine as a Host header has it, `::ffff:1.2.3.4` as `1.2.3.4`."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -206,7 +227,12 @@ def _equal(found: str, wanted: str) -> bool:
 
 
 def grant(host: str = "127.0.0.1", allow_hosts: Iterable[str] = (), auth: str | None = None) -> Access:
-    """Return who may use a page that listens on `host`, with a new token.
+    """Return the access of a page that listens on `host`, with a new token.
+
+    Args:
+        host: address to listen on.
+        allow_hosts: further names of the page.
+        auth: `user:password`.
 
     Raises:
         RunError: a name that is not a host name, or an address that other machines reach without a password.

@@ -1,4 +1,4 @@
-"""Pictures of a training that still runs: its newest checkpoint, loaded beside it."""
+"""Images of the newest checkpoint of a training, which may still run."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from davae.train.run_folder import load_checkpoint
 from davae.vae.detail_vae import DetailVAE
 from davae.zoo import resolve
 
-PICTURES = 4
+MOST = 4
 STEPS = 12
 
 CheckpointImages = list[tuple[Image.Image, str]]
 
 
 def checkpoint_images(folder: Path) -> CheckpointImages:
-    """A few pictures of the newest checkpoint, with captions: reconstructions in stage 1, samples in stage 2.
+    """Return a few images of the newest checkpoint, with captions.
 
-    Empty before the first checkpoint, and when it cannot be read: a training removes old ones.
+    They are reconstructions in stage 1 and samples in stage 2. There are none before the first checkpoint, and none where it
+    cannot be read: a training removes old ones.
     """
     for stage in ("stage2", "stage1"):
         found = sorted((folder / "checkpoints").glob(f"{stage}-[0-9]*"))
@@ -63,7 +64,7 @@ def _load_base(model: str) -> Any:
 
 @torch.no_grad()
 def _restore(module: torch.nn.Module, state: dict[str, Any], player: str) -> None:
-    """Trained parameters of a checkpoint into a module: their average where one is kept, as the export does."""
+    """Copy the trained parameters of a checkpoint into a module, or their average where one is kept."""
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     values = [state["players"][player][name] for name in trained]
     if player in state["ema"]:
@@ -76,15 +77,15 @@ def _reconstructions(folder: Path, recipe: Recipe, state: dict[str, Any]) -> Che
     vae = DetailVAE.from_base(_base(folder, recipe).vae, recipe.detail_channels, recipe.scale, recipe.downsample)
     _restore(vae, state, "vae")
     opened = open_pictures(recipe.stage1_data, recipe.resolution, bucket_step(recipe, base_shapes(recipe)))
-    pictures = opened.squares(opened.shown(PICTURES))
-    images = torch.stack([pictures[(i, -1)]["image"] for i in range(len(pictures))])  # (B,3,R,R)
+    dataset = opened.squares(opened.shown(MOST))
+    images = torch.stack([dataset[(i, -1)]["image"] for i in range(len(dataset))])  # (B,3,R,R)
     with torch.no_grad():
         raw = vae.encode_raw(images)
         decoded = vae.decode_raw(vae.layout.join(raw.z, raw.mean))
     kind = "held out" if opened.held_out else "training"
     shown: CheckpointImages = []
-    for original, picture in zip(to_images(images), to_images(decoded), strict=True):
-        shown += [(original, f"original, {kind}"), (picture, f"stage 1, step {state['step']}")]
+    for original, image in zip(to_images(images), to_images(decoded), strict=True):
+        shown += [(original, f"original, {kind}"), (image, f"stage 1, step {state['step']}")]
     return shown
 
 
@@ -95,10 +96,10 @@ def _samples(folder: Path, recipe: Recipe, state: dict[str, Any]) -> CheckpointI
     _restore(transformer, state, "transformer")
     vae = load_detail_vae(folder / "vae")
     pipeline = assemble(base, vae, fuse(transformer))  # type: ignore[arg-type]
-    prompts = list(recipe.sampling.prompts[:PICTURES])
+    prompts = list(recipe.sampling.prompts[:MOST])
     if not prompts:
-        prompts = [str(number) for number in range(PICTURES)] if goes_by_class(base) else [""]
-    pictures = generate(
+        prompts = [str(number) for number in range(MOST)] if goes_by_class(base) else [""]
+    images = generate(
         pipeline,
         prompts,
         resolution=recipe.resolution,
@@ -106,4 +107,4 @@ def _samples(folder: Path, recipe: Recipe, state: dict[str, Any]) -> CheckpointI
         guidance_scale=recipe.sampling.guidance_scale,
         seed=recipe.sampling.seed,
     )
-    return [(picture, f"{prompt}, step {state['step']}") for prompt, picture in zip(prompts, pictures, strict=True)]
+    return [(image, f"{prompt}, step {state['step']}") for prompt, image in zip(prompts, images, strict=True)]

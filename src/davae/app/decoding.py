@@ -1,4 +1,4 @@
-"""Decode an upload in a process of its own, bounded in time and memory, whatever its bytes make a decoder do."""
+"""Decoding of an upload in a process of its own, bounded in time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One prompt drawn three ways from the same seed: base enlarged, base native, upgraded; with tokens and time of each."""
+"""One prompt drawn three ways from the same seed, with the tokens and time of each."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def draw(
 
 
 class _Watch:
-    """Called before each pass of a model: ends a drawing that was stopped or takes too long, and counts its steps."""
+    """Check before each pass of a model that ends a stopped or overlong drawing."""
 
     def __init__(self, way: str, steps: int, left: float, stop: threading.Event, on_step: OnStep):
         self.way, self.steps, self.left, self.stop, self.on_step = way, steps, left, stop, on_step
@@ -134,7 +134,9 @@ class _Watch:
 
 
 class TimedPreview(Preview):
-    """Previews whose time is kept apart; a scheduler of unknown noise levels ends them, not the drawing.
+    """Previews whose time is kept apart from the drawing's.
+
+    A scheduler of unknown noise levels ends the previews, not the drawing.
 
     Attributes:
         seconds: that all previews took.
@@ -158,7 +160,7 @@ class TimedPreview(Preview):
 
 
 def preview_interval(steps: int) -> int:
-    """Return the steps between two previews: at least two, and at most PREVIEWS previews a drawing."""
+    """Return the steps between two previews: at least two, and at most PREVIEWS in a drawing."""
     return max(2, -(-steps // PREVIEWS))
 
 
@@ -202,7 +204,7 @@ def _check(pair: Pair, prompt: str, ways: list[str], steps: int, guidance: float
 
 
 class ExampleDrawing:
-    """The drawing that a page shows before its visitor draws: made once, on the first visit, and kept for all.
+    """Drawing that a page shows before its visitor draws, made on the first visit and kept.
 
     Args:
         pair: the models.

@@ -99,7 +99,7 @@ class EnlargeTab:
     # -- handlers ----------------------------------------------------------------------------------------------
 
     def show_input(self, example: Any, path: Any) -> Image.Image | None:
-        """Return the image that a press of the button enlarges; one that cannot be read is named then."""
+        """Return the image that the button enlarges, None for one that cannot be read."""
         try:
             return self._image(path, example)
         except DavaeError:
@@ -109,7 +109,7 @@ class EnlargeTab:
         self, path: Any, words: Any, share: Any, count: Any, scale: Any, number: Any, example: Any, previews: Any,
         request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:  # fmt: skip
-        """Give the enlarged image, before it bicubic enlargement and previews of the base."""
+        """Give bicubic enlargement, previews of the base, then the enlarged image."""
 
         def work(stop: threading.Event, report: Report) -> None:
             prompt = forms.text("class" if self.by_class else "prompt", words, MAX_PROMPT)

@@ -116,7 +116,10 @@ def _check_windows(windows: int, image: Image.Image) -> None:
 def _previews(
     pipeline: Any, image: Image.Image, before: Image.Image, strength: float, steps: int, on_preview: OnPreview | None
 ) -> OnBase | None:
-    """Return what decodes the base by a linear estimate while it may change: its cost is next to nothing at any size."""
+    """Return the function that decodes the base while it may change, by a linear estimate.
+
+    Its cost is next to nothing at any size.
+    """
     if on_preview is None:
         return None
     on_preview(before, before)

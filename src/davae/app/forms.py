@@ -1,4 +1,4 @@
-"""Check what a visitor sent: a request can hold anything, whatever the page's own fields offer.
+"""Checks of a visitor's input: a request can hold anything, whatever the page's fields offer.
 
 Every handler of the page passes its arguments through here. Nothing in this module knows Gradio.
 """
@@ -20,11 +20,16 @@ LINE = 400  # characters of an answer
 
 
 class FormError(DavaeError, ValueError):
-    """A field of the page that holds what it may not; the message is one readable line."""
+    """Field of the page with an invalid value, in one readable line."""
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
     """Return a whole number between two bounds, both included.
+
+    Args:
+        name: of the field, for the message.
+        value: from the request.
+        low, high: bounds.
 
     Raises:
         FormError: anything else.
@@ -38,6 +43,11 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
 
 def number(name: str, value: Any, low: float, high: float) -> float:
     """Return a finite number between two bounds, both included.
+
+    Args:
+        name: of the field, for the message.
+        value: from the request.
+        low, high: bounds.
 
     Raises:
         FormError: anything else.
@@ -54,7 +64,7 @@ def flag(name: str, value: Any) -> bool:
 
     Args:
         name: of the field, for the message.
-        value: what the visitor sent.
+        value: from the request.
 
     Raises:
         FormError: anything but true and false.
@@ -66,6 +76,11 @@ def flag(name: str, value: Any) -> bool:
 
 def one_of(name: str, value: Any, known: Sequence[Choice]) -> Choice:
     """Return the choice that equals a value.
+
+    Args:
+        name: of the field, for the message.
+        value: from the request.
+        known: choices.
 
     Raises:
         FormError: it is not a choice.
@@ -80,6 +95,11 @@ def one_of(name: str, value: Any, known: Sequence[Choice]) -> Choice:
 def some_of(name: str, value: Any, known: Sequence[Choice]) -> list[Choice]:
     """Return the choices that a list holds, each once and in the order of `known`.
 
+    Args:
+        name: of the field, for the message.
+        value: from the request.
+        known: choices.
+
     Raises:
         FormError: not a list, too long a list, or a member that is not a choice.
     """
@@ -91,6 +111,11 @@ def some_of(name: str, value: Any, known: Sequence[Choice]) -> list[Choice]:
 
 def text(name: str, value: Any, longest: int) -> str:
     """Return a text of characters that can be shown and written, '' for nothing.
+
+    Args:
+        name: of the field, for the message.
+        value: from the request.
+        longest: characters.
 
     Raises:
         FormError: not a text, too long a text, control characters, or half of a surrogate pair.
@@ -107,7 +132,12 @@ def text(name: str, value: Any, longest: int) -> str:
 
 
 def files(name: str, value: Any, most: int) -> list[str]:
-    """Return the paths of uploaded files, whose place the caller checks.
+    """Return the paths of uploaded files, without a check of their folder.
+
+    Args:
+        name: of the field, for the message.
+        value: from the request.
+        most: files.
 
     Raises:
         FormError: not a list of paths, or too many.
@@ -130,7 +160,7 @@ def excerpt(value: Any) -> str:
 
 
 def without_folders(line: str) -> str:
-    """Remove the folders from the absolute paths of a line: where files lie on the server is not a visitor's."""
+    """Remove the folders from the absolute paths of a line, so that no visitor sees them."""
     return PATHS.sub("", line)
 
 

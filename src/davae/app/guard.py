@@ -1,4 +1,4 @@
-"""The door of the page: every request passes here before Gradio sees it. What is not allowed by name is refused."""
+"""Guard before Gradio: a request passes only if everything about it is allowed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,10 @@ AGAIN = '<meta http-equiv="refresh" content="0;url=/?again">'
 
 
 class Guard:
-    """ASGI middleware that checks host, origin, password, token, path, size and file arguments of each request."""
+    """ASGI middleware that checks each request before Gradio sees it.
+
+    It checks host, origin, password, token, path, size and file arguments.
+    """
 
     def __init__(
         self,
@@ -115,7 +118,7 @@ class Guard:
         given = headers.get("authorization")
         if self.access.has_password(given):
             return
-        asks = {"WWW-Authenticate": 'Basic realm="davae", charset="UTF-8"'}
+        challenge = {"WWW-Authenticate": 'Basic realm="davae", charset="UTF-8"'}
         if given is not None:  # slow and few, so that passwords cannot be tried in bulk
             if self._wrong >= self.bounds.wrong:
                 raise Refused(429, "too many wrong passwords; wait a second")
@@ -124,10 +127,10 @@ class Guard:
                 await asyncio.sleep(1)
             finally:
                 self._wrong -= 1
-        raise Refused(401, "the page needs a user and a password", asks)
+        raise Refused(401, "the page needs a user and a password", challenge)
 
     def _check_token(self, scope: Scope, headers: Headers) -> Response | None:
-        """Return None to go on, or the answer to a first visit: the cookie, or a word that the token is missing."""
+        """Return None to go on, or the answer to a first visit or to one without the token."""
         try:
             query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=100)
         except ValueError:
@@ -179,7 +182,7 @@ class Guard:
         await self.app(scope, receive, send)
 
     async def _sweep(self) -> None:
-        """Once a minute, remove the oldest files where uploads and drawn images take more than three quarters."""
+        """Remove the oldest files once a minute where they take more than three quarters of the folder."""
         if time.monotonic() - self._swept > 60:
             self._swept = time.monotonic()
             await asyncio.to_thread(make_room, self.uploads, self.bounds.folder * 3 // 4)
@@ -205,6 +208,11 @@ class Guard:
 def check_sender(scope: Scope, headers: Headers, access: Access) -> None:
     """Refuse a request for another host (DNS rebinding) or from a page of another origin (CSRF).
 
+    Args:
+        scope: of the request.
+        headers: of the request.
+        access: hosts that the page answers to.
+
     Raises:
         Refused: not exactly one Host that the page answers to, a foreign Origin, or a subrequest of another site.
     """
@@ -226,7 +234,7 @@ def check_sender(scope: Scope, headers: Headers, access: Access) -> None:
 
 
 def check_route(scope: Scope) -> None:
-    """Refuse what the page's own scripts never ask for.
+    """Refuse a request that the page's own scripts never make.
 
     Raises:
         Refused: a path or a method that is not on the list.
@@ -242,7 +250,7 @@ def check_route(scope: Scope) -> None:
 
 
 def _without_forwarding(scope: Scope) -> Scope:
-    """Return a scope with its number, without headers by which a client could choose the addresses that the page writes."""
+    """Return a scope with its number and without headers that choose the page's own address."""
     dropped = (b"x-forwarded-host", b"x-gradio-server", b"x-direct-url", b"forwarded")
     kept = [(name, value) for name, value in scope["headers"] if name.lower() not in dropped]
     return {**scope, "headers": number_request(kept)}

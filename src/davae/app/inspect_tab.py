@@ -1,4 +1,4 @@
-"""The tab Inspect: the table of `davae inspect` for a model that the page offers by name."""
+"""The tab Inspect: the table of `davae inspect` for a model that is offered by name."""
 
 from __future__ import annotations
 

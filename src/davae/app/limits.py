@@ -1,4 +1,4 @@
-"""Bounds of the requests to the page: their bytes, time, nesting, the files they name, the disk they fill."""
+"""Bounds of the requests to the page: bytes, time, nesting, named files, disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEEPEST = 24  # levels of lists and objects in a request
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the requests of all visitors together may take."""
+    """Resources that the requests of all visitors together may take."""
 
     body: int = 2**20  # bytes of a request that is not an upload
     upload: int = 2**30  # bytes of one request that uploads
@@ -86,12 +86,14 @@ async def read_body(scope: Scope, receive: Receive, bounds: Bounds) -> bytes:
 
 
 def wrong_call(body: bytes, uploads: Path, inputs: Mapping[int, int] | None = None) -> str:
-    """Return what is wrong with the JSON that the page's scripts post, '' for nothing.
+    """Return the fault of the JSON that the page's scripts post, '' for none.
 
     A record of a file anywhere in it must name an uploaded file: Gradio copies the files of all arguments into
     the folder that it serves, those of text fields too.
 
     Args:
+        body: of the request.
+        uploads: folder of uploads.
         inputs: how many arguments each handler takes, where the request calls one: Gradio fails for other numbers.
     """
     if not body.strip():
@@ -137,7 +139,12 @@ def _refuse_constant(name: str) -> float:
 
 
 def is_below(path: str, folder: Path) -> bool:
-    """Return whether a path leads to a regular file below a folder, links resolved."""
+    """Return whether a path leads to a regular file below a folder, links resolved.
+
+    Args:
+        path: absolute.
+        folder: that may be read.
+    """
     if "\0" in path or not os.path.isabs(path):
         return False
     try:
@@ -160,7 +167,12 @@ def occupied(folder: Path) -> int:
 
 
 def make_room(folder: Path, limit: int) -> None:
-    """Remove the oldest files below a folder until they occupy at most `limit` bytes."""
+    """Remove the oldest files below a folder until they occupy at most `limit` bytes.
+
+    Args:
+        folder: of files that may be removed.
+        limit: bytes.
+    """
     found = []
     for place, _, names in os.walk(folder):
         for name in names:
@@ -179,7 +191,13 @@ def make_room(folder: Path, limit: int) -> None:
 
 
 def bounded_body(receive: Receive, most: int, seconds: float) -> Receive:
-    """Return `receive` with a bound on the bytes and the time of a body; beyond it the answer is 413 or 408."""
+    """Return `receive` with a bound on the bytes and the time of a body.
+
+    Args:
+        receive: of the request.
+        most: bytes, beyond which the answer is 413.
+        seconds: beyond which the answer is 408.
+    """
     end, taken, whole = time.monotonic() + seconds, 0, False
 
     async def receiving() -> Message:
@@ -201,7 +219,12 @@ def bounded_body(receive: Receive, most: int, seconds: float) -> Receive:
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body that was read already, then what the client sends."""
+    """Return a `receive` that gives a body that was read already, then the client's messages.
+
+    Args:
+        body: of the request.
+        receive: of the request.
+    """
     given = False
 
     async def receiving() -> Message:

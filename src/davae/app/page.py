@@ -1,4 +1,4 @@
-"""The page itself: five tabs in one Gradio app, served with the reports of its trainings."""
+"""The page: five tabs in one Gradio app, served with the reports of its trainings."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def remove_left_folders(temporary: Path) -> None:
 
 
 def _lead(pair: Pair) -> str:
-    """Return the sentences about the model that stand above the tabs."""
+    """Return the sentences about the model above the tabs."""
     lines = [f"**{escape_markup(label(pair.name))}** is open.", *(escape_markup(line) for line in model_facts(pair))]
     if pair.upgraded is None:
         lines.append("Open an upgraded model to compare: `davae app micro`.")
@@ -129,14 +129,14 @@ def build_server(
     roots: Roots | None = None,
     bounds: Bounds | None = None,
 ) -> Guard:
-    """Return the page at `/` and the report of each training at `/reports/NAME`, behind the guard.
+    """Return the page at `/` and the reports of trainings at `/reports/NAME`, behind the guard.
 
     Args:
         pair: the models.
         trainings: those that the page starts and shows.
         access: hosts and secrets; by default those of a page on this machine, with a new token.
         roots: folders whose entries the page offers by name; by default none.
-        bounds: what requests may take.
+        bounds: of requests.
     """
     server = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -174,7 +174,14 @@ def build_server(
 
 
 def serve(pair: Pair, runs: Path, access: Access, port: int, roots: Roots | None = None) -> None:
-    """Serve until interrupted; a training that runs then is asked to save.
+    """Serve the page until it is interrupted, then let a training that runs save.
+
+    Args:
+        pair: the models.
+        runs: folder of the trainings.
+        access: hosts and secrets.
+        port: to listen on.
+        roots: folders whose entries the page offers by name.
 
     Raises:
         RunError: the address is taken or not one of this machine.
@@ -201,6 +208,10 @@ def serve(pair: Pair, runs: Path, access: Access, port: int, roots: Roots | None
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens on an address.
+
+    Args:
+        host: name or address.
+        port: number.
 
     Raises:
         RunError: the address is taken or not one of this machine.

@@ -1,4 +1,4 @@
-"""The models behind the page: an upgrade beside its base, one computation at a time."""
+"""The models of a page: an upgrade and its base, one computation at a time."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from davae.vae.base import base_channels
 from davae.vae.detail_vae import DetailVAE
 from davae.zoo import SHIPPED, resolve, shipped_upgrade
 
-LOCK = threading.Lock()  # held while a model computes: visitors wait their turn, and times are those of one picture
+LOCK = threading.Lock()  # held while a model computes: visitors wait, and times are those of one image
 
 
 class Stopped(Exception):
-    """The visitor asked for the end of a computation."""
+    """End of a computation that its visitor stopped."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An upgraded pipeline and the base it came from; one of them may be missing."""
+    """Upgraded pipeline and the base that it came from, one of which may be missing."""
 
     name: str
     base: Any | None
@@ -38,24 +38,24 @@ class Pair:
 
     @property
     def scale(self) -> int:
-        """s: pixels of the upgraded picture over those of the base's, each way."""
+        """Side of an upgraded image over the side of the base's, s."""
         return 2 if self.upgraded is None else int(self.upgraded.vae.layout.scale)
 
     @property
     def resolution(self) -> int:
-        """Pixels of an upgraded picture, each way."""
+        """Side of an upgraded image in pixels."""
         if self.upgraded is not None:
             return default_resolution(self.upgraded)
         return default_resolution(self.base) * self.scale
 
     @property
     def any(self) -> Any:
-        """Whichever there is, the upgraded one first."""
+        """The upgraded pipeline, else the base."""
         return self.base if self.upgraded is None else self.upgraded
 
 
 def open_pair(name: str, base: str | None = None) -> Pair:
-    """An upgrade with its base, from the name of either.
+    """Open an upgrade with its base, from the name of either.
 
     Args:
         name: an embedded model, a run or pipeline folder, or a hub id.
@@ -87,7 +87,7 @@ def open_pair(name: str, base: str | None = None) -> Pair:
 
 
 def _recorded_base(run: Path) -> str | None:
-    """The base model that a run folder's recipe names, or trained itself."""
+    """Return the base model that a run folder's recipe names or trained."""
     if not (run / "recipe.yaml").is_file():
         return None
     recipe = load_recipe(str(run / "recipe.yaml"))
@@ -97,7 +97,12 @@ def _recorded_base(run: Path) -> str | None:
 
 @contextmanager
 def watched(module: nn.Module, before_pass: Callable[[int], None]) -> Iterator[None]:
-    """Call `before_pass` with the number of passes done before each forward pass; what it raises ends the computation."""
+    """Call a function before each forward pass of a module, whose errors end the computation.
+
+    Args:
+        module: to watch.
+        before_pass: called with the number of passes done.
+    """
     done = 0
 
     def hook(*_: Any) -> None:

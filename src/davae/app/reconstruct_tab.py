@@ -1,4 +1,4 @@
-"""The tab Reconstruct: an image through both autoencoders, its detail channels faded at will."""
+"""The tab Reconstruct: an image through both autoencoders, its detail channels faded."""
 
 from __future__ import annotations
 

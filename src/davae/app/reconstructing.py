@@ -1,4 +1,4 @@
-"""An image through the base autoencoder and through the upgraded one, its detail channels faded at will."""
+"""An image through the base and the upgraded autoencoder, its detail channels faded."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _vae(pair: Pair) -> DetailVAE:
 
 
 def error_map(original: Image.Image, image: Image.Image) -> Image.Image:
-    """Return a map of the mean absolute error of each pixel's colours, brightest at ERROR_SHOWN or more.
+    """Return a map of each pixel's mean absolute error, brightest at ERROR_SHOWN or more.
 
     Args:
         original: to compare with.
@@ -104,7 +104,12 @@ def error_map(original: Image.Image, image: Image.Image) -> Image.Image:
 
 
 def psnr_of(original: Image.Image, image: Image.Image) -> float:
-    """Return the PSNR in dB of one image against another of the same size, at most 100."""
+    """Return the PSNR in dB of one image against another of the same size, at most 100.
+
+    Args:
+        original: to compare with.
+        image: to judge.
+    """
     both = [torch.from_numpy(_pixels(one)).movedim(-1, 0)[None] for one in (image, original)]  # (1,3,H,W)
     return float(psnr(*both))
 

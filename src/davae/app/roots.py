@@ -1,4 +1,4 @@
-"""The folders that the page offers by name: a visitor chooses a name, never a path."""
+"""Folders that the page offers by name: a visitor chooses a name, never a path."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ class Roots:
         return None if chosen == RECIPES_OWN or self.data is None else str(Path(os.path.realpath(self.data)) / chosen)
 
     def model_names(self) -> list[str]:
-        """Return the models to inspect: the page's own, embedded ones, entries of the models root, presets."""
+        """Return the models to inspect.
+
+        These are the page's own, the embedded ones, the entries of the models root and the presets.
+        """
         own = [] if self.model is None else [label(self.model)]
         return list(dict.fromkeys([*own, *MODELS, *_entries(self.models, _is_model), *presets()]))
 
@@ -72,10 +75,14 @@ class Roots:
 
 
 def open_roots(data: Path | None, models: Path | None, model: str | None = None) -> Roots:
-    """Return the roots after a look whether they are folders.
+    """Return the roots, all of which are folders.
+
+    Args:
+        data, models: value of `--data-root` and `--models-root`.
+        model: that the page was opened with.
 
     Raises:
-        RunError: one that is not.
+        RunError: one that is not a folder.
     """
     for option, folder in (("--data-root", data), ("--models-root", models)):
         if folder is not None and not folder.is_dir():
@@ -93,7 +100,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _entries(root: Path | None, wanted: Callable[[Path], bool]) -> list[str]:
-    """Return sorted names of the direct entries of a folder; links that lead out of it are left out."""
+    """Return sorted names of the direct entries of a folder, without links that lead out of it."""
     if root is None or not root.is_dir():
         return []
     real, names = Path(os.path.realpath(root)), []

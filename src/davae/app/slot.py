@@ -1,4 +1,4 @@
-"""One training at a time below a root, over the life of any page: a locked file that the training keeps open."""
+"""One training at a time below a root, by a locked file that the training keeps open."""
 
 from __future__ import annotations
 
@@ -34,9 +34,13 @@ class Holder:
 
 @contextmanager
 def taken(root: Path, name: str) -> Iterator[IO[str]]:
-    """Take the slot for a training and give the open file, which the training inherits with its lock.
+    """Take the slot for a training and give the open file, which the training inherits.
 
     The lock ends with the last process that has the file open, so that a killed page does not give it up.
+
+    Args:
+        root: folder of trainings.
+        name: of the training.
 
     Raises:
         RunError: another training holds it.
@@ -61,7 +65,13 @@ def _lock(stream: IO[str]) -> None:
 
 
 def write(stream: IO[str], name: str, pid: int) -> None:
-    """Write down which training holds the slot."""
+    """Write the training that holds the slot into its file.
+
+    Args:
+        stream: the open file.
+        name: of the training.
+        pid: of its process.
+    """
     stream.seek(0)
     stream.truncate()
     stream.write(json.dumps({"name": name, "pid": pid}))
@@ -90,7 +100,12 @@ def holder(root: Path) -> Holder | None:
 
 
 def asks_to_stop(pid: int, folder: Path) -> bool:
-    """Send SIGTERM to the training of a folder; return False where the process is not that training."""
+    """Send SIGTERM to the training of a folder, and return whether the process is that training.
+
+    Args:
+        pid: of the process.
+        folder: of the training.
+    """
     try:
         command = Path(f"/proc/{pid}/cmdline")
         if Path("/proc/self").is_dir():

@@ -12,16 +12,16 @@ Report = Callable[[Any], None]
 
 
 def streamed(work: Callable[[Report], None], stop: threading.Event) -> Iterator[Any]:
-    """Run a function in a thread and give what it reports, as it reports it.
+    """Run a function in a thread and give its reports as they come.
 
     Nothing waits for the thread where the visitor leaves: `stop` is set, and the work ends at its next look at it.
 
     Args:
         work: called with the function that takes its reports.
-        stop: asks the work to end.
+        stop: event that ends the work.
 
     Raises:
-        Exception: what the work raised, after its reports.
+        Exception: of the work, after its reports.
     """
     reports: SimpleQueue[Any] = SimpleQueue()
     ended = object()

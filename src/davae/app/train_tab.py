@@ -1,4 +1,4 @@
-"""The tab Train: `davae upgrade` in a process of its own, its curves and the images of its newest checkpoint."""
+"""The tab Train: `davae upgrade` in a process of its own, its curves and images."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ class TrainTab:
     def begin(
         self, title: Any, which: Any, data: Any, sent: Any, first: Any, second: Any, *values: Any
     ) -> tuple[str, str]:
-        """Start a training; return its name and a line on the uploads that it does not use."""
+        """Start a training, and return its name and a line on the captions that it does not use."""
         title = forms.text("name", title, 200).strip()
         which = forms.one_of("recipe", forms.text("recipe", which, 200).strip(), self.choices)
         source = self.roots.data_source(RECIPES_OWN if data in (None, "") else data)
@@ -236,7 +236,7 @@ class TrainTab:
         return [title, line, left_out, report, *curves, names, gr.update(visible=True)]
 
     def newest_images(self, title: str, seen: str) -> list[Any]:
-        """Return images of the newest checkpoint and its name, where it is not the one that is shown."""
+        """Return images of the newest checkpoint and its name, unless it is shown already."""
         newest = self.trainings.newest_checkpoint(title) if title else ""
         if newest == seen or not newest:
             return [gr.skip(), seen]

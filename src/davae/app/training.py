@@ -1,4 +1,4 @@
-"""Trainings that the page starts: `davae upgrade` as a process of its own, read through its run folder."""
+"""Trainings that the page starts: `davae upgrade` in a process of its own."""
 
 from __future__ import annotations
 
@@ -57,7 +57,11 @@ class Trainings:
     )  # name -> exit status, of the trainings that this page started
 
     def folder(self, name: str) -> Path:
-        """A training's run folder; RunError when the name could lead elsewhere."""
+        """Return a training's run folder.
+
+        Raises:
+            RunError: the name could lead elsewhere.
+        """
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise RunError(
                 f"{excerpt(name)} is not a name for a training; use small letters, digits and '-', 40 at most"
@@ -65,7 +69,7 @@ class Trainings:
         return self.root / name
 
     def names(self) -> list[str]:
-        """Trainings that have a folder, by name."""
+        """Return the names of trainings that have a folder, sorted."""
         return sorted(
             path.parent.name for path in self.root.glob("*/recipe.yaml") if NAME.fullmatch(path.parent.name)
         )
@@ -82,7 +86,7 @@ class Trainings:
         return next((name for name in self.names() if running_process(self.root / name) is not None), "")
 
     def running(self, name: str) -> bool:
-        """Return whether a training runs, whether this page started it, another one or the command line."""
+        """Return whether a training runs, also one that another page or a command started."""
         folder = self.folder(name)
         self._reap()
         held = slot.holder(self.root)
@@ -103,7 +107,14 @@ class Trainings:
         uploads: list[Path] | None = None,
         overrides: list[str] | None = None,
     ) -> None:
-        """Start `davae upgrade RECIPE` in the folder of this name. Uploaded pictures are copied there first.
+        """Start `davae upgrade RECIPE` in the folder of a name, after its uploads are copied there.
+
+        Args:
+            name: of the training.
+            recipe: name of a recipe.
+            data: source of images; by default the recipe's.
+            uploads: images and captions that replace it.
+            overrides: of recipe fields.
 
         Raises:
             RecipeError: unknown recipe, wrong value, or more steps than the page takes.
@@ -134,7 +145,11 @@ class Trainings:
             self._launch(name)
 
     def resume(self, name: str) -> None:
-        """Go on with the recipe in the training's folder; RunError when there is none, or another one runs."""
+        """Go on with the recipe in the training's folder.
+
+        Raises:
+            RunError: there is none, or another training runs.
+        """
         with self._lock:
             if not (self.folder(name) / "recipe.yaml").is_file():
                 raise RunError(GONE)
@@ -142,7 +157,7 @@ class Trainings:
             self._launch(name)
 
     def _refuse_second(self, copied: int = 0) -> None:
-        """Refuse a training while another one runs, or on a disk without room for it and `copied` bytes of uploads."""
+        """Refuse a training while another one runs, or on a disk without room for its uploads."""
         name = self.current()
         if name:
             raise RunError(f"training '{name}' runs; pause it first, or wait: one runs at a time")
@@ -167,7 +182,11 @@ class Trainings:
         self._ended.pop(name, None)
 
     def pause(self, name: str) -> None:
-        """Ask a running training to save and stop; it does after the step it is in. RunError when it does not run."""
+        """Ask a running training to save and stop after the step it is in.
+
+        Raises:
+            RunError: it does not run.
+        """
         if not self.running(name):
             raise RunError(f"training '{name}' does not run")
         held = slot.holder(self.root)
@@ -200,7 +219,7 @@ class Trainings:
         return State(False, False, f"paused: {self._position(folder)}")
 
     def _failed(self, name: str) -> bool:
-        """Return whether a training ended by an error, known from its log where another page started it."""
+        """Return whether a training ended by an error, by its status or by its log."""
         code = self._ended.get(name)
         if code is not None:
             return code not in (130, -signal.SIGTERM)
@@ -208,7 +227,7 @@ class Trainings:
         return line.startswith("davae: ") and SAVED not in line
 
     def _position(self, folder: Path) -> str:
-        """Where a run stands, from what it has written so far."""
+        """Return the stage and step that a run has reached, from its files."""
         done = {path.stem for path in (folder / "checkpoints").glob("*.done")}
         records = read_metrics(folder / "metrics.jsonl")
         try:
@@ -229,17 +248,17 @@ class Trainings:
         return f"{stage}: step {last['step']} of {steps}, {last.get('images_per_second', 0):.0f} images/s"
 
     def report(self, name: str) -> Path | None:
-        """The report's page of a training, once it is written."""
+        """Return the report's page of a training, None before it is written."""
         page = self.folder(name) / "report.html"
         return page if page.is_file() and is_below(str(page.absolute()), self.root) else None
 
     def newest_checkpoint(self, name: str) -> str:
-        """Folder name of the newest checkpoint, stage 2 before stage 1; empty before the first."""
+        """Return the folder name of the newest checkpoint, '' before the first."""
         found = (self.folder(name) / "checkpoints").glob("stage[12]-[0-9]*")
         return max((path.name for path in found), default="")
 
     def left_out(self, name: str) -> list[str]:
-        """Return a line for each reason why a training leaves images out, with the names of the first ones."""
+        """Return a line for each reason to leave images out, with the names of the first ones."""
         try:
             summary = read_object(self.folder(name) / SUMMARY, RunError)
         except RunError:  # not written yet
@@ -251,7 +270,7 @@ class Trainings:
         ]
 
     def curves(self, name: str) -> dict[str, list[dict[str, Any]]]:
-        """Losses of both stages so far: stage -> rows of step, value and curve."""
+        """Return the losses of both stages so far: stage -> rows of step, value and curve."""
         shown = {
             "stage1": {"l1": "L1", "align": "alignment"},
             "stage2": {"loss_base": "base", "loss_detail": "detail"},

@@ -1,4 +1,4 @@
-"""Which drawings are still wanted: a Stop ends those that were asked for before it, never a later one."""
+"""Order of drawings and Stops: a Stop ends earlier drawings, never a later one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ _numbers = itertools.count(1)
 
 
 def number_request(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return a request's headers with its place in the order of all requests, which no client can choose."""
+    """Return a request's headers with its place in the order of all requests.
+
+    No client can choose it.
+    """
     kept = [(name, value) for name, value in headers if name.lower() != ARRIVAL.encode()]
     return [*kept, (ARRIVAL.encode(), str(next(_numbers)).encode())]
 
 
 def arrival_of(request: Any) -> int:
-    """Return the place of a request in the order of all; one that passed no guard arrives when it is asked.
+    """Return the place of a request in the order of all, a new one where it passed no guard.
 
     Gradio calls handlers late and in any order, so that the time of a call does not order them.
     """
@@ -28,7 +31,7 @@ def arrival_of(request: Any) -> int:
 
 
 class Turns:
-    """The drawings of all visitors, and until which arrival each visitor stopped them."""
+    """The drawings of all visitors, and the arrival until which each visitor stopped them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,7 +39,12 @@ class Turns:
         self._begun: dict[str, dict[int, threading.Event]] = {}
 
     def begin(self, visitor: str, arrival: int) -> threading.Event:
-        """Return the event that ends a drawing; it is set already where a Stop arrived while the drawing waited."""
+        """Return the event that ends a drawing, set already where a Stop arrived while it waited.
+
+        Args:
+            visitor: session.
+            arrival: of the request to draw.
+        """
         stop = threading.Event()
         with self._lock:
             self._begun.setdefault(visitor, {})[arrival] = stop
@@ -45,7 +53,12 @@ class Turns:
         return stop
 
     def end(self, visitor: str, arrival: int) -> None:
-        """Forget a drawing that has ended."""
+        """Forget a drawing that has ended.
+
+        Args:
+            visitor: session.
+            arrival: of the request to draw.
+        """
         with self._lock:
             begun = self._begun.get(visitor, {})
             begun.pop(arrival, None)
@@ -53,7 +66,12 @@ class Turns:
                 self._begun.pop(visitor, None)
 
     def stop(self, visitor: str, arrival: int) -> bool:
-        """Stop what a visitor asked for before an arrival; return whether nothing newer of theirs is drawn."""
+        """Stop earlier drawings of a visitor, and return whether the visitor has no newer one.
+
+        Args:
+            visitor: session.
+            arrival: of the request to stop.
+        """
         with self._lock:
             before = self._stopped.pop(visitor, 0)  # the newest lie last
             self._stopped[visitor] = max(before, arrival)

@@ -28,7 +28,7 @@ _BOUND = f"{MAX_SIDE:,} a side and {MAX_PIXELS // 1_000_000} million in all"
 
 
 def read_upload(path: Path) -> Image.Image:
-    """Return an uploaded image as upright sRGB, decoded only after its header was found within bounds.
+    """Return an uploaded image as upright sRGB, after a check of the size in its header.
 
     Raises:
         DataError: too many bytes or pixels, or not an image that can be read, in one line with the file's name.
@@ -63,6 +63,10 @@ def shown_name(path: Path) -> str:
 def uploaded(paths: list[str], folder: Path) -> list[Path]:
     """Return the paths that a request names as uploads.
 
+    Args:
+        paths: from the request.
+        folder: of uploads.
+
     Raises:
         DataError: one that does not lie in the folder of uploads, whose name is not repeated.
     """
@@ -83,7 +87,7 @@ def named(names: Sequence[str], count: int) -> str:
 
 
 def unused_captions(uploads: list[Path]) -> list[str]:
-    """Return the names of `.txt` files that no uploaded image of the same name goes with."""
+    """Return the names of `.txt` files without an uploaded image of the same name."""
     images = {path.stem for path in uploads if path.suffix.lower() != ".txt"}
     return [shown_name(path) for path in uploads if path.suffix.lower() == ".txt" and path.stem not in images]
 

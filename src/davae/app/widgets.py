@@ -98,12 +98,12 @@ def example_choice(elem_id: str) -> gr.Radio:
 
 
 def stops(button: gr.Button, turns: Turns, status: gr.Markdown) -> None:
-    """Let a button stop the drawings that its visitor asked for before.
+    """Let a button stop the drawings that its visitor started before.
 
     Args:
         button: to press.
         turns: the drawings of the tab.
-        status: where it is shown.
+        status: shows that it was done.
     """
 
     def end(request: gr.Request) -> Any:
@@ -146,5 +146,10 @@ def updates_of(
 
 
 def is_shown_step(done: int, total: int) -> bool:
-    """Return whether the status line names a step: about SHOWN_STEPS of a drawing, so that few updates are sent."""
+    """Return whether the status line names a step: about SHOWN_STEPS of a drawing.
+
+    Args:
+        done: steps.
+        total: steps.
+    """
     return done % -(-total // SHOWN_STEPS) == 0
