@@ -18,7 +18,7 @@ from typing import Any
 
 from davae.plan.dry_run import plan
 from davae.recipes import load_recipe, shipped_recipes
-from davae.recipes.schema import Recipe
+from davae.recipes.upgrade import Recipe
 
 RESULT = Path(__file__).resolve().parents[1] / "docs/results/phases.json"
 RECIPES = Path(__file__).resolve().parents[1] / "src/davae/recipes"

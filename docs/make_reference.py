@@ -16,7 +16,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from davae.cli import app
-from davae.recipes.schema import BaseRecipe, Recipe, SuperResolutionRecipe
+from davae.recipes.base import BaseRecipe
+from davae.recipes.super_resolution import SuperResolutionRecipe
+from davae.recipes.upgrade import Recipe
 
 FOLDER = Path(__file__).parent / "reference"
 KINDS = (

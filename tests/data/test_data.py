@@ -19,7 +19,8 @@ from davae.data.images import ImageDataset, held_out, split
 from davae.data.latent_cache.read import CachedLatents, read_meta, seal
 from davae.data.latent_cache.write import ChannelStatistics, write_latents, write_text
 from davae.data.openmoji import Emoji, caption, colour_word
-from davae.data.sources import expand_shards, open_source, usable
+from davae.data.shards.names import expand_shards
+from davae.data.sources import open_source, usable
 from davae.errors import DataError
 
 

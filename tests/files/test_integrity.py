@@ -42,7 +42,7 @@ def flip(path: Path, place: int = -1, bit: int = 3) -> None:
 
 def write_shards(folder: Path) -> CacheMeta:
     """Write two shards of three items; a shard that is there and sound stays."""
-    from davae.data.latent_cache.write import is_finished
+    from davae.data.latent_cache.finite import is_finished
 
     prepare(folder, KEY, Team())
     for number in range(2):

@@ -17,7 +17,7 @@ from davae.data.latent_cache.paired import collate_pairs
 from davae.latent import LatentStatistics
 from davae.losses.embedding_alignment import token_alignment_loss
 from davae.recipes import load_recipe
-from davae.recipes.schema import EmbedderAlignment
+from davae.recipes.base import EmbedderAlignment
 from davae.recipes.sections import Run
 from davae.runs.dcgen import EmbedderTask
 from davae.train.loop import Trainer

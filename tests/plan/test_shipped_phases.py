@@ -12,8 +12,8 @@ import pytest
 from davae.plan.dry_run import plan
 from davae.plan.phase_sizes import DEFAULT_GPU
 from davae.recipes import load_recipe
-from davae.recipes.schema import Recipe
 from davae.recipes.sections import Hardware
+from davae.recipes.upgrade import Recipe
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["stage1", "cache", "stage2", "export", "report", "sampling"]

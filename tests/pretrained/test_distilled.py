@@ -15,7 +15,7 @@ from davae.errors import RecipeError
 from davae.pretrained.distilled import distilled, find_distilled
 from davae.pretrained.open import read_shapes
 from davae.recipes import load_recipe, shipped_recipes, validate
-from davae.recipes.schema import Recipe
+from davae.recipes.upgrade import Recipe
 from davae.runs.checks import check_distilled, check_recipe
 from davae.zoo.presets import presets
 

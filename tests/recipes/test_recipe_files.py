@@ -10,7 +10,9 @@ import pytest
 from davae.commands.verbs import check_value
 from davae.errors import RecipeError
 from davae.recipes import load_recipe, validate
-from davae.recipes.schema import BaseRecipe, Recipe, SuperResolutionRecipe
+from davae.recipes.base import BaseRecipe
+from davae.recipes.super_resolution import SuperResolutionRecipe
+from davae.recipes.upgrade import Recipe
 from davae.recipes.values import read_value, read_yaml
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

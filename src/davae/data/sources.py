@@ -14,8 +14,10 @@ import numpy as np
 
 from davae.data.buckets import nearest_bucket
 from davae.data.captions.choice import SourceOptions
-from davae.data.files import TABLE_OPTIONS, NpzSource, TarSource
+from davae.data.captions.sidecars import TABLE_OPTIONS
+from davae.data.files import TarSource
 from davae.data.images import ImageSource, counted, target_name
+from davae.data.npz import NpzSource
 from davae.data.shards.commands import PIPE
 from davae.data.shards.folder import open_file, open_folder, open_table
 from davae.data.shards.names import expand_braces, expand_shards, is_shard

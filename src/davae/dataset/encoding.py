@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from davae.cost.memory import decode_sampling_bytes, encode_bytes
 from davae.pretrained.memory_budget import TILE, Halving, free_bytes, largest_batch
 from davae.pretrained.placement import send
-from davae.recipes.schema import Recipe
 from davae.recipes.sections import Run
+from davae.recipes.upgrade import Recipe
 from davae.vae.blocks import downsample
 from davae.vae.codec import Codec
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from davae.backbones.families import family_by_class
 from davae.data.images import ImageDataset, grid, spread, to_images
+from davae.data.shards.names import expand_braces
 from davae.data.shards.remote import glob_url, is_remote
-from davae.data.sources import check_name, expand_braces
+from davae.data.sources import check_name
 from davae.data.summary import CLIP_AT_LEAST, EXAMPLES, Summary, TokenLimit, example
 from davae.dataset.opened import (
     OpenedData,
@@ -33,7 +34,7 @@ from davae.files.atomic import atomic_file, make_folder
 from davae.pretrained.offline import readable
 from davae.pretrained.open import read_shapes
 from davae.recipes import AnyRecipe, BaseRecipe, Recipe
-from davae.recipes.schema import TextArchitecture
+from davae.recipes.base import TextArchitecture
 from davae.recipes.sections import Data
 from davae.tasks.base_model import base_shapes, bucket_step, planned_shapes
 from davae.zoo import resolve

@@ -26,7 +26,7 @@ from davae.files.atomic import atomic_text
 from davae.files.reading import load_json
 from davae.pretrained.text_encoders import TokenCount, token_limits
 from davae.recipes import check_source
-from davae.recipes.schema import BaseRecipe, TextArchitecture
+from davae.recipes.base import BaseRecipe, TextArchitecture
 from davae.recipes.sections import Data, Optim
 from davae.train.distributed import compare, from_main, is_main, ranks
 

@@ -15,7 +15,7 @@ from davae.dataset.opened import SUMMARY, announce, open_pictures
 from davae.errors import ModelError
 from davae.files.atomic import save_tensors
 from davae.losses.perceptual import perceptual_distance
-from davae.recipes.schema import SuperResolution, SuperResolutionRecipe
+from davae.recipes.super_resolution import SuperResolution, SuperResolutionRecipe
 from davae.train.accelerator import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.distributed import from_main, on_main
 from davae.train.loop import Observer, Trainer, training_seed

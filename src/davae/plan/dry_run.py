@@ -19,9 +19,10 @@ from davae.pretrained.offline import readable
 from davae.pretrained.open import read_shapes
 from davae.pretrained.text_encoders import text_encoders
 from davae.recipes import load_recipe, shipped_recipes
+from davae.recipes.base import BaseRecipe
 from davae.recipes.hardware import GIB, GPUS, UTILISATION
-from davae.recipes.schema import BaseRecipe, Recipe
 from davae.recipes.sections import Hardware, Optim
+from davae.recipes.upgrade import Recipe
 from davae.runs.checks import base_objective, check_distilled, check_init, check_recipe
 from davae.tasks.base_model import base_shapes
 from davae.train.shares import Share, share_of_step

@@ -30,8 +30,8 @@ from davae.pretrained.distilled import distilled
 from davae.pretrained.offline import preset_of, readable
 from davae.pretrained.open import BaseShapes, read_shapes
 from davae.pretrained.text_encoders import TextEncoder, text_encoders
-from davae.recipes.schema import Base, Recipe
 from davae.recipes.sections import Lora, Run, Stage1, Stage2
+from davae.recipes.upgrade import Base, Recipe
 from davae.train.shares import Share
 from davae.zoo import resolve
 

@@ -19,8 +19,8 @@ from davae.latent import LatentLayout
 from davae.pretrained.open import BaseShapes, reads_silent_t5
 from davae.pretrained.text_encoders import TextEncoder
 from davae.recipes.hardware import GIB, GPUS, UTILISATION, Gpu
-from davae.recipes.schema import Recipe
 from davae.recipes.sections import Data, Hardware, Optim
+from davae.recipes.upgrade import Recipe
 from davae.train.shares import Share
 
 DEFAULT_GPU = "h100-80gb"  # assumed for a recipe without `hardware`

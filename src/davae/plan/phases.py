@@ -15,8 +15,8 @@ from davae.plan.phase_remedies import check_phase
 from davae.plan.phase_sizes import HOST_RUNTIME, Phase, PhaseSizes
 from davae.pretrained.memory_budget import TILE, largest_batch
 from davae.recipes.hardware import UTILISATION
-from davae.recipes.schema import Recipe
 from davae.recipes.sections import Optim
+from davae.recipes.upgrade import Recipe
 from davae.train.shares import Share
 
 DISK_RATE = 1e9  # bytes a second that a run folder's disk writes; an assumption

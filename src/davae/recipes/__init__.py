@@ -1,6 +1,7 @@
 """Recipes: YAML in, frozen pydantic models out."""
 
 from davae.errors import RecipeError
+from davae.recipes.base import BaseRecipe
 from davae.recipes.commands import check_commands, check_source, forbid_commands, permit_commands, typed_commands
 from davae.recipes.loading import (
     AnyRecipe,
@@ -13,7 +14,8 @@ from davae.recipes.loading import (
     shipped_recipes,
     validate,
 )
-from davae.recipes.schema import BaseRecipe, Recipe, SuperResolutionRecipe
+from davae.recipes.super_resolution import SuperResolutionRecipe
+from davae.recipes.upgrade import Recipe
 
 __all__ = [
     "AnyRecipe",

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from davae.errors import RecipeError
-from davae.recipes.schema import NAMED, OWN, BaseRecipe, DataAlone, Recipe, SuperResolutionRecipe
-from davae.recipes.sections import Data
+from davae.recipes.base import NAMED, OWN, BaseRecipe
+from davae.recipes.sections import Data, Section
+from davae.recipes.super_resolution import SuperResolutionRecipe
+from davae.recipes.upgrade import Recipe
 from davae.recipes.values import read_value, read_yaml, read_yaml_file
 
 AnyRecipe = Recipe | BaseRecipe | SuperResolutionRecipe
@@ -240,3 +242,9 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+class DataAlone(Section):
+    """The section `data` without a recipe around it."""
+
+    data: Data = Field(description="Images.")

@@ -21,7 +21,7 @@ from davae.errors import DataError, RecipeError
 from davae.files.ownership import check_run
 from davae.pretrained.autoencoders import load_autoencoder
 from davae.publish.assemble import save_pipeline
-from davae.recipes.schema import BaseRecipe, ClassArchitecture, TextArchitecture
+from davae.recipes.base import BaseRecipe, ClassArchitecture, TextArchitecture
 from davae.runs.cache import cache_key, cache_pictures, cache_shards, write_skipped
 from davae.tasks.autoencoder import AutoencoderTask, build_autoencoder
 from davae.tasks.base_model import planned_shapes

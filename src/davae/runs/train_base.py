@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from davae.recipes.schema import BaseRecipe
+from davae.recipes.base import BaseRecipe
 from davae.runs.base import BaseRun
 from davae.runs.dcgen import DCGenRun
 from davae.train.loop import Observer

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from davae.data.latent_cache.key import fingerprint
-from davae.data.shards.remote import cache_folder
+from davae.data.shards.copies import cache_folder
 from davae.errors import RunError
 from davae.files.atomic import atomic_text
 from davae.files.reading import load_json

@@ -14,10 +14,10 @@ from typing import Any, Literal
 from accelerate import PartialState
 from PIL import Image
 
-from davae.data.files import index_tar
 from davae.data.latent_cache.key import fingerprint
 from davae.data.prompts import read_prompts
 from davae.data.shards.remote import add_member
+from davae.data.shards.tar_index import index_tar
 from davae.errors import ModelError
 from davae.files.atomic import atomic_file
 from davae.files.outputs import is_drawn

@@ -9,7 +9,7 @@ from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor, nn
 
 from davae.data.images import ImageDataset
-from davae.recipes.schema import Autoencoder, BaseRecipe
+from davae.recipes.base import Autoencoder, BaseRecipe
 from davae.recipes.sections import Reconstruction
 from davae.tasks.reconstruction import ReconstructionTask
 from davae.train.random import SampleRandom

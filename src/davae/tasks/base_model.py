@@ -10,7 +10,7 @@ from davae.backbones.families import family_by_class
 from davae.pretrained.autoencoders import autoencoder_config
 from davae.pretrained.open import BaseShapes, read_shapes
 from davae.recipes import Recipe
-from davae.recipes.schema import BaseRecipe, ClassArchitecture
+from davae.recipes.base import BaseRecipe, ClassArchitecture
 from davae.tasks.autoencoder import build_autoencoder
 from davae.tasks.class_conditional import build_class_transformer
 from davae.tasks.text_to_image import build_transformer

@@ -17,7 +17,7 @@ from davae.latent import LatentStatistics
 from davae.losses.velocity import direction_loss
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import send
-from davae.recipes.schema import BaseRecipe, ClassArchitecture
+from davae.recipes.base import BaseRecipe, ClassArchitecture
 from davae.recipes.sections import FlowOptim
 from davae.tasks.conditioning import conditioning
 from davae.tasks.noising import drop_conditions, flow_matching, noise_batch

@@ -24,7 +24,7 @@ from davae.backbones.null_tokens import draw_count, repeat_last_token
 from davae.data.latent_cache.read import CachedLatents, collate_latents
 from davae.latent import LatentStatistics
 from davae.pretrained.placement import send
-from davae.recipes.schema import TextArchitecture
+from davae.recipes.base import TextArchitecture
 from davae.recipes.sections import FlowOptim
 from davae.tasks.noising import drop_conditions, flow_matching, noise_batch
 from davae.train.random import SampleRandom

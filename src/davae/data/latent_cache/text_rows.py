@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from davae.data.latent_cache.files import SUFFIX, Shard
+from davae.data.latent_cache.files import Shard
 from davae.data.latent_cache.finite import ALLOWED, stored
-from davae.files.checksums import array_sum
+from davae.files.checksums import SUFFIX, array_sum
 
 ENDS, SHAPE = ".ends", ".shape"  # of the tensors that hold where each row ends, and the shape of a whole one
 WORTH = 0.95  # rows are stored without padding where that leaves less than this share

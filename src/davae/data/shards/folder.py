@@ -12,9 +12,9 @@ from pathlib import Path
 from davae.data.captions.choice import SourceOptions
 from davae.data.captions.matching import METADATA, is_hidden
 from davae.data.classes import split_note, split_of
-from davae.data.files import FolderSource, TarSource
+from davae.data.files import TarSource
 from davae.data.findings import Findings, Tally, add_to
-from davae.data.folder import walk
+from davae.data.folder import FolderSource, walk
 from davae.data.formats import is_image_name, unused_kind
 from davae.data.images import ImageSource
 from davae.data.shards.names import is_shard, shards_in

@@ -24,8 +24,8 @@ from davae.lab.bench.plain import PlainStage1, PlainStage2
 from davae.losses.flow_matching import sample_timesteps
 from davae.losses.perceptual import Lpips, random_lpips
 from davae.pretrained.open import embed_captions
-from davae.recipes.schema import Recipe
 from davae.recipes.sections import Stage1
+from davae.recipes.upgrade import Recipe
 from davae.runs.upgrade import Upgrade
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from davae.data.latent_cache.key import fingerprint
-from davae.recipes.schema import BaseRecipe, Recipe, SuperResolutionRecipe
+from davae.recipes.base import BaseRecipe
 from davae.recipes.sections import FlowOptim
+from davae.recipes.super_resolution import SuperResolutionRecipe
+from davae.recipes.upgrade import Recipe
 from davae.zoo import SHIPPED, UPGRADES, resolve
 
 UNUSED = FlowOptim(max_steps=1, batch_size=1)  # the training of a run that ends with its cache

@@ -1,14 +1,13 @@
-"""What a recipe may say. Importing this builds no model and loads no torch."""
+"""Recipes of base models, trained on plain latents: BaseRecipe and its parts."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
 from pydantic import (
     Discriminator,
     Field,
-    NonNegativeFloat,
     Tag,
     model_validator,
 )
@@ -16,30 +15,18 @@ from pydantic import (
 from davae.recipes.sections import (
     Cache,
     Data,
-    Export,
     FlowOptim,
     Fraction,
-    Hardware,
     Layers,
     Optim,
     Pixels,
     RecipeName,
     Reconstruction,
-    Report,
     Run,
     Sampling,
-    Scale,
     Section,
-    Stage1,
-    Stage2,
     Width,
 )
-
-
-class DataAlone(Section):
-    """The section `data` without a recipe around it."""
-
-    data: Data = Field(description="Images.")
 
 
 class Autoencoder(Section):
@@ -195,132 +182,3 @@ class BaseRecipe(Section):
                 f"(autoencoder factor {factor} x patch {self.architecture.patch_size})"
             )
         return self
-
-
-class SuperResolution(Optim):
-    """A small network that enlarges pictures, the baseline of Tab. S2."""
-
-    channels: Width = Field(default=64, description="Channels of the network.")
-    layers: Layers = Field(default=16, description="Layers of the network.")
-    lambda_lpips: NonNegativeFloat = Field(default=0.1, description="Weight of the perceptual loss.")
-    perceptual: Literal["lpips-vgg", "lpips-alex", "lite0"] = Field(
-        default="lite0", description="Network of the perceptual loss."
-    )
-    perceptual_weights: str | None = Field(
-        default=None, description="A safetensors file with trunk and heads, where torchvision cannot download."
-    )
-
-
-class SuperResolutionRecipe(Section):
-    """Train a super-resolution network on pictures alone: `davae train-sr`."""
-
-    kind: Literal["super-resolution"] = Field(default="super-resolution", description="Kind of recipe.")
-    name: RecipeName = Field(description="Name; the run folder is runs/NAME by default.")
-    resolution: Pixels = Field(description="Side of the enlarged image in pixels.")
-    scale: Scale = Field(default=2, description="How many times the side grows.")
-    data: Data = Field(default=Data(), description="Images.")
-    network: SuperResolution = Field(description="The network and its training.")
-    run: Run = Field(default=Run(), description="Settings of the whole run.")
-
-    @model_validator(mode="after")
-    def _divides(self) -> SuperResolutionRecipe:
-        if self.resolution % self.scale:
-            raise ValueError(f"resolution {self.resolution} is not divisible by scale {self.scale}")
-        return self
-
-
-class Base(Section):
-    """The pretrained model: a diffusers folder, a hub id, or `micro`, the embedded one; or how to train one first."""
-
-    model: str | None = Field(
-        default=None, description="A diffusers folder, a hub id, or `micro`, the embedded model."
-    )
-    train: BaseRecipe | None = Field(
-        default=None, description="Recipe of a base to train first, into the run folder."
-    )
-    resolution: Pixels = Field(description="Side in pixels of the base image I, whose token count is kept.")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Precision of frozen weights: the transformer under LoRA, text encoders."
-    )
-    distilled: Literal["refuse", "train"] = Field(
-        default="refuse",
-        description="`train` accepts a model that was distilled to a few steps; training undoes the distillation.",
-    )
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Base:
-        if (self.model is None) == (self.train is None):
-            raise ValueError("give either model, a pretrained one, or train, the recipe of one to train first")
-        if self.train is not None and self.train.resolution != self.resolution:
-            raise ValueError(f"resolution is {self.resolution}, base.train.resolution {self.train.resolution}")
-        return self
-
-    @property
-    def name(self) -> str:
-        """What to call the base model."""
-        return self.model if self.model is not None else cast(BaseRecipe, self.train).name
-
-
-class Recipe(Section):
-    """Upgrade a pretrained model: `davae upgrade`."""
-
-    kind: Literal["upgrade"] = Field(default="upgrade", description="Kind of recipe.")
-    name: RecipeName = Field(description="Name; the run folder is runs/NAME by default.")
-    base: Base = Field(description="The pretrained model.")
-    scale: Scale = Field(default=2, description="s: how many times the side grows, at the same token count.")
-    detail_channels: Width = Field(description="D: channels of the detail latent, a multiple of the base's.")
-    init: str | None = Field(
-        default=None, description="An upgrade to go on from, as `davae export` writes it, or `micro-upgraded`."
-    )
-    downsample: Literal["antialias", "bicubic"] = Field(
-        default="antialias",
-        description="Filter that makes the base image. `bicubic` is the authors', without antialiasing.",
-    )
-    data: Data = Field(default=Data(), description="Images of both stages.")
-    stage1: Stage1 = Field(description="The detail-aligned VAE.")
-    cache: Cache = Field(default=Cache(), description="Latent cache between the stages.")
-    stage2: Stage2 = Field(description="The warm-started transformer.")
-    sampling: Sampling = Field(default=Sampling(), description="Images that the run draws.")
-    report: Report = Field(default=Report(), description="The report.")
-    export: Export = Field(default=Export(), description="The exported pipeline.")
-    run: Run = Field(default=Run(), description="Settings of the whole run.")
-    hardware: Hardware | None = Field(
-        default=None, description="GPUs that a dry run plans for. Training takes those that it finds."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _same_pictures(cls, values: Any) -> Any:
-        """A base that is trained first sees the upgrade's pictures, unless it names its own."""
-        train = values.get("base", {}).get("train") if isinstance(values.get("base"), dict) else None
-        if isinstance(train, dict) and "data" not in train and "data" in values:
-            values = {**values, "base": {**values["base"], "train": {**train, "data": values["data"]}}}
-        return values
-
-    @model_validator(mode="after")
-    def _half_base_computes_in_half(self) -> Recipe:
-        if self.base.dtype == "bfloat16" and self.run.mixed_precision != "bf16":
-            raise ValueError(
-                f"base.dtype is bfloat16 and run.mixed_precision {self.run.mixed_precision}; set run.mixed_precision to bf16"
-            )
-        return self
-
-    @property
-    def resolution(self) -> int:
-        """Pixels of I_hr."""
-        return self.base.resolution * self.scale
-
-    @property
-    def stage1_data(self) -> Data:
-        """Images of stage 1."""
-        return self.stage1.data or self.data
-
-    @property
-    def stage2_data(self) -> Data:
-        """Images of the latent cache and stage 2."""
-        return self.stage2.data or self.data
-
-    @property
-    def stage1_pixels(self) -> int:
-        """Side of what a step of stage 1 sees of a square picture."""
-        return min(self.resolution, self.stage1.crop or self.resolution)
