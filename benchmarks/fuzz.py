@@ -81,11 +81,11 @@ def images() -> dict[str, bytes]:
 
 
 def read_images(folder: Path) -> None:
-    from davae.data.decoding import decode, header_size
+    from davae.data.decoding import decode_image, header_size
 
     for path in folder.iterdir():
         header_size(path)
-        decode(path)
+        decode_image(path)
 
 
 def shards() -> dict[str, bytes]:
@@ -104,7 +104,7 @@ def shards() -> dict[str, bytes]:
 
 
 def read_source(path: Path, **options: Any) -> None:
-    from davae.data.captions.choice import SourceOptions
+    from davae.data.options import (SourceOptions)
     from davae.data.sources import open_source
 
     source = open_source(str(path), 8, SourceOptions(**options))

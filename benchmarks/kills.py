@@ -39,7 +39,7 @@ from davae import cli
 from davae.backbones.lightning_dit import LightningDiT
 from davae.errors import DataError, DavaeError
 from davae.files.atomic import MADE_HERE
-from davae.files.checksums import check_folder, check_tensors
+from davae.files.checksums import check_folder, check_tensor_sums
 from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.train.run_folder import load_checkpoint
 
@@ -138,7 +138,7 @@ def open_whole(path: Path) -> None:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
-        check_tensors(path, load_file(path), metadata, DataError, "")
+        check_tensor_sums(path, load_file(path), metadata, DataError, "")
     elif path.suffix == ".npy":
         np.load(path)
     elif path.suffix == ".npz":

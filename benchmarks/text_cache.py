@@ -23,8 +23,9 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from davae.data.batches import Batches, training_loader
-from davae.data.latent_cache.captions import CaptionTable
-from davae.data.latent_cache.read import CachedLatents, collate_latents, read_meta, seal
+from davae.data.latent_cache.caption_table import CaptionTable
+from davae.data.latent_cache.meta import (read_meta, seal)
+from davae.data.latent_cache.read import (CachedLatents, collate_latents)
 from davae.data.latent_cache.text_rows import TextShard
 from davae.data.latent_cache.write import ChannelStatistics, merge_index, merged_meta, save_latents, write_text
 

@@ -16,7 +16,7 @@ from conftest import picture
 from davae.app import decoding
 from davae.app.decoding import decode_apart
 from davae.app.uploads import read_upload, shown_name, uploaded
-from davae.data.decoding import decode
+from davae.data.decoding import decode_image
 from davae.errors import DataError, UnreadableImage
 
 
@@ -28,7 +28,7 @@ def png(width: int = 50, height: int = 40) -> bytes:
 
 def test_the_same_pixels_as_in_this_process():
     apart = decode_apart(png(), 100, 10_000)
-    assert np.array_equal(np.asarray(apart), np.asarray(decode(io.BytesIO(png()))))
+    assert np.array_equal(np.asarray(apart), np.asarray(decode_image(io.BytesIO(png()))))
 
 
 def loop(*_: object) -> None:

@@ -20,7 +20,8 @@ from davae.convert.davae import official_davae
 from davae.convert.lightningdit import lightningdit, sit
 from davae.convert.vavae import vavae
 from davae.data.latent_cache.import_shards import import_shards
-from davae.data.latent_cache.read import CachedLatents, seal
+from davae.data.latent_cache.meta import seal
+from davae.data.latent_cache.read import CachedLatents
 from davae.errors import DataError, ModelError
 from davae.pretrained.autoencoders import load_autoencoder
 from davae.pretrained.open import load_pipeline

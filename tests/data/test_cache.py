@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from davae.data.batches import Batches, training_loader
 from davae.data.images import ImageDataset
-from davae.data.latent_cache.read import CachedLatents, Team, read_meta, seal
+from davae.data.latent_cache.meta import Team, read_meta, seal
+from davae.data.latent_cache.read import CachedLatents
 from davae.data.latent_cache.write import (
     ChannelStatistics,
     merge_index,

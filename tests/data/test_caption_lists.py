@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_layouts import captions, counts, labels, lay, tar
 
-from davae.data.captions.choice import SourceOptions
+from davae.data.options import SourceOptions
 from davae.data.sources import open_source
 from davae.errors import DataError
 

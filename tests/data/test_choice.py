@@ -13,15 +13,16 @@ import torch
 from conftest import picture
 from PIL import Image
 
-from davae.data.adm_crop import adm_crop
 from davae.data.batches import Batches
 from davae.data.buckets import nearest_bucket
-from davae.data.equal import equal_images
-from davae.data.images import ImageDataset, collate, held_out, split, spread
-from davae.data.latent_cache.read import CachedLatents, seal
+from davae.data.equal_files import equal_images
+from davae.data.images import ImageDataset, adm_crop, collate, held_out, split, spread_indices
+from davae.data.latent_cache.meta import seal
+from davae.data.latent_cache.read import CachedLatents
 from davae.data.latent_cache.write import write_latents, write_text
-from davae.data.sources import open_source, survey
+from davae.data.sources import open_source
 from davae.data.summary import EQUAL
+from davae.data.survey import survey
 from davae.dataset.opened import open_images, open_pictures
 from davae.errors import DataError, RecipeError
 from davae.evaluate.generation import batches, real_pictures
@@ -43,12 +44,12 @@ def ten_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_part_is_spread_over_the_set_and_part_of_a_larger_part() -> None:
-    assert list(spread(5, None)) == list(spread(5, 9)) == [0, 1, 2, 3, 4]
-    few, many = spread(100, 20), spread(100, 40)
+    assert list(spread_indices(5, None)) == list(spread_indices(5, 9)) == [0, 1, 2, 3, 4]
+    few, many = spread_indices(100, 20), spread_indices(100, 40)
     assert list(few) == sorted(set(few))
     assert set(few) < set(many)
     assert len({place // 10 for place in few}) >= 8
-    assert list(spread(100, 20)) == list(few), "no process draws another part"
+    assert list(spread_indices(100, 20)) == list(few), "no process draws another part"
 
 
 def test_limit_and_num_cover_the_classes(ten_classes: Path) -> None:
@@ -64,9 +65,9 @@ def test_limit_and_num_cover_the_classes(ten_classes: Path) -> None:
 
 def test_a_split_of_a_part_keeps_each_name_on_its_side(ten_classes: Path) -> None:
     source = open_source(str(ten_classes), 8)
-    whole, part = split(source, 0.3), split(source, 0.3, spread(100, 30))
-    assert set(part.held_out) == set(whole.held_out) & set(spread(100, 30))
-    assert set(part.train) == set(whole.train) & set(spread(100, 30))
+    whole, part = split(source, 0.3), split(source, 0.3, spread_indices(100, 30))
+    assert set(part.held_out) == set(whole.held_out) & set(spread_indices(100, 30))
+    assert set(part.train) == set(whole.train) & set(spread_indices(100, 30))
 
 
 # -- flips -----------------------------------------------------------------------------------------------------------

@@ -14,13 +14,15 @@ from conftest import picture
 from PIL import Image
 
 from davae.data.batches import Batches
-from davae.data.captions.choice import SourceOptions
 from davae.data.images import ImageDataset, held_out, split
-from davae.data.latent_cache.read import CachedLatents, read_meta, seal
+from davae.data.latent_cache.meta import read_meta, seal
+from davae.data.latent_cache.read import CachedLatents
 from davae.data.latent_cache.write import ChannelStatistics, write_latents, write_text
 from davae.data.openmoji import Emoji, caption, colour_word
+from davae.data.options import SourceOptions
 from davae.data.shards.names import expand_shards
-from davae.data.sources import open_source, usable
+from davae.data.sources import open_source
+from davae.data.survey import usable
 from davae.errors import DataError
 
 

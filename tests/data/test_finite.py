@@ -12,9 +12,10 @@ from conftest import picture
 from safetensors.torch import save_file
 
 from davae.data.images import ImageDataset
-from davae.data.latent_cache.finite import stored
 from davae.data.latent_cache.import_shards import import_shards
-from davae.data.latent_cache.read import CachedLatents, seal
+from davae.data.latent_cache.meta import seal
+from davae.data.latent_cache.not_finite import stored
+from davae.data.latent_cache.read import CachedLatents
 from davae.data.latent_cache.write import write_latents, write_text
 from davae.data.sources import open_source
 from davae.errors import DataError

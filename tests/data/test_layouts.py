@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from davae.data.captions.choice import SourceOptions
 from davae.data.captions.texts import MAX_CAPTION, as_label, as_texts, decode_text
 from davae.data.findings import Findings
+from davae.data.options import SourceOptions
 from davae.data.shards.names import expand_braces
 from davae.data.sources import open_source
 from davae.errors import DataError, UnreadableImage
@@ -529,7 +529,7 @@ def test_compressed_shards_are_found_by_their_first_bytes(
 
 
 def test_a_compression_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("davae.data.shards.tar_index.compr", {})
+    monkeypatch.setattr("davae.data.shards.copies.compr", {})
     (tmp_path / "a.tar").write_bytes(b"\x28\xb5\x2f\xfd" + b"x" * 600)
     with pytest.raises(DataError, match="packed with zstd; `pip install zstandard`, or unpack it first"):
         open_source(str(tmp_path / "a.tar"), 8)
@@ -856,7 +856,7 @@ def test_a_touched_or_copied_table_is_the_same(tmp_path: Path, monkeypatch: pyte
 def test_an_index_of_many_samples_is_kept_and_made_again_when_a_shard_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from davae.data.shards import index as shard_index
+    from davae.data.shards import tar_index as shard_index
 
     monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shard_index, "KEPT_FROM", 2)

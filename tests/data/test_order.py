@@ -7,7 +7,7 @@ import pytest
 
 from davae.data.batches import Batches
 from davae.data.buckets import LEAST_SHARE, bucket_sizes, nearest_bucket
-from davae.data.sources import survey
+from davae.data.survey import survey
 from davae.errors import DataError, UnreadableImage
 from davae.recipes import load_recipe
 

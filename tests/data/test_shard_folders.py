@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_layouts import captions, counts, image_bytes, lay, tar
 
-from davae.data.captions.choice import SourceOptions
+from davae.data.options import SourceOptions
 from davae.data.sources import open_source
 from davae.dataset.look import look_at
 from davae.errors import DataError

@@ -16,10 +16,12 @@ import torch
 from conftest import picture, tiny_upgrade_recipe
 from PIL import Image, ImageCms
 
-from davae.data.captions.choice import SourceOptions, choose
-from davae.data.decoding import decode
+from davae.data.captions.texts import choose
+from davae.data.decoding import decode_image
 from davae.data.images import ImageDataset, by_kind
-from davae.data.sources import open_source, survey
+from davae.data.options import SourceOptions
+from davae.data.sources import open_source
+from davae.data.survey import survey
 from davae.errors import DataError, RecipeError, UnreadableImage
 from davae.recipes import validate
 from davae.runs.upgrade import Upgrade
@@ -62,13 +64,13 @@ def test_colour_profiles_also_under_alpha() -> None:
     veiled = Image.merge("RGBA", [*plain.split(), Image.new("L", (8, 8), 255)])
     veiled.paste((255, 0, 0, 0), (0, 0, 4, 8))
     for image in (plain, veiled, plain.quantize()):
-        found = decode(io.BytesIO(png(image, icc_profile=profile)), "blue")
+        found = decode_image(io.BytesIO(png(image, icc_profile=profile)), "blue")
         r, g, b = found.getpixel((6, 4))  # type: ignore[misc]
         assert r < 12
         assert g > 243
         assert b < 12
-    assert decode(io.BytesIO(png(veiled, icc_profile=profile)), "blue").getpixel((1, 1)) == (0, 0, 255)
-    broken = decode(io.BytesIO(png(plain, icc_profile=b"x" * 200)))
+    assert decode_image(io.BytesIO(png(veiled, icc_profile=profile)), "blue").getpixel((1, 1)) == (0, 0, 255)
+    broken = decode_image(io.BytesIO(png(plain, icc_profile=b"x" * 200)))
     assert broken.getpixel((1, 1)) == (255, 0, 0), "a profile that cannot be read is ignored"
 
 
@@ -288,7 +290,7 @@ def test_limits_of_pixels_and_crops(tmp_path: Path) -> None:
     ):
         survey(open_source(str(tmp_path), 8, SourceOptions(max_pixels=4999)), [0], [(8, 8)])
     with pytest.raises(UnreadableImage, match=r"100x50, the limit data\.max_pixels is 4999"):
-        decode(tmp_path / "a.png", max_pixels=4999)
+        decode_image(tmp_path / "a.png", max_pixels=4999)
     source = open_source(str(tmp_path), 8)
     random = ImageDataset(source, [0], 50, crop="random")
     crops = {tuple(random[(0, draw)]["image"].flatten()[:50].tolist()) for draw in range(6)}

@@ -12,6 +12,7 @@ from conftest import picture, tiny_upgrade_recipe
 from PIL import Image
 from test_training import run_cli
 
+from davae.data.sizes import keep_sizes, load_sizes, measure_sizes
 from davae.data.summary import (
     TokenLimit,
     check_captions,
@@ -19,7 +20,6 @@ from davae.data.summary import (
     read_captions,
     size_facts,
 )
-from davae.data.survey import keep_sizes, load_sizes, measure_sizes
 from davae.dataset import opened as opened_module
 from davae.dataset.look import check_show, glimpse, look_at
 from davae.dataset.opened import announce, bucket_notes, open_pictures

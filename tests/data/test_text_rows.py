@@ -12,8 +12,9 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from davae.data.batches import Batches, training_loader
-from davae.data.latent_cache.files import Shard, save_shard
-from davae.data.latent_cache.read import CachedLatents, collate_latents, seal
+from davae.data.latent_cache.meta import seal
+from davae.data.latent_cache.read import CachedLatents, collate_latents
+from davae.data.latent_cache.shard_files import CacheShard, save_shard
 from davae.data.latent_cache.text_rows import TextShard, bits_of, from_bits, packed
 from davae.data.latent_cache.write import ChannelStatistics, merge_index, merged_meta, save_latents, write_text
 from davae.errors import DataError
@@ -57,14 +58,14 @@ def test_padding_is_not_stored_and_comes_back(tmp_path: Path):
     for part, expected in zip(found.embed(asked), embed(asked), strict=True):
         assert torch.equal(part, expected.half().float())
         assert part.dtype == torch.float32
-    shard = Shard(tmp_path / "c" / "text-00000.safetensors")
+    shard = CacheShard(tmp_path / "c" / "text-00000.safetensors")
     tokens = sum(max(1, len(caption)) for caption in set(CAPTIONS))
     assert shard.file.get_tensor("part_0").shape == (tokens, WIDTH), "each distinct caption once, its tokens alone"
 
 
 def test_full_rows_are_stored_as_before(tmp_path: Path):
     found = cache(tmp_path / "c", ["twelve chars", "twelve CHARS"] * 2, dtype="float32")
-    assert Shard(tmp_path / "c" / "text-00000.safetensors").tensor("part_2").shape == (3, 2)
+    assert CacheShard(tmp_path / "c" / "text-00000.safetensors").tensor("part_2").shape == (3, 2)
     assert torch.equal(found.embed(["twelve CHARS"])[0], embed(["twelve CHARS"])[0])
 
 
@@ -100,7 +101,7 @@ def test_a_damaged_row_is_named(tmp_path: Path):
     cache(tmp_path / "c", CAPTIONS)
     path = tmp_path / "c" / "text-00000.safetensors"
     data = bytearray(path.read_bytes())
-    states = Shard(path).file.get_tensor("part_0").tobytes()
+    states = CacheShard(path).file.get_tensor("part_0").tobytes()
     data[data.index(states) + 1] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(DataError, match=r"row \d of 'part_0' is not what was written"):

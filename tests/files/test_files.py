@@ -84,12 +84,12 @@ def test_processes_write_one_folder_at_once(tmp_path: Path):
 def test_what_a_killed_process_left_goes_and_what_it_moved_aside_comes_back(tmp_path: Path):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    mine, theirs = f"{files.host_name()}-{child.pid}-00000000", "ffffffff-1-00000000"
+    mine, theirs = f"{files.machine_id()}-{child.pid}-00000000", "ffffffff-1-00000000"
     (tmp_path / f".kept.{mine}.replaced").mkdir()
     (tmp_path / f".there.{mine}.replaced").mkdir()
     (tmp_path / f".half.safetensors.{mine}.partial.safetensors").write_bytes(b"half")
     (tmp_path / f".other.{theirs}.partial").write_bytes(b"another machine writes it")
-    (tmp_path / f".busy.{files.host_name()}-{os.getpid()}-00000000.partial").write_bytes(b"this process writes it")
+    (tmp_path / f".busy.{files.machine_id()}-{os.getpid()}-00000000.partial").write_bytes(b"this process writes it")
     for own in (".x.old", ".y.partial", "notes.partial"):  # names of the user's files
         (tmp_path / own).write_text("mine")
     (tmp_path / "there").mkdir()

@@ -11,16 +11,8 @@ import pytest
 import torch
 from conftest import tiny_autoencoder
 
-from davae.data.latent_cache.read import (
-    CachedLatents,
-    CacheMeta,
-    Team,
-    collate_latents,
-    is_whole,
-    prepare,
-    read_meta,
-    seal,
-)
+from davae.data.latent_cache.meta import CacheMeta, Team, is_whole, prepare_cache, read_meta, seal
+from davae.data.latent_cache.read import CachedLatents, collate_latents
 from davae.data.latent_cache.write import ChannelStatistics, merge_index, merged_meta, save_latents, write_text
 from davae.errors import DataError, ModelError
 from davae.files.atomic import model_folder, save_tensors
@@ -42,9 +34,9 @@ def flip(path: Path, place: int = -1, bit: int = 3) -> None:
 
 def write_shards(folder: Path) -> CacheMeta:
     """Write two shards of three items; a shard that is there and sound stays."""
-    from davae.data.latent_cache.finite import is_finished
+    from davae.data.latent_cache.not_finite import is_finished
 
-    prepare(folder, KEY, Team())
+    prepare_cache(folder, KEY, Team())
     for number in range(2):
         if not is_finished(folder / f"latents-000-{number:05d}.safetensors"):
             rows = LATENTS[3 * number : 3 * number + 3]
@@ -142,7 +134,7 @@ def test_a_cache_that_is_a_link_to_another_disk_stays_one(tmp_path: Path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "cache").symlink_to(tmp_path / "disk")
     write_shards(tmp_path / "cache")
-    prepare(tmp_path / "cache", {"autoencoder": "b"}, Team())
+    prepare_cache(tmp_path / "cache", {"autoencoder": "b"}, Team())
     assert (tmp_path / "cache").is_symlink()
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["key.json"]
 
@@ -177,7 +169,7 @@ def test_the_caption_table_is_written_not_mapped(tmp_path: Path):
     """A write into a map of a file on a full disk kills the process; a limit on file sizes stands for the full disk."""
     import resource
 
-    from davae.data.latent_cache.captions import pack, write_table
+    from davae.data.latent_cache.caption_table import pack, write_table
     from davae.errors import RunError
 
     child = os.fork()

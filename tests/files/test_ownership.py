@@ -21,7 +21,7 @@ from davae.files.outputs import (
     check_figures,
     check_image,
     check_place,
-    check_tensors,
+    check_tensor_file,
     save_image,
     write_figures,
 )
@@ -290,13 +290,13 @@ def test_weights_and_sample_files_are_written_over_davae_s_alone(tmp_path: Path)
     ):
         save_file(arrays, path, about)
         if fine:
-            check_tensors(path)
+            check_tensor_file(path)
         else:
             with pytest.raises(RunError, match="not a file that davae wrote"):
-                check_tensors(path)
+                check_tensor_file(path)
     save_file(arrays, path, {"davae": "0.2"})
     with pytest.raises(RunError, match="this command reads it"):
-        check_tensors(path, [tmp_path / "sub" / ".." / "x.safetensors", path])
+        check_tensor_file(path, [tmp_path / "sub" / ".." / "x.safetensors", path])
     npz, parts = tmp_path / "s.npz", tmp_path / "s.npz.parts"
     check_archive(npz, parts)
     np.savez(npz, arr_0=np.zeros(3))

@@ -13,7 +13,7 @@ from test_lightning_dit import random_model
 
 from davae.backbones.lightning_dit import PatchEmbed
 from davae.backbones.new_latents import change_latents
-from davae.data.latent_cache.paired import collate_pairs
+from davae.data.latent_cache.read import collate_pairs
 from davae.latent import LatentStatistics
 from davae.losses.embedding_alignment import token_alignment_loss
 from davae.recipes import load_recipe

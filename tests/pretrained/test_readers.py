@@ -18,7 +18,7 @@ from PIL import Image, ImageFile, features
 
 import davae
 from davae.app.uploads import read_upload
-from davae.data.decoding import decode, header_size
+from davae.data.decoding import decode_image, header_size
 from davae.data.formats import formats, is_image_name, unused_kind
 from davae.data.openmoji import OpenMoji
 from davae.data.png_metadata import TAIL
@@ -129,7 +129,7 @@ def test_every_orientation_is_turned_once_and_measured_turned(where: str) -> Non
     spots = np.ix_([8, 24], [8, 40])
     for value in range(1, 9):
         data = oriented(where, value)
-        image = decode(io.BytesIO(data))
+        image = decode_image(io.BytesIO(data))
         assert header_size(io.BytesIO(data)) == image.size == (48, 32), value
         assert np.abs(np.asarray(image, int)[spots] - CORNERS[spots].astype(int)).max() < 40, value
 
@@ -205,7 +205,7 @@ DEPTHS: dict[str, tuple[bytes, list[tuple[int, int, int]]]] = {
 @pytest.mark.parametrize("kind", DEPTHS)
 def test_depths_and_transparent_values(kind: str) -> None:
     data, expected = DEPTHS[kind]
-    image = decode(io.BytesIO(data), "lime")
+    image = decode_image(io.BytesIO(data), "lime")
     assert header_size(io.BytesIO(data)) == image.size
     off = np.abs(np.asarray(image, int)[0] - np.asarray(expected))
     assert off.max() <= ("LAB" in kind), image.getpixel((0, 0))  # the colour engine rounds
@@ -218,11 +218,11 @@ def floats(*values: float) -> bytes:
 def test_floats_are_refused_by_name_or_read_where_the_option_says_how() -> None:
     with pytest.raises(UnreadableImage, match=r"float pixels: set data\.float_pixels=unit"):
         header_size(io.BytesIO(floats(0.0, 1.0)))
-    image = decode(io.BytesIO(floats(0.0, 0.5, 1.0)), floats="unit")
+    image = decode_image(io.BytesIO(floats(0.0, 0.5, 1.0)), floats="unit")
     assert [image.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]  # type: ignore[index]
     for values in ((0.0, 230.0), (-0.5, 0.5), (math.nan, 0.5), (math.inf, 0.0)):
         with pytest.raises(UnreadableImage, match="where 0 to 1 was expected"):
-            decode(io.BytesIO(floats(*values)), floats="unit")
+            decode_image(io.BytesIO(floats(*values)), floats="unit")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_floats_are_refused_by_name_or_read_where_the_option_says_how() -> None:
     ],
 )
 def test_what_davae_does_not_read_is_named(data: bytes, message: str) -> None:
-    for read in (decode, header_size):
+    for read in (decode_image, header_size):
         with pytest.raises(UnreadableImage, match=message):
             read(io.BytesIO(data))
 
@@ -311,16 +311,16 @@ def test_animations_are_found_by_content_and_counting_ends(kind: str, monkeypatc
     monkeypatch.setattr("davae.data.decoding.MAX_FRAMES", 3)
     monkeypatch.setattr("davae.data.decoding.MAX_COUNTED", 3)
     with pytest.raises(UnreadableImage, match=f"animation: {2 if kind == 'GIF' else 3} or more frames"):
-        decode(io.BytesIO(data))
+        decode_image(io.BytesIO(data))
     one = saved(frames[0], kind, save_all=True)
-    assert decode(io.BytesIO(one)).size == header_size(io.BytesIO(one)) == (9, 9)
+    assert decode_image(io.BytesIO(one)).size == header_size(io.BytesIO(one)) == (9, 9)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_named_pipe_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(UnreadableImage, match="not a regular file"):
-        decode(tmp_path / "a.png")
+        decode_image(tmp_path / "a.png")
 
 
 def test_damaged_avif_is_left_out_by_name() -> None:
@@ -330,4 +330,4 @@ def test_damaged_avif_is_left_out_by_name() -> None:
     body, items = data.rindex(b"mdat") + 4, data.index(b"iloc")
     for broken in (data[:body] + b"\xff" * (len(data) - body), data[:items] + b"free" + data[items + 4 :]):
         with pytest.raises(UnreadableImage, match=r"damaged|not a picture"):
-            decode(io.BytesIO(broken))
+            decode_image(io.BytesIO(broken))

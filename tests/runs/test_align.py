@@ -19,8 +19,8 @@ from test_training import run_cli, training_records
 
 from davae import ClassConditionalPipeline
 from davae.backbones.lightning_dit import LightningDiT
-from davae.data.latent_cache.paired import PairedLatents, collate_pairs
-from davae.data.latent_cache.read import CachedLatents, read_meta, seal
+from davae.data.latent_cache.meta import read_meta, seal
+from davae.data.latent_cache.read import CachedLatents, PairedLatents, collate_pairs
 from davae.errors import DataError, ModelError, RecipeError
 from davae.pretrained.autoencoders import load_autoencoder
 from davae.pretrained.open import load_pipeline

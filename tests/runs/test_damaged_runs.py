@@ -16,8 +16,8 @@ import davae
 from davae.analyze.curves import stage2_records
 from davae.app import slot
 from davae.commands.verbs import check_value
-from davae.data.latent_cache.read import read_meta
-from davae.data.survey import load_sizes
+from davae.data.latent_cache.meta import read_meta
+from davae.data.sizes import load_sizes
 from davae.errors import DataError, ModelError, RecipeError, RunError
 from davae.evaluate.geneval import judge_folder
 from davae.files.checksums import check_folder
@@ -241,8 +241,8 @@ def test_a_shard_with_negative_sizes_is_not_whole(tmp_path: Path):
 
 
 def test_pipes_for_shards_and_endless_class_numbers_are_one_line(tmp_path: Path):
-    from davae.data.captions.choice import SourceOptions
     from davae.data.captions.texts import UnreadableCaption, as_label
+    from davae.data.options import SourceOptions
     from davae.data.sources import open_source
 
     os.mkfifo(tmp_path / "x.tar")

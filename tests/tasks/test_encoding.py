@@ -16,8 +16,9 @@ from torch import Tensor
 
 from davae import DetailVAE
 from davae.data.images import ImageDataset
-from davae.data.latent_cache.plan import FLIPS, begun_with
-from davae.data.latent_cache.read import CachedLatents, Team, seal
+from davae.data.latent_cache.meta import Team, seal
+from davae.data.latent_cache.read import CachedLatents
+from davae.data.latent_cache.shard_plan import FLIPS, begun_with
 from davae.data.latent_cache.write import write_latents
 from davae.data.sources import open_source
 from davae.dataset.encoding import Encoder

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from conftest import picture
 
 from davae.data.images import ImageDataset
-from davae.data.latent_cache.files import latent_shards
-from davae.data.latent_cache.read import CachedLatents, Team, read_meta, seal
+from davae.data.latent_cache.meta import Team, read_meta, seal
+from davae.data.latent_cache.read import CachedLatents
+from davae.data.latent_cache.shard_files import latent_shards
 from davae.data.latent_cache.write import write_latents, write_text
 from davae.data.sources import open_source
 from davae.dataset.opened import open_pictures

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from davae.data.decoding import decode, header_size
+from davae.data.decoding import decode_image, header_size
 from davae.errors import UnreadableImage
 
 SECONDS = 20  # for one image, of the clock and of the processor
@@ -70,7 +70,7 @@ def _decode(connection: Connection, content: bytes, max_side: int, max_pixels: i
         width, height = header_size(io.BytesIO(content), 2**62)
         if max(width, height) > max_side or width * height > max_pixels:
             raise UnreadableImage("too large", f"{width}x{height}")
-        image = decode(io.BytesIO(content), "white", max_pixels)
+        image = decode_image(io.BytesIO(content), "white", max_pixels)
         connection.send_bytes(json.dumps({"size": image.size}).encode())
         connection.send_bytes(image.tobytes())
     except (UnreadableImage, MemoryError) as error:

@@ -13,7 +13,7 @@ from davae.backbones.families import component_in, family_by_class
 from davae.backbones.lora import widen_lora
 from davae.errors import ModelError
 from davae.files.atomic import save_tensors
-from davae.files.outputs import check_tensors
+from davae.files.outputs import check_tensor_file
 from davae.pretrained.lora_files import read_lora
 from davae.pretrained.open import class_name, read_config
 from davae.pretrained.stored import check_config, loading, planned
@@ -26,7 +26,7 @@ def convert_lora(file: Path, upgraded: str, out: Path) -> Path:
         ModelError: no readable LoRA, or one of another model.
         RunError: `out` is a file that davae did not write.
     """
-    check_tensors(out, (file,))
+    check_tensor_file(out, (file,))
     index = read_config(upgraded, "", "model_index.json")
     kind = class_name(index.get("_class_name", "DiffusionPipeline"))
     part = component_in(index)

@@ -71,7 +71,7 @@ def naming_damage() -> Iterator[list[warnings.WarningMessage]]:
         raise UnreadableImage("truncated" if cut else "damaged", reason) from error
 
 
-def checked(stream: IO[bytes] | Path) -> IO[bytes] | Path:
+def checked_stream(stream: IO[bytes] | Path) -> IO[bytes] | Path:
     """Return the stream itself, unless it is empty or no file that ends (a pipe or a device)."""
     if isinstance(stream, Path):
         status = stream.stat()
@@ -125,7 +125,7 @@ def check_header(image: Image.Image, max_pixels: int, floats: Floats = "refuse")
     width, height = image.size
     if width * height > max_pixels:
         raise UnreadableImage("too many pixels", f"{width}x{height}, the limit data.max_pixels is {max_pixels}")
-    if image.format not in ONE_IMAGE and (frames := frames_of(image)):
+    if image.format not in ONE_IMAGE and (frames := frames_in_words(image)):
         raise UnreadableImage("animation", frames)
     if image.mode == "F" and floats == "refuse":
         raise UnreadableImage("float pixels", "set data.float_pixels=unit where 0 is black and 1 is white")
@@ -133,7 +133,7 @@ def check_header(image: Image.Image, max_pixels: int, floats: Floats = "refuse")
         raise UnreadableImage("32-bit pixels", "their range is not known; save the image with 8 or 16 bits")
 
 
-def frames_of(image: Image.Image) -> str:
+def frames_in_words(image: Image.Image) -> str:
     """Return the number of frames or pages in words, '' for one; at most MAX_FRAMES are counted."""
     if image.format == "GIF":  # counting reads the whole file
         if not getattr(image, "is_animated", False):
@@ -168,12 +168,12 @@ def _pages(image: Image.Image) -> int:
 
 
 def header_size(stream: IO[bytes] | Path, max_pixels: int = MAX_PIXELS, floats: Floats = "refuse") -> tuple[int, int]:
-    """Return the (width, height) that `decode` gives, from headers and metadata alone.
+    """Return the (width, height) that `decode_image` gives, from headers and metadata alone.
 
     Raises:
         UnreadablePicture: the header already shows that the image cannot be used.
     """
-    with naming_damage() as told, open_image(checked(stream)) as image:
+    with naming_damage() as told, open_image(checked_stream(stream)) as image:
         check_header(image, max_pixels, floats)
         width, height = stored_size(image)
         if image.format == "PNG":
@@ -187,7 +187,7 @@ def header_size(stream: IO[bytes] | Path, max_pixels: int = MAX_PIXELS, floats: 
         return (height, width) if turn in (5, 6, 7, 8) else (width, height)
 
 
-def decode(
+def decode_image(
     stream: IO[bytes] | Path, background: str = "white", max_pixels: int = MAX_PIXELS, floats: Floats = "refuse"
 ) -> Image.Image:
     """Decode one image to upright sRGB.
@@ -200,7 +200,7 @@ def decode(
     Raises:
         UnreadablePicture: an image that cannot be used, with its kind.
     """
-    with naming_damage() as told, open_image(checked(stream)) as image:
+    with naming_damage() as told, open_image(checked_stream(stream)) as image:
         check_header(image, max_pixels, floats)
         raw_mode = _raw_mode(image)
         image.load()
@@ -210,13 +210,13 @@ def decode(
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode one image file that must be there, within the limits of `decode`.
+    """Decode one image file that must be there, within the limits of `decode_image`.
 
     Raises:
         DataError: it cannot be read, in one line with its path.
     """
     try:
-        return decode(path)
+        return decode_image(path)
     except UnreadableImage as error:
         raise DataError(f"{path}: {error}") from error
 

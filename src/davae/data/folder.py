@@ -13,18 +13,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from davae.data.captions.choice import SourceOptions, choose, usual_keys
+from davae.data.captions.file_names import Kind, Matched, is_hidden, match, stem
 from davae.data.captions.image_names import ImageNames
 from davae.data.captions.lists import CAPTION, LABEL, read_lists
-from davae.data.captions.matching import Kind, Matched, is_hidden, match, part_folders, stem
-from davae.data.captions.metadata import read_metadata
-from davae.data.captions.parallel import Owner, assign_parallel
-from davae.data.captions.sidecars import TABLE_OPTIONS, Sidecars
-from davae.data.captions.texts import UnreadableCaption, as_label, as_texts, clean
-from davae.data.classes import captions_of_classes, choose_split, class_names, order_note, split_note
-from davae.data.decoding import decode, header_size
+from davae.data.captions.metadata import read_metadata_files
+from davae.data.captions.parallel_folders import Owner, assign_parallel, part_folders
+from davae.data.captions.sidecars import Sidecars
+from davae.data.captions.texts import UnreadableCaption, as_label, as_texts, choose, clean, usual_keys
+from davae.data.class_folders import captions_of_classes, classes_of_folders, order_note
+from davae.data.decoding import decode_image, header_size
 from davae.data.findings import Findings, Tally, add_to, printable
 from davae.data.formats import image_endings, is_image_name
+from davae.data.options import TABLE_OPTIONS, SourceOptions
+from davae.data.splits import choose_split, split_note
 from davae.errors import DataError
 
 
@@ -103,7 +104,7 @@ class FolderSource:
             add_to(unused, f"image {why}", name)
         owner = {_join(at, name): (at, name) for at in chosen.read for name in matched[at].images}
         self.names = sorted(owner)
-        of_folder = class_names(chosen.read)
+        of_folder = classes_of_folders(chosen.read)
         self.classes = {name: number for number, name in enumerate(sorted(set(of_folder.values())))}
         self._class_of = of_folder
         self._caption_of, self._numbered = captions_of_classes(self.classes)
@@ -137,7 +138,7 @@ class FolderSource:
         duplicates: dict[str, Tally] = {}
         self.metadata = None
         if files and self.names:
-            self.metadata = read_metadata(self.folder, files, images, named, self.findings, unused, duplicates)
+            self.metadata = read_metadata_files(self.folder, files, images, named, self.findings, unused, duplicates)
         rest = [
             _join(at, name)
             for at, part in matched.items()
@@ -293,7 +294,7 @@ class FolderSource:
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
         text = self.caption(index, rng)
         options = self.options
-        return decode(self._path(index), options.background, options.max_pixels, options.float_pixels), text
+        return decode_image(self._path(index), options.background, options.max_pixels, options.float_pixels), text
 
 
 class FolderSidecars:

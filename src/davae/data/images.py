@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from davae.data.adm_crop import adm_crop
 from davae.data.findings import Findings
 from davae.errors import DataError, UnreadableImage
 
@@ -30,7 +29,7 @@ def by_kind(skipped: dict[str, str]) -> dict[str, list[str]]:
     return dict(sorted(kinds.items(), key=lambda entry: (-len(entry[1]), entry[0])))
 
 
-def counted(skipped: dict[str, str]) -> str:
+def summarise_skipped(skipped: dict[str, str]) -> str:
     """'12 left out: 10 truncated (a.jpg, b.jpg, ...), 2 empty file (c.jpg, d.jpg)'."""
     parts = [
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -106,7 +105,7 @@ def split(source: ImageSource, share: float, indices: Sequence[int] | None = Non
     return Split([i for i in indices if i not in without], held)
 
 
-def spread(count: int, num: int | None) -> Sequence[int]:
+def spread_indices(count: int, num: int | None) -> Sequence[int]:
     """Return `num` of `count` places, spread over all of them, in order.
 
     They are the first `num` of one seeded permutation: every process gets the same ones, and a smaller choice is part of a
@@ -279,3 +278,27 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "labels": [item["label"] for item in items],
         "skipped": {name: reason for item in items for name, reason in item.get("skipped", {}).items()},
     }
+
+
+def adm_crop(image: Image.Image, width: int, height: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """Resize an image until it just covers width x height, in ADM's steps, and cut the rest off.
+
+    Source: `center_crop_arr` of guided-diffusion (github.com/openai/guided-diffusion, `image_datasets.py`; arXiv
+    2105.05233). Halve with a box filter while both sides stay at least twice the target, resize with a bicubic filter to
+    rounded sizes, crop. A square target at the default place gives ADM's pixels exactly.
+
+    Args:
+        image: RGB image of any size; smaller ones are enlarged.
+        width, height: target, pixels.
+        place: position of the crop, from 0 (left, top) over 0.5 (centre) to 1.
+
+    Returns:
+        The image, width x height.
+    """
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = int((size[0] - width) * place[0]), int((size[1] - height) * place[1])
+    return image.crop((left, top, left + width, top + height))

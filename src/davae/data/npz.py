@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from davae.data.captions.choice import SourceOptions
-from davae.data.captions.sidecars import TABLE_OPTIONS
 from davae.data.findings import Findings
+from davae.data.options import TABLE_OPTIONS, SourceOptions
 from davae.errors import DataError
 
 UNPACKED = (

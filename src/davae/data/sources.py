@@ -1,33 +1,29 @@
-"""Picture sources by name, and which of their pictures can be used."""
+"""Image sources by the name in `data.source`: what is there decides how it is opened."""
 
 from __future__ import annotations
 
 import glob
-import logging
 import os
+import tarfile
+import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from davae.data.buckets import nearest_bucket
-from davae.data.captions.choice import SourceOptions
-from davae.data.captions.sidecars import TABLE_OPTIONS
-from davae.data.files import TarSource
-from davae.data.images import ImageSource, counted, target_name
+from davae.data.captions.file_names import METADATA, is_hidden
+from davae.data.findings import Findings, Tally, add_to
+from davae.data.folder import FolderSource, walk
+from davae.data.formats import is_image_name, unused_kind
+from davae.data.images import ImageSource
 from davae.data.npz import NpzSource
+from davae.data.options import TABLE_OPTIONS, SourceOptions
 from davae.data.shards.commands import PIPE
-from davae.data.shards.folder import open_file, open_folder, open_table
-from davae.data.shards.names import expand_braces, expand_shards, is_shard
-from davae.data.shards.remote import is_remote, open_remote
-from davae.data.survey import Sizes, measure_sizes
+from davae.data.shards.names import expand_braces, expand_shards, is_shard, shards_in
+from davae.data.shards.remote import is_remote, open_remote, open_stream
+from davae.data.shards.tar_source import TarSource
+from davae.data.splits import files_of_split, split_note
+from davae.data.tables import TableSource, holds_images, is_saved_table
 from davae.errors import DataError
-
-logger = logging.getLogger(__name__)
-
-LOGGED = 20  # left-out pictures named one by one; all are counted
 
 
 def open_source(name: str, resolution: int, options: SourceOptions | None = None) -> ImageSource:
@@ -81,77 +77,111 @@ def check_name(name: str) -> None:
         raise DataError("data.source: the name is empty; give a folder, a shard, a table or a dataset id")
 
 
-@dataclass(frozen=True)
-class Survey:
-    """Images of a source that can be used, by their headers.
-
-    Attributes:
-        indices: images that can be used.
-        groups: bucket of each of them.
-        left_out: name of every other image, and why.
-        pixels: (N,2) width and height of the usable ones.
-    """
-
-    indices: list[int]
-    groups: np.ndarray
-    left_out: dict[str, str]
-    pixels: np.ndarray
-
-
-def survey(
-    source: ImageSource,
-    indices: Sequence[int],
-    sizes: Sequence[tuple[int, int]],
-    enlarge: bool = False,
-    measured: Sizes | None = None,
-    strict: bool = True,
-) -> Survey:
-    """Find the images that fill a bucket without being enlarged; log the others by name, counted by kind.
-
-    Pixels are not decoded: an image that is damaged behind its header is found when it is read.
-
-    Args:
-        sizes: (width, height) of each bucket; none keeps images of every size.
-        enlarge: keep images that are smaller than every bucket.
-        measured: sizes of the images, where they are known.
-        strict: refuse a source without a usable image.
+def open_folder(folder: Path, options: SourceOptions) -> ImageSource:
+    """Open loose images, or the `.tar` shards or `.parquet` files that lie directly in a folder.
 
     Raises:
-        DataError: when none is left, naming the largest that was found.
+        DataError: several of them, where it is not plain which is meant.
     """
-    measured = measured or measure_sizes(source, indices)
-    kept: list[int] = []  # places
-    groups: list[int] = []
-    left_out: dict[str, str] = {}
-    largest, small = (0, 0), 0
-    target = target_name(*sizes[0]) if sizes else ""
-    bucket_of = lru_cache(100_000)(lambda width, height: nearest_bucket(sizes, width, height, enlarge))
-    for place, (width, height) in enumerate(measured.pixels.tolist()):
-        if place in measured.reasons:
-            left_out[source.key(indices[place])] = measured.reasons[place]
-            continue
-        group = bucket_of(width, height) if sizes else 0
-        if group is None:
-            small, largest = small + 1, max(largest, (width, height), key=min)
-            reason = f"too small: {width}x{height} is smaller than the target of {target}"
-            left_out[source.key(indices[place])] = reason
-            continue
-        kept.append(place)
-        groups.append(group)
-    for name, reason in list(left_out.items())[:LOGGED]:
-        logger.warning("left out %s: %s", name, reason)
-    if left_out:
-        logger.warning("%d of %d pictures can be used; %s", len(kept), len(indices), counted(left_out))
-    if strict and left_out and small == len(indices):
+    if is_saved_table(folder):
+        return TableSource(str(folder), options)
+    shards, tables = shards_in(folder), tables_in(folder)
+    if tables and not holds_images(tables[0], options.image_column):  # img2dataset's lists of addresses
+        below = (name for names in walk(folder, {}).values() for name in names)
+        tables = [] if shards or any(is_image_name(name) for name in below) else tables
+    deep = not shards and not tables
+    if deep:
+        shards, tables = packed_below(folder, options.image_column)
+    if not shards and not tables:
+        return FolderSource(folder, options)
+    loose = next((p for p in folder.iterdir() if is_image_name(p.name) and not is_hidden(p.name)), None)
+    pattern = f"{folder}/{'**/' if deep else ''}*"
+    if loose is not None:
         raise DataError(
-            f"every picture is smaller than the target of {target} (the largest is {largest[0]}x{largest[1]}): davae "
-            "never enlarges training data unless data.enlarge is set; use larger images or a smaller base.resolution"
+            f"folder {folder} holds shards and loose pictures ({loose.name}); name the shards: "
+            f"{folder}/*.{'tar' if shards else 'parquet'}"
         )
-    if strict and left_out and not kept:
-        raise DataError(f"none of the {len(indices)} pictures can be used; {counted(left_out)}")
-    return Survey([indices[place] for place in kept], np.asarray(groups, np.int16), left_out, measured.pixels[kept])
+    if shards and tables:
+        raise DataError(
+            f"folder {folder} holds shards and tables with images ({tables[0].name}); name one: {pattern}.tar or "
+            f"{pattern}.parquet"
+        )
+    unused: dict[str, Tally] = {}
+    files = files_of_split(shards or tables, options.split, folder, unused)
+    _count_others(folder, {*shards, *tables}, unused, deep)
+    source = TarSource(files, options) if shards else open_table(f"{pattern}.parquet", options, files)
+    return with_unused(source, unused, len(files) < len(shards or tables), options.split)
 
 
-def usable(source: ImageSource, indices: Sequence[int], resolution: int, enlarge: bool = False) -> list[int]:
-    """The pictures that `survey` leaves for squares of `resolution` pixels."""
-    return survey(source, indices, [(resolution, resolution)], enlarge).indices
+def packed_below(folder: Path, image_column: str) -> tuple[list[Path], list[Path]]:
+    """Return the shards and the tables with images below a folder; none where loose images are."""
+    files = [folder / at / name for at, names in walk(folder, {}).items() for name in names]
+    if any(is_image_name(path.name) for path in files):
+        return [], []
+    shards = [path for path in files if is_shard(path.name)]
+    tables = [path for path in files if path.suffix == ".parquet" and path.name.lower() not in METADATA]
+    return sorted(shards), sorted(tables) if tables and holds_images(tables[0], image_column) else []
+
+
+def tables_in(folder: Path) -> list[Path]:
+    """Return the `.parquet` files directly in a folder, in order, without those that describe images next to them."""
+    return sorted(
+        path
+        for path in folder.glob("*.parquet")
+        if not is_hidden(path.name) and path.name.lower() not in METADATA and not path.is_dir()
+    )
+
+
+def open_table(name: str, options: SourceOptions, files: Sequence[Path] | None = None) -> ImageSource:
+    """Open a table; of a stream, the rows that data.limit names."""
+    return open_stream(name, options) if options.streaming else TableSource(name, options, files)
+
+
+def _count_others(folder: Path, read: set[Path], unused: dict[str, Tally], deep: bool) -> None:
+    """Count whatever lies next to the files: lists of addresses, statistics, folders."""
+    if deep:
+        for at, names in walk(folder, unused).items():
+            for name in names:
+                if folder / at / name not in read:
+                    add_to(unused, unused_kind(name), f"{at}/{name}" if at else name)
+        return
+    for path in sorted(folder.iterdir()):
+        if path in read:
+            continue
+        if is_hidden(path.name):
+            add_to(unused, "hidden file", path.name)
+        else:
+            add_to(unused, "folder next to shards or tables" if path.is_dir() else unused_kind(path.name), path.name)
+
+
+def with_unused(source: ImageSource, unused: dict[str, Tally], split: bool, wanted: str) -> ImageSource:
+    """Return the source with what is not read in its findings."""
+    found: Findings = source.findings
+    notes = (split_note(wanted),) if split else ()
+    merged = {kind: Tally(tally.count, list(tally.names)) for kind, tally in found.unused.items()}
+    for kind, tally in unused.items():
+        own = merged.setdefault(kind, Tally())
+        own.count, own.names = own.count + tally.count, [*own.names, *tally.names]
+    source.findings = replace(found, unused=merged, notes=(*found.notes, *notes))  # type: ignore[misc]
+    return source
+
+
+def open_file(path: Path, options: SourceOptions) -> ImageSource:
+    """Open a file whose name does not show what it is: a tar by its content.
+
+    Raises:
+        DataError: anything else, with what to give.
+    """
+    try:
+        is_tar = tarfile.is_tarfile(path)
+    except OSError as error:
+        raise DataError(f"data.source: {path} cannot be read: {error.strerror or error}") from error
+    if is_tar:
+        return TarSource([path], options)
+    if is_image_name(path.name):
+        what = "one image; give the folder of the images"
+    elif zipfile.is_zipfile(path):
+        what = "a zip archive; unpack it and give the folder"
+    else:
+        what = "a file that is no shard; give a folder of images, a .tar, a .parquet or an .npz"
+    raise DataError(f"data.source: {path} is {what}")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from davae.data.findings import Tally, add_to
-from davae.data.images import ImageSource, by_kind, spread
+from davae.data.images import ImageSource, by_kind, spread_indices
 from davae.errors import DataError, UnreadableImage
 
 READ = 100_000  # captions and classes that a summary reads; of a larger set it reads this many, spread over all
@@ -254,7 +254,7 @@ def summarise(
         seconds: time that was spent before.
         partial: what of a remote source was looked at.
     """
-    read = [usable[place] for place in spread(len(usable), READ)]
+    read = [usable[place] for place in spread_indices(len(usable), READ)]
     label_of, damaged = read_labels(source, read)
     captions = read_captions(source, list(label_of), limits)
     damaged |= captions.damaged
@@ -279,7 +279,7 @@ def summarise(
         images=len(usable),
         read=len(read),
         captions=captions,
-        classes={class_name(source, label): labels[label] for label in sorted(n for n in labels if n is not None)},
+        classes={name_of_class(source, label): labels[label] for label in sorted(n for n in labels if n is not None)},
         sizes=size_facts(pixels),
         buckets=buckets,
         left_out=by_kind(left_out),
@@ -313,7 +313,7 @@ def read_labels(source: ImageSource, indices: Sequence[int]) -> tuple[dict[int, 
     return labels, damaged
 
 
-def class_name(source: ImageSource, label: int) -> str:
+def name_of_class(source: ImageSource, label: int) -> str:
     """Return the name of a class, its number where the source has no names."""
     names = source.findings.class_names
     return names[label] if 0 <= label < len(names) else str(label)
@@ -326,7 +326,7 @@ def example(source: ImageSource, index: int, size: Sequence[int]) -> dict[str, A
     return {
         "name": source.key(index),
         "caption": source.caption(index),
-        "class": class_name(source, label) if named and label is not None else label,
+        "class": name_of_class(source, label) if named and label is not None else label,
         "label": label,
         "width": int(size[0]),
         "height": int(size[1]),

@@ -1,88 +1,96 @@
-"""Sizes of a source's images: read from their headers once, kept in a file, never read again while nothing changes."""
+"""Survey of a source: which of its images can be used, and their buckets, by the headers of their files."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-from davae.data.equal import FileImages, equal_images
-from davae.data.images import ImageSource
-from davae.errors import RunError, UnreadableImage
-from davae.files.atomic import atomic_file
-from davae.files.reading import load_json
+from davae.data.buckets import nearest_bucket
+from davae.data.images import ImageSource, summarise_skipped, target_name
+from davae.data.sizes import ImageSizes, measure_sizes
+from davae.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+
+LOGGED = 20  # left-out pictures named one by one; all are counted
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Sizes of chosen images, as decoding gives them.
+class Survey:
+    """Images of a source that can be used, by their headers.
 
     Attributes:
-        pixels: (N,2) int32, (width, height) of each; 0 where its header cannot be read.
-        reasons: place -> why it cannot be used.
-        equal: place of an image whose file comes a second time -> place of the first one; none of an older file of sizes.
+        indices: images that can be used.
+        groups: bucket of each of them.
+        left_out: name of every other image, and why.
+        pixels: (N,2) width and height of the usable ones.
     """
 
+    indices: list[int]
+    groups: np.ndarray
+    left_out: dict[str, str]
     pixels: np.ndarray
-    reasons: dict[int, str]
-    equal: dict[int, int] = field(default_factory=dict)
 
 
-def measure_sizes(source: ImageSource, indices: Sequence[int]) -> Sizes:
-    """Read the header of each chosen image, and find those with equal files. Pixels are not decoded."""
-    pixels = np.zeros((len(indices), 2), np.int32)
-    reasons: dict[int, str] = {}
-    for place, index in enumerate(indices):
-        try:
-            pixels[place] = source.size(index)
-        except UnreadableImage as error:
-            reasons[place] = str(error)
-    return Sizes(pixels, reasons, equal_images(source, indices, reasons) if isinstance(source, FileImages) else {})
+def survey(
+    source: ImageSource,
+    indices: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    enlarge: bool = False,
+    measured: ImageSizes | None = None,
+    strict: bool = True,
+) -> Survey:
+    """Find the images that fill a bucket without being enlarged; log the others by name, counted by kind.
+
+    Pixels are not decoded: an image that is damaged behind its header is found when it is read.
+
+    Args:
+        sizes: (width, height) of each bucket; none keeps images of every size.
+        enlarge: keep images that are smaller than every bucket.
+        measured: sizes of the images, where they are known.
+        strict: refuse a source without a usable image.
+
+    Raises:
+        DataError: when none is left, naming the largest that was found.
+    """
+    measured = measured or measure_sizes(source, indices)
+    kept: list[int] = []  # places
+    groups: list[int] = []
+    left_out: dict[str, str] = {}
+    largest, small = (0, 0), 0
+    target = target_name(*sizes[0]) if sizes else ""
+    bucket_of = lru_cache(100_000)(lambda width, height: nearest_bucket(sizes, width, height, enlarge))
+    for place, (width, height) in enumerate(measured.pixels.tolist()):
+        if place in measured.reasons:
+            left_out[source.key(indices[place])] = measured.reasons[place]
+            continue
+        group = bucket_of(width, height) if sizes else 0
+        if group is None:
+            small, largest = small + 1, max(largest, (width, height), key=min)
+            reason = f"too small: {width}x{height} is smaller than the target of {target}"
+            left_out[source.key(indices[place])] = reason
+            continue
+        kept.append(place)
+        groups.append(group)
+    for name, reason in list(left_out.items())[:LOGGED]:
+        logger.warning("left out %s: %s", name, reason)
+    if left_out:
+        logger.warning("%d of %d pictures can be used; %s", len(kept), len(indices), summarise_skipped(left_out))
+    if strict and left_out and small == len(indices):
+        raise DataError(
+            f"every picture is smaller than the target of {target} (the largest is {largest[0]}x{largest[1]}): davae "
+            "never enlarges training data unless data.enlarge is set; use larger images or a smaller base.resolution"
+        )
+    if strict and left_out and not kept:
+        raise DataError(f"none of the {len(indices)} pictures can be used; {summarise_skipped(left_out)}")
+    return Survey([indices[place] for place in kept], np.asarray(groups, np.int16), left_out, measured.pixels[kept])
 
 
-def sizes_key(source: ImageSource, indices: Sequence[int], options: str) -> str:
-    """Return a hash of the names and the bytes of the chosen images' files, and of the options that refuse some."""
-    digest = hashlib.sha256(f"{FORMAT} {options}".encode())
-    for index in indices:
-        digest.update(source.key(index).encode("utf-8", "surrogateescape") + b"\0" + source.stamp(index) + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def load_sizes(folder: Path, key: str, count: int) -> Sizes | None:
-    """Return the sizes that a folder keeps under a key; None where it has none, with a warning where they are damaged."""
-    path = folder / f"survey-{key}.npz"
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path) as file:
-            pixels, reasons = file["pixels"], load_json(file["reasons"].tobytes())
-            equal = file["equal"].tolist() if "equal" in file else []
-            found = Sizes(pixels, {int(place): reason for place, reason in reasons.items()}, dict(equal))
-    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        logger.warning("%s cannot be read (%s): the sizes are measured again", path, error)
-        return None
-    return found if pixels.shape == (count, 2) else None
-
-
-def keep_sizes(folder: Path, key: str, sizes: Sizes) -> None:
-    """Write sizes for the next start, unless they are there. A folder that cannot be written costs a warning, not the run."""
-    path = folder / f"survey-{key}.npz"
-    if path.is_file():
-        return
-    text = np.frombuffer(json.dumps(sizes.reasons).encode(), np.uint8)
-    equal = np.asarray(list(sizes.equal.items()), np.int64).reshape(-1, 2)
-    try:
-        with atomic_file(path) as partial, partial.open("wb") as stream:
-            np.savez(stream, pixels=sizes.pixels, reasons=text, equal=equal)
-    except RunError as error:
-        logger.warning("%s; the next start measures the sizes again", error)
+def usable(source: ImageSource, indices: Sequence[int], resolution: int, enlarge: bool = False) -> list[int]:
+    """The pictures that `survey` leaves for squares of `resolution` pixels."""
+    return survey(source, indices, [(resolution, resolution)], enlarge).indices

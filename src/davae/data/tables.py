@@ -6,18 +6,18 @@ import glob
 import hashlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from davae.data.captions.choice import SourceOptions, choose, usual_keys
-from davae.data.captions.texts import as_label, clean
-from davae.data.classes import split_note
-from davae.data.decoding import decode, header_size
+from davae.data.captions.texts import as_label, choose, clean, usual_keys
+from davae.data.decoding import decode_image, header_size
 from davae.data.findings import Findings
+from davae.data.options import SourceOptions
+from davae.data.splits import split_note, table_of_split
 from davae.errors import DataError
 
 SHOWN = 12  # columns in a note
@@ -44,19 +44,6 @@ def is_saved_table(folder: str | Path) -> bool:
         for name in ("dataset_dict.json", "state.json", "dataset_info.json")
     )
     return several or all(one)
-
-
-def of_split(rows: Mapping[str, Any], wanted: str, name: str) -> Any:
-    """Return one of several tables.
-
-    Raises:
-        DataError: the split is missing.
-    """
-    if wanted not in rows:
-        raise DataError(
-            f"data.source: {name} holds {', '.join(rows)} but no {wanted}; set data.split to the one to read"
-        )
-    return rows[wanted]
 
 
 def unread_note(columns: Sequence[str]) -> str:
@@ -115,7 +102,7 @@ def load_rows(
     if isinstance(rows, dict):  # of `save_to_disk`
         notes = [] if notes is None else notes
         notes += [split_note(options.split)] if len(rows) > 1 else []
-        rows = of_split(rows, options.split, name)
+        rows = table_of_split(rows, options.split, name)
     columns = rows.column_names
     if columns is None:  # a stream without a schema tells its columns by its first row
         columns = list(next(iter(rows)))
@@ -238,7 +225,7 @@ class TableSource:
         return clean(choose(self.plain[index], self.weights, rng), self.key(index), self.findings)
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
-        picture = decode(
+        picture = decode_image(
             self._stream(index), self.options.background, self.options.max_pixels, self.options.float_pixels
         )
         return picture, self.caption(index, rng)

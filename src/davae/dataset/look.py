@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from davae.backbones.families import family_by_class
-from davae.data.images import ImageDataset, grid, spread, to_images
+from davae.data.images import ImageDataset, grid, spread_indices, to_images
 from davae.data.shards.names import expand_braces
 from davae.data.shards.remote import glob_url, is_remote
 from davae.data.sources import check_name
@@ -281,7 +281,7 @@ def numbered_batches(
         num: only so many, spread over all.
         shared: give each process its part.
     """
-    indices = spread(len(pictures), num)
+    indices = spread_indices(len(pictures), num)
     if shared:
         indices = indices[PartialState().process_index :: PartialState().num_processes]
     for start in range(0, len(indices), size):

@@ -14,18 +14,19 @@ import numpy as np
 
 from davae.data.batches import Batches
 from davae.data.buckets import bucket_sizes, group_counts
-from davae.data.captions.choice import SourceOptions
-from davae.data.equal import FileImages, equal_images
-from davae.data.images import ImageDataset, ImageSource, Split, split, spread
-from davae.data.latent_cache.key import fingerprint, hash_pictures
-from davae.data.sources import Survey, open_source, survey
+from davae.data.equal_files import FileImages, equal_images
+from davae.data.images import ImageDataset, ImageSource, Split, split, spread_indices
+from davae.data.latent_cache.key import hash_pictures, hash_values
+from davae.data.options import SourceOptions
+from davae.data.sizes import ImageSizes, keep_sizes, load_sizes, measure_sizes, sizes_key
+from davae.data.sources import open_source
 from davae.data.summary import CLIP_AT_LEAST, EXAMPLES, Summary, TokenLimit, count_words, summarise
-from davae.data.survey import Sizes, keep_sizes, load_sizes, measure_sizes, sizes_key
+from davae.data.survey import Survey, survey
 from davae.errors import DataError, ModelError, RecipeError
 from davae.files.atomic import atomic_text
 from davae.files.reading import load_json
 from davae.pretrained.text_encoders import TokenCount, token_limits
-from davae.recipes import check_source
+from davae.recipes import check_command_source
 from davae.recipes.base import BaseRecipe, TextArchitecture
 from davae.recipes.sections import Data, Optim
 from davae.train.distributed import compare, from_main, is_main, ranks
@@ -46,7 +47,7 @@ class OpenedData:
     held_out: list[int]  # those that fill the square: what is measured is square
     data: Data
     survey: Survey  # of training and held-out images
-    measured: Sizes
+    measured: ImageSizes
     found: int  # images that were looked at
     seconds: float
     equal: dict[int, int]  # image whose file comes a second time -> the first one
@@ -60,7 +61,7 @@ class OpenedData:
     def keep(self, folder: Path) -> None:
         """Keep the sizes in a run folder: the next start reads no header."""
         if is_main():
-            chosen = spread(len(self.source), self.data.limit)
+            chosen = spread_indices(len(self.source), self.data.limit)
             keep_sizes(folder, sizes_key(self.source, chosen, repr(source_options(self.data))), self.measured)
 
     def pictures(self, data: Data, seed: int) -> ImageDataset:
@@ -94,7 +95,7 @@ class OpenedData:
             for i, g in zip(self.train, self.groups, strict=True)
             if large or covers_square(self.source, i, square, int(g))
         ]
-        return [indices[place] for place in spread(len(indices), num)]
+        return [indices[place] for place in spread_indices(len(indices), num)]
 
     def summary(
         self,
@@ -151,7 +152,7 @@ def open_pictures(
         RecipeError: such a command, or buckets where they cannot be.
         DataError: nothing there, or nothing left.
     """
-    check_source(data.source)
+    check_command_source(data.source)
     return open_images(data, resolution, step, folder=folder, strict=strict)
 
 
@@ -188,7 +189,7 @@ def open_images(
         assert step is not None
         assert resolution is not None
         sizes = bucket_sizes(resolution, step, data.buckets.max_ratio, data.buckets.tokens)
-    chosen = spread(len(source), data.limit)
+    chosen = spread_indices(len(source), data.limit)
     parts = split(source, data.holdout, chosen)
     if side == "held_out":
         parts = Split(parts.train, apart_from(source, chosen, parts))
@@ -217,7 +218,7 @@ def open_images(
     return opened
 
 
-def measured_sizes(source: ImageSource, chosen: Sequence[int], data: Data, folder: Path | None) -> Sizes:
+def measured_sizes(source: ImageSource, chosen: Sequence[int], data: Data, folder: Path | None) -> ImageSizes:
     """Return the sizes of chosen images, read from their headers by the first process alone; collective.
 
     Args:
@@ -289,7 +290,7 @@ def check_same_data(opened: OpenedData, name: str) -> None:
     if ranks() == 1:
         return
     indices = [*opened.train, *opened.held_out]
-    digest = fingerprint(
+    digest = hash_values(
         hash_pictures(opened.source, indices), len(opened.train), opened.groups.tolist(), sorted(opened.left_out)
     )
     differing = compare(digest)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from davae.data.decoding import read_image
-from davae.data.latent_cache.key import fingerprint
+from davae.data.latent_cache.key import hash_values
 from davae.data.prompts import Prompt, read_prompts
 from davae.errors import DataError, ModelError
 from davae.evaluate.clip import Clip
@@ -74,7 +74,7 @@ def kept_drawings(out: Path, pipeline: str, prompts: Path, settings: dict[str, A
 
 def digest(requests: list[Prompt]) -> str:
     """Hash of prompts and their order: a picture's number stands for one of them."""
-    return fingerprint([[prompt.name, prompt.text, prompt.record] for prompt in requests])
+    return hash_values([[prompt.name, prompt.text, prompt.record] for prompt in requests])
 
 
 def evaluate_prompts(

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from davae.backbones.classes import class_count, goes_by_class
-from davae.data.latent_cache.key import fingerprint
+from davae.data.latent_cache.key import hash_values
 from davae.errors import ModelError
 from davae.files.atomic import atomic_file, saving
 from davae.files.outputs import archive_comment, check_archive, check_place, is_drawn
@@ -80,7 +80,7 @@ def write_samples(
     check_archive(target, folder)
     count = {"num": len(labels)}
     kept = {**settings, **count}
-    comment = f"davae {fingerprint(kept)}".encode()
+    comment = f"davae {hash_values(kept)}".encode()
     if target.is_file() and archive_comment(target) == comment:
         return True
     before = None if former is None else {**former, **count}

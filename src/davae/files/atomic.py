@@ -129,7 +129,7 @@ MADE_HERE = re.compile(
 
 
 @functools.cache
-def host_name() -> str:
+def machine_id() -> str:
     """Return eight characters for the machine and the process namespace, where process ids are comparable."""
     namespace = Path("/proc/self/ns/pid")
     inside = str(namespace.stat().st_ino) if namespace.exists() else ""
@@ -139,7 +139,7 @@ def host_name() -> str:
 def unique_name(path: Path, kind: str = "partial") -> Path:
     """Return a hidden name next to `path` that no other process or thread uses; the suffix is kept for libraries."""
     shown = path.name.encode()[:120].decode(errors="ignore")
-    return path.with_name(f".{shown}.{host_name()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}{path.suffix}")
+    return path.with_name(f".{shown}.{machine_id()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}{path.suffix}")
 
 
 def alive(pid: int) -> bool:
@@ -183,7 +183,7 @@ def sweep(folder: Path, again: bool = True) -> None:
 
 def _left_behind(path: Path, found: re.Match[str]) -> bool:
     """Return whether the process that made a partial is gone."""
-    if found["host"] == host_name():
+    if found["host"] == machine_id():
         return not alive(int(found["pid"]))
     try:
         return time.time() - path.lstat().st_mtime > DAY

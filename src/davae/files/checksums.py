@@ -73,7 +73,7 @@ def row_sums(values: np.ndarray) -> np.ndarray:
     return np.asarray([array_sum(row) for row in values], np.uint32)
 
 
-def check_tensors(
+def check_tensor_sums(
     path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], kind: type[DavaeError], remedy: str
 ) -> None:
     """Compare tensors that were read with the sums in their file's metadata; a file without sums is accepted.

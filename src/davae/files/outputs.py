@@ -154,7 +154,7 @@ def save_image(image: Any, path: Path, **options: Any) -> None:
 # -- weights and arrays ----------------------------------------------------------------------------------------------
 
 
-def check_tensors(path: Path, reads: Iterable[Path] = ()) -> None:
+def check_tensor_file(path: Path, reads: Iterable[Path] = ()) -> None:
     """Refuse a safetensors file that davae did not write, and one that the command reads.
 
     Raises:

@@ -22,7 +22,7 @@ from davae.backbones.families import denoiser, family_by_class, family_of
 from davae.backbones.trainable import choose_trainable
 from davae.errors import ModelError
 from davae.files.atomic import model_folder, save_tensors
-from davae.files.checksums import check_tensors
+from davae.files.checksums import check_tensor_sums
 from davae.files.reading import parse_json
 from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.open import load_pipeline
@@ -80,7 +80,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise ModelError(f"upgrade file {path} is damaged ({error}); copy or download it again") from error
     if metadata.get("format") != FORMAT:
         raise ModelError(f"{path} is not a davae upgrade file")
-    check_tensors(path, {}, metadata, ModelError, REMEDY)
+    check_tensor_sums(path, {}, metadata, ModelError, REMEDY)
     read_details(path, metadata)
     return metadata
 
@@ -146,7 +146,7 @@ def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         ModelError: not an upgrade file, or weights that are damaged or not finite.
     """
     metadata, tensors = read_metadata(path), load_file(path)
-    check_tensors(path, tensors, metadata, ModelError, REMEDY)
+    check_tensor_sums(path, tensors, metadata, ModelError, REMEDY)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise ModelError(

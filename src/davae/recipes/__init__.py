@@ -2,7 +2,13 @@
 
 from davae.errors import RecipeError
 from davae.recipes.base import BaseRecipe
-from davae.recipes.commands import check_commands, check_source, forbid_commands, permit_commands, typed_commands
+from davae.recipes.commands import (
+    check_command_source,
+    check_commands,
+    forbid_commands,
+    permit_commands,
+    typed_commands,
+)
 from davae.recipes.loading import (
     AnyRecipe,
     differences,
@@ -23,8 +29,8 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "SuperResolutionRecipe",
+    "check_command_source",
     "check_commands",
-    "check_source",
     "differences",
     "dump_recipe",
     "forbid_commands",

@@ -74,10 +74,10 @@ def check_commands(recipe: BaseModel) -> None:
         RecipeError: names the setting and the command.
     """
     for path, source in _sources(recipe, ""):
-        check_source(source, path)
+        check_command_source(source, path)
 
 
-def check_source(source: str, setting: str = "data.source") -> None:
+def check_command_source(source: str, setting: str = "data.source") -> None:
     """Refuse an image source that is a command which nobody typed.
 
     Raises:

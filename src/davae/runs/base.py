@@ -13,7 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from davae.backbones.classes_by_name import model_class
 from davae.data.images import ImageDataset
-from davae.data.latent_cache.read import CachedLatents, CacheMeta, is_whole, read_meta
+from davae.data.latent_cache.meta import CacheMeta, is_whole, read_meta
+from davae.data.latent_cache.read import CachedLatents
 from davae.data.summary import check_captions
 from davae.dataset.encoding import run_precision
 from davae.dataset.opened import SUMMARY, OpenedData, announce, architecture_limits, bucket_notes, open_pictures

@@ -12,19 +12,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from davae.data.images import ImageDataset, by_kind, counted
+from davae.data.images import ImageDataset, by_kind, summarise_skipped
 from davae.data.latent_cache.import_shards import PATTERN, STATISTICS, import_shards
 from davae.data.latent_cache.key import (
     FORMER_DATA,
     Key,
     changes,
-    fingerprint,
     hash_former,
     hash_pictures,
+    hash_values,
     hash_weights,
-    plain,
+    plain_key,
 )
-from davae.data.latent_cache.read import CacheMeta, Team, seal
+from davae.data.latent_cache.meta import CacheMeta, Team, seal
 from davae.data.latent_cache.write import write_latents, write_text
 from davae.data.tables import TableSource
 from davae.dataset.encoding import Encoder
@@ -59,7 +59,7 @@ def check_same_key(key: Key) -> None:
     Raises:
         DataError: another process would write other content: images or weights changed since the launch.
     """
-    if differing := compare(plain(key)):
+    if differing := compare(plain_key(key)):
         (_, _, first), (other, host, value) = differing[:2]
         raise DataError(
             f"cache: process {other} on {host} would write another cache than process 0, as these differ: "
@@ -82,7 +82,7 @@ def cache_key(
     key: dict[str, Any] = {"autoencoder": hash_weights(weights, fixed)}
     if cache.shards is not None:
         files = sorted([*Path(cache.shards).glob(PATTERN), *Path(cache.shards).glob(STATISTICS)])
-        key["data"] = fingerprint([(file.name, file.stat().st_size) for file in files])
+        key["data"] = hash_values([(file.name, file.stat().st_size) for file in files])
         key["preprocessing"] = {"cache.dtype": cache.dtype}
     else:
         key["data"] = hash_pictures(opened.source, opened.train)
@@ -96,7 +96,7 @@ def cache_key(
             "seed": seed,
         }
     if text is not None:
-        key["text"] = fingerprint(text)
+        key["text"] = hash_values(text)
     return key
 
 
@@ -181,4 +181,4 @@ def write_skipped(path: Path, used: int, skipped: dict[str, str], accelerator: A
     summary = {"used": used, "left_out": {kind: len(names) for kind, names in kinds.items()}, "names": kinds}
     atomic_text(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if skipped:
-        logger.warning("%d pictures train; %s; all names in %s", used, counted(skipped), path)
+        logger.warning("%d pictures train; %s; all names in %s", used, summarise_skipped(skipped), path)

@@ -11,7 +11,7 @@ from davae.backbones.classes_by_name import model_class
 from davae.backbones.families import family_by_class
 from davae.cost.flops import meta_transformer
 from davae.data.buckets import bucket_sizes
-from davae.data.latent_cache.read import is_whole
+from davae.data.latent_cache.meta import is_whole
 from davae.errors import DataError, ModelError, RecipeError
 from davae.files.reading import read_object
 from davae.latent import LatentLayout

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from davae.backbones.lightning_dit import LightningDiT, PatchEmbed
 from davae.backbones.new_latents import EMBEDDER, HEAD
-from davae.data.latent_cache.paired import PairedLatents, collate_pairs
-from davae.data.latent_cache.read import CachedLatents, is_whole, read_meta
+from davae.data.latent_cache.meta import is_whole, read_meta
+from davae.data.latent_cache.read import CachedLatents, PairedLatents, collate_pairs
 from davae.dataset.encoding import run_precision
 from davae.errors import ModelError, RecipeError
 from davae.latent import LatentStatistics

@@ -16,7 +16,7 @@ from davae.analyze.sensitivity import reconstructions
 from davae.backbones.classes import class_count, class_names, goes_by_class
 from davae.backbones.families import denoiser
 from davae.cost.flops import count
-from davae.data.images import spread, to_images
+from davae.data.images import spread_indices, to_images
 from davae.data.openmoji import CREDIT
 from davae.dataset.encoding import coding_bytes, images_at_a_time, report_precision
 from davae.dataset.opened import OpenedData
@@ -89,7 +89,7 @@ def default_prompts(run: Upgrade) -> list[str]:
         names = {number: name for name, number in class_names(run.base).items()}
         return [names.get(number, str(number)) for number in range(min(8, class_count(run.base)))]
     pictures = run.data.for_cache()
-    return [pictures[(i, -1)]["caption"] for i in spread(len(pictures), 8)]
+    return [pictures[(i, -1)]["caption"] for i in spread_indices(len(pictures), 8)]
 
 
 def report(run: Upgrade, observer: Observer) -> Path:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from davae.backbones.expand import expand_transformer
 from davae.backbones.families import family_by_class
-from davae.data.latent_cache.key import Key, fingerprint
-from davae.data.latent_cache.read import CachedLatents, CacheMeta, is_whole, read_meta
+from davae.data.latent_cache.key import Key, hash_values
+from davae.data.latent_cache.meta import CacheMeta, is_whole, read_meta
+from davae.data.latent_cache.read import CachedLatents
 from davae.dataset.encoding import report_precision, run_precision
 from davae.dataset.opened import OpenedData
 from davae.dataset.stages import StageData
@@ -343,9 +344,9 @@ class Upgrade:
             RunError: another run (`--stage1`) has made them anew since.
         """
         meta = read_meta(self.first / "cache", self.cache_key(vae))
-        statistics = [fingerprint(getattr(vae, name).flatten().tolist()) for name in ("mean", "std")]
-        inputs = {"the autoencoder": meta.key["autoencoder"], "its statistics": fingerprint(statistics)}
-        inputs["the cache"] = fingerprint(meta.key, meta.items, meta.mean)
+        statistics = [hash_values(getattr(vae, name).flatten().tolist()) for name in ("mean", "std")]
+        inputs = {"the autoencoder": meta.key["autoencoder"], "its statistics": hash_values(statistics)}
+        inputs["the cache"] = hash_values(meta.key, meta.items, meta.mean)
         if is_main():
             check_stage2_inputs(self.folder, inputs, self.first)
 

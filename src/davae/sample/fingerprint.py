@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from davae.data.latent_cache.key import fingerprint
+from davae.data.latent_cache.key import hash_values
 from davae.data.shards.copies import cache_folder
 from davae.errors import RunError
 from davae.files.atomic import atomic_text
@@ -36,7 +36,7 @@ def model_fingerprint(places: Sequence[str]) -> str:
     Raises:
         ModelError: no such folder, and no hub id that the hub gives.
     """
-    return fingerprint([_place(place) for place in places])
+    return hash_values([_place(place) for place in places])
 
 
 def _place(place: str) -> list[tuple[str, str]]:
@@ -60,7 +60,7 @@ def file_hash(path: Path) -> str:
     if about.st_size < LARGE:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     state = [about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
-    known = cache_folder() / "hashes" / f"{fingerprint(str(Path(os.path.realpath(path))))}.json"
+    known = cache_folder() / "hashes" / f"{hash_values(str(Path(os.path.realpath(path))))}.json"
     try:
         remembered = load_json(known.read_text(encoding="utf-8"))
         if remembered["state"] == state:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 from PIL import Image
 
-from davae.data.latent_cache.key import fingerprint
+from davae.data.latent_cache.key import hash_values
 from davae.data.prompts import read_prompts
 from davae.data.shards.remote import add_member
 from davae.data.shards.tar_index import index_tar
@@ -82,7 +82,7 @@ def make_data(
     shards = plan_shards(out, texts, total, shard_size, picture_format)
     keep = kept_images(
         out,
-        {**settings, "prompts": fingerprint(texts), "weights": weights},
+        {**settings, "prompts": hash_values(texts), "weights": weights},
         {"model": model, "prompt_file": str(prompts)},
         former={"model": model, "prompts": str(prompts), **settings},
         check_former=lambda: check_former(shards),

@@ -14,7 +14,7 @@ from davae.data.decoding import (
     MAX_PIXELS,
     ORIENTATION,
     check_header,
-    checked,
+    checked_stream,
     header_size,
     naming_damage,
     orientation,
@@ -130,7 +130,7 @@ def read_source(path: Path) -> Source:
         DataError: it cannot be read, in one line with its path.
     """
     try:
-        with naming_damage() as told, open_image(checked(path)) as image:
+        with naming_damage() as told, open_image(checked_stream(path)) as image:
             check_header(image, MAX_PIXELS)
             image.load()
             turn, profile = orientation(image, told), image.info.get("icc_profile")

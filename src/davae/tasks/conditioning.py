@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from davae.backbones.families import family_of
 from davae.backbones.null_tokens import draw_count, repeat_last_token
-from davae.data.latent_cache.finite import ALWAYS, EMBEDDING, NULL_NOT_FINITE, check_many
+from davae.data.latent_cache.not_finite import ALWAYS, EMBEDDING, NULL_NOT_FINITE, check_many
 from davae.data.latent_cache.read import CachedLatents
 from davae.errors import DataError
 from davae.pretrained.placement import send

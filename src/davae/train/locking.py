@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from davae.errors import RunError
-from davae.files.atomic import alive, atomic_text, host_name, make_folder, saving
+from davae.files.atomic import alive, atomic_text, machine_id, make_folder, saving
 from davae.files.reading import load_json, whole_number
 from davae.train.distributed import ranks
 
@@ -56,7 +56,7 @@ class RunLock:
             who = "" if pid is None else f" (process {pid})"
             raise RunError(f"{folder} is in use by another davae process{who}; wait for it or use another --out")
         self._lock = lock
-        atomic_text(folder / PROCESS, json.dumps({"pid": os.getpid(), "host": host_name()}))
+        atomic_text(folder / PROCESS, json.dumps({"pid": os.getpid(), "host": machine_id()}))
 
     def release(self) -> None:
         (self.folder / PROCESS).unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def running_process(run_folder: Path) -> int | None:
         pid, host = whole_number(about["pid"]), about["host"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if host != host_name() or not alive(pid):
+    if host != machine_id() or not alive(pid):
         return None
     lock = try_lock(run_folder / LOCK)
     if lock is None:
@@ -111,7 +111,7 @@ def hold_for_reading(folder: Path) -> FileLock | None:
     if not os.access(folder, os.W_OK):
         return None
     make_folder(place)
-    own = try_lock(place / f"{host_name()}-{os.getpid()}-{secrets.token_hex(4)}.lock")
+    own = try_lock(place / f"{machine_id()}-{os.getpid()}-{secrets.token_hex(4)}.lock")
     changing = try_lock(folder / CHANGING)
     if changing is None:
         if own is not None:

@@ -8,11 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-from davae.data.captions.matching import folded, stem
+from davae.data.captions.file_names import folded, stem
 from davae.data.formats import is_image_name
 
 
-def joined(folder: str, name: str) -> str:
+def listed_path(folder: str, name: str) -> str:
     """Return the path of a file that a list in a folder names, with accents composed."""
     return unicodedata.normalize("NFC", posixpath.normpath(posixpath.join(folder, name.replace("\\", "/"))))
 
@@ -46,7 +46,7 @@ class ImageNames:
         plain = unicodedata.normalize("NFC", posixpath.normpath(posixpath.join(folder, name)))
         if (found := self._exact.get(plain)) is not None:
             return found
-        path = joined(folder, name)
+        path = listed_path(folder, name)
         if path.startswith(f"{self.root}/"):
             path = path[len(self.root) + 1 :]
         if (found := self._exact.get(path)) is not None:
@@ -56,7 +56,7 @@ class ImageNames:
     def find_near(self, name: str) -> int | None:
         """Return the one image whose path ends as `name` does, or the other way round; an ending may be missing."""
         self._by_fold()
-        given = folded(joined("", name)).lstrip("/")
+        given = folded(listed_path("", name)).lstrip("/")
         bare = stem(given) if is_image_name(given) else given
         found = []
         for place in self._stems.get(posixpath.basename(bare), ()):

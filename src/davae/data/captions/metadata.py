@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from davae.data.captions.choice import usual_keys
 from davae.data.captions.image_names import ImageNames
-from davae.data.captions.texts import MAX_CAPTION, as_texts, decode_text
+from davae.data.captions.texts import MAX_CAPTION, as_texts, decode_text, usual_keys
 from davae.data.findings import Findings, Tally, add_to
 from davae.errors import DataError
 from davae.files.reading import load_json
@@ -47,7 +46,7 @@ class Metadata:
         return load_json(self.packed[start:end]) if end > start else None
 
 
-def read_metadata(
+def read_metadata_files(
     folder: Path,
     files: list[str],
     names: ImageNames,

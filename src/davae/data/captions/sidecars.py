@@ -8,25 +8,26 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from davae.data.captions.choice import SourceOptions, choose, usual_keys
-from davae.data.captions.matching import Kind
+from davae.data.captions.file_names import Kind
 from davae.data.captions.texts import (
     MAX_FILE,
     UnreadableCaption,
     as_label,
     as_texts,
+    caption_of_file,
+    choose,
     clean,
     decode_text,
-    read_json,
+    parse_sidecar,
     read_record,
-    read_text,
+    usual_keys,
 )
 from davae.data.findings import Findings
+from davae.data.options import SourceOptions
 from davae.errors import DataError
 
 SHOWN = 12  # keys in a note
 TRIED = 100  # images looked at before a key of the `.json` counts as found nowhere
-TABLE_OPTIONS = ("caption_column", "label_column", "config", "streaming")
 LIMITS: dict[Kind, int] = {"txt": MAX_FILE + 1, "json": MAX_FILE + 1, "cls": 1024}
 
 
@@ -120,7 +121,7 @@ class Sidecars:
         """Return the object of the `.json`; a text or a list of texts alone is a caption."""
         if (data := self._bytes(index, "json")) is None:
             return {}
-        value = read_json(data, self.files.sidecar_name(index, "json"), self.findings)
+        value = parse_sidecar(data, self.files.sidecar_name(index, "json"), self.findings)
         if isinstance(value, dict):
             return value
         return {"caption": value} if isinstance(value, (str, list)) else {}
@@ -131,7 +132,7 @@ class Sidecars:
         name = self.files.sidecar_name(index, "json")
         record = {} if data is None else read_record(data, name, self.findings)
         if "txt" in self.weights and (text := self._bytes(index, "txt")) is not None:
-            record["txt"] = read_text(text, self.files.sidecar_name(index, "txt"), self.findings)
+            record["txt"] = caption_of_file(text, self.files.sidecar_name(index, "txt"), self.findings)
         return record
 
     def caption(self, index: int, rng: np.random.Generator | None) -> str | None:
@@ -145,7 +146,7 @@ class Sidecars:
             return clean(text, self.files.sidecar_name(index, "json"), self.findings)
         found: str | None = None
         if (data := self._bytes(index, "txt")) is not None:
-            found = read_text(data, self.files.sidecar_name(index, "txt"), self.findings)
+            found = caption_of_file(data, self.files.sidecar_name(index, "txt"), self.findings)
         if not found and self.json_key is not None:
             record = self._guessed_record(index)
             key = next((key for key in (self.json_key, *usual_keys(record)) if as_texts(record.get(key))), None)

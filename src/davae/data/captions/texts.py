@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from davae.data.findings import Findings
 from davae.errors import DataError, UnreadableImage
@@ -116,7 +118,7 @@ def clean(text: str, name: str, findings: Findings) -> str:
     return text
 
 
-def read_text(data: bytes, name: str, findings: Findings) -> str:
+def caption_of_file(data: bytes, name: str, findings: Findings) -> str:
     """Return a caption file's clean text, '' for boxes of objects; they and a guessed encoding are recorded."""
     text, guessed = decode_text(data[:MAX_FILE], name, cut=len(data) > MAX_FILE)
     if guessed is not None:
@@ -128,7 +130,7 @@ def read_text(data: bytes, name: str, findings: Findings) -> str:
     return text
 
 
-def read_json(data: bytes, name: str, findings: Findings) -> Any:
+def parse_sidecar(data: bytes, name: str, findings: Findings) -> Any:
     """Parse a `.json` file in any encoding that `decode_text` knows.
 
     Raises:
@@ -152,7 +154,7 @@ def read_record(data: bytes, name: str, findings: Findings) -> dict[str, Any]:
     Raises:
         UnreadableCaption: damaged, or not an object.
     """
-    record = read_json(data, name, findings)
+    record = parse_sidecar(data, name, findings)
     if not isinstance(record, dict):
         raise UnreadableCaption("damaged caption", f"{name} holds no JSON object, found {type(record).__name__}")
     return record
@@ -189,3 +191,36 @@ def as_label(value: Any, name: str) -> int | None:
         what = f"{name}: class '{str(value)[:40]}' is no whole number from 0 on"
         raise UnreadableCaption("damaged class", what if number < 0 or not whole else f"{what}, below 2^31")
     return number
+
+
+GUESSES = ("text", "caption", "prompt", "captions", "TEXT")  # columns tried where none is named
+
+
+def usual_keys(keys: Iterable[str]) -> list[str]:
+    """Return the keys or columns that usually hold captions, the likeliest first, in any case."""
+    known = list(keys)
+    exact = [guess for guess in GUESSES if guess in known]
+    return list(dict.fromkeys([*exact, *(key for guess in GUESSES for key in known if key.casefold() == guess)]))
+
+
+def choose(candidates: Mapping[str, Any], weights: Mapping[str, float], rng: np.random.Generator | None) -> str:
+    """One caption of a record.
+
+    Args:
+        candidates: the record: each value a text, or a list of texts of which one is drawn evenly.
+        weights: share of each key; those that the record lacks, or has empty, leave their share to the others.
+        rng: draws; None takes the heaviest key and its first text.
+
+    Returns:
+        The caption, '' where the record has none.
+    """
+    found = {key: texts for key in weights if (texts := as_texts(candidates.get(key)))}
+    if not found:
+        return ""
+    keys = list(found)
+    key = max(keys, key=lambda k: weights[k])
+    if rng is not None and len(keys) > 1:
+        shares = np.asarray([weights[k] for k in keys])
+        key = keys[int(rng.choice(len(keys), p=shares / shares.sum()))]
+    texts = found[key]
+    return texts[0] if rng is None or len(texts) == 1 else texts[int(rng.integers(len(texts)))]

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from davae.data.latent_cache.finite import LATENT, check_many, stored
 from davae.data.latent_cache.key import Key
-from davae.data.latent_cache.read import CacheMeta, Team, prepare
+from davae.data.latent_cache.meta import CacheMeta, Team, prepare_cache
+from davae.data.latent_cache.not_finite import LATENT, check_many, stored
 from davae.data.latent_cache.write import ChannelStatistics, merge_index, merged_meta, save_latents
 from davae.errors import DataError
 
@@ -92,7 +92,7 @@ def import_shards(
     given = source / STATISTICS
     statistics = read_statistics(given, channels) if given.is_file() else None
 
-    prepare(target, key, Team())
+    prepare_cache(target, key, Team())
     names = ["latents", "latents_flip"] if flipped else ["latents"]
     total, over, number = sum(shard.shape[0] for shard in shards) * len(names), 0, 0
     for name in names:

@@ -23,7 +23,7 @@ FORMER_DATA = "data_before"  # the hash under which earlier versions wrote a cac
 Key = Mapping[str, Any]  # a part of PARTS -> a hash, or plain values by name
 
 
-def fingerprint(*parts: Any) -> str:
+def hash_values(*parts: Any) -> str:
     """A short hash of plain values: what something was made from."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -70,6 +70,6 @@ def changes(old: Key, new: Key) -> list[str]:
     return found
 
 
-def plain(key: Key) -> dict[str, Any]:
+def plain_key(key: Key) -> dict[str, Any]:
     """A key as it reads back from JSON."""
     return json.loads(json.dumps(dict(key), sort_keys=True))

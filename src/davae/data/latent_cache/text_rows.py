@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from davae.data.latent_cache.files import Shard
-from davae.data.latent_cache.finite import ALLOWED, stored
+from davae.data.latent_cache.not_finite import ALLOWED, stored
+from davae.data.latent_cache.shard_files import CacheShard
 from davae.files.checksums import SUFFIX, array_sum
 
 ENDS, SHAPE = ".ends", ".shape"  # of the tensors that hold where each row ends, and the shape of a whole one
@@ -83,7 +83,7 @@ def packed(parts: Sequence[np.ndarray], dtype: str) -> tuple[dict[str, np.ndarra
     return tensors, bad
 
 
-def part_names(shard: Shard) -> list[str]:
+def part_names(shard: CacheShard) -> list[str]:
     """Return the tensors that hold embeddings, in the encoder's order."""
     names = [name for name in shard.names if not name.endswith((ENDS, SHAPE))]
     return sorted(names, key=lambda name: int(name.removeprefix("part_")))
@@ -97,7 +97,7 @@ class TextShard:
     """
 
     def __init__(self, path: Path):
-        shard = Shard(path)
+        shard = CacheShard(path)
         self.shard, self.names = shard, part_names(shard)
         ragged = [name for name in self.names if f"{name}{ENDS}" in shard.names]
         self.ends = {name: shard.tensor(f"{name}{ENDS}") for name in ragged}

@@ -15,17 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from davae.data.batches import chosen_workers
 from davae.data.images import ImageDataset, collate
-from davae.data.latent_cache.captions import CaptionTable, pack, write_table
-from davae.data.latent_cache.files import (
-    Shard,
-    latent_name,
-    latent_shards,
-    made_from,
-    save_array,
-    save_shard,
-    shard_key,
-)
-from davae.data.latent_cache.finite import (
+from davae.data.latent_cache.caption_table import CaptionTable, pack, write_table
+from davae.data.latent_cache.key import Key, plain_key
+from davae.data.latent_cache.meta import LABELS, NO_LABEL, CacheMeta, Team, prepare_cache
+from davae.data.latent_cache.not_finite import (
     ALWAYS,
     LATENT,
     NOT_FINITE,
@@ -34,9 +27,16 @@ from davae.data.latent_cache.finite import (
     lost_captions,
     stored,
 )
-from davae.data.latent_cache.key import Key, plain
-from davae.data.latent_cache.plan import begun_with, shard_rows
-from davae.data.latent_cache.read import LABELS, NO_LABEL, CacheMeta, Team, prepare
+from davae.data.latent_cache.shard_files import (
+    CacheShard,
+    latent_name,
+    latent_shards,
+    made_from,
+    save_array,
+    save_shard,
+    shard_key,
+)
+from davae.data.latent_cache.shard_plan import begun_with, shard_rows
 from davae.data.latent_cache.text_rows import packed
 from davae.errors import DataError, UnreadableImage
 from davae.files.atomic import require_space
@@ -162,7 +162,7 @@ def write_latents(
         key: what determines the content; a reader compares it.
     """
     team, pictures = team or Team(), pictures.enumerating()
-    prepare(folder, key, team)
+    prepare_cache(folder, key, team)
     members = {int(g): np.flatnonzero(pictures.groups == g) for g in np.unique(pictures.groups)}
     first = variants * len(next(iter(members.values()), ()))
     unit = begun_with(folder, batch_size, first, variants, team, flip=pictures.flip)
@@ -270,7 +270,7 @@ class _Captions:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for path in self.paths:
-            shard = Shard(path)
+            shard = CacheShard(path)
             yield shard.tensor("texts"), shard.tensor("ends")
 
 
@@ -278,7 +278,7 @@ def merge_index(folder: Path) -> None:
     """Captions and classes of all shards, as arrays that are mapped, not read."""
     paths = latent_shards(folder)
     write_table(folder, _Captions(paths))
-    labels = [Shard(path).tensor("labels") for path in paths]
+    labels = [CacheShard(path).tensor("labels") for path in paths]
     save_array(folder / LABELS, np.concatenate(labels) if labels else np.empty(0, np.int64))
 
 
@@ -302,7 +302,7 @@ def merged_meta(
                 f"cache: {path} was written from other data by another process of this launch; give all processes the same "
                 "files and run the same command again: this shard is then made again"
             )
-        shard = Shard(path)
+        shard = CacheShard(path)
         skipped |= load_json(shard.metadata.get("skipped", "{}"))
         rows, mean = len(shard.tensor("labels")), torch.from_numpy(shard.tensor("mean"))
         if not rows:
@@ -316,7 +316,7 @@ def merged_meta(
         raise DataError(f"none of the {len(skipped)} pictures can be read; the log names each")
     mean, std = given or (statistics.mean, statistics.std)
     items = sum(rows for _, rows, _ in shards)
-    return CacheMeta(plain(key), items, mean.tolist(), std.tolist(), shards, skipped=skipped)
+    return CacheMeta(plain_key(key), items, mean.tolist(), std.tolist(), shards, skipped=skipped)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from davae.data.captions.matching import is_hidden
+from davae.data.captions.file_names import is_hidden
 from davae.data.shards.commands import PIPE
 from davae.data.shards.tar_index import ENDINGS
 from davae.errors import DataError

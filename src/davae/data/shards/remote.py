@@ -22,13 +22,13 @@ from typing import Any
 
 import fsspec
 
-from davae.data.captions.choice import SourceOptions
 from davae.data.decoding import naming_damage
-from davae.data.files import TarSource
 from davae.data.formats import open_image
+from davae.data.options import SourceOptions
 from davae.data.shards.commands import PIPE, open_command
-from davae.data.shards.copies import cache_folder, once
-from davae.data.shards.tar_index import index_tar, unpack_in_place
+from davae.data.shards.copies import cache_folder, once, unpack_in_place
+from davae.data.shards.tar_index import index_tar
+from davae.data.shards.tar_source import TarSource
 from davae.data.tables import cell_bytes, column_weights, load_rows
 from davae.errors import DataError, UnreadableImage
 from davae.files.atomic import atomic_text

@@ -6,39 +6,40 @@ repeating or losing a sample, so davae keeps its own index and reads members by 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
+import json
 import logging
 import lzma
 import os
 import posixpath
-import shutil
 import tarfile
+import zipfile
 import zlib
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from fsspec.compression import compr
 
-from davae.data.captions.matching import is_hidden, match
-from davae.data.findings import Tally, add_to
-from davae.data.shards.copies import once
-from davae.errors import DataError
+from davae.data.captions.file_names import is_hidden, match
+from davae.data.findings import Tally, add_to, printable
+from davae.data.formats import image_endings
+from davae.errors import DataError, RunError
+from davae.files.atomic import atomic_file, saving
+from davae.files.reading import load_json
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("picture", "txt", "json", "cls")
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-PACKED_BY = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
-HASHED = 1 << 16  # bytes at both ends of a packed shard: its name in the cache; gzip's check sum lies at the end
+INDEX_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
-class Place:
+class TarMember:
     """Bytes of a member: offset, size, and for a sparse file its pieces."""
 
     position: int
@@ -63,91 +64,6 @@ class TarIndex:
     unused: dict[str, Tally] = field(default_factory=dict)
     duplicates: dict[str, Tally] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-
-
-def packed_by(head: bytes) -> str | None:
-    """Return the compression of a file by its first bytes, None for a plain one; names mislead."""
-    return next((name for mark, name in PACKED_BY.items() if head.startswith(mark)), None)
-
-
-def unpacked(stream: IO[bytes], packing: str, name: str) -> Any:
-    """Return a stream of the unpacked bytes, through fsspec.
-
-    Raises:
-        DataError: a compression whose package is not installed.
-    """
-    if packing not in compr:
-        raise DataError(f"shard {name} is packed with {packing}; `pip install zstandard`, or unpack it first")
-    return compr[packing](stream, mode="rb")
-
-
-def plain_shard(shard: Path, folder: Path) -> Path:
-    """Return the shard itself, or for a compressed one (SA-1B) its unpacked copy: members can only be read at random there.
-
-    Args:
-        shard: the file.
-        folder: where copies are kept; each is made once and found again by size and content, wherever the shard lies.
-
-    Raises:
-        DataError: it cannot be read or unpacked.
-    """
-    if shard.exists() and not shard.is_file():  # a named pipe would be waited for without end
-        raise DataError(f"shard {shard} is not a regular file; name a tar file, or read a command with pipe:")
-    try:
-        with shard.open("rb") as stream:
-            head = stream.read(HASHED)
-            if (packing := packed_by(head)) is None:
-                return shard
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - HASHED))
-            digest = hashlib.sha256(head + stream.read() + str(size).encode()).hexdigest()[:16]
-    except OSError as error:
-        raise DataError(f"shard {shard} cannot be read: {error.strerror or error}") from error
-    target = folder / f"{digest}-{shard.name.partition('.')[0][-40:]}.tar"
-
-    def copy(partial: Path) -> None:
-        logger.info("unpacking %s to %s", shard, target)
-        _unpack(shard, partial, packing)
-        index_tar(partial)
-
-    try:
-        return once(target, copy)
-    except DataError as error:
-        raise DataError(f"shard {shard}, packed with {packing}: {error}") from error
-
-
-def _unpack(source: Path, target: Path, packing: str) -> None:
-    """Write the unpacked bytes of a file.
-
-    Raises:
-        DataError: it is not whole.
-    """
-    try:
-        with source.open("rb") as stream, unpacked(stream, packing, source.name) as plain, target.open("wb") as sink:
-            shutil.copyfileobj(plain, sink, 1 << 20)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{source.name} is not a whole file: {' '.join(str(error).split())[:120]}") from error
-    except OSError as error:
-        if error.errno is not None:  # the disk's; bz2 raises damage without a number
-            raise
-        raise DataError(f"{source.name} is not a whole file: {' '.join(str(error).split())[:120]}") from error
-
-
-def unpack_in_place(shard: Path) -> None:
-    """Replace a compressed shard by its unpacked bytes; a plain one stays.
-
-    Raises:
-        DataError: it is not whole.
-    """
-    with shard.open("rb") as stream:
-        packing = packed_by(stream.read(8))
-    if packing is not None:
-        plain = shard.with_name(f"{shard.name}.unpacked")
-        try:
-            _unpack(shard, plain, packing)
-            plain.replace(shard)
-        finally:
-            plain.unlink(missing_ok=True)
 
 
 def index_tar(shard: Path) -> dict[str, np.ndarray]:
@@ -187,7 +103,7 @@ def read_index(shard: Path) -> TarIndex:
                 f"({len(part.twice)} such pairs); keep one image of each key"
             )
         for image in part.images:
-            own: dict[str, Place] = {"picture": members[prefix + image]}
+            own: dict[str, TarMember] = {"picture": members[prefix + image]}
             own |= {kind: members[prefix + name] for kind, name in part.sidecars.get(image, {}).items()}
             places = np.full((len(KINDS), 2), -1, np.int64)
             for kind, place in own.items():
@@ -200,9 +116,9 @@ def read_index(shard: Path) -> TarIndex:
     return index
 
 
-def _members(shard: Path, index: TarIndex) -> dict[str, Place]:
+def _members(shard: Path, index: TarIndex) -> dict[str, TarMember]:
     """Return the files of a shard by their normalised names; of a name that comes twice the last one, as tar extracts it."""
-    members: dict[str, Place] = {}
+    members: dict[str, TarMember] = {}
     links: dict[str, tuple[int, str]] = {}
     end = 0
     with tarfile.open(shard, "r:") as archive:
@@ -229,7 +145,7 @@ def _members(shard: Path, index: TarIndex) -> dict[str, Place]:
             if min(member.size, *(number for piece in pieces or () for number in piece), 0) < 0:
                 raise EOFError(f"{name!r} has a negative size")
             first = members[name].position if name in members else position
-            members[name] = Place(first, member.offset_data, member.size, pieces)
+            members[name] = TarMember(first, member.offset_data, member.size, pieces)
             end = max(end, member.offset_data + stored)
     if end > shard.stat().st_size:
         raise EOFError("it ends inside its last file")
@@ -240,7 +156,7 @@ def _members(shard: Path, index: TarIndex) -> dict[str, Place]:
             target = links[target][1]
         if target in members:
             place = members[target]
-            members[name] = Place(position, place.offset, place.size, place.sparse)
+            members[name] = TarMember(position, place.offset, place.size, place.sparse)
         else:
             add_to(index.unused, "broken link", name)
     return members
@@ -263,3 +179,132 @@ def read_place(
         whole[at : at + len(part)] = part
         offset += length
     return bytes(whole)
+
+
+VERSION = 1  # of the rules by which members become samples
+KEPT_FROM = 5_000  # samples; a smaller index is made in a second
+
+
+@dataclass
+class ShardIndex:
+    """Samples of all shards.
+
+    Attributes:
+        names: unique name of each sample.
+        shard_of: (N,) number of its shard.
+        places: (N, kinds, 2) offset and size of its members, -1 where there is none.
+        sparse: (shard, offset) -> pieces of members that are stored with holes.
+        unused, duplicates: counts by kind.
+        counts: samples with a file of each kind.
+    """
+
+    names: list[str] = field(default_factory=list)
+    shard_of: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    places: np.ndarray = field(default_factory=lambda: np.empty((0, 4, 2), np.int64))
+    sparse: dict[tuple[int, int], tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    unused: dict[str, Tally] = field(default_factory=dict)
+    duplicates: dict[str, Tally] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def index_shards(shards: Sequence[Path], shown: Sequence[str], folder: Path) -> ShardIndex:
+    """Return the index of plain shards, from disk where the same files were indexed before.
+
+    Args:
+        shards: the files.
+        shown: their unique names.
+        folder: where the index is kept.
+
+    Raises:
+        DataError: a shard that cannot be read.
+    """
+    kept = folder / f"{_key(shards, shown)}.npz"
+    try:
+        if kept.is_file():
+            return _load(kept)
+    except INDEX_DAMAGE as error:
+        logger.warning("index %s is damaged and is made again: %s", kept, error)
+    index = _make(shards, shown)
+    if len(index.names) >= KEPT_FROM:
+        try:
+            with saving(kept):
+                folder.mkdir(parents=True, exist_ok=True)
+                with atomic_file(kept) as partial:
+                    _save(partial, index)
+        except (OSError, RunError) as error:  # it only saves time
+            logger.warning("the index of the shards is not kept: %s", error)
+    return index
+
+
+def _key(shards: Sequence[Path], shown: Sequence[str]) -> str:
+    """Hash places, sizes and times of the files: a file that changes is indexed again."""
+    parts: list[object] = [VERSION, sorted(image_endings()), list(shown)]
+    for shard in shards:
+        if not shard.is_file():
+            break  # indexing names it
+        status = shard.stat()
+        parts.append((os.path.realpath(shard), status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _make(shards: Sequence[Path], shown: Sequence[str]) -> ShardIndex:
+    whole = ShardIndex()
+    places: list[np.ndarray] = []
+    shard_of: list[int] = []
+    counts: Counter[str] = Counter()
+    for number, (shard, name) in enumerate(zip(shards, shown, strict=True)):
+        index = read_index(shard)
+        whole.names += [printable(f"{name}/{stem}") for stem in index.samples]
+        shard_of += [number] * len(index.samples)
+        whole.sparse |= {(number, offset): pieces for offset, pieces in index.sparse.items()}
+        places += index.samples.values()
+        counts.update(index.counts)
+        _gather(index, name, whole)
+    whole.counts = dict(counts)
+    whole.shard_of = np.asarray(shard_of, np.int32)
+    if places:
+        whole.places = np.stack(places)
+    return whole
+
+
+def _gather(index: TarIndex, shard: str, whole: ShardIndex) -> None:
+    """Add a shard's counts to those of the source."""
+    for own, total in ((index.unused, whole.unused), (index.duplicates, whole.duplicates)):
+        for kind, tally in own.items():
+            for name in tally.names:
+                add_to(total, kind, f"{shard}/{name}")
+            total[kind].count += tally.count - len(tally.names)
+
+
+def _save(path: Path, index: ShardIndex) -> None:
+    about = {
+        "sparse": [[*place, pieces] for place, pieces in index.sparse.items()],
+        "unused": {kind: asdict(tally) for kind, tally in index.unused.items()},
+        "duplicates": {kind: asdict(tally) for kind, tally in index.duplicates.items()},
+        "counts": index.counts,
+    }
+    with path.open("wb") as stream:
+        np.savez(
+            stream,
+            names=np.frombuffer("\0".join(index.names).encode(), np.uint8),
+            about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+            shard_of=index.shard_of,
+            places=index.places,
+        )
+
+
+def _load(path: Path) -> ShardIndex:
+    with np.load(path) as file:
+        about = load_json(file["about"].tobytes())
+        index = ShardIndex(
+            file["names"].tobytes().decode().split("\0"),
+            file["shard_of"],
+            file["places"],
+            {(shard, offset): tuple((at, n) for at, n in pieces) for shard, offset, pieces in about["sparse"]},
+            {kind: Tally(**tally) for kind, tally in about["unused"].items()},
+            {kind: Tally(**tally) for kind, tally in about["duplicates"].items()},
+            about["counts"],
+        )
+    if not len(index.names) == len(index.places) == len(index.shard_of):
+        raise ValueError("its parts differ in length")
+    return index

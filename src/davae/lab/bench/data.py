@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from davae.data.batches import Batches, chosen_workers, training_loader
-from davae.data.latent_cache.read import CacheMeta, check_cache, read_meta
+from davae.data.latent_cache.meta import CacheMeta, check_cache, read_meta
 from davae.runs.upgrade import Upgrade
 from davae.train.loop import training_seed
 from davae.train.random import SampleRandom

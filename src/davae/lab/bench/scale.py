@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from davae.data.batches import Batches, training_loader
-from davae.data.latent_cache.plan import shard_rows
-from davae.data.latent_cache.read import CachedLatents, CacheMeta, collate_latents, seal
+from davae.data.latent_cache.meta import CacheMeta, seal
+from davae.data.latent_cache.read import CachedLatents, collate_latents
+from davae.data.latent_cache.shard_plan import shard_rows
 from davae.data.latent_cache.write import ChannelStatistics, merge_index, merged_meta, save_latents, write_text
 from davae.lab.bench.clock import in_own_process, machine, resident
 

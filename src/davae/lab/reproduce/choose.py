@@ -26,8 +26,8 @@ from davae.recipes import (
     BaseRecipe,
     Recipe,
     SuperResolutionRecipe,
+    check_command_source,
     check_commands,
-    check_source,
     load_recipe,
 )
 from davae.recipes.loading import suggestion
@@ -111,7 +111,7 @@ class JobFactory:
     def measures(self) -> dict[str, Any]:
         generation = self.table.generation or self.scale.generation
         for data in (generation.data, self.scale.reconstruction.data):
-            check_source(data, "the table's data")
+            check_command_source(data, "the table's data")
         # without defaults, so that new options change no hash
         return {
             "generation": generation.model_dump(exclude_defaults=True),

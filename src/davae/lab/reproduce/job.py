@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from davae.data.latent_cache.key import fingerprint
+from davae.data.latent_cache.key import hash_values
 from davae.recipes.base import BaseRecipe
 from davae.recipes.sections import FlowOptim
 from davae.recipes.super_resolution import SuperResolutionRecipe
@@ -63,7 +63,7 @@ class UpgradeJob(Job):
         values = self.recipe.model_dump(
             mode="json", exclude_defaults=True, exclude={"name", "run", "report", "sampling"}
         )
-        return fingerprint(values, model_digest(self.recipe.base.model), self.recipe.run.seed, self.measures)
+        return hash_values(values, model_digest(self.recipe.base.model), self.recipe.run.seed, self.measures)
 
     @cached_property
     def stage1_key(self) -> str:
@@ -72,7 +72,7 @@ class UpgradeJob(Job):
         values = self.recipe.model_dump(mode="json", exclude_defaults=True, include=fields)
         if self.recipe.stage2.data is not None:
             values["stage2.data"] = self.recipe.stage2.data.model_dump(mode="json", exclude_defaults=True)
-        return fingerprint(values, model_digest(self.recipe.base.model), self.recipe.run.seed)
+        return hash_values(values, model_digest(self.recipe.base.model), self.recipe.run.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class EnlargedJob(Job):
         if network is not None and network["data"]["num_workers"] is None:
             network["data"]["num_workers"] = 0  # the default when the first figures were made
         base = model_digest(self.recipe.base.model)
-        return fingerprint(self.upscale, base, network, self.measures["generation"])
+        return hash_values(self.upscale, base, network, self.measures["generation"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class BaseJob(Job):
             mode="json", exclude_defaults=True, exclude={"name", "run", "sampling"} | replaced
         )
         start = None if self.recipe.init is None else model_digest(self.recipe.init)
-        return fingerprint(values, self.autoencoder_key, start, self.recipe.run.seed, self.measures)
+        return hash_values(values, self.autoencoder_key, start, self.recipe.run.seed, self.measures)
 
     @cached_property
     def autoencoder_key(self) -> str:
@@ -127,7 +127,7 @@ class BaseJob(Job):
             return self.detail.stage1_key
         own = self.recipe.autoencoder
         values = self.recipe.model_dump(mode="json", exclude_defaults=True, include=set(PREPARED))
-        return fingerprint(values, model_digest(own) if isinstance(own, str) else None, self.recipe.run.seed)
+        return hash_values(values, model_digest(own) if isinstance(own, str) else None, self.recipe.run.seed)
 
     @property
     def prepared(self) -> BaseRecipe:
@@ -161,7 +161,7 @@ class DrawnJob(Job):
         if self.pipeline in SHIPPED:
             weights.append(model_digest(str(UPGRADES[base])))
         sizes = (self.resolution, self.compare_at, self.upscale)
-        return fingerprint(self.pipeline, weights, sizes, self.generation, self.seed)
+        return hash_values(self.pipeline, weights, sizes, self.generation, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,4 +170,4 @@ class PlannedJob(Job):
 
     @property
     def key(self) -> str:
-        return fingerprint("planned", self.row, self.command)
+        return hash_values("planned", self.row, self.command)

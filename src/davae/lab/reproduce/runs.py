@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from davae.data.latent_cache.key import fingerprint
+from davae.data.latent_cache.key import hash_values
 from davae.errors import RecipeError
 from davae.evaluate.generation import evaluate_generation
 from davae.evaluate.reconstruction import evaluate_reconstruction
@@ -113,7 +113,7 @@ def trained_upscaler(job: EnlargedJob, out: Path, observer: Observer) -> str:
     """Return the value of `--upscale` for a job: a method, or a network's weights, trained if needed."""
     if job.super_resolution is None:
         return job.upscale
-    folder = out / "networks" / fingerprint(job.super_resolution.model_dump(mode="json"))
+    folder = out / "networks" / hash_values(job.super_resolution.model_dump(mode="json"))
     return str(train_super_resolution(job.super_resolution, folder, observer))
 
 
@@ -248,7 +248,7 @@ def reconstruction_once(first: Path, settings: dict[str, Any], recipe: Recipe | 
         settings: data and number of images.
         recipe: whose training prepares its images as the measurement does.
     """
-    path = first / f"reconstruction-{fingerprint(settings)}.json"
+    path = first / f"reconstruction-{hash_values(settings)}.json"
     if not path.is_file():
         data = Data(source=settings["data"], enlarge=recipe.data.enlarge)
         figures = evaluate_reconstruction(str(first / "vae"), data, recipe.resolution, settings["num"], 0.0)
@@ -314,7 +314,7 @@ def timed_jobs(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _speed_file(rows: Sequence[Job], results: Path) -> Path:
-    return results / f"speed-{fingerprint(*sorted(job.key for job in rows))}.json"
+    return results / f"speed-{hash_values(*sorted(job.key for job in rows))}.json"
 
 
 def _drawing(job: Job) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""Folders -> classes, and which of `train/`, `val/`, `test/` is read."""
+"""Splits: which of `train/`, `val/`, `test/` is read, of folders, files and tables."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from pathlib import Path
+from typing import Any
 
+from davae.data.findings import Tally, add_to
 from davae.errors import DataError
 
 SPLIT = re.compile(
@@ -23,11 +25,6 @@ SPLIT_WORD = re.compile(
     r"(?<![A-Za-z])(?i:(train|training|val|valid|validation|test|testing))(?![a-z])"
 )  # `DIV2K_train_HR`
 JOINT = re.compile(r"([ _.-])\0[ _.-]")  # where a split's word was
-CONTAINERS = re.compile(
-    r"(?:image|img|picture|photo)s?[ _-]?(?:\d+(?:x\d+)?)?|data|jpe?g|png|jpegimages", re.IGNORECASE
-)  # names that only say that images are inside: `images1024x1024`
-NUMBERED = re.compile(r"\d{4,}")
-PREFIXED = re.compile(r"\d{1,4}[ _.-]+(\S.*)")  # `10_sks dog`, ten repeats; `001.Black_footed_Albatross`
 
 
 def split_of(name: str) -> str | None:
@@ -120,43 +117,51 @@ def choose_split(folders: Iterable[str], wanted: str, where: str) -> Chosen:
     return chosen
 
 
-def class_names(read: dict[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return the class of each folder, none where the folders are not classes: a single one, or `images/` and the like.
+SPLIT_PARTS = re.compile(r"[-_./]")
 
-    A class is named by the last part of its path; where two end alike both are named by the whole path.
+
+def files_of_split(files: Sequence[Path], wanted: str, folder: Path, unused: dict[str, Tally]) -> list[Path]:
+    """Keep one split where the names of files tell several: `train-00000-of-00002.parquet`, `set-val-0.tar`.
+
+    Args:
+        files: shards or tables of a folder.
+        wanted: the split, `train` by default.
+        folder: for messages.
+        unused: counts the files of other splits; added to.
+
+    Raises:
+        DataError: the split is missing, or files of no split lie next to the others.
     """
-    paths = {
-        folder: kept
-        for folder, parts in read.items()
-        if (kept := tuple(name for name in parts if not CONTAINERS.fullmatch(name)))
-    }
-    distinct = set(paths.values())
-    if len(distinct) < 2:
-        return {}
-    ends = Counter(path[-1] for path in distinct)
-    columns = zip(*(path[:-1] for path in distinct), strict=False)
-    shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, columns))
-    return {folder: path[-1] if ends[path[-1]] == 1 else "/".join(path[shared:]) for folder, path in paths.items()}
+    shown = {path: path.relative_to(folder).as_posix() for path in files}
+    split = {path: next(filter(None, map(split_of, SPLIT_PARTS.split(shown[path])[:-1])), None) for path in files}
+    names = {name for name in split.values() if name}
+    goal = split_of(wanted) or wanted
+    if len(names) < 2 and not (names and goal != "train"):
+        if goal != "train":
+            raise DataError(f"data.split '{wanted}': {folder} has no files named after splits; leave it out")
+        return list(files)
+    if goal not in names:
+        raise DataError(
+            f"folder {folder} holds files of {', '.join(sorted(names))} but none of {goal}; set data.split to the one to read"
+        )
+    if strange := next((shown[path] for path, name in split.items() if name is None), None):
+        raise DataError(
+            f"folder {folder} holds files of several splits, and {strange}; name the files in data.source"
+        )
+    for path, name in split.items():
+        if name != goal:
+            add_to(unused, f"file of the split {name}", shown[path])
+    return [path for path, name in split.items() if name == goal]
 
 
-def caption_of_class(name: str) -> str | None:
-    """Return a class's name as a caption; None for numbered folders, which only divide a set into pieces."""
-    return None if NUMBERED.fullmatch(name.rpartition("/")[2]) else name.replace("/", " ").replace("_", " ")
+def table_of_split(rows: Mapping[str, Any], wanted: str, name: str) -> Any:
+    """Return one of several tables.
 
-
-def order_note(names: Collection[str]) -> str | None:
-    """Return a sentence on classes named by numbers whose order, as text, is another; None for all others."""
-    if not all(re.fullmatch(r"[0-9]{1,9}", name) for name in names):
-        return None
-    ordered = sorted(names)
-    odd = next((number for number, name in enumerate(ordered) if int(name) != number), None)
-    if odd is None or ordered == sorted(names, key=int):
-        return None
-    return f"the folders are numbers, and classes follow the order of names as text: folder {ordered[odd]} is class {odd}"
-
-
-def captions_of_classes(names: Collection[str]) -> tuple[dict[str, str | None], bool]:
-    """Return the caption of each class, without the numbers before all names, and whether there are such."""
-    found = {name: PREFIXED.fullmatch(name) for name in names}
-    numbered = bool(found) and all(found.values())
-    return {name: caption_of_class(own[1] if numbered and own else name) for name, own in found.items()}, numbered
+    Raises:
+        DataError: the split is missing.
+    """
+    if wanted not in rows:
+        raise DataError(
+            f"data.source: {name} holds {', '.join(rows)} but no {wanted}; set data.split to the one to read"
+        )
+    return rows[wanted]

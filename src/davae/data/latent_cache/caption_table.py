@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from davae.data.latent_cache.files import REMEDY, open_array, save_array
+from davae.data.latent_cache.shard_files import REMEDY, open_array, save_array
 from davae.errors import DataError
 from davae.files.atomic import atomic_file
 

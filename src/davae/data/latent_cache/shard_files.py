@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from davae.data.latent_cache.key import fingerprint, plain
+from davae.data.latent_cache.key import hash_values, plain_key
 from davae.errors import DataError
 from davae.files.atomic import atomic_file
 from davae.files.checksums import SUFFIX, array_sum, row_sums
@@ -52,13 +52,13 @@ def latent_shards(folder: Path) -> list[Path]:
 
 def shard_key(key: Mapping[str, Any]) -> np.ndarray:
     """Return the short form of a cache's key that each of its shards holds."""
-    return np.frombuffer(fingerprint(plain(key)).encode(), np.uint8)
+    return np.frombuffer(hash_values(plain_key(key)).encode(), np.uint8)
 
 
 def made_from(path: Path, key: Mapping[str, Any]) -> bool:
     """Return whether a shard can be opened and was written for this key; shards of earlier versions name none and count."""
     try:
-        shard = Shard(path)
+        shard = CacheShard(path)
         return "key" not in shard.names or np.array_equal(shard.tensor("key"), shard_key(key))
     except DataError:
         return False
@@ -84,7 +84,7 @@ def open_array(path: Path) -> np.ndarray:
         raise DataError(f"cache file {path} is cut or damaged; {REMEDY}") from error
 
 
-class Shard:
+class CacheShard:
     """One open shard; what is read of it is compared with its checksums.
 
     Attributes:
@@ -150,10 +150,10 @@ class Shard:
                 self.tensor(name)
 
 
-def is_sound(path: Path) -> bool:
+def is_sound_shard(path: Path) -> bool:
     """Return whether a shard can be opened and its small tensors are what was written; a word in the log where not."""
     try:
-        Shard(path).check()
+        CacheShard(path).check()
     except DataError as error:
         if path.is_file():
             logger.warning("%s", error)

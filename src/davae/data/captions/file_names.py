@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -229,35 +229,3 @@ def _without_parts(images: list[str], prefix: str, unused: dict[str, Tally], sha
         if name in parts:
             add_to(unused, "other part of a sample", prefix + name)
     return [name for name in images if name not in parts]
-
-
-def part_folders(images: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return the folders of masks, depth maps and the like: most of their names are those of images next to them.
-
-    Args:
-        images: relative path of a folder, '' the root -> names of its images.
-    """
-    paths = {folder: tuple(folder.split("/")) if folder else () for folder in images}
-    place = {
-        folder: next((at for at, name in enumerate(parts) if JOINED.fullmatch(name)), None)
-        for folder, parts in paths.items()
-    }
-    if all(at is None for at in place.values()):
-        return []
-    near: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = defaultdict(list)
-    for folder, parts in paths.items():
-        if place[folder] is None:
-            for at in range(len(parts) + 1):
-                near[parts[:at], parts[at:]].append(folder)  # `a.jpg`, `masks/a.png`
-                near[parts[:at], parts[at + 1 :]].append(folder)  # `images/a.jpg`, `masks/a.png`
-    found = []
-    for folder, at in place.items():
-        if at is None:
-            continue
-        own = {stem(name) for name in images[folder]}
-        own = {joined[1] if (joined := JOINED.fullmatch(name)) and joined[1] else name for name in own}
-        others = near.get((paths[folder][:at], paths[folder][at + 1 :])) or near.get((paths[folder][:at], ()), ())
-        known = {stem(name) for other in others for name in images[other]}
-        if own and 2 * len(own & known) >= len(own):
-            found.append(folder)
-    return found

@@ -1,4 +1,4 @@
-"""Images in files: a folder, WebDataset shards on disk, a sample file of arrays."""
+"""WebDataset shards on disk as an image source, read at random."""
 
 from __future__ import annotations
 
@@ -13,20 +13,16 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from davae.data.captions.choice import SourceOptions
-from davae.data.captions.matching import Kind
-from davae.data.captions.sidecars import TABLE_OPTIONS, Sidecars
-from davae.data.classes import choose_split, class_names, split_note, split_points
-from davae.data.decoding import decode, header_size
+from davae.data.captions.file_names import Kind
+from davae.data.captions.sidecars import Sidecars
+from davae.data.class_folders import classes_of_folders
+from davae.data.decoding import decode_image, header_size
 from davae.data.findings import Findings, Tally, add_to, printable
-from davae.data.folder import FolderSource
-from davae.data.npz import NpzSource, map_npz
-from davae.data.shards.copies import cache_folder
-from davae.data.shards.index import index_shards
-from davae.data.shards.tar_index import KINDS, index_tar, plain_shard, read_place
+from davae.data.options import TABLE_OPTIONS, SourceOptions
+from davae.data.shards.copies import cache_folder, plain_shard
+from davae.data.shards.tar_index import KINDS, index_shards, read_place
+from davae.data.splits import choose_split, split_note, split_points
 from davae.errors import DataError
-
-__all__ = ["TABLE_OPTIONS", "FolderSource", "NpzSource", "TarSource", "index_tar", "map_npz"]
 
 MEMBER = 1 << 31  # bytes of a member that are read at most
 PREFIX = 1 << 15  # bytes that are read at a time while a header is looked for
@@ -95,7 +91,7 @@ class TarSource:
             self.shard_of, self.places = self.shard_of[kept], self.places[kept]
             paths = chosen.read
             notes.append(split_note(self.options.split))
-        if class_names(paths):
+        if classes_of_folders(paths):
             shown = ", ".join(list(paths)[:3])
             notes.append(
                 f"the folders inside the shards ({shown}) are neither captions nor classes; unpack them to have both"
@@ -170,7 +166,7 @@ class TarSource:
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
         text = self.caption(index, rng)
         stream = io.BytesIO(self.sidecar(index, "picture") or b"")
-        return decode(stream, self.options.background, self.options.max_pixels, self.options.float_pixels), text
+        return decode_image(stream, self.options.background, self.options.max_pixels, self.options.float_pixels), text
 
 
 class _Part(io.RawIOBase):

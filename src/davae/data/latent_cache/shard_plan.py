@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from davae.data.latent_cache.files import REMEDY, Shard
-from davae.data.latent_cache.read import Team, replace_json
+from davae.data.latent_cache.meta import Team, replace_json
+from davae.data.latent_cache.shard_files import REMEDY, CacheShard
 from davae.errors import DataError
 from davae.files.reading import load_json, whole_number
 
@@ -73,6 +73,6 @@ def _same_flips(folder: Path, path: Path) -> None:
 
 def _cut_by(path: Path, rows: int, variants: int) -> bool:
     """Return whether a shard can have so many rows, those of skipped images counted."""
-    shard = Shard(path)
+    shard = CacheShard(path)
     found = len(shard.tensor("labels"))
     return found <= rows <= found + variants * len(load_json(shard.metadata.get("skipped", "{}")))

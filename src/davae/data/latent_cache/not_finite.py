@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from davae.data.images import counted
-from davae.data.latent_cache.captions import CaptionTable
-from davae.data.latent_cache.files import Shard, is_sound, latent_shards
+from davae.data.images import summarise_skipped
+from davae.data.latent_cache.caption_table import CaptionTable
+from davae.data.latent_cache.shard_files import CacheShard, is_sound_shard, latent_shards
 from davae.errors import DataError
 from davae.files.reading import load_json
 
@@ -58,16 +58,16 @@ def check_many(skipped: Mapping[str, str], images: int, least: int = ALWAYS) -> 
     if len(lost) > max(least, ALLOWED * images):
         first = next(iter(lost.values()))
         raise DataError(
-            f"cache: of {images} images {counted(lost)}: {first}; the autoencoder or a text encoder overflows: set "
+            f"cache: of {images} images {summarise_skipped(lost)}: {first}; the autoencoder or a text encoder overflows: set "
             "run.mixed_precision to bf16 or no and cache.dtype to float32, or use another base.model"
         )
 
 
 def is_finished(path: Path) -> bool:
     """Return whether an interrupted cache's shard can stay; one with values that are not finite is made again."""
-    if not is_sound(path):
+    if not is_sound_shard(path):
         return False
-    metadata = Shard(path).metadata
+    metadata = CacheShard(path).metadata
     skipped = load_json(metadata.get("skipped", "{}"))
     return not load_json(metadata.get(NOT_FINITE, "[]")) and not any(
         why.startswith(LATENT) for why in skipped.values()
@@ -90,7 +90,7 @@ def lost_captions(
     rows: list[int] = []
     start = 0
     for name, count in text:
-        rows += [start + row for row in load_json(Shard(folder / name).metadata.get(NOT_FINITE, "[]"))]
+        rows += [start + row for row in load_json(CacheShard(folder / name).metadata.get(NOT_FINITE, "[]"))]
         start += count
     if not rows:
         return [], {}
@@ -109,7 +109,7 @@ def lost_captions(
 
 def _numbers(path: Path) -> list[int]:
     """Return the number of each item's image; -1 where the cache was imported and has no images."""
-    shard = Shard(path)
+    shard = CacheShard(path)
     if "images" in shard.names:
         return shard.tensor("images").tolist()
     return [-1] * len(shard.tensor("labels"))

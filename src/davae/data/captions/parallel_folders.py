@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from davae.data.captions.matching import Kind, Matched, folded, stem
+from davae.data.captions.file_names import JOINED, Kind, Matched, folded, stem
 
 CAPTIONS = re.compile(
     r"(?:(.*)[ _-])?(captions?|labels?|txts?|texts?|prompts?|jsons?|annotations?|descriptions?|tags|cls)(?:[ _-](.*))?",
@@ -83,3 +83,35 @@ def _of_one_folder(owners: list[Owner], at: int, captions: str) -> list[Owner]:
 
 def _parts(folder: str) -> tuple[str, ...]:
     return tuple(folder.split("/")) if folder else ()
+
+
+def part_folders(images: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return the folders of masks, depth maps and the like: most of their names are those of images next to them.
+
+    Args:
+        images: relative path of a folder, '' the root -> names of its images.
+    """
+    paths = {folder: tuple(folder.split("/")) if folder else () for folder in images}
+    place = {
+        folder: next((at for at, name in enumerate(parts) if JOINED.fullmatch(name)), None)
+        for folder, parts in paths.items()
+    }
+    if all(at is None for at in place.values()):
+        return []
+    near: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = defaultdict(list)
+    for folder, parts in paths.items():
+        if place[folder] is None:
+            for at in range(len(parts) + 1):
+                near[parts[:at], parts[at:]].append(folder)  # `a.jpg`, `masks/a.png`
+                near[parts[:at], parts[at + 1 :]].append(folder)  # `images/a.jpg`, `masks/a.png`
+    found = []
+    for folder, at in place.items():
+        if at is None:
+            continue
+        own = {stem(name) for name in images[folder]}
+        own = {joined[1] if (joined := JOINED.fullmatch(name)) and joined[1] else name for name in own}
+        others = near.get((paths[folder][:at], paths[folder][at + 1 :])) or near.get((paths[folder][:at], ()), ())
+        known = {stem(name) for other in others for name in images[other]}
+        if own and 2 * len(own & known) >= len(own):
+            found.append(folder)
+    return found
