@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from davae.data.findings import Tally, add_to
+from davae.data.findings import Findings, Tally, add_to
 from davae.data.images import ImageSource, by_kind, spread_indices
 from davae.errors import DataError, UnreadableImage
 
@@ -254,43 +254,53 @@ def summarise(
         seconds: time that was spent before.
         partial: what of a remote source was looked at.
     """
-    read = [usable[place] for place in spread_indices(len(usable), READ)]
-    label_of, damaged = read_labels(source, read)
+    label_of, damaged = read_labels(source, [usable[place] for place in spread_indices(len(usable), READ)])
     captions = read_captions(source, list(label_of), limits)
     damaged |= captions.damaged
-    labels = Counter(label for index, label in label_of.items() if index not in damaged)
-    if damaged:  # training leaves these images out, too
-        left_out = {**left_out, **{source.key(index): why for index, why in damaged.items()}}
-        kept = [place for place, index in enumerate(usable) if index not in damaged]
-        usable, pixels = [usable[place] for place in kept], pixels[kept]
-        read = [index for index in read if index not in damaged]
+    labels = (label for index, label in label_of.items() if index not in damaged)
+    left_out = {**left_out, **{source.key(index): why for index, why in damaged.items()}}
+    kept = [place for place, index in enumerate(usable) if index not in damaged]
+    usable, pixels = [usable[place] for place in kept], pixels[kept]
     findings = source.findings
-    encodings: dict[str, list[str]] = {}
-    for file, how in findings.encodings.items():
-        encodings.setdefault(how, []).append(file)
-    lines = f"{captions.several_lines:,} captions have several lines; each is one caption"
-    own_notes = [*notes, lines] if captions.several_lines else notes
-    too_long = [f"{file}: a caption of {length:,} characters is cut" for file, length in findings.cut.items()]
     return Summary(
         source=name,
         layout=findings.layout,
         captions_from=findings.captions_from,
         found=found,
         images=len(usable),
-        read=len(read),
+        read=len(label_of) - len(captions.damaged),
         captions=captions,
-        classes={name_of_class(source, label): labels[label] for label in sorted(n for n in labels if n is not None)},
+        classes=_class_counts(source, labels),
         sizes=size_facts(pixels),
         buckets=buckets,
         left_out=by_kind(left_out),
         unused=dict(findings.unused),
         duplicates=dict(findings.duplicates) | equal_files(equal or {}),
-        encodings=encodings,
-        notes=(*findings.notes, *too_long[:NAMED], *own_notes),
+        encodings=_by_repair(findings.encodings),
+        notes=_all_notes(findings, captions, notes),
         examples=[example(source, index, size) for index, size in islice(zip(usable, pixels, strict=True), examples)],
         seconds=seconds,
         partial=partial,
     )
+
+
+def _class_counts(source: ImageSource, labels: Iterable[int | None]) -> dict[str, int]:
+    counts = Counter(label for label in labels if label is not None)
+    return {name_of_class(source, label): counts[label] for label in sorted(counts)}
+
+
+def _by_repair(encodings: Mapping[str, str]) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for file, how in encodings.items():
+        files.setdefault(how, []).append(file)
+    return files
+
+
+def _all_notes(findings: Findings, captions: CaptionFacts, notes: Sequence[str]) -> tuple[str, ...]:
+    """Return the notes of a source and of its caller, with a sentence on cut captions and on several lines."""
+    too_long = [f"{file}: a caption of {length:,} characters is cut" for file, length in findings.cut.items()]
+    lines = [f"{captions.several_lines:,} captions have several lines; each is one caption"]
+    return (*findings.notes, *too_long[:NAMED], *notes, *(lines if captions.several_lines else ()))
 
 
 def equal_files(equal: Mapping[str, str]) -> dict[str, Tally]:

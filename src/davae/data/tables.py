@@ -74,31 +74,9 @@ def load_rows(
     """
     try:
         import datasets
-        from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     except ImportError as error:
         raise DataError(f"data.source '{name}': Hugging Face datasets need `pip install 'davae[hub]'`") from error
-    chosen = name if files is None else [str(path) for path in files]
-    try:
-        if is_saved_table(name):
-            rows: Any = datasets.load_from_disk(name)
-        elif name.endswith(".parquet"):
-            rows = datasets.load_dataset("parquet", data_files=chosen, split="train", streaming=streaming)
-        else:
-            rows = datasets.load_dataset(name, options.config, split=options.split, streaming=streaming)
-    except (
-        DatasetNotFoundError,
-        DatasetGenerationError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        if name.endswith(".parquet") or is_saved_table(name):
-            raise DataError(f"data.source: {name} cannot be read as a table: {reason}") from error
-        raise DataError(
-            f"data.source '{name}' is no file or folder here, and the hub gave no dataset: {reason}"
-        ) from error
+    rows = _open_rows(name, options, streaming, name if files is None else [str(path) for path in files])
     if isinstance(rows, dict):  # of `save_to_disk`
         notes = [] if notes is None else notes
         notes += [split_note(options.split)] if len(rows) > 1 else []
@@ -120,6 +98,26 @@ def load_rows(
     if unread and notes is not None:
         notes.append(unread_note(unread))
     return rows.cast_column(options.image_column, datasets.Image(decode=False))
+
+
+def _open_rows(name: str, options: SourceOptions, streaming: bool, files: str | list[str]) -> Any:
+    """Open a dataset with `datasets`; the DataError for anything else gives its reason."""
+    import datasets
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    try:
+        if is_saved_table(name):
+            return datasets.load_from_disk(name)
+        if name.endswith(".parquet"):
+            return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+        return datasets.load_dataset(name, options.config, split=options.split, streaming=streaming)
+    except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        if name.endswith(".parquet") or is_saved_table(name):
+            raise DataError(f"data.source: {name} cannot be read as a table: {reason}") from error
+        raise DataError(
+            f"data.source '{name}' is not a file or folder here, and the hub gave no dataset: {reason}"
+        ) from error
 
 
 def column_weights(columns: list[str], options: SourceOptions) -> dict[str, float]:

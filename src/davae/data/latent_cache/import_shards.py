@@ -60,6 +60,20 @@ class _Shard:
             raise DataError(f"shard {path} is not a whole safetensors file: {error}") from error
 
 
+def _open_shards(source: Path, channels: int) -> list[_Shard]:
+    """Open a folder's shards; a DataError names one that does not fit the others or the model."""
+    shards = [_Shard(path) for path in sorted(source.glob(PATTERN))]
+    if not shards:
+        raise DataError(f"{source} has no latent shards ({PATTERN})")
+    shape = shards[0].shape[1:]
+    for shard in shards:
+        if shard.shape[1:] != shape or shard.flipped != shards[0].flipped:
+            raise DataError(f"shard {shard.path} holds latents {shard.shape[1:]}, the first shard {shape}")
+    if shape[0] != channels:
+        raise DataError(f"{source} holds latents of {shape[0]} channels, the model takes {channels}")
+    return shards
+
+
 def import_shards(
     source: Path,
     target: Path,
@@ -80,20 +94,12 @@ def import_shards(
     Raises:
         DataError: no shards, shapes that differ, channels or labels that do not fit the model.
     """
-    shards = [_Shard(path) for path in sorted(source.glob(PATTERN))]
-    if not shards:
-        raise DataError(f"{source} has no latent shards ({PATTERN})")
-    shape, flipped = shards[0].shape[1:], shards[0].flipped
-    for shard in shards:
-        if shard.shape[1:] != shape or shard.flipped != flipped:
-            raise DataError(f"shard {shard.path} holds latents {shard.shape[1:]}, the first shard {shape}")
-    if shape[0] != channels:
-        raise DataError(f"{source} holds latents of {shape[0]} channels, the model takes {channels}")
+    shards = _open_shards(source, channels)
     given = source / STATISTICS
     statistics = read_statistics(given, channels) if given.is_file() else None
 
     prepare_cache(target, key, Team())
-    names = ["latents", "latents_flip"] if flipped else ["latents"]
+    names = ["latents", "latents_flip"] if shards[0].flipped else ["latents"]
     total, over, number = sum(shard.shape[0] for shard in shards) * len(names), 0, 0
     for name in names:
         for shard in shards:

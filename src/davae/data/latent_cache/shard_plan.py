@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from davae.data.latent_cache.meta import Team, replace_json
@@ -21,6 +22,24 @@ def shard_rows(total: int, batch_size: int) -> int:
     """Rows of a shard: 64 shards or so, of whole batches, each of 16 to SHARD_ROWS rows. Processes do not count."""
     rows = min(SHARD_ROWS, max(16, -(-total // 64)))
     return -(-rows // batch_size) * batch_size
+
+
+def planned_shards(items: Mapping[int, int], batch_size: int) -> list[tuple[int, int, range]]:
+    """Cut the items of each bucket into shards.
+
+    Args:
+        items: bucket -> its items, variants counted.
+        batch_size: the batch size that shards are cut by.
+
+    Returns:
+        (bucket, number, which of the bucket's items) of each shard, in order.
+    """
+    plans = []
+    for group, total in items.items():
+        rows = shard_rows(total, batch_size)
+        starts = enumerate(range(0, total, rows))
+        plans += [(group, number, range(start, min(start + rows, total))) for number, start in starts]
+    return plans
 
 
 def begun_with(folder: Path, batch_size: int, first: int, variants: int, team: Team, *, flip: bool = False) -> int:

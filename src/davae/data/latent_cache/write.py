@@ -36,7 +36,7 @@ from davae.data.latent_cache.shard_files import (
     save_shard,
     shard_key,
 )
-from davae.data.latent_cache.shard_plan import begun_with, shard_rows
+from davae.data.latent_cache.shard_plan import begun_with, planned_shards
 from davae.data.latent_cache.text_rows import packed
 from davae.errors import DataError, UnreadableImage
 from davae.files.atomic import require_space
@@ -166,11 +166,7 @@ def write_latents(
     members = {int(g): np.flatnonzero(pictures.groups == g) for g in np.unique(pictures.groups)}
     first = variants * len(next(iter(members.values()), ()))
     unit = begun_with(folder, batch_size, first, variants, team, flip=pictures.flip)
-    plans: list[tuple[int, int, range]] = []  # bucket, number, which of its items
-    for group, own in members.items():
-        rows = shard_rows(len(own) * variants, unit)
-        starts = range(0, len(own) * variants, rows)
-        plans += [(group, n, range(s, min(s + rows, len(own) * variants))) for n, s in enumerate(starts)]
+    plans = planned_shards({group: len(own) * variants for group, own in members.items()}, unit)
     if team.main:
         planned = {latent_name(group, number) for group, number, _ in plans}
         for stray in latent_shards(folder):
