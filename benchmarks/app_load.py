@@ -1,9 +1,9 @@
-"""The page under load: clients that work, clients that attack, and the memory of the process before and after.
+"""Load test of `davae app`: clients that work, clients that attack, memory before and after.
 
     python benchmarks/app_load.py --clients 20 --requests 100 --images 200
 
 Starts `davae app` with the embedded model on this machine alone, as a user would. Each client sends its requests one after
-another, hostile ones mixed in; a visitor asks for the page once a second. Then images are drawn, some to warm up and
+another, hostile ones mixed in; a visitor opens the page once a second. Then images are drawn, some to warm up and
 the rest between two readings of the resident memory. An attack gets through where its answer is 200 or holds the
 victim's words.
 Writes docs/results/security/app.json.
@@ -54,7 +54,7 @@ class Page:
 
 @contextmanager
 def page(folder: Path) -> Iterator[Page]:
-    """Start `davae app` and give its page; end it."""
+    """Start `davae app`, yield its page, and end it."""
     victim = folder / "victim.png"
     victim.write_text(SECRET)
     with socket.socket() as free:
@@ -83,7 +83,7 @@ def record(path: str) -> dict[str, Any]:
 
 
 def attacks(served: Page) -> dict[str, list[Callable[[httpx.Client], httpx.Response]]]:
-    """Return kind -> attacks, each of which a client with the cookie of the owner makes, but for those without it."""
+    """Return attacks by kind, made with the owner's cookie unless the kind excludes it."""
     join, victim, port = f"{API}/queue/join", str(served.victim), served.origin.rpartition(":")[2]
     call = {"fn_index": 0, "session_hash": "evil"}
     hosts = (
@@ -201,7 +201,7 @@ def draw(client: httpx.Client, index: int, steps: int, seed: int) -> None:
 
 
 def load(served: Page, clients: int, requests: int) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
-    """Run all clients at once, and a visitor who measures how long the page takes to answer; (load, attacks by kind)."""
+    """Run all clients and a visitor who times the page, and return load and attacks by kind."""
     counts: dict[str, Counter] = {kind: Counter() for kind in ("honest", *attacks(served))}
     seconds: list[float] = []
     lock, over, waits = threading.Lock(), threading.Event(), []

@@ -1,4 +1,6 @@
-"""The same command several times at once with one `--out`: each ends whole or in one line, and no partial stays.
+"""One command run several times at once with one `--out`.
+
+Each process ends whole or with one line, and no partial file stays.
 
     python benchmarks/at_once.py --processes 3 --rounds 4 --json docs/results/security/at_once.json
 
@@ -24,7 +26,7 @@ from davae.files.atomic import MADE_HERE
 
 
 def start_into(command: list[str], words: Path) -> int:
-    """Start a command whose standard error goes to a file; return its process."""
+    """Start a command whose standard error goes to a file, and return its process."""
     sys.stderr.flush()
     kept = os.dup(2)
     number = os.open(words, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -53,7 +55,7 @@ def partials(out: Path) -> list[str]:
 
 
 def run_round(command: list[str], out: Path, processes: int, words: Path) -> dict[str, int]:
-    """Run a command several times at once; return how the processes ended."""
+    """Run a command several times at once, and return how the processes ended."""
     files = [words / f"{number}.txt" for number in range(processes)]
     children = [start_into([*command, "--out", str(out)], file) for file in files]
     found = {"done": 0, "one_line": 0, "fault": 0}

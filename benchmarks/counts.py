@@ -1,4 +1,4 @@
-"""Figures of `davae inspect` for known models, into src/davae/zoo/counts.json, from which they are read at once.
+"""Count the figures of `davae inspect` for known models into src/davae/zoo/counts.json.
 
     python benchmarks/counts.py                          # all that the file has, and the embedded model
     python benchmarks/counts.py sd35-medium@1024 sdxl    # these (at a resolution), the others stay as they are

@@ -1,4 +1,4 @@
-"""Start-up on images in tars: bytes read and seconds of a first and a second start, each in a process of its own.
+"""Start-up on images in tars: bytes and seconds of a first and a second start.
 
 Seconds are of the clock; on a machine that others use, too, those of the processor are the ones to compare.
 
@@ -40,7 +40,7 @@ print(json.dumps({"images": len(found.train), "seconds": round(seconds, 2), "cpu
 
 
 def write_shards(folder: Path, images: int, size: int) -> int:
-    """Write `images` PNGs of `size` bytes each (padded behind the image) with captions; returns all bytes."""
+    """Write captioned PNGs of `size` bytes each, padded behind the image, and return all bytes."""
     from PIL import Image
 
     total = 0

@@ -1,4 +1,4 @@
-"""Damaged and hostile files at every door that reads a stranger's file: one readable error, or it reads.
+"""Damaged and hostile files for every reader: each is read or refused with one error.
 
     python benchmarks/fuzz.py --minutes 10 --json docs/results/security/fuzz.json
 
@@ -268,7 +268,7 @@ WHOLE = {"models", "configs", "captions and JSON"}  # all files lie there, one o
 
 
 def attempt(door: str, files: dict[str, bytes], seed: int, root: Path) -> str:
-    """Read one changed file; return "" when davae read or refused it, else what went wrong."""
+    """Read one changed file, and return "" if davae read or refused it, else the fault."""
     from davae.errors import DavaeError
 
     dice = random.Random(f"{door} {seed}")
@@ -300,7 +300,7 @@ def attempt(door: str, files: dict[str, bytes], seed: int, root: Path) -> str:
 
 
 class TooLong(BaseException):
-    """An input that takes longer than it may; no handler of davae's or a library's may swallow it."""
+    """An input that takes too long, raised so that no handler swallows it."""
 
 
 def _alarm(number: int, frame: Any) -> None:
@@ -308,7 +308,7 @@ def _alarm(number: int, frame: Any) -> None:
 
 
 def work(door: str, seeds: Iterator[int], until: float, pipe: Any) -> None:
-    """Worker: read inputs until the time is over; what it is at is sent before, what came of it after."""
+    """Read inputs until the time is over, and send each before it is read and its result after."""
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     signal.signal(signal.SIGALRM, _alarm)
     files = DOORS[door][0]()
@@ -327,7 +327,7 @@ def work(door: str, seeds: Iterator[int], until: float, pipe: Any) -> None:
 
 
 def fuzz(door: str, seconds: float, first: int = 0, most: int = 10**9) -> dict[str, Any]:
-    """Read changed files at one door for some seconds; return counts, and each kind of fault with a seed."""
+    """Read changed files by one reader for a time, and return counts and faults with seeds."""
     context = get_context("fork")
     until, seed = time.monotonic() + seconds, first
     tried = 0

@@ -1,4 +1,4 @@
-"""What no CPU can show, in at most eight minutes of one GPU, the most valuable part first.
+"""Measurements that need a GPU, the most valuable first, in at most eight minutes.
 
     .venv/bin/python benchmarks/gpu.py --out docs/results/bench/gpu.json
 
@@ -43,7 +43,10 @@ class Part:
 
 
 def picture(resolution: int, batch: int, tiny: bool) -> dict[str, Any]:
-    """Time whole pictures of SD3.5 Medium at its true widths from random weights, native and upgraded, eager and recorded."""
+    """Time whole images of SD3.5 Medium at true width, native and upgraded, eager and recorded.
+
+    Weights are random.
+    """
     import diffusers
     import torch
 
@@ -112,7 +115,7 @@ def against_plain(stage: int, tiny: bool) -> dict[str, Any]:
 
 
 def text_training(precision: str, tiny: bool) -> dict[str, Any]:
-    """Train LoRA of the text model for 50 steps; return whether all losses are finite, and memory against the plan."""
+    """Train a LoRA for 50 steps, and return whether losses are finite, and memory against plan."""
     from davae.plan.dry_run import plan
     from davae.runs.upgrade import Upgrade
     from davae.train.run_folder import read_metrics
@@ -144,7 +147,7 @@ def text_training(precision: str, tiny: bool) -> dict[str, Any]:
 
 
 def tokens(model: str, resolution: int, batch: int, helpers: list[str], tiny: bool) -> dict[str, Any]:
-    """Time a transformer's pass, native and upgraded, against the bound of their FLOPs, with each helper."""
+    """Time a pass of a transformer, native and upgraded, with each helper, against its bound."""
     import torch
 
     from davae.lab.bench.tokens import bench_tokens
@@ -199,7 +202,7 @@ TINY_PIXELS = {2048: 128, 1024: 64}
 
 
 def run_part(part: Part, command: list[str], seconds: float) -> dict[str, Any]:
-    """Run a part in a process of its own; return its figures, or why there are none."""
+    """Run a part in a process of its own, and return its figures or the reason for none."""
     started = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)

@@ -1,4 +1,6 @@
-"""Verbs killed before each of their file operations: nothing half-written is taken for whole, the same command ends well.
+"""Verbs killed before each of their file operations.
+
+No partial file may pass for a whole one, and the same command must end well.
 
     python benchmarks/kill_operations.py --most 24 --json docs/results/security/operations.json
 
@@ -49,7 +51,7 @@ def watched(place: Path, before: Callable[[], None]) -> None:
 
 
 def run(command: list[str], place: Path, last: int) -> tuple[int, int]:
-    """Run a command in a child process that is killed before operation `last`; return (exit status, operations)."""
+    """Run a command that is killed before an operation, and return (exit status, operations)."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -81,7 +83,7 @@ def run(command: list[str], place: Path, last: int) -> tuple[int, int]:
 
 
 def kill_verb(command: list[str], out: Path, most: int) -> dict[str, int]:
-    """Kill a verb before each of its operations; return the counts."""
+    """Kill a verb before each of its operations, and return the counts."""
     command = [*command, "--out", str(out)]
     status, operations = run(command, out.parent, -1)
     if status:

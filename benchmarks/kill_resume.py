@@ -1,4 +1,4 @@
-"""A run killed with `kill -9` at random moments and started again each time, against one that was never killed.
+"""A run killed with `kill -9` at random moments and resumed, against one never killed.
 
     python benchmarks/kill_resume.py --kills 20
 
@@ -116,7 +116,7 @@ def recipe(place: Path, steps: int):
 
 
 def start(place: Path, out: Path, steps: int) -> int:
-    """The run in a child process; returns its id. A child that fails says so and leaves with 1."""
+    """Start the run in a child process and return its id, which exits with 1 if the run fails."""
     child = os.fork()
     if child:
         return child

@@ -1,4 +1,6 @@
-"""Verbs killed with `kill -9` at random moments: nothing half-written is taken for whole, and the same command ends well.
+"""Verbs killed with `kill -9` at random moments.
+
+No partial file may pass for a whole one, and the same command must end well.
 
     python benchmarks/kills.py --kills 20 --json docs/results/security/kills.json
 
@@ -55,7 +57,7 @@ VOLATILE = {
 
 
 def prepare(place: Path, steps: int) -> dict[str, list[str]]:
-    """Write the inputs of all verbs; return the command of each, without its `--out`."""
+    """Write the inputs of all verbs, and return the command of each, without its `--out`."""
     tiny_base(place / "base")
     config = place / "base" / "vae" / "config.json"  # the pipeline draws with a shift
     config.write_text(json.dumps({**json.loads(config.read_text()), "shift_factor": 0.0, "scaling_factor": 1.0}))
@@ -99,7 +101,7 @@ def prepare(place: Path, steps: int) -> dict[str, list[str]]:
 
 
 def start(command: list[str]) -> int:
-    """Start a davae command in a child process; return its id."""
+    """Start a davae command in a child process, and return its id."""
     child = os.fork()
     if child:
         return child
@@ -134,7 +136,7 @@ def files(out: Path) -> Iterator[Path]:
 
 
 def open_whole(path: Path) -> None:
-    """Open a file as its reader does; an error is one that only half of a file gives."""
+    """Open a file as its reader does, to raise the error that a partial file causes."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
@@ -180,7 +182,7 @@ def faults(out: Path) -> list[str]:
 
 
 def contents(out: Path) -> dict[str, Any]:
-    """Return everything that must be equal at the end: tensors, images, tables and logs, not times."""
+    """Return everything that must be equal at the end: tensors, images, tables and logs."""
     found: dict[str, Any] = {}
     for path in files(out):
         name = path.relative_to(out).as_posix() if out.is_dir() else path.suffix
@@ -200,7 +202,7 @@ def contents(out: Path) -> dict[str, Any]:
 
 
 def kill_one(command: list[str], out: Path, duration: float, moments: random.Random) -> str:
-    """Start a command and kill it; return where it was, empty where it had come to its end."""
+    """Start a command, kill it, and return its progress, empty if it had ended before."""
     child = start([*command, "--out", str(out)])
     moment = moments.uniform(0, duration)
     time.sleep(moment)
@@ -217,7 +219,7 @@ def place_of(verb: str, folder: Path) -> Path:
 
 
 def differing(expected: dict[str, Any], out: Path) -> list[str]:
-    """Return the names of what a place holds otherwise than expected, more or less than that included."""
+    """Return the names of files that are not as expected, missing and extra ones included."""
     found = contents(out)
     return sorted(n for n in expected.keys() | found.keys() if expected.get(n, 0) != found.get(n, 0))
 

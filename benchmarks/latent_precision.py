@@ -1,4 +1,4 @@
-"""What the precision of encoding costs the cached latents, against float32, on the embedded model.
+"""Errors of cached latents by precision of encoding, against float32.
 
     python benchmarks/latent_precision.py --json docs/results/data/latent_precision.json
 

@@ -1,4 +1,4 @@
-"""The phases of every shipped upgrade recipe: memory, disk, hours on the stated GPUs, and whether each one fits.
+"""Plan memory, disk and hours of every shipped upgrade recipe.
 
     python benchmarks/phases.py                         # all of them, into docs/results/phases.json
     python benchmarks/phases.py flux1-dev-2k sana-2k    # these, the others stay as they are

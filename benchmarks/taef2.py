@@ -1,9 +1,9 @@
-"""A DetailVAE on a real pretrained autoencoder and real photos: TAEF2 (the FLUX.2 latent space, f8, 32 channels).
+"""Train a DetailVAE on TAEF2 (FLUX.2 latents, f8, 32 channels) and real photos.
 
     .venv/bin/python benchmarks/taef2.py
 
 trains stage 1 on Imagenette's training photos at 128 px (at most 20 minutes on two cores), then encodes and decodes photos of
-its validation set, which it never saw, and writes PSNR, SSIM and LPIPS beside those of TAEF2 itself at half the size,
+its validation set, which it never saw, and writes PSNR, SSIM and LPIPS next to those of TAEF2 itself at half the size,
 enlarged bicubic: docs/results/taef2.json.
 """
 
@@ -43,7 +43,10 @@ RESOLUTION = 128
 
 
 def settings(steps: int) -> Recipe:
-    """Stage 1 of the photo recipe with real LPIPS; its other sections do not matter here."""
+    """Return stage 1 of the photo recipe with real LPIPS.
+
+    Its other sections are not used.
+    """
     recipe = load_recipe(
         "imagenette128-micro",
         [
@@ -68,7 +71,7 @@ def settings(steps: int) -> Recipe:
 
 
 def train(recipe: Recipe, base: torch.nn.Module, folder: Path) -> DetailVAE:
-    """Stage 1 alone; the same command on the same folder resumes."""
+    """Train or resume stage 1 alone."""
     seed_initial_weights(0)
     vae = DetailVAE.from_base(base, recipe.detail_channels, start=recipe.stage1.start)
     pictures = open_pictures(recipe.data, RESOLUTION).pictures(recipe.data, recipe.run.seed)

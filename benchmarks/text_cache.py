@@ -1,4 +1,6 @@
-"""The text cache of many synthetic captions: bytes on disk and time to read, padded as before and with true lengths.
+"""Bytes on disk and reading time of a text cache, padded and with true lengths.
+
+The captions are synthetic.
 
     python benchmarks/text_cache.py --captions 100000 --json docs/results/data/text_cache.json
 
@@ -53,7 +55,7 @@ def hash_of(word: str) -> int:
 
 
 def captions_of(count: int, seed: int = 0) -> list[str]:
-    """Captions of many lengths; every tenth repeats the one before."""
+    """Return captions of many lengths, every tenth of which repeats the one before."""
     generator = np.random.default_rng(seed)
     lengths = np.clip(np.exp(generator.normal(np.log(24), 0.7, count)), 3, 400).astype(int)
     found: list[str] = []
@@ -77,7 +79,7 @@ def write_latent_part(folder: Path, captions: list[str]) -> None:
 
 
 def padded_shards(folder: Path, encode: Prompts) -> None:
-    """Rewrite the text shards as earlier versions did: every caption at full length, no checksums."""
+    """Rewrite the text shards in the format of earlier versions: full length, no checksums."""
     for name, _ in read_meta(folder).text:
         shard = TextShard(folder / name)
         rows = [shard.row(row) for row in range(len(shard.shard.file.get_tensor("part_1")))]
@@ -91,7 +93,7 @@ def text_bytes(folder: Path) -> int:
 
 
 def read(folder: Path, batch: int, batches: int, *, embedded: bool, workers: int) -> float:
-    """Milliseconds a batch of `batch` captions: waiting for it, and looking its embeddings up where it came without."""
+    """Return the milliseconds a batch of `batch` captions takes to read and to look up."""
     cache = CachedLatents(folder, embedded=embedded)
     order = Batches(len(cache), batch, seed=0, start=0, stop=batches)
     loader = training_loader(cache, order, num_workers=workers, collate_fn=collate_latents)

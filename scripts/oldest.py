@@ -1,4 +1,4 @@
-"""Install the oldest versions that pyproject.toml allows into a fresh environment and run the core tests with them.
+"""Test with the oldest versions that pyproject.toml allows, in a fresh environment.
 
 python scripts/oldest.py /tmp/davae-oldest             # installs a few GB, then minutes of tests
 python scripts/oldest.py /tmp/davae-oldest --print     # the versions alone

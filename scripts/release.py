@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def problems(version: str, root: Path = ROOT) -> list[str]:
-    """Return what keeps a version from being released, each as `file: found; what to do`."""
+    """Return the reasons against a release of a version, in the form of davae's messages."""
     found = []
     declared = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     code = re.search(r'__version__ = "(.*?)"', (root / "src/davae/__init__.py").read_text(encoding="utf-8"))

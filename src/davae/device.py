@@ -1,4 +1,4 @@
-"""torch.compile, for training and drawing: repeated blocks one by one, or whole passes recorded."""
+"""torch.compile for training and drawing: repeated blocks one by one, or whole passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def block_names(module: nn.Module) -> list[str]:
 
 
 def compile_blocks(module: nn.Module, autocast_on: torch.device | None = None) -> None:
-    """torch.compile on each repeated block: one compilation serves all. Names of parameters stay as they are.
+    """Compile each repeated block of a model in place, once for all equal blocks.
+
+    Names of parameters stay as they are.
 
     Args:
         autocast_on: where the blocks will run in mixed precision, if they will.
@@ -31,14 +33,16 @@ def compile_blocks(module: nn.Module, autocast_on: torch.device | None = None) -
 
 
 def record_passes(network: Any) -> None:
-    """Whole passes of a transformer or U-Net through `torch.compile(mode="reduce-overhead")`: on a GPU one recorded launch
-    each (a CUDA graph), where the CPU would else start thousands of kernels and be the slower of the two. On a CPU it only
-    compiles."""
+    """Compile whole passes of a transformer or U-Net in place, recorded on a GPU.
+
+    With `mode="reduce-overhead"` a GPU launches each pass as one CUDA graph. Without it the CPU starts thousands of kernels
+    and is the slower of the two. On a CPU passes are only compiled.
+    """
     network.compile(mode="reduce-overhead")
     recorded = network._compiled_call_impl
 
     def own_outputs(*args: Any, **kwargs: Any) -> Any:
-        """The next pass writes over a graph's outputs, and solvers of several passes a step keep them."""
+        """Return copies of a graph's outputs, which the next pass overwrites and solvers keep."""
         return tree_map_only(torch.Tensor, torch.clone, recorded(*args, **kwargs))
 
     network._compiled_call_impl = own_outputs

@@ -102,14 +102,19 @@ def predict_once(model: nn.Module, transformer: nn.Module, latents: Tensor) -> T
 
 
 def transformer_flops(transformer: nn.Module, side: int) -> Flops:
-    """FLOPs of one pass on side x side latents and one prompt; `transformer` on the meta device."""
+    """Return the FLOPs of one pass on side x side latents and one prompt.
+
+    Args:
+        transformer: on the meta device.
+        side: of the latents.
+    """
     with torch.device("meta"):
         latents = torch.empty(1, latent_channels(transformer), side, side)
         return count_flops(lambda: predict_once(transformer, transformer, latents))
 
 
 def text_tokens(transformer: nn.Module) -> int:
-    """Tokens of the longest text that the transformer sees; 0 where it sees a class."""
+    """Return the tokens of the longest text that a transformer takes, 0 where it takes a class."""
     family = family_of(transformer)
     if family.condition == "class":
         return 0
@@ -120,7 +125,12 @@ def text_tokens(transformer: nn.Module) -> int:
 
 
 def autoencoder_flops(vae: Any, resolution: int) -> tuple[Flops, Flops]:
-    """FLOPs of encoding and of decoding one picture; `vae` on the meta device: a DetailVAE, or a base autoencoder."""
+    """Return the FLOPs of encoding and of decoding one square image.
+
+    Args:
+        vae: a DetailVAE or a base autoencoder, on the meta device.
+        resolution: pixels of the image.
+    """
     latents: list[Tensor] = []
     with torch.device("meta"):
         images = torch.empty(1, 3, resolution, resolution)

@@ -1,4 +1,4 @@
-"""Memory and FLOPs of a training step and of sampling, from a rehearsal on fake tensors: every operator, no bytes.
+"""Memory and FLOPs of a training step and of sampling, from a rehearsal on fake tensors.
 
 The rehearsal runs the real modules, losses and backward pass under torch's FakeTensorMode and adds up the storages that
 operators allocate while they live. What a device's libraries keep besides (CUDA context, workspaces, fragmentation) comes on
@@ -47,8 +47,10 @@ FORMULAS: dict[Any, Callable[..., float]] = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes that operators have allocated and not yet freed, the most there ever were, and FLOPs; what came from outside is
-    not counted. (torch's FlopCounterMode holds on to what checkpointing would free.)"""
+    """Peak bytes of tensors that operators allocate, and FLOPs.
+
+    Tensors from outside are not counted. (torch's FlopCounterMode keeps tensors that checkpointing would free.)
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ def _storages(values: Any) -> Iterator[Any]:
 
 
 class Mixed(nn.Module):
-    """A module that runs under autocast and returns float32, as accelerate wraps those it prepares."""
+    """A module that runs under autocast and returns float32, as accelerate wraps modules."""
 
     def __init__(self, module: nn.Module, enabled: bool):
         super().__init__()
@@ -136,7 +138,7 @@ def fake_mode() -> Iterator[None]:
 
 
 class Undrawn(SampleRandom):
-    """Draws of a rehearsal: shapes alone, so that a batch of any size takes no time. Call it inside a rehearsal."""
+    """Random draws of a rehearsal, inside `fake_mode`: shapes alone, in no time for any batch."""
 
     def __init__(self, count: int):
         super().__init__(0, "rehearsal", 0, 0, 0)
@@ -150,7 +152,10 @@ class Undrawn(SampleRandom):
 
 
 def fake_parameters(module: nn.Module) -> None:
-    """Replace tensors on the meta device by fake ones, shared ones by one; `to_empty` cannot do a shared tensor twice."""
+    """Replace tensors on the meta device by fake ones, and a shared tensor by one fake tensor.
+
+    `to_empty` cannot replace a shared tensor twice.
+    """
     made: dict[int, Any] = {}
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
@@ -166,7 +171,7 @@ def fake_parameters(module: nn.Module) -> None:
 
 
 def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert a module in place without diffusers' advice to load it in that precision: it has no weights."""
+    """Convert a module in place, without diffusers' advice on loading weights in a precision."""
     return nn.Module.to(module, dtype)
 
 
@@ -182,7 +187,7 @@ def _memory(
     averaged: list[nn.Parameter],
     repeats: Repeats | None = None,
 ) -> TrainingStep:
-    """Of `passes` forward-backward passes, whose gradients add up.
+    """Return memory and FLOPs of `passes` forward-backward passes, whose gradients add up.
 
     Args:
         repeats: equal blocks of the modules, on the meta device; few are rehearsed for all. The rest is not on it.
@@ -224,7 +229,7 @@ def stage2_memory(
     mixed: bool,
     frozen: torch.dtype = torch.float32,
 ) -> TrainingStep:
-    """Of one process of stage 2 at the recipe's batch, accumulation and checkpointing; side x side latents.
+    """Return one process's step of stage 2 by the recipe's batch, accumulation, checkpointing.
 
     Args:
         frozen: precision of the pretrained weights that are not trained.
@@ -252,10 +257,10 @@ def stage2_memory(
 def stage1_memory(
     shapes: BaseShapes, detail_channels: int, scale: int, resolution: int, settings: Stage1, *, mixed: bool
 ) -> TrainingStep:
-    """Of one process of stage 1 once the discriminator plays; the perceptual network is rehearsed too."""
+    """Return one process's step of stage 1 with the discriminator and the perceptual network."""
     vae = meta_detail_vae(shapes, detail_channels, scale)
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # lpips asks torchvision the old way
+        warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision in an old way
         task = Stage1Task(settings.model_copy(update={"lambda_lpips": 0.0}), vae, cast(Any, ()), torch.device("meta"))
         perceptual = perceptual_distance(settings.perceptual, random=True) if settings.lambda_lpips else None
     parts = [vae, task.trainer.discriminator, perceptual]
@@ -277,7 +282,10 @@ def stage1_memory(
 
 
 def sampling_bytes(run: Callable[[], object]) -> int:
-    """The most that a computation without gradients holds, beside weights and inputs; call it inside a rehearsal."""
+    """Return the peak bytes of a computation without gradients, apart from weights and inputs.
+
+    Call it inside `fake_mode`.
+    """
     live = LiveBytes()
     with torch.no_grad(), live:
         run()
@@ -287,7 +295,11 @@ def sampling_bytes(run: Callable[[], object]) -> int:
 def transformer_sampling_bytes(
     transformer: nn.Module, side: int, batch: int, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """Of one pass over a batch of side x side latents; the transformer on the meta device."""
+    """Return the peak bytes of one pass over a batch of side x side latents.
+
+    Args:
+        transformer: on the meta device; it is used up.
+    """
     with fake_mode():
         repeats = Repeats(converted(transformer, dtype))
         if repeats.lengths:  # a pass without gradients holds one block's activations at a time, whatever their number
@@ -300,7 +312,12 @@ def transformer_sampling_bytes(
 def decode_sampling_bytes(
     vae: Any, channels: int, side: int, dtype: torch.dtype = torch.bfloat16, tile: int | None = None
 ) -> int:
-    """Of decoding one image, whole or in tiles of `tile` pixels; the autoencoder on the meta device."""
+    """Return the peak bytes of decoding one image, whole or in tiles of `tile` pixels.
+
+    Args:
+        vae: an autoencoder on the meta device; it is used up.
+        channels, side: of the latents.
+    """
     with fake_mode():
         fake_parameters(converted(vae, dtype))
         if tile is not None:

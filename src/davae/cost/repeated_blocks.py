@@ -23,7 +23,7 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 def signature(block: nn.Module) -> tuple[Any, ...]:
-    """Return what a block computes: classes, plain attributes, shapes and types of tensors, and what trains."""
+    """Return everything that decides a block's work: classes, attributes, tensors, training."""
     parts: list[Any] = []
     for name, module in block.named_modules():
         plain = sorted((key, repr(value)) for key, value in vars(module).items() if isinstance(value, PLAIN))
@@ -46,7 +46,9 @@ class EqualBlocks:
 
 
 class Repeats:
-    """The runs of equal blocks of a model, which can be shortened; none in a model that is not known to allow it.
+    """Runs of equal blocks of a model, which can be shortened.
+
+    Models that are not known to allow it have none.
 
     Args:
         model: its lists of blocks are changed.
@@ -85,7 +87,10 @@ class Repeats:
             blocks.extend(kept)
 
     def whole(self, measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
-        """Return figures of the whole model that grow evenly with every run: measured with few blocks, and with one more."""
+        """Return figures of the whole model, from its short form and one more block of each kind.
+
+        The figures must grow evenly with every run.
+        """
         if not self.lengths:
             return measure()
         self.shorten()

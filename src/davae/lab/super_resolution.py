@@ -28,7 +28,10 @@ WEIGHTS = "network.safetensors"
 
 
 def build_network(settings: SuperResolution, scale: int) -> nn.Module:
-    """Spandrel's Compact network (Real-ESRGAN's small one): convolutions at low resolution, then a pixel shuffle."""
+    """Spandrel's Compact network, Real-ESRGAN's small one.
+
+    Convolutions at low resolution, then a pixel shuffle.
+    """
     try:
         from spandrel.architectures.Compact import Compact
     except ImportError as error:
@@ -56,7 +59,7 @@ class SuperResolutionTask(Task[SuperResolution]):
 
     def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         images = batch["images"].to(self.device)  # (B,3,sH,sW) in [-1,1]
-        small = downsample(images, self.scale, "antialias") / 2 + 0.5  # the network speaks [0,1]
+        small = downsample(images, self.scale, "antialias") / 2 + 0.5  # the network takes [0,1]
         enlarged = self.modules["network"](small) * 2 - 1
         total = l1 = F.l1_loss(enlarged, images)
         logged = {"l1": l1.detach()}
@@ -68,7 +71,7 @@ class SuperResolutionTask(Task[SuperResolution]):
 
 
 def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: Observer) -> Path:
-    """Train the recipe's network; returns its weights file, which `--upscale` takes. Resumes."""
+    """Train the recipe's network, or resume it, and return its weights file for `--upscale`."""
     accelerator = make_accelerator(recipe.run, out)
     check_base_engine(accelerator)
     folder = RunFolder(out, recipe)

@@ -1,4 +1,6 @@
-"""Figures of `davae inspect`; figures that were counted before are read, as counting takes up to minutes.
+"""Figures of `davae inspect`, read where they were counted before.
+
+Counting takes up to minutes.
 
 Known models' figures ship with davae (`zoo/counts.json`, made by benchmarks/counts.py). Others are kept in the user's cache
 folder. Reading them loads no torch.
@@ -38,7 +40,7 @@ def inspected_figures(
     steps: int | None = None,
     watch: Callable[[str], None] = lambda part: None,
 ) -> dict[str, Any]:
-    """Return the JSON of `davae inspect`: the figures of `inspect_model` and the phases of `inspected_phases`.
+    """Return the JSON of `davae inspect`: figures of the model and phases of its upgrade.
 
     Args:
         model, resolution, scale, detail_channels, steps: as `inspect_model` takes them.
@@ -104,7 +106,7 @@ def picture_figures(values: dict[str, Any], steps: int) -> dict[str, float]:
 
 
 def config_fingerprint(model: str) -> str | None:
-    """Return a hash of a model's name and configs; None where they are not on this machine."""
+    """Return a hash of a model's name and configs, None where they are not on this machine."""
     folder = Path(resolve(model))
     if folder.is_dir():
         files = [path for pattern in ("*.json", "*/*.json") for path in folder.glob(pattern)]

@@ -60,7 +60,9 @@ class Plan:
 
 
 def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
-    """Return the figures of a dry run, from configs alone; a hub model that cannot be reached is read from its preset.
+    """Return the figures of a dry run from configs alone.
+
+    A hub model that cannot be reached is read from its preset.
 
     Args:
         recipe: of the run.
@@ -188,7 +190,7 @@ def step_notes(recipe: Recipe) -> list[str]:
 
 
 def with_known_base(recipe: Recipe) -> tuple[Recipe, str]:
-    """Return a recipe whose base can be read from configs, and a note if the base is read from another place.
+    """Return a recipe whose base can be read from configs, and a note on where it is read.
 
     A folder that does not exist yet is read from its origin: `runs/NAME/pipeline` from the shipped base recipe NAME,
     `models/NAME` from the preset NAME.
@@ -207,7 +209,7 @@ def with_known_base(recipe: Recipe) -> tuple[Recipe, str]:
 
 
 def training_figures(name: str, sizes: PhaseSizes, device: int) -> dict[str, Any]:
-    """Return the memory of one process, of which the step is a part, and the work of the whole stage.
+    """Return the memory of one process, its part in the step, and the work of the whole stage.
 
     Args:
         name: `stage1` or `stage2`.
@@ -226,7 +228,7 @@ def training_figures(name: str, sizes: PhaseSizes, device: int) -> dict[str, Any
 
 
 def on_hardware(name: str, sizes: PhaseSizes, device: int) -> dict[str, Any]:
-    """Return whether a stage fits the stated GPUs, as in the table of phases, and how long it takes.
+    """Return whether a stage fits the stated GPUs and how long it takes.
 
     Args:
         name: `stage1` or `stage2`.

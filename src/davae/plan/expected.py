@@ -59,7 +59,7 @@ def expect(recipe: Recipe, shapes: BaseShapes, speed: float) -> Expected:
 
 
 def training_seconds(settings: Optim, flops: float, speed: float) -> float:
-    """Return the time of a training; a backward pass counts twice a forward one.
+    """Return the time of a training, with a backward pass as two forward ones.
 
     Args:
         flops: of one image's forward pass.
@@ -68,7 +68,7 @@ def training_seconds(settings: Optim, flops: float, speed: float) -> float:
 
 
 def checkpoint_bytes(settings: Optim, run: Run, trained: int) -> int:
-    """Return the bytes of a stage's checkpoints at their most: weights, two moments and the average of `trained` values."""
+    """Return the most bytes of a stage's checkpoints: weights, two moments and the average."""
     files = run.keep_checkpoints + 2  # one is written before another goes, and the best one stays
     if run.keep_every:
         files += settings.max_steps // run.keep_every
@@ -76,7 +76,7 @@ def checkpoint_bytes(settings: Optim, run: Run, trained: int) -> int:
 
 
 def measured_speed(device: torch.device, precision: torch.dtype, processes: int = 1) -> float:
-    """Return the FLOPs a second that training reaches: a share of a matrix product's, measured in a moment.
+    """Return the FLOPs a second that training reaches, from a matrix product measured now.
 
     The share is an assumption; convolutions of small models reach less on a CPU.
     """

@@ -1,4 +1,4 @@
-"""Tokens, parameters and FLOPs of a base and of its upgrade, counted on the meta device: no weights, any size.
+"""Tokens, parameters and FLOPs of a base and of its upgrade, counted on the meta device.
 
 `davae inspect`, the dry run and the estimate of a run's time take their figures from here.
 """
@@ -129,7 +129,7 @@ def check_resolution(shapes: BaseShapes, resolution: int, scale: int) -> None:
 
 
 def token_counts(shapes: BaseShapes, resolution: int, scale: int) -> tuple[int, int]:
-    """Return the image tokens of the native and of the upgraded transformer at `resolution` pixels."""
+    """Return the image tokens of the native and of the upgraded transformer."""
     native = (resolution // (shapes.vae_factor * shapes.patch_size)) ** 2
     return native, native // scale**2
 

@@ -72,7 +72,7 @@ def inspect_model(
     steps: int | None = None,
     watch: Callable[[str], None] = lambda part: None,
 ) -> Inspection:
-    """Return the figures of an upgrade: read configs, count on the meta device, rehearse memory; no weights are needed.
+    """Return the figures of an upgrade from configs, without weights.
 
     Args:
         model: a hub id, a folder, a preset's name, or an embedded model's.
@@ -98,7 +98,7 @@ def inspect_model(
         _ = upgrade.detail_vae, upgrade.expanded  # made here, where an error concerns the layout
     except ValueError as error:
         raise ModelError(f"model {model}: {error}") from error
-    native_tokens, upgraded_tokens = token_counts(shapes, resolution, scale)
+    tokens = token_counts(shapes, resolution, scale)
     figures: dict[str, float] = {
         "resolution": resolution,
         "scale": scale,
@@ -107,17 +107,16 @@ def inspect_model(
         "vae_factor": shapes.vae_factor,
         "patch_size": shapes.patch_size,
         "latent_side": resolution // (shapes.vae_factor * scale),
-        "native_tokens": native_tokens,
-        "upgraded_tokens": upgraded_tokens,
+        "native_tokens": tokens[0],
+        "upgraded_tokens": tokens[1],
     }
     if not family.trains:
         notes.append(
-            f"expand_transformer widens a {shapes.transformer_class}, but `davae upgrade` cannot train one: models/calls has "
-            "no call of it, so that its FLOPs and memory are not counted either"
+            f"expand_transformer widens a {shapes.transformer_class}, but `davae upgrade` cannot train one: its family "
+            "has no call, so that its FLOPs and memory are not counted either"
         )
     watch("FLOPs and parameters")
-    encoders = text_encoders(name, shapes.transformer_config)
-    figures |= _parameters(upgrade, encoders)
+    figures |= _parameters(upgrade, encoders := text_encoders(name, shapes.transformer_config))
     try:
         figures |= _flops(upgrade, resolution, steps, encoders, family.trains)
     except ValueError as error:  # positions beyond the transformer's table, say
@@ -273,7 +272,7 @@ def step_of(found: Inspection, prefix: str, flops: float) -> TrainingStep:
 
 
 def inspected_phases(found: Inspection) -> Plan | None:
-    """Return the phases of an upgrade of an inspected model; None where davae cannot train the model.
+    """Return the phases of an inspected model's upgrade, None where davae cannot train it.
 
     They have the steps and batches of Tab. S1, one image a pass, and one GPU of the dry run's default.
     """

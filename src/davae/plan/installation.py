@@ -1,4 +1,4 @@
-"""What an installation has: versions, device, memory, attention kernels, optional parts."""
+"""State of an installation: versions, device, memory, attention kernels, optional parts."""
 
 from __future__ import annotations
 

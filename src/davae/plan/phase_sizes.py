@@ -1,4 +1,4 @@
-"""Phases of an upgrade, and the sizes that they are computed from: parameters, text, images, FLOPs, hardware."""
+"""Phases of an upgrade, and the sizes that they are computed from."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """Prompts of one model; zeros for a class-conditional one.
+    """Prompts of one model, zeros for a class-conditional one.
 
     Attributes:
         parameters: of all text encoders.
@@ -159,7 +159,7 @@ class PhaseSizes:
         return 1 if distilled or self.recipe.sampling.guidance_scale <= 1 else 2
 
     def stage(self, name: str) -> tuple[Optim, Share, TrainingStep]:
-        """Return settings of `stage1` or `stage2`, one process's share of a step, and its training step."""
+        """Return a stage's settings, one process's share of a step, and its training step."""
         if name == "stage1":
             return self.recipe.stage1, self.share1, self.step1
         return self.recipe.stage2, self.share2, self.step2
@@ -207,7 +207,7 @@ class PhaseSizes:
 
 
 def count_images(data: Data, resolution: int) -> ImageFacts:
-    """Return the number of training images: `data.limit`, those of a source on this machine, or an assumption.
+    """Return the number of training images, counted, limited by `data.limit`, or assumed.
 
     Args:
         data: the recipe's section; its held-out share is subtracted.
@@ -226,7 +226,7 @@ def count_images(data: Data, resolution: int) -> ImageFacts:
 
 
 def encoder_facts(encoder: TextEncoder) -> tuple[int, float, int]:
-    """Return (parameters, FLOPs of a prompt, values that a prompt's pass holds) of one text encoder.
+    """Return (parameters, FLOPs of a prompt, values that its pass holds) of a text encoder.
 
     A pass takes two FLOPs a parameter and token. It holds a layer's residual stream, queries, keys, values, its feed-forward
     and the scores of one attention layer.
@@ -242,7 +242,7 @@ def encoder_facts(encoder: TextEncoder) -> tuple[int, float, int]:
 
 
 def _heads(config: dict[str, Any]) -> int:
-    """Return the attention heads of a transformers config; 32 where its class has another name for them."""
+    """Return the attention heads of a transformers config, 32 where the name is unknown."""
     for entry in (config, config.get("text_config") or {}):
         for name in ("num_attention_heads", "num_heads"):
             if isinstance(entry.get(name), int):
@@ -251,7 +251,7 @@ def _heads(config: dict[str, Any]) -> int:
 
 
 def text_facts(model: str | None, shapes: BaseShapes, encoders: list[TextEncoder]) -> TextFacts:
-    """Return facts on a model's prompts; zeros for a class-conditional one.
+    """Return facts on a model's prompts, zeros for a class-conditional one.
 
     Args:
         model: folder, preset or hub id from which the configs were read.

@@ -1,4 +1,4 @@
-"""Device memory, main memory, disk and time of every phase of an upgrade, before anything is loaded."""
+"""Device memory, main memory, disk and time of every phase of an upgrade."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def stage2_phase(sizes: PhaseSizes) -> Phase:
 
 
 def cache_phase(sizes: PhaseSizes) -> Phase:
-    """Return the phase of the cache: images in the run's precision, as many at a time as fit, then prompts.
+    """Return the phase of the cache: images in the run's precision, then prompts.
 
     Images are encoded in tiles where one whole image does not fit.
     """
@@ -184,7 +184,7 @@ def pipeline_values(sizes: PhaseSizes) -> int:
 
 
 def export_phase(sizes: PhaseSizes) -> Phase:
-    """Return the phase of the export: one process holds the base, the folded transformer and the trained weights."""
+    """Return the phase of the export, which one process makes in main memory."""
     recipe = sizes.recipe
     width = 4 if recipe.export.dtype == "float32" else 2
     written = width * pipeline_values(sizes) + 4 * sizes.trained
@@ -198,7 +198,7 @@ def export_phase(sizes: PhaseSizes) -> Phase:
 
 @dataclass(frozen=True)
 class DrawingBytes:
-    """Bytes of drawing one image with a pipeline: of the image's own tensors, and of the weights."""
+    """Bytes of drawing one image: of its own tensors, and of the weights."""
 
     one: int
     weights: int
@@ -251,7 +251,7 @@ def in_precision_of_report(recipe: Recipe) -> Recipe:
 
 
 def report_phase(sizes: PhaseSizes) -> Phase:
-    """Return the phase of the report: one process draws, reconstructs and times, one model at a time on the device."""
+    """Return the phase of the report, which one process makes with one model at a time."""
     sizes = replace(sizes, recipe=in_precision_of_report(sizes.recipe))
     recipe = sizes.recipe
     at_most = recipe.report.batch_size or REPORT_BATCH

@@ -1,4 +1,4 @@
-"""First-block caching for transformers that diffusers' hooks do not reach: SD3's last block returns no text states."""
+"""First-block caching for transformers that diffusers' hooks do not reach."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from davae.errors import ModelError
 
 @dataclass
 class Residuals:
-    """What the last pass that was computed whole left behind; all (B,L,w)."""
+    """Tensors (B,L,w) of the last pass that was computed whole."""
 
     threshold: float
     first: Tensor | None = None  # what the first block added
@@ -35,7 +35,11 @@ class Residuals:
 def cached_block(
     forward: Callable[..., Any], state: Residuals, place: str, hidden_states: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Any, Tensor]:
-    """One joint block, returning (text states, picture states); `place` is first, middle or last."""
+    """Run one joint block and return its text states and image states.
+
+    Args:
+        place: first, middle or last.
+    """
     text = kwargs.get("encoder_hidden_states", args[0] if args else None)
     if place == "first":
         text, hidden = forward(hidden_states, *args, **kwargs)
@@ -58,7 +62,7 @@ def cached_block(
 
 @contextmanager
 def first_block_cached(transformer: Any, threshold: float) -> Iterator[Residuals]:
-    """Within it, blocks after the first are skipped while what the first one adds moves by less than `threshold`.
+    """Skip blocks after the first, in the context, while the first one's part barely changes.
 
     Args:
         transformer: with joint blocks in `transformer_blocks`, as SD3's.

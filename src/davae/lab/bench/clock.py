@@ -38,12 +38,14 @@ class Spread:
 
 
 def gpu_rounds() -> int:
-    """Return the warm-up rounds of long work: none on a CPU, one on a GPU, whose first round loads kernels."""
+    """Return the warm-up rounds of long work: none on a CPU, one on a GPU, to load kernels."""
     return int(torch.cuda.is_available())
 
 
 def race(timed_jobs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Spread]:
-    """Time every job `repeats` times, one after the other in every round, so that drift affects all alike.
+    """Time every job `repeats` times, one after the other in every round.
+
+    Drift of the machine affects all jobs alike.
 
     Args:
         timed_jobs: work by name.
@@ -84,7 +86,7 @@ def machine() -> dict[str, Any]:
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a module's function in a fresh process with as many threads as this one, and return its result.
+    """Return the result of a module's function, called in a fresh process with equal threads.
 
     Where the system can, the process is forked from one that has imported torch and computed nothing, which starts at once.
 
@@ -114,7 +116,7 @@ def _answer(sender: Any, threads: int, function: Callable[..., Any], arguments: 
 
 
 def added_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
-    """Return the bytes that work adds to the memory in use before it, measured in a process of its own.
+    """Return the bytes that work adds to the memory in use, measured in a process of its own.
 
     Args:
         prepare: a module's function; called with `arguments`, it returns the work to be measured.
@@ -135,7 +137,7 @@ def _grown(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, .
 
 
 def _peak(reset: bool = False) -> int:
-    """Return the highest resident bytes since the last reset, or of the whole process where only Linux can reset."""
+    """Return the highest resident bytes since the last reset, which Linux alone supports."""
     if not STATUS.is_file():
         return int(observe.peak_memory(torch.device("cpu")) * 2**30)
     if reset:
@@ -144,7 +146,7 @@ def _peak(reset: bool = False) -> int:
 
 
 def resident(kind: str) -> int:
-    """Return the bytes of this process in memory; 0 on systems other than Linux.
+    """Return the bytes of this process in memory, 0 on systems other than Linux.
 
     Args:
         kind: Linux's name: `RssAnon` for its own, `RssFile` for mapped files, `VmHWM` for the peak.

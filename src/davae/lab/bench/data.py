@@ -1,4 +1,4 @@
-"""How fast a cache is written and read: does data keep up with the model?"""
+"""`davae bench cache` and `data`: speed of writing and of reading a latent cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def megabytes(paths: list[Path]) -> float:
 
 
 def cache_speed(run: Upgrade) -> dict[str, Any]:
-    """Write the run's cache once more, beside its own, and time it.
+    """Write the run's cache once more, next to its own, and time it.
 
     Returns:
         `items` (pictures times variants), `latents_seconds`, `captions_seconds`, `items_per_second` of encoding (pictures
@@ -52,7 +52,7 @@ def cache_speed(run: Upgrade) -> dict[str, Any]:
 
 
 def cache_size(folder: Path, meta: CacheMeta) -> dict[str, float]:
-    """Megabytes on disk of 1,000 items: latents with what belongs to each, and the text embeddings of the whole set."""
+    """Return the megabytes on disk of 1,000 items, of latents and of text embeddings."""
     thousands = meta.items / 1000
     latents = [folder / name for name, _, _ in meta.shards]
     return {
@@ -63,7 +63,7 @@ def cache_size(folder: Path, meta: CacheMeta) -> dict[str, float]:
 
 
 def step_speed(run: Upgrade, steps: int) -> dict[str, Any]:
-    """Train stage 2 for some steps on the run's cache, and see how long each waits for its batch.
+    """Train some steps of stage 2 on the run's cache, and return how long they wait for data.
 
     Returns:
         `data_share`: waiting over all time; medians of the waits and of the steps, seconds; `images_per_second`.

@@ -1,4 +1,4 @@
-"""`davae bench growth`: how each stage grows with the size of pictures, the batch and the number of processes."""
+"""`davae bench growth`: speed and memory of each stage by image size, batch and processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAUNCH = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "-
 
 
 def short(recipe: Recipe, steps: int, batch: int) -> Recipe:
-    """The recipe with a few logged steps of `batch` pictures in all in both stages, each picture cached once."""
+    """Return the recipe with few logged steps of `batch` images in both stages and one variant."""
     few = {"max_steps": steps, "batch_size": batch, "accumulation": 1}
     return recipe.model_copy(
         update={
@@ -124,7 +124,7 @@ def bench_growth(
     processes: Sequence[int],
     steps: int,
 ) -> dict[str, Any]:
-    """One row for each value of one of the three; the other two take their first value.
+    """Return a row for each value of one variable, with the first value of the other two.
 
     Args:
         sizes: pixels of the base's pictures; an upgrade's are `recipe.scale` times as many.

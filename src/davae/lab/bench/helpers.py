@@ -1,4 +1,4 @@
-"""What else makes a transformer faster: each a context within which it does, and after which it is as before."""
+"""Methods that make a transformer faster, each a context that ends without a trace."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def without_helper(transformer: Any) -> Iterator[None]:
 
 @contextmanager
 def first_block_cache(transformer: Any) -> Iterator[None]:
-    """First-block cache, diffusers' own where it has one: later blocks are skipped while the first one's part barely moves.
+    """Cache by the first block: skip later blocks while the first one's part barely changes.
+
+    diffusers' own implementation is used where it has one.
 
     Raises:
         ModelError: a transformer without.
@@ -49,7 +51,7 @@ def first_block_cache(transformer: Any) -> Iterator[None]:
 
 @contextmanager
 def faster_cache(transformer: Any) -> Iterator[None]:
-    """FasterCache's part that fits every guidance: in later timesteps every second pass extrapolates attention.
+    """Apply FasterCache's attention: in later timesteps every second pass extrapolates it.
 
     Its other part, unconditional halves out of conditional ones, knows the inputs of video models only.
 
@@ -89,7 +91,7 @@ def faster_cache(transformer: Any) -> Iterator[None]:
 
 
 def hooked(module: nn.Module, name: str) -> bool:
-    """Whether diffusers' hook of that name is on a module."""
+    """Return whether diffusers' hook of a name is on a module."""
     registry = getattr(module, "_diffusers_hook", None)
     return registry is not None and registry.get_hook(name) is not None
 
@@ -102,7 +104,7 @@ def block_layers(transformer: Any) -> list[nn.Linear]:
 
 @contextmanager
 def fp8(transformer: Any) -> Iterator[None]:
-    """Linear layers of its blocks stored as float8 (e4m3), cast to the model's precision while they compute (diffusers).
+    """Store linear layers of the blocks as float8 (e4m3), cast to the model's precision on use.
 
     It saves memory. The products themselves are those of the model's precision.
     """
@@ -134,7 +136,10 @@ def fp8(transformer: Any) -> Iterator[None]:
 
 @contextmanager
 def int8(transformer: Any) -> Iterator[None]:
-    """Linear layers of its blocks through int8 weights and activations, scaled by channel and by token (torchao)."""
+    """Compute linear layers of the blocks with int8 weights and activations (torchao).
+
+    Scales are per channel and per token.
+    """
     from torchao.quantization import (  # pyright: ignore[reportMissingImports]
         Int8DynamicActivationInt8WeightConfig,
         quantize_,

@@ -1,4 +1,6 @@
-"""The opponents of `davae bench stage1` and `stage2`: the paper's text done step by step, as one would first write it.
+"""Plain implementations of both stages, step by step from the paper's text.
+
+`davae bench stage1` and `stage2` compare the trainer with them.
 
 Nothing is kept from one line to the next: pictures and prompts are encoded within the step, every adaptive weight has
 backward passes of its own, the discriminator's turn runs the autoencoder again, attention is a softmax written out, optimizer
@@ -32,7 +34,11 @@ class PlainOptimizer:
         self.average = [p.detach().clone() for p in parameters]
 
     def step(self, loss: Tensor, number: int, lr: float, clip: bool = True) -> None:
-        """Backward, clip, update, average; `number` counts from 0."""
+        """Run a backward pass, clip, update and average.
+
+        Args:
+            number: of the step, from 0.
+        """
         self.adam.zero_grad()
         loss.backward()
         if clip:
@@ -66,7 +72,11 @@ class PlainStage1:
         return self.vae.decode_raw(self.vae.layout.join(raw.z, z_d)), raw
 
     def step(self, images: Tensor, number: int, lr: float, afresh: Callable[[], SampleRandom]) -> float:
-        """One turn of the autoencoder and one of the discriminator; `afresh` gives the step's noise afresh."""
+        """Train the autoencoder and then the discriminator on one batch.
+
+        Args:
+            afresh: returns the step's random numbers from their start.
+        """
         s, align_by = self.settings, self.vae.layout.group_size
         reconstruction, raw = self.reconstruct(images, afresh())
         pixel = s.lambda_lpips * self.perceptual(reconstruction, images).mean()
@@ -105,7 +115,10 @@ def softmax_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v written out: what `scaled_dot_product_attention` computes, (B,H,L,d) -> (B,H,L,d)."""
+    """Return softmax(q k^T / sqrt(d)) v, written out, for (B,H,L,d) each.
+
+    `scaled_dot_product_attention` computes the same.
+    """
     scores = query @ key.transpose(-1, -2) * (scale or 1 / math.sqrt(query.shape[-1]))  # (B,H,L,S)
     if is_causal:
         scores = scores + torch.full(scores.shape[-2:], -math.inf, device=scores.device).triu(1)

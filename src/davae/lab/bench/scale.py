@@ -1,4 +1,4 @@
-"""`davae bench scale`: a latent cache of many items, read as stage 2 reads it: start-up, memory, items a second."""
+"""`davae bench scale`: start-up, memory and items a second of a latent cache by its size."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ DTYPE = "float16"
 
 
 def embed(captions: list[str]) -> tuple[Tensor]:
-    """Stands in for text encoders: (N,1,4)."""
+    """Return (N,1,4) values in place of text embeddings."""
     lengths = torch.tensor([float(len(caption)) for caption in captions])
     return (lengths.view(-1, 1, 1).expand(-1, 1, 4).contiguous(),)
 
 
 def latents_of(first: int, last: int) -> np.ndarray:
-    """Latents (n,c,h,w) of items first..last-1; the first value of item i is i, as its float16 holds it."""
+    """Return latents (n,c,h,w) of items first to last-1, whose first value is the item's number."""
     values = np.random.default_rng(first).standard_normal((last - first, *SHAPE), np.float32)
     values[:, 0, 0, 0] = np.arange(first, last) % 2048
     return values.astype(DTYPE)
 
 
 def write_synthetic(folder: Path, items: int, batch_size: int) -> CacheMeta:
-    """A whole cache of random latents each with a caption of its own, through the functions that write any cache."""
+    """Write a cache of random latents, each with its own caption, as every cache is written."""
     rows = shard_rows(items, batch_size)
     for number, first in enumerate(range(0, items, rows)):
         last = min(first + rows, items)
@@ -52,7 +52,9 @@ def write_synthetic(folder: Path, items: int, batch_size: int) -> CacheMeta:
 
 
 def read_shuffled(folder: Path, batch_size: int, batches: int, num_workers: int) -> dict[str, float]:
-    """Open the cache and read batches with their text embeddings in the order of training. Its process does nothing else.
+    """Open a cache and read batches with text embeddings in the order of training.
+
+    The process does nothing else.
 
     Returns:
         `start_seconds`: until the first batch is there. `items_per_second`: of all others. `own_mib`: private memory that
@@ -87,7 +89,10 @@ def read_shuffled(folder: Path, batch_size: int, batches: int, num_workers: int)
 
 
 def bench_scale(items: list[int], *, batch_size: int, batches: int, num_workers: int) -> dict[str, Any]:
-    """One row for each number of items: written in a temporary folder, read in a process of its own."""
+    """Return a row for each number of items, each read in a process of its own.
+
+    Caches are written to a temporary folder.
+    """
     rows: dict[str, Any] = {}
     for count in items:
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,7 @@
-"""`davae bench stage1` and `stage2`: the trainer's step against the plain implementation, on the same pictures and noise."""
+"""`davae bench stage1` and `stage2`: the trainer's step against a plain implementation.
+
+Both take the same images and noise.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,9 @@ class StepRecorder:
 
 @dataclass
 class PairedSteps:
-    """Observer of a trainer whose opponent takes every step after it: the same batch, the same noise, the same weights.
+    """Observer of a trainer that runs a plain implementation's step after each of its steps.
+
+    Both take the same batch, noise and weights.
 
     Rounding grows about tenfold with every step of Adam, so each step starts from the trainer's weights, and only the two
     steps are timed.
@@ -120,7 +125,7 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 
 
 def result(duels: list[PairedSteps], batch: int) -> dict[str, Any]:
-    """Figures of all repeats. The first step of each warms up: its losses count, its time does not."""
+    """Return figures of all repeats, without the time of each one's first step."""
     fast = Spread.of([seconds for duel in duels for seconds in duel.ours[1:]])
     slow = Spread.of([seconds for duel in duels for seconds in duel.plain[1:]])
     losses = [pair for duel in duels for pair in duel.losses]
@@ -140,7 +145,7 @@ def result(duels: list[PairedSteps], batch: int) -> dict[str, Any]:
 
 
 def quick(recipe: Recipe, stage: str, steps: int) -> Recipe:
-    """The recipe with one stage of so many steps, each of them logged."""
+    """Return the recipe with one stage of `steps` steps, each of them logged."""
     settings = getattr(recipe, stage).model_copy(update={"max_steps": steps, "lr_warmup_steps": 0})
     run = recipe.run.model_copy(update={"log_every": 1, "checkpoint_every": steps})
     return recipe.model_copy(update={stage: settings, "run": run})
@@ -167,7 +172,7 @@ def paper_losses(settings: Stage1, weights: Path) -> Stage1:
 
 
 def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = True) -> dict[str, Any]:
-    """The trainer's stage 1 against `PlainStage1`, with the paper's losses on the recipe's model and pictures.
+    """Compare the trainer's stage 1 with `PlainStage1` on the recipe's model, losses and images.
 
     Both run in the recipe's precision. The trainer keeps its losses in float32, the plain one leaves them to autocast: equal
     to 1e-4 in float32 alone.
@@ -234,7 +239,10 @@ class LivePrompts:
 
 
 def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
-    """The trainer's stage 2 against `PlainStage2`, on a detail VAE that saw one step and a cache in float32."""
+    """Compare the trainer's stage 2 with `PlainStage2` on a float32 cache, and return figures.
+
+    The detail VAE has trained for one step.
+    """
     duels: list[PairedSteps] = []
     recipe = quick(quick(recipe, "stage1", 1), "stage2", steps + 1)
     settings = recipe.stage2.model_copy(

@@ -1,4 +1,4 @@
-"""`davae bench throughput`: images a second of one pipeline in batches, as the paper's Tab. 3 counts them."""
+"""`davae bench throughput`: images a second of one pipeline in batches, as in Tab. 3."""
 
 from __future__ import annotations
 

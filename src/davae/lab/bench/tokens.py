@@ -1,4 +1,4 @@
-"""`davae bench tokens`: a transformer at its true width, native against upgraded, and the bound from FLOPs."""
+"""`davae bench tokens`: one transformer pass at true width, native against upgraded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LISTS = ("dual_attention_layers",)  # config keys that name blocks by number
 
 
 def shallow(config: dict[str, Any], blocks: int) -> dict[str, Any]:
-    """Return the config with about `blocks` blocks in all, each kind in its share and at least one; widths stay.
+    """Return the config with about `blocks` blocks, each kind in its share and at least one.
 
     Args:
         config: of a transformer.
@@ -45,7 +45,7 @@ def shallow(config: dict[str, Any], blocks: int) -> dict[str, Any]:
 
 
 def random_transformer(shapes: BaseShapes, blocks: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a transformer of the true width with few blocks of random weights, in eval mode on this device.
+    """Return a transformer of true width with few blocks of random weights, in eval mode.
 
     Args:
         shapes: configs of the model.
@@ -59,7 +59,7 @@ def random_transformer(shapes: BaseShapes, blocks: int, dtype: torch.dtype = tor
 
 
 def one_pass(transformer: nn.Module, channels: int, side: int, batch: int = 1) -> Callable[[], object]:
-    """Return one forward pass on random latents (batch,c,side,side) and a prompt or a class for each.
+    """Return a forward pass on random latents (batch,c,side,side), each with a prompt or class.
 
     Args:
         channels, side: of the latents.
@@ -102,7 +102,7 @@ def bench_tokens(
     helpers: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Return the seconds of one pass, native and upgraded, their ratio, and the ratio of their FLOPs.
+    """Return the seconds of one pass, native and upgraded, and the ratios of time and FLOPs.
 
     Args:
         shapes: configs of the model.
@@ -152,7 +152,7 @@ def bench_tokens(
 
 
 def helper_figures(alone: Mapping[str, Spread], faster: Mapping[str, Spread]) -> dict[str, Any]:
-    """Return the figures of a helper: seconds, speed-ups, and whether they multiply with the token saving.
+    """Return seconds and speed-ups of a helper, and whether they multiply with the token saving.
 
     Args:
         alone, faster: seconds of `native` and `upgraded`, without the helper and with it.

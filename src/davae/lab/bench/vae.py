@@ -1,4 +1,4 @@
-"""`davae bench vae`: encoding and decoding one picture, whole and tiled: time, peak memory, and how much they differ."""
+"""`davae bench vae`: time and peak memory of encoding and decoding, whole and tiled."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def open_autoencoder(model: str, tile: int | None, dtype: torch.dtype) -> Any:
 
 
 def encoding_work(model: str, picture: Tensor, tile: int | None, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Work for `added_memory`: one picture encoded. Nothing runs before it: memory that was freed would not count again."""
+    """Return work for `added_memory` that encodes one image.
+
+    No image is encoded before it, as freed memory would not count again.
+    """
     vae = open_autoencoder(model, tile, dtype)
     given = picture.to(vae.device, dtype)
     return torch.no_grad()(lambda: encode_mode(vae, given).cpu())
@@ -51,7 +54,7 @@ def decoding_work(model: str, latents: Tensor, tile: int | None, dtype: torch.dt
 
 
 def psnr_in_range(a: Tensor, b: Tensor, span: float) -> float:
-    """10 log10(span^2 / MSE), dB; infinite where nothing differs."""
+    """Return 10 log10(span^2 / MSE) in dB, infinite for equal tensors."""
     error = float((a - b).square().mean())
     return math.inf if error == 0 else 10 * math.log10(span**2 / error)
 
@@ -87,7 +90,10 @@ def whole_against_tiled(
     repeats: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Time, peak memory and difference of one way. A decoded picture's PSNR takes its range, that of latents theirs."""
+    """Return time, peak memory and difference of encoding or of decoding.
+
+    The PSNR of a decoded image uses the range of images, that of latents their own range.
+    """
     made: dict[str, Tensor] = {}
 
     def kept(name: str, work: Callable[[], Tensor]) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""`davae bench whole`: what a whole picture of a real model takes, part by part: text encoders, every step, decoding.
+"""`davae bench whole`: time of a whole image of a real model, part by part.
 
 A model of billions of weights does not fit everywhere. So each part runs at its true width with random weights: text encoders
 and transformers with a few blocks, their time scaled by layers or by FLOPs to all of them, autoencoders whole.
@@ -77,7 +77,7 @@ def transformer_seconds(
 def decoding_seconds(
     shapes: BaseShapes, resolution: int, scale: int, detail_channels: int, repeats: int, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Seconds of decoding one picture by the base autoencoder and by a DetailVAE on it, whole, without tiles."""
+    """Return the seconds of decoding one image, whole, by the base autoencoder and a DetailVAE."""
     torch.manual_seed(0)
     with torch.device(own_device()):
         base: Any = model_class(shapes.vae_class).from_config(shapes.vae_config).eval()
@@ -109,7 +109,7 @@ def bench_whole(
     repeats: int,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Seconds of each part of one picture, native and upgraded, their sums, and the ratio of those.
+    """Return the seconds of each part of one image, native and upgraded, their sums and ratio.
 
     Args:
         model: a preset, folder or hub id; its weights are not read.

@@ -1,4 +1,4 @@
-"""`davae bench`: figures of speed, each on the machine that asks."""
+"""`davae bench`: figures of speed, each measured on this machine."""
 
 from __future__ import annotations
 

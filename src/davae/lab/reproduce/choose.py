@@ -40,7 +40,7 @@ Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
 def jobs(
     table: str, scale: ScaleName, seeds: int | None, overrides: list[str], rows: list[str] | None = None
 ) -> list[Job]:
-    """Return every run that a table, or some of its rows, needs: one seed of all rows before the next seed.
+    """Return the runs of a table or of some rows: one seed of all rows before the next seed.
 
     Args:
         table: name of a shipped table.
@@ -68,7 +68,7 @@ def jobs(
 
 
 def named_rows(table: str, rows: tuple[Row, ...], names: list[str]) -> list[Row]:
-    """Return the rows with the given names; all rows for no names.
+    """Return the rows with the given names, or all rows for no names.
 
     Raises:
         RecipeError: a name that no row has.
@@ -147,7 +147,7 @@ class JobFactory:
         return found
 
     def upgrade(self, name: str, changes: dict[str, Any], seed: int, verb: str = "train-dit") -> UpgradeJob:
-        """Return the upgrade by the scale's recipe with changes of the table, of a row and of the user."""
+        """Return an upgrade by the scale's recipe, changed by the table, a row and the user."""
         sets = upgrade_overrides(self.scale, self.table.set, changes, seed=seed)
         sets += self.own(Recipe, {**self.scale.set, **self.table.set, **changes})
         recipe = self.load(Recipe, self.scale.recipe, sets)
@@ -155,7 +155,7 @@ class JobFactory:
         return UpgradeJob(row=name, seed=seed, command=command, recipe=recipe, measures=self.measures)
 
     def enlarged(self, row: Row) -> EnlargedJob:
-        """Return the job of a row of enlarged images; it is the same for every seed of stage 2."""
+        """Return the job of a row of enlarged images, equal for every seed of stage 2."""
         recipe = self.upgrade(row.name, row.set, 0).recipe
         if recipe.base.model is None:
             raise RecipeError("tables need a base model that is trained already: --set base.model=FOLDER")
@@ -178,7 +178,7 @@ class JobFactory:
         )
 
     def base(self, row: Row, seed: int) -> BaseJob:
-        """Return the training of a base recipe, on its own autoencoder or on the DetailVAE of an upgrade."""
+        """Return the training of a base recipe, on its own autoencoder or on a DetailVAE."""
         changes, words, detail = row.set, [], None
         if row.detail_vae is not None:
             detail = self.upgrade(row.name, row.detail_vae, 0, "cache-latents")

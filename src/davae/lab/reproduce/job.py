@@ -48,7 +48,10 @@ class Job(ABC):
     @property
     @abstractmethod
     def key(self) -> str:
-        """Hash of everything that the figures depend on; without defaults, so that new options change no hash."""
+        """Hash of everything that the figures depend on, without defaults.
+
+        New options therefore change no hash.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ class EnlargedJob(Job):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseJob(Job):
-    """A transformer on an autoencoder's plain latents, by a base recipe: from scratch, or from a pretrained one.
+    """A transformer on an autoencoder's plain latents, by a base recipe.
 
     Attributes:
         detail: the upgrade whose DetailVAE and cache are used in place of the recipe's autoencoder; runs that agree in
@@ -166,7 +169,7 @@ class DrawnJob(Job):
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedJob(Job):
-    """Commands that are printed and not run; docs/paper-scale.md lists what they read and cost."""
+    """Commands that are printed and not run (docs/paper-scale.md)."""
 
     @property
     def key(self) -> str:

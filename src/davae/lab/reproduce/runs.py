@@ -31,7 +31,7 @@ OWN = "of this run"  # instead of a path that only this machine has
 
 
 def finished(job: Job, results: Path) -> dict[str, Any] | None:
-    """Return the figures of a finished job, from this machine or another; None where there are none.
+    """Return the figures of a finished job, from any machine, or None.
 
     Args:
         results: folder of finished runs' figures.
@@ -41,7 +41,7 @@ def finished(job: Job, results: Path) -> dict[str, Any] | None:
 
 
 def run_job(job: Job, out: Path, results: Path, observer: Observer) -> dict[str, Any]:
-    """Train and measure a job, and return its figures; the same call resumes an interrupted job.
+    """Train and measure a job, or resume it, and return its figures.
 
     Jobs that agree in everything up to their latents share the autoencoder and the cache.
 
@@ -88,7 +88,10 @@ def measured(job: Job, out: Path, observer: Observer) -> dict[str, Any]:
 
 
 def trained_stage1(job: UpgradeJob, out: Path, observer: Observer) -> Path:
-    """Return the folder of the DetailVAE and cache that a job shares with others; train them if needed."""
+    """Return the folder of a job's DetailVAE and cache, trained if needed.
+
+    Jobs that agree up to the cache share it.
+    """
     first = out / "stage1" / job.stage1_key
     if was_done(first, "cache"):  # in another precision perhaps: hashes leave `run` out
         return first
@@ -101,7 +104,7 @@ def trained_stage1(job: UpgradeJob, out: Path, observer: Observer) -> Path:
 
 
 def trained_run(job: UpgradeJob, out: Path, observer: Observer) -> Path:
-    """Return a job's run folder; train it if needed."""
+    """Return a job's run folder, trained if needed."""
     first, folder = trained_stage1(job, out, observer), out / "runs" / job.key
     run = Upgrade(job.recipe, folder, observer, stage1=first)
     run.train_dit()
@@ -110,7 +113,7 @@ def trained_run(job: UpgradeJob, out: Path, observer: Observer) -> Path:
 
 
 def trained_upscaler(job: EnlargedJob, out: Path, observer: Observer) -> str:
-    """Return the value of `--upscale` for a job: a method, or a network's weights, trained if needed."""
+    """Return the value of `--upscale` for a job: a method, or weights, trained if needed."""
     if job.super_resolution is None:
         return job.upscale
     folder = out / "networks" / hash_values(job.super_resolution.model_dump(mode="json"))
@@ -118,7 +121,10 @@ def trained_upscaler(job: EnlargedJob, out: Path, observer: Observer) -> str:
 
 
 def trained_autoencoder(job: BaseJob, out: Path, observer: Observer) -> Path:
-    """Return the folder of the autoencoder and cache that a job shares with others; train them if needed."""
+    """Return the folder of a base job's autoencoder and cache, trained if needed.
+
+    Jobs that agree up to the cache share it.
+    """
     if job.detail is not None:
         return trained_stage1(job.detail, out, observer)
     first = out / "autoencoders" / job.autoencoder_key
@@ -131,7 +137,7 @@ def trained_autoencoder(job: BaseJob, out: Path, observer: Observer) -> Path:
 
 
 def trained_base(job: BaseJob, first: Path, out: Path, observer: Observer) -> Path:
-    """Return a job's run folder, on the autoencoder and cache in `first`; train it if needed."""
+    """Return a job's run folder, trained if needed on the autoencoder and cache in `first`."""
     folder = out / "runs" / job.key
     run = base_run(job.recipe, folder, observer, first=first)
     run.run()
@@ -273,7 +279,7 @@ def last_losses(folder: Path, stage: str, names: tuple[str, ...], points: int = 
 
 
 def measure_speed(jobs: Sequence[Job], out: Path, results: Path, observer: Observer) -> dict[str, Any]:
-    """Time one image of each row, with the table's steps and guidance, all rows alternating in one process.
+    """Time one image of each row, all rows alternating in one process, and return the figures.
 
     Args:
         jobs: of all rows of a table.
@@ -303,13 +309,13 @@ def measure_speed(jobs: Sequence[Job], out: Path, results: Path, observer: Obser
 
 
 def speeds(jobs: Sequence[Job], results: Path) -> dict[str, Any] | None:
-    """Return the figures of `measure_speed`, from this machine or another; None where there are none."""
+    """Return the figures of `measure_speed`, from any machine, or None."""
     path = _speed_file(timed_jobs(jobs), results)
     return read_object(path) if path.is_file() else None
 
 
 def timed_jobs(jobs: Sequence[Job]) -> list[Job]:
-    """Return the job of each row's first seed; the other seeds take as long."""
+    """Return the job of each row's first seed, as other seeds take as long."""
     return [job for job in jobs if job.seed == 0]
 
 

@@ -27,7 +27,7 @@ SHOWN = (  # key, heading, decimals
 
 
 def mean_and_deviation(values: list[float], decimals: int) -> str:
-    """Return `mean ± standard deviation` over seeds; the mean alone for one seed or equal values.
+    """Return `mean ± standard deviation`, or the mean alone for one seed or equal values.
 
     Args:
         values: one for each seed.
@@ -38,7 +38,7 @@ def mean_and_deviation(values: list[float], decimals: int) -> str:
 
 
 def table_rows(jobs: Sequence[Job], results: Path) -> tuple[list[str], list[list[str]]]:
-    """Return headings and one line for each row: means over seeds with their deviation, and the number of seeds.
+    """Return headings and a line for each row: means, deviations and the number of seeds.
 
     Args:
         jobs: of all rows of a table; those that have not been run are left out.

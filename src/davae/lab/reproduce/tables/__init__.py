@@ -17,7 +17,7 @@ ScaleName = Literal["micro", "gpu", "paper"]
 
 
 class Generation(Section):
-    """How samples are drawn and compared with real images."""
+    """Settings of drawing samples and of comparing them with real images."""
 
     data: str
     num: PositiveInt
@@ -35,7 +35,7 @@ class Reconstructed(Section):
 
 
 class Scale(Section):
-    """Settings that all tables share at a scale; `set` changes the recipe of every row."""
+    """Settings that all tables share at a scale, with changes of every row's recipe."""
 
     recipe: str
     set: dict[str, Any]
@@ -49,7 +49,7 @@ RowKind = Literal["upgrade", "enlarged", "base", "drawn", "planned"]
 
 
 class Row(Section):
-    """One row; `set` changes the recipe that is trained, and the fields that are given decide the kind.
+    """One row, whose kind follows from the fields that are given.
 
     - `upgrade`, where nothing is given: the scale's recipe.
     - `enlarged`, by `upscale`: images of the base model, enlarged; `network` is a trained super-resolution network.
@@ -132,7 +132,7 @@ def load_scale(name: ScaleName) -> Scale:
 
 
 def upgrade_overrides(scale: Scale, *changes: Mapping[str, Any], seed: int = 0) -> list[str]:
-    """Return the `a.b=c` of one upgrade at a scale; later changes replace earlier ones.
+    """Return the `a.b=c` of one upgrade at a scale, in which later changes replace earlier ones.
 
     Args:
         changes: settings by dotted path, of the table and of the row.
