@@ -4,13 +4,14 @@ Run: .venv/bin/python docs/make_samples.py [SEED]
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from davae.data.images import grid
 from davae.sample.generate import generate
-from davae.sample.open import open_model
+from davae.sample.open import SamplingOptions, open_model
 
 PROMPTS = [
     "a red rose",
@@ -23,14 +24,14 @@ PROMPTS = [
     "a fox on a yellow background",
 ]
 SEED = int(sys.argv[1]) if len(sys.argv) > 1 else 0
-OPTIONS = {"steps": 30, "guidance_scale": 4.0, "seed": SEED}
+OPTIONS = SamplingOptions(steps=30, guidance=4.0, seed=SEED)
 
 base, _ = open_model("micro")
 upgraded, _ = open_model("micro-upgraded")
-small = generate(base, PROMPTS, **OPTIONS)
+small = generate(base, PROMPTS, OPTIONS)
 rows = [
     [picture.resize((128, 128), Image.Resampling.BILINEAR) for picture in small],
-    generate(base, PROMPTS, resolution=128, **OPTIONS),
-    generate(upgraded, PROMPTS, **OPTIONS),
+    generate(base, PROMPTS, replace(OPTIONS, resolution=128)),
+    generate(upgraded, PROMPTS, OPTIONS),
 ]
 grid([picture for row in rows for picture in row], len(PROMPTS)).save(Path(__file__).parent / "samples.png")

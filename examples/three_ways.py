@@ -4,11 +4,12 @@
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from davae.data.images import grid
-from davae.sample.open import (open_model)
 from davae.sample.generate import generate
+from davae.sample.open import SamplingOptions, open_model
 
 PROMPTS = ["a red rose", "a pizza", "a rocket"]
 
@@ -16,10 +17,10 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 base, _ = open_model("micro")
 upgraded, _ = open_model("micro-upgraded")
 
-options = {"steps": 30, "guidance_scale": 4.0, "seed": 0}
-small = generate(base, PROMPTS, resolution=64, **options)  # 64 tokens
-native = generate(base, PROMPTS, resolution=128, **options)  # 256 tokens
-large = generate(upgraded, PROMPTS, resolution=128, **options)  # 64 tokens
+options = SamplingOptions(steps=30, guidance=4.0, seed=0)
+small = generate(base, PROMPTS, replace(options, resolution=64))  # 64 tokens
+native = generate(base, PROMPTS, replace(options, resolution=128))  # 256 tokens
+large = generate(upgraded, PROMPTS, replace(options, resolution=128))  # 64 tokens
 
 rows = zip((picture.resize((128, 128)) for picture in small), native, large, strict=True)
 sheet = grid([picture for row in rows for picture in row], columns=3)

@@ -1,4 +1,7 @@
-"""The command line: one subcommand a verb. Exit status 0 done, 2 bad input, 130 interrupted after saving."""
+"""Command line, one subcommand a verb.
+
+The exit status is 0 when done, 2 for bad input, 130 when interrupted after saving.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,20 @@ from contextlib import nullcontext
 
 from davae.commands import verbosity
 from davae.commands.analyze import analyze_app
-from davae.commands.app import app as app_verb
+from davae.commands.app import app_verb
 from davae.commands.convert import convert_app
 from davae.commands.data import data
 from davae.commands.doctor import doctor
 from davae.commands.evaluate import evaluate_app
 from davae.commands.inspect import inspect
 from davae.commands.make_data import make_data
-from davae.commands.publish import apply, export, push
+from davae.commands.publish import apply_verb, export_verb, push_verb
 from davae.commands.recipes import recipes
 from davae.commands.sample import sample
 from davae.commands.start import start
 from davae.commands.status import status
-from davae.commands.upgrade import cache_latents, train_base, train_dit, train_vae, upgrade
-from davae.commands.upscale import upscale
+from davae.commands.upgrade import cache_latents, train_base_verb, train_dit, train_vae, upgrade_verb
+from davae.commands.upscale import upscale_verb
 from davae.commands.verbs import Verbs
 from davae.errors import DavaeError, Interrupted
 from davae.lab.commands.bench_data import cache_encoding, data_wait, growth, scale
@@ -43,9 +46,9 @@ app = Verbs(
     "Start with `davae upgrade micro --out runs/micro`: it upgrades the embedded model and writes a report.",
 )
 FIRST, SHARE, STEPS, MEASURE = "Start here", "Convert and share", "Single steps and other trainings", "Measure"
-app.command(rich_help_panel=FIRST)(upgrade)
+app.command("upgrade", rich_help_panel=FIRST)(upgrade_verb)
 app.command(rich_help_panel=FIRST)(sample)
-app.command(rich_help_panel=FIRST)(upscale)
+app.command("upscale", rich_help_panel=FIRST)(upscale_verb)
 app.command(rich_help_panel=FIRST)(inspect)
 app.command(rich_help_panel=FIRST)(recipes)
 app.command(rich_help_panel=FIRST)(data)
@@ -54,14 +57,14 @@ app.command(rich_help_panel=FIRST)(doctor)
 app.command("app", rich_help_panel=FIRST)(app_verb)
 app.add_typer(evaluate_app, name="evaluate", rich_help_panel=MEASURE)
 app.add_typer(analyze_app, name="analyze", rich_help_panel=MEASURE)
-app.command(rich_help_panel=SHARE)(export)
-app.command(rich_help_panel=SHARE)(apply)
-app.command(rich_help_panel=SHARE)(push)
+app.command("export", rich_help_panel=SHARE)(export_verb)
+app.command("apply", rich_help_panel=SHARE)(apply_verb)
+app.command("push", rich_help_panel=SHARE)(push_verb)
 app.command("make-data", rich_help_panel=STEPS)(make_data)
 app.command("train-vae", rich_help_panel=STEPS)(train_vae)
 app.command("cache-latents", rich_help_panel=STEPS)(cache_latents)
 app.command("train-dit", rich_help_panel=STEPS)(train_dit)
-app.command("train-base", rich_help_panel=STEPS)(train_base)
+app.command("train-base", rich_help_panel=STEPS)(train_base_verb)
 app.command("train-sr", rich_help_panel=STEPS)(train_sr)
 app.add_typer(convert_app, name="convert", rich_help_panel=SHARE)
 app.command(rich_help_panel=MEASURE)(reproduce)
@@ -73,7 +76,7 @@ app.add_typer(bench_app, name="bench", rich_help_panel=MEASURE)
 
 
 def main() -> None:
-    """Entry point: turns the errors that are a user's to mend into one line and exit status 2."""
+    """Run a verb, with errors that a user can mend as one line and exit status 2."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads that spin starve a second process
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -109,7 +112,7 @@ def explain(error: OSError | MemoryError) -> str:
 
 
 def _quiet_libraries() -> None:
-    """davae's own messages on standard error; libraries only when something is wrong."""
+    """Show davae's own messages on standard error, and errors alone of libraries."""
     from davae.console import log_handler, quiet_model_libraries
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log_handler()], force=True)

@@ -1,4 +1,4 @@
-"""What a person sees while davae works: progress on standard error, tables on standard output."""
+"""Output for a person: progress on standard error, tables on standard output."""
 
 from __future__ import annotations
 
@@ -56,14 +56,21 @@ def quiet_model_libraries() -> None:
 
 
 def show_lines(title: str, lines: list[tuple[str, str]]) -> None:
-    """Show short facts on standard error and keep them in the run's log, unless `-q` asks for silence."""
+    """Show short facts on standard error and keep them in the run's log, except with `-q`.
+
+    Args:
+        title: the first line.
+        lines: (label, text) of each further line.
+    """
     if logging.getLogger("davae").isEnabledFor(logging.INFO):
         logger.info("%s\n%s", title, "\n".join(f"  {name:<7} {text}" for name, text in lines))
 
 
 @contextmanager
 def progress_display(expected: Mapping[str, float] | None = None) -> Iterator[Observer]:
-    """Yield an observer that draws one line a task: done, time left, images/s, losses; nothing with `-q`.
+    """Yield an observer that draws a line a task: done, time left, images/s, losses.
+
+    It draws nothing with `-q`.
 
     Args:
         expected: seconds of the phases of a whole run, where they are estimated; a further line shows the time left of all.
@@ -101,7 +108,14 @@ def progress_display(expected: Mapping[str, float] | None = None) -> Iterator[Ob
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]], right: bool = True) -> None:
-    """Print a table; `right` aligns all but the first column as numbers are, and names with brackets are no markup."""
+    """Print a table, whose cells are never read as markup.
+
+    Args:
+        title: line above the table.
+        columns: names.
+        rows: cells.
+        right: whether all but the first column are aligned as numbers are.
+    """
     view = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
         view.add_column(escape(column), justify="right" if number and right else "left")
@@ -115,7 +129,7 @@ SILENT = 2.0  # seconds in which nothing is shown of work that may be over at on
 
 @contextmanager
 def parts_display(title: str) -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows on standard error which part of some work begins, once it has taken a while."""
+    """Yield a function that shows the part of some work that begins, once it took a while."""
     started = time.monotonic()
     if status.is_terminal:
         with status.status(title) as shown:

@@ -15,7 +15,7 @@ from davae.data.images import ImageDataset, split
 from davae.data.openmoji import OpenMoji, emoji_names
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.sample.generate import generate
-from davae.sample.open import open_autoencoder, open_model
+from davae.sample.open import SamplingOptions, open_autoencoder, open_model
 from davae.zoo import FOLDER, resolve
 
 
@@ -67,9 +67,9 @@ def test_shipped_detail_vae_on_held_out_emoji(held_out: list[torch.Tensor], upgr
 
 
 def test_shipped_upgrade_draws_at_128_with_the_tokens_of_64(upgraded):
-    options = {"steps": 8, "guidance_scale": 4.0, "seed": 0}
-    base = generate(open_model("micro")[0], ["a red rose"], **options)[0]
-    picture = generate(upgraded, ["a red rose"], **options)[0]
+    options = SamplingOptions(steps=8, guidance=4.0, seed=0)
+    base = generate(open_model("micro")[0], ["a red rose"], options)[0]
+    picture = generate(upgraded, ["a red rose"], options)[0]
     assert (base.size, picture.size) == ((64, 64), (128, 128))
     small = np.asarray(picture.resize((64, 64)), dtype=float)
     similarity = np.corrcoef(small.ravel(), np.asarray(base, dtype=float).ravel())[0, 1]

@@ -19,7 +19,7 @@ from davae.analyze.latents import (
     class_knowledge,
     embed_points,
     latents_figure,
-    pca_pictures,
+    pca_images,
     raw_latents,
     scatter_plot,
 )
@@ -61,7 +61,7 @@ def test_pca_pictures_show_the_main_direction():
     plane = torch.zeros(2, 5, 4, 4)
     plane[:, :, :, 2:] = torch.tensor([3.0, -1.0, 2.0, 0.0, 1.0]).view(5, 1, 1)
     plane += 0.01 * torch.randn_like(plane)
-    shown = np.asarray(pca_pictures(plane, 4)[0], dtype=int)
+    shown = np.asarray(pca_images(plane, 4)[0], dtype=int)
     assert np.abs(shown[:, :2, 0].mean() - shown[:, 2:, 0].mean()) > 200  # the first component splits left from right
 
 
@@ -134,14 +134,14 @@ def test_every_figure_of_a_run(run: Path, tiny_base: Path, by_class: Path, pictu
         curves_figure(tmp_path, tmp_path)
 
 
-def test_runs_of_one_folder_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    told: dict[str, Path] = {}
-    monkeypatch.setattr("davae.analyze.curves.compared_runs_figure", lambda named, out: told.update(named) or out)
+def test_runs_of_one_folder_name_are_named_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    named: dict[str, Path] = {}
+    monkeypatch.setattr("davae.analyze.curves.compared_runs_figure", lambda named, out: named.update(named) or out)
     analyze.compare([Path("a/x"), Path("b/x")], tmp_path)
-    assert list(told) == ["a/x", "b/x"]
-    told.clear()
+    assert list(named) == ["a/x", "b/x"]
+    named.clear()
     analyze.compare([Path("a/x"), Path("b/y")], tmp_path)
-    assert list(told) == ["x", "y"]
+    assert list(named) == ["x", "y"]
 
 
 def test_absolute_energy_keeps_what_standardising_takes_away():

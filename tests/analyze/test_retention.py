@@ -19,6 +19,7 @@ from davae.errors import ModelError
 from davae.latent import LatentLayout
 from davae.pretrained.open import load_pipeline
 from davae.publish.assemble import assemble
+from davae.sample.open import SamplingOptions
 from davae.vae.detail_vae import DetailVAE
 
 
@@ -41,8 +42,8 @@ def test_the_report_compares_images_of_the_same_noise(base, tiny_base: Path, tmp
     fresh = assemble(base, DetailVAE.from_base(base.vae, 8), expand_transformer(denoiser(base), 8))
     fresh.save_pretrained(tmp_path / "upgrade")
     done = retention_figure(
-        str(tiny_base), str(tmp_path / "upgrade"), str(picture_folder), tmp_path / "figures", num=2, held_out=0.0,
-        drawn=2, steps=2, guidance=1.0,
+        str(tiny_base), str(tmp_path / "upgrade"), str(picture_folder), tmp_path / "figures",
+        SamplingOptions(steps=2, guidance=1.0, batch_size=4), num=2, held_out=0.0, drawn=2,
     )  # fmt: skip
     figures = json.loads(done.with_suffix(".json").read_text())
     assert figures["images"]["drawn"] == 2

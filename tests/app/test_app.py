@@ -31,6 +31,7 @@ from davae.pretrained.open import load_pipeline
 from davae.publish.assemble import assemble
 from davae.recipes import dump_recipe, validate
 from davae.sample.generate import generate
+from davae.sample.open import SamplingOptions
 from davae.vae.detail_vae import DetailVAE
 
 
@@ -109,7 +110,7 @@ def test_three_ways_with_tokens_and_time(pair: Pair):
     ]
     assert all(d.seconds > 0 for d in drawn)
     assert "16 px, enlarged to 32 · 16 tokens" in drawn[0].note
-    same = generate(pair.upgraded, ["a red square"], steps=2, guidance_scale=2.0, seed=3)[0]
+    same = generate(pair.upgraded, ["a red square"], SamplingOptions(steps=2, guidance=2.0, seed=3))[0]
     assert np.array_equal(np.asarray(drawn[2].image), np.asarray(same))
 
 

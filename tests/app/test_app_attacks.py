@@ -792,11 +792,11 @@ def test_stops_of_many_visitors_take_bounded_memory():
 
 
 def test_a_system_without_the_locks_of_unix_is_one_line(monkeypatch: pytest.MonkeyPatch):
-    from davae.commands.app import app
+    from davae.commands.app import app_verb
 
     monkeypatch.setitem(sys.modules, "fcntl", None)  # an import of it fails, as on Windows
     with pytest.raises(RunError, match="the page needs Linux or macOS"):
-        app("micro")
+        app_verb("micro")
 
 
 WRONG_CALLS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from davae.commands.sample import image_size
 from davae.errors import RecipeError, RunError
 from davae.files.outputs import save_image
 from davae.sample import image_folder as drawing
+from davae.sample.open import SamplingOptions
 
-OPTIONS: dict[str, Any] = {"num": 2, "seed": 1, "steps": 2, "guidance": 2.5, "resolution": None, "batch_size": 4}
+OPTIONS = SamplingOptions(steps=2, guidance=2.5, seed=1, batch_size=4)
 
 
 @pytest.fixture
@@ -24,18 +26,19 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Calls of a pipeline that draws an image of a new colour each."""
     calls: list[dict[str, Any]] = []
 
-    def generate(pipeline: Any, prompts: list[str], **options: Any) -> list[Image.Image]:
-        calls.append(options)
+    def generate(pipeline: Any, prompts: list[str], how: SamplingOptions, **options: Any) -> list[Image.Image]:
+        calls.append({"how": how, **options})
         return [Image.new("RGB", (4, 4), (len(calls), place, 0)) for place in range(len(prompts))]
 
     monkeypatch.setattr(drawing, "generate", generate)
-    monkeypatch.setattr(drawing, "check_classes", lambda pipeline, prompts: None)
+    monkeypatch.setattr(drawing, "check_class_prompts", lambda pipeline, prompts: None)
     return calls
 
 
 def sample(folder: Path, *prompts: str, **changes: Any) -> Path:
+    more = {"num": 2} | {name: changes.pop(name) for name in ("num", "negative_prompt") if name in changes}
     return drawing.sample_to_folder(
-        None, list(prompts), folder, **{**OPTIONS, **changes}, on_batch=lambda done, total: None
+        None, list(prompts), folder, replace(OPTIONS, **changes), on_batch=lambda done, total: None, **more
     )
 
 
@@ -67,7 +70,7 @@ def test_a_file_of_somebody_else_is_refused(drawn: list, tmp_path: Path):
 
 def test_what_is_typed_reaches_the_pipeline(drawn: list, tmp_path: Path):
     sample(tmp_path, "a rose", resolution=(64, 96), negative_prompt="blue")
-    assert (drawn[0]["resolution"], drawn[0]["negative_prompt"]) == ((64, 96), "blue")
+    assert (drawn[0]["how"].resolution, drawn[0]["negative_prompt"]) == ((64, 96), "blue")
     assert image_size(None, 64, 96) == (64, 96)
     assert image_size(None, 64, 64) == image_size(64, None, None) == 64
     for sizes in ((None, 64, None), (None, None, 64), (64, 64, 64)):

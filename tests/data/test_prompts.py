@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from davae.evaluate.geneval import (
     TASKS,
     Detector,
     Found,
-    class_name,
     coverage,
+    geneval_name,
     impossible,
     judge,
     judge_folder,
@@ -33,6 +34,7 @@ from davae.evaluate.geneval import (
     write_request,
 )
 from davae.evaluate.prompts import evaluate_geneval, evaluate_prompts
+from davae.sample.open import SamplingOptions
 from davae.sample.resume import stretches
 
 
@@ -62,7 +64,7 @@ def test_prompt_files_of_the_benchmarks(shared: Path, tmp_path: Path):
 
 def test_a_detector_of_coco_knows_all_classes_of_geneval(shared: Path):
     detection = pytest.importorskip("torchvision.models.detection")
-    known = {class_name(label) for label in detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]}
+    known = {geneval_name(label) for label in detection.FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]}
     requests = [p.record for p in read_prompts(shared / "prompts/geneval_evaluation_metadata.jsonl")]
     asked = {part["class"] for r in requests for part in r["include"] + r.get("exclude", [])}
     assert asked <= known
@@ -272,7 +274,8 @@ def test_models_of_judges_are_checked_like_any_other(
 def test_pictures_for_prompts_resume_and_are_scored(tiny_base: Path, tiny_clip: Path, tmp_path: Path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a red square\na blue disc\na red disc\n")
-    options = {"num": None, "steps": 1, "guidance": 1.0, "seed": 0, "on_batch": lambda done, total: None}
+    how = SamplingOptions(steps=1, guidance=1.0, seed=0)
+    options = {"options": how, "num": None, "on_batch": lambda done, total: None}
     figures = evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=str(tiny_clip), **options)
     files = sorted((tmp_path / "out").glob("*.png"))
     assert [f.name for f in files] == ["00000.png", "00001.png", "00002.png"]
@@ -283,13 +286,16 @@ def test_pictures_for_prompts_resume_and_are_scored(tiny_base: Path, tiny_clip: 
     assert files[1].read_bytes() == before
     assert again == figures
     with pytest.raises(ModelError, match="other settings"):
-        evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=None, **{**options, "steps": 2})
+        evaluate_prompts(
+            str(tiny_base), prompts, tmp_path / "out", clip=None, **{**options, "options": replace(how, steps=2)}
+        )
+    large = replace(how, resolution=32)
     with pytest.raises(ModelError, match="other settings"):
-        evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=None, resolution=32, **options)
+        evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=None, **{**options, "options": large})
     prompts.write_text("a red square\na blue disc\na green disc\n")
     with pytest.raises(ModelError, match="other settings"):  # the file's name is the same, its prompts are not
         evaluate_prompts(str(tiny_base), prompts, tmp_path / "out", clip=None, **options)
-    evaluate_prompts(str(tiny_base), prompts, tmp_path / "large", clip=None, resolution=32, **options)
+    evaluate_prompts(str(tiny_base), prompts, tmp_path / "large", clip=None, **{**options, "options": large})
     assert Image.open(tmp_path / "large" / "00000.png").size == (32, 32)
 
 
@@ -304,7 +310,11 @@ def test_geneval_layout_and_judgement(tiny_base: Path, tiny_clip: Path, tiny_det
     ]
     metadata = tmp_path / "metadata.jsonl"
     metadata.write_text("\n".join(map(json.dumps, requests)))
-    options = {"num": 2, "steps": 1, "guidance": 1.0, "seed": 0, "on_batch": lambda done, total: None}
+    options = {
+        "options": SamplingOptions(steps=1, guidance=1.0, seed=0),
+        "num": 2,
+        "on_batch": lambda done, total: None,
+    }
     models = {"detector": str(tiny_detector), "clip": str(tiny_clip)}
     figures = evaluate_geneval(str(tiny_base), metadata, tmp_path / "out", **models, **options)
     assert sorted(p.name for p in (tmp_path / "out/00001/samples").iterdir()) == ["00000.png", "00001.png"]
@@ -334,7 +344,7 @@ def test_names_of_older_detectors_are_known():
         "traffic_light",
         "Hair Dryer",
     ]
-    assert [class_name(label) for label in older] == [
+    assert [geneval_name(label) for label in older] == [
         "couch", "dining table", "tv", "airplane", "motorcycle", "potted plant", "traffic light", "hair drier",
     ]  # fmt: skip
 
@@ -404,7 +414,7 @@ def test_results_that_are_no_verdicts_are_one_line(line: str, tmp_path: Path):
 def test_prompts_that_are_no_requests_are_one_line(entry: dict, tmp_path: Path):
     path = tmp_path / "m.jsonl"
     path.write_text(json.dumps({"prompt": "a dog", **entry}))
-    options = {"num": 1, "steps": 1, "guidance": 1.0, "seed": 0, "detector": None, "clip": None}
+    options = {"options": SamplingOptions(steps=1, guidance=1.0, seed=0), "num": 1, "detector": None, "clip": None}
     with pytest.raises(DataError, match="is not GenEval's metadata"):
         evaluate_geneval("micro", path, tmp_path / "out", **options, on_batch=lambda done, total: None)
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,13 @@ from davae import LatentLayout
 from davae.analyze.curves import loss_curves, smooth
 from davae.data.images import to_images, to_tensor
 from davae.errors import DataError, ModelError
-from davae.evaluate.distribution import Gaussian, compare, frechet_distance, gaussian_distance, stored_gaussian
+from davae.evaluate.distribution import (
+    Gaussian,
+    distribution_scores,
+    frechet_distance,
+    gaussian_distance,
+    stored_gaussian,
+)
 from davae.evaluate.features import Features, InceptionFeatures, Lite0Features, extract
 from davae.evaluate.reconstruction import psnr, score_reconstructions, ssim
 from davae.losses.perceptual import Lite0Distance, Lpips
@@ -102,19 +108,22 @@ def test_fid_to_adm_s_reference_is_taken_to_its_stored_statistics(
 
 def test_set_distances_tell_near_from_far():
     real, same, far = (Features(torch.randn(60, 8) + shift) for shift in (0.0, 0.0, 4.0))
-    near, away = compare(same, real, subset=30, subsets=5), compare(far, real, subset=30, subsets=5)
+    near, away = (
+        distribution_scores(same, real, subset=30, subsets=5),
+        distribution_scores(far, real, subset=30, subsets=5),
+    )
     assert near.frechet < away.frechet
     assert abs(near.kernel) < away.kernel
     assert near.precision > 0.8 > away.precision
     assert near.recall > 0.8 > away.recall
-    assert compare(same, real).subset == 60
+    assert distribution_scores(same, real).subset == 60
     assert near.inception is None
     sure = Features(torch.randn(600, 8), 20 * torch.nn.functional.one_hot(torch.arange(600) % 5).float())
-    assert compare(sure, real).inception[0] == pytest.approx(5, rel=0.1)  # type: ignore[index]
+    assert distribution_scores(sure, real).inception[0] == pytest.approx(5, rel=0.1)  # type: ignore[index]
     assert set(near.as_dict("fd_lite0")) >= {"fd_lite0", "kid_lite0", "precision_lite0", "recall_lite0"}
-    assert {"fid", "kid", "inception_score"} <= set(compare(sure, real).as_dict("fid"))
+    assert {"fid", "kid", "inception_score"} <= set(distribution_scores(sure, real).as_dict("fid"))
     with pytest.raises(ValueError, match="at least 4 pictures a side are needed, found 3 and 60"):
-        compare(Features(torch.randn(3, 8)), real)
+        distribution_scores(Features(torch.randn(3, 8)), real)
 
 
 def small_lite0() -> Lite0Features:

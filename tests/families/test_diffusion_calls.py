@@ -25,7 +25,7 @@ from davae.publish.assemble import assemble
 from davae.recipes import validate
 from davae.runs.checks import check_recipe
 from davae.sample.generate import base_noise, generate
-from davae.sample.open import check_classes
+from davae.sample.open import SamplingOptions, check_class_prompts
 from davae.vae.detail_vae import DetailVAE
 
 FAMILIES = {**diffusion.BUILDERS, **diffusion.VARIANTS}
@@ -58,7 +58,7 @@ def fed(pipeline: Any, size: int, guidance: float, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "forward", spy)
-        generate(pipeline, PROMPTS, resolution=size, steps=2, guidance_scale=guidance)
+        generate(pipeline, PROMPTS, SamplingOptions(resolution=size, steps=2, guidance=guidance))
     arguments, output = seen[0]
     return arguments, output[0]
 
@@ -134,9 +134,11 @@ def test_an_untrained_upgrade_draws_the_base_s_latents(name: str, bases: dict[st
     # deterministic: noise that a step adds is drawn for all channels at once
     base.scheduler = DDIMScheduler.from_config(base.scheduler.config)
     size = 4 * pixel_factor(base)
-    options: dict[str, Any] = {"steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
-    expected = torch.stack(generate(base, PROMPTS, resolution=size, **options))
-    drawn = torch.stack(generate(upgraded(base), PROMPTS, resolution=2 * size, **options))
+    options = SamplingOptions(steps=3, guidance=3.0, resolution=size)
+    expected = torch.stack(generate(base, PROMPTS, options, output_type="latent"))
+    drawn = torch.stack(
+        generate(upgraded(base), PROMPTS, replace(options, resolution=2 * size), output_type="latent")
+    )
     assert drawn.shape[1:] == (12, 4, 4)
     assert float((drawn[:, :4] - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
@@ -173,13 +175,13 @@ def test_dit_draws_classes_by_name(bases: dict[str, Path]):
     base = load_pipeline(str(bases["DiTTransformer2DModel"]))
     assert [class_number(base, label) for label in ("a disc", "disc", "square", "7", "999")] == [7, 7, 0, 7, 999]
     with pytest.raises(ModelError, match=r"'cat' is no class of this model; its classes are a blue square, a disc"):
-        check_classes(base, ["cat"])
+        check_class_prompts(base, ["cat"])
     with pytest.raises(ModelError, match="class label 1000 is out of range"):
-        check_classes(base, ["1000"])
+        check_class_prompts(base, ["1000"])
     own = default_resolution(base)
-    pictures = generate(base, ["disc", "7"], steps=2, seed=3)
+    pictures = generate(base, ["disc", "7"], SamplingOptions(steps=2, seed=3))
     assert pictures[0].size == (own, own)
-    assert generate(base, ["disc"], steps=2, resolution=2 * own)[0].size == (2 * own, 2 * own)
+    assert generate(base, ["disc"], SamplingOptions(steps=2, resolution=2 * own))[0].size == (2 * own, 2 * own)
     assert base.transformer.config["sample_size"] == 4
     wide = upgraded(base)
     assert wide.labels == base.labels
@@ -200,7 +202,7 @@ def test_dit_guides_only_thousand_classes(tmp_path: Path, bases: dict[str, Path]
     base = load_pipeline(str(bases["DiTTransformer2DModel"]))
     base.transformer.register_to_config(num_embeds_ada_norm=10)
     with pytest.raises(ModelError, match="guides away from class 1000, this model has 10 classes"):
-        generate(base, ["1"], steps=1, guidance_scale=4.0)
+        generate(base, ["1"], SamplingOptions(steps=1, guidance=4.0))
 
 
 def test_official_folders_of_dit_and_pixart_name_an_older_class(bases: dict[str, Path], tmp_path: Path):

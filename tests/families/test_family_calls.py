@@ -30,6 +30,7 @@ from davae.pretrained.open import (
 from davae.publish.assemble import assemble
 from davae.sample.call import takes_noise
 from davae.sample.generate import generate
+from davae.sample.open import SamplingOptions
 
 PROMPTS = ["a red square", "a blue square of another length"]
 
@@ -173,5 +174,5 @@ def test_an_upgrade_by_four_draws_the_base_s_tokens(
     shapes = read_shapes(str(folder_of(name)))
     size = 2 * shapes.patch_size * pixel_factor(upgraded)
     # guidance 1: Lumina 2 normalises guided predictions, 0/0 where random weights give zero
-    drawn = generate(upgraded, ["a red square"], resolution=size, steps=1, guidance_scale=1.0)
+    drawn = generate(upgraded, ["a red square"], SamplingOptions(resolution=size, steps=1, guidance=1.0))
     assert drawn[0].size == (size, size)

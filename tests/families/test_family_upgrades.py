@@ -20,6 +20,7 @@ from davae.recipes import validate
 from davae.runs.checks import check_recipe
 from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
+from davae.sample.open import SamplingOptions
 
 
 def test_every_family_that_trains_has_a_builder():
@@ -71,8 +72,11 @@ def test_upgrade_gives_a_stock_pipeline_at_the_doubled_size(name: str, classes: 
     assert default_resolution(upgraded) == recipe.resolution == 2 * size
     upgraded.vae.register_to_config(resolution=None)
     assert default_resolution(upgraded) == 2 * default_resolution(base)
-    assert generate(base, ["a red square"], resolution=size, steps=2)[0].size == (size, size)
-    assert generate(upgraded, ["a red square"], resolution=2 * size, steps=2)[0].size == (2 * size, 2 * size)
+    assert generate(base, ["a red square"], SamplingOptions(resolution=size, steps=2))[0].size == (size, size)
+    assert generate(upgraded, ["a red square"], SamplingOptions(resolution=2 * size, steps=2))[0].size == (
+        2 * size,
+        2 * size,
+    )
 
 
 def test_sizes_that_a_model_s_groups_do_not_divide_are_told_at_once(picture_folder: Path, tmp_path: Path):

@@ -17,6 +17,7 @@ from davae.pretrained.open import load_pipeline, read_shapes
 from davae.recipes import validate
 from davae.runs.upgrade import Upgrade
 from davae.sample.generate import base_noise, generate
+from davae.sample.open import SamplingOptions
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +70,15 @@ def test_upgrade_gives_a_stock_pipeline_at_the_doubled_size(tiny_flux: Path, pic
 
     # base and upgraded start from the same base noise, packed as the pipeline wants it
     base = load_pipeline(str(tiny_flux))
-    assert generate(base, ["a red square"], resolution=16, steps=1)[0].size == (16, 16)
-    assert generate(upgraded, ["a red square"], resolution=32, steps=1)[0].size == (32, 32)
+    assert generate(base, ["a red square"], SamplingOptions(resolution=16, steps=1))[0].size == (16, 16)
+    assert generate(upgraded, ["a red square"], SamplingOptions(resolution=32, steps=1))[0].size == (32, 32)
     assert base_noise(0, 0, 4, 8, 8).shape == (1, 4, 8, 8)
     figures = evaluate_generation(
         str(tmp_path / "run"),
         str(picture_folder),
+        SamplingOptions(steps=1, guidance=3.5, seed=0, resolution=32, batch_size=32),
         num=4,
-        resolution=32,
         compare_at=None,
-        steps=1,
-        guidance=3.5,
-        seed=0,
         held_in=0.0,
         features="lite0",
         feature_weights=None,

@@ -26,6 +26,7 @@ from davae.publish.assemble import assemble
 from davae.recipes import validate
 from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
+from davae.sample.open import SamplingOptions
 
 PROMPT = "a red square"
 HIDREAM = "HiDreamImageTransformer2DModel"
@@ -144,7 +145,7 @@ def test_sana_chooses_its_sizes_by_the_upgraded_picture(scale: int, detail: int,
         wide = case.run(large.transformer, large.vae.layout.join(x, z_d))
         assert torch.allclose(wide[:, :4], case.run(base.transformer, x), atol=1e-5)
     pixels = 32 * scale
-    assert generate(large, [PROMPT], resolution=pixels, steps=1)[0].size == (pixels, pixels)
+    assert generate(large, [PROMPT], SamplingOptions(resolution=pixels, steps=1))[0].size == (pixels, pixels)
 
 
 def test_sprint_runs_upgraded_and_is_not_trained(tmp_path: Path):

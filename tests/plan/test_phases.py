@@ -106,7 +106,7 @@ def test_a_dry_run_writes_and_prints_every_phase(tmp_path: Path, monkeypatch: py
 
 
 def test_json_without_a_dry_run_is_one_line(tmp_path: Path):
-    from davae.commands.upgrade import upgrade as verb
+    from davae.commands.upgrade import upgrade_verb as verb
 
     with pytest.raises(RecipeError, match=r"--json: .*add --dry-run"):
         verb("micro", out=tmp_path / "run", json=tmp_path / "x.json")

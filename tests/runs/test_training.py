@@ -32,6 +32,7 @@ from davae.publish.assemble import load_upgraded
 from davae.recipes import validate
 from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
+from davae.sample.open import SamplingOptions
 from davae.train import run_folder as state
 from davae.train.loop import learning_rate
 from davae.train.run_folder import RunFolder, new_folder, read_metrics
@@ -262,8 +263,8 @@ def test_export_writes_a_small_upgrade_that_gives_the_same_model(finished: Path,
     run_cli("export", str(finished), "--out", str(tmp_path / "up"), "--dtype", "float32")
     upgraded = load_upgraded(load_pipeline(str(tiny_base)), tmp_path / "up")
     exported = load_pipeline(str(finished / "pipeline"))
-    options = {"steps": 2, "guidance_scale": 2.0, "seed": 1}
-    mine, theirs = (generate(p, ["a red square"], **options)[0] for p in (upgraded, exported))
+    options = SamplingOptions(steps=2, guidance=2.0, seed=1)
+    mine, theirs = (generate(p, ["a red square"], options)[0] for p in (upgraded, exported))
     assert np.abs(np.asarray(mine, dtype=int) - np.asarray(theirs, dtype=int)).max() <= 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +23,13 @@ from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.sample_file import write_samples
 from davae.files.ownership import only_writer
 from davae.pretrained.open import load_pipeline
-from davae.pretrained.placement import Placement
 from davae.sample import fingerprint as hashing
 from davae.sample import make_data as synthesis
 from davae.sample.fingerprint import model_fingerprint
 from davae.sample.finite import checked_decoding
 from davae.sample.generate import generate
 from davae.sample.image_folder import sample_to_folder
+from davae.sample.open import SamplingOptions
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Prompts that were drawn, each as an image of its length."""
     texts: list[str] = []
 
-    def draw(pipeline: Any, prompts: list[str], **options: Any) -> list[Image.Image]:
+    def draw(pipeline: Any, prompts: list[str], how: SamplingOptions, **options: Any) -> list[Image.Image]:
         texts.extend(prompts)
         return [Image.new("RGB", (8, 8), (len(prompt), 0, 0)) for prompt in prompts]
 
@@ -58,23 +59,15 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def make_data(model: Path, prompts: Path, out: Path, **changes: Any) -> None:
-    options = {
-        "num": None, "resolution": 8, "steps": 2, "guidance": 2.0, "seed": 7, "shard_size": 2, "picture_format": "png",
-        "placement": Placement(), "batch_size": 2, "on_picture": lambda done, total: None, **changes,
-    }  # fmt: skip
-    synthesis.make_data(str(model), prompts, out, **options)
+    options = {"num": None, "shard_size": 2, "image_format": "png", "on_image": lambda done, total: None}
+    how = replace(SamplingOptions(steps=2, guidance=2.0, seed=7, resolution=8, batch_size=2), **changes)
+    synthesis.draw_training_set(str(model), prompts, out, how, **options)
 
 
 def evaluate(model: Path, prompts: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    options = {
-        "num": None,
-        "steps": 1,
-        "guidance": 1.0,
-        "seed": 0,
-        "clip": None,
-        "on_batch": lambda done, total: None,
-    }
-    return prompting.evaluate_prompts(str(model), prompts, out, **{**options, **changes})
+    options = {"num": None, "clip": None, "on_batch": lambda done, total: None}
+    how = SamplingOptions(steps=1, guidance=1.0, seed=0, **changes)
+    return prompting.evaluate_prompts(str(model), prompts, out, how, **options)
 
 
 @pytest.mark.parametrize("verb", [make_data, evaluate])
@@ -236,15 +229,15 @@ def test_images_that_are_not_finite_are_named_with_their_prompt(return_dict: boo
 @pytest.mark.parametrize("part", ["vae", "transformer"])
 def test_a_broken_model_writes_no_black_image(part: str, tiny_base: Path, tmp_path: Path):
     pipeline = load_pipeline(str(tiny_base))
-    good = generate(pipeline, ["a red square"], resolution=16, steps=1)
+    good = generate(pipeline, ["a red square"], SamplingOptions(resolution=16, steps=1))
     assert np.asarray(good[0]).any()
     layer = pipeline.vae.decoder.conv_out if part == "vae" else pipeline.transformer.proj_out
     torch.nn.init.constant_(layer.bias, torch.nan)
-    options = {"num": 1, "seed": 0, "steps": 1, "guidance": 1.0, "resolution": 16, "batch_size": 1}
+    how = SamplingOptions(steps=1, guidance=1.0, seed=0, resolution=16, batch_size=1)
     with pytest.raises(
         ModelError, match=r"image of 'a red square': NaN or infinite values in .*; the weights are damaged"
     ):
-        sample_to_folder(pipeline, ["a red square"], tmp_path, **options, on_batch=lambda done, total: None)
+        sample_to_folder(pipeline, ["a red square"], tmp_path, how, num=1, on_batch=lambda done, total: None)
     assert not list(tmp_path.rglob("*.png"))
 
 

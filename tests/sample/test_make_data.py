@@ -14,9 +14,9 @@ from test_training import fails, run_cli
 
 from davae.data.sources import open_source
 from davae.pretrained.open import load_pipeline
-from davae.pretrained.placement import Placement
 from davae.sample import make_data as synthesis
 from davae.sample.generate import generate
+from davae.sample.open import SamplingOptions
 
 PROMPTS = ["a red square", "a blue disc", "a square"]
 
@@ -60,7 +60,10 @@ def test_shards_hold_pictures_prompts_and_settings(
     source = open_source(str(out), 16)
     assert [source.load(i)[1] for i in range(5)] == [PROMPTS[i % 3] for i in range(5)]
     wanted = generate(
-        load_pipeline(str(tiny_base)), [PROMPTS[0]], resolution=16, steps=2, guidance_scale=2.0, seed=7, first=3
+        load_pipeline(str(tiny_base)),
+        [PROMPTS[0]],
+        SamplingOptions(resolution=16, steps=2, guidance=2.0, seed=7),
+        first=3,
     )[0]
     assert np.abs(np.asarray(source.load(3)[0], int) - np.asarray(wanted, int)).max() <= 1
     record = json.loads(members(out / "00001.tar")["00000003.json"])
@@ -78,10 +81,10 @@ def test_interrupted_it_draws_only_what_is_missing(
     tiny_base: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {
-        "num": 5, "resolution": None, "steps": 2, "guidance": 2.0, "seed": 7, "shard_size": 4, "picture_format": "jpg",
-        "placement": Placement(), "batch_size": 1, "on_picture": lambda done, total: None,
+        "options": SamplingOptions(steps=2, guidance=2.0, seed=7, batch_size=1),
+        "num": 5, "shard_size": 4, "image_format": "jpg", "on_image": lambda done, total: None,
     }  # fmt: skip
-    synthesis.make_data(str(tiny_base), prompts, tmp_path / "whole", **options)
+    synthesis.draw_training_set(str(tiny_base), prompts, tmp_path / "whole", **options)
     drawn: list[int] = []
 
     def counting(*args: Any, first: int, **kwargs: Any) -> list[Image.Image]:
@@ -93,10 +96,10 @@ def test_interrupted_it_draws_only_what_is_missing(
 
     monkeypatch.setattr(synthesis, "generate", counting)
     with pytest.raises(KeyboardInterrupt):
-        synthesis.make_data(str(tiny_base), prompts, tmp_path / "cut", **options)
+        synthesis.draw_training_set(str(tiny_base), prompts, tmp_path / "cut", **options)
     assert not list((tmp_path / "cut").glob("*.tar"))
     (tmp_path / "cut" / ".00000" / "00000002.partial").write_bytes(b"half")
-    assert synthesis.make_data(str(tiny_base), prompts, tmp_path / "cut", **options) == 0
+    assert synthesis.draw_training_set(str(tiny_base), prompts, tmp_path / "cut", **options) == 0
     assert drawn == [0, 1, -1, 2, 3, 4]
     for name in ("00000.tar", "00001.tar"):
         assert members(tmp_path / "cut" / name) == members(tmp_path / "whole" / name)
@@ -108,7 +111,7 @@ def test_interrupted_it_draws_only_what_is_missing(
 
     monkeypatch.setattr(synthesis, "PartialState", Second)
     monkeypatch.setattr(synthesis, "generate", generate)
-    assert synthesis.make_data(str(tiny_base), prompts, tmp_path / "second", **options) == 1, (
+    assert synthesis.draw_training_set(str(tiny_base), prompts, tmp_path / "second", **options) == 1, (
         "the first makes shard 0"
     )
     assert [path.name for path in (tmp_path / "second").glob("*.tar")] == ["00001.tar"]

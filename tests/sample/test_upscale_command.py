@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from upgraded_tiny import assembled
 
 from davae.cli import app
 from davae.errors import DataError, DavaeError, ModelError, RunError
-from davae.sample.upscale_files import enlarge_files, find_images, read_source, save_result
+from davae.sample.open import SamplingOptions
+from davae.sample.upscale_files import find_images, read_source, save_result, upscale_files
 
-OPTIONS = {"strength": 0.0, "steps": 2, "guidance_scale": 1.0, "seed": 0, "times": 1, "batch_size": 2}
+OPTIONS = SamplingOptions(steps=2, guidance=1.0, seed=0, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +77,15 @@ def test_files_of_a_folder_become_files_of_the_same_names(pipeline, tmp_path: Pa
         "three.webp": "",
     }
     steps = []
-    sheet = enlarge_files(pipeline, jobs, out, on_step=lambda done, total: steps.append(done / total), **OPTIONS)
+    sheet = upscale_files(pipeline, jobs, out, OPTIONS, on_step=lambda done, total: steps.append(done / total))
     assert sorted(p.name for p in out.iterdir()) == ["before-after.png", "one.png", "three.png", "two.png"]
     assert Image.open(out / "three.png").size == (36, 32)
     assert steps[-1] == 1.0
     assert steps == sorted(steps)
     assert Image.open(sheet).size == (2 * 36 + 4, 3 * 36 + 2 * 4)  # cells as large as the largest result
-    enlarge_files(pipeline, find_images([folder], out, "x"), out, **OPTIONS)  # its own files may be written again
+    upscale_files(pipeline, find_images([folder], out, "x"), out, OPTIONS)  # its own files may be written again
     before = [image.read_bytes() for image in sorted(out.iterdir())]
-    enlarge_files(pipeline, find_images([folder / "two.png"], tmp_path / "alone", "x"), tmp_path / "alone", **OPTIONS)
+    upscale_files(pipeline, find_images([folder / "two.png"], tmp_path / "alone", "x"), tmp_path / "alone", OPTIONS)
     assert (tmp_path / "alone" / "two.png").read_bytes() == before[3]  # whatever lies around it
 
 
@@ -111,14 +113,22 @@ def test_what_cannot_be_enlarged_is_one_line_before_the_model_is_loaded(tmp_path
     picture(2, 8, 8).save(out / "good.png")
     refused(RunError, "is not an image that davae wrote", [good], out)
     (tmp_path / "good.txt").write_bytes(b"\xff\xfe\x00")
-    refused(DataError, "not UTF-8", [good], tmp_path / "other")
+    refused(DataError, "good.txt begins as utf-16-le, but is not", [good], tmp_path / "other")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_prompts_are_read_in_any_encoding_that_captions_have(encoding: str, tmp_path: Path):
+    picture(1, 16, 16).save(tmp_path / "image.png")
+    (tmp_path / "image.txt").write_bytes("a café,\r\nred\n".encode(encoding))
+    (job,) = find_images([tmp_path / "image.png"], tmp_path / "out")
+    assert job.prompt == "a café, red"
 
 
 def test_an_image_that_is_too_large_is_refused_before_any_work(pipeline, tmp_path: Path):
     Image.new("RGB", (4200, 4200)).save(tmp_path / "large.png")
     jobs = find_images([tmp_path / "large.png"], tmp_path / "out")
     with pytest.raises(ModelError, match=r"large.png: 4200x4200 pixels would become 8400x8400"):
-        enlarge_files(pipeline, jobs, tmp_path / "out", **OPTIONS)
+        upscale_files(pipeline, jobs, tmp_path / "out", OPTIONS)
     assert not (tmp_path / "out").exists()
 
 
@@ -129,7 +139,7 @@ def test_a_damaged_image_leaves_the_results_before_it(pipeline, tmp_path: Path):
     (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
     jobs = find_images([tmp_path / "1.png", tmp_path / "2.png"], tmp_path / "out")
     with pytest.raises(DataError, match=r"2.png: "):
-        enlarge_files(pipeline, jobs, tmp_path / "out", **{**OPTIONS, "batch_size": 1})
+        upscale_files(pipeline, jobs, tmp_path / "out", replace(OPTIONS, batch_size=1))
     assert (tmp_path / "out" / "1.png").is_file()
 
 

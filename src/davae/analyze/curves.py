@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,27 @@ TITLES = {
 
 
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Running mean over a share of the points, as long as the input."""
+    """Return the running mean over a share of the points, as long as the input.
+
+    Args:
+        values: (N,).
+        share: width of the mean, as a share of N.
+    """
     width = max(1, int(len(values) * share))
     padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
     return np.convolve(padded, np.ones(width) / width, mode="valid")
 
 
 def loss_curves(records: list[dict[str, Any]], stage: str) -> bytes | None:
-    """PNG of one stage's curves: faint points as logged, a running mean on top; None without records."""
+    """Plot one stage's losses: faint points as logged, and a running mean on top.
+
+    Args:
+        records: records of `metrics.jsonl`.
+        stage: `stage1` or `stage2`.
+
+    Returns:
+        PNG bytes, None where the stage has fewer than two records.
+    """
     records = [record for record in records if record["stage"] == stage]
     names = [name for name in SHOWN[stage] if any(name in record for record in records)]
     if len(records) < 2 or not names:
@@ -65,13 +79,21 @@ def loss_curves(records: list[dict[str, Any]], stage: str) -> bytes | None:
 
 
 def plain_label(name: str) -> str:
-    """Return a name as matplotlib shows it: no formula between dollars, no underscore that hides it from the legend."""
+    """Return a name for a legend, free of matplotlib's formulas and hidden underscores."""
     shown = name.replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 def compared_curves(runs: dict[str, list[dict[str, Any]]], names: tuple[str, ...]) -> bytes:
-    """PNG of several runs' curves, a panel a quantity and a line a run: running means of what was logged."""
+    """Plot running means of several runs, a panel a quantity and a line a run.
+
+    Args:
+        runs: name -> its records.
+        names: keys of the quantities.
+
+    Returns:
+        PNG bytes.
+    """
     figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), squeeze=False)
     for name, axis in zip(names, axes[0], strict=True):
         for run, records in runs.items():
@@ -87,7 +109,11 @@ def compared_curves(runs: dict[str, list[dict[str, Any]]], names: tuple[str, ...
 
 
 def stage2_records(run: Path) -> list[dict[str, Any]]:
-    """Return what stage 2 of a run logged; ModelError when it is less than two steps."""
+    """Return the records of stage 2 of a run that have both losses.
+
+    Raises:
+        ModelError: fewer than two steps.
+    """
     found = [r for r in read_metrics(run / "metrics.jsonl") if r["stage"] == "stage2"]
     records = [record for record in found if {"loss_base", "loss_detail"} <= record.keys()]
     if len(records) < 2:
@@ -96,18 +122,34 @@ def stage2_records(run: Path) -> list[dict[str, Any]]:
 
 
 def curves_figure(run: Path, out: Path) -> Path:
-    """Loss curves of a run's stage 2 (Fig. S3)."""
+    """Write the loss curves of a run's stage 2 (Fig. S3), and return the figure's path.
+
+    Args:
+        run: the run folder.
+        out: folder of the figure.
+    """
     check_figure(out, "curves")
     records = stage2_records(run)
-    picture = loss_curves(records, "stage2")
-    assert picture is not None
-    return write_figure(out, "curves", picture, {"run": str(run), "last": records[-1]})
+    image = loss_curves(records, "stage2")
+    assert image is not None
+    return write_figure(out, "curves", image, {"run": str(run), "last": records[-1]})
+
+
+def named_runs(runs: Sequence[Path]) -> dict[str, Path]:
+    """Return runs by the names of their folders, by their paths where folders share a name."""
+    distinct = len({run.name for run in runs}) == len(runs)
+    return {run.name if distinct else str(run): run for run in runs}
 
 
 def compared_runs_figure(runs: dict[str, Path], out: Path) -> Path:
-    """Base and detail loss of several runs side by side: zero against random new weights (Fig. 4), or any others."""
+    """Write base and detail loss of several runs side by side, as in Fig. 4.
+
+    Args:
+        runs: name -> run folder.
+        out: folder of the figure.
+    """
     check_figure(out, "compare")
     records = {name: stage2_records(run) for name, run in runs.items()}
-    picture = compared_curves(records, ("loss_base", "loss_detail"))
+    image = compared_curves(records, ("loss_base", "loss_detail"))
     figures = {name: {"run": str(runs[name]), "first": r[0], "last": r[-1]} for name, r in records.items()}
-    return write_figure(out, "compare", picture, figures)
+    return write_figure(out, "compare", image, figures)

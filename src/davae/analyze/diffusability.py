@@ -1,4 +1,4 @@
-"""What `davae analyze diffusability` does: how hard a detail latent will be to learn, before a transformer is trained."""
+"""Difficulty of a detail latent for a transformer, measured before one is trained."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def diffusability_figure(
     """
     check_figure(out, "diffusability")
     model = open_detail_vae(vae)
-    pictures = real_pictures(
+    images = real_pictures(
         data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "diffusability.data.json"
     )
-    z, z_d, _ = raw_latents(model, pictures, num)
+    z, z_d, _ = raw_latents(model, images, num)
     figures = {
         "vae": vae,
         "data": as_data(data).source,
@@ -53,7 +53,7 @@ def diffusability_figure(
 
 
 def latent_measures(z: Tensor, z_d: Tensor) -> dict[str, Any]:
-    """Return what a detail latent owes to its base, and how its channels and frequencies are used.
+    """Measure the dependence of a detail latent on its base, and its channels and frequencies.
 
     `alignment_r2`: share of the variance of z_d that a linear map of the 3x3 neighbourhood of z explains on images that it
     was not fitted to. `channel_correlation`: mean |correlation| of two channels. `effective_dimension`: participation ratio
@@ -72,7 +72,14 @@ def latent_measures(z: Tensor, z_d: Tensor) -> dict[str, Any]:
 
 
 def alignment_r2(z: Tensor, z_d: Tensor) -> float:
-    """Return R^2 of the best linear map from 3x3 neighbourhoods of z to z_d, on the last quarter of the images."""
+    """Return R^2 of the best linear map from 3x3 neighbourhoods of z to z_d.
+
+    The map is fitted to three quarters of the images and measured on the last quarter.
+
+    Args:
+        z: raw base latents (N,C,h,w).
+        z_d: raw detail latents (N,D,h,w).
+    """
     cut = max(1, len(z) * 3 // 4)
     x = neighbourhoods(z)  # (N,hw,9C)
     y = z_d.double().cpu().flatten(2).transpose(1, 2)  # (N,hw,D)
@@ -119,7 +126,7 @@ class Probe(nn.Module):
 
 
 def probe_loss(z: Tensor, z_d: Tensor, layout: LatentLayout, steps: int, seed: int = 0) -> dict[str, float]:
-    """Train the probe on standardised latents and return its velocity losses on the last quarter of the images.
+    """Train the probe on standardised latents, and measure it on the last quarter.
 
     Args:
         z, z_d: raw latents (N,C,h,w), (N,D,h,w).

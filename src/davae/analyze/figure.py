@@ -19,7 +19,11 @@ ORIGIN = ("run", "vae", "unaligned", "base", "data", "settings")  # keys of what
 
 
 def check_figure(out: Path, name: str) -> None:
-    """Refuse a place for a figure where something that davae did not write has its name, before any work.
+    """Refuse the names of a figure where davae did not write the files that have them.
+
+    Args:
+        out: folder of the figure.
+        name: its name, without a suffix.
 
     Raises:
         RunError: in one line, what is there.
@@ -29,7 +33,7 @@ def check_figure(out: Path, name: str) -> None:
 
 
 def free_name(out: Path, name: str, figures: dict[str, Any]) -> str:
-    """Return the name under which to write a figure: figures of other models or data keep theirs.
+    """Return a name for a figure that no figure of other models or data has.
 
     Args:
         figures: values of the new figure; what it was made of is under `run`, `vae`, `unaligned`, `base`, `data`, `settings`.
@@ -55,35 +59,52 @@ def free_name(out: Path, name: str, figures: dict[str, Any]) -> str:
     return chosen
 
 
-def write_figure(out: Path, name: str, picture: bytes | Image.Image, figures: dict[str, Any]) -> Path:
-    """Write `name.png` and `name.json` into a folder and return the image's path.
+def write_figure(out: Path, name: str, image: bytes | Image.Image, figures: dict[str, Any]) -> Path:
+    """Write `name.png` and `name.json` into a folder, and return the image's path.
 
     A figure of another run, model or data that has the name already is kept: the new one is `name-2`, `name-3`, ...
+
+    Args:
+        out: folder of the figure.
+        name: its name, without a suffix.
+        image: PNG bytes or an image.
+        figures: values for the `.json`.
     """
     name = free_name(out, name, figures)
     path = out / f"{name}.png"
-    save_image(open_image(io.BytesIO(picture)) if isinstance(picture, bytes) else picture, path)
+    save_image(open_image(io.BytesIO(image)) if isinstance(image, bytes) else image, path)
     write_figures(out / f"{name}.json", figures)
     return path
 
 
 def figure_settings(data: str | Data, num: int, held_out: float) -> dict[str, Any]:
-    """Return what else a figure depends on, by which it is known from others of the same name."""
+    """Return the settings that distinguish a figure from others of its name.
+
+    Args:
+        data: the images, with the options of their source.
+        num: number of images.
+        held_out: share that is held out.
+    """
     options = as_data(data).model_dump(mode="json", exclude_defaults=True, exclude={"source"})
     return {"num": num, "held_out": held_out, **({"options": options} if options else {})}
 
 
 def contact_sheet(rows: dict[str, list[Image.Image]], cell: int) -> Image.Image:
-    """Pictures in named rows, on white."""
+    """Return images in named rows, on white.
+
+    Args:
+        rows: name -> images.
+        cell: side of an image on the sheet, pixels.
+    """
     label, gap = 120, 4
-    columns = max(len(pictures) for pictures in rows.values())
+    columns = max(len(images) for images in rows.values())
     sheet = Image.new("RGB", (label + columns * (cell + gap), len(rows) * (cell + gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for line, (name, pictures) in enumerate(rows.items()):
+    for line, (name, images) in enumerate(rows.items()):
         top = line * (cell + gap)
         draw.text((6, top + cell // 2 - 8), name, fill="black", font=font)
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (label + column * (cell + gap), top))
+        for column, image in enumerate(images):
+            sheet.paste(image.resize((cell, cell), Image.Resampling.LANCZOS), (label + column * (cell + gap), top))
     return sheet
 
 

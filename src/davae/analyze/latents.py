@@ -1,4 +1,4 @@
-"""What latents look like and what they know: PCA pictures, a linear probe and silhouettes by class (Fig. 3)."""
+"""Latent maps (Fig. 3): images by PCA, and class separability by probe and silhouette."""
 
 from __future__ import annotations
 
@@ -29,10 +29,14 @@ from davae.sample.open import open_detail_vae
 from davae.vae.detail_vae import DetailVAE
 
 
-def pca_pictures(latents: Tensor, size: int) -> list[Image.Image]:
-    """Latents (N,c,h,w) as colour pictures of `size` pixels: the three main components over the whole set.
+def pca_images(latents: Tensor, size: int) -> list[Image.Image]:
+    """Show latents as colour images: their three main components over the whole set.
 
     Each component is stretched between its 1st and 99th percentile; fewer channels than three leave colours at grey.
+
+    Args:
+        latents: (N,c,h,w).
+        size: side of the images, pixels.
     """
     count, channels, height, width = latents.shape
     rows = latents.cpu().double().permute(0, 2, 3, 1).reshape(-1, channels)
@@ -47,12 +51,16 @@ def pca_pictures(latents: Tensor, size: int) -> list[Image.Image]:
 
 
 def pooled(latents: Tensor) -> np.ndarray:
-    """Return latents (N,c,h,w) averaged over a 2x2 grid of cells: (N,4c) features."""
+    """Return features (N,4c): latents (N,c,h,w) averaged over a 2x2 grid of cells."""
     return F.adaptive_avg_pool2d(latents.float(), min(2, latents.shape[-1])).flatten(1).numpy()
 
 
 def embed_points(latents: Tensor, seed: int = 0) -> np.ndarray:
-    """Return a point of the plane for each of N latents, (N,2), by t-SNE of their standardised, pooled features.
+    """Return a point for each of N latents, (N,2), by t-SNE of pooled features.
+
+    Args:
+        latents: (N,c,h,w).
+        seed: seed of t-SNE.
 
     Raises:
         DataError: fewer than four latents.
@@ -65,7 +73,15 @@ def embed_points(latents: Tensor, seed: int = 0) -> np.ndarray:
 
 
 def scatter_plot(points: dict[str, np.ndarray], labels: list[int]) -> bytes:
-    """PNG of points (N,2), a panel a group and a colour a class (Fig. 3a)."""
+    """Plot points with a panel a group and a colour a class (Fig. 3a).
+
+    Args:
+        points: name of a group -> (N,2).
+        labels: class of each point.
+
+    Returns:
+        PNG bytes.
+    """
     figure, axes = plt.subplots(1, len(points), figsize=(3.4 * len(points), 3.4), squeeze=False)
     classes = sorted(set(labels))
     colours = plt.get_cmap("tab20", max(len(classes), 2))
@@ -81,7 +97,13 @@ def scatter_plot(points: dict[str, np.ndarray], labels: list[int]) -> bytes:
 
 @dataclass(frozen=True)
 class ClassKnowledge:
-    """How well classes stand apart in a latent: accuracy of a linear probe on held-out latents, mean silhouette."""
+    """Separability of classes in a latent.
+
+    Attributes:
+        probe_accuracy: accuracy of a linear probe on held-out latents.
+        silhouette: mean silhouette.
+        chance: accuracy of the most frequent class.
+    """
 
     probe_accuracy: float
     silhouette: float
@@ -89,12 +111,17 @@ class ClassKnowledge:
 
 
 def class_knowledge(latents: Tensor, labels: list[int], seed: int = 0) -> ClassKnowledge:
-    """Probe and silhouette of latents (N,c,h,w), averaged over a 2x2 grid of cells first: (N,4c) features.
+    """Measure class separability of latents, averaged over a 2x2 grid of cells first.
 
     The probe is a logistic regression on a random half, measured on the other.
 
+    Args:
+        latents: (N,c,h,w).
+        labels: class of each latent.
+        seed: seed of the split.
+
     Raises:
-        DataError: fewer than two classes, or too few pictures to find two in that half.
+        DataError: fewer than two classes, or too few images to find two in that half.
     """
     if len(set(labels)) < 2:
         raise DataError("class separability needs pictures of at least two classes")
@@ -116,21 +143,40 @@ def class_knowledge(latents: Tensor, labels: list[int], seed: int = 0) -> ClassK
 
 
 @torch.no_grad()
-def raw_latents(vae: DetailVAE, pictures: ImageDataset, num: int) -> tuple[Tensor, Tensor, list[int | None]]:
-    """(z (N,C,h,w), z_d (N,D,h,w), labels) of pictures; one that cannot be read has neither latents nor a label."""
+def raw_latents(vae: DetailVAE, images: ImageDataset, num: int) -> tuple[Tensor, Tensor, list[int | None]]:
+    """Encode images into raw latents, without those that cannot be read.
+
+    Args:
+        vae: the autoencoder.
+        images: the images.
+        num: most images.
+
+    Returns:
+        z (N,C,h,w), z_d (N,D,h,w) and the N labels.
+    """
     parts, labels = [], []
-    for positions, images in numbered_batches(pictures, num):
-        parts.append(vae.encode_raw(images.to(vae.device)))
-        labels += [pictures.source.label(pictures.indices[i]) for i in positions]
+    for positions, batch in numbered_batches(images, num):
+        parts.append(vae.encode_raw(batch.to(vae.device)))
+        labels += [images.source.label(images.indices[i]) for i in positions]
     return torch.cat([part.z.cpu() for part in parts]), torch.cat([part.mean.cpu() for part in parts]), labels
 
 
 def latents_figure(
     vae: str, unaligned: str | None, data: str | Data, out: Path, *, num: int, held_out: float
 ) -> Path:
-    """Latent maps, class separability and a scatter by class (Fig. 3): z, aligned z_d and, from a second run, unaligned z_d.
+    """Write latent maps, class separability and a scatter by class (Fig. 3).
+
+    The groups are z, aligned z_d and, from a second run, unaligned z_d.
 
     The scatter is a figure of its own, `latents-points`.
+
+    Args:
+        vae: a DetailVAE, by the names that `open_detail_vae` takes.
+        unaligned: one that was trained without alignment; None leaves it out.
+        data: images with classes.
+        out: folder of the figures.
+        num: most images.
+        held_out: share of the images that is held out and encoded; 0 takes all.
     """
     check_figure(out, "latents")
     check_figure(out, "latents-points")
@@ -138,23 +184,23 @@ def latents_figure(
     if unaligned is not None:
         models = {"aligned z_d": models["z_d"], "unaligned z_d": open_detail_vae(unaligned)}
     first = next(iter(models.values()))
-    pictures = real_pictures(
+    images = real_pictures(
         data, int(first.config["sample_size"]), held_out, "held_out", summary=out / "latents.data.json"
     )
     groups: dict[str, Tensor] = {}
     labels: list[int | None] = []
     for name, model in models.items():
-        z, z_d, labels = raw_latents(model, pictures, num)
+        z, z_d, labels = raw_latents(model, images, num)
         groups |= {"z": z, name: z_d}
     known = [label for label in labels if label is not None]
     if len(known) < len(labels):
         raise DataError(
             "class separability needs a class for every picture: sub-folders, or `.cls` files in the shards"
         )
-    rows = {"original": to_images(next(batches(pictures, SHOWN, SHOWN)))}
+    rows = {"original": to_images(next(batches(images, SHOWN, SHOWN)))}
     figures = {}
     for name, group in groups.items():
-        rows[name] = pca_pictures(group, 128)[:SHOWN]
+        rows[name] = pca_images(group, 128)[:SHOWN]
         z = groups["z"]
         alignment = None if name == "z" else float((group_mean(group, z.shape[1]) - z).square().mean() / z.var())
         figures[name] = {**asdict(class_knowledge(group, known)), "alignment_error_over_variance": alignment}

@@ -1,8 +1,9 @@
-"""What `davae analyze retention` does: how much of what the base knew an upgrade keeps."""
+"""Retention: how much of the base's knowledge an upgrade keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from davae.evaluate.reconstruction import perceptual_distances
 from davae.pretrained.open import default_resolution, embed_captions, pixel_factor
 from davae.recipes.sections import Data
 from davae.sample.generate import generate
-from davae.sample.open import open_model
+from davae.sample.open import SamplingOptions, open_model
 from davae.sample.preview import Preview, takes_callback
 from davae.tasks.noising import Objective, choose_objective
 from davae.vae.detail_vae import DetailVAE
@@ -32,23 +33,26 @@ def retention_figure(
     upgrade: str,
     data: str | Data,
     out: Path,
+    options: SamplingOptions,
     *,
     num: int,
     held_out: float,
     drawn: int = 8,
-    steps: int = 20,
-    guidance: float = 4.0,
-    seed: int = 0,
     lpips: str | None = None,
     lpips_weights: str | None = None,
 ) -> Path:
-    """Compare an upgrade's base channels with the pretrained model's; write `retention.png` and `.json`.
+    """Compare an upgrade's base channels with the pretrained model's, and write the figure.
 
     Args:
         base, upgrade: the pretrained model and its upgrade.
-        num: held-out images at which predictions are compared.
+        data: images at which predictions are compared.
+        out: folder of the figure.
+        options: how images are drawn, at the models' own sizes.
+        num: most images to compare at.
+        held_out: share of the images that is held out and compared at; 0 takes all.
         drawn: images drawn by both from the same base noise.
-        lpips: LPIPS too, on this network.
+        lpips: network of an LPIPS distance; None leaves it out.
+        lpips_weights: file of its weights.
 
     Returns:
         The figure: base images of both, from the same noise. The JSON has, for each noise level, the `relative_error` and
@@ -61,8 +65,8 @@ def retention_figure(
     first, second = open_model(base)[0], open_model(upgrade)[0]
     check_pair(first, second)
     images, captions = _held_out(second, data, num, held_out, out / "retention.data.json")
-    levels = prediction_errors(first, second, images, captions, base, seed)
-    rows = _images_of_both(first, second, captions[:drawn], steps, guidance, seed)
+    levels = prediction_errors(first, second, images, captions, base, options.seed)
+    rows = _images_of_both(first, second, captions[:drawn], options)
     pairs = [torch.stack([to_tensor(image) for image in row]) for row in rows.values()]
     with torch.no_grad():
         distances = {
@@ -74,7 +78,8 @@ def retention_figure(
         "upgrade": upgrade,
         "vae": upgrade,
         "data": as_data(data).source,
-        "settings": figure_settings(data, num, held_out) | {"steps": steps, "guidance": guidance, "seed": seed},
+        "settings": figure_settings(data, num, held_out)
+        | {"steps": options.steps, "guidance": options.guidance, "seed": options.seed},
         "levels": levels,
         "images": {"drawn": len(pairs[0]), **distances},
     }
@@ -83,6 +88,10 @@ def retention_figure(
 
 def check_pair(base: Any, upgraded: Any) -> None:
     """Refuse two pipelines that are not a pretrained model and its upgrade.
+
+    Args:
+        base: the pretrained pipeline.
+        upgraded: its upgrade.
 
     Raises:
         ModelError: in one line, what does not fit.
@@ -100,7 +109,7 @@ def check_pair(base: Any, upgraded: Any) -> None:
 def prediction_errors(
     base: Any, upgraded: Any, images: Tensor, captions: Sequence[str], name: str = "base", seed: int = 0
 ) -> list[dict[str, float]]:
-    """Return how far the upgrade's base prediction is from the pretrained model's, by noise level.
+    """Return the errors of the upgrade's base prediction by noise level.
 
     relative_error = |v_upgrade - v_base|^2 / |v_base|^2 over the base channels, at x_t = a z + s n with the same z and n;
     the upgrade sees the detail of the same images at the same level. 0 for a warm start, at every level.
@@ -151,27 +160,24 @@ def _predict(pipeline: Any, x_t: Tensor, t: Tensor, captions: Sequence[str]) -> 
 
 
 def _held_out(pipeline: Any, data: str | Data, num: int, share: float, summary: Path) -> tuple[Tensor, list[str]]:
-    pictures = real_pictures(data, default_resolution(pipeline), share, "held_out", summary=summary)
-    images, captions = [], []
-    for positions, batch in numbered_batches(pictures, num):
-        images.append(batch)
-        captions += prompts_of(pictures, positions, goes_by_class(pipeline))
-    return torch.cat(images), captions
+    images = real_pictures(data, default_resolution(pipeline), share, "held_out", summary=summary)
+    batches, captions = [], []
+    for positions, batch in numbered_batches(images, num):
+        batches.append(batch)
+        captions += prompts_of(images, positions, goes_by_class(pipeline))
+    return torch.cat(batches), captions
 
 
 @torch.no_grad()
-def _images_of_both(
-    base: Any, upgraded: Any, prompts: list[str], steps: int, guidance: float, seed: int
-) -> dict[str, list[Any]]:
-    """Draw by both from the same base noise; of the upgrade the base channels, decoded by the base's own decoder."""
+def _images_of_both(base: Any, upgraded: Any, prompts: list[str], options: SamplingOptions) -> dict[str, list[Any]]:
+    """Draw images of both models from equal base noise, the upgrade's from its base channels."""
     if not takes_callback(upgraded):
         raise ModelError(
             f"a {type(upgraded).__name__} shows no latents while it draws; its images cannot be compared"
         )
     upgraded.vae.attach_base_decoder(base.vae)
     shown: list[Any] = []
-    options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": 4}
-    preview = Preview(upgraded, steps, decoder="base", on_preview=lambda step, images: shown.extend(images))
-    generate(upgraded, prompts, preview=preview, **options)
+    preview = Preview(upgraded, options.steps, decoder="base", on_preview=lambda step, images: shown.extend(images))
+    generate(upgraded, prompts, options, preview=preview)
     size = default_resolution(upgraded) // upgraded.vae.layout.scale
-    return {"base": generate(base, prompts, resolution=size, **options), "upgrade's base": shown}
+    return {"base": generate(base, prompts, replace(options, resolution=size)), "upgrade's base": shown}

@@ -1,4 +1,4 @@
-"""What the decoder makes of the detail channels: full, zeroed, random (Fig. S2a), beside plain upsampling."""
+"""Decoder sensitivity: full, zeroed and random detail (Fig. S2a), and plain upsampling."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ UNIT_NORMAL = "random detail, N(0, I)"
 def reconstructions(
     vae: DetailVAE, base_vae: Any, seed: int = 0, *, unit_normal: bool = False
 ) -> dict[str, Reconstruct]:
-    """Name -> function from pictures I_hr (B,3,sH,sW) in [-1,1] to their reconstruction.
+    """Return functions from images I_hr (B,3,sH,sW) in [-1,1] to reconstructions, by name.
 
     `base + bicubic`: the base autoencoder at its own resolution, enlarged. `zero detail`: z_d = 0.
     `random detail`: z_d drawn from a normal with the channel means and deviations of the training set.
@@ -74,7 +74,15 @@ def reconstructions(
 
 @torch.no_grad()
 def decode_faded(vae: DetailVAE, latents: Tensor, weights: Tensor) -> Tensor:
-    """Decode normalised z_hr (B,C+D,h,w) with channel i of raw z_d multiplied by weights[i]; weights (D,).
+    """Decode latents with channel i of raw z_d multiplied by weights[i].
+
+    Args:
+        vae: the autoencoder.
+        latents: normalised z_hr (B,C+D,h,w).
+        weights: (D,).
+
+    Returns:
+        Images (B,3,sH,sW).
 
     Weights of one give the reconstruction, weights of zero the `zero detail` of `reconstructions`.
     """
@@ -102,22 +110,32 @@ def sensitivity_figure(
     features: str = "lite0",
     feature_weights: Path | None = None,
 ) -> Path:
-    """Decoder sensitivity (Tab. S2a, S3): what full, zeroed and random detail decode to, beside base + bicubic.
+    """Write decoder sensitivity (Tab. S2a, S3): full, zeroed and random detail, base + bicubic.
 
     Random detail comes twice: with the statistics of the training set, and from N(0, I) as in the paper. Each row has PSNR,
     SSIM, perceptual distances and the Frechet distance to the originals (rFID with Inception's features).
+
+    Args:
+        vae: a DetailVAE, by the names that `open_detail_vae` takes.
+        base: its base autoencoder.
+        data: images.
+        out: folder of the figure.
+        num: most images.
+        held_out: share of the images that is held out and decoded; 0 takes all.
+        lpips, lpips_weights: network of an LPIPS distance, and its weights; None leaves it out.
+        features, feature_weights: network of the Frechet distance, and its weights.
     """
     check_figure(out, "sensitivity")
     model, base_vae = open_detail_vae(vae), open_autoencoder(base)
-    pictures = real_pictures(
+    images = real_pictures(
         data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "sensitivity.data.json"
     )
     perceptual, extractor = perceptual_distances(lpips, lpips_weights), make_extractor(features, feature_weights)
-    shown = next(batches(pictures, SHOWN, SHOWN))
+    shown = next(batches(images, SHOWN, SHOWN))
     rows, figures = {"original": to_images(shown)}, {}
     for name, reconstruct in reconstructions(model, base_vae, unit_normal=True).items():
         rows[name] = to_images(reconstruct(shown))
-        scores = score_reconstructions(batches(pictures, num), reconstruct, perceptual, extractor)
+        scores = score_reconstructions(batches(images, num), reconstruct, perceptual, extractor)
         figures[name] = scores.as_dict() | ({"random": RANDOM[name]} if name in RANDOM else {})
     source = as_data(data).source
     settings = figure_settings(data, num, held_out) | {"features": features, "lpips": lpips}

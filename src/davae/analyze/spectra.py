@@ -1,4 +1,4 @@
-"""Radial power spectra of latents (Fig. S5): how much of z and z_d lies at which spatial frequency."""
+"""Radial power spectra of latents (Fig. S5): power of z and z_d by spatial frequency."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from davae.sample.open import open_detail_vae
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Mean power per Fourier coefficient in rings of spatial frequency (cycles per latent position, up to 0.5).
+    """Mean power per Fourier coefficient of latents, in rings of spatial frequency.
 
     Attributes:
         power: of channels standardised over the set, so that white noise has 1.
@@ -35,14 +35,14 @@ class Spectrum:
 
     @property
     def high_share(self) -> float:
-        """Share of the power (mean left out) in frequencies above a quarter cycle per position: half of Nyquist."""
+        """Return the share of the power above a quarter cycle per position, half of Nyquist."""
         inside = self.frequency > 0
         weight = self.power[inside] * self.frequency[inside]  # a ring's number of coefficients grows with its radius
         return float(weight[self.frequency[inside] > 0.25].sum() / weight.sum())
 
 
 def radial_power(latents: Tensor) -> Spectrum:
-    """Spectrum of latents (N,c,h,w), averaged over N and c.
+    """Return the spectrum of latents (N,c,h,w), averaged over N and c.
 
     White noise has power 1 everywhere, and its variance as energy.
 
@@ -66,7 +66,14 @@ def radial_power(latents: Tensor) -> Spectrum:
 
 
 def spectra_plot(spectra: dict[str, Spectrum]) -> bytes:
-    """PNG against frequency, one line a group, without the mean: power of standardised channels, and absolute energy."""
+    """Plot power of standardised channels and absolute energy against frequency.
+
+    Args:
+        spectra: name of a group -> its spectrum.
+
+    Returns:
+        PNG bytes.
+    """
     figure, (axis, absolute) = plt.subplots(1, 2, figsize=(9.2, 3.4))
     for name, spectrum in spectra.items():
         style = {"marker": "o", "markersize": 3, "linewidth": 1.4, "label": name}
@@ -89,13 +96,21 @@ def _within(limits: tuple[float, float], value: float) -> bool:
 
 
 def spectra_figure(vae: str, data: str | Data, out: Path, *, num: int, held_out: float) -> Path:
-    """Radial spectra of z, z_d and the grouped mean of z_d (Fig. S5): power of standardised channels, absolute energy."""
+    """Write radial spectra of z, z_d and the grouped mean of z_d (Fig. S5).
+
+    Args:
+        vae: a DetailVAE, by the names that `open_detail_vae` takes.
+        data: images.
+        out: folder of the figure.
+        num: most images.
+        held_out: share of the images that is held out and encoded; 0 takes all.
+    """
     check_figure(out, "spectra")
     model = open_detail_vae(vae)
-    pictures = real_pictures(
+    images = real_pictures(
         data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "spectra.data.json"
     )
-    z, z_d, _ = raw_latents(model, pictures, num)
+    z, z_d, _ = raw_latents(model, images, num)
     groups = {"z": z, "z_d": z_d, "group mean of z_d": group_mean(z_d, z.shape[1])}
     found = {name: radial_power(latents) for name, latents in groups.items()}
     figures = {

@@ -22,6 +22,7 @@ from davae.pretrained.open import load_pipeline
 from davae.publish.assemble import assemble, fuse
 from davae.recipes import Recipe, load_recipe
 from davae.sample.generate import generate
+from davae.sample.open import SamplingOptions
 from davae.tasks.base_model import base_shapes, bucket_step
 from davae.train.run_folder import load_checkpoint
 from davae.vae.detail_vae import DetailVAE
@@ -102,9 +103,11 @@ def _samples(folder: Path, recipe: Recipe, state: dict[str, Any]) -> CheckpointI
     images = generate(
         pipeline,
         prompts,
-        resolution=recipe.resolution,
-        steps=min(STEPS, recipe.sampling.steps),
-        guidance_scale=recipe.sampling.guidance_scale,
-        seed=recipe.sampling.seed,
+        SamplingOptions(
+            resolution=recipe.resolution,
+            steps=min(STEPS, recipe.sampling.steps),
+            guidance=recipe.sampling.guidance_scale,
+            seed=recipe.sampling.seed,
+        ),
     )
     return [(image, f"{prompt}, step {state['step']}") for prompt, image in zip(prompts, images, strict=True)]

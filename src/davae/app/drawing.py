@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,7 @@ from davae.errors import ModelError
 from davae.evaluate.throughput import image_tokens, synchronise
 from davae.runs.crops import enlarged, most_different
 from davae.sample.generate import generate
-from davae.sample.open import check_classes
+from davae.sample.open import SamplingOptions, check_class_prompts
 from davae.sample.preview import Preview
 from davae.vae.detail_vae import DetailVAE
 
@@ -104,13 +104,13 @@ def draw(
         preview = _preview(pipeline, way, steps, on_preview)
         with LOCK, watched(network, watch), _refusals(way):
             watch.began = time.monotonic()
-            options = {"resolution": size, "guidance_scale": guidance, "seed": seed}
+            options = SamplingOptions(steps, guidance, seed, size)
             ran = _warm.setdefault(network, set())
             if size not in ran:
-                generate(pipeline, [prompt], steps=1, **options)
+                generate(pipeline, [prompt], replace(options, steps=1))
                 ran.add(size)
             started = time.perf_counter()
-            image = generate(pipeline, [prompt], steps=steps, preview=preview, **options)[0]
+            image = generate(pipeline, [prompt], options, preview=preview)[0]
             if size != pair.resolution:
                 image = image.resize((pair.resolution,) * 2, Image.Resampling.BICUBIC)
             seconds = time.perf_counter() - started - (preview.seconds if preview else 0.0)
@@ -200,7 +200,7 @@ def _check(pair: Pair, prompt: str, ways: list[str], steps: int, guidance: float
         raise ModelError("nothing to draw; choose at least one of the ways")
     if not set(ways) <= set(WAYS):
         raise ModelError(f"an unknown way to draw; use {', '.join(WAYS)}")
-    check_classes(pair.any, [prompt])
+    check_class_prompts(pair.any, [prompt])
 
 
 class ExampleDrawing:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from davae.commands.options import Options, Seed, chosen_data
+from davae.commands.progress import show_place
 from davae.commands.verbs import Verbs
 
 analyze_app = Verbs(no_args_is_help=True, help="Figures of the paper for any run: a PNG and a JSON each.")
@@ -53,7 +54,6 @@ def sensitivity(
     `davae analyze sensitivity --vae runs/micro --base micro --data openmoji --held-out 0.1`
     """
     from davae.analyze.sensitivity import sensitivity_figure
-    from davae.console import console
 
     done = sensitivity_figure(
         vae,
@@ -67,7 +67,7 @@ def sensitivity(
         features=features,
         feature_weights=feature_weights,
     )
-    console.print(f"{done}", markup=False)
+    show_place(done)
 
 
 @analyze_app.command()
@@ -84,9 +84,8 @@ def spectra(
     `davae analyze spectra --vae runs/micro --data openmoji --held-out 0.1`
     """
     from davae.analyze.spectra import spectra_figure
-    from davae.console import console
 
-    console.print(f"{spectra_figure(vae, chosen_data(data, set, {}), out, num=num, held_out=held_out)}", markup=False)
+    show_place(spectra_figure(vae, chosen_data(data, set, {}), out, num=num, held_out=held_out))
 
 
 @analyze_app.command()
@@ -104,21 +103,16 @@ def latents(
     `davae analyze latents --vae runs/aligned --unaligned runs/unaligned --data photos/`
     """
     from davae.analyze.latents import latents_figure
-    from davae.console import console
 
-    console.print(
-        f"{latents_figure(vae, unaligned, chosen_data(data, set, {}), out, num=num, held_out=held_out)}",
-        markup=False,
-    )
+    show_place(latents_figure(vae, unaligned, chosen_data(data, set, {}), out, num=num, held_out=held_out))
 
 
 @analyze_app.command()
 def curves(run: Annotated[Path, typer.Argument(help="A run folder.")], out: Folder = Path("figures")) -> None:
     """Base and detail loss of stage 2 (Fig. S3). Example: `davae analyze curves runs/micro`"""
     from davae.analyze.curves import curves_figure
-    from davae.console import console
 
-    console.print(f"{curves_figure(run, out)}", markup=False)
+    show_place(curves_figure(run, out))
 
 
 @analyze_app.command()
@@ -135,12 +129,9 @@ def compare(
 
     `davae analyze compare runs/zero runs/random`
     """
-    from davae.analyze.curves import compared_runs_figure
-    from davae.console import console
+    from davae.analyze.curves import compared_runs_figure, named_runs
 
-    distinct = len({run.name for run in runs}) == len(runs)
-    named = {run.name if distinct else str(run): run for run in runs}
-    console.print(f"{compared_runs_figure(named, out)}", markup=False)
+    show_place(compared_runs_figure(named_runs(runs), out))
 
 
 @analyze_app.command()
@@ -164,23 +155,21 @@ def retention(
     `davae analyze retention micro micro-upgraded --data openmoji --held-out 0.1`
     """
     from davae.analyze.retention import retention_figure
-    from davae.console import console
+    from davae.sample.open import SamplingOptions
 
     done = retention_figure(
         base,
         upgrade,
         chosen_data(data, set, {}),
         out,
+        SamplingOptions(steps, guidance, seed, batch_size=4),
         num=num,
         held_out=held_out,
         drawn=drawn,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
         lpips=lpips,
         lpips_weights=lpips_weights,
     )
-    console.print(f"{done}", markup=False)
+    show_place(done)
 
 
 @analyze_app.command()
@@ -199,8 +188,7 @@ def diffusability(
     `davae analyze diffusability runs/micro --data openmoji`
     """
     from davae.analyze.diffusability import diffusability_figure
-    from davae.console import console
 
     chosen = chosen_data(data, set, {})
     done = diffusability_figure(vae, chosen, out, num=num, held_out=held_out, probe_steps=probe_steps, seed=seed)
-    console.print(f"{done}", markup=False)
+    show_place(done)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 
-def app(
+def app_verb(
     model: Annotated[
         str, typer.Argument(help="`micro`, a run or pipeline folder, or a hub id: an upgraded model, or a base.")
     ] = "micro",
@@ -55,6 +55,25 @@ def app(
 
     Open the address that it prints: its token lets you in. Who has it can compute on this machine.
     """
+    check_installed()
+    from davae.app.access import grant, private_environment, read_auth
+    from davae.app.page import serve
+    from davae.app.pair import open_pair
+    from davae.app.roots import open_roots
+
+    check_free(host, port)  # before the model is loaded
+    access = grant(host, allow_host or (), read_auth(auth, auth_file))
+    private_environment()
+    roots = open_roots(data_root, models_root, model.removesuffix("-upgraded"))
+    serve(open_pair(model, base), runs, access, port, roots)
+
+
+def check_installed() -> None:
+    """Refuse a system without fcntl, and an installation without Gradio.
+
+    Raises:
+        RunError: names what is missing and what to do.
+    """
     from davae.errors import RunError
 
     try:
@@ -66,16 +85,6 @@ def app(
         import gradio  # noqa: F401
     except ModuleNotFoundError as error:
         raise RunError('the page needs Gradio; install it with: pip install "davae[app]"') from error
-    from davae.app.access import grant, private_environment, read_auth
-    from davae.app.page import serve
-    from davae.app.pair import open_pair
-    from davae.app.roots import open_roots
-
-    check_free(host, port)  # before the model is loaded
-    access = grant(host, allow_host or (), read_auth(auth, auth_file))
-    private_environment()
-    roots = open_roots(data_root, models_root, model.removesuffix("-upgraded"))
-    serve(open_pair(model, base), runs, access, port, roots)
 
 
 def check_free(host: str, port: int) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from davae.commands.progress import show_place
 from davae.commands.verbs import Verbs
 from davae.errors import RecipeError
 from davae.recipes.values import read_value
@@ -44,14 +45,13 @@ def _transformer(
     vae: str | None,
     sizes: list[str] | None,
 ) -> None:
-    from davae.console import console
     from davae.convert.lightningdit import convert_transformer
 
-    console.print(f"{convert_transformer(kind, file, out, vae, _sizes(sizes))}", markup=False)
+    show_place(convert_transformer(kind, file, out, vae, _sizes(sizes)))
 
 
-@convert_app.command()
-def lightningdit(file: Checkpoint, out: Target, vae: Vae = None, set: Sizes = None) -> None:
+@convert_app.command("lightningdit")
+def lightningdit_verb(file: Checkpoint, out: Target, vae: Vae = None, set: Sizes = None) -> None:
     """Official LightningDiT weights. The pipeline samples as theirs: shift 0.3, interval from 0.2, guidance on 3 channels.
 
     `davae convert lightningdit lightningdit-xl.pt --vae vavae/ --out lightningdit-xl`
@@ -59,8 +59,8 @@ def lightningdit(file: Checkpoint, out: Target, vae: Vae = None, set: Sizes = No
     _transformer("lightningdit", file, out, vae, set)
 
 
-@convert_app.command()
-def sit(
+@convert_app.command("sit")
+def sit_verb(
     file: Checkpoint,
     out: Target,
     vae: Vae = None,
@@ -73,14 +73,14 @@ def sit(
     _transformer("repa" if repa else "sit", file, out, vae, set)
 
 
-@convert_app.command()
-def dit(file: Checkpoint, out: Target, vae: Vae = None, set: Sizes = None) -> None:
+@convert_app.command("dit")
+def dit_verb(file: Checkpoint, out: Target, vae: Vae = None, set: Sizes = None) -> None:
     """Official DiT weights. Example: `davae convert dit DiT-XL-2.pt --vae sd-vae/ --set num_heads=16 --out dit`"""
     _transformer("dit", file, out, vae, set)
 
 
-@convert_app.command()
-def vavae(
+@convert_app.command("vavae")
+def vavae_verb(
     file: Checkpoint,
     out: Target,
     config: Annotated[Path | None, typer.Option(help="The official YAML; the released f16d32's by default.")] = None,
@@ -90,10 +90,9 @@ def vavae(
 
     `davae convert vavae vavae.pt --statistics latents_stats.pt --out vavae`
     """
-    from davae.console import console
     from davae.convert.vavae import convert_vavae
 
-    console.print(f"{convert_vavae(file, out, config, statistics)}", markup=False)
+    show_place(convert_vavae(file, out, config, statistics))
 
 
 @convert_app.command()
@@ -104,10 +103,9 @@ def davae(
     statistics: Statistics = None,
 ) -> None:
     """The authors' DA-VAE weights as a DetailVAE. Example: `davae convert davae da.ckpt --config da.yaml --out detail-vae`"""
-    from davae.console import console
     from davae.convert.davae import convert_davae
 
-    console.print(f"{convert_davae(file, out, config, statistics)}", markup=False)
+    show_place(convert_davae(file, out, config, statistics))
 
 
 @convert_app.command()
@@ -122,10 +120,9 @@ def tiny(
 
     `davae convert tiny taef2_encoder.pth taef2_decoder.pth --out taef2`
     """
-    from davae.console import console
     from davae.convert.tiny import convert_tiny
 
-    console.print(f"{convert_tiny(encoder, decoder, out)}", markup=False)
+    show_place(convert_tiny(encoder, decoder, out))
 
 
 @convert_app.command()
@@ -138,7 +135,6 @@ def lora(
 
     `davae convert lora style.safetensors --upgraded micro-128 --out style-128.safetensors`
     """
-    from davae.console import console
     from davae.convert.lora import convert_lora
 
-    console.print(f"{convert_lora(file, upgraded, out)}", markup=False)
+    show_place(convert_lora(file, upgraded, out))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,7 +22,6 @@ from davae.commands.options import (
 )
 from davae.errors import RecipeError
 from davae.recipes import BaseRecipe, Recipe, load_recipe
-from davae.recipes.sections import Data
 
 
 def data(
@@ -65,8 +64,7 @@ def data(
 
     Of a remote set the first shard or the first rows are read. Headers are read, and captions; pixels only with --show.
     """
-    start: Data | None = None
-    known: dict[str, Any] = {"resolution": resolution, "step": step}
+    start, known = None, {"resolution": resolution, "step": step}
     resolved = None if recipe is None else load_recipe(recipe)
     if resolved is not None:
         start = resolved.stage2_data if isinstance(resolved, Recipe) else resolved.data

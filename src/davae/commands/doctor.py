@@ -21,7 +21,7 @@ def doctor(json: Json = None) -> None:
         [[name, version or "missing"] for name, version in found["versions"].items()],
         right=False,
     )
-    table("This machine", ["", ""], [[name.replace("_", " "), shown(value)] for name, value in found["machine"].items()],
+    table("This machine", ["", ""], [[name.replace("_", " "), cell(value)] for name, value in found["machine"].items()],
           right=False)  # fmt: skip
     table(
         "Optional parts",
@@ -38,7 +38,7 @@ def doctor(json: Json = None) -> None:
         console.print("No problem found.", highlight=False)
 
 
-def shown(value: object) -> str:
+def cell(value: object) -> str:
     """Return a value as a cell of a table."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"

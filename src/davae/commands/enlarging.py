@@ -1,8 +1,8 @@
-"""`davae evaluate enlarging`: an upgrade as an enlarger, against filters and super-resolution networks."""
+"""`davae evaluate enlarging`: an upgrade against filters and super-resolution networks."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from davae.commands.options import (
     Precision,
     Seed,
     chosen_data,
+    sampling_options,
     summary_path,
     write_json,
 )
@@ -22,7 +23,7 @@ from davae.commands.options import (
 def enlarging(
     model: Annotated[str, typer.Option(help="A run or pipeline folder, `micro-upgraded`, or a hub id; upgraded.")],
     data: Annotated[str, typer.Option(help="Images of at least the size that the model draws.")],
-    num: Annotated[int, typer.Option(min=2, help="Images.")] = 100,
+    num: Annotated[int, typer.Option(min=4, help="Images.")] = 100,
     held_out: Annotated[float, typer.Option(min=0.0, max=0.99, help="Only this held-out share; 0 takes all.")] = 0.1,
     method: Annotated[
         list[str] | None,
@@ -49,33 +50,34 @@ def enlarging(
 
     `davae evaluate enlarging --model micro-upgraded --data openmoji --method lanczos --method runs/sr/network.safetensors`
     """
-    from davae.console import console, table
     from davae.evaluate.enlarging import evaluate_enlarging
-    from davae.pretrained.placement import Placement
 
     figures = evaluate_enlarging(
         model,
         chosen_data(data, set, {}),
+        sampling_options(locals()),
         num=num,
         held_out=held_out,
         methods=method or ("bicubic", "lanczos"),
         captions=captions,
         strength=strength,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
         faithful=faithful,
         lpips=lpips,
         lpips_weights=lpips_weights,
         patch_size=patch_size,
-        batch_size=batch_size,
-        placement=Placement(dtype, offload),
         summary=summary_path(json),
     )
     write_json(json, figures)
+    _show(figures)
+
+
+def _show(figures: dict[str, Any]) -> None:
+    """Print a line a measure, because all measures side by side need more than 80 columns."""
+    from davae.console import console, table
+
     rows = figures["rows"]
     names = [name for name in next(iter(rows.values())) if name not in ("images", "patch_size")]
-    shown = [  # a line a measure: they are more than 80 columns hold
+    shown = [
         [name, *(f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for row in rows.values())]
         for name in names
     ]

@@ -1,4 +1,4 @@
-"""`davae evaluate`: measure a model on pictures."""
+"""`davae evaluate`: figures of a model on images."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from davae.commands.options import (
     Seed,
     Steps,
     chosen_data,
+    sampling_options,
     summary_path,
-    write_json,
 )
+from davae.commands.progress import counted_progress, show_figures, show_place
 from davae.commands.prompts import geneval, geneval_score, prompts
 from davae.commands.verbs import Verbs
 
@@ -53,6 +54,16 @@ PatchSize = Annotated[
 SpectrumFile = Annotated[Path | None, typer.Option(help="PNG of the power spectra of both sets.")]
 Weights = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Inception weights of torch-fidelity, where there is no network.")
+]
+CompareAt = Annotated[
+    int | None, typer.Option(help="Pixels to compare at; samples of another size are brought to it.")
+]
+Upscale = Annotated[
+    str,
+    typer.Option(
+        help="How: bilinear, bicubic, lanczos, weights of a super-resolution network (spandrel), or a command "
+        "with {input} and {output} folders."
+    ),
 ]
 
 evaluate_app = Verbs(no_args_is_help=True, help="Measure a model on pictures.")
@@ -91,7 +102,6 @@ def reconstruction(
 
     `davae evaluate reconstruction --vae runs/micro/vae --data openmoji --held-out 0.1`
     """
-    from davae.console import console
     from davae.evaluate.reconstruction import evaluate_reconstruction
 
     figures = evaluate_reconstruction(
@@ -108,8 +118,7 @@ def reconstruction(
         batch_size=batch_size,
         precision=dtype,
     )
-    write_json(json, figures)
-    console.print_json(data=figures)
+    show_figures(json, figures)
 
 
 @evaluate_app.command()
@@ -118,16 +127,8 @@ def generation(
     data: Annotated[str, typer.Option(help="Real pictures with captions.")],
     num: Annotated[int, typer.Option(min=2, help="Generated pictures.")] = 1000,
     resolution: Annotated[int | None, typer.Option(help="Pixels to generate; the pipeline's own by default.")] = None,
-    compare_at: Annotated[
-        int | None, typer.Option(help="Pixels to compare at; samples of another size are brought to it.")
-    ] = None,
-    upscale: Annotated[
-        str,
-        typer.Option(
-            help="How: bilinear, bicubic, lanczos, weights of a super-resolution network (spandrel), or a command "
-            "with {input} and {output} folders."
-        ),
-    ] = "bilinear",
+    compare_at: CompareAt = None,
+    upscale: Upscale = "bilinear",
     steps: Steps = STEPS,
     guidance: Guidance = GUIDANCE,
     seed: Seed = 0,
@@ -160,34 +161,25 @@ def generation(
 
     The base, enlarged: `davae evaluate generation --pipeline micro --compare-at 128 --upscale lanczos --data openmoji`
     """
-    from davae.console import console, progress_display
     from davae.evaluate.generation import evaluate_generation
-    from davae.pretrained.placement import Placement
-    from davae.train.loop import Progress
 
-    with progress_display() as observer:
+    with counted_progress("sampling") as on_batch:
         figures = evaluate_generation(
             pipeline,
             chosen_data(data, set, locals()),
+            sampling_options(locals()),
             num=num,
-            resolution=resolution,
             compare_at=compare_at,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
             held_in=held_in,
             features=features,
             feature_weights=feature_weights,
-            on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+            on_batch=on_batch,
             upscale=upscale,
-            placement=Placement(dtype, offload, compile),
-            batch_size=batch_size,
             patch_size=patch_size,
             spectrum=spectrum,
             summary=summary_path(json),
         )
-    write_json(json, figures)
-    console.print_json(data=figures)
+    show_figures(json, figures)
 
 
 @evaluate_app.command()
@@ -213,7 +205,6 @@ def pictures(
 
     `davae evaluate pictures --generated samples.npz --data reference.npz --resolution 256`
     """
-    from davae.console import console
     from davae.evaluate.generation import evaluate_pictures
 
     figures = evaluate_pictures(
@@ -227,8 +218,7 @@ def pictures(
         spectrum=spectrum,
         summary=summary_path(json),
     )
-    write_json(json, figures)
-    console.print_json(data=figures)
+    show_figures(json, figures)
 
 
 @evaluate_app.command()
@@ -254,22 +244,8 @@ def samples(
 
     `davae evaluate samples --pipeline lightningdit-xl --out samples.npz --num 50000`
     """
-    from davae.console import console, progress_display
     from davae.evaluate.sample_file import write_sample_file
-    from davae.pretrained.placement import Placement
-    from davae.train.loop import Progress
 
-    with progress_display() as observer:
-        whole = write_sample_file(
-            pipeline,
-            out,
-            num=num,
-            labels=labels,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            batch_size=batch_size,
-            on_part=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
-            placement=Placement(dtype, offload, compile),
-        )
-    console.print(f"{out}" if whole else f"{out}: other processes are still drawing their parts", markup=False)
+    with counted_progress("sampling") as on_part:
+        whole = write_sample_file(pipeline, out, sampling_options(locals()), num=num, labels=labels, on_part=on_part)
+    show_place(out if whole else f"{out}: other processes are still drawing their parts")

@@ -1,4 +1,4 @@
-"""Lines that `davae upgrade` and its steps show before any work: what will happen, how long, and how to stop."""
+"""Header of `davae upgrade` and its steps: the work to come, its duration, and how to stop."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def show_start(recipe: Recipe, folder: Path, verb: str) -> dict[str, float]:
     """Show what a run is about to do; return the seconds expected of each stage, nothing where that is not estimated.
 
     A run that is done, and one that is over in moments, is not estimated.
+
+    Args:
+        recipe: the recipe of the run.
+        folder: its folder.
+        verb: `upgrade`, `train-vae`, `cache-latents` or `train-dit`.
     """
     if is_done(folder, recipe, LAST[verb]):
         return {}
@@ -53,7 +58,7 @@ def show_start(recipe: Recipe, folder: Path, verb: str) -> dict[str, float]:
 def start_lines(
     recipe: Recipe, folder: Path, verb: str, expected: Expected | None, device: str, free: int
 ) -> list[tuple[str, str]]:
-    """Return the lines of the header, (what, text) each.
+    """Return the lines of the header, (label, text) each.
 
     Args:
         expected: estimates, None where they are not made.

@@ -72,6 +72,12 @@ def _list(json: Path | None) -> None:
 
 def _show(f: dict[str, Any]) -> None:
     """Print the figures as tables."""
+    _show_tokens(f)
+    _show_flops(f)
+    _show_sizes(f)
+
+
+def _show_tokens(f: dict[str, Any]) -> None:
     from davae.console import table
 
     side, base, detail = int(f["latent_side"]), f["base_channels"], f["detail_channels"]
@@ -87,6 +93,11 @@ def _show(f: dict[str, Any]) -> None:
             ["image tokens", f["native_tokens"], f["upgraded_tokens"]],
         ],
     )  # fmt: skip
+
+
+def _show_flops(f: dict[str, Any]) -> None:
+    from davae.console import table
+
     unit, one = ("T", 1e12) if f["upgraded_vae_decode_flops"] > 1e11 else ("G", 1e9)
 
     def shown(flops: float) -> str:
@@ -114,6 +125,12 @@ def _show(f: dict[str, Any]) -> None:
         ["", "native", "upgraded", "FLOPs ratio"],
         rows,
     )
+
+
+def _show_sizes(f: dict[str, Any]) -> None:
+    """Print parameters, and memory of training and of drawing."""
+    from davae.console import table
+
     names = [key for key in f if key.endswith("_parameters") or key.startswith("trained_parameters")]
     table("Parameters, M", ["", ""], [[key.replace("_", " "), f"{f[key] / 1e6:.1f}"] for key in names])
     stages = [key.removesuffix("_peak_bytes") for key in f if key.startswith("stage") and key.endswith("_peak_bytes")]

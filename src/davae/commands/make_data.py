@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.commands.options import GUIDANCE, STEPS, BatchSize, Compile, Guidance, Offload, Precision, Seed, Steps
+from davae.commands.options import (
+    GUIDANCE,
+    STEPS,
+    BatchSize,
+    Compile,
+    Guidance,
+    Offload,
+    Precision,
+    Seed,
+    Steps,
+    sampling_options,
+)
+from davae.commands.progress import counted_progress, show_place
 
 
 def make_data(
@@ -36,26 +48,11 @@ def make_data(
 
     `davae upgrade micro --data data/own`
     """
-    from davae.console import console, progress_display
-    from davae.pretrained.placement import Placement
-    from davae.sample.make_data import make_data as run
-    from davae.train.loop import Progress
+    from davae.sample.make_data import draw_training_set
 
-    with progress_display() as observer:
-        missing = run(
-            model,
-            prompts,
-            out,
-            num=num,
-            resolution=resolution,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            shard_size=shard_size,
-            picture_format=format,
-            placement=Placement(dtype, offload, compile),
-            batch_size=batch_size,
-            on_picture=lambda done, total: observer(Progress("pictures", done, total, 0.0)),
+    options = sampling_options(locals())
+    with counted_progress("pictures") as on_image:
+        missing = draw_training_set(
+            model, prompts, out, options, num=num, shard_size=shard_size, image_format=format, on_image=on_image
         )
-    others = f": other processes are still drawing {missing} shards"
-    console.print(f"{out}{others if missing else ''}", markup=False)
+    show_place(f"{out}: other processes are still drawing {missing} shards" if missing else out)

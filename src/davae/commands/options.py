@@ -6,13 +6,16 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from davae.errors import RecipeError, RunError
 from davae.recipes import load_data, permit_commands, shipped_recipes, typed_commands
 from davae.recipes.sections import Data
+
+if TYPE_CHECKING:  # it loads torch
+    from davae.sample.open import SamplingOptions
 
 
 def typed_source(text: str | None) -> str | None:
@@ -148,6 +151,20 @@ def chosen_data(
     """
     named = [f"data.{name}={json.dumps(given[name])}" for name in NAMED if given.get(name) is not None]
     return load_data(source, [*(overrides or []), *named], start)
+
+
+def sampling_options(given: Mapping[str, Any]) -> SamplingOptions:
+    """Return how a verb draws images: the parameters of the verb that are fields of `SamplingOptions`.
+
+    Args:
+        given: parameters of the verb; those that it lacks keep their defaults.
+    """
+    from davae.pretrained.placement import Placement
+    from davae.sample.open import SamplingOptions
+
+    placed = Placement(given.get("dtype", "float32"), given.get("offload", "off"), given.get("compile", "off"))
+    own = {name: given[name] for name in ("steps", "guidance", "seed", "resolution", "batch_size") if name in given}
+    return SamplingOptions(**own, placement=placed)
 
 
 def summary_path(json_path: Path | None) -> Path | None:

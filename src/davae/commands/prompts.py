@@ -1,4 +1,4 @@
-"""`davae evaluate prompts`, `geneval` and `geneval-score`: how well pictures follow their prompts."""
+"""`davae evaluate prompts`, `geneval`, `geneval-score`: agreement of images with prompts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from davae.commands.options import (
     Precision,
     Seed,
     Steps,
-    write_json,
+    sampling_options,
 )
+from davae.commands.progress import counted_progress, show_figures
 
 Pipeline = Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")]
 Folder = Annotated[Path, typer.Option(help="Folder for the pictures; those already there are kept.")]
@@ -50,28 +51,13 @@ def prompts(
 
     `davae evaluate prompts --pipeline runs/sd35 --prompts MJHQ-30K/meta_data.json --out mjhq --clip clip-vit-large-patch14`
     """
-    from davae.console import console, progress_display
     from davae.evaluate.prompts import evaluate_prompts
-    from davae.pretrained.placement import Placement
-    from davae.train.loop import Progress
 
-    with progress_display() as observer:
+    with counted_progress("sampling") as on_batch:
         figures = evaluate_prompts(
-            pipeline,
-            prompts,
-            out,
-            num=num,
-            steps=steps,
-            guidance=guidance,
-            resolution=resolution,
-            seed=seed,
-            clip=clip,
-            batch_size=batch_size,
-            placement=Placement(dtype, offload, compile),
-            on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+            pipeline, prompts, out, sampling_options(locals()), num=num, clip=clip, on_batch=on_batch
         )
-    write_json(json, figures)
-    console.print_json(data=figures)
+    show_figures(json, figures)
 
 
 def geneval(
@@ -99,29 +85,14 @@ def geneval(
 
     `davae evaluate geneval --pipeline runs/sd35 --prompts evaluation_metadata.jsonl --out geneval`
     """
-    from davae.console import console, progress_display
     from davae.evaluate.prompts import evaluate_geneval
-    from davae.pretrained.placement import Placement
-    from davae.train.loop import Progress
 
-    with progress_display() as observer:
+    options = sampling_options(locals())
+    with counted_progress("sampling") as on_batch:
         figures = evaluate_geneval(
-            pipeline,
-            prompts,
-            out,
-            num=num,
-            steps=steps,
-            guidance=guidance,
-            resolution=resolution,
-            seed=seed,
-            detector=detector,
-            clip=clip,
-            batch_size=batch_size,
-            placement=Placement(dtype, offload, compile),
-            on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
+            pipeline, prompts, out, options, num=num, detector=detector, clip=clip, on_batch=on_batch
         )
-    write_json(json, figures)
-    console.print_json(data=figures)
+    show_figures(json, figures)
 
 
 def geneval_score(
@@ -129,10 +100,6 @@ def geneval_score(
     json: Json = None,
 ) -> None:
     """Scores by task and overall, with the images behind each. Example: `davae evaluate geneval-score results.jsonl`"""
-    from davae.console import console
-    from davae.evaluate.geneval import coverage, read_results, scores
+    from davae.evaluate.geneval import geneval_figures, read_results
 
-    records = read_results(results)
-    figures = {**scores(records), **coverage(records)}
-    write_json(json, figures)
-    console.print_json(data=figures)
+    show_figures(json, geneval_figures(read_results(results)))

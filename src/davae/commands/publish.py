@@ -1,4 +1,4 @@
-"""What leaves a finished run: `davae export`, `davae apply`, `davae push`."""
+"""`davae export`, `davae apply` and `davae push`: models that leave a finished run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from davae.commands.progress import show_place
 
 Precision = Annotated[
     Literal["float16", "bfloat16", "float32"],
@@ -22,7 +24,7 @@ BaseDecoder = Annotated[
 ]
 
 
-def export(
+def export_verb(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     kind: Annotated[
@@ -50,16 +52,15 @@ def export(
     """
     import torch
 
-    from davae.console import console
-    from davae.publish.export import export as write
+    from davae.publish.export import export
 
     chosen = kind or ("fused" if self_contained or base_decoder else "upgrade")
     precision = getattr(torch, dtype)
-    done = write(run, out, chosen, precision, base=base, self_contained=self_contained, base_decoder=base_decoder)
-    console.print(f"{done}", markup=False)
+    done = export(run, out, chosen, precision, base=base, self_contained=self_contained, base_decoder=base_decoder)
+    show_place(done)
 
 
-def apply(
+def apply_verb(
     upgrade: Annotated[
         str, typer.Argument(help="An exported upgrade: its folder, its file, a hub id, or `micro-upgraded`.")
     ],
@@ -80,16 +81,15 @@ def apply(
     """
     import torch
 
-    from davae.console import console
-    from davae.publish.export import apply as write
+    from davae.publish.export import apply
     from davae.publish.upgrade_file import find_upgrade
 
     found, precision = find_upgrade(upgrade, vae), getattr(torch, dtype)
-    done = write(found, base, out, precision, self_contained=self_contained, base_decoder=base_decoder)
-    console.print(f"{done}", markup=False)
+    done = apply(found, base, out, precision, self_contained=self_contained, base_decoder=base_decoder)
+    show_place(done)
 
 
-def push(
+def push_verb(
     folder: Annotated[Path, typer.Argument(help="A folder that `davae export` or `davae apply` wrote.")],
     repo_id: Annotated[str, typer.Argument(help="USER/NAME or ORGANISATION/NAME on the hub.")],
     public: Annotated[
@@ -103,7 +103,6 @@ def push(
 
     `davae push micro-128 me/micro-128 --public`
     """
-    from davae.console import console
-    from davae.publish.hub import push as upload
+    from davae.publish.hub import push
 
-    console.print(upload(folder, repo_id, public=public, message=message), markup=False)
+    show_place(push(folder, repo_id, public=public, message=message))

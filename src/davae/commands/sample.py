@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from davae.commands.options import GUIDANCE, STEPS, BatchSize, Compile, Guidance, Offload, Precision, Seed, Steps
+from davae.commands.options import (
+    GUIDANCE,
+    STEPS,
+    BatchSize,
+    Compile,
+    Guidance,
+    Offload,
+    Precision,
+    Seed,
+    Steps,
+    sampling_options,
+)
+from davae.commands.progress import counted_progress, show_place
 from davae.errors import RecipeError
 
 
@@ -49,38 +61,23 @@ def sample(
     size = image_size(resolution, height, width)
     if not prompt and prompt_file is None:
         raise RecipeError('PROMPT: none given; add one, as "a red rose", or --prompt-file')
-    from davae.console import console, progress_display
-    from davae.pretrained.placement import Placement
-    from davae.sample.image_folder import read_prompt_texts, sample_to_folder
-    from davae.sample.open import add_lora, open_model
-    from davae.sample.preview import Preview
-    from davae.train.loop import Progress
+    from davae.sample.image_folder import draw_samples
 
-    prompts = [*(prompt or []), *(read_prompt_texts(prompt_file) if prompt_file is not None else [])]
-
-    def prepare(pipeline: object) -> None:
-        if lora is not None:
-            add_lora(pipeline, lora)
-
-    pipeline, default = open_model(run, Placement(dtype, offload, compile), prepare)
-    high, wide = size if isinstance(size, tuple) else (size, size)
-    shown = None if preview is None else Preview(pipeline, preview, height=high, width=wide)
-    with progress_display() as observer:
-        done = sample_to_folder(
-            pipeline,
-            prompts,
-            out or default,
+    options = sampling_options({**locals(), "resolution": size})
+    with counted_progress("sampling") as on_batch:
+        done = draw_samples(
+            run,
+            prompt or [],
+            options,
+            prompt_file=prompt_file,
+            folder=out,
             num=num,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            resolution=size,
-            batch_size=batch_size,
-            on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
             negative_prompt=negative_prompt,
-            preview=shown,
+            lora=lora,
+            preview=preview,
+            on_batch=on_batch,
         )
-    console.print(f"{done}", markup=False)
+    show_place(done)
 
 
 def image_size(resolution: int | None, height: int | None, width: int | None) -> int | tuple[int, int] | None:

@@ -29,8 +29,8 @@ Tab completion: davae --install-completion
 """
 
 
-def version(wanted: bool) -> None:
-    if wanted:
+def version(shown: bool) -> None:
+    if shown:
         from davae import __version__
 
         typer.echo(f"davae {__version__}")

@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from davae.commands.options import AllowCommands, DryRun, Json, Name, Out, Overrides, Source, write_json
+from davae.commands.progress import show_place
 from davae.commands.verbosity import run_log
 from davae.errors import RecipeError
 from davae.recipes import (
@@ -70,25 +71,14 @@ def _run_upgrade(
     if json_file is not None and not dry:
         raise RecipeError("--json: it takes the figures of a dry run; add --dry-run, or read report.json of the run")
     from davae.commands.header import LAST, show_start
-    from davae.console import console, progress_display, show_phases, table
-    from davae.plan.dry_run import plan
+    from davae.console import progress_display
     from davae.runs.report import upgrade
     from davae.runs.upgrade import Upgrade
     from davae.train.distributed import is_main, launched
 
     folder = out or Path("runs") / recipe.name
     if dry:
-        console.print(dump_recipe(recipe), markup=False, highlight=False)
-        found = plan(recipe, folder)
-        write_json(json_file, found.as_dict())
-        table(
-            "What it takes",
-            ["", recipe.name],
-            [[key.replace("_", " "), value] for key, value in found.figures.items()],
-        )
-        show_phases(found.as_dict())
-        for note in found.notes:
-            console.print(f"Note: {note}.", markup=False)
+        _show_plan(recipe, folder, json_file)
         return
     with ExitStack() as stack:
         log = stack.enter_context(run_log())
@@ -115,7 +105,21 @@ def _run_upgrade(
         return
     if verb == "upgrade":
         _show_report(folder)
-    console.print(f"{done}", markup=False)
+    show_place(done)
+
+
+def _show_plan(recipe: Recipe, folder: Path, json_file: Path | None) -> None:
+    from davae.console import console, show_phases, table
+    from davae.plan.dry_run import plan
+
+    console.print(dump_recipe(recipe), markup=False, highlight=False)
+    found = plan(recipe, folder)
+    write_json(json_file, found.as_dict())
+    rows = [[key.replace("_", " "), value] for key, value in found.figures.items()]
+    table("What it takes", ["", recipe.name], rows)
+    show_phases(found.as_dict())
+    for note in found.notes:
+        console.print(f"Note: {note}.", markup=False)
 
 
 def _show_report(folder: Path) -> None:
@@ -145,14 +149,14 @@ def _show_report(folder: Path) -> None:
 
 def train(run: Callable[..., Path], recipe: AnyRecipe, out: Path | None) -> None:
     """Run a training that is not an upgrade, and print what it wrote."""
-    from davae.console import console, progress_display
+    from davae.console import progress_display
 
     with progress_display() as observer:
         done = run(recipe, out or Path("runs") / recipe.name, observer)
-    console.print(f"{done}", markup=False)
+    show_place(done)
 
 
-def upgrade(
+def upgrade_verb(
     recipe: Name,
     out: Out = None,
     data: Source = None,
@@ -216,7 +220,7 @@ def train_dit(
     _run_upgrade(recipe, out, data, set, dry_run, "train-dit", stage1)
 
 
-def train_base(
+def train_base_verb(
     recipe: Name,
     out: Out = None,
     data: Source = None,

@@ -7,10 +7,21 @@ from typing import Annotated
 
 import typer
 
-from davae.commands.options import GUIDANCE, STEPS, BatchSize, Guidance, Offload, Precision, Seed, Steps
+from davae.commands.options import (
+    GUIDANCE,
+    STEPS,
+    BatchSize,
+    Guidance,
+    Offload,
+    Precision,
+    Seed,
+    Steps,
+    sampling_options,
+)
+from davae.commands.progress import counted_progress, show_place
 
 
-def upscale(
+def upscale_verb(
     model: Annotated[str, typer.Argument(help="A run or pipeline folder, `micro-upgraded`, or a hub id; upgraded.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Folder for the results, PNG files of the same names.")],
@@ -42,27 +53,22 @@ def upscale(
 
     `davae upscale runs/mine photo.jpg --out large --times 2 --strength 0.2`
     """
-    from davae.console import console, progress_display
-    from davae.pretrained.placement import Placement
     from davae.sample.open import open_model
-    from davae.sample.upscale_files import enlarge_files, find_images
-    from davae.train.loop import Progress
+    from davae.sample.upscale_files import find_images, upscale_files
 
+    options = sampling_options(locals())
     jobs = find_images(images, out, prompt)
-    pipeline, _ = open_model(model, Placement(dtype, offload))
-    with progress_display() as observer:
-        done = enlarge_files(
+    pipeline, _ = open_model(model, options.placement)
+    with counted_progress("enlarging") as on_step:
+        done = upscale_files(
             pipeline,
             jobs,
             out,
+            options,
             strength=strength,
-            steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
             times=times,
             window=window,
             faithful=faithful,
-            batch_size=batch_size,
-            on_step=lambda done, total: observer(Progress("enlarging", done, total, 0.0)),
+            on_step=on_step,
         )
-    console.print(f"{done}", markup=False)
+    show_place(done)

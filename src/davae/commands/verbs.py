@@ -1,4 +1,4 @@
-"""The command class of every verb: numbers are finite and within bounds before the verb begins."""
+"""Command class of every verb, which checks all numbers before the verb begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads official checkpoint files without running their code, and says by name what does not fit."""
+"""Official checkpoint files and their configs, read without running code of theirs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ PREFIXES = ("module.", "_orig_mod.")  # left behind by data-parallel and compile
 
 
 def load_state(path: Path) -> State:
-    """Tensors of a `.safetensors`, `.pt`, `.pth` or `.ckpt` file: the averaged weights where it has them.
+    """Return the tensors of a checkpoint, the averaged weights where the file has them.
+
+    Args:
+        path: a `.safetensors`, `.pt`, `.pth` or `.ckpt` file.
 
     Raises:
         ModelError: no such file, not readable without running code, or no tensors inside.
@@ -40,9 +43,9 @@ def load_state(path: Path) -> State:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = str(error).split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL" in str(error) else "unknown objects"
+        objects = str(error).split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL" in str(error) else "unknown objects"
         raise ModelError(
-            f"checkpoint {path} holds more than tensors ({wanted}): reading it would run its code, which davae never "
+            f"checkpoint {path} holds more than tensors ({objects}): reading it would run its code, which davae never "
             "does; save its state dict alone and try again"
         ) from error
     except UNREADABLE as error:
@@ -82,7 +85,7 @@ KINDS = {
 
 
 def kind_of_file(path: Path) -> str | None:
-    """Return what a file is, by its first bytes, None for one that may hold weights."""
+    """Return the kind of a file by its first bytes, None for one that may contain weights."""
     with path.open("rb") as stream:
         start = stream.read(32)
     if not start:
@@ -95,7 +98,7 @@ def kind_of_file(path: Path) -> str | None:
 
 
 def strip_prefixes(state: State) -> State:
-    """Names without what wrappers put before them."""
+    """Return a state dict without the prefixes of wrappers."""
     for prefix in PREFIXES:
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -104,6 +107,11 @@ def strip_prefixes(state: State) -> State:
 
 def load_strictly(model: nn.Module, state: State, what: str) -> None:
     """Load a state dict that must fit exactly.
+
+    Args:
+        model: the module, loaded in place.
+        state: weights.
+        what: the expected model, for the message.
 
     Raises:
         ModelError: names the keys that are missing, left over, or of another shape.
@@ -125,7 +133,15 @@ def load_strictly(model: nn.Module, state: State, what: str) -> None:
 
 
 def read_section(path: Path, key: str) -> dict[str, Any]:
-    """The first mapping in a YAML file, however deep, that holds `key`; ModelError when there is none."""
+    """Return the first mapping in a YAML file, at any depth, that contains a key.
+
+    Args:
+        path: the file.
+        key: the key.
+
+    Raises:
+        ModelError: a file that cannot be read, or one without the key.
+    """
     try:
         pending: list[Any] = [read_yaml_file(path, f"config {path}")]
     except RecipeError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from davae.convert.checkpoints import State, load_state, load_strictly, read_section
-from davae.convert.vavae import autoencoder_config, rename, under
+from davae.convert.vavae import kl_config, rename, under
 from davae.data.latent_cache.import_shards import read_statistics
 from davae.errors import ModelError
 from davae.files.atomic import model_folder
@@ -15,7 +15,7 @@ from davae.vae.detail_vae import DetailVAE
 
 
 def official_davae(state_dict: State, config: dict[str, Any]) -> DetailVAE:
-    """The authors' DA-VAE (ImageNet half) as a DetailVAE.
+    """Convert the authors' DA-VAE (ImageNet half) into a DetailVAE.
 
     Its base image is a bicubic x0.5 without antialiasing. Unused weights of the released files (the last convolution
     of the detail encoder, the first of the decoder) are left out. Without measured statistics latents are normalised by
@@ -44,7 +44,7 @@ def official_davae(state_dict: State, config: dict[str, Any]) -> DetailVAE:
         raise ModelError("the weights do not fit a DA-VAE: missing da.da_up.conv.weight")
     detail_channels = int(state_dict["da.da_up.conv.weight"].shape[1]) - channels
     quant = "base_quant_conv.weight" in state_dict
-    vae_config = autoencoder_config(base_config, channels, quant)
+    vae_config = kl_config(base_config, channels, quant)
     model = DetailVAE(
         base_class="AutoencoderKL",
         base_config=vae_config,
@@ -76,7 +76,14 @@ def shortcut(state: State) -> State:
 
 
 def convert_davae(checkpoint: Path, out: Path, config: Path, statistics: Path | None) -> Path:
-    """The authors' DA-VAE weights -> a DetailVAE's folder; `statistics` are those of all C+D channels."""
+    """Write a DetailVAE's folder of the authors' DA-VAE weights.
+
+    Args:
+        checkpoint: official weights.
+        out: folder to write.
+        config: the official YAML.
+        statistics: `latents_stats.pt` of all C+D channels; None leaves the identity.
+    """
     check_out(out, [place for place in (checkpoint, config, statistics) if place])
     model = official_davae(load_state(checkpoint), read_section(config, "ddconfig_base"))
     if statistics is not None:

@@ -1,4 +1,4 @@
-"""Official LightningDiT, DiT and SiT weights as `davae.models.LightningDiT`: one class, the extras on or off."""
+"""Official LightningDiT, DiT and SiT weights as `davae.LightningDiT`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAIN = {"use_qknorm": False, "use_swiglu": False, "use_rope": False, "use_rmsno
 
 
 def lightningdit(state_dict: State, **config: Any) -> LightningDiT:
-    """Official LightningDiT weights as a diffusers model.
+    """Convert official LightningDiT weights into a diffusers model.
 
     Sizes are read from the weights; what they cannot say (`num_heads`, without QK-norm and rotary embedding) comes from
     `config`, under the official names. A config that contradicts the weights is refused.
@@ -32,7 +32,7 @@ def lightningdit(state_dict: State, **config: Any) -> LightningDiT:
             LightningDiT's own options.
 
     Raises:
-        ModelError: weights that are no LightningDiT's, or that contradict `config`, naming keys.
+        ModelError: weights that are not a LightningDiT's, or that contradict `config`, naming keys.
     """
     state = strip_prefixes(state_dict)
     found = read_sizes(state, config)
@@ -43,13 +43,18 @@ def lightningdit(state_dict: State, **config: Any) -> LightningDiT:
     try:
         model = LightningDiT(**{**found, **given})
     except (TypeError, ValueError) as error:
-        raise ModelError(f"this configuration is no LightningDiT's: {error}") from error
+        raise ModelError(f"this configuration is not a LightningDiT's: {error}") from error
     load_strictly(model, state, "a LightningDiT of this configuration")
     return model.eval()
 
 
 def read_sizes(state: State, config: dict[str, Any]) -> dict[str, Any]:
-    """What the shapes of a LightningDiT's weights say about its configuration."""
+    """Return the configuration that the shapes of a LightningDiT's weights show.
+
+    Args:
+        state: the weights.
+        config: given values; `num_heads` is needed where the weights do not show it.
+    """
     needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight",
               "blocks.0.attn.qkv.weight", "blocks.0.adaLN_modulation.1.weight")  # fmt: skip
     missing = [name for name in needed if name not in state]
@@ -87,7 +92,7 @@ def read_sizes(state: State, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def sit(state_dict: State, *, reversed_time: bool = False, **config: Any) -> LightningDiT:
-    """Official SiT or REPA weights, as a velocity model that samples like LightningDiT.
+    """Convert official SiT or REPA weights into a velocity model.
 
     Args:
         state_dict: official key names. REPA's projection heads (`projectors.*`) belong to its training and are left out.
@@ -99,7 +104,7 @@ def sit(state_dict: State, *, reversed_time: bool = False, **config: Any) -> Lig
 
 
 def dit(state_dict: State, **config: Any) -> LightningDiT:
-    """Official DiT weights, as an epsilon model with learned variance for diffusers' DiTPipeline.
+    """Convert official DiT weights into an epsilon model with learned variance.
 
     diffusers' own DiTTransformer2DModel is not used: it spaces the timestep's frequencies by i/127 where DiT has i/128, so
     that it does not give the official outputs.
@@ -115,7 +120,15 @@ DIT_SAMPLING = {"cfg_channels": 3}
 
 
 def convert_transformer(kind: str, checkpoint: Path, out: Path, vae: str | None, config: dict[str, Any]) -> Path:
-    """`lightningdit`, `sit`, `repa` or `dit` weights -> a transformer's folder, or a whole pipeline where `vae` is given."""
+    """Write the folder of a transformer of official weights, or of a whole pipeline.
+
+    Args:
+        kind: `lightningdit`, `sit`, `repa` or `dit`.
+        checkpoint: official weights.
+        out: folder to write.
+        vae: autoencoder of the pipeline; None writes the transformer alone.
+        config: sizes that the weights do not show.
+    """
     check_out(out, (checkpoint, vae) if vae else (checkpoint,))
     state = load_state(checkpoint)
     readers: dict[str, Any] = {"lightningdit": lightningdit, "sit": sit, "repa": sit, "dit": dit}

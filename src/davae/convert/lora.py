@@ -20,7 +20,12 @@ from davae.pretrained.stored import check_config, loading, planned
 
 
 def convert_lora(file: Path, upgraded: str, out: Path) -> Path:
-    """`davae convert lora`: a LoRA of the base, in any layout that its pipeline reads, as one for the upgraded model.
+    """Widen a LoRA of the base, in any layout that its pipeline reads, for the upgraded model.
+
+    Args:
+        file: the LoRA.
+        upgraded: folder or hub id of the upgraded pipeline.
+        out: the LoRA file to write.
 
     Raises:
         ModelError: no readable LoRA, or one of another model.

@@ -1,4 +1,4 @@
-"""The tiny autoencoders' own weight files (TAESD, TAEF1, TAEF2): an encoder and a decoder, numbered layers."""
+"""Weight files of the tiny autoencoders (TAESD, TAEF1, TAEF2), whose layers are numbered."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from davae.vae.pooled_tiny import PooledAutoencoderTiny
 
 
 def tiny_autoencoder(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> AutoencoderTiny:
-    """`taesd_encoder` and `taesd_decoder` weights -> AutoencoderTiny, or PooledAutoencoderTiny where blocks are pooled.
+    """Convert an encoder's and a decoder's weights into an AutoencoderTiny.
+
+    Where blocks are pooled it is a PooledAutoencoderTiny.
 
     Args:
         encoder, decoder: `N.weight`, `N.conv.M.weight`, `N.pool.M.weight`; the decoder's layer 0 is a clamp without weights.
@@ -24,11 +26,11 @@ def tiny_autoencoder(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> 
     Raises:
         ModelError: keys or shapes that do not fit, named.
     """
-    odd = next((name for name in (*encoder, *decoder) if not name.partition(".")[0].isdecimal()), None)
-    last = max((int(name.partition(".")[0]) for name in encoder), default=0) if odd is None else 0
-    if odd is not None or f"{last}.weight" not in encoder or max(map(len, (*encoder, *decoder))) > 200:
+    unexpected = next((name for name in (*encoder, *decoder) if not name.partition(".")[0].isdecimal()), None)
+    last = max((int(name.partition(".")[0]) for name in encoder), default=0) if unexpected is None else 0
+    if unexpected is not None or f"{last}.weight" not in encoder or max(map(len, (*encoder, *decoder))) > 200:
         raise ModelError(
-            f"'{str(odd or f'{last}.weight')[:80]}' does not fit a tiny autoencoder; its layers are numbered"
+            f"'{str(unexpected or f'{last}.weight')[:80]}' does not fit a tiny autoencoder; its layers are numbered"
         )
     channels = len(encoder[f"{last}.weight"])
     pooled = len({name.partition(".")[0] for name in encoder if ".pool." in name})
@@ -43,7 +45,12 @@ def tiny_autoencoder(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> 
 
 
 def convert_tiny(encoder: Path, decoder: Path, out: Path) -> Path:
-    """`davae convert tiny`: TAESD's, TAEF1's or TAEF2's two files as one diffusers autoencoder."""
+    """Write one diffusers autoencoder of the two files of TAESD, TAEF1 or TAEF2.
+
+    Args:
+        encoder, decoder: the files.
+        out: folder to write.
+    """
     check_out(out, (encoder, decoder))
     model = tiny_autoencoder(load_state(encoder), load_state(decoder))
     with model_folder(out) as partial:

@@ -1,4 +1,4 @@
-"""Autoencoders of the latent-diffusion code (VA-VAE, the authors' DA-VAE) under diffusers' names."""
+"""Autoencoders of the latent-diffusion code under diffusers' names."""
 
 from __future__ import annotations
 
@@ -19,19 +19,26 @@ ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "nor
 HALF = ("encoder", "decoder")
 
 
-def autoencoder_config(ddconfig: dict[str, Any], embed_dim: int, quant_convs: bool) -> dict[str, Any]:
-    """Config of the AutoencoderKL that a latent-diffusion `ddconfig` describes, normalising by the identity.
+def kl_config(ddconfig: dict[str, Any], embed_dim: int, quant_convs: bool) -> dict[str, Any]:
+    """Return the config of the AutoencoderKL that a latent-diffusion `ddconfig` describes.
+
+    Its latents are normalised by the identity.
+
+    Args:
+        ddconfig: the official section.
+        embed_dim: channels of the latents.
+        quant_convs: whether the weights have `quant_conv` and `post_quant_conv`.
 
     Raises:
         ModelError: a ddconfig that diffusers' class cannot express.
     """
-    odd = {
+    expressible = {
         "double_z": ddconfig.get("double_z", True) is True,
         "dropout": not ddconfig.get("dropout"),
         "attn_type": ddconfig.get("attn_type", "vanilla") == "vanilla",
         "z_channels": int(ddconfig["z_channels"]) == embed_dim or quant_convs,
     }
-    for name, fits in odd.items():
+    for name, fits in expressible.items():
         if not fits:
             raise ModelError(f"ddconfig.{name} is {ddconfig.get(name)}: AutoencoderKL has no such architecture")
     if int(ddconfig["z_channels"]) != embed_dim:
@@ -57,9 +64,13 @@ def autoencoder_config(ddconfig: dict[str, Any], embed_dim: int, quant_convs: bo
 
 
 def diffusers_name(name: str, levels: int) -> str:
-    """A latent-diffusion parameter's name in diffusers' Encoder or Decoder (`down.`, `mid.`, `up.`, ...).
+    """Return the name in diffusers' Encoder or Decoder of a latent-diffusion parameter.
 
     The decoder's `up.i` count from the finest level, diffusers' from the coarsest.
+
+    Args:
+        name: its name without `encoder.` or `decoder.`.
+        levels: number of resolutions.
     """
     name = re.sub(r"^up\.(\d+)\.", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.", name)
     name = re.sub(r"^down\.(\d+)\.", r"down_blocks.\1.", name)
@@ -76,7 +87,12 @@ def diffusers_name(name: str, levels: int) -> str:
 
 
 def rename(state: State, levels: int) -> State:
-    """Weights of one latent-diffusion encoder or decoder under diffusers' names; 1x1 attention kernels become matrices."""
+    """Return weights under diffusers' names, with 1x1 attention kernels as matrices.
+
+    Args:
+        state: weights of one latent-diffusion encoder or decoder.
+        levels: its number of resolutions.
+    """
 
     def shaped(name: str, value: Tensor) -> Tensor:
         return value[:, :, 0, 0] if ".attentions." in name and value.ndim == 4 else value
@@ -86,14 +102,19 @@ def rename(state: State, levels: int) -> State:
 
 
 def under(state: State, prefix: str) -> State:
-    """The part of a state dict below `prefix`, without it."""
+    """Return the part of a state dict below a prefix, without the prefix.
+
+    Args:
+        state: weights.
+        prefix: what the names begin with.
+    """
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def vavae(
     state_dict: State, ddconfig: dict[str, Any], statistics: tuple[Tensor, Tensor] | None = None
 ) -> AutoencoderKL:
-    """Official VA-VAE (or any latent-diffusion KL autoencoder) weights as a diffusers AutoencoderKL.
+    """Convert weights of VA-VAE, or of any latent-diffusion KL autoencoder.
 
     Args:
         state_dict: `encoder.*`, `decoder.*` and, where it has them, `quant_conv.*` and `post_quant_conv.*`. The parts of
@@ -106,7 +127,7 @@ def vavae(
     """
     quant = "quant_conv.weight" in state_dict
     embed_dim = int(state_dict["post_quant_conv.weight"].shape[1]) if quant else int(ddconfig["z_channels"])
-    config = autoencoder_config(ddconfig, embed_dim, quant)
+    config = kl_config(ddconfig, embed_dim, quant)
     levels = len(config["block_out_channels"])
     if statistics is not None:
         mean, std = statistics
@@ -145,7 +166,14 @@ VAVAE_F16D32: dict[str, Any] = {
 
 
 def convert_vavae(checkpoint: Path, out: Path, config: Path | None, statistics: Path | None) -> Path:
-    """VA-VAE weights -> an AutoencoderKL's folder."""
+    """Write an AutoencoderKL's folder of VA-VAE weights.
+
+    Args:
+        checkpoint: official weights.
+        out: folder to write.
+        config: the official YAML; None is the released f16d32's.
+        statistics: `latents_stats.pt`; None leaves the identity.
+    """
     check_out(out, [place for place in (checkpoint, config, statistics) if place])
     ddconfig = VAVAE_F16D32 if config is None else read_section(config, "ddconfig")["ddconfig"]
     measured = None if statistics is None else read_statistics(statistics, int(ddconfig["z_channels"]))

@@ -1,4 +1,4 @@
-"""How well pictures fit their prompts: CLIP score, and colours of crops by zero-shot classification."""
+"""CLIP score of images and their prompts, and colours of crops by classification."""
 
 from __future__ import annotations
 
@@ -32,25 +32,32 @@ class Clip:
 
     @torch.no_grad()
     def embed(self, images: list[Image.Image], texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings of length one, (images,d) and (texts,d)."""
+        """Return embeddings of length one, (images,d) and (texts,d)."""
         inputs = self.processor(text=texts, images=images, return_tensors="pt", padding=True, truncation=True)
         output = self.model(**inputs.to(self.device))
         return output.image_embeds, output.text_embeds
 
     def similarity(self, images: list[Image.Image], texts: list[str]) -> Tensor:
-        """Cosines (images, texts)."""
-        pictures, words = self.embed(images, texts)
-        return (pictures @ words.T).cpu()
+        """Return the cosines (images, texts)."""
+        seen, read = self.embed(images, texts)
+        return (seen @ read.T).cpu()
 
     def score(self, images: list[Image.Image], texts: list[str]) -> Tensor:
-        """CLIP score of each picture with its own text: 100 max(cosine, 0), (N,)."""
+        """Return the CLIP score (N,) of each image with its own text: 100 max(cosine, 0)."""
         return 100 * self.similarity(images, texts).diagonal().clamp(min=0)
 
     def colour(self, crop: Image.Image, thing: str, colours: tuple[str, ...]) -> str:
-        """Which colour a crop of a thing has: the text embeddings of three templates a colour, averaged and brought back to
-        length one, as in zero-shot classification."""
+        """Return the colour of a crop by zero-shot classification.
+
+        A colour's embedding is the mean of three templates, normalised to length one.
+
+        Args:
+            crop: the image of one thing.
+            thing: its name.
+            colours: names to choose from.
+        """
         templates = ("a photo of a {} " + thing, "a photo of a {}-colored " + thing, "a photo of a {} object")
         texts = [template.format(colour) for colour in colours for template in templates]
-        picture, words = self.embed([crop], texts)
+        image, words = self.embed([crop], texts)
         by_colour = words.unflatten(0, (len(colours), len(templates))).mean(1)  # (colours,d)
-        return colours[int((F.normalize(by_colour, dim=1) @ picture[0]).argmax())]
+        return colours[int((F.normalize(by_colour, dim=1) @ image[0]).argmax())]

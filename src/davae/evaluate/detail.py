@@ -1,4 +1,4 @@
-"""Measures that see detail: a distance between crops at full resolution, and the power spectrum of the images.
+"""Measures of fine detail: a distance between crops, and the power spectra of images.
 
 A global Frechet distance resizes every image to its network's input, and with it most of what an upgrade adds.
 """
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from davae.evaluate.distribution import Gaussian, compare, frechet_distance
-from davae.evaluate.features import Extractor, Features, joined
+from davae.evaluate.distribution import Gaussian, distribution_scores, frechet_distance
+from davae.evaluate.features import Extractor, Features, join_features
 from davae.evaluate.spectra import ImageSpectrum, SpectrumMeter, top_octave_error
 
 PATCH_SIZE = 64  # pixels of a crop by default
@@ -62,7 +62,7 @@ def image_patches(images: Tensor, size: int, first: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What is measured of a set of images.
+    """Measurements of a set of images.
 
     Attributes:
         whole: features of the images.
@@ -93,7 +93,7 @@ def measure_images(batches: Iterable[Tensor], extractor: Extractor, patch_size: 
         if 0 < patch_size < max(images.shape[-2:]) and patch_size <= min(images.shape[-2:]):
             crops += [extractor(part) for part in image_patches(images, patch_size, count).split(max(len(images), 1))]
         count += len(images)
-    return ImageSet(joined(parts), joined(crops) if crops else None, meter.result())
+    return ImageSet(join_features(parts), join_features(crops) if crops else None, meter.result())
 
 
 def detail_scores(generated: ImageSet, real: ImageSet, frechet_name: str, patch_size: int) -> dict[str, float]:
@@ -101,6 +101,11 @@ def detail_scores(generated: ImageSet, real: ImageSet, frechet_name: str, patch_
 
     `patch_fd_lite0` (or `patch_fid`) with `patch_size` and the number of crops a side, where both sets have crops;
     `spectrum_top_octave_rms_db` and `spectrum_top_octave_db` of `top_octave_error`.
+
+    Args:
+        generated, real: the sets, at one size.
+        frechet_name: `fid` or `fd_lite0`.
+        patch_size: side of the crops, pixels.
 
     Raises:
         DataError: images of different sizes.
@@ -127,5 +132,5 @@ def compare_sets(
     Raises:
         DataError: too few images on a side, or sets of different sizes.
     """
-    figures = compare(generated.whole, real.whole, stored=stored).as_dict(frechet_name)
+    figures = distribution_scores(generated.whole, real.whole, stored=stored).as_dict(frechet_name)
     return figures | detail_scores(generated, real, frechet_name, patch_size)

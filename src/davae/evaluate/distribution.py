@@ -1,4 +1,4 @@
-"""How near one set of pictures is to another: Frechet and kernel distance, precision and recall, Inception score."""
+"""Distances between two sets of images: Frechet, kernel, precision, recall, Inception score."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from davae.errors import DataError
 from davae.evaluate.features import Features
 
-LEAST = 4  # pictures a side: precision and recall look at three neighbours
+LEAST = 4  # images a side: precision and recall look at three neighbours
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """What a Frechet distance knows of a set: mean (F,) and covariance (F,F) of its features, float64."""
+    """Mean (F,) and covariance (F,F) of a set's features, float64."""
 
     mean: np.ndarray
     covariance: np.ndarray
 
     @classmethod
     def of(cls, features: Tensor) -> Gaussian:
-        """Features (N,F).
+        """Return the Gaussian of features (N,F).
 
         Raises:
             DataError: fewer than two rows, or rows that are not finite.
@@ -42,7 +42,7 @@ class Gaussian:
 
 
 def _finite_rows(features: Tensor) -> np.ndarray:
-    """Return features (N,F) in float64; raise DataError as in `Gaussian.of`."""
+    """Return features (N,F) in float64, after the checks of `Gaussian.of`."""
     if len(features) < 2:
         raise DataError(f"a Frechet distance needs at least 2 pictures a side, found {len(features)}")
     x = features.double().numpy()
@@ -52,8 +52,9 @@ def _finite_rows(features: Tensor) -> np.ndarray:
 
 
 def stored_gaussian(path: Path) -> Gaussian | None:
-    """`mu` and `sigma` of Inception features in an `.npz`: ADM's reference files hold those of the whole training set
-    beside a few of its pictures. None where it has none.
+    """Return `mu` and `sigma` of Inception features in an `.npz`, None where it has none.
+
+    ADM's reference files hold those of the whole training set next to a few of its images.
 
     Raises:
         DataError: a damaged file, or arrays that cannot be them.
@@ -64,7 +65,7 @@ def stored_gaussian(path: Path) -> Gaussian | None:
                 return None
             mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is no .npz that can be read: {error}") from error
+        raise DataError(f"{path} is not an .npz that can be read: {error}") from error
     if covariance.shape != (*mean.shape, *mean.shape) or mean.ndim != 1:
         raise DataError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}, expected (F,) and (F,F)")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
@@ -77,6 +78,10 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     Below F rows it is taken from the rows: with A = X'X and B = Y'Y for centred, scaled rows X and Y, the eigenvalues of
     AB are the squared singular values of XY', so that tr (AB)^1/2 is the nuclear norm of a matrix (N,M).
+
+    Args:
+        a: features (N,F).
+        b: features (M,F).
 
     Raises:
         DataError: as in `Gaussian.of`, or features of different lengths.
@@ -100,6 +105,9 @@ def _check_lengths(a: int, b: int) -> None:
 def gaussian_distance(a: Gaussian, b: Gaussian) -> float:
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), by eigenvalues in float64.
 
+    Args:
+        a, b: Gaussians of features of one length.
+
     Raises:
         DataError: features of different lengths.
     """
@@ -114,7 +122,9 @@ def gaussian_distance(a: Gaussian, b: Gaussian) -> float:
 
 @dataclass(frozen=True)
 class DistributionScores:
-    """Generated against real. `kernel` is KID's polynomial MMD (mean and spread over subsets of `subset` pictures).
+    """Distances of generated images to real ones.
+
+    `kernel` is KID's polynomial MMD, mean and spread over subsets of `subset` images.
 
     `inception` is (score, spread) over ten splits, where the features come with logits.
     """
@@ -130,7 +140,7 @@ class DistributionScores:
     real: int
 
     def as_dict(self, frechet_name: str) -> dict[str, float]:
-        """Plain numbers; distances on other features than Inception's carry those features' name."""
+        """Return plain numbers, under names with the suffix of features other than Inception's."""
         suffix = frechet_name.removeprefix("fd")  # '_lite0', or 'fid'
         own = "" if frechet_name == "fid" else suffix
         figures = {
@@ -148,17 +158,17 @@ class DistributionScores:
         return figures
 
 
-def compare(
+def distribution_scores(
     generated: Features, real: Features, *, subset: int = 1000, subsets: int = 100, stored: Gaussian | None = None
 ) -> DistributionScores:
-    """Every distance between two sets of pictures, given their features.
+    """Return every distance between two sets of images.
 
     Args:
-        stored: what the Frechet distance is taken to, in place of the real pictures' own.
+        stored: what the Frechet distance is taken to, in place of the real images' own.
         subset, subsets: KID's subset size (lowered to the smaller set where that has fewer) and their number.
 
     Raises:
-        DataError: fewer than `LEAST` pictures on a side.
+        DataError: fewer than `LEAST` images on a side.
     """
     few = min(len(generated), len(real))
     if few < LEAST:

@@ -1,9 +1,10 @@
-"""What `davae evaluate enlarging` does: filters, networks and the upgrade itself enlarge the same reduced images."""
+"""Enlarging measured: filters, networks and the upgrade enlarge the same reduced images."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from davae.backbones.classes import goes_by_class
-from davae.data.images import to_images, to_tensor
+from davae.data.images import ImageDataset, to_images, to_tensor
 from davae.dataset.look import as_data, numbered_batches, prompts_of, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.detail import PATCH_SIZE, compare_sets, measure_images
-from davae.evaluate.features import make_extractor
+from davae.evaluate.distribution import LEAST
+from davae.evaluate.features import Extractor, make_extractor
 from davae.evaluate.reconstruction import perceptual_distances, psnr, to_uint8_range
 from davae.evaluate.upscale import make_upscaler
 from davae.pretrained.open import default_resolution
-from davae.pretrained.placement import FULL, Placement
 from davae.recipes.sections import Data
-from davae.sample.open import open_model
+from davae.sample.open import SamplingOptions, open_model
 from davae.sample.upscale import check_enlarging, upscale
 from davae.vae.blocks import downsample
 
@@ -32,113 +33,133 @@ Enlarger = Callable[[list[Image.Image], list[str]], list[Image.Image]]
 def evaluate_enlarging(
     model: str,
     data: str | Data,
+    options: SamplingOptions,
     *,
     num: int,
     held_out: float,
     methods: Sequence[str] = ("bicubic", "lanczos"),
     captions: bool = True,
     strength: float = 0.0,
-    steps: int = 30,
-    guidance: float = 1.0,
-    seed: int = 0,
     faithful: bool = True,
     features: str = "lite0",
     feature_weights: Path | None = None,
     lpips: str | None = None,
     lpips_weights: str | None = None,
     patch_size: int = PATCH_SIZE,
-    batch_size: int = 8,
-    placement: Placement = FULL,
     summary: Path | None = None,
 ) -> dict[str, Any]:
-    """Reduce images by the model's scale, enlarge them by each method, and compare with the originals.
+    """Enlarge reduced images by each method, and compare the results with the originals.
 
     Args:
         model: an upgraded model.
-        data: images of at least the size that the model draws.
+        data: images of at least the size that the model draws; `num` of the held-out share, or of all at 0.
+        options: how the upgrade draws, and the batch size of all methods.
         methods: filters, weights of super-resolution networks, or commands, as `make_upscaler` takes them.
-        captions: whether the upgrade gets the images' captions or classes as prompts.
-        patch_size: side of the crops of the patch distance.
+        captions: whether the upgrade gets captions or classes as prompts.
+        strength, faithful: as `davae.upscale` takes them.
+        features, feature_weights, lpips, lpips_weights, patch_size: networks, their weights and the side of the crops.
 
     Returns:
-        Settings, and under `rows` for each method the distances between the sets (`patch_fd_lite0`, ...), `psnr`, the mean
-        perceptual distances, `reduced_psnr` of the reduced result against the input, and `seconds` an image.
+        Settings, and under `rows` for each method distances between the sets, `psnr`, mean perceptual distances,
+        `reduced_psnr` of the reduced result against the input, and `seconds` an image.
 
     Raises:
-        ModelError: a model without a detail part, or a class model without prompts.
+        ModelError: too few images, a model without a detail part, or a class model without prompts.
     """
-    pipeline, _ = open_model(model, placement)
-    check_enlarging(pipeline, strength=strength, steps=steps, times=1, batch_size=batch_size)
-    size, scale = default_resolution(pipeline), pipeline.vae.layout.scale
-    pictures = real_pictures(data, size, held_out, "held_out", summary=summary)
-    originals, prompts = [], []
-    for positions, images in numbered_batches(pictures, num, batch_size):
-        originals.append(images)
-        prompts += prompts_of(pictures, positions, goes_by_class(pipeline))
-    if goes_by_class(pipeline) and not captions:
-        raise ModelError("captions: a class-conditional model needs the classes of the images")
-    real = torch.cat(originals)
-    inputs = to_images(downsample(real, scale))
-
-    def by_upgrade(images: list[Image.Image], texts: list[str]) -> list[Image.Image]:
-        return upscale(
-            pipeline, images, texts if captions else None, strength=strength, steps=steps, guidance_scale=guidance,
-            seed=seed, faithful=faithful, batch_size=batch_size,
-        )  # fmt: skip
-
+    if num < LEAST:
+        raise ModelError(f"--num {num}: at least {LEAST} images are needed to compare with")
+    pipeline, _ = open_model(model, options.placement)
+    check_enlarging(pipeline, strength=strength, steps=options.steps, times=1, batch_size=options.batch_size)
+    size = default_resolution(pipeline)
+    images = real_pictures(data, size, held_out, "held_out", summary=summary)
+    pairs = _reduced(images, num, options.batch_size, pipeline, captions)
     extractor, distances = make_extractor(features, feature_weights), perceptual_distances(lpips, lpips_weights)
     ways: dict[str, Enlarger] = {name: _by(make_upscaler(name, size)) for name in methods}
-    ways["upgrade"] = by_upgrade
-    measured = measure_images(real.split(batch_size), extractor, patch_size)
-    rows = {}
-    for name, way in ways.items():
-        results, figures = _enlarged(way, inputs, prompts, real, scale, batch_size, distances)
-        found = measure_images(results.split(batch_size), extractor, patch_size)
-        rows[name] = figures | compare_sets(found, measured, extractor.name, patch_size)
+    ways["upgrade"] = _by_upgrade(pipeline, options, captions, strength, faithful)
     return {
         "model": model,
         "data": as_data(data).source,
         "held_out": held_out,
-        "images": len(real),
-        "from": size // scale,
+        "images": len(pairs.real),
+        "from": size // pairs.scale,
         "to": size,
         "captions": captions,
         "strength": strength,
-        "steps": steps,
-        "guidance_scale": guidance,
-        "seed": seed,
+        **options.figures,
         "faithful": faithful,
-        **placement.changes,
-        "rows": rows,
+        **options.placement.changes,
+        "rows": _measured_rows(ways, pairs, options.batch_size, distances, extractor, patch_size),
     }
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Originals (N,3,sH,sW) in [-1,1], their reductions by `scale`, and their prompts."""
+
+    real: Tensor
+    inputs: list[Image.Image]
+    prompts: list[str]
+    scale: int
+
+
+def _reduced(images: ImageDataset, num: int, batch_size: int, pipeline: Any, captions: bool) -> _Pairs:
+    originals, prompts, scale = [], [], pipeline.vae.layout.scale
+    for positions, batch in numbered_batches(images, num, batch_size):
+        originals.append(batch)
+        prompts += prompts_of(images, positions, goes_by_class(pipeline))
+    if goes_by_class(pipeline) and not captions:
+        raise ModelError("captions: a class-conditional model needs the classes of the images")
+    real = torch.cat(originals)
+    return _Pairs(real, to_images(downsample(real, scale)), prompts, scale)
+
+
+def _measured_rows(
+    ways: dict[str, Enlarger],
+    pairs: _Pairs,
+    batch_size: int,
+    distances: dict[str, nn.Module],
+    extractor: Extractor,
+    patch_size: int,
+) -> dict[str, dict[str, float]]:
+    real, rows = measure_images(pairs.real.split(batch_size), extractor, patch_size), {}
+    for name, way in ways.items():
+        results, figures = _enlarged(way, pairs, batch_size, distances)
+        found = measure_images(results.split(batch_size), extractor, patch_size)
+        rows[name] = figures | compare_sets(found, real, extractor.name, patch_size)
+    return rows
 
 
 def _by(enlarge: Callable[[list[Image.Image]], list[Image.Image]]) -> Enlarger:
     return lambda images, prompts: enlarge(images)
 
 
+def _by_upgrade(pipeline: Any, options: SamplingOptions, captions: bool, strength: float, faithful: bool) -> Enlarger:
+    def enlarge(images: list[Image.Image], prompts: list[str]) -> list[Image.Image]:
+        return upscale(
+            pipeline, images, prompts if captions else None, strength=strength, steps=options.steps,
+            guidance_scale=options.guidance, seed=options.seed, faithful=faithful, batch_size=options.batch_size,
+        )  # fmt: skip
+
+    return enlarge
+
+
 @torch.no_grad()
 def _enlarged(
-    way: Enlarger,
-    inputs: list[Image.Image],
-    prompts: list[str],
-    real: Tensor,
-    scale: int,
-    batch_size: int,
-    distances: dict[str, nn.Module],
+    way: Enlarger, pairs: _Pairs, batch_size: int, distances: dict[str, nn.Module]
 ) -> tuple[Tensor, dict[str, float]]:
-    """Return all results (N,3,H,W) in [-1,1], and means over the images."""
-    results, start = [], time.perf_counter()
+    """Return all results (N,3,sH,sW) in [-1,1], and means over the images."""
+    results, start, inputs = [], time.perf_counter(), pairs.inputs
     for first in range(0, len(inputs), batch_size):
         part = slice(first, first + batch_size)
-        results += [to_tensor(image) for image in way(inputs[part], prompts[part])]
+        results += [to_tensor(image) for image in way(inputs[part], pairs.prompts[part])]
     seconds = (time.perf_counter() - start) / len(inputs)
     drawn, reduced = torch.stack(results), torch.stack([to_tensor(image) for image in inputs])
+    again = downsample(drawn, pairs.scale)
     figures = {
-        "psnr": float(psnr(to_uint8_range(drawn), to_uint8_range(real)).mean()),
-        "reduced_psnr": float(psnr(to_uint8_range(downsample(drawn, scale)), to_uint8_range(reduced)).mean()),
+        "psnr": float(psnr(to_uint8_range(drawn), to_uint8_range(pairs.real)).mean()),
+        "reduced_psnr": float(psnr(to_uint8_range(again), to_uint8_range(reduced)).mean()),
     }
     for name, distance in distances.items():
-        parts = zip(drawn.split(batch_size), real.split(batch_size), strict=True)
+        parts = zip(drawn.split(batch_size), pairs.real.split(batch_size), strict=True)
         figures[name] = float(torch.cat([distance(one, other) for one, other in parts]).mean())
     return drawn, figures | {"seconds": seconds}

@@ -1,4 +1,4 @@
-"""Networks whose features pictures are compared by: Inception-v3 for FID and its kin, EfficientNet-Lite0 offline."""
+"""Networks for comparing images: Inception-v3 for FID, EfficientNet-Lite0 offline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from davae.pretrained.placement import own_device
 
 @dataclass(frozen=True)
 class Features:
-    """features (N,F) float32 and, where the network classifies as Inception does, logits (N,K)."""
+    """Features (N,F) float32, and logits (N,K) of a network that classifies as Inception does."""
 
     features: Tensor
     logits: Tensor | None = None
@@ -29,7 +29,7 @@ class Features:
 
 
 class Extractor(Protocol):
-    """`name` says what a Frechet distance on these features is called."""
+    """Network of features, with `name` as the key of a Frechet distance on them."""
 
     name: str
 
@@ -39,12 +39,15 @@ class Extractor(Protocol):
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1,1] -> uint8 as a saved picture would be."""
+    """Return images in [-1,1] as uint8, rounded as in a saved file."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 class Lite0Features(nn.Module):
-    """Pooled EfficientNet-Lite0 features (1,280) of pictures resized to 224 px: offline, and never called FID."""
+    """Pooled EfficientNet-Lite0 features (1,280) of images resized to 224 pixels.
+
+    They work offline, and a distance on them is never called FID.
+    """
 
     name = "fd_lite0"
     size = 224
@@ -63,7 +66,7 @@ class Lite0Features(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """torch-fidelity's Inception-v3 with the TensorFlow weights of published FIDs (2,048 features and logits).
+    """Inception-v3 of torch-fidelity with the TensorFlow weights of published FIDs.
 
     Args:
         weights: their `.pth` file; None takes torch.hub's cache, or downloads them.
@@ -101,7 +104,12 @@ class InceptionFeatures(nn.Module):
 
 
 def make_extractor(name: str, weights: Path | None = None) -> Extractor:
-    """`lite0` or `inception`, on this process's device."""
+    """Return the network `lite0` or `inception` on this process's device.
+
+    Args:
+        name: name of the network.
+        weights: file of Inception's weights.
+    """
     network = InceptionFeatures(weights) if name == "inception" else Lite0Features()
     return network.to(own_device())
 
@@ -109,13 +117,17 @@ def make_extractor(name: str, weights: Path | None = None) -> Extractor:
 def extract(batches: Iterable[Tensor], extractor: Extractor) -> Features:
     """Return the features of all images of batches (B,3,H,W).
 
+    Args:
+        batches: images in [-1,1].
+        extractor: the network.
+
     Raises:
         ValueError: no images, or features that are not finite.
     """
-    return joined([extractor(images) for images in batches])
+    return join_features([extractor(images) for images in batches])
 
 
-def joined(parts: list[Features]) -> Features:
+def join_features(parts: list[Features]) -> Features:
     """Return the features of several batches as one, on the CPU.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What `davae sample` and `davae evaluate` do: open a model by name, draw from it, measure it."""
+"""Distances of samples, drawn by a model or read from files, to real images."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_im
 from davae.evaluate.distribution import LEAST, stored_gaussian
 from davae.evaluate.features import make_extractor
 from davae.evaluate.spectra import draw_spectra
-from davae.evaluate.upscale import make_upscaler
+from davae.evaluate.upscale import Upscaler, make_upscaler
 from davae.files.outputs import check_image
 from davae.pretrained.open import default_resolution
-from davae.pretrained.placement import FULL, Placement
 from davae.pretrained.text_encoders import pipeline_limits
 from davae.recipes.sections import Data
 from davae.sample.generate import generate
-from davae.sample.open import check_classes, open_model
+from davae.sample.open import SamplingOptions, check_class_prompts, open_model
 
 
 def evaluate_pictures(
@@ -41,13 +40,24 @@ def evaluate_pictures(
     spectrum: Path | None = None,
     summary: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure two sets of images on disk; the figures of `davae evaluate pictures`.
+    """Measure two sets of images on disk.
 
-    FID to an `.npz` with `mu` and `sigma` is taken to these, as ADM's own evaluator does; all else to its images.
+    FID to an `.npz` with `mu` and `sigma` is taken to these, as ADM's own evaluator does; the other distances to its
+    images.
 
     Args:
+        generated: the images to measure: a folder, a `.tar` or an `.npz`.
+        data: real images.
+        resolution: pixels at which both sets are compared.
+        num: most images of each set.
+        features: network of the distances, `lite0` or `inception`.
+        feature_weights: file of the Inception weights.
         patch_size: side of the crops of the patch distance, pixels; 0 leaves it out.
         spectrum: PNG to draw both power spectra into.
+        summary: file of the summary of the data.
+
+    Returns:
+        The figures of `davae evaluate pictures`.
     """
     if spectrum is not None:
         check_image(spectrum)
@@ -68,90 +78,93 @@ def evaluate_pictures(
     return {"pictures": generated, "data": real.source, "resolution": resolution, **figures, **reference}
 
 
-def condition_of(picture: dict[str, Any], pipeline: Any) -> str:
-    """What a model is asked for to get a picture like this one: its class where the pipeline goes by classes."""
+def condition_of(image: dict[str, Any], pipeline: Any) -> str:
+    """Return the prompt of an image: its caption, or its class for a class-conditional pipeline.
+
+    Args:
+        image: an item of an `ImageDataset`.
+        pipeline: the pipeline that will draw.
+
+    Raises:
+        DataError: a class-conditional pipeline, and an image without a class.
+    """
     if not goes_by_class(pipeline):
-        return picture["caption"]
-    if picture["label"] is None:
+        return image["caption"]
+    if image["label"] is None:
         raise DataError(
             "a class-conditional model is measured on pictures with classes: sub-folders, or `.cls` files"
         )
-    return str(picture["label"])
+    return str(image["label"])
 
 
 _real: dict[tuple[str, int, float, str, Path | None, int], ImageSet] = {}
 
 
 def real_images(
-    pictures: ImageDataset, data: Data, held_in: float, features: str, weights: Path | None, patch_size: int = 0
+    images: ImageDataset, data: Data, held_in: float, features: str, weights: Path | None, patch_size: int = 0
 ) -> ImageSet:
-    """Measure a set of real images, kept for the next model that is compared with it."""
-    key = data.model_dump_json(), pictures.resolution, held_in, features, weights, patch_size
+    """Measure a set of real images once for all models that are compared with it.
+
+    Args:
+        images: the images.
+        data: the options that they were opened with, which identify them together with `held_in`.
+        held_in: share that a split holds out.
+        features: network of the distances, `lite0` or `inception`.
+        weights: file of the Inception weights.
+        patch_size: side of the crops of the patch distance, pixels.
+    """
+    key = data.model_dump_json(), images.resolution, held_in, features, weights, patch_size
     if key not in _real:
-        _real[key] = measure_images(batches(pictures), make_extractor(features, weights), patch_size)
+        _real[key] = measure_images(batches(images), make_extractor(features, weights), patch_size)
     return _real[key]
 
 
 def evaluate_generation(
     pipeline: str,
     data: str | Data,
+    options: SamplingOptions,
     *,
     num: int,
-    resolution: int | None,
     compare_at: int | None,
-    steps: int,
-    guidance: float,
-    seed: int,
     held_in: float,
     features: str,
     feature_weights: Path | None,
     on_batch: Callable[[int, int], None],
     upscale: str = "bilinear",
-    placement: Placement = FULL,
-    batch_size: int = 32,
     patch_size: int = PATCH_SIZE,
     spectrum: Path | None = None,
     summary: Path | None = None,
 ) -> dict[str, Any]:
-    """Compare samples with real images of the same captions or classes; the figures of `davae evaluate generation`.
+    """Compare samples with real images of the same captions or classes.
 
     Args:
-        patch_size: side of the crops of the patch distance, pixels at the size of comparison; 0 leaves it out.
-        spectrum: PNG to draw both power spectra into.
+        pipeline: the model, by the names that `open_model` takes.
+        data: real images; of a split that holds out the share `held_in` only the training side.
+        options: how `num` samples are drawn.
+        compare_at: pixels at which both sets are compared; None is the size of the samples.
+        features, feature_weights: `lite0` or `inception`, and the file of Inception's weights.
+        on_batch: called with the samples that are drawn and their number.
+        upscale: enlarger of the samples, as `make_upscaler` takes it.
+        patch_size: side of the crops of the patch distance, in pixels; 0 leaves the distance out.
+        spectrum, summary: files for a plot of both power spectra, and for the summary of the data.
+
+    Returns:
+        The figures of `davae evaluate generation`.
+
+    Raises:
+        ModelError: too few samples, or a class that the model lacks.
     """
-    if spectrum is not None:
-        check_image(spectrum)
-    if num < LEAST:
-        raise ModelError(f"--num {num}: at least {LEAST} pictures are needed to compare with")
-    model, _ = open_model(pipeline, placement)
-    own = default_resolution(model)
-    size = compare_at or resolution or own
+    _check_arguments(num, spectrum)
+    model, _ = open_model(pipeline, options.placement)
+    drawn_at = options.side or default_resolution(model)
+    size = compare_at or drawn_at
     limits = [] if goes_by_class(model) else with_counts(pipeline_limits(model))
-    pictures = real_pictures(data, size, held_in, "train", summary=summary, limits=limits)
-    order = np.random.default_rng(seed).permutation(max(num, len(pictures)))[:num] % len(pictures)
-    prompts = [condition_of(pictures[(int(i), -1)], model) for i in order]
-    check_classes(model, prompts)
+    images = real_pictures(data, size, held_in, "train", summary=summary, limits=limits)
+    prompts = _chosen_prompts(images, num, options.seed, model)
     extractor = make_extractor(features, feature_weights)
-    enlarge = make_upscaler(upscale, size) if size != (resolution or own) else None
-    part = 2 * batch_size
-
-    def drawn() -> Iterator[Tensor]:
-        for start in range(0, num, part):
-            samples = generate(
-                model,
-                prompts[start : start + part],
-                resolution=resolution,
-                steps=steps,
-                guidance_scale=guidance,
-                seed=seed,
-                first=start,
-                batch_size=batch_size,
-            )
-            yield torch.stack([to_tensor(sample) for sample in (enlarge(samples) if enlarge else samples)])
-            on_batch(min(start + part, num), num)
-
-    real = real_images(pictures, as_data(data), held_in, features, feature_weights, patch_size)
-    samples = measure_images(drawn(), extractor, patch_size)
+    enlarge = make_upscaler(upscale, size) if size != drawn_at else None
+    real = real_images(images, as_data(data), held_in, features, feature_weights, patch_size)
+    samples = measure_images(_drawn(model, prompts, options, enlarge, on_batch), extractor, patch_size)
     figures = compare_sets(samples, real, extractor.name, patch_size)
     if spectrum is not None:
         draw_spectra(spectrum, samples.spectrum, real.spectrum)
@@ -159,12 +172,40 @@ def evaluate_generation(
         "pipeline": pipeline,
         "data": as_data(data).source,
         "held_in": held_in,
-        "dtype": placement.precision,
+        "dtype": options.placement.precision,
         **figures,
-        "resolution": resolution or own,
+        "resolution": drawn_at,
         "compared_at": size,
         "upscale": upscale if enlarge else None,
-        "steps": steps,
-        "guidance_scale": guidance,
-        "seed": seed,
+        **options.figures,
     }
+
+
+def _check_arguments(num: int, spectrum: Path | None) -> None:
+    if spectrum is not None:
+        check_image(spectrum)
+    if num < LEAST:
+        raise ModelError(f"--num {num}: at least {LEAST} pictures are needed to compare with")
+
+
+def _chosen_prompts(images: ImageDataset, num: int, seed: int, model: Any) -> list[str]:
+    """Return the prompts of `num` images in random order, repeated where there are fewer images."""
+    order = np.random.default_rng(seed).permutation(max(num, len(images)))[:num] % len(images)
+    prompts = [condition_of(images[(int(i), -1)], model) for i in order]
+    check_class_prompts(model, prompts)
+    return prompts
+
+
+def _drawn(
+    model: Any,
+    prompts: list[str],
+    options: SamplingOptions,
+    enlarge: Upscaler | None,
+    on_batch: Callable[[int, int], None],
+) -> Iterator[Tensor]:
+    """Yield batches of samples (B,3,H,W) in [-1,1], enlarged where an enlarger is given."""
+    part = 2 * options.batch_size
+    for start in range(0, len(prompts), part):
+        samples = generate(model, prompts[start : start + part], options, first=start)
+        yield torch.stack([to_tensor(sample) for sample in (enlarge(samples) if enlarge else samples)])
+        on_batch(min(start + part, len(prompts)), len(prompts))

@@ -27,7 +27,7 @@ from davae.pretrained.stored import load_component
 logger = logging.getLogger(__name__)
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection's confidence; counting asks for more
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection's confidence, higher for counting
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # a detector's names -> the official prompts': three of COCO's classes, and the names that older releases give to some
 RENAMED = {
@@ -64,7 +64,13 @@ class Verdict:
 
 
 def relations(a: Found, b: Found) -> set[str]:
-    """Where `a` lies relative to `b`: of 'left of', 'right of', 'above', 'below'; none when they overlap too much."""
+    """Return the place of `a` relative to `b`: 'left of', 'right of', 'above', 'below'.
+
+    The set is empty when they overlap too much.
+
+    Args:
+        a, b: detections in one image.
+    """
     centre_a, centre_b = (torch.tensor([(f.box[0] + f.box[2]) / 2, (f.box[1] + f.box[3]) / 2]) for f in (a, b))
     size_a, size_b = (torch.tensor([f.box[2] - f.box[0], f.box[3] - f.box[1]]) for f in (a, b))
     offset = centre_a - centre_b
@@ -77,10 +83,10 @@ def relations(a: Found, b: Found) -> set[str]:
 
 
 def judge(detections: list[Found], request: dict[str, Any], colour_of: Callable[[Found, str], str]) -> Verdict:
-    """Whether a picture's detections meet a prompt's request (an entry of `evaluation_metadata.jsonl`).
+    """Return whether an image's detections meet a prompt's request, with the reasons if not.
 
     Args:
-        detections: of the picture.
+        detections: of the image.
         request: `tag`, `include` (class, count, and where asked color and position), `exclude`.
         colour_of: (detection, class) -> one of COLOURS.
     """
@@ -92,19 +98,19 @@ def judge(detections: list[Found], request: dict[str, Any], colour_of: Callable[
             group.append(found)
     reasons: list[str] = []
     groups: list[list[Found] | None] = []
-    for wanted in request.get("include", []):
-        label, count = wanted["class"], wanted["count"]
+    for part in request.get("include", []):
+        label, count = part["class"], part["count"]
         group = by_class.get(label, [])[:count]
         met = len(group) == count
         if not met:
             reasons.append(f"expected {label}>={count}, found {len(group)}")
-        elif "color" in wanted:
+        elif "color" in part:
             colours = [colour_of(found, label) for found in group]
-            met = colours.count(wanted["color"]) == count
+            met = colours.count(part["color"]) == count
             if not met:
-                reasons.append(f"expected {wanted['color']} {label}>={count}, found {', '.join(colours)}")
-        if met and "position" in wanted:
-            relation, target = wanted["position"]
+                reasons.append(f"expected {part['color']} {label}>={count}, found {', '.join(colours)}")
+        if met and "position" in part:
+            relation, target = part["position"]
             others = groups[target]
             if others is None:
                 met = False
@@ -122,7 +128,7 @@ def judge(detections: list[Found], request: dict[str, Any], colour_of: Callable[
     return Verdict(not reasons, "\n".join(reasons))
 
 
-def class_name(label: str) -> str:
+def geneval_name(label: str) -> str:
     """Return GenEval's name of a detector's class."""
     plain = " ".join(label.replace("_", " ").lower().split())
     return RENAMED.get(plain, plain)
@@ -150,30 +156,36 @@ class Detector:
             raise ModelError(
                 f"detector {model}: its classes have no names ({unnamed[0]}, ...); use one whose config names COCO's classes"
             )
-        self.classes = {class_name(label) for label in labels}
+        self.classes = {geneval_name(label) for label in labels}
 
     @torch.no_grad()
-    def __call__(self, picture: Image.Image) -> list[Found]:
-        """Everything above the rules' lower threshold."""
-        inputs = self.processor(images=picture, return_tensors="pt").to(self.device)
-        sizes = torch.tensor([[picture.height, picture.width]])
+    def __call__(self, image: Image.Image) -> list[Found]:
+        """Return all detections above the rules' lower threshold."""
+        inputs = self.processor(images=image, return_tensors="pt").to(self.device)
+        sizes = torch.tensor([[image.height, image.width]])
         result = self.processor.post_process_object_detection(
             self.model(**inputs), threshold=THRESHOLD, target_sizes=sizes
         )[0]
         names = self.model.config.id2label
         return [
-            Found(class_name(names[int(label)]), float(score), tuple(float(x) for x in box))  # type: ignore[arg-type]
+            Found(geneval_name(names[int(label)]), float(score), tuple(float(x) for x in box))  # type: ignore[arg-type]
             for label, score, box in zip(result["labels"], result["scores"], result["boxes"], strict=True)
         ]
 
 
 def prompt_folder(out: Path, number: int) -> Path:
-    """The official layout: `00000/metadata.jsonl` and `00000/samples/00000.png`."""
+    """Return the folder of a prompt: `00000/metadata.jsonl` and `00000/samples/00000.png`."""
     return out / f"{number:05d}"
 
 
 def write_request(out: Path, number: int, request: dict[str, Any]) -> Path:
-    """Folder of one prompt with its metadata; returns the folder for its pictures."""
+    """Write the metadata of one prompt, and return the folder for its images.
+
+    Args:
+        out: folder of all prompts.
+        number: number of the prompt.
+        request: its entry in `evaluation_metadata.jsonl`.
+    """
     folder = prompt_folder(out, number)
     with saving(folder):
         (folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -182,10 +194,15 @@ def write_request(out: Path, number: int, request: dict[str, Any]) -> Path:
 
 
 def judge_folder(out: Path, detector: Callable[[Image.Image], list[Found]], clip: Clip) -> list[dict[str, Any]]:
-    """Judge every picture of a layout; one record a picture, with the keys of the official results.
+    """Judge every image of a layout, and return a record an image, as the official results.
+
+    Args:
+        out: folder of all prompts.
+        detector: finds objects in an image.
+        clip: classifies colours.
 
     Raises:
-        ModelError: a folder without pictures.
+        ModelError: a folder without images.
     """
     records: list[dict[str, Any]] = []
     for folder in sorted(path for path in out.iterdir() if (path / "metadata.jsonl").is_file()):
@@ -195,12 +212,12 @@ def judge_folder(out: Path, detector: Callable[[Image.Image], list[Found]], clip
                 f"{folder / 'metadata.jsonl'}: not one of GenEval's requests; remove the folder {folder}"
             )
         for path in sorted((folder / "samples").glob("*.png")):
-            picture = read_image(path)
-            found = detector(picture)
+            image = read_image(path)
+            found = detector(image)
             verdict = judge(
                 found,
                 request,
-                lambda one, label, whole=picture: clip.colour(whole.crop(_pixels(one, whole)), label, COLOURS),
+                lambda one, label, whole=image: clip.colour(whole.crop(_pixels(one, whole)), label, COLOURS),
             )
             records.append(
                 {
@@ -217,10 +234,10 @@ def judge_folder(out: Path, detector: Callable[[Image.Image], list[Found]], clip
     return records
 
 
-def _pixels(found: Found, picture: Image.Image) -> tuple[int, int, int, int]:
+def _pixels(found: Found, image: Image.Image) -> tuple[int, int, int, int]:
     left, top, right, bottom = (round(x) for x in found.box)
-    left, top = min(max(left, 0), picture.width - 1), min(max(top, 0), picture.height - 1)
-    return left, top, min(max(right, left + 1), picture.width), min(max(bottom, top + 1), picture.height)
+    left, top = min(max(left, 0), image.width - 1), min(max(top, 0), image.height - 1)
+    return left, top, min(max(right, left + 1), image.width), min(max(bottom, top + 1), image.height)
 
 
 def asked_classes(request: dict[str, Any]) -> set[str]:
@@ -237,6 +254,10 @@ def is_request(record: dict[str, Any]) -> bool:
 
 def impossible(requests: list[dict[str, Any]], known: set[str]) -> dict[str, Any]:
     """Compare what prompts ask for with the classes that a detector can find.
+
+    Args:
+        requests: the prompts' entries.
+        known: classes of the detector.
 
     Returns:
         `missing_classes`, those that the detector lacks, and `impossible_prompts`, the number of prompts with one of them;
@@ -258,7 +279,7 @@ def impossible(requests: list[dict[str, Any]], known: set[str]) -> dict[str, Any
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Records of an official results file, or of ours.
+    """Return the records of a results file, an official one or davae's.
 
     Raises:
         ModelError: no such file, or lines that are no results.
@@ -285,14 +306,21 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def scores(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Share of correct pictures of each task, and `overall`, the mean over tasks."""
+    """Return the share of correct images of each task, and `overall`, the mean over tasks."""
     tags = sorted({record["tag"] for record in records})
     tasks = {tag: mean(float(record["correct"]) for record in records if record["tag"] == tag) for tag in tags}
     return {**tasks, "overall": mean(tasks.values())}
 
 
+def geneval_figures(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of `davae evaluate geneval-score`: scores, and the images behind each."""
+    return {**scores(records), **coverage(records)}
+
+
 def coverage(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what scores rest on: `pictures` of each task, and `missing_tasks`, the official tasks without a result.
+    """Return the number of images of each task, and the official tasks without a result.
+
+    They are under `pictures` and `missing_tasks`.
 
     A task that is missing is named in the log too, because `overall` is then the mean of the other ones. Where the results
     count detections, `pictures_without_detections` is the number of images in which the detector found nothing; the log

@@ -1,4 +1,4 @@
-"""What all plots share: a backend without a screen, and PNG bytes at the end."""
+"""Plots by a backend without a screen, as PNG bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 
 def to_png(figure: plt.Figure) -> bytes:
-    """PNG bytes of a figure, which is closed."""
+    """Return the PNG bytes of a figure, which is closed."""
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, format="png", dpi=130)

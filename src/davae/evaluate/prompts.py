@@ -1,4 +1,4 @@
-"""Prompt following: pictures for benchmark prompts, CLIP score, GenEval."""
+"""Prompt following: images of benchmark prompts, CLIP score, GenEval."""
 
 from __future__ import annotations
 
@@ -19,51 +19,52 @@ from davae.evaluate.clip import Clip
 from davae.evaluate.geneval import Detector, coverage, impossible, is_request, judge_folder, scores, write_request
 from davae.files.atomic import atomic_file, atomic_text
 from davae.files.outputs import is_drawn
-from davae.pretrained.placement import FULL, Placement
 from davae.sample.fingerprint import model_fingerprint
 from davae.sample.generate import generate
-from davae.sample.open import model_places, open_text_model
-from davae.sample.resume import Drawing, kept_images, stretches
+from davae.sample.open import SamplingOptions, model_places, open_text_model
+from davae.sample.resume import kept_images, stretches
 
-Watch = Callable[[int, int], None]
-PART = 32  # pictures between two writes to disk
+OnBatch = Callable[[int, int], None]
+PART = 32  # images between two writes to disk
 
 
-def draw_missing(pipeline: str, wanted: list[tuple[str, Path]], how: Drawing, on_batch: Watch) -> None:
-    """Draw (prompt, file) pairs whose file is not there yet. Picture i depends on the settings and i alone."""
-    missing = [number for number, (_, path) in enumerate(wanted) if not is_drawn(path)]
+def draw_missing(pipeline: str, images: list[tuple[str, Path]], options: SamplingOptions, on_batch: OnBatch) -> None:
+    """Draw the images whose file does not exist yet.
+
+    Image i depends on the settings and i alone.
+
+    Args:
+        pipeline: the model, by the names that `open_model` takes.
+        images: prompt and file of each image.
+        options: how the images are drawn.
+        on_batch: called with the images that are done and their number.
+    """
+    missing = [number for number, (_, path) in enumerate(images) if not is_drawn(path)]
     if not missing:
         return
-    model = open_text_model(pipeline, how.placement)
-    done = len(wanted) - len(missing)
+    model = open_text_model(pipeline, options.placement)
+    done = len(images) - len(missing)
     for start, stop in stretches(missing, PART):
-        texts = [prompt for prompt, _ in wanted[start:stop]]
-        pictures = generate(
-            model,
-            texts,
-            resolution=how.resolution,
-            steps=how.steps,
-            guidance_scale=how.guidance,
-            seed=how.seed,
-            first=start,
-            batch_size=how.batch_size,
-        )
-        for (_, path), picture in zip(wanted[start:stop], pictures, strict=True):
+        drawn = generate(model, [prompt for prompt, _ in images[start:stop]], options, first=start)
+        for (_, path), image in zip(images[start:stop], drawn, strict=True):
             with atomic_file(path) as partial:
-                picture.save(partial, format="PNG")
+                image.save(partial, format="PNG")
         done += stop - start
-        on_batch(done, len(wanted))
+        on_batch(done, len(images))
 
 
 @contextmanager
 def kept_drawings(out: Path, pipeline: str, prompts: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Hold a folder of pictures for this process, and yield what they depend on, the model's weights included.
+    """Hold a folder of images for this process, and yield their settings with the weights' hash.
 
     Args:
-        settings: the other things that they depend on.
+        out: folder of the images.
+        pipeline: the model, by the names that `open_model` takes.
+        prompts: file of the prompts.
+        settings: values that the images depend on, besides the weights.
 
     Raises:
-        ModelError: the pictures there are of other settings, prompts or weights.
+        ModelError: images of other settings, prompts or weights.
         RunError: the folder holds something else, or another process draws into it.
     """
     weights = {"weights": model_fingerprint(model_places(pipeline))}
@@ -73,7 +74,7 @@ def kept_drawings(out: Path, pipeline: str, prompts: Path, settings: dict[str, A
 
 
 def digest(requests: list[Prompt]) -> str:
-    """Hash of prompts and their order: a picture's number stands for one of them."""
+    """Return a hash of prompts in their order, which numbers the images."""
     return hash_values([[prompt.name, prompt.text, prompt.record] for prompt in requests])
 
 
@@ -81,37 +82,45 @@ def evaluate_prompts(
     pipeline: str,
     prompts: Path,
     out: Path,
+    options: SamplingOptions,
     *,
     num: int | None,
-    steps: int,
-    guidance: float,
-    seed: int,
     clip: str | None,
-    on_batch: Watch,
-    resolution: int | None = None,
-    batch_size: int = 16,
-    placement: Placement = FULL,
+    on_batch: OnBatch,
 ) -> dict[str, Any]:
-    """Figures of `davae evaluate prompts`: a picture a prompt in `out`, by the prompt's name, and their CLIP score.
+    """Draw an image a prompt into files named after the prompts, and measure their CLIP score.
 
-    `resolution` is in pixels; None is the pipeline's own size.
+    Args:
+        pipeline: the model, by the names that `open_model` takes.
+        prompts: file of prompts.
+        out: folder of the images; those of an earlier call are kept.
+        options: how the images are drawn.
+        num: number of prompts, from the first on; None takes all.
+        clip: folder or hub id of a CLIP model; None leaves the score out.
+        on_batch: called with the images that are done and their number.
+
+    Returns:
+        The figures of `davae evaluate prompts`.
+
+    Raises:
+        DataError: two prompts of one name.
+        ModelError: images of other settings in `out`, or a CLIP model that cannot be loaded.
     """
     requests = read_prompts(prompts)
     chosen = requests[:num]
-    scorer = None if clip is None else Clip(clip)  # a wrong folder is told before drawing
-    how = Drawing(steps, guidance, seed, resolution, batch_size, placement)
-    wanted = [(prompt.text, out / f"{file_name(prompt)}.png") for prompt in chosen]
-    if len({path for _, path in wanted}) < len(wanted):
+    scorer = None if clip is None else Clip(clip)  # a wrong folder is an error before anything is drawn
+    images = [(prompt.text, out / f"{file_name(prompt)}.png") for prompt in chosen]
+    if len({path for _, path in images}) < len(images):
         raise DataError(f"prompt file {prompts}: two prompts have the same name")
-    with kept_drawings(out, pipeline, prompts, {"prompts": digest(requests), **how.settings}) as settings:
-        draw_missing(pipeline, wanted, how, on_batch)
-    figures: dict[str, Any] = {**settings, "prompts": str(prompts), "pictures": len(wanted), "folder": str(out)}
+    with kept_drawings(out, pipeline, prompts, {"prompts": digest(requests), **options.settings}) as settings:
+        draw_missing(pipeline, images, options, on_batch)
+    figures: dict[str, Any] = {**settings, "prompts": str(prompts), "pictures": len(images), "folder": str(out)}
     if scorer is not None:
         parts = []
-        for start in range(0, len(wanted), PART):
-            part = wanted[start : start + PART]
-            images = [read_image(path) for _, path in part]
-            parts.append(scorer.score(images, [text for text, _ in part]))
+        for start in range(0, len(images), PART):
+            part = images[start : start + PART]
+            drawn = [read_image(path) for _, path in part]
+            parts.append(scorer.score(drawn, [text for text, _ in part]))
         values = torch.cat(parts)
         figures |= {
             "clip": clip,
@@ -122,7 +131,7 @@ def evaluate_prompts(
 
 
 def file_name(prompt: Prompt) -> str:
-    """A prompt's own name without its suffix, numbers in five digits; MJHQ sorts into categories."""
+    """Return a prompt's own name without its suffix, with numbers in five digits."""
     stem = re.sub(r"[\x00-\x1f]", "_", Path(prompt.name).stem)[:120] or "prompt"
     return f"{int(stem):05d}" if stem.isdigit() else stem
 
@@ -131,21 +140,30 @@ def evaluate_geneval(
     pipeline: str,
     prompts: Path,
     out: Path,
+    options: SamplingOptions,
     *,
     num: int,
-    steps: int,
-    guidance: float,
-    seed: int,
     detector: str | None,
     clip: str | None,
-    on_batch: Watch,
-    resolution: int | None = None,
-    batch_size: int = 16,
-    placement: Placement = FULL,
+    on_batch: OnBatch,
 ) -> dict[str, Any]:
-    """Figures of `davae evaluate geneval`: the official layout in `out`, judged where a detector and CLIP are given.
+    """Draw images of GenEval's prompts, and judge them where a detector and CLIP are given.
 
-    `resolution` is in pixels; None is the pipeline's own size.
+    Args:
+        pipeline: the model, by the names that `open_model` takes.
+        prompts: GenEval's `evaluation_metadata.jsonl`.
+        out: folder of the images; those of an earlier call are kept.
+        options: how the images are drawn.
+        num: images a prompt.
+        detector, clip: folders or hub ids of an object detector and of a CLIP model, both or neither.
+        on_batch: called with the images that are done and their number.
+
+    Returns:
+        The figures of `davae evaluate geneval`.
+
+    Raises:
+        DataError: prompts that are not GenEval's.
+        ModelError: a detector without CLIP, images of other settings in `out`, or models that cannot be loaded.
     """
     if (detector is None) != (clip is None):
         raise ModelError("judging pictures needs both a detector and a CLIP model (for colours)")
@@ -157,14 +175,15 @@ def evaluate_geneval(
         )
     judge = None if detector is None or clip is None else (Detector(detector), Clip(clip))
     lacking = {} if judge is None else impossible([r.record for r in requests], judge[0].classes)
-    how = Drawing(steps, guidance, seed, resolution, batch_size, placement)
-    with kept_drawings(out, pipeline, prompts, {"prompts": digest(requests), "num": num, **how.settings}) as settings:
-        wanted = []
+    with kept_drawings(
+        out, pipeline, prompts, {"prompts": digest(requests), "num": num, **options.settings}
+    ) as settings:
+        images = []
         for number, request in enumerate(requests):
             folder = write_request(out, number, request.record)
-            wanted += [(request.text, folder / f"{sample:05d}.png") for sample in range(num)]
-        draw_missing(pipeline, wanted, how, on_batch)
-        figures: dict[str, Any] = {**settings, "prompts": str(prompts), "pictures": len(wanted), "folder": str(out)}
+            images += [(request.text, folder / f"{sample:05d}.png") for sample in range(num)]
+        draw_missing(pipeline, images, options, on_batch)
+        figures: dict[str, Any] = {**settings, "prompts": str(prompts), "pictures": len(images), "folder": str(out)}
         if judge is not None:
             records = judge_folder(out, *judge)
             atomic_text(out / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))

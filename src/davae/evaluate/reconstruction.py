@@ -1,4 +1,4 @@
-"""Reconstruction of held-out pictures: PSNR, SSIM, perceptual distances per picture, Frechet distance of the sets."""
+"""Reconstruction of held-out images: PSNR, SSIM, perceptual and Frechet distances."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WINDOW = 11  # pixels: SSIM's Gaussian
 
 @dataclass(frozen=True)
 class ReconstructionScores:
-    """Means over pictures. psnr in dB and ssim on uint8-rounded pixels in [0,1]; `distances` by name, e.g. lpips_alex.
+    """Means over images: PSNR in dB and SSIM of uint8-rounded pixels, and distances by name.
 
     `frechet`, by the name of its features, is the distance between the set of reconstructions and the set of originals.
     """
@@ -49,18 +49,25 @@ class ReconstructionScores:
 
 
 def to_uint8_range(images: Tensor) -> Tensor:
-    """[-1,1] -> [0,1], rounded as a saved file would be."""
+    """Return images in [-1,1] as values in [0,1], rounded as in a saved file."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round() / 255.0
 
 
 def psnr(images: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, (B,3,H,W) in [0,1] twice -> (B,). Capped at 100."""
+    """Return the peak signal-to-noise ratio of each image in dB, at most 100.
+
+    Args:
+        images, target: (B,3,H,W) in [0,1].
+
+    Returns:
+        (B,).
+    """
     error = (images - target).square().flatten(1).mean(1)
     return -10 * torch.log10(error.clamp(min=1e-10))
 
 
 def ssim(images: Tensor, target: Tensor) -> Tensor:
-    """Structural similarity of each picture, (B,3,H,W) in [0,1] twice -> (B,).
+    """Return the structural similarity (B,) of images (B,3,H,W) in [0,1] to their targets.
 
     Gaussian window of 11 with sigma 1.5, averaged where the window fits, as published and as scikit-image has it;
     torchmetrics' own mean includes a mirrored border.
@@ -71,7 +78,11 @@ def ssim(images: Tensor, target: Tensor) -> Tensor:
 
 
 def perceptual_distances(lpips: str | None, weights: str | None) -> dict[str, nn.Module]:
-    """Return the distances of two images to report, by name: lite0, and LPIPS on a network where it is named.
+    """Return perceptual distances by name: lite0, and LPIPS where a network is named.
+
+    Args:
+        lpips: `alex`, `vgg` or None.
+        weights: file of its weights.
 
     Raises:
         ModelError: weights that are not LPIPS's, or that cannot be had.
@@ -94,7 +105,7 @@ def score_reconstructions(
     *,
     shared: bool = False,
 ) -> ReconstructionScores:
-    """Scores of `reconstruct` over batches of pictures (B,3,H,W) in [-1,1]; independent of the batch size.
+    """Return scores of reconstructions, independent of the batch size.
 
     Args:
         shared: each process of a launch passes its own part of the images, and all get the scores of the whole set.
@@ -102,7 +113,7 @@ def score_reconstructions(
         extractor: features for the Frechet distance between reconstructions and originals (rFID); None leaves it out.
 
     Raises:
-        ValueError: when there are no pictures.
+        ValueError: when there are no images.
         ModelError: a reconstruction that is not finite.
     """
     distances = {"lite0": Lite0Distance()} if distances is None else distances
@@ -112,11 +123,11 @@ def score_reconstructions(
     for images in batches:
         found = to_uint8_range(check_reconstruction(reconstruct(images), count))
         count += len(images)
-        wanted = to_uint8_range(images.to(found.device))
-        signed = found * 2 - 1, wanted * 2 - 1
+        target = to_uint8_range(images.to(found.device))
+        signed = found * 2 - 1, target * 2 - 1
         scores = [
-            psnr(found, wanted),
-            ssim(found, wanted),
+            psnr(found, target),
+            ssim(found, target),
             *(d.to(found.device)(*signed) for d in distances.values()),
         ]
         rows.append(torch.stack([score.cpu().double() for score in scores], dim=1))  # (B,2+distances)
@@ -149,7 +160,7 @@ def evaluate_reconstruction(
     batch_size: int | None = None,
     precision: Precision = "float32",
 ) -> dict[str, Any]:
-    """Return the figures of `davae evaluate reconstruction`.
+    """Measure the reconstructions of an autoencoder.
 
     Args:
         batch_size: images at a time; None takes what the memory plan allows. Fewer when memory runs out.
@@ -169,10 +180,10 @@ def evaluate_reconstruction(
         latents = in_range(model, partial(encode_mode, model), images)  # (B,C,h,w)
         return in_range(model, partial(decode_latents, model), latents)  # (B,3,H,W)
 
-    pictures = real_pictures(data, size, held_out, "held_out", summary=summary)
+    dataset = real_pictures(data, size, held_out, "held_out", summary=summary)
     chosen = images_at_a_time(batch_size, 16, model.device, lambda: coding_bytes(model, size, dtype))
     tiles = (lambda: model.enable_tiling(TILE)) if isinstance(model, DetailVAE) else None
-    parts = batches(pictures, num, chosen, shared=True)
+    parts = batches(dataset, num, chosen, shared=True)
     halved = partial(Halving("reconstruction", chosen, tiles), reconstruct)
     scores = score_reconstructions(parts, halved, distances, extractor, shared=True)
     settings = {} if precision == "float32" else {"dtype": precision}

@@ -1,4 +1,4 @@
-"""The field's sample files: N pictures as uint8 in one `.npz`, as ADM's evaluation suite reads them."""
+"""Sample files: N images as uint8 in one `.npz`, as ADM's evaluation suite reads them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ from davae.data.latent_cache.key import hash_values
 from davae.errors import ModelError
 from davae.files.atomic import atomic_file, saving
 from davae.files.outputs import archive_comment, check_archive, check_place, is_drawn
-from davae.pretrained.placement import FULL, Placement
 from davae.sample.fingerprint import model_fingerprint
 from davae.sample.generate import generate
-from davae.sample.open import model_places, open_model
+from davae.sample.open import SamplingOptions, model_places, open_model
 from davae.sample.resume import kept_images
 
 Labels = Literal["balanced", "random"]
-PART = 250  # pictures a part: what an interruption can cost
+PART = 250  # images a part: what an interruption can cost
 
 
 def class_schedule(num: int, num_classes: int, labels: Labels, seed: int) -> np.ndarray:
-    """(num,) class numbers: `balanced` gives every class num / num_classes pictures, `random` draws each by seed.
+    """Return the class of each image (num,): equal numbers a class, or drawn by seed.
+
+    Args:
+        num: images.
+        num_classes: classes of the model.
+        labels: `balanced` or `random`.
+        seed: seed of `random`.
 
     Raises:
         ModelError: a balanced number that does not divide.
@@ -41,7 +46,7 @@ def class_schedule(num: int, num_classes: int, labels: Labels, seed: int) -> np.
 
 
 def field_uint8(images: Tensor) -> np.ndarray:
-    """(B,3,H,W) in [0,1] -> (B,H,W,3) uint8, rounded half up as published evaluations do: floor(255 x + 0.5)."""
+    """Return images (B,3,H,W) in [0,1] as uint8 (B,H,W,3), floor(255 x + 0.5) as published."""
     pixels = (images.float() * 255 + 0.5).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -58,14 +63,14 @@ def write_samples(
     ranks: int = 1,
     on_part: Callable[[int, int], None] = lambda done, total: None,
 ) -> bool:
-    """Draw what is missing of this rank's parts, and join all parts into `target` once none is missing.
+    """Draw the missing parts of this rank, and join all parts once none is missing.
 
-    Parts lie in `<target>.parts`, each written whole or not at all. Picture i depends on the settings and i alone.
+    Parts lie in `<target>.parts`, each written whole or not at all. Image i depends on the settings and i alone.
 
     Args:
-        labels: (N,) class of every picture.
-        draw: (classes, number of the first) -> pictures (B,3,H,W) in [0,1].
-        settings: what determines the pictures; parts of other settings are refused.
+        labels: (N,) class of every image.
+        draw: (classes, number of the first) -> images (B,3,H,W) in [0,1].
+        settings: what determines the images; parts of other settings are refused.
         about: what is kept with the settings and determines nothing, such as the pipeline's path.
         former: the settings that davae versions without fingerprints of weights kept.
 
@@ -98,7 +103,7 @@ def _draw_parts(
     ranks: int,
     on_part: Callable[[int, int], None],
 ) -> bool:
-    """Draw this rank's parts, join all of them once none is missing, and return whether they were joined."""
+    """Draw this rank's parts, and return whether all parts were there and joined."""
     starts = range(0, len(labels), PART)
     for number, start in enumerate(starts):
         part = folder / f"part-{start:08d}.npy"
@@ -116,7 +121,7 @@ def _draw_parts(
 
 
 def _join(path: Path, parts: list[Path], labels: np.ndarray, comment: bytes) -> None:
-    """One uncompressed `.npz` with `arr_0` (N,H,W,3) uint8 and `arr_1` (N,) labels; a part in memory at a time."""
+    """Write `arr_0` (N,H,W,3) uint8 and `arr_1` (N,) labels, with one part in memory."""
     shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -132,44 +137,45 @@ def _join(path: Path, parts: list[Path], labels: np.ndarray, comment: bytes) -> 
 def write_sample_file(
     pipeline: str,
     target: Path,
+    options: SamplingOptions,
     *,
     num: int,
     labels: Labels,
-    steps: int,
-    guidance: float,
-    seed: int,
-    batch_size: int,
     on_part: Callable[[int, int], None],
-    placement: Placement = FULL,
 ) -> bool:
-    """`davae evaluate samples`: whether the `.npz` is whole (False: other processes still draw their parts)."""
+    """Draw a sample file of a class-conditional model, this process's share of the parts.
+
+    Args:
+        pipeline: the model, by the names that `open_model` takes.
+        target: the `.npz` to write.
+        options: how the images are drawn, at the model's own size.
+        num: images.
+        labels: `balanced` or `random` classes, as `class_schedule` takes them.
+        on_part: called with the images that are done and their number.
+
+    Returns:
+        Whether the file is whole; other processes may still draw their parts.
+
+    Raises:
+        ModelError: a model that draws prompts, or parts of other settings.
+        RunError: a file of this name that davae did not write.
+    """
     check_place(target)
     weights = model_fingerprint(model_places(pipeline))
-    model, _ = open_model(pipeline, placement)
+    model, _ = open_model(pipeline, options.placement)
     if not goes_by_class(model):
-        raise ModelError(f"{pipeline} is no class-conditional model; sample files follow the ImageNet protocol")
+        raise ModelError(f"{pipeline} is not a class-conditional model; sample files follow the ImageNet protocol")
     state = PartialState()
-    schedule = class_schedule(num, class_count(model), labels, seed)
 
     def draw(classes: list[int], first: int) -> Tensor:
         prompts = [str(number) for number in classes]
-        pictures = generate(
-            model,
-            prompts,
-            output_type="pt",
-            steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
-            first=first,
-            batch_size=batch_size,
-        )
-        return torch.stack(pictures)
+        return torch.stack(generate(model, prompts, options, output_type="pt", first=first))
 
-    settings = {"labels": labels, "steps": steps, "guidance": guidance, "seed": seed, **placement.changes}
+    settings = {"labels": labels, **options.settings}
     with saving(target):
         return write_samples(
             target,
-            schedule,
+            class_schedule(num, class_count(model), labels, options.seed),
             draw,
             settings={**settings, "weights": weights},
             about={"pipeline": pipeline},

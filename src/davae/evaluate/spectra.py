@@ -60,7 +60,7 @@ class SpectrumMeter:
         self.count += len(images)
 
     def result(self) -> ImageSpectrum:
-        """Return the mean spectrum; ring k holds the coefficients within half a step of k/min(H,W) cycles per pixel."""
+        """Return the mean spectrum in rings around k/min(H,W) cycles per pixel."""
         assert self.shape is not None
         height, width = self.shape
         side = min(height, width)
@@ -72,10 +72,13 @@ class SpectrumMeter:
 
 
 def top_octave_error(generated: ImageSpectrum, real: ImageSpectrum) -> tuple[float, float]:
-    """Return how far the finest details are from the real ones, in dB: root mean square, and mean with its sign.
+    """Return the error of the finest details in dB: root mean square, and mean with its sign.
 
     Over the rings between a quarter and half a cycle per pixel, the octave that an image of half the size cannot hold. A
     blurred set has a negative mean.
+
+    Args:
+        generated, real: spectra of images of one size.
 
     Raises:
         DataError: spectra of images of different sizes.
@@ -89,7 +92,9 @@ def top_octave_error(generated: ImageSpectrum, real: ImageSpectrum) -> tuple[flo
 
 
 def image_spectra_plot(spectra: Mapping[str, ImageSpectrum]) -> bytes:
-    """Return a PNG: power in dB against frequency, one line a set; the octave that half the size cannot hold is shaded.
+    """Plot power in dB against frequency, one line a set, as PNG bytes.
+
+    The octave that an image of half the size cannot hold is shaded.
 
     Args:
         spectra: name -> spectrum of images with `frequency` (cycles per pixel) and `power`.
@@ -106,6 +111,11 @@ def image_spectra_plot(spectra: Mapping[str, ImageSpectrum]) -> bytes:
 
 
 def draw_spectra(target: Path, generated: ImageSpectrum, real: ImageSpectrum) -> None:
-    """Write the mean power spectra of two sets of images as a PNG."""
+    """Write the mean power spectra of two sets of images as a PNG.
+
+    Args:
+        target: the file to write.
+        generated, real: the spectra.
+    """
     plot = image_spectra_plot({"real": real, "generated": generated})
     save_image(open_image(io.BytesIO(plot)), target)

@@ -1,4 +1,4 @@
-"""Tokens and time of one picture: transformer alone and whole, interleaved so that drift hits all alike."""
+"""Tokens and time of one image, the transformer's passes and the whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from davae.backbones.families import denoiser
 from davae.dataset.look import real_pictures
 from davae.evaluate.generation import condition_of
-from davae.evaluate.upscale import make_upscaler
+from davae.evaluate.upscale import Upscaler, make_upscaler
 from davae.pretrained.open import default_resolution, token_side
 from davae.recipes.sections import Data
 from davae.sample.call import call_pipeline
@@ -23,7 +23,7 @@ from davae.sample.open import open_model
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a picture, medians over repeats; `tokens` are the transformer's image tokens."""
+    """Median seconds of one image over repeats, and the transformer's image tokens."""
 
     name: str
     tokens: int
@@ -32,7 +32,12 @@ class Timing:
 
 
 def image_tokens(pipeline: Any, resolution: int) -> int:
-    """Image tokens of a square picture."""
+    """Return the image tokens of a square image.
+
+    Args:
+        pipeline: the pipeline.
+        resolution: pixels of the image's side.
+    """
     return (resolution // token_side(pipeline)) ** 2
 
 
@@ -43,7 +48,7 @@ def synchronise() -> None:
 
 
 class _Stopwatch:
-    """Sums the time a module spends in its forward passes."""
+    """Sum of the time that a module spends in its forward passes."""
 
     def __init__(self, module: torch.nn.Module):
         self.seconds, self._started = 0.0, 0.0
@@ -74,10 +79,17 @@ def time_pipelines(
     repeats: int,
     turn: Callable[[Any], Any] = lambda pipeline: pipeline,
 ) -> list[Timing]:
-    """Median time of one picture for each (name, pipeline, resolution, post-processing of the picture).
+    """Measure the median time of one image by each pipeline, one image of each a round.
 
     One warm-up each, then `repeats` rounds in which every candidate runs once. `turn` brings a pipeline to its device first,
     untimed.
+
+    Args:
+        candidates: name, pipeline, resolution and a function that finishes the image, for each way.
+        prompt: the prompt of all images.
+        steps, guidance_scale: as a pipeline takes them.
+        repeats: timed rounds.
+        turn: brings a pipeline to its device, untimed.
     """
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name, *_ in candidates}
     for number in range(repeats + 1):
@@ -111,9 +123,14 @@ def time_pipelines(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to a picture, to be timed: what `pipeline` draws at `resolution` pixels, brought to `compare_at` by `upscale`.
+    """One way to an image, which is timed.
 
-    Sizes that are None are the model's own, and the drawn one.
+    Attributes:
+        name: name of the way in the figures.
+        pipeline: the model, by the names that `open_model` takes.
+        resolution: pixels that it draws; None is its own size.
+        compare_at: pixels to which the image is enlarged; None leaves it as drawn.
+        upscale: enlarger, as `make_upscaler` takes it.
     """
 
     name: str
@@ -123,13 +140,26 @@ class Candidate:
     upscale: str = "bilinear"
 
 
+def _enlarge_one(enlarge: Upscaler, image: Any) -> Any:
+    return enlarge([image])[0]
+
+
 def time_pictures(
     candidates: Sequence[Candidate], data: str | Data, *, steps: int, guidance: float, repeats: int = 5
 ) -> dict[str, dict[str, float]]:
-    """Tokens and median seconds of one picture by each candidate, enlarging included; they take turns.
+    """Measure tokens and median seconds of one image by each candidate, enlarging included.
+
+    The candidates run alternately, so that a drift of the machine affects all of them.
 
     Args:
-        data: pictures whose first caption or class is drawn.
+        candidates: the ways to compare.
+        data: images whose first caption or class is drawn.
+        steps: sampling steps.
+        guidance: guidance scale.
+        repeats: timed images of each candidate.
+
+    Returns:
+        For each name `tokens`, `seconds`, `transformer_seconds`, `images_per_second` and `repeats`.
     """
     entries: list[tuple[str, Any, int, Callable[[Any], Any]]] = []
     prompt = ""
@@ -138,7 +168,7 @@ def time_pictures(
         size = candidate.resolution or default_resolution(model)
         final = candidate.compare_at or size
         enlarge = make_upscaler(candidate.upscale, final) if size != final else None
-        finish = partial(enlarged, enlarge) if enlarge else lambda picture: picture
+        finish = partial(_enlarge_one, enlarge) if enlarge else lambda image: image
         entries.append((candidate.name, model, size, finish))
         prompt = prompt or condition_of(real_pictures(data, final, 0.0, "train")[(0, -1)], model)
     timings = time_pipelines(entries, prompt, steps=steps, guidance_scale=guidance, repeats=repeats)
@@ -152,8 +182,3 @@ def time_pictures(
         }
         for timing in timings
     }
-
-
-def enlarged(enlarge: Callable[[list[Any]], list[Any]], picture: Any) -> Any:
-    """One picture by an upscaler of several."""
-    return enlarge([picture])[0]

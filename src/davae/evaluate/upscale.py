@@ -1,4 +1,4 @@
-"""Baselines that enlarge a base model's pictures: filters, a super-resolution network, any command."""
+"""Baselines that enlarge a base model's images: filters, a network, any command."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ Upscaler = Callable[[list[Image.Image]], list[Image.Image]]
 
 
 def make_upscaler(method: str, size: int) -> Upscaler:
-    """What brings pictures to `size` pixels.
+    """Return a function that enlarges images to `size` pixels.
 
     Args:
         method: `bilinear`, `bicubic` or `lanczos`; a weights file of a super-resolution network that spandrel knows; the
             folder of an upgraded pipeline, which enlarges without prompts; or a command with `{input}` and `{output}`, two
-            folders, that leaves each picture in the second under its name.
+            folders, that leaves each image in the second under its name.
         size: pixels; what a network or command gives in another size is brought to it by Lanczos.
 
     Raises:
         ModelError: none of these.
     """
     if method in FILTERS:
-        return lambda pictures: [picture.resize((size, size), FILTERS[method]) for picture in pictures]
+        return lambda images: [image.resize((size, size), FILTERS[method]) for image in images]
     if "{input}" in method and "{output}" in method:
         words = command_words(method)
-        return lambda pictures: fitted(run_command(words, pictures), size)
+        return lambda images: fitted(run_command(words, images), size)
     if os.path.isfile(method):
         network = load_network(Path(method))
-        return lambda pictures: fitted(enlarge(network, pictures), size)
+        return lambda images: fitted(network_enlarged(network, images), size)
     if os.path.isdir(method):
         upgraded = load_pipeline(method).to(own_device())
         check_enlarging(upgraded, strength=0.0, steps=STEPS, times=1, batch_size=BATCH)
-        return lambda pictures: fitted(
-            upscale(upgraded, pictures, steps=STEPS, guidance_scale=1.0, batch_size=BATCH), size
+        return lambda images: fitted(
+            upscale(upgraded, images, steps=STEPS, guidance_scale=1.0, batch_size=BATCH), size
         )
     raise ModelError(
         f"--upscale {method}: neither {', '.join(FILTERS)}, nor a weights file, an upgraded pipeline's "
@@ -65,14 +65,19 @@ def make_upscaler(method: str, size: int) -> Upscaler:
     )
 
 
-def fitted(pictures: list[Image.Image], size: int) -> list[Image.Image]:
-    """Pictures at `size`, untouched where they have it."""
-    wanted = (size, size)
-    return [p if p.size == wanted else p.resize(wanted, Image.Resampling.LANCZOS) for p in pictures]
+def fitted(images: list[Image.Image], size: int) -> list[Image.Image]:
+    """Return images at `size`, unchanged where they have it.
+
+    Args:
+        images: of any size.
+        size: side of a square in pixels.
+    """
+    square = (size, size)
+    return [p if p.size == square else p.resize(square, Image.Resampling.LANCZOS) for p in images]
 
 
 def load_network(path: Path) -> Any:
-    """A super-resolution network from its weights (ESRGAN, SwinIR, HAT, DAT, Compact and the other ones spandrel reads).
+    """Return a super-resolution network (ESRGAN, SwinIR, HAT, ...) that spandrel reads.
 
     Raises:
         ModelError: spandrel is not installed, or does not know the file.
@@ -95,14 +100,19 @@ def load_network(path: Path) -> Any:
 
 
 @torch.no_grad()
-def enlarge(network: Any, pictures: list[Image.Image]) -> list[Image.Image]:
-    """Through a network that takes and gives [0,1]."""
-    images = torch.stack([to_tensor(picture) for picture in pictures]).to(own_device())  # (B,3,H,W) in [-1,1]
-    return to_images(network(images / 2 + 0.5).clamp(0, 1) * 2 - 1)
+def network_enlarged(network: Any, images: list[Image.Image]) -> list[Image.Image]:
+    """Enlarge images through a network on [0,1].
+
+    Args:
+        network: takes and gives (B,3,H,W) in [0,1].
+        images: of one size.
+    """
+    pixels = torch.stack([to_tensor(image) for image in images]).to(own_device())  # (B,3,H,W) in [-1,1]
+    return to_images(network(pixels / 2 + 0.5).clamp(0, 1) * 2 - 1)
 
 
 def command_words(command: str) -> list[str]:
-    """Split a command into its words, as a shell would; it is started without one.
+    """Split a command, which runs without a shell, into its words as a shell would.
 
     Raises:
         ModelError: an open quote, or a program that is not installed.
@@ -116,29 +126,29 @@ def command_words(command: str) -> list[str]:
     return words
 
 
-def run_command(command: list[str], pictures: list[Image.Image]) -> list[Image.Image]:
-    """Enlarge pictures with a program that reads one folder and writes another, such as SeedVR2 or FMBoost.
+def run_command(command: list[str], images: list[Image.Image]) -> list[Image.Image]:
+    """Enlarge images with a program that reads one folder and writes another.
 
     Args:
         command: its words; `{input}` and `{output}` in them become the folders, other braces stay.
 
     Raises:
-        ModelError: the command fails, or leaves a picture out.
+        ModelError: the command fails, or leaves an image out.
     """
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "input", Path(folder) / "output"
         source.mkdir()
         target.mkdir()
-        names = [f"{number:05d}.png" for number in range(len(pictures))]
-        for name, picture in zip(names, pictures, strict=True):
-            picture.save(source / name)
+        names = [f"{number:05d}.png" for number in range(len(images))]
+        for name, image in zip(names, images, strict=True):
+            image.save(source / name)
         folders = {"{input}": str(source), "{output}": str(target)}
         words = [re.sub("{input}|{output}", lambda found: folders[found[0]], word) for word in command]
         try:
             subprocess.run(words, check=True, capture_output=True, text=True, errors="replace")
         except (OSError, subprocess.CalledProcessError) as error:
-            told = getattr(error, "stderr", None) or str(error)
-            raise ModelError(f"--upscale command failed: {' '.join(told.split())[-200:]}") from error
+            reason = getattr(error, "stderr", None) or str(error)
+            raise ModelError(f"--upscale command failed: {' '.join(reason.split())[-200:]}") from error
         missing = [name for name in names if not (target / name).is_file()]
         if missing:
             raise ModelError(f"--upscale command left no {missing[0]} in its output folder ({len(missing)} missing)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from davae.publish.report_file import read_report
 from davae.runs.report_page import Column, ReportContent, best_rows, write_report
 from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
+from davae.sample.open import SamplingOptions
 from davae.train.distributed import from_main, on_main
 from davae.train.loop import Observer, Progress
 from davae.train.run_folder import read_metrics
@@ -201,11 +203,8 @@ def sample_columns(run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any,
     """Return a column of samples for each way to a picture, one model at a time on the device."""
     recipe = run.recipe
     high, low = recipe.resolution, recipe.base.resolution
-    options: dict[str, Any] = {
-        "steps": recipe.sampling.steps,
-        "guidance_scale": recipe.sampling.guidance_scale,
-        "seed": recipe.sampling.seed,
-    }
+    sampling = recipe.sampling
+    options = SamplingOptions(sampling.steps, sampling.guidance_scale, sampling.seed)
     halving = at_a_time(run, "samples", upgraded.vae)
 
     def drawn(pipeline: Any, pixels: int) -> list[Any]:
@@ -213,7 +212,8 @@ def sample_columns(run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any,
 
         def draw(first: int, last: int) -> list[Any]:
             part = prompts[first:last]
-            return generate(pipeline, part, resolution=pixels, first=first, batch_size=len(part), **options)
+            own = replace(options, resolution=pixels, batch_size=len(part))
+            return generate(pipeline, part, own, first=first)
 
         return [picture for part in halving.parts(draw, len(prompts)) for picture in part]
 

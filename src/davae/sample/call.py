@@ -1,4 +1,4 @@
-"""One way to call every stock pipeline: prompts or classes, a size, noise."""
+"""One call for every stock pipeline: prompts or classes, a size, noise."""
 
 from __future__ import annotations
 
@@ -20,15 +20,21 @@ DIT_NULL = 1000  # the null class that DiTPipeline has in its code
 
 
 def takes_noise(pipeline: Any) -> bool:
-    """Whether a pipeline can be given its starting noise; DiT's cannot."""
+    """Return whether a pipeline takes starting noise, which DiT's does not."""
     return "latents" in inspect.signature(pipeline.__call__).parameters
 
 
 GUIDES_ONE = ("PRXPipeline",)  # its guidance repeats the timestep twice, whatever the number of prompts
 
 
-def at_a_time(pipeline: Any, batch_size: int, guidance_scale: float) -> int:
-    """Return how many prompts a pipeline takes in one call: `batch_size`, or one where it can guide no more."""
+def prompts_at_a_time(pipeline: Any, batch_size: int, guidance_scale: float) -> int:
+    """Return how many prompts a pipeline takes in one call.
+
+    Args:
+        pipeline: the pipeline that draws.
+        batch_size: the most to take.
+        guidance_scale: guided pipelines in `GUIDES_ONE` take one.
+    """
     return 1 if type(pipeline).__name__ in GUIDES_ONE and guidance_scale > 1 else batch_size
 
 
@@ -45,19 +51,22 @@ def call_pipeline(
     output_type: str = "pil",
     callback_on_step_end: Any = None,
 ) -> Any:
-    """Return what the pipeline returns for images of a size, `.images` among it.
+    """Call a pipeline for images of a size, and return its output, with `.images`.
 
     Args:
+        pipeline: a stock pipeline, or one of davae's.
         prompts: text, or classes by name or number where the pipeline takes classes.
         size: pixels of a square's side, or (height, width).
-        negative_prompt: what to guide away from; None is the pipeline's own default.
+        negative_prompt: text to guide away from; None is the pipeline's own default.
         latents: starting noise (B,c,h,w). DiT's pipeline takes none and draws it from `generator`.
-        generator: draws the noise where `latents` is None, and what stochastic schedulers add.
+        generator: source of the noise where `latents` is None, and of the noise that stochastic schedulers add.
+        steps: sampling steps.
+        guidance_scale: 1 turns guidance off.
+        output_type: the pipeline's own.
         callback_on_step_end: the pipeline's own, for pipelines that have one.
 
     Raises:
-        ModelError: DiT's pipeline asked to guide a model whose null class is not the one it has in its code, or for an image
-            that is not a square; a negative prompt that the pipeline would ignore; an image that is not finite.
+        ModelError: a size, guidance or negative prompt that the pipeline would not follow; an image that is not finite.
     """
     options: dict[str, Any] = {
         "num_inference_steps": steps,
@@ -69,25 +78,11 @@ def call_pipeline(
         options["callback_on_step_end"] = callback_on_step_end
     parameters = inspect.signature(pipeline.__call__).parameters
     if negative_prompt is not None:
-        if "negative_prompt" not in parameters:
-            raise ModelError(f"--negative-prompt: a {type(pipeline).__name__} takes none; leave it out")
-        if guidance_scale <= 1 or options.get("true_cfg_scale") == 1:
-            raise ModelError(
-                "--negative-prompt: this model is not guided away from anything here; use --guidance above 1, or leave it out"
-            )
+        _check_negative(pipeline, guidance_scale > 1 and options.get("true_cfg_scale") != 1)
         options["negative_prompt"] = [negative_prompt] * len(prompts)
     height, width = (size, size) if isinstance(size, int) else size
     if "class_labels" in parameters:
-        if height != width:
-            raise ModelError(
-                f"a {type(pipeline).__name__} draws squares, {width} x {height} is none; use --resolution"
-            )
-        count = class_count(pipeline)
-        if guidance_scale > 1 and count != DIT_NULL:
-            raise ModelError(
-                f"a {type(pipeline).__name__} guides away from class {DIT_NULL}, this model has {count} classes; "
-                "sample with guidance 1"
-            )
+        _check_dit(pipeline, height, width, guidance_scale)
         with _at_size(pipeline, height), checked_decoding(pipeline, prompts):
             return pipeline([class_number(pipeline, prompt) for prompt in prompts], **options)
     if "use_resolution_binning" in parameters:  # the size asked for, not the nearest one in a table
@@ -100,9 +95,30 @@ def call_pipeline(
         return pipeline(prompt=prompts, height=height, width=width, **options)
 
 
+def _check_negative(pipeline: Any, guided: bool) -> None:
+    if "negative_prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise ModelError(f"--negative-prompt: a {type(pipeline).__name__} takes none; leave it out")
+    if not guided:
+        raise ModelError(
+            "--negative-prompt: this model is not guided away from anything here; use --guidance above 1, or leave it out"
+        )
+
+
+def _check_dit(pipeline: Any, height: int, width: int, guidance_scale: float) -> None:
+    """Refuse images that are not square, and guidance of a model whose null class is not DiT's."""
+    if height != width:
+        raise ModelError(f"a {type(pipeline).__name__} draws squares, {width} x {height} is none; use --resolution")
+    count = class_count(pipeline)
+    if guidance_scale > 1 and count != DIT_NULL:
+        raise ModelError(
+            f"a {type(pipeline).__name__} guides away from class {DIT_NULL}, this model has {count} classes; "
+            "sample with guidance 1"
+        )
+
+
 @contextmanager
 def _at_size(pipeline: Any, size: int) -> Iterator[None]:
-    """DiT's pipeline draws at the size in its transformer's config and takes no other."""
+    """Set the size at which DiT's pipeline draws, which it reads from its transformer's config."""
     transformer = pipeline.transformer
     own = transformer.config["sample_size"]
     transformer.register_to_config(sample_size=size // pixel_factor(pipeline))

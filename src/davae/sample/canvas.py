@@ -31,7 +31,7 @@ class WindowGrid:
 
     @classmethod
     def over(cls, height: int, width: int, window: int, overlap: float, grain: int = 1) -> WindowGrid:
-        """Return the fewest windows that cover a canvas with at least a share of `overlap` in common.
+        """Return the fewest windows that cover a canvas and overlap by at least a share.
 
         Args:
             height, width: of the canvas, at least `window`; multiples of `grain`.
@@ -50,7 +50,7 @@ class WindowGrid:
         return torch.cat([canvas[:, :, y : y + side, x : x + side] for y in self.tops for x in self.lefts])
 
     def blend(self, parts: Tensor) -> Tensor:
-        """Return the canvas (1,c,H,W) whose values are weighted means of the windows (N,c,w,w) over them.
+        """Return the canvas (1,c,H,W) of weighted means of the windows (N,c,w,w).
 
         The weights fall linearly from a window's centre to its edge, so that no window ends in a step.
         """
@@ -169,7 +169,7 @@ class Canvas:
         return self._scheduler.step(prediction, timestep, self.state, **{**options, "return_dict": False})[0]
 
     def share_index(self, scheduler: Any) -> None:
-        """Set the step of a pipeline's scheduler, which its `scale_model_input` reads, to this canvas's."""
+        """Set the step of a pipeline's scheduler to this canvas's, for `scale_model_input`."""
         if hasattr(scheduler, "_step_index"):
             scheduler._step_index = self._scheduler._step_index
 

@@ -1,9 +1,10 @@
-"""A diffusers pipeline for class-conditional models: LightningDiT, SiT and DiT, base or upgraded."""
+"""Diffusers pipeline for class-conditional models: LightningDiT, SiT, DiT."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,13 +24,15 @@ OnStepEnd = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Pictures of a class. Load a folder with `ClassConditionalPipeline.from_pretrained`.
+    """Pipeline that draws images of classes.
+
+    Load a folder with `ClassConditionalPipeline.from_pretrained`.
 
     Args:
         vae: a diffusers autoencoder; its latents are normalised by its own statistics.
         transformer: a LightningDiT, or the same class with the weights of SiT or DiT.
         scheduler: for models that predict epsilon (DiT), a diffusers scheduler; velocity models need none.
-        class_names: a name per class; classes can then be asked for by name.
+        class_names: a name per class, by which a call may then give classes.
         timestep_shift, cfg_interval_start, cfg_channels: how these weights are meant to be sampled; see
             `davae.sample.euler_ode`. A call may override them.
     """
@@ -61,11 +64,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def class_names(self) -> list[str]:
-        """A name per class, or nothing."""
+        """Return a name per class, or an empty list."""
         return list(self.config["class_names"] or [])
 
     def class_number(self, label: int | str) -> int:
-        """Number of a class given by number, or by name or a part of it.
+        """Return the number of a class that is given by number, by name or by a part of its name.
 
         Raises:
             ValueError: no such class, or several.
@@ -92,67 +95,63 @@ class ClassConditionalPipeline(DiffusionPipeline):
         cfg_channels: int | None = None,
         callback_on_step_end: OnStepEnd | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw pictures.
+        """Draw images of classes.
 
         Args:
             prompt: one or more classes, by number or name.
             height, width: pixels, equal; another size than the model's own runs the weights on an interpolated grid.
             num_inference_steps: updates of the ODE (the official `num_steps` minus one).
-            guidance_scale: 1 is no guidance.
-            generator: for the starting noise; a list gives one per picture.
+            guidance_scale: 1 turns guidance off.
+            generator: for the starting noise; a list gives one per image.
             latents: starting noise (B,c,h,w) instead.
             output_type: `pil`, `np`, `pt` (in [0,1]), or `latent`.
             solver: `euler` or `heun`; a pipeline with a scheduler uses that.
-            callback_on_step_end: called as diffusers does, with `latents`; those that it returns replace them.
+            callback_on_step_end: called as diffusers does, with `latents`, which returned ones replace.
 
         Raises:
             ValueError: unknown class, a size that does not divide, an unknown solver.
         """
-        config: Any = self.config
-        wanted = prompt if isinstance(prompt, list) else [prompt]
-        numbers = [self.class_number(label) for label in wanted for _ in range(num_images_per_prompt)]
-        side = self._latent_side(height, width)
-        shape = (len(numbers), self.transformer.config["in_channels"], side, side)
-        device, dtype = self._execution_device, self.transformer.dtype
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents are {tuple(latents.shape)}, expected {shape}")
+        labels = prompt if isinstance(prompt, list) else [prompt]
+        numbers = [self.class_number(label) for label in labels for _ in range(num_images_per_prompt)]
+        noise = self._noise(latents, len(numbers), self._latent_side(height, width), generator)
+        given = (timestep_shift, cfg_interval_start, cfg_channels)
+        own = (self.config["timestep_shift"], self.config["cfg_interval_start"], self.config["cfg_channels"])
+        shift, start, channels = (mine if call is None else call for call, mine in zip(given, own, strict=True))
+        guidance = {"cfg_scale": guidance_scale, "cfg_channels": channels}
         bar: Any = self.progress_bar(total=num_inference_steps)  # type: ignore[call-arg]  # decorated wrongly upstream
-        with self.transformer.at_grid(side), bar:
-
-            def on_step(step: int, x: Tensor) -> Tensor:
-                bar.update()
-                if callback_on_step_end is None:
-                    return x
-                changed = callback_on_step_end(self, step, (step + 1) / num_inference_steps, {"latents": x})
-                return (changed or {}).get("latents", x)
-
-            noise, labels = latents.to(device, dtype), torch.tensor(numbers, device=device)
-            channels = config.cfg_channels if cfg_channels is None else cfg_channels
+        on_step = partial(self._step_done, bar, num_inference_steps, callback_on_step_end)
+        with self.transformer.at_grid(noise.shape[-1]), bar:
+            classes, points = torch.tensor(numbers, device=noise.device), num_inference_steps + 1
             if self.transformer.config["prediction_type"] == "epsilon":
-                guided = GuidedModel(self.transformer, labels, cfg_scale=guidance_scale, cfg_channels=channels)
+                guided = GuidedModel(self.transformer, classes, **guidance)
                 x = self._denoise(guided, noise, num_inference_steps, generator, on_step)
             else:
-                shift = config.timestep_shift if timestep_shift is None else timestep_shift
-                self.times = time_grid(num_inference_steps + 1, shift)  # what a callback may need to know
+                self.times = time_grid(points, shift)  # callbacks read the noise levels from these
                 x = solve_ode(
-                    self.transformer,
-                    noise,
-                    labels,
-                    num_inference_steps + 1,
-                    solver=solver,
-                    timestep_shift=shift,
-                    on_step=on_step,
-                    cfg_scale=guidance_scale,
-                    cfg_interval_start=config.cfg_interval_start
-                    if cfg_interval_start is None
-                    else cfg_interval_start,
-                    cfg_channels=channels,
-                )
+                    self.transformer, noise, classes, points, solver=solver, timestep_shift=shift, on_step=on_step,
+                    cfg_interval_start=start, **guidance,
+                )  # fmt: skip
         images: Any = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _step_done(self, bar: Any, steps: int, callback: OnStepEnd | None, step: int, x: Tensor) -> Tensor:
+        """Advance the progress bar, and return the latents after the callback."""
+        bar.update()
+        if callback is None:
+            return x
+        changed = callback(self, step, (step + 1) / steps, {"latents": x})
+        return (changed or {}).get("latents", x)
+
+    def _noise(self, latents: Tensor | None, count: int, side: int, generator: Any) -> Tensor:
+        """Return starting noise (B,c,h,w) on the pipeline's device, given or drawn."""
+        shape = (count, self.transformer.config["in_channels"], side, side)
+        device, dtype = self._execution_device, self.transformer.dtype
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents are {tuple(latents.shape)}, expected {shape}")
+        return latents.to(device, dtype)
 
     def _latent_side(self, height: int | None, width: int | None) -> int:
         size: int = self.transformer.config["input_size"] * self.vae_scale_factor
@@ -163,7 +162,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return high // self.vae_scale_factor
 
     def _denoise(self, guided: GuidedModel, x: Tensor, steps: int, generator: Any, on_step: OnStep) -> Tensor:
-        """An epsilon model under its diffusers scheduler, as DiT is sampled."""
+        """Sample an epsilon model under its diffusers scheduler, as DiT is sampled."""
         if self.scheduler is None:
             raise ValueError("this model predicts epsilon: the pipeline needs a scheduler, e.g. DDIMScheduler")
         options: dict[str, Any] = {"generator": generator} if _takes(self.scheduler.step, "generator") else {}
@@ -178,7 +177,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return x
 
     def _decode(self, x: Tensor, output_type: str) -> Any:
-        """Normalised latents (B,c,h,w) -> pictures."""
+        """Decode normalised latents (B,c,h,w) into images."""
         pixels = Codec(self.vae).decode(x.float())  # (B,3,H,W)
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)
 

@@ -1,4 +1,4 @@
-"""Detail for a known base: a stock pipeline draws the detail channels while the base follows its own known path."""
+"""Detail drawn by a stock pipeline for a base that follows its known path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from davae.backbones.expand import CLEAN_BASE
 from davae.backbones.families import denoiser
 from davae.backbones.packed_latents import pack_like, unpack_latents
 from davae.errors import ModelError
-from davae.sample.call import at_a_time, call_pipeline
+from davae.sample.call import call_pipeline, prompts_at_a_time
 from davae.sample.canvas import Canvas, Enlargement, step_count
 from davae.sample.lockstep import Exchange, Left, together
 
@@ -45,7 +45,7 @@ class _Group:
         return torch.cat([canvas.start(pipeline) for canvas in self.canvases])[part.start : part.stop]
 
     def meet(self, handed: list[Handed]) -> list[Tensor]:
-        """Step every canvas once all its windows are there; each call gets its windows back."""
+        """Step every canvas once all its windows are there, and return each call's windows."""
         pipeline, _, timestep, options = handed[0]
         outputs = torch.cat([prediction for _, prediction, _, _ in handed])
         windows, first = [], 0
@@ -76,11 +76,12 @@ def draw_detail(
 ) -> list[Tensor]:
     """Draw the detail channels of images whose base is known, through an unmodified pipeline.
 
-    All images share the windows' size. A canvas of more windows than `batch_size` is drawn by several calls that meet at
-    every step.
+    All windows have one size. A canvas of more windows than `batch_size` is drawn by several calls that meet at every step.
 
     Args:
         pipeline: an upgraded pipeline of any family that `davae upgrade` trains.
+        work: the images.
+        strength, steps, guidance_scale: as `davae.upscale` takes them.
         batch_size: windows that the model sees at a time.
         on_step: called with the steps that are done and their number.
         on_base: called after each step with its number and an estimate of each image's clean base latent (1,C,H,W).
@@ -91,41 +92,34 @@ def draw_detail(
     Raises:
         ModelError: a scheduler whose levels are not known.
     """
-    if type(pipeline.scheduler).__name__ in TWO_OUTPUTS:
-        raise ModelError(
-            f"scheduler {type(pipeline.scheduler).__name__}: it cannot enlarge; use DDIMScheduler in its place"
-        )
+    if (kind := type(pipeline.scheduler).__name__) in TWO_OUTPUTS:
+        raise ModelError(f"scheduler {kind}: it cannot enlarge; use DDIMScheduler in its place")
     layout, device = pipeline.vae.layout, pipeline._execution_device
     clean = bool(denoiser(pipeline).config.get(CLEAN_BASE))
     free = int(steps * strength + 1e-9)  # as image-to-image pipelines count them
     canvases = [Canvas(one, layout, device, free, clean) for one in work]
-    group = _Group(canvases, at_a_time(pipeline, batch_size, guidance_scale), on_step, on_base)
+    group = _Group(canvases, prompts_at_a_time(pipeline, batch_size, guidance_scale), on_step, on_base)
     prompts = [one.prompt for one in work for _ in range(len(one.grid))]
     noise = torch.cat([canvas.first() for canvas in canvases])
     side = work[0].grid.window
 
-    def drawing(part: range) -> Callable[[Exchange[Handed, Tensor]], None]:
-        def call(exchange: Exchange[Handed, Tensor]) -> None:
-            with _hooked(pipeline, functools.partial(group.start, part=part), exchange, len(part), side) as (
+    def draw(part: range, exchange: Exchange[Handed, Tensor]) -> None:
+        start = functools.partial(group.start, part=part)
+        with _hooked(pipeline, start, exchange, len(part), side) as (own, options):
+            call_pipeline(
                 own,
-                options,
-            ):
-                call_pipeline(
-                    own,
-                    prompts[part.start : part.stop],
-                    side * pipeline.vae.spatial_factor,
-                    latents=noise[part.start : part.stop],
-                    generator=[torch.Generator().manual_seed(0) for _ in part],  # of what the canvas draws itself
-                    steps=steps,
-                    guidance_scale=guidance_scale,
-                    output_type="latent",
-                    **options,
-                )
-
-        return call
+                prompts[part.start : part.stop],
+                side * pipeline.vae.spatial_factor,
+                latents=noise[part.start : part.stop],
+                generator=[torch.Generator().manual_seed(0) for _ in part],  # for noise that the canvas draws itself
+                steps=steps,
+                guidance_scale=guidance_scale,
+                output_type="latent",
+                **options,
+            )
 
     try:
-        together([drawing(part) for part in group.parts], group.meet)
+        together([functools.partial(draw, part) for part in group.parts], group.meet)
     finally:
         pipeline.maybe_free_model_hooks()
     return [_finished(canvas) for canvas in canvases]
@@ -141,7 +135,7 @@ def _finished(canvas: Canvas) -> Tensor:
 def _hooked(
     pipeline: Any, start: Callable[[Any], Tensor], exchange: Exchange[Handed, Tensor], rows: int, side: int
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Give a copy of a pipeline whose scheduler hands its work to a canvas, and arguments for its call.
+    """Yield a copy of a pipeline whose scheduler hands over to a canvas, and call arguments.
 
     Args:
         start: windows of the starting state.
@@ -186,6 +180,6 @@ def _hooked(
 
 
 def _leave_at_end(pipeline: Any, done: int) -> None:
-    """Leave after the last step: the canvas is decoded as a whole, and no pipeline decodes its windows."""
+    """Leave after the last step, because the canvas is decoded as a whole."""
     if done >= step_count(pipeline):
         raise Left

@@ -1,4 +1,4 @@
-"""Fingerprint of a model's weights: what tells kept images of older weights from those of new ones."""
+"""Fingerprint of a model's weights, which distinguishes images of older weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCK = 1 << 24
 
 
 def model_fingerprint(places: Sequence[str]) -> str:
-    """Return a hash of the files that models are loaded from: names and content, not where they lie.
+    """Return a hash of the names and contents of the files that models are loaded from.
 
     Every byte counts, because a short training may change one tensor. Hashes of large files are remembered in davae's
     cache folder under their inode, size and times, so that a second look at 24 GB of unchanged weights takes

@@ -1,4 +1,4 @@
-"""Decoded images that are not finite: they would be saved black, so each is named with its prompt."""
+"""Decoded images that are not finite, which would be saved black."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from davae.errors import ModelError
 SHOWN = 60  # characters of a prompt in a message
 
 
-def finite_rows(values: Tensor) -> list[bool]:
+def finite_images(values: Tensor) -> list[bool]:
     """Return for each item of a batch (B,...) whether all its values are finite."""
     return torch.isfinite(values).flatten(1).all(1).tolist()
 
@@ -31,7 +31,7 @@ def remedy(dtype: torch.dtype) -> str:
 
 @contextmanager
 def checked_decoding(pipeline: Any, prompts: Sequence[str]) -> Iterator[None]:
-    """Check every image that a pipeline decodes inside the block, whatever it turns the image into afterwards.
+    """Check every image that a pipeline decodes inside the block.
 
     Args:
         pipeline: a diffusers pipeline with an autoencoder `vae`.
@@ -49,7 +49,7 @@ def checked_decoding(pipeline: Any, prompts: Sequence[str]) -> Iterator[None]:
     def checked(latents: Tensor, *args: Any, **options: Any) -> Any:
         result = decode(latents, *args, **options)
         images = result[0] if isinstance(result, tuple) else result.sample
-        found.extend(zip(finite_rows(latents), finite_rows(images), strict=True))
+        found.extend(zip(finite_images(latents), finite_images(images), strict=True))
         return result
 
     vae.decode = checked
@@ -82,7 +82,7 @@ def check_reconstruction(images: Tensor, first: int = 0) -> Tensor:
     Raises:
         ModelError: an image is not finite.
     """
-    wrong = [number for number, row in enumerate(finite_rows(images)) if not row]
+    wrong = [number for number, row in enumerate(finite_images(images)) if not row]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ModelError(

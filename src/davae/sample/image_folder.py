@@ -1,9 +1,9 @@
-"""What `davae sample` and `davae evaluate samples` do: images of a model into files that davae may write over."""
+"""Image files and their grid, under names that no file has yet."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +13,116 @@ from davae.data.images import grid
 from davae.data.prompts import read_prompts
 from davae.files.outputs import check_image, save_image
 from davae.sample.generate import generate
-from davae.sample.open import check_classes
+from davae.sample.open import SamplingOptions, add_lora, check_class_prompts, open_model
 from davae.sample.preview import Preview
+
+
+def draw_samples(
+    model: str,
+    prompts: Sequence[str],
+    options: SamplingOptions,
+    *,
+    prompt_file: Path | None = None,
+    folder: Path | None = None,
+    num: int = 4,
+    negative_prompt: str | None = None,
+    lora: Path | None = None,
+    preview: int | None = None,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Open a model, write images of prompts with `sample_to_folder`, and return the grid's path.
+
+    Args:
+        model: the model, by the names that `open_model` takes.
+        prompts: texts or classes.
+        options: how the images are drawn.
+        prompt_file: file of more prompts.
+        folder: folder of the images; None is the model's own.
+        num: images a prompt.
+        negative_prompt: text to guide away from; None is the pipeline's own.
+        lora: a LoRA of the base to load.
+        preview: steps between two previews of the base; None draws no previews.
+        on_batch: called with the images that are done and their number.
+
+    Raises:
+        DataError: a prompt file that cannot be read.
+        ModelError: a model or LoRA that cannot be opened, and as `sample_to_folder`.
+    """
+    texts = [*prompts, *(read_prompt_texts(prompt_file) if prompt_file is not None else [])]
+
+    def prepare(pipeline: Any) -> None:
+        if lora is not None:
+            add_lora(pipeline, lora)
+
+    pipeline, own = open_model(model, options.placement, prepare)
+    high, wide = options.resolution if isinstance(options.resolution, tuple) else (options.resolution,) * 2
+    shown = None if preview is None else Preview(pipeline, preview, height=high, width=wide)
+    return sample_to_folder(
+        pipeline,
+        texts,
+        folder or own,
+        options,
+        num=num,
+        on_batch=on_batch,
+        negative_prompt=negative_prompt,
+        preview=shown,
+    )
 
 
 def sample_to_folder(
     pipeline: Any,
     prompts: list[str],
     folder: Path,
+    options: SamplingOptions,
     *,
     num: int,
-    seed: int,
-    steps: int,
-    guidance: float,
-    resolution: int | tuple[int, int] | None,
-    batch_size: int,
     on_batch: Callable[[int, int], None],
     negative_prompt: str | None = None,
     preview: Preview | None = None,
 ) -> Path:
-    """Write `num` images of every prompt and one grid, a row a prompt; return the grid's path.
+    """Write images of prompts and one grid of them, a row a prompt.
 
     Images of an earlier call are kept: where one of the names is taken, all get the next free `set2`, `set3`, ...
 
     Args:
+        pipeline: the pipeline that draws.
+        prompts: texts or classes.
+        folder: folder of the images.
+        options: how the images are drawn.
+        num: images a prompt.
+        on_batch: called with the images that are done and their number.
+        negative_prompt: text to guide away from; None is the pipeline's own.
         preview: its images are written next to the grid, as `previews-<grid>`, while they are drawn: a row an image.
+
+    Returns:
+        The grid's path.
 
     Raises:
         ModelError: a class that the model lacks, an image that is not finite; those before it are written.
         RunError: files of these names are there, and davae did not write them.
     """
-    check_classes(pipeline, prompts)
-    wanted = [prompt for prompt in prompts for _ in range(num)]
-    *places, sheet = free_places(folder, wanted, seed)
+    check_class_prompts(pipeline, prompts)
+    repeated = [prompt for prompt in prompts for _ in range(num)]
+    *places, sheet = free_places(folder, repeated, options.seed)
     strip = Strip(sheet.with_name(f"previews-{sheet.name}"))
     if preview is not None:
         check_image(strip.path)
         preview.on_preview = strip.add
-    pictures: list[Any] = []
-    for start in range(0, len(wanted), batch_size):
-        part = wanted[start : start + batch_size]
+    images: list[Any] = []
+    for start in range(0, len(repeated), options.batch_size):
+        part = repeated[start : start + options.batch_size]
         strip.first = start
-        options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "seed": seed, "batch_size": batch_size}
-        options["preview"] = preview
-        options |= {"resolution": resolution, "negative_prompt": negative_prompt}
-        drawn = generate(pipeline, part, first=start, **options)
-        for place, picture in zip(places[start:], drawn, strict=False):
-            save_image(picture, place)
-        pictures += drawn
-        on_batch(len(pictures), len(wanted))
-    save_image(grid(pictures, num), sheet)
+        drawn = generate(pipeline, part, options, first=start, negative_prompt=negative_prompt, preview=preview)
+        for place, image in zip(places[start:], drawn, strict=False):
+            save_image(image, place)
+        images += drawn
+        on_batch(len(images), len(repeated))
+    save_image(grid(images, num), sheet)
     return sheet
 
 
 class Strip:
-    """A sheet of previews: a row an image, a column a step; written again with every preview.
+    """Sheet of previews, a row an image and a column a step, written with every preview.
 
     Attributes:
         first: row of the first image of the batch that is drawn.
@@ -88,7 +143,14 @@ class Strip:
 
 
 def sample_name(prompt: str, seed: int, number: int, again: int = 1) -> str:
-    """Return the file name of one image of `davae sample`; `again` counts the sets of one folder and seed."""
+    """Return the file name of one image of `davae sample`.
+
+    Args:
+        prompt: its prompt, of which the first 40 characters are used.
+        seed: seed of the images.
+        number: number of the image.
+        again: number of the set of images of this folder and seed, from 1.
+    """
     words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:40] or "picture"
     return f"{words}-seed{seed}{_set(again)}-{number:03d}.png"
 
@@ -97,15 +159,20 @@ def _set(again: int) -> str:
     return f"-set{again}" if again > 1 else ""
 
 
-def free_places(folder: Path, wanted: list[str], seed: int) -> list[Path]:
-    """Return where to write the images of `davae sample` and, last, their grid: names that nothing has yet.
+def free_places(folder: Path, prompts: list[str], seed: int) -> list[Path]:
+    """Return free file names for the images of `davae sample` and, last, for their grid.
+
+    Args:
+        folder: folder of the images.
+        prompts: the prompt of each image.
+        seed: seed of the images.
 
     Raises:
         RunError: a file that davae did not write has one of the first names.
     """
     again = 1
     while True:
-        names = [sample_name(prompt, seed, number, again) for number, prompt in enumerate(wanted)]
+        names = [sample_name(prompt, seed, number, again) for number, prompt in enumerate(prompts)]
         places = [folder / name for name in (*names, f"grid-seed{seed}{_set(again)}.png")]
         if again == 1:
             for place in places:

@@ -1,4 +1,4 @@
-"""Noise levels of the states that a scheduler steps through, and the clean latents that two states point to."""
+"""Noise levels of a scheduler's states, and the clean latents behind them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def adds_noise(scheduler: Any) -> bool:
-    """Return whether a scheduler may add noise at its steps, so that two states do not point to the clean latents."""
+    """Return whether a scheduler may add noise at its steps."""
     config = scheduler.config
     algorithm = str(config.get("algorithm_type") or "")
     stochastic = bool(config.get("stochastic_sampling")) or algorithm.startswith("sde")
@@ -102,7 +102,7 @@ def clean_from(before: Tensor, after: Tensor, start: Level, end: Level) -> Tenso
 
 
 def clean_of(pipeline: Any, latents: Tensor, calls: int, before: Tensor | None) -> Tensor:
-    """Return an estimate of the clean latents after a step, as good as the scheduler gives it for nothing.
+    """Return the best estimate of the clean latents after a step that costs no pass.
 
     Args:
         latents: the state after `calls` steps, in the pipeline's shape.

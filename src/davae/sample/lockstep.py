@@ -1,4 +1,4 @@
-"""Several calls of a pipeline that meet at every step: how windows of one canvas are drawn a few at a time."""
+"""Calls of a pipeline that meet at every step, each for a few windows of one canvas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Exchange = Callable[[Given], Answer]
 
 
 class Left(BaseException):
-    """Leaves a call that is not needed to its end; no `except Exception` holds it up."""
+    """Exit from a call that is not needed to its end, past every `except Exception`."""
 
 
 class _Worker(Generic[Given, Answer]):
@@ -53,7 +53,7 @@ class _Worker(Generic[Given, Answer]):
         return cast(Answer, self._answer)
 
     def resume(self, answer: Answer | None) -> Given | None:
-        """Run until the call hands something in, or ends (None); what it raises is raised here."""
+        """Run until the call hands something in, which is returned, or ends, with its errors."""
         self._answer = answer
         self._go.release()
         self._stopped.acquire()

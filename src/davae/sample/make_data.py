@@ -1,4 +1,4 @@
-"""A training set drawn by a base model itself, as the paper's (Sec. 4): prompts in, WebDataset shards out."""
+"""Training set that a base model draws itself (Sec. 4), as WebDataset shards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,46 +22,48 @@ from davae.errors import ModelError
 from davae.files.atomic import atomic_file
 from davae.files.outputs import is_drawn
 from davae.pretrained.open import default_resolution
-from davae.pretrained.placement import Placement
 from davae.sample.fingerprint import model_fingerprint
 from davae.sample.generate import generate
-from davae.sample.open import model_places, open_text_model
-from davae.sample.resume import Drawing, kept_images, stretches
+from davae.sample.open import SamplingOptions, model_places, open_text_model
+from davae.sample.resume import kept_images, stretches
 
-PictureFormat = Literal["png", "jpg"]
+ImageFormat = Literal["png", "jpg"]
 SAVING: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG"},
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
 }
 
 
-def make_data(
+def draw_training_set(
     model: str,
     prompts: Path,
     out: Path,
+    options: SamplingOptions,
     *,
     num: int | None,
-    resolution: int | None,
-    steps: int,
-    guidance: float,
-    seed: int,
     shard_size: int,
-    picture_format: PictureFormat,
-    placement: Placement,
-    batch_size: int,
-    on_picture: Callable[[int, int], None],
+    image_format: ImageFormat,
+    on_image: Callable[[int, int], None],
 ) -> int:
-    """Draw `num` pictures, prompt after prompt and round again, into `out/00000.tar`, `out/00001.tar`, ...
+    """Draw images of prompts into the shards `out/00000.tar`, `out/00001.tar`, ...
 
-    Picture i hangs on the settings and i alone. Process r of R makes shards r, r+R, ...; a shard appears whole, and the
-    pictures of one that was interrupted are kept, so running the same command again draws only what is missing.
+    Prompts repeat until `num` images are drawn. Image i depends on the settings and i alone. Process r of R draws shards
+    r, r+R, ... A shard appears whole, and the images of an interrupted one are kept, so that running the command again
+    draws only what is missing.
+
+    Args:
+        model, prompts, out: the base by the names that `open_model` takes, file of prompts, folder of the shards.
+        options: how the images are drawn.
+        num, shard_size: images, one a prompt where None is given, and images a shard.
+        image_format: `png`, or `jpg` at quality 95.
+        on_image: called with the images that are done and their number.
 
     Returns:
-        How many shards are still missing: other processes draw them.
+        The number of shards that are still missing, because other processes draw them.
 
     Raises:
         DataError: no prompts.
-        ModelError: a class-conditional model, a picture that is not finite, or a folder with pictures of other settings,
+        ModelError: a class-conditional model, an image that is not finite, or a folder with images of other settings,
             prompts or weights.
         RunError: a folder that holds something else, or that another process draws into.
     """
@@ -70,16 +72,16 @@ def make_data(
     state = PartialState()
     settings = {
         "num": total,
-        "resolution": resolution,
-        "steps": steps,
-        "guidance": guidance,
-        "seed": seed,
+        "resolution": options.resolution,
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "seed": options.seed,
         "shard_size": shard_size,
-        "format": picture_format,
-        "dtype": placement.precision,
+        "format": image_format,
+        "dtype": options.placement.precision,
     }
     weights = model_fingerprint(model_places(model))
-    shards = plan_shards(out, texts, total, shard_size, picture_format)
+    shards = plan_shards(out, texts, total, shard_size, image_format)
     keep = kept_images(
         out,
         {**settings, "prompts": hash_values(texts), "weights": weights},
@@ -89,45 +91,53 @@ def make_data(
     )
     with keep if state.is_main_process else nullcontext():
         state.wait_for_everyone()
-        how = Drawing(steps, guidance, seed, resolution, batch_size, placement)
         own = shards[state.process_index :: state.num_processes]
-        draw_shards(own, model, how, {"model": model, **settings, "prompts": prompts.name}, on_picture)
+        draw_shards(own, model, options, {"model": model, **settings, "prompts": prompts.name}, on_image)
     return sum(not is_drawn(shard.target) for shard in shards)
 
 
 def draw_shards(
-    shards: Sequence[Shard], model: str, how: Drawing, about: dict[str, Any], on_picture: Callable[[int, int], None]
+    shards: Sequence[ImageShard],
+    model: str,
+    options: SamplingOptions,
+    about: dict[str, Any],
+    on_image: Callable[[int, int], None],
 ) -> None:
-    """Draw what is missing of shards; each appears whole, and its pictures stay loose until then.
+    """Draw the images that shards lack, and pack each shard once it has all of them.
 
     Args:
-        about: what each picture's record has besides its prompt, its number and the size.
+        shards: the shards of this process.
+        model: the base, by the names that `open_model` takes.
+        options: how the images are drawn.
+        about: values of each image's record besides its prompt, its number and the size.
+        on_image: called with the images that are done and their number.
     """
     missing = {shard.target: shard.missing() for shard in shards if not is_drawn(shard.target)}
     whole, left = sum(len(shard.texts) for shard in shards), sum(map(len, missing.values()))
-    pipeline = open_text_model(model, how.placement) if missing else None
-    size = how.resolution or (default_resolution(pipeline) if missing else 0)
-    options = {"steps": how.steps, "guidance_scale": how.guidance, "seed": how.seed, "resolution": size}
+    pipeline = open_text_model(model, options.placement) if missing else None
+    size = options.resolution or (default_resolution(pipeline) if missing else 0)
+    sized = replace(options, resolution=size)
     for shard in shards:
         if shard.target not in missing:
             continue
-        on_picture(whole - left, whole)
-        for start, stop in stretches(missing[shard.target], how.batch_size):
-            wanted = [shard.texts[i] for i in range(start, stop)]
-            drawn = generate(pipeline, wanted, first=start, batch_size=how.batch_size, **options)
-            for i, picture in enumerate(drawn, start):
-                save_picture(shard.loose(i), picture)
+        on_image(whole - left, whole)
+        for start, stop in stretches(missing[shard.target], options.batch_size):
+            prompts = [shard.texts[i] for i in range(start, stop)]
+            for i, image in enumerate(generate(pipeline, prompts, sized, first=start), start):
+                save_drawn(shard.loose(i), image)
             left -= stop - start
-            on_picture(whole - left, whole)
+            on_image(whole - left, whole)
         shard.pack({**about, "resolution": size})
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One shard of a drawn set, whole in `target` or in loose pictures.
+class ImageShard:
+    """One shard of a drawn set, whole in `target` or in loose images.
 
     Attributes:
-        texts: the prompt of each of its pictures, by the picture's number.
+        target: the `.tar` file.
+        texts: number of an image -> its prompt.
+        format: suffix of the images.
     """
 
     target: Path
@@ -136,19 +146,19 @@ class Shard:
 
     @property
     def folder(self) -> Path:
-        """Where its pictures lie until it is whole."""
+        """Return the folder of the images while the shard is not whole."""
         return self.target.with_name(f".{self.target.stem}")
 
     def loose(self, number: int) -> Path:
-        """Where one picture lies until the shard is whole."""
+        """Return the file of one image while the shard is not whole."""
         return self.folder / f"{number:08d}.{self.format}"
 
     def missing(self) -> list[int]:
-        """Return the numbers of the pictures that are not drawn yet."""
+        """Return the numbers of the images that are not drawn yet."""
         return [number for number in self.texts if not is_drawn(self.loose(number))]
 
     def pack(self, about: dict[str, Any]) -> None:
-        """Put the loose pictures into the shard, with `.txt` and `.json` (prompt, number, settings), and remove them."""
+        """Move the loose images into the shard, each with its prompt and a `.json` record."""
         with atomic_file(self.target) as partial:
             with tarfile.open(partial, "w") as archive:
                 for number, prompt in self.texts.items():
@@ -166,17 +176,25 @@ class Shard:
             return {int(m.name[:-4]): archive.extractfile(m).read().decode() for m in members}  # type: ignore[union-attr]
 
 
-def plan_shards(out: Path, texts: list[str], total: int, size: int, picture_format: str) -> list[Shard]:
-    """Return the shards of `total` pictures, prompt after prompt and round again."""
+def plan_shards(out: Path, texts: list[str], total: int, size: int, image_format: str) -> list[ImageShard]:
+    """Return the shards of a drawn set, with prompts that repeat in order.
+
+    Args:
+        out: folder of the shards.
+        texts: the prompts.
+        total: images of the set.
+        size: images a shard.
+        image_format: suffix of the images.
+    """
     parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
     return [
-        Shard(out / f"{number:05d}.tar", {i: texts[i % len(texts)] for i in part}, picture_format)
+        ImageShard(out / f"{number:05d}.tar", {i: texts[i % len(texts)] for i in part}, image_format)
         for number, part in enumerate(parts)
     ]
 
 
-def check_former(shards: list[Shard]) -> None:
-    """Check shards of a davae that kept the prompt file's name alone; its loose pictures are drawn again.
+def check_former(shards: list[ImageShard]) -> None:
+    """Check the prompts of shards of former versions, and remove their loose images.
 
     Raises:
         ModelError: a shard with other prompts.
@@ -187,7 +205,7 @@ def check_former(shards: list[Shard]) -> None:
         shutil.rmtree(shard.folder, ignore_errors=True)
 
 
-def save_picture(path: Path, picture: Image.Image) -> None:
-    """A picture that appears whole, in the format of its suffix."""
+def save_drawn(path: Path, image: Image.Image) -> None:
+    """Write an image that appears whole, in the format of its suffix."""
     with atomic_file(path) as partial:
-        picture.save(partial, **SAVING[path.suffix.removeprefix(".")])
+        image.save(partial, **SAVING[path.suffix.removeprefix(".")])

@@ -1,4 +1,4 @@
-"""Sampling class-conditional velocity models: an ODE from noise (t = 0) to data (t = 1), guided within an interval."""
+"""Sampling of velocity models by an ODE from noise (t = 0) to data (t = 1)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ OnStep = Callable[[int, Tensor], Tensor | None]  # may replace the state
 
 
 def time_grid(num_steps: int, timestep_shift: float) -> Tensor:
-    """`num_steps` points from 0 to 1 inclusive, shifted by s*t / (1 + (s-1)*t); float32 (num_steps,).
+    """Return points from 0 to 1 inclusive, shifted by s*t / (1 + (s-1)*t), (num_steps,).
+
+    Args:
+        num_steps: number of points.
+        timestep_shift: s.
 
     Raises:
         ValueError: fewer than two points, or a shift that is not positive.
@@ -29,10 +33,20 @@ def time_grid(num_steps: int, timestep_shift: float) -> Tensor:
 
 
 def check_labels(class_labels: Tensor, num_classes: int) -> None:
-    """ValueError when a label is no class of the model (the null class included: it is for guidance)."""
+    """Refuse labels that are not classes of the model, the null class included.
+
+    Args:
+        class_labels: (B,).
+        num_classes: classes of the model.
+
+    Raises:
+        ValueError: a label out of range.
+    """
     if class_labels.numel() and not 0 <= int(class_labels.min()) <= int(class_labels.max()) < num_classes:
-        odd = class_labels[(class_labels < 0) | (class_labels >= num_classes)][0]
-        raise ValueError(f"class label {int(odd)} is out of range: the model has classes 0 to {num_classes - 1}")
+        unexpected = class_labels[(class_labels < 0) | (class_labels >= num_classes)][0]
+        raise ValueError(
+            f"class label {int(unexpected)} is out of range: the model has classes 0 to {num_classes - 1}"
+        )
 
 
 class GuidedModel:
@@ -43,7 +57,7 @@ class GuidedModel:
     A learned variance is never guided.
 
     Raises:
-        ValueError: a label that is no class of the model.
+        ValueError: a label that is not a class of the model.
     """
 
     def __init__(
@@ -61,7 +75,7 @@ class GuidedModel:
         self.start, self.channels = cfg_interval_start, cfg_channels
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        """x (B,c,h,w) at time t -> the model's output (B,c,h,w), or (B,2c,h,w) with a variance."""
+        """Return the output for x (B,c,h,w) at time t, (B,c,h,w) or (B,2c,h,w) with a variance."""
         if self.scale == 1.0 or t < self.start:
             return self._output(x, t, self.labels)
         null = torch.full_like(self.labels, self.num_classes)
@@ -84,7 +98,14 @@ def stepped(on_step: OnStep, step: int, x: Tensor) -> Tensor:
 
 
 def euler(field: Field, x: Tensor, times: Tensor, on_step: OnStep = lambda step, x: None) -> Tensor:
-    """x(t+h) = x + h v(x,t) along `times`."""
+    """Return the state after Euler steps x(t+h) = x + h v(x,t) along `times`.
+
+    Args:
+        field: velocity v(x, t).
+        x: state (B,c,h,w) at the first time.
+        times: (num_steps,).
+        on_step: called after each step, and may replace the state.
+    """
     grid = times.tolist()
     for step, (t, t_next) in enumerate(pairwise(grid)):
         x = x + (t_next - t) * field(x, t)
@@ -93,7 +114,14 @@ def euler(field: Field, x: Tensor, times: Tensor, on_step: OnStep = lambda step,
 
 
 def heun(field: Field, x: Tensor, times: Tensor, on_step: OnStep = lambda step, x: None) -> Tensor:
-    """The trapezoid rule with an Euler predictor: second order, two evaluations a step."""
+    """Return the state after steps of Heun's method, of second order with two passes a step.
+
+    Args:
+        field: velocity v(x, t).
+        x: state (B,c,h,w) at the first time.
+        times: (num_steps,).
+        on_step: called after each step, and may replace the state.
+    """
     grid = times.tolist()
     for step, (t, t_next) in enumerate(pairwise(grid)):
         slope = field(x, t)
@@ -118,10 +146,20 @@ def solve_ode(
     on_step: OnStep = lambda step, x: None,
     **guidance: Any,
 ) -> Tensor:
-    """Latents (B,c,h,w) from noise (B,c,h,w) by a named solver; `guidance` goes to `GuidedModel`.
+    """Return latents (B,c,h,w) from noise (B,c,h,w) by a named solver.
 
     The model sees the noise's precision, between its steps the latents are in float32 at least: a step of 1/250 is less
     than bfloat16 can add.
+
+    Args:
+        model: a velocity model.
+        noise: (B,c,h,w).
+        class_labels: (B,).
+        num_steps: grid points.
+        solver: `euler` or `heun`.
+        timestep_shift: s of s*t / (1 + (s-1)*t).
+        on_step: called after each step, and may replace the state.
+        guidance: further arguments of `GuidedModel`.
 
     Raises:
         ValueError: unknown solver, labels out of range, a model that predicts no velocity.
@@ -150,14 +188,16 @@ def euler_ode(
     timestep_shift: float = 1.0,
     cfg_channels: int | None = None,
 ) -> Tensor:
-    """Sample latents with Euler's method (Sec. 4: 250 steps, CFG 4.0, interval from 0.2, shift 0.3).
+    """Sample latents with Euler's method.
+
+    The paper (Sec. 4) takes 250 steps, CFG 4.0, the interval from 0.2 and shift 0.3.
 
     Args:
         model: velocity model called as (latents, timestep, class_labels), with `num_classes` in its config.
         noise: standard normal (B,c,h,w).
         class_labels: (B,) in 0..num_classes-1.
         num_steps: grid points, so num_steps - 1 updates.
-        cfg_scale: 1 is no guidance.
+        cfg_scale: 1 turns guidance off.
         cfg_interval_start: guidance is on where t >= this; t runs 0 (noise) -> 1 (data).
         timestep_shift: s of s*t / (1 + (s-1)*t).
         cfg_channels: guide the first k channels only; None guides all.

@@ -1,9 +1,10 @@
-"""Open a model by the names that the command line takes."""
+"""Models by the names that the command line takes, and settings of drawn images."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,8 +26,52 @@ from davae.vae.detail_vae import DetailVAE
 from davae.zoo import SHIPPED, UPGRADES, resolve
 
 
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Settings of drawn images, which every verb that draws takes.
+
+    Attributes:
+        steps: sampling steps.
+        guidance: guidance scale; 1 turns guidance off.
+        seed: seed of the noise.
+        resolution: pixels of a square's side, or (height, width); None is the pipeline's own size.
+        batch_size: images that are drawn at a time.
+        placement: precision of the weights, and where and how the pipeline computes.
+    """
+
+    steps: int = 30
+    guidance: float = 2.5
+    seed: int = 0
+    resolution: int | tuple[int, int] | None = None
+    batch_size: int = 16
+    placement: Placement = FULL
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that images depend on, without the model's own size and float32."""
+        own = {"steps": self.steps, "guidance": self.guidance, "seed": self.seed, **self.placement.changes}
+        return own if self.resolution is None else {**own, "resolution": self.resolution}
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Return the settings that figures record, under their keys."""
+        return {"steps": self.steps, "guidance_scale": self.guidance, "seed": self.seed}
+
+    @property
+    def side(self) -> int | None:
+        """Return the side of a square in pixels, None for the pipeline's own size."""
+        assert not isinstance(self.resolution, tuple)
+        return self.resolution
+
+
+DEFAULT_OPTIONS = SamplingOptions()
+
+
 def model_places(name: str) -> list[str]:
-    """Return the folders or hub ids that a model is loaded from, by the names that `open_model` takes.
+    """Return the folders or hub ids that a model is loaded from.
+
+    Args:
+        name: the model, by the names that `open_model` takes.
 
     Raises:
         ModelError: a run that has no pipeline yet.
@@ -44,7 +89,7 @@ def model_places(name: str) -> list[str]:
 def open_model(
     name: str, placement: Placement = FULL, prepare: Callable[[Any], None] = lambda pipeline: None
 ) -> tuple[Any, Path]:
-    """Return (pipeline on its device, folder for its samples) of a run or pipeline folder, embedded model or hub id.
+    """Return a pipeline on its device, and the folder for its samples.
 
     Args:
         name: `micro-upgraded` is the embedded model with the upgrade that ships with it.
@@ -60,8 +105,16 @@ def open_model(
     return placement.place(pipeline), Path(name) / "samples" if own else Path("samples") / Path(name).name
 
 
-def check_classes(pipeline: Any, prompts: list[str]) -> None:
-    """ModelError when a class-conditional pipeline is asked for a class it does not have."""
+def check_class_prompts(pipeline: Any, prompts: list[str]) -> None:
+    """Refuse a prompt that is not a class of a class-conditional pipeline.
+
+    Args:
+        pipeline: any pipeline; prompts of other ones are not checked.
+        prompts: texts, or classes by name or number.
+
+    Raises:
+        ModelError: names the class, and the classes that the model has.
+    """
     if goes_by_class(pipeline):
         for prompt in prompts:
             try:
@@ -71,7 +124,15 @@ def check_classes(pipeline: Any, prompts: list[str]) -> None:
 
 
 def open_text_model(name: str, placement: Placement = FULL) -> Any:
-    """A text-to-image pipeline by name; ModelError for a class-conditional one."""
+    """Return a text-to-image pipeline by the names that `open_model` takes.
+
+    Args:
+        name: the model.
+        placement: where it computes, and how exactly.
+
+    Raises:
+        ModelError: a class-conditional model.
+    """
     model, _ = open_model(name, placement)
     if goes_by_class(model):
         raise ModelError(f"{name} draws classes, not prompts")
@@ -79,13 +140,17 @@ def open_text_model(name: str, placement: Placement = FULL) -> Any:
 
 
 def open_autoencoder(name: str) -> Any:
-    """A DetailVAE or any supported diffusers autoencoder on this process's device, by folder, run or embedded model."""
+    """Return an autoencoder on this process's device, by folder, run or embedded model."""
     place = str(UPGRADES[SHIPPED[name]] / "vae") if name in SHIPPED else resolve(name)
     return load_autoencoder(place).to(own_device())
 
 
 def open_detail_vae(name: str) -> DetailVAE:
-    """A DetailVAE's folder, or a run's; ModelError for any other autoencoder."""
+    """Return the DetailVAE of a folder, a run or an embedded model.
+
+    Raises:
+        ModelError: another autoencoder.
+    """
     vae = open_autoencoder(name)
     if not isinstance(vae, DetailVAE):
         raise ModelError(
@@ -95,7 +160,11 @@ def open_detail_vae(name: str) -> DetailVAE:
 
 
 def add_lora(pipeline: Any, file: Path) -> None:
-    """Load a LoRA of the base into its pipeline, or into an upgraded one, for which it is widened.
+    """Load a LoRA of the base into its pipeline, or widened into an upgraded one.
+
+    Args:
+        pipeline: the pipeline, changed in place.
+        file: the LoRA, .safetensors.
 
     Raises:
         ModelError: a pipeline that loads no LoRA, a file that is not one or does not fit.

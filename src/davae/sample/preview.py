@@ -1,4 +1,4 @@
-"""Previews while a pipeline draws: the base channels are an image of the original model at every step."""
+"""Previews while a pipeline draws, decoded from the base channels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ OnPreview = Callable[[int, list[Image.Image]], None]
 
 
 class Preview:
-    """Images of the base, decoded every few steps: a callback of stock pipelines, or a context around a call.
+    """Images of the base, decoded every few steps of a pipeline's call.
+
+    It is a callback of stock pipelines, or a context around a call.
 
     `pipe(prompt, callback_on_step_end=davae.preview(pipe, every=5))`. Pipelines that take no callback draw in a block:
     `with davae.preview(pipe) as shown: pipe(prompt)`.
@@ -70,7 +72,7 @@ class Preview:
 
     @torch.no_grad()
     def __call__(self, pipeline: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Look at the latents after a step, as `callback_on_step_end`; they stay as they are.
+        """Decode the latents after a step, unchanged, as `callback_on_step_end`.
 
         Args:
             pipeline: the one that draws.
@@ -140,7 +142,12 @@ def takes_callback(pipeline: Any) -> bool:
 
 @contextmanager
 def watching(pipeline: Any, preview: Preview | None) -> Iterator[Preview | None]:
-    """Give what a pipeline's call takes as `callback_on_step_end`; one that takes none is watched by its scheduler."""
+    """Yield the callback for a pipeline's call, None where its scheduler is watched instead.
+
+    Args:
+        pipeline: the pipeline that draws.
+        preview: the preview; None watches nothing.
+    """
     if preview is None or takes_callback(pipeline):
         yield preview
         return
@@ -165,6 +172,6 @@ def _decoder(vae: DetailVAE, choice: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _once(latents: Tensor) -> Tensor:
-    """Return the latents of a step, once where a pipeline (DiT's) carries both halves of guidance through it."""
+    """Return the latents of a step without the second half of guidance that DiT's carries."""
     half = len(latents) // 2
     return latents[:half] if half and torch.equal(latents[:half], latents[half:]) else latents

@@ -1,4 +1,4 @@
-"""Images that an interrupted command left: kept for the same prompts, settings and weights, refused for others."""
+"""Images of an interrupted command, kept for equal prompts, settings and weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from davae.errors import ModelError, RunError
 from davae.files.atomic import MADE_HERE, atomic_text
 from davae.files.ownership import LITTER, check_no_part, only_writer
 from davae.files.reading import load_json
-from davae.pretrained.placement import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +29,7 @@ def kept_images(
     check_former: Callable[[], None] = lambda: None,
     first: bool = True,
 ) -> Iterator[None]:
-    """Hold a folder of images for one process, after a check that those in it are of the same settings.
+    """Hold a folder for one process, after a check that its images have these settings.
 
     Args:
         folder: where the images lie, with `settings.json`; made where it is absent.
@@ -73,15 +71,15 @@ def _compare(
         raise RunError(f"{path}: not JSON; remove it with the images around it, or use another --out") from error
     if not isinstance(old, dict):
         raise RunError(f"{path}: not the settings of images; use another --out")
-    wanted = json.loads(json.dumps(settings))
+    new = json.loads(json.dumps(settings))
     if "weights" not in old and former is not None and old == json.loads(json.dumps(former)):
         check_former()
         logger.warning("%s: images of an earlier davae, which kept no fingerprint of the weights", path.parent)
         return
-    differing = [name for name in {**wanted, **old} if name not in about and old.get(name) != wanted.get(name)]
+    differing = [name for name in {**new, **old} if name not in about and old.get(name) != new.get(name)]
     if differing:
         raise ModelError(
-            f"{path.parent} holds pictures of other settings ({_words(differing[0], old, wanted)}); use another --out"
+            f"{path.parent} holds pictures of other settings ({_words(differing[0], old, new)}); use another --out"
         )
 
 
@@ -91,26 +89,13 @@ def _words(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
     return f"{name}: {old.get(name)}, now {new.get(name)}"
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn. `resolution` is in pixels; None is the pipeline's own size."""
-
-    steps: int
-    guidance: float
-    seed: int
-    resolution: int | None
-    batch_size: int
-    placement: Placement
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What pictures depend on beside model and prompts; the model's own size and float32 go without saying."""
-        own = {"steps": self.steps, "guidance": self.guidance, "seed": self.seed, **self.placement.changes}
-        return own if self.resolution is None else {**own, "resolution": self.resolution}
-
-
 def stretches(numbers: list[int], longest: int) -> list[tuple[int, int]]:
-    """Rising numbers as (first, one past the last) of stretches without a gap."""
+    """Return rising numbers as (first, one past the last) of stretches without a gap.
+
+    Args:
+        numbers: the numbers.
+        longest: most numbers of a stretch.
+    """
     found: list[tuple[int, int]] = []
     for number in numbers:
         if found and found[-1][1] == number and number - found[-1][0] < longest:

@@ -1,4 +1,4 @@
-"""Enlarging: the base encoder takes an image as the base, the upgraded model draws the detail that it adds to it."""
+"""Enlarging: an image becomes the base, and the upgraded model draws its detail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from davae.backbones.classes import class_number, goes_by_class
+from davae.backbones.classes import goes_by_class
 from davae.backbones.expand import CLEAN_BASE
 from davae.backbones.families import denoiser, family_of
 from davae.data.images import to_images, to_tensor
@@ -25,8 +25,9 @@ from davae.pretrained.memory_budget import TILE
 from davae.pretrained.open import default_resolution, pixel_factor, token_side
 from davae.sample.canvas import Enlargement, WindowGrid
 from davae.sample.draw_detail import OnBase, draw_detail
-from davae.sample.finite import finite_rows, remedy
+from davae.sample.finite import finite_images, remedy
 from davae.sample.generate import structured_noise
+from davae.sample.open import check_class_prompts
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.frames import decode_latents
@@ -57,14 +58,14 @@ def upscale(
     on_step: Callable[[int, int], None] = lambda done, total: None,
     on_base: OnBase | None = None,
 ) -> list[Image.Image]:
-    """Enlarge images with an upgraded model: s times as high and wide, at the tokens of the small image.
+    """Enlarge images s times each way with an upgraded model, at the small image's tokens.
 
     The noise of an image depends on the seed and on its pixels alone, not on the images around it or the batch size.
 
     Args:
         pipe: an upgraded pipeline of any family that `davae upgrade` trains, loaded by plain diffusers or by davae.
         images: of any size and shape; larger ones than the model's own are drawn in overlapping windows.
-        prompts: one for all, or one an image; classes where the pipeline goes by classes.
+        prompts: one for all, or one an image; classes for a class-conditional pipeline.
         strength: share of the steps in which the base may change too, in [0,1]; 0 keeps it.
         times: how often the result is enlarged again; 2 gives s^2.
         batch_size: windows that the model sees at a time.
@@ -79,31 +80,23 @@ def upscale(
         One image for each of `images`, RGB.
 
     Raises:
-        ModelError: no upgraded pipeline, an argument out of its bounds, another number of prompts than images, a result that
-            is too large or not finite.
+        ModelError: no upgraded pipeline, an argument out of its bounds, a result that is too large or not finite.
     """
     sources = [images] if isinstance(images, Image.Image) else list(images)
     check_enlarging(pipe, strength=strength, steps=steps, times=times, batch_size=batch_size, overlap=overlap)
     texts = _prompts(pipe, prompts, len(sources))
-    side = _window(pipe, window)
+    work = _Work(pipe, _window(pipe, window), overlap, seed, faithful and strength == 0.0)
     for number, source in enumerate(sources):
         check_size(pipe, source.size, times, f"image {number}")
     if not denoiser(pipe).config.get(CLEAN_BASE):
         _note_noisy_base()
-    results = [source.convert("RGB") for source in sources]
-    work = _Work(pipe, side, overlap, seed, faithful and strength == 0.0)
-    options = {
-        "strength": strength, "steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size, "on_base": on_base,
-    }  # fmt: skip
-    total, before = steps * times * len(results), 0
+    options = {"strength": strength, "steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
+    results, total, before = [source.convert("RGB") for source in sources], steps * times * len(sources), 0
     for _ in range(times):
         for chosen in _groups([len(work.grid(image.size)) for image in results], batch_size):
-            drawn = work.enlarge(
-                [results[i] for i in chosen],
-                [texts[i] for i in chosen],
-                on_step=_counted(on_step, before, steps * len(chosen), total),
-                **options,
-            )
+            shown = _counted(on_step, before, steps * len(chosen), total)
+            group = [results[i] for i in chosen], [texts[i] for i in chosen]
+            drawn = work.enlarge(*group, on_step=shown, on_base=on_base, **options)
             before += steps * len(chosen)
             for i, image in zip(chosen, drawn, strict=True):
                 results[i] = image
@@ -117,7 +110,12 @@ def _note_noisy_base() -> None:
 
 
 def window_count(pipe: Any, size: tuple[int, int]) -> int:
-    """Return how many windows an image of (width, height) pixels takes, at the model's own size of windows."""
+    """Return the number of windows of an image of (width, height) pixels.
+
+    Args:
+        pipe: an upgraded pipeline.
+        size: width and height of the image.
+    """
     return len(_Work(pipe, _window(pipe, None), OVERLAP, 0, False).grid(size))
 
 
@@ -127,7 +125,7 @@ def _counted(on_step: Callable[[int, int], None], before: int, own: int, total: 
 
 
 class _Work:
-    """What a call of `upscale` does with a group of images.
+    """Enlarging of groups of images, one pass for each call of `enlarge`.
 
     Args:
         side: of a window, in latent positions.
@@ -159,7 +157,7 @@ class _Work:
         return [self._decode(z_hr, source) for z_hr, source in zip(latents, inputs, strict=True)]
 
     def _encode(self, pixels: Tensor, grid: WindowGrid) -> Tensor:
-        """(1,3,H,W) -> z (1,C,h,w) of the image, mirrored at its right and lower edge to fill the grid."""
+        """Encode (1,3,H,W) into z (1,C,h,w), mirrored at right and below to fill the grid."""
         height, width = grid.height * self.factor - pixels.shape[-2], grid.width * self.factor - pixels.shape[-1]
         edge = ((0, 0), (0, 0), (0, height), (0, width))
         padded = torch.from_numpy(np.pad(pixels.numpy(), edge, mode="symmetric"))
@@ -168,13 +166,13 @@ class _Work:
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, source: Tensor) -> Image.Image:
-        """z_hr (1,C+D,h,w) -> the image, s times the size of its source (1,3,H,W)."""
+        """Decode z_hr (1,C+D,h,w) into an image s times the size of its source (1,3,H,W)."""
         scale = self.vae.layout.scale
         height, width = source.shape[-2] * scale, source.shape[-1] * scale
         with self._tiled((latents.shape[-2] * self.factor, latents.shape[-1] * self.factor), scale):
             decoded = in_range(self.vae, partial(decode_latents, self.vae), latents)  # (1,3,H,W)
         pixels = decoded[..., :height, :width].float().cpu()
-        if not all(finite_rows(pixels)):
+        if not all(finite_images(pixels)):
             raise ModelError(f"enlarged image: NaN or infinite values; {remedy(self.vae.dtype)}")
         if self.project:
             pixels = back_projected(pixels, source, scale)
@@ -182,7 +180,7 @@ class _Work:
 
     @contextmanager
     def _tiled(self, size: Sequence[int], scale: int) -> Iterator[None]:
-        """Let the autoencoder work in strips or tiles where an image of this size is large; then as before."""
+        """Let the autoencoder work in strips or tiles inside the block for a large image."""
         vae, before = self.vae, (self.vae.use_tiling, self.vae.tiling)
         side = max(TILE, vae.tiling.tile)
         if size[0] * size[1] * scale**2 > side**2 and not vae.use_tiling:
@@ -217,6 +215,10 @@ def check_enlarging(
     pipe: Any, *, strength: float, steps: int, times: int, batch_size: int, overlap: float = OVERLAP
 ) -> None:
     """Refuse arguments that `upscale` cannot follow.
+
+    Args:
+        pipe: the pipeline.
+        strength, steps, times, batch_size, overlap: arguments of `upscale`.
 
     Raises:
         ModelError: in one line, what was found and what to do.
@@ -259,12 +261,7 @@ def _prompts(pipe: Any, prompts: str | Sequence[str] | None, count: int) -> list
     texts = [prompts or ""] * count if prompts is None or isinstance(prompts, str) else list(prompts)
     if len(texts) != count:
         raise ModelError(f"prompts: found {len(texts)} for {count} images; give one for all, or one an image")
-    if goes_by_class(pipe):
-        for text in texts:
-            try:
-                class_number(pipe, text)
-            except ValueError as error:
-                raise ModelError(str(error)) from error
+    check_class_prompts(pipe, texts)
     return texts
 
 
@@ -280,7 +277,7 @@ def _window(pipe: Any, pixels: int | None) -> int:
 
 
 def _groups(windows: list[int], batch_size: int) -> list[list[int]]:
-    """Return numbers of images in groups of at most `batch_size` windows; an image with more is a group of its own."""
+    """Return groups of images with at most `batch_size` windows, or of one larger image."""
     groups: list[list[int]] = []
     held = batch_size
     for number, count in enumerate(windows):

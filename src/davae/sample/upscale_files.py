@@ -1,4 +1,4 @@
-"""What `davae upscale` does: image files in, enlarged image files and a contact sheet out."""
+"""Image files in, enlarged image files and a contact sheet out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageCms
 
+from davae.data.captions.texts import caption_of_file
 from davae.data.decoding import (
     MAX_PIXELS,
     ORIENTATION,
@@ -20,10 +21,12 @@ from davae.data.decoding import (
     orientation,
     upright_rgb,
 )
+from davae.data.findings import Findings
 from davae.data.formats import is_image_name, open_image
 from davae.data.images import grid
 from davae.errors import DataError, RunError, UnreadableImage
 from davae.files.outputs import check_image, save_image
+from davae.sample.open import SamplingOptions
 from davae.sample.upscale import check_enlarging, check_size, upscale
 
 SHEET = "before-after.png"
@@ -47,7 +50,7 @@ class ImageJob:
     Attributes:
         source: the file.
         target: the file to write.
-        prompt: what it shows; "" where nothing is known.
+        prompt: description of the image; "" where none is known.
         size: width and height in pixels, upright.
     """
 
@@ -58,8 +61,8 @@ class ImageJob:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A decoded image, and what its file says beyond the pixels.
+class DecodedImage:
+    """A decoded image, with the profile and the orientation of its file.
 
     Attributes:
         image: upright, RGB.
@@ -73,7 +76,7 @@ class Source:
 
 
 def find_images(places: Sequence[Path], out: Path, prompt: str | None = None) -> list[ImageJob]:
-    """Return the images of files and folders with their prompts and the files to write; only headers are read.
+    """Return a job for each image of files and folders, after reading their headers alone.
 
     Args:
         places: image files, or folders whose images are taken.
@@ -81,7 +84,7 @@ def find_images(places: Sequence[Path], out: Path, prompt: str | None = None) ->
         prompt: one for all; None reads the `.txt` next to each image, where there is one.
 
     Raises:
-        DataError: no image, one that cannot be read, two of one name, or a prompt that is not text.
+        DataError: no image, one that cannot be read, two of one name, or a prompt that is damaged or too long.
         RunError: a file of that name is there, and davae did not write it or this command reads it.
     """
     files: list[Path] = []
@@ -117,27 +120,24 @@ def _prompt(file: Path) -> str:
         content = stream.read(LONGEST_PROMPT + 1)
     if len(content) > LONGEST_PROMPT:
         raise DataError(f"{text}: more than {LONGEST_PROMPT} bytes; a prompt is a line of text")
-    try:
-        return " ".join(content.decode("utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{text}: not UTF-8 text; save it as UTF-8") from error
+    return " ".join(caption_of_file(content, str(text), Findings("files")).split())
 
 
-def read_source(path: Path) -> Source:
-    """Decode an image upright, its numbers as they are where its profile is one of RGB, else converted to sRGB.
+def read_source(path: Path) -> DecodedImage:
+    """Decode an image upright, converted to sRGB unless its profile is one of RGB.
 
     Raises:
         DataError: it cannot be read, in one line with its path.
     """
     try:
-        with naming_damage() as told, open_image(checked_stream(path)) as image:
+        with naming_damage() as damage, open_image(checked_stream(path)) as image:
             check_header(image, MAX_PIXELS)
             image.load()
-            turn, profile = orientation(image, told), image.info.get("icc_profile")
+            turn, profile = orientation(image, damage), image.info.get("icc_profile")
             if image.mode != "RGB" or "transparency" in image.info or not _is_rgb(profile):
-                return Source(upright_rgb(image, "white"), None, turn)
+                return DecodedImage(upright_rgb(image, "white"), None, turn)
             upright = image.transpose(UPRIGHT[turn][0]) if turn in UPRIGHT else image.copy()
-            return Source(upright, profile, turn)
+            return DecodedImage(upright, profile, turn)
     except UnreadableImage as error:
         raise DataError(f"{path}: {error}") from error
 
@@ -152,8 +152,13 @@ def _is_rgb(profile: bytes | None) -> bool:
         return False
 
 
-def save_result(image: Image.Image, source: Source, target: Path) -> None:
-    """Write an upright result as its source was stored: turned, with its orientation and profile.
+def save_result(image: Image.Image, source: DecodedImage, target: Path) -> None:
+    """Write an upright result as its source was stored, with its orientation and profile.
+
+    Args:
+        image: the result.
+        source: the input.
+        target: the file to write.
 
     Raises:
         RunError: another file is there, or it cannot be written.
@@ -169,23 +174,27 @@ def save_result(image: Image.Image, source: Source, target: Path) -> None:
     save_image(image, target, **options)
 
 
-def enlarge_files(
+def upscale_files(
     pipeline: Any,
     jobs: Sequence[ImageJob],
     out: Path,
+    options: SamplingOptions,
     *,
-    times: int,
-    batch_size: int,
+    strength: float = 0.0,
+    times: int = 1,
+    window: int | None = None,
+    faithful: bool = True,
     on_step: Callable[[int, int], None] = lambda done, total: None,
-    **options: Any,
 ) -> Path:
-    """Enlarge image files; each result is written as soon as its group is done.
+    """Enlarge image files, and write each result as soon as its group is done.
 
     Args:
-        pipeline: an upgraded one.
+        pipeline: an upgraded pipeline.
+        jobs: the files.
         out: folder of the results.
+        options: steps, guidance, seed and batch size.
+        strength, times, window, faithful: as `davae.upscale` takes them.
         on_step: called with the steps that are done and their number, over all images.
-        options: of `davae.upscale`.
 
     Returns:
         The contact sheet: each input, enlarged by Lanczos, and its result.
@@ -194,9 +203,8 @@ def enlarge_files(
         ModelError: an image that is too large, a model that cannot enlarge, an argument out of its bounds.
         DataError: an image that cannot be decoded; those before it are written.
     """
-    check_enlarging(
-        pipeline, strength=options["strength"], steps=options["steps"], times=times, batch_size=batch_size
-    )
+    batch_size = options.batch_size
+    check_enlarging(pipeline, strength=strength, steps=options.steps, times=times, batch_size=batch_size)
     for job in jobs:
         check_size(pipeline, job.size, times, str(job.source))
     cells: list[Image.Image] = []
@@ -208,10 +216,15 @@ def enlarge_files(
             pipeline,
             [source.image for source in sources],
             [job.prompt for job in group],
+            strength=strength,
+            steps=options.steps,
+            guidance_scale=options.guidance,
+            seed=options.seed,
             times=times,
             batch_size=batch_size,
+            window=window,
+            faithful=faithful,
             on_step=_share(on_step, start, len(group), len(jobs)),
-            **options,
         )
         for job, source, result in zip(group, sources, results, strict=True):
             save_result(result, source, job.target)
@@ -227,7 +240,7 @@ def _share(on_step: Callable[[int, int], None], first: int, count: int, of: int)
 
 
 def _pair(source: Image.Image, result: Image.Image, cell: int) -> list[Image.Image]:
-    """Return an input and its result as cells of the contact sheet: whole where they fit, else their centre at full size."""
+    """Return an input and its result as cells of the contact sheet, cropped to their centre."""
     width, height = result.size
     left, top = max(0, (width - cell) // 2), max(0, (height - cell) // 2)
     box = (left, top, min(width, left + cell), min(height, top + cell))

@@ -18,16 +18,15 @@ from davae.losses.flow_matching import shift_timestep
 from davae.pretrained.placement import own_device
 from davae.sample.generate import generate
 from davae.sample.ode import euler, euler_ode, time_grid
+from davae.sample.open import SamplingOptions
 
 
 def bench_sample(
     native: Any,
     upgraded: Any,
+    options: SamplingOptions,
     *,
-    resolution: int,
     prompt: str,
-    steps: int,
-    guidance: float,
     repeats: int,
     helpers: list[str],
 ) -> dict[str, Any]:
@@ -44,9 +43,7 @@ def bench_sample(
             with helped(denoiser(pipeline), helper):
                 for turn in range(repeats + 1):
                     started = time.perf_counter()
-                    drawn = generate(
-                        pipeline, [prompt], resolution=resolution, steps=steps, guidance_scale=guidance, seed=0
-                    )[0]
+                    drawn = generate(pipeline, [prompt], options)[0]
                     if turn:
                         seconds.setdefault((helper, name), []).append(time.perf_counter() - started)
                 pictures[helper, name] = to_tensor(drawn)
@@ -63,7 +60,13 @@ def bench_sample(
             if helper != "plain"
             else None,
         }
-    return {"resolution": resolution, "steps": steps, "guidance_scale": guidance, "rows": rows, "machine": machine()}
+    return {
+        "resolution": options.resolution,
+        "steps": options.steps,
+        "guidance_scale": options.guidance,
+        "rows": rows,
+        "machine": machine(),
+    }
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from davae.backbones.families import denoiser
 from davae.evaluate.throughput import image_tokens
 from davae.lab.bench.clock import gpu_rounds, machine, race
 from davae.sample.generate import generate
+from davae.sample.open import SamplingOptions
 
 
 def bench_throughput(
@@ -23,9 +23,11 @@ def bench_throughput(
         `guidance_scale`, `resolution`, `dtype` of the transformer, `peak_device_bytes` (None without an accelerator) and
         the machine.
     """
-    draw: Callable[[], object] = lambda: generate(  # noqa: E731
-        pipeline, [prompt] * batch, resolution=resolution, steps=steps, guidance_scale=guidance, batch_size=batch
-    )
+    options = SamplingOptions(steps, guidance, resolution=resolution, batch_size=batch)
+
+    def draw() -> object:
+        return generate(pipeline, [prompt] * batch, options)
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     seconds = race({"batch": draw}, repeats, warmup=1 + gpu_rounds())["batch"]

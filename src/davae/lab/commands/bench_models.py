@@ -188,7 +188,7 @@ def whole_pipelines(
     from davae.lab.bench.sampling import bench_sample
     from davae.pretrained.open import default_resolution
     from davae.pretrained.placement import Placement
-    from davae.sample.open import open_model
+    from davae.sample.open import SamplingOptions, open_model
 
     check_helpers(helper or [])
     placement = Placement(dtype, offload)
@@ -196,10 +196,8 @@ def whole_pipelines(
     figures = bench_sample(
         native,
         better,
-        resolution=default_resolution(better),
+        SamplingOptions(steps, guidance, resolution=default_resolution(better)),
         prompt=prompt,
-        steps=steps,
-        guidance=guidance,
         repeats=repeats,
         helpers=["plain", *(helper or [])],
     )
@@ -226,10 +224,10 @@ def throughput(
     from davae.lab.bench.throughput import bench_throughput
     from davae.pretrained.open import default_resolution
     from davae.pretrained.placement import Placement
-    from davae.sample.open import check_classes, open_model
+    from davae.sample.open import check_class_prompts, open_model
 
     pipeline, _ = open_model(model, Placement(dtype, compile=compile))
-    check_classes(pipeline, [prompt])
+    check_class_prompts(pipeline, [prompt])
     size = resolution or default_resolution(pipeline)
     figures = bench_throughput(
         pipeline, prompt, resolution=size, batch=batch, steps=steps, guidance=guidance, repeats=repeats

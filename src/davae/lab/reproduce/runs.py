@@ -23,6 +23,7 @@ from davae.recipes import BaseRecipe, Recipe
 from davae.recipes.sections import Data, Stage2
 from davae.runs.train_base import base_run
 from davae.runs.upgrade import Upgrade
+from davae.sample.open import SamplingOptions
 from davae.train.loop import Observer, Progress
 from davae.train.run_folder import read_metrics, was_done
 
@@ -231,18 +232,16 @@ def measured_generation(
     return evaluate_generation(
         pipeline,
         Data(source=chosen["data"], enlarge=enlarge),
+        SamplingOptions(
+            chosen["steps"], chosen["guidance"], seed, resolution, batch_size=chosen.get("batch_size", 32)
+        ),
         num=chosen["num"],
-        resolution=resolution,
         compare_at=compare_at,
-        steps=chosen["steps"],
-        guidance=chosen["guidance"],
-        seed=seed,
         held_in=0.0,
         features=chosen["features"],
         feature_weights=None,
         on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         upscale=upscale,
-        batch_size=chosen.get("batch_size", 32),
     )
 
 

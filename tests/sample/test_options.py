@@ -1,0 +1,39 @@
+"""`SamplingOptions`: what folders of images and figures record, and what verbs make of typed options."""
+
+from __future__ import annotations
+
+import pytest
+
+from davae.commands.options import sampling_options
+from davae.pretrained.placement import Placement
+from davae.sample.open import SamplingOptions
+
+
+def test_settings_are_those_that_folders_of_earlier_versions_hold():
+    options = SamplingOptions(steps=7, guidance=1.5, seed=3, batch_size=2)
+    assert options.settings == {"steps": 7, "guidance": 1.5, "seed": 3}, "not the batch size, which changes no image"
+    assert list(SamplingOptions(resolution=32).settings) == ["steps", "guidance", "seed", "resolution"]
+    half = SamplingOptions(placement=Placement("float16", "model", "blocks"), resolution=32).settings
+    assert list(half.items())[3:] == [("dtype", "float16"), ("resolution", 32)]
+    assert options.figures == {"steps": 7, "guidance_scale": 1.5, "seed": 3}
+
+
+def test_a_side_is_one_number():
+    assert (SamplingOptions().side, SamplingOptions(resolution=64).side) == (None, 64)
+    with pytest.raises(AssertionError):
+        _ = SamplingOptions(resolution=(32, 64)).side
+
+
+def test_a_verb_gives_the_options_that_it_has():
+    typed = {
+        "steps": 4,
+        "guidance": 3.0,
+        "seed": 1,
+        "batch_size": 2,
+        "num": 5,
+        "dtype": "bfloat16",
+        "offload": "model",
+    }
+    expected = SamplingOptions(4, 3.0, 1, None, 2, Placement("bfloat16", "model", "off"))
+    assert sampling_options(typed) == expected
+    assert sampling_options({"seed": 9}) == SamplingOptions(seed=9)
