@@ -147,7 +147,7 @@ class Canvas:
         return self.grid.gather(self.state)
 
     def clean_base(self, pipeline: Any) -> Tensor:
-        """Return an estimate of the clean base latent (1,C,H,W): z while it is known, then what the last step moved to."""
+        """Return an estimate of the clean base latent (1,C,H,W), z itself while it is known."""
         if self._before is None or self.state is None or step_count(pipeline) - self.calls >= self.free:
             return self.z
         before, after = (self.layout.split(state)[0] for state in (self._before, self.state))
