@@ -18,7 +18,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "families")]
 
 from family_models import CASES  # noqa: E402
 from family_pipelines import BUILDERS  # noqa: E402
@@ -47,7 +47,7 @@ Outcomes = dict[str, dict[str, str]]
 
 
 def run(names: list[str]) -> Outcomes:
-    """Runs the conformance tests of these classes and says what came out of each."""
+    """Run the conformance tests of these classes and return the outcome of each."""
     own = sorted({path for name in names for path in OWN_FILES.get(name, {}).values()})
     shared = [
         f"{path}::test_{test}[{name}]"
@@ -82,17 +82,20 @@ def outcome(case: ElementTree.Element) -> str:
 
 
 def page(outcomes: Outcomes) -> str:
-    """The whole file."""
+    """Return the whole file."""
     labels = [*EXPANDING, *UPGRADING]
     trained = sum(row.trains for row in supported())
     lines = [
         "# Model families",
         "",
-        f"{len(FAMILIES)} transformer classes, {trained} of them trained by `davae upgrade`; the others are widened by "
-        "`expand_transformer` and refused by name. Made by `docs/make_family_table.py` from `backbones/families` and the "
-        "outcome of the conformance tests on tiny models of the real classes.",
+        f"davae knows {len(FAMILIES)} transformer classes. `davae upgrade` trains {trained} of them. `expand_transformer` "
+        "widens the others,",
+        "and `davae upgrade` refuses them by name.",
         "",
-        f"| transformer | stock pipeline | asked for by | {' | '.join(labels)} | presets |",
+        "`docs/make_family_table.py` makes this page from `backbones/families` and the outcome of the conformance tests on",
+        "tiny models of the real classes.",
+        "",
+        f"| transformer | stock pipeline | drawn from | {' | '.join(labels)} | presets |",
         f"|---|---|---|{'---|' * len(labels)}---|",
     ]
     for name, row in sorted(FAMILIES.items(), key=lambda item: (not item[1].trains, item[0])):

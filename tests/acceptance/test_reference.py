@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,24 @@ from davae.recipes import load_recipe, shipped_recipes
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.fixture(scope="module")
-def maker() -> Any:
-    spec = importlib.util.spec_from_file_location("make_reference", DOCS / "make_reference.py")
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def maker() -> Any:
+    return script("make_reference")
+
+
+def test_the_table_of_families_is_that_of_the_code_and_its_outcomes():
+    table = script("make_family_table")
+    outcomes = json.loads(table.OUTCOMES.read_text(encoding="utf-8"))
+    assert table.TARGET.read_text(encoding="utf-8") == table.page(outcomes), "run: python docs/make_family_table.py"
 
 
 @pytest.mark.parametrize("name", ["recipes.md", "commands.md"])
