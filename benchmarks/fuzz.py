@@ -190,7 +190,8 @@ def configs() -> dict[str, bytes]:
 def read_configs(folder: Path) -> None:
     from davae.cost.flops import meta_detail_vae, meta_transformer
     from davae.pretrained.distilled import distilled
-    from davae.pretrained.open import load_scheduler, read_shapes
+    from davae.pretrained.shapes import (read_shapes)
+    from davae.pretrained.open import load_scheduler
 
     for path in list(folder.iterdir()):
         if "%" in path.name:

@@ -35,7 +35,7 @@ from davae.latent import LatentStatistics
 from davae.losses.flow_matching import FlowMatching
 from davae.plan.phase_sizes import ImageFacts, PhaseSizes, TextFacts
 from davae.plan.phases import drawing_bytes, encoding_bytes
-from davae.pretrained.open import BaseShapes, read_shapes
+from davae.pretrained.shapes import BaseShapes, read_shapes
 from davae.recipes import load_recipe
 from davae.recipes.sections import Stage1, Stage2
 from davae.tasks.stage1 import Stage1Task

@@ -10,7 +10,8 @@ from family_pipelines import BUILDERS, VARIANTS
 
 from davae.backbones.expand import expand_transformer
 from davae.backbones.families import denoiser
-from davae.pretrained.open import load_pipeline, read_shapes
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.shapes import read_shapes
 from davae.publish.assemble import assemble
 from davae.vae.detail_vae import DetailVAE
 

@@ -20,7 +20,7 @@ from davae.cost.memory import (
 )
 from davae.cost.repeated_blocks import FEW, Repeats, signature
 from davae.latent import LatentLayout
-from davae.pretrained.open import read_shapes
+from davae.pretrained.shapes import read_shapes
 from davae.recipes.sections import Lora, Stage1, Stage2
 from davae.zoo import resolve
 

@@ -32,10 +32,10 @@ from davae.data.latent_cache.write import (
 )
 from davae.data.sources import open_source
 from davae.errors import DataError
-from davae.pretrained.open import read_shapes
 from davae.recipes import Recipe, validate
 from davae.runs.checks import check_buckets, check_recipe
 from davae.runs.upgrade import Upgrade
+from davae.tasks.base_model import BaseModel
 
 KEY = {"autoencoder": "a", "data": "d"}
 
@@ -220,10 +220,10 @@ def test_buckets_of_each_stages_own_images_are_checked(
         values[section]["data"] = {**values["data"], "buckets": {"max_ratio": 16}}
     recipe = validate(values, "tiny")
     assert isinstance(recipe, Recipe)
-    shapes = read_shapes(str(tiny_base))
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
-        check_recipe(recipe, shapes)
-    square = replace(shapes, transformer_class="LightningDiT")
+        check_recipe(recipe, BaseModel(str(tiny_base)))
+    square = BaseModel(str(tiny_base))
+    square.shapes = replace(square.shapes, transformer_class="LightningDiT")
     with pytest.raises(ValueError, match=r"buckets: this model takes square images only"):
         check_buckets(recipe, square)
 

@@ -18,6 +18,7 @@ from test_training import run_cli
 import davae.evaluate.generation
 from davae import LatentLayout
 from davae.analyze.curves import loss_curves, smooth
+from davae.backbones.families import family_by_class
 from davae.data.images import to_images, to_tensor
 from davae.errors import DataError, ModelError
 from davae.evaluate.distribution import (
@@ -332,8 +333,7 @@ FLUX1_DEV = {
 )
 def test_flops_of_known_models_give_the_known_bounds(config: dict, resolution: int, low: float, high: float):
     """SD3.5-M at 1K: 4,096 native tokens against 1,024, a bound of about 4.6 at 333 text tokens; 7.9 at 2K; FLUX.1 3.5."""
-    from davae.backbones.families import family_by_class
-    from davae.pretrained.open import BaseShapes, patch_size
+    from davae.pretrained.shapes import BaseShapes, patch_size
 
     name = config["_class_name"]
     family = family_by_class(name)

@@ -20,12 +20,14 @@ from davae.backbones.expand import expand_transformer
 from davae.backbones.families import denoiser, family_of
 from davae.backbones.pipelines.ddpm import ScaledBins
 from davae.errors import ModelError, RecipeError
-from davae.pretrained.open import default_resolution, load_pipeline, pixel_factor, read_shapes
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.shapes import default_resolution, pixel_factor, read_shapes
 from davae.publish.assemble import assemble
 from davae.recipes import validate
 from davae.runs.checks import check_recipe
 from davae.sample.generate import base_noise, generate
 from davae.sample.open import SamplingOptions, check_class_prompts
+from davae.tasks.base_model import BaseModel
 from davae.vae.detail_vae import DetailVAE
 
 FAMILIES = {**diffusion.BUILDERS, **diffusion.VARIANTS}
@@ -219,4 +221,4 @@ def test_a_class_conditional_model_is_upgraded_at_its_own_size(bases: dict[str, 
     base = bases["DiTTransformer2DModel"]
     recipe = validate(tiny_upgrade_recipe(base, tmp_path, base__resolution=16), "x")
     with pytest.raises(RecipeError, match=r"base.resolution: .* draws 8 pixels and no other size; use 8"):
-        check_recipe(recipe, read_shapes(str(base)))  # type: ignore[arg-type]
+        check_recipe(recipe, BaseModel(str(base)))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from davae.backbones.expand import latent_channels, new_weight_masks
 from davae.backbones.families import FAMILIES, family_by_class
 from davae.backbones.trainable import choose_trainable
 from davae.errors import ModelError
-from davae.pretrained.open import read_shapes
+from davae.pretrained.shapes import read_shapes
 from davae.publish.assemble import apply_upgrade, fuse, save_upgrade
 from davae.recipes.sections import Lora
 

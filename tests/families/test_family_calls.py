@@ -18,15 +18,9 @@ from davae import DetailVAE, expand_transformer
 from davae.backbones.expand import latent_channels
 from davae.backbones.families import denoiser, family_of
 from davae.plan.figures import token_plan
-from davae.pretrained.open import (
-    default_resolution,
-    guidance_arguments,
-    literal_prompts,
-    load_pipeline,
-    pixel_factor,
-    read_shapes,
-    text_arguments,
-)
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.prompting import guidance_arguments, literal_prompts, text_arguments
+from davae.pretrained.shapes import default_resolution, pixel_factor, read_shapes
 from davae.publish.assemble import assemble
 from davae.sample.call import takes_noise
 from davae.sample.generate import generate

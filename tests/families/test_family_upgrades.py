@@ -15,12 +15,14 @@ import davae
 from davae.backbones.classes_by_name import model_class
 from davae.backbones.families import supported
 from davae.errors import RecipeError
-from davae.pretrained.open import default_resolution, load_pipeline, read_shapes
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.shapes import default_resolution, read_shapes
 from davae.recipes import validate
 from davae.runs.checks import check_recipe
 from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions
+from davae.tasks.base_model import BaseModel
 
 
 def test_every_family_that_trains_has_a_builder():
@@ -83,4 +85,4 @@ def test_sizes_that_a_model_s_groups_do_not_divide_are_told_at_once(picture_fold
     BUILDERS["QwenImage21Transformer2DModel"](tmp_path)  # 16 pixels a position, four positions a slot
     recipe = validate(tiny_upgrade_recipe(tmp_path, picture_folder, base__resolution=48), "odd")
     with pytest.raises(RecipeError, match=r"base.resolution: 48 is not divisible by 32 .*; use 32 or 64"):
-        check_recipe(recipe, read_shapes(str(tmp_path)))  # type: ignore[arg-type]
+        check_recipe(recipe, BaseModel(str(tmp_path)))  # type: ignore[arg-type]

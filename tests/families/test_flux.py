@@ -13,7 +13,8 @@ from family_pipelines import BUILDERS
 import davae
 from davae.backbones.families.flux import FluxCall
 from davae.evaluate.generation import evaluate_generation
-from davae.pretrained.open import load_pipeline, read_shapes
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.shapes import read_shapes
 from davae.recipes import validate
 from davae.runs.upgrade import Upgrade
 from davae.sample.generate import base_noise, generate

@@ -21,7 +21,8 @@ from davae.backbones.families.cogview import CogView4Call
 from davae.backbones.families.others import HiDreamCall
 from davae.cost.flops import transformer_flops
 from davae.errors import RecipeError
-from davae.pretrained.open import load_pipeline, pixel_factor
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.shapes import pixel_factor
 from davae.publish.assemble import assemble
 from davae.recipes import validate
 from davae.runs.upgrade import Upgrade

@@ -10,7 +10,7 @@ import torch
 from davae.errors import ModelError
 from davae.lab.bench import whole
 from davae.lab.bench.clock import Spread
-from davae.pretrained.open import read_shapes
+from davae.pretrained.shapes import read_shapes
 from davae.pretrained.text_encoders import TextEncoder, text_encoders
 from davae.zoo import resolve
 

@@ -26,11 +26,13 @@ from davae.plan.dry_run import plan
 from davae.plan.figures import check_resolution, token_plan
 from davae.plan.inspect import inspect_model
 from davae.pretrained.offline import readable
-from davae.pretrained.open import BaseShapes, load_pipeline, patch_size, read_shapes
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.shapes import BaseShapes, patch_size, read_shapes
 from davae.pretrained.text_encoders import text_encoders
 from davae.recipes import Recipe, load_recipe, shipped_recipes
 from davae.recipes.sections import Lora, Stage2
 from davae.runs.checks import check_recipe
+from davae.tasks.base_model import BaseModel
 from davae.vae.base import AUTOENCODERS
 from davae.zoo.presets import find_preset, presets
 
@@ -391,7 +393,7 @@ def test_recipes_fit_the_real_config(name: str):
             plan(recipe)
         return
     shapes = read_shapes(model)
-    layout = check_recipe(recipe, shapes)
+    layout = check_recipe(recipe, BaseModel.of(recipe, configs=model))
     assert layout.channels == shapes.channels + recipe.detail_channels
     for stage, pictures in ((recipe.stage1, 16), (recipe.stage2, 128)):  # Tab. S1
         assert stage.batch_size * stage.accumulation == pictures  # batch_size is that of all processes together

@@ -15,7 +15,7 @@ from davae.cli import app
 from davae.latent import LatentLayout
 from davae.plan import phases
 from davae.plan.inspect import Inspection, inspected_phases, step_of
-from davae.pretrained.open import read_shapes
+from davae.pretrained.shapes import read_shapes
 from davae.zoo import resolve
 
 GIB = 2**30

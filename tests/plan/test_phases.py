@@ -23,7 +23,7 @@ from davae.plan.phase_remedies import check_phase, disk_notes, text_notes
 from davae.plan.phase_sizes import RESERVED, ImageFacts, Phase, PhaseSizes, TextFacts, count_images
 from davae.plan.phases import DrawingBytes, cache_phase, export_phase, report_phase, stage1_phase, stage2_phase
 from davae.pretrained.memory_budget import Halving, is_out_of_memory, largest_batch
-from davae.pretrained.open import read_shapes
+from davae.pretrained.shapes import read_shapes
 from davae.recipes import Recipe, load_recipe
 from davae.recipes.hardware import GIB
 from davae.recipes.loading import differences

@@ -13,10 +13,10 @@ from conftest import tiny_upgrade_recipe
 
 from davae.errors import RecipeError
 from davae.pretrained.distilled import distilled, find_distilled
-from davae.pretrained.open import read_shapes
 from davae.recipes import load_recipe, shipped_recipes, validate
 from davae.recipes.upgrade import Recipe
 from davae.runs.checks import check_distilled, check_recipe
+from davae.tasks.base_model import BaseModel
 from davae.zoo.presets import presets
 
 FLUX, SD3, UNET = "FluxTransformer2DModel", "SD3Transformer2DModel", "UNet2DConditionModel"
@@ -133,7 +133,7 @@ def test_presets_and_shipped_recipes() -> None:
     for name in shipped_recipes():
         recipe = load_recipe(name)
         if isinstance(recipe, Recipe) and recipe.base.model in presets():
-            check_distilled(recipe)
+            check_distilled(recipe, BaseModel.of(recipe))
 
 
 def test_a_recipe_of_a_distilled_model_is_refused(tiny_base: Path, tmp_path: Path, caplog: Any) -> None:
@@ -143,12 +143,12 @@ def test_a_recipe_of_a_distilled_model_is_refused(tiny_base: Path, tmp_path: Pat
     with pytest.raises(
         RecipeError, match=r"base.model: .*sd3-turbo is Turbo .*instead: SD3\.5 Medium.*base\.distilled"
     ):
-        check_recipe(recipe, read_shapes(str(model)))  # type: ignore[arg-type]
+        check_recipe(recipe, BaseModel(str(model)))  # type: ignore[arg-type]
     values["base"]["distilled"] = "train"
-    check_recipe(validate(values, "x"), read_shapes(str(model)))  # type: ignore[arg-type]
+    check_recipe(validate(values, "x"), BaseModel(str(model)))  # type: ignore[arg-type]
     assert "sd3-turbo is Turbo" in caplog.text
     plain = shutil.copytree(tiny_base, tmp_path / "plain")
-    check_recipe(validate(tiny_upgrade_recipe(plain, tmp_path), "x"), read_shapes(str(plain)))  # type: ignore[arg-type]
+    check_recipe(validate(tiny_upgrade_recipe(plain, tmp_path), "x"), BaseModel(str(plain)))  # type: ignore[arg-type]
     (plain / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "FlowMatchLCMScheduler"}))
     with pytest.raises(RecipeError, match="FlowMatchLCMScheduler"):
-        check_recipe(validate(tiny_upgrade_recipe(plain, tmp_path), "x"), read_shapes(str(plain)))  # type: ignore[arg-type]
+        check_recipe(validate(tiny_upgrade_recipe(plain, tmp_path), "x"), BaseModel(str(plain)))  # type: ignore[arg-type]

@@ -15,13 +15,14 @@ from davae.errors import ModelError, RecipeError
 from davae.files.reading import parse_json, read_json, read_object
 from davae.plan.dry_run import plan
 from davae.pretrained.autoencoders import load_autoencoder
-from davae.pretrained.open import load_part, load_pipeline, load_scheduler, read_config, read_shapes
+from davae.pretrained.open import load_part, load_pipeline, load_scheduler, read_config
+from davae.pretrained.shapes import read_shapes
 from davae.pretrained.stored import Bound, bounded, check_config, check_whole, loading, planned, weight_files
 from davae.publish.assemble import UPGRADE_FILE, check_fit, load_trained, read_details, read_metadata
 from davae.publish.upgrade_file import find_upgrade
 from davae.recipes import load_recipe
 from davae.runs.checks import check_init
-from davae.tasks.base_model import base_shapes
+from davae.tasks.base_model import BaseModel
 from davae.zoo import resolve, resolve_upgrade
 
 
@@ -243,7 +244,7 @@ def test_metadata_of_strange_upgrade_files(upgrade: Path, metadata: dict[str, st
 
 def test_tensors_of_strange_upgrade_files(upgrade: Path) -> None:
     recipe = load_recipe("micro", [f"init={upgrade}"])
-    check_init(recipe, base_shapes(recipe))  # type: ignore[arg-type]
+    check_init(recipe, BaseModel.of(recipe).shapes)  # type: ignore[arg-type]
     transformer = load_part(resolve("micro"), "transformer", "SD3Transformer2DModel")
     first = next(iter(load_file(upgrade / UPGRADE_FILE)))
     for change, metadata, message in (

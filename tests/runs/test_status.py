@@ -17,7 +17,7 @@ from davae.errors import ModelError, RunError
 from davae.plan.expected import Expected, checkpoint_bytes, expect, is_short
 from davae.recipes import Recipe, dump_recipe, load_recipe
 from davae.runs.status import BARS, read_status, sparkline
-from davae.tasks.base_model import base_shapes
+from davae.tasks.base_model import BaseModel
 from davae.train.run_folder import goal, marker
 from davae.train.times import read_times, timed
 
@@ -157,7 +157,7 @@ def test_estimates_follow_steps_and_speed():
     recipe = micro()
     assert is_short(micro("stage2.max_steps=20"))
     assert not is_short(recipe)
-    shapes = base_shapes(recipe)
+    shapes = BaseModel.of(recipe).shapes
     slow, fast = expect(recipe, shapes, 1e9), expect(micro("stage1.max_steps=30"), shapes, 2e9)
     assert slow.seconds["stage1"] == pytest.approx(fast.seconds["stage1"] * 2 / 3)
     assert slow.seconds["stage2"] == pytest.approx(fast.seconds["stage2"] * 2)

@@ -305,7 +305,7 @@ def test_full_fine_tuning_leaves_the_pretrained_model_alone(recipe_values: dict,
     run = Upgrade(recipe, tmp_path / "full", quiet)  # type: ignore[arg-type]
     run.run()
     fresh = load_pipeline(str(tiny_base)).transformer.state_dict()
-    assert all(torch.equal(fresh[name], value) for name, value in run.base.transformer.state_dict().items())
+    assert all(torch.equal(fresh[name], value) for name, value in run.base_pipeline.transformer.state_dict().items())
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import davae
 from davae.backbones.families import family_of
 from davae.data.images import to_tensor
 from davae.errors import ModelError
-from davae.pretrained.open import pixel_factor, token_side
+from davae.pretrained.shapes import pixel_factor, token_side
 from davae.sample.canvas import WindowGrid
 from davae.sample.draw_detail import draw_detail
 from davae.sample.lockstep import Left, together

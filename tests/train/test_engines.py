@@ -23,7 +23,10 @@ from warm import run, run_two
 
 import davae.recipes
 from davae.errors import Interrupted, RunError
-from davae.pretrained.open import embed_captions, load_pipeline, load_text_encoders, read_shapes, reads_silent_t5
+from davae.pretrained.open import load_pipeline
+from davae.pretrained.prompting import embed_captions
+from davae.pretrained.shapes import read_shapes
+from davae.pretrained.text_encoders import load_text_encoders, reads_silent_t5
 from davae.recipes import validate
 from davae.recipes.sections import Optim, Run, Stage1
 from davae.runs.report import upgrade

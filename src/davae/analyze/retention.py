@@ -17,7 +17,8 @@ from davae.data.images import to_tensor
 from davae.dataset.look import as_data, numbered_batches, prompts_of, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.reconstruction import perceptual_distances
-from davae.pretrained.open import default_resolution, embed_captions, pixel_factor
+from davae.pretrained.prompting import embed_captions
+from davae.pretrained.shapes import default_resolution, pixel_factor
 from davae.recipes.sections import Data
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions, open_model

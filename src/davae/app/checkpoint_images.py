@@ -23,7 +23,7 @@ from davae.publish.assemble import assemble, fuse
 from davae.recipes import Recipe, load_recipe
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions
-from davae.tasks.base_model import base_shapes, bucket_step
+from davae.tasks.base_model import BaseModel
 from davae.train.run_folder import load_checkpoint
 from davae.vae.detail_vae import DetailVAE
 from davae.zoo import resolve
@@ -77,7 +77,7 @@ def _restore(module: torch.nn.Module, state: dict[str, Any], player: str) -> Non
 def _reconstructions(folder: Path, recipe: Recipe, state: dict[str, Any]) -> CheckpointImages:
     vae = DetailVAE.from_base(_base(folder, recipe).vae, recipe.detail_channels, recipe.scale, recipe.downsample)
     _restore(vae, state, "vae")
-    opened = open_pictures(recipe.stage1_data, recipe.resolution, bucket_step(recipe, base_shapes(recipe)))
+    opened = open_pictures(recipe.stage1_data, recipe.resolution, BaseModel.of(recipe).bucket_step(recipe.scale))
     dataset = opened.squares(opened.shown(MOST))
     images = torch.stack([dataset[(i, -1)]["image"] for i in range(len(dataset))])  # (B,3,R,R)
     with torch.no_grad():

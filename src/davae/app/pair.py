@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from davae.errors import ModelError
-from davae.pretrained.open import default_resolution, load_pipeline
+from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import own_device
+from davae.pretrained.shapes import default_resolution
 from davae.publish.assemble import load_upgraded
 from davae.recipes import Recipe, load_recipe
 from davae.sample.open import open_model

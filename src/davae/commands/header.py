@@ -16,7 +16,7 @@ from davae.pretrained.placement import own_device
 from davae.recipes import Recipe
 from davae.recipes.hardware import GIB
 from davae.runs.status import PhaseStatus, read_status
-from davae.tasks.base_model import base_shapes
+from davae.tasks.base_model import BaseModel
 from davae.train.distributed import launched
 from davae.train.run_folder import is_done
 
@@ -46,7 +46,9 @@ def show_start(recipe: Recipe, folder: Path, verb: str) -> dict[str, float]:
     expected = None
     if not is_short(recipe):
         precision = run_precision(recipe.run)
-        expected = expect(recipe, base_shapes(recipe), measured_speed(start_device(), precision, launched()[1]))
+        expected = expect(
+            recipe, BaseModel.of(recipe).shapes, measured_speed(start_device(), precision, launched()[1])
+        )
     show_lines(
         f"davae {verb} {recipe.name}", start_lines(recipe, folder, verb, expected, device_name(), free_space(folder))
     )

@@ -15,7 +15,7 @@ from davae.backbones.classes_by_name import model_class
 from davae.backbones.expand import latent_channels
 from davae.backbones.families import family_of
 from davae.backbones.lightning_dit import LightningDiT
-from davae.pretrained.open import BaseShapes
+from davae.pretrained.shapes import BaseShapes
 from davae.pretrained.stored import planned
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.frames import decode_latents, encode_mode

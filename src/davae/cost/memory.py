@@ -28,7 +28,7 @@ from davae.cost.repeated_blocks import Repeats
 from davae.latent import LatentLayout
 from davae.losses.perceptual import perceptual_distance
 from davae.losses.velocity import velocity_loss
-from davae.pretrained.open import BaseShapes
+from davae.pretrained.shapes import BaseShapes
 from davae.recipes.sections import Stage1, Stage2
 from davae.tasks.stage1 import Stage1Task
 from davae.train.random import SampleRandom

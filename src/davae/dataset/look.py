@@ -15,7 +15,6 @@ from accelerate import PartialState
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from davae.backbones.families import family_by_class
 from davae.data.images import ImageDataset, grid, spread_indices, to_images
 from davae.data.shards.names import expand_braces
 from davae.data.shards.remote import glob_url, is_remote
@@ -32,11 +31,10 @@ from davae.dataset.opened import (
 from davae.errors import DataError, RunError, UnreadableImage
 from davae.files.atomic import atomic_file, make_folder
 from davae.pretrained.offline import readable
-from davae.pretrained.open import read_shapes
 from davae.recipes import AnyRecipe, BaseRecipe, Recipe
 from davae.recipes.base import TextArchitecture
 from davae.recipes.sections import Data
-from davae.tasks.base_model import base_shapes, bucket_step, planned_shapes
+from davae.tasks.base_model import BaseModel, planned_shapes
 from davae.zoo import resolve
 
 logger = logging.getLogger(__name__)
@@ -199,7 +197,7 @@ def check_show(show: int | None, out: Path | None) -> None:
 def recipe_step(recipe: Recipe | BaseRecipe) -> int | None:
     """Return the pixels that a token spans in a recipe's model; None where it takes squares alone."""
     if isinstance(recipe, Recipe):
-        return bucket_step(recipe, base_shapes(recipe))
+        return BaseModel.of(recipe).bucket_step(recipe.scale)
     if isinstance(recipe.architecture, TextArchitecture):
         return planned_shapes(recipe).vae_factor * recipe.architecture.patch_size
     return None
@@ -219,11 +217,8 @@ def model_of(model: str | None, recipe: AnyRecipe | None) -> list[TokenLimit] | 
         model = recipe.base.model
     if model is None:
         return None
-    known = readable(resolve(model))[0]
-    shapes = read_shapes(known, to_train=False)
-    if family_by_class(shapes.transformer_class).condition != "text":
-        return []
-    return model_limits(known, shapes.transformer_config)
+    base = BaseModel(readable(resolve(model))[0], to_train=False)
+    return model_limits(base) if base.family.condition == "text" else []
 
 
 def as_data(data: str | Data) -> Data:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from davae.pretrained.text_encoders import TokenCount, token_limits
 from davae.recipes import check_command_source
 from davae.recipes.base import BaseRecipe, TextArchitecture
 from davae.recipes.sections import Data, Optim
+from davae.tasks.base_model import BaseModel
 from davae.train.distributed import compare, from_main, is_main, ranks
 
 logger = logging.getLogger(__name__)
@@ -324,9 +325,11 @@ def architecture_limits(recipe: BaseRecipe) -> list[TokenLimit]:
     return [TokenLimit("text_encoder", architecture.text_tokens, count_words)]
 
 
-def model_limits(model: str, transformer_config: dict[str, Any]) -> list[TokenLimit]:
+def model_limits(base: BaseModel) -> list[TokenLimit]:
     """Return the limits of a model's text encoders; words are counted where it has no tokenizer that can be loaded."""
-    return with_counts(token_limits(model, transformer_config))
+    if base.planned is not None:
+        return architecture_limits(base.planned)
+    return with_counts(token_limits(base.configs, base.shapes.transformer_config))
 
 
 def with_counts(limits: Sequence[tuple[str, int, TokenCount | None]]) -> list[TokenLimit]:

@@ -5,22 +5,19 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from davae.backbones.families import family_by_class
 from davae.data.images import ImageDataset
 from davae.data.summary import Summary, TokenLimit, check_captions
 from davae.dataset.opened import (
     SUMMARY,
     OpenedData,
     announce,
-    architecture_limits,
     bucket_notes,
     model_limits,
     open_pictures,
 )
-from davae.pretrained.open import BaseShapes
 from davae.recipes import Recipe
 from davae.recipes.sections import Data
-from davae.tasks.base_model import bucket_step
+from davae.tasks.base_model import BaseModel
 
 
 class StageData:
@@ -28,18 +25,17 @@ class StageData:
 
     Args:
         recipe: the upgrade's.
-        shapes: shapes of its base model.
-        model: folder or hub id of the base model.
+        base: its base model.
         out: run folder, which takes the summary and the sizes of the images.
     """
 
-    def __init__(self, recipe: Recipe, shapes: BaseShapes, model: str, out: Path):
-        self.recipe, self.shapes, self.model, self.out = recipe, shapes, model, out
+    def __init__(self, recipe: Recipe, base: BaseModel, out: Path):
+        self.recipe, self.base, self.out = recipe, base, out
         self.shared = recipe.stage1_data == recipe.stage2_data
-        self.reads_text = family_by_class(shapes.transformer_class).condition == "text"
+        self.reads_text = base.family.condition == "text"
 
     def _open(self, data: Data) -> OpenedData:
-        return open_pictures(data, self.recipe.resolution, bucket_step(self.recipe, self.shapes), folder=self.out)
+        return open_pictures(data, self.recipe.resolution, self.base.bucket_step(self.recipe.scale), folder=self.out)
 
     @cached_property
     def stage2(self) -> OpenedData:
@@ -71,12 +67,7 @@ class StageData:
 
     def token_limits(self) -> list[TokenLimit]:
         """Return the limits of the base's text encoders; none for a class-conditional model."""
-        if not self.reads_text:
-            return []
-        train = self.recipe.base.train
-        return (
-            model_limits(self.model, self.shapes.transformer_config) if train is None else architecture_limits(train)
-        )
+        return model_limits(self.base) if self.reads_text else []
 
     def check_captions(self) -> None:
         """Refuse captions that stage 2 cannot learn from, before anything is trained.

@@ -21,7 +21,7 @@ from davae.evaluate.distribution import LEAST
 from davae.evaluate.features import Extractor, make_extractor
 from davae.evaluate.reconstruction import perceptual_distances, psnr, to_uint8_range
 from davae.evaluate.upscale import make_upscaler
-from davae.pretrained.open import default_resolution
+from davae.pretrained.shapes import default_resolution
 from davae.recipes.sections import Data
 from davae.sample.open import SamplingOptions, open_model
 from davae.sample.upscale import check_enlarging, upscale

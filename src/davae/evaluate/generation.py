@@ -21,7 +21,7 @@ from davae.evaluate.features import make_extractor
 from davae.evaluate.spectra import draw_spectra
 from davae.evaluate.upscale import Upscaler, make_upscaler
 from davae.files.outputs import check_image
-from davae.pretrained.open import default_resolution
+from davae.pretrained.shapes import default_resolution
 from davae.pretrained.text_encoders import pipeline_limits
 from davae.recipes.sections import Data
 from davae.sample.generate import generate

@@ -15,7 +15,7 @@ from davae.backbones.families import denoiser
 from davae.dataset.look import real_pictures
 from davae.evaluate.generation import condition_of
 from davae.evaluate.upscale import Upscaler, make_upscaler
-from davae.pretrained.open import default_resolution, token_side
+from davae.pretrained.shapes import default_resolution, token_side
 from davae.recipes.sections import Data
 from davae.sample.call import call_pipeline
 from davae.sample.open import open_model

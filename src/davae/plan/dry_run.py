@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from davae.backbones.families import family_by_class
 from davae.cost.flops import autoencoder_flops
 from davae.cost.memory import stage1_memory, stage2_memory
 from davae.plan.figures import MetaUpgrade, TokenPlan
@@ -16,15 +15,13 @@ from davae.plan.phase_remedies import REMEDIES, disk_notes, text_notes
 from davae.plan.phase_sizes import Phase, PhaseSizes, count_images, text_facts
 from davae.plan.phases import plan_phases
 from davae.pretrained.offline import readable
-from davae.pretrained.open import read_shapes
-from davae.pretrained.text_encoders import text_encoders
 from davae.recipes import load_recipe, shipped_recipes
 from davae.recipes.base import BaseRecipe
 from davae.recipes.hardware import GIB, GPUS, UTILISATION
 from davae.recipes.sections import Hardware, Optim
 from davae.recipes.upgrade import Recipe
-from davae.runs.checks import base_objective, check_distilled, check_init, check_recipe
-from davae.tasks.base_model import base_shapes
+from davae.runs.checks import check_distilled, check_init, check_objective, check_recipe
+from davae.tasks.base_model import BaseModel
 from davae.train.shares import Share, share_of_step
 from davae.zoo import resolve
 from davae.zoo.presets import presets
@@ -70,19 +67,19 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
     """
     recipe, missing = with_known_base(recipe)
     model, note = (None, "") if recipe.base.model is None else readable(resolve(recipe.base.model))
-    shapes = base_shapes(recipe) if model is None else read_shapes(model)
-    layout = check_recipe(recipe, shapes, model)
+    base = BaseModel.of(recipe, configs=model)
+    shapes, layout = base.shapes, check_recipe(recipe, base)
     check_init(recipe, shapes)
     upgrade = MetaUpgrade(shapes, layout)
     tokens = upgrade.tokens(recipe.resolution)
-    sizes = recipe_sizes(recipe, upgrade, tokens, model)
+    sizes = recipe_sizes(recipe, upgrade, tokens, base)
     phases = plan_phases(sizes)
     side = recipe.base.resolution // shapes.vae_factor
     figures: dict[str, Any] = {
         "image": f"{recipe.resolution}x{recipe.resolution}, base {recipe.base.resolution}x{recipe.base.resolution}",
         "latents": f"z ({layout.base_channels},{side},{side}) + z_d ({layout.detail_channels},{side},{side})",
-        "patch": f"{shapes.patch_size}, head {family_by_class(shapes.transformer_class).head_order}",
-        "objective": base_objective(recipe, shapes, model).prediction,
+        "patch": f"{shapes.patch_size}, head {base.family.head_order}",
+        "objective": check_objective(recipe, base).prediction,
         "tokens_upgraded": tokens.upgraded_tokens,
         "tokens_native": tokens.native_tokens,
         "transformer_gflops_upgraded": round(tokens.upgraded_flops / 1e9, 3),
@@ -99,7 +96,7 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
         if recipe.hardware is not None:
             figures |= on_hardware(name, sizes, device)
     text_figures, text_note = text_notes(sizes)
-    known = check_distilled(recipe, model)
+    known = check_distilled(recipe, base)
     notes = [missing or note] if missing or note else []
     notes += [] if known is None else [known.note(recipe.base.name)]
     notes += [*step_notes(recipe), *text_note, *assumption_notes(sizes)]
@@ -107,12 +104,12 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
     return Plan(figures | text_figures, notes, phases, sizes.hardware)
 
 
-def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, model: str | None) -> PhaseSizes:
+def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: BaseModel) -> PhaseSizes:
     """Return the sizes that the phases of a recipe are computed from.
 
     Args:
         tokens: of the recipe's resolution.
-        model: folder, preset or hub id of the base; None where the recipe trains one.
+        base: model that is upgraded.
     """
     shapes, layout = upgrade.shapes, upgrade.layout
     processes = 1 if recipe.hardware is None else recipe.hardware.count
@@ -125,14 +122,13 @@ def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, model:
     frozen = torch.float32 if recipe.stage2.lora is None else getattr(torch, recipe.base.dtype)
     side = recipe.base.resolution // shapes.vae_factor
     encode, decode = autoencoder_flops(upgrade.detail_vae, recipe.resolution)
-    encoders = [] if model is None else text_encoders(model, shapes.transformer_config)
     return PhaseSizes(
         recipe=recipe,
         shapes=shapes,
         layout=layout,
         step1=stage1_memory(shapes, recipe.detail_channels, recipe.scale, recipe.stage1_pixels, own1, mixed=mixed),
         step2=stage2_memory(shapes, layout, side, own2, mixed=mixed, frozen=frozen),
-        text=text_facts(model, shapes, encoders),
+        text=text_facts(base),
         images=count_images(recipe.stage2_data, recipe.resolution),
         transformer=upgrade.expanded.num_parameters(),
         trained=upgrade.trained(recipe.stage2.lora),

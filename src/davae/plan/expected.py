@@ -10,7 +10,7 @@ import torch
 from davae.backbones.expand import expand_transformer
 from davae.backbones.trainable import choose_trainable
 from davae.cost.flops import autoencoder_flops, count, meta_detail_vae, meta_transformer, transformer_flops
-from davae.pretrained.open import BaseShapes
+from davae.pretrained.shapes import BaseShapes
 from davae.recipes import Recipe
 from davae.recipes.hardware import UTILISATION
 from davae.recipes.sections import Optim, Run

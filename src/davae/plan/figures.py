@@ -22,7 +22,7 @@ from davae.cost.flops import (
     transformer_flops,
 )
 from davae.latent import LatentLayout
-from davae.pretrained.open import BaseShapes
+from davae.pretrained.shapes import BaseShapes
 from davae.recipes.sections import Lora
 
 

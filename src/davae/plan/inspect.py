@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from davae.backbones.classes_by_name import model_class
-from davae.backbones.families import family_by_class
 from davae.cost.flops import autoencoder_flops, count, count_flops, text_tokens
 from davae.cost.memory import (
     TrainingStep,
@@ -26,12 +25,12 @@ from davae.plan.dry_run import Plan
 from davae.plan.figures import MetaUpgrade, check_resolution, token_counts
 from davae.plan.phase_sizes import ASSUMED_IMAGES, ImageFacts, PhaseSizes, text_facts
 from davae.plan.phases import drawing_request, plan_phases, remember
-from davae.pretrained.distilled import distilled
 from davae.pretrained.offline import preset_of, readable
-from davae.pretrained.open import BaseShapes, read_shapes
-from davae.pretrained.text_encoders import TextEncoder, text_encoders
+from davae.pretrained.shapes import BaseShapes
+from davae.pretrained.text_encoders import TextEncoder
 from davae.recipes.sections import Lora, Run, Stage1, Stage2
 from davae.recipes.upgrade import Base, Recipe
+from davae.tasks.base_model import BaseModel
 from davae.train.shares import Share
 from davae.zoo import resolve
 
@@ -86,9 +85,8 @@ def inspect_model(
         ModelError: unknown model, unsupported class, parts that do not belong together, sizes that do not divide.
     """
     name, note = readable(resolve(model))
-    shapes = read_shapes(name, to_train=False)
-    family = family_by_class(shapes.transformer_class)
-    known = distilled(name, model)
+    pretrained = BaseModel(name, title=model, to_train=False)
+    shapes, family, known = pretrained.shapes, pretrained.family, pretrained.distilled
     notes = [*([note] if note else []), *([] if known is None else [known.note(model)])]
     resolution = resolution or scale * native_resolution(name, shapes)
     try:
@@ -116,7 +114,7 @@ def inspect_model(
             "has no call, so that its FLOPs and memory are not counted either"
         )
     watch("FLOPs and parameters")
-    figures |= _parameters(upgrade, encoders := text_encoders(name, shapes.transformer_config))
+    figures |= _parameters(upgrade, encoders := pretrained.text_encoders)
     try:
         figures |= _flops(upgrade, resolution, steps, encoders, family.trains)
     except ValueError as error:  # positions beyond the transformer's table, say
@@ -279,7 +277,6 @@ def inspected_phases(found: Inspection) -> Plan | None:
     f, shapes = found.figures, found.shapes
     if "bound" not in f:
         return None
-    name = readable_name(found.model)
     recipe = Recipe(
         name="inspect",
         base=Base(model=found.model, resolution=int(f["resolution"]) // int(f["scale"])),
@@ -297,7 +294,7 @@ def inspected_phases(found: Inspection) -> Plan | None:
         layout=found.layout,
         step1=step_of(found, "stage1", 3 * (encode + decode)),
         step2=step_of(found, kind, (4 if "checkpointed" in kind else 3) * f["upgraded_flops"]),
-        text=text_facts(name, shapes, text_encoders(name, shapes.transformer_config)),
+        text=text_facts(BaseModel(readable_name(found.model))),
         images=ImageFacts(ASSUMED_IMAGES, False),
         transformer=int(f["transformer_parameters"]),
         trained=int(f[f"trained_parameters_lora{LORA_RANK}"]),

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from davae.backbones.families import family_by_class
 from davae.cost.flops import count, meta_detail_vae
 from davae.cost.memory import TrainingStep
 from davae.data.sources import open_source
 from davae.dataset.opened import source_options
 from davae.errors import DataError
 from davae.latent import LatentLayout
-from davae.pretrained.open import BaseShapes, reads_silent_t5
+from davae.pretrained.shapes import BaseShapes
 from davae.pretrained.text_encoders import TextEncoder
 from davae.recipes.hardware import GIB, GPUS, UTILISATION, Gpu
 from davae.recipes.sections import Data, Hardware, Optim
 from davae.recipes.upgrade import Recipe
+from davae.tasks.base_model import BaseModel
 from davae.train.shares import Share
 
 DEFAULT_GPU = "h100-80gb"  # assumed for a recipe without `hardware`
@@ -250,22 +250,16 @@ def _heads(config: dict[str, Any]) -> int:
     return 32
 
 
-def text_facts(model: str | None, shapes: BaseShapes, encoders: list[TextEncoder]) -> TextFacts:
-    """Return facts on a model's prompts, zeros for a class-conditional one.
-
-    Args:
-        model: folder, preset or hub id from which the configs were read.
-        shapes: its configs.
-        encoders: its text encoders.
-    """
-    family = family_by_class(shapes.transformer_class)
+def text_facts(base: BaseModel) -> TextFacts:
+    """Return facts on a model's prompts; zeros for a class-conditional one, and for one that a recipe trains."""
+    encoders, family = base.text_encoders, base.family
     if family.call is None or family.condition != "text" or not encoders:
         return TextFacts()
     found = [encoder_facts(encoder) for encoder in encoders]
     with torch.device("meta"):
-        parts = [part.shape[1:] for part in family.call.blank(_Config(shapes.transformer_config))]
+        parts = [part.shape[1:] for part in family.call.blank(_Config(base.shapes.transformer_config))]
     masks = {shape[0] for shape in parts if len(shape) == 1}
-    short = model is not None and Path(model).is_dir() and reads_silent_t5(model)
+    short = Path(base.configs.model).is_dir() and base.silent_t5
     padded = stored = 0
     for shape in parts:
         length, width = (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape[0])

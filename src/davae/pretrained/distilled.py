@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from davae.backbones.families import component_in
 from davae.errors import ModelError
-from davae.pretrained.open import class_name, read_config
+from davae.pretrained.open import Configs, class_name
 from davae.zoo.presets import find_preset
 
 SEPARATORS = re.compile(r"[^a-z0-9]+")
@@ -205,25 +205,25 @@ def _named(place: str, transformer_class: str, index: Config) -> str | None:
     return None
 
 
-def distilled(model: str, name: str | None = None) -> Distilled | None:
-    """Return how the model of a folder, hub id or preset was distilled; its files are read.
+def distilled(model: str | Configs, name: str | None = None) -> Distilled | None:
+    """Return how a model was distilled; None for one that was not, as far as its files show.
 
     Args:
-        model: where its configs are.
+        model: folder, hub id or preset where its configs are, or these configs.
         name: what the recipe calls it, where that is another place.
 
     Raises:
         ModelError: not a diffusers folder.
     """
-    index = read_config(model, "", "model_index.json")
+    configs = Configs.of(model)
+    index = configs.index
     part = component_in(index)
     kind = str(class_name(index[part])) if part else ""
-    transformer = read_config(model, part) if part else {}
+    transformer = configs.read(part) if part else {}
     try:
-        scheduler = read_config(model, "scheduler", "scheduler_config.json")
+        scheduler = configs.read("scheduler", "scheduler_config.json")
     except ModelError:
         scheduler = {}
-    preset = find_preset(name or model)
-    return find_distilled(
-        (preset.hub if preset is not None else None) or name or model, index, kind, transformer, scheduler
-    )
+    name = name or configs.model
+    preset = find_preset(name)
+    return find_distilled((preset.hub if preset is not None else None) or name, index, kind, transformer, scheduler)

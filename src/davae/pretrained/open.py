@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
-from safetensors import safe_open
-from torch import Tensor
 
 from davae.backbones.classes_by_name import model_class
-from davae.backbones.expand import MARK
-from davae.backbones.families import component_in, denoiser, family_by_class, family_of, supported
-from davae.backbones.family import Family
 from davae.errors import ModelError
 from davae.files.checksums import check_folder
 from davae.files.reading import read_object
@@ -31,34 +21,14 @@ from davae.homes import HOMES
 from davae.pretrained.hub_errors import hub_reason
 from davae.pretrained.processors import check_tokenizers
 from davae.pretrained.stored import check_config, check_index, load_component, load_components, loading
-from davae.vae.base import autoencoder_family, base_channels, spatial_factor
-from davae.vae.detail_vae import DetailVAE
 from davae.zoo import SHIPPED
 from davae.zoo.presets import nearest_presets, presets
 
-LEGACY: dict[tuple[str, Any], str] = {
-    ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
-    ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
-}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class MissingPart(ModelError):
     """A folder or hub model that exists, without the file that was asked for."""
-
-
-@dataclass(frozen=True)
-class BaseShapes:
-    """What an upgrade needs to know of a base pipeline, read from its configs alone."""
-
-    pipeline_class: str
-    transformer_class: str
-    vae_class: str
-    channels: int  # C
-    vae_factor: int  # f: pixels per latent position
-    patch_size: int  # p: latent positions per token, each way
-    transformer_config: dict[str, Any]
-    vae_config: dict[str, Any]
 
 
 def fetch_file(model: str, part: str, filename: str) -> Path:
@@ -110,117 +80,52 @@ def read_config(model: str, part: str, filename: str = "config.json") -> dict[st
     return config
 
 
-def read_shapes(model: str, *, to_train: bool = True) -> BaseShapes:
-    """Shapes of a diffusers folder, hub id or preset.
+class Configs:
+    """JSON files of a diffusers folder, hub id or preset; each file is read once.
 
     Args:
-        to_train: refuse a family that can only be expanded.
-
-    Raises:
-        ModelError: not a diffusers pipeline, an unsupported class, or a model that was upgraded already.
+        model: the folder, hub id or preset.
     """
-    with loading(f"model {model}"):
-        return _read_shapes(model, to_train)
+
+    def __init__(self, model: str):
+        self.model = model
+        self._read: dict[tuple[str, str], dict[str, Any]] = {}
+
+    @classmethod
+    def of(cls, model: str | Configs) -> Configs:
+        """Return the files of a model that is named, or those that are being read already."""
+        return cls(model) if isinstance(model, str) else model
+
+    def read(self, part: str, filename: str = "config.json") -> dict[str, Any]:
+        """Return one file; ModelError where the model has none of that name."""
+        if (part, filename) not in self._read:
+            self._read[part, filename] = read_config(self.model, part, filename)
+        return self._read[part, filename]
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """The pipeline's model_index.json."""
+        return self.read("", "model_index.json")
 
 
-def _read_shapes(model: str, to_train: bool) -> BaseShapes:
-    index = read_config(model, "", "model_index.json")
-    part = component_in(index)
-    if part is None or "vae" not in index:
-        raise ModelError(f"model {model} ({index.get('_class_name')}) has no transformer or U-Net and vae to upgrade")
-    vae_class = index["vae"][1]
-    transformer, vae = read_config(model, part), read_config(model, "vae")
-    check_config(transformer, f"{part} of model {model}")
-    check_config(vae, f"vae of model {model}")
-    # the official folders of DiT and PixArt name the class they had before it was split
-    named = str(index[part][1])
-    transformer_class = LEGACY.get((named, transformer.get("norm_type")), named)
-    if vae_class == "DetailVAE" or MARK in transformer:
-        raise ModelError(f"model {model} was upgraded already; start from its pretrained base")
-    try:
-        family = family_by_class(transformer_class)
-        autoencoder_family(vae_class)
-    except ValueError as error:
-        raise ModelError(f"model {model}: {error}") from error
-    if to_train and not family.trains:
-        raise ModelError(
-            f"model {model}: expand_transformer widens a {transformer_class}, but davae cannot train one yet; "
-            f"it can train {', '.join(row.class_name for row in supported() if row.trains)}"
-        )
-    channels = base_channels(vae, vae_class)
-    taken = int(transformer[family.in_key]) // family.packed
-    if taken != channels:
-        raise ModelError(
-            f"model {model}: the transformer takes {taken} channels and the vae gives {channels}; "
-            "it was expanded already, or the parts do not belong together"
-        )
-    return BaseShapes(
-        pipeline_class=index["_class_name"],
-        transformer_class=transformer_class,
-        vae_class=vae_class,
-        channels=channels,
-        vae_factor=spatial_factor(vae, vae_class),
-        patch_size=patch_size(transformer, family),
-        transformer_config=transformer,
-        vae_config=vae,
-    )
-
-
-def patch_size(config: Any, family: Family) -> int:
-    """p: latent positions per token, each way, whether the model or its pipeline packs them."""
-    own = 1 if family.patch_key is None else config[family.patch_key]
-    side = own if isinstance(own, int) else own[0]  # some list one per axis, or per size that they know
-    return side * math.isqrt(family.packed)
-
-
-def pixel_factor(pipeline: Any) -> int:
-    """Pixels per latent position of a pipeline's autoencoder, each way."""
-    return spatial_factor(pipeline.vae.config, type(pipeline.vae).__name__)
-
-
-def token_side(pipeline: Any) -> int:
-    """Pixels of an image token of a pipeline's denoiser, each way."""
-    model = denoiser(pipeline)
-    return pixel_factor(pipeline) * patch_size(model.config, family_of(model))
-
-
-def default_resolution(pipeline: Any) -> int:
-    """Pixels of the picture that a pipeline is made for: those an upgrade was trained on, else its own or its transformer's
-    default. A stock pipeline knows the latter alone: an upgrade from another size than the base's own needs `height` and
-    `width` there."""
-    if isinstance(pipeline.vae, DetailVAE) and pipeline.vae.config.get("resolution"):
-        return int(pipeline.vae.config["resolution"])
-    model = denoiser(pipeline)
-    family = family_of(model)
-    if family.default_pixels is not None:
-        return family.default_pixels * (pipeline.vae.layout.scale if isinstance(pipeline.vae, DetailVAE) else 1)
-    side: Any = getattr(pipeline, "default_sample_size", None) or model.config["sample_size"]
-    height = side if isinstance(side, int) else side[0]  # U-Nets may have a rectangle
-    if "default_sample_size" in family.scaled_options:
-        return height
-    factor = pixel_factor(pipeline)
-    if "sample_size" in family.scaled_config and isinstance(pipeline.vae, DetailVAE):
-        factor //= pipeline.vae.layout.scale  # sample_size was multiplied by s instead
-    return height * factor
-
-
-def load_scheduler(model: str) -> Any:
-    """The scheduler of a folder or hub id, built from its config alone; None where the pipeline has none.
+def load_scheduler(model: str | Configs) -> Any:
+    """Return the scheduler of a model, built from its config alone; None where the pipeline has none.
 
     Raises:
         ModelError: a class that diffusers does not have.
     """
-    name = (read_config(model, "", "model_index.json").get("scheduler") or (None, None))[1]
+    configs = Configs.of(model)
+    name = (configs.index.get("scheduler") or (None, None))[1]
     if name is None:
         return None
     try:
         kind = model_class(name)
     except ValueError as error:
-        raise ModelError(f"model {model}: {error}") from error
-    config = read_config(model, "scheduler", "scheduler_config.json")
-    with loading(f"scheduler of model {model}"):
-        check_config(config, f"scheduler of model {model}")
-        return kind.from_config(config)
+        raise ModelError(f"model {configs.model}: {error}") from error
+    config = configs.read("scheduler", "scheduler_config.json")
+    with loading(f"scheduler of model {configs.model}"):
+        check_config(config, f"scheduler of model {configs.model}")
+        return kind.from_config(dict(config))
 
 
 def load_part(model: str, part: str, class_name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -290,81 +195,3 @@ def without_own_code(model: str, index: dict[str, Any]) -> Iterator[str]:
                 (Path(scratch) / part.name).symlink_to(Path(os.path.realpath(part)))
         (Path(scratch) / "model_index.json").write_text(json.dumps(index | here), encoding="utf-8")
         yield scratch
-
-
-def load_text_encoders(model: str, component: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline of a folder or hub id without its transformer or U-Net, to embed prompts.
-
-    Args:
-        component: the model's name in the pipeline; a stand-in takes its place, as some pipelines ask it for its config
-            (the width of an absent T5) or its type while they embed.
-        config: its config.
-
-    Raises:
-        ModelError: when diffusers cannot load the rest.
-    """
-    pipeline = load_pipeline(model, dtype, without=(component,))
-    setattr(pipeline, component, SimpleNamespace(config=FrozenDict(config), dtype=dtype))
-    return pipeline
-
-
-def silent_t5(pipeline: Any) -> bool:
-    """Whether Stable Diffusion 3 gets only zeros from its third text encoder: none there, or one scaled to zero."""
-    if not hasattr(pipeline, "text_encoder_3"):
-        return False
-    encoder = pipeline.text_encoder_3
-    return encoder is None or not bool(encoder.encoder.final_layer_norm.weight.any())
-
-
-def reads_silent_t5(model: str) -> bool:
-    """`silent_t5` of a folder or hub id, told from one small tensor: the encoder itself may be huge."""
-    index = read_config(model, "", "model_index.json")
-    if "text_encoder_3" not in index:
-        return False
-    if index["text_encoder_3"][1] is None:
-        return True
-    if Path(model).is_dir():
-        folder = Path(model) / "text_encoder_3"
-    else:
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(model, allow_patterns="text_encoder_3/*.safetensors")) / "text_encoder_3"
-    name = "encoder.final_layer_norm.weight"
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stream:
-            if name in set(stream.keys()):
-                return not bool(stream.get_tensor(name).any())
-    raise MissingPart(f"model {model}: no file of text_encoder_3 holds {name}")
-
-
-def text_arguments(pipeline: Any) -> dict[str, Any]:
-    """Arguments that keep a prompt short where nothing is lost: one zero token instead of 256."""
-    return {"max_sequence_length": 1} if silent_t5(pipeline) else {}
-
-
-def literal_prompts(pipeline: Any) -> dict[str, Any]:
-    """Arguments that keep a pipeline from rewriting prompts by a language model: what is asked for is what is measured."""
-    takes = inspect.signature(pipeline.__call__).parameters
-    return {name: False for name in ("enable_prompt_rewrite", "use_pe") if name in takes}
-
-
-def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, Any]:
-    """Arguments that guide so many prompts by `scale`, as the pipeline counts it, away from the empty prompt.
-
-    A guidance-distilled model is told the scale.
-    """
-    transformer = denoiser(pipeline)
-    family = family_of(transformer)
-    if family.guidance == "true_cfg_scale" and transformer.config.get("guidance_embeds"):
-        return {"guidance_scale": scale, "true_cfg_scale": 1.0}
-    negative = {"negative_prompt": [""] * prompts} if family.negative_prompts and scale > 1 else {}
-    return {family.guidance: scale, **negative}
-
-
-@torch.no_grad()
-def embed_captions(pipeline: Any, captions: list[str], transformer_class: str) -> tuple[Tensor, ...]:
-    """What the pipeline's text encoders say of captions, one tensor per kind, each (B,...).
-
-    The transformer itself may be left out of the pipeline; its class tells what kinds it takes.
-    """
-    return family_by_class(transformer_class).require_call().embed(pipeline, captions, text_arguments(pipeline))

@@ -7,15 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 import transformers
+from diffusers.configuration_utils import FrozenDict
+from safetensors import safe_open
 from torch import nn
 
 from davae.backbones.classes_by_name import model_class
 from davae.backbones.families import component_in, denoiser, family_by_class
-from davae.pretrained.open import read_config, reads_silent_t5, silent_t5
+from davae.pretrained.open import Configs, MissingPart, load_pipeline
 from davae.pretrained.processors import load_processor
+from davae.pretrained.prompting import silent_t5
 from davae.pretrained.stored import check_config, planned
 
 TokenCount = Callable[[list[str]], list[int]]
@@ -42,9 +47,15 @@ class TextEncoder:
             return self.build()
 
 
-def text_encoders(model: str, transformer_config: dict[str, Any]) -> list[TextEncoder]:
-    """Those of a diffusers folder, hub id or preset, in the pipeline's order; none for a class-conditional model."""
-    index = read_config(model, "", "model_index.json")
+def text_encoders(model: str | Configs, transformer_config: dict[str, Any]) -> list[TextEncoder]:
+    """Return a pipeline's text encoders in its order; none for a class-conditional model.
+
+    Args:
+        model: a diffusers folder, hub id or preset, or its configs.
+        transformer_config: config of its transformer.
+    """
+    configs = Configs.of(model)
+    index = configs.index
     found = [
         (name, value[1])
         for name, value in index.items()
@@ -57,8 +68,8 @@ def text_encoders(model: str, transformer_config: dict[str, Any]) -> list[TextEn
     transformer_class = index[part][1] if part else ""
     encoders = []
     for name, class_name in found:
-        config = read_config(model, name)
-        check_config(config, f"{name} of model {model}")
+        config = configs.read(name)
+        check_config(config, f"{name} of model {configs.model}")
         tokens = prompt_tokens(index["_class_name"], transformer_class, class_name, config, transformer_config)
         encoders.append(TextEncoder(name, class_name, config, tokens))
     return encoders
@@ -82,26 +93,31 @@ def prompt_tokens(
     return int(own or family_by_class(transformer_class).require_call().TEXT_TOKENS)
 
 
-def token_limits(model: str, transformer_config: dict[str, Any]) -> list[tuple[str, int, TokenCount | None]]:
+def token_limits(
+    model: str | Configs, transformer_config: dict[str, Any]
+) -> list[tuple[str, int, TokenCount | None]]:
     """Return the limit of every text encoder of a pipeline whose output is used.
 
     Args:
-        model: a diffusers folder, hub id or preset.
+        model: a diffusers folder, hub id or preset, or its configs.
         transformer_config: config of its transformer.
 
     Returns:
         (component, tokens that it reads of a caption, captions -> tokens of each before anything is cut). The count is None
         where the pipeline has no tokenizer for it; the tokenizer is loaded when it is first called.
     """
-    index = read_config(model, "", "model_index.json")
+    configs = Configs.of(model)
+    index = configs.index
     found: list[tuple[str, int, TokenCount | None]] = []
-    for encoder in text_encoders(model, transformer_config):
+    for encoder in text_encoders(configs, transformer_config):
         tokenizer = encoder.component.replace("text_encoder", "tokenizer")
         entry = index.get(tokenizer)
-        if encoder.component == "text_encoder_3" and Path(model).is_dir() and reads_silent_t5(model):
+        if encoder.component == "text_encoder_3" and Path(configs.model).is_dir() and reads_silent_t5(configs):
             continue
         known = isinstance(entry, list) and isinstance(entry[-1], str) and hasattr(transformers, entry[-1])
-        found.append((encoder.component, encoder.tokens, _counter(model, tokenizer) if known else None))
+        found.append(
+            (encoder.component, encoder.tokens, _counter(configs.model, tokenizer, entry[-1]) if known else None)
+        )
     return found
 
 
@@ -126,15 +142,59 @@ def count_tokens(tokenizer: Any, captions: list[str]) -> list[int]:
     return [len(tokens) for tokens in tokenizer(captions, truncation=False, verbose=False)["input_ids"]]
 
 
-def _counter(model: str, component: str) -> TokenCount:
+def _counter(model: str, component: str, class_name: str) -> TokenCount:
     """Return a function that counts the tokens of captions, special ones included."""
 
     @cache
     def tokenizer() -> Any:
-        name = read_config(model, "", "model_index.json")[component][-1]
-        return load_processor(model, getattr(transformers, name), f"{component} of {model}", component)
+        return load_processor(model, getattr(transformers, class_name), f"{component} of {model}", component)
 
     def count(captions: list[str]) -> list[int]:
         return count_tokens(tokenizer(), captions)
 
     return count
+
+
+def load_text_encoders(model: str, component: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline of a folder or hub id without its transformer or U-Net, to embed prompts.
+
+    Args:
+        component: the model's name in the pipeline; a stand-in takes its place, as some pipelines ask it for its config
+            (the width of an absent T5) or its type while they embed.
+        config: its config.
+
+    Raises:
+        ModelError: when diffusers cannot load the rest.
+    """
+    pipeline = load_pipeline(model, dtype, without=(component,))
+    setattr(pipeline, component, SimpleNamespace(config=FrozenDict(config), dtype=dtype))
+    return pipeline
+
+
+def reads_silent_t5(model: str | Configs) -> bool:
+    """Return `silent_t5` of a model that is not loaded, from one small tensor of an encoder that may be huge.
+
+    Args:
+        model: a diffusers folder or hub id, or its configs.
+
+    Raises:
+        MissingPart: the tensor is in none of the encoder's files.
+    """
+    configs = Configs.of(model)
+    model, index = configs.model, configs.index
+    if "text_encoder_3" not in index:
+        return False
+    if index["text_encoder_3"][1] is None:
+        return True
+    if Path(model).is_dir():
+        folder = Path(model) / "text_encoder_3"
+    else:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, allow_patterns="text_encoder_3/*.safetensors")) / "text_encoder_3"
+    name = "encoder.final_layer_norm.weight"
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stream:
+            if name in set(stream.keys()):
+                return not bool(stream.get_tensor(name).any())
+    raise MissingPart(f"model {model}: no file of text_encoder_3 holds {name}")

@@ -21,7 +21,8 @@ from davae.files.atomic import model_folder
 from davae.files.ownership import check_out
 from davae.files.reading import load_json
 from davae.pretrained.autoencoders import load_autoencoder, load_detail_vae
-from davae.pretrained.open import load_pipeline, read_config, read_shapes
+from davae.pretrained.open import load_pipeline, read_config
+from davae.pretrained.shapes import read_shapes
 from davae.publish.assemble import (
     UPGRADE_FILE,
     apply_upgrade,

@@ -8,38 +8,38 @@ from pathlib import Path
 import torch
 
 from davae.backbones.classes_by_name import model_class
-from davae.backbones.families import family_by_class
 from davae.cost.flops import meta_transformer
 from davae.data.buckets import bucket_sizes
 from davae.data.latent_cache.meta import is_whole
-from davae.errors import DataError, ModelError, RecipeError
+from davae.errors import DataError, RecipeError
 from davae.files.reading import read_object
 from davae.latent import LatentLayout
-from davae.pretrained.distilled import Distilled, distilled
-from davae.pretrained.offline import readable
-from davae.pretrained.open import BaseShapes, load_scheduler
+from davae.pretrained.distilled import Distilled
+from davae.pretrained.shapes import BaseShapes
 from davae.pretrained.stored import check_component
 from davae.publish.assemble import UPGRADE_FILE, check_fit, read_details, read_metadata
 from davae.recipes import Recipe, differences, load_recipe
 from davae.recipes.sections import FlowOptim, Lora, Stage2
-from davae.tasks.base_model import bucket_step
-from davae.tasks.noising import Objective, choose_objective, flow_matching
+from davae.tasks.base_model import BaseModel
+from davae.tasks.noising import Objective
 from davae.vae.base import autoencoder_family
 from davae.vae.warm_start import filter_shares
-from davae.zoo import resolve, resolve_upgrade
+from davae.zoo import resolve_upgrade
 
 
-def check_recipe(recipe: Recipe, shapes: BaseShapes, configs: str | None = None) -> LatentLayout:
-    """What a recipe can get wrong about its base model, before any weight is read.
+def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
+    """Check what a recipe can get wrong about its base model, before any weight is read; return the layout of latents.
 
     Args:
-        configs: where to read them, when not from the model itself.
+        recipe: the upgrade's.
+        base: its base model.
 
     Raises:
         RecipeError: D not a multiple of C, a size that does not divide or that the model cannot draw, a distilled model, or
             gradient checkpointing where the class has none, with the dotted path.
     """
-    check_distilled(recipe, configs)
+    check_distilled(recipe, base)
+    shapes = base.shapes
     if recipe.detail_channels % shapes.channels:
         raise RecipeError(
             f"detail_channels: {recipe.detail_channels} is not a multiple of the {shapes.channels} latent channels of "
@@ -69,7 +69,7 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes, configs: str | None = None)
             filter_shares(layout)
         except ValueError as error:
             raise RecipeError(f"stage1.start: {error}") from error
-    cell = shapes.patch_size * family_by_class(shapes.transformer_class).grid
+    cell = shapes.patch_size * base.family.grid
     step = shapes.vae_factor * cell
     if recipe.base.resolution % step:
         below = recipe.base.resolution // step * step
@@ -77,8 +77,8 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes, configs: str | None = None)
             f"base.resolution: {recipe.base.resolution} is not divisible by {step} (autoencoder factor "
             f"{shapes.vae_factor} x patch {cell}); use {below or step} or {below + step}"
         )
-    check_buckets(recipe, shapes)
-    if family_by_class(shapes.transformer_class).condition == "class":
+    check_buckets(recipe, base)
+    if base.family.condition == "class":
         config = shapes.transformer_config  # LightningDiT's own configs have input_size alone
         own = (config.get("sample_size") or config["input_size"]) * shapes.vae_factor
         if recipe.base.resolution != own:
@@ -86,19 +86,17 @@ def check_recipe(recipe: Recipe, shapes: BaseShapes, configs: str | None = None)
     return layout
 
 
-def check_distilled(recipe: Recipe, configs: str | None = None) -> Distilled | None:
+def check_distilled(recipe: Recipe, base: BaseModel) -> Distilled | None:
     """Refuse a base that was distilled to a few steps; return what is known of any other distillation.
 
     Args:
-        configs: where to read the base's configs, when not from the model itself.
+        recipe: the upgrade's.
+        base: its base model.
 
     Raises:
         RecipeError: a distilled base, unless the recipe sets `base.distilled` to `train`.
     """
-    if recipe.base.model is None:
-        return None
-    model = configs or readable(resolve(recipe.base.model))[0]
-    found = distilled(model, recipe.base.model)
+    found = base.distilled
     if found is None or found.kind == "guidance":
         return found
     text = f"base.model: {found.note(recipe.base.name)}"
@@ -174,29 +172,18 @@ def check_shared(recipe: Recipe, folder: Path) -> None:
         raise DataError(f"--stage1 {folder} was made from another autoencoder or data: {changed[0]}")
 
 
-def base_objective(recipe: Recipe, shapes: BaseShapes, configs: str | None = None) -> Objective:
-    """What the recipe's base model predicts, by its own scheduler; one that is trained first does by flow matching.
+def check_objective(recipe: Recipe, base: BaseModel) -> Objective:
+    """Return what the recipe's base model predicts, checked against the timesteps of stage 2.
 
     Args:
-        configs: where to read them, when not from the model itself.
+        recipe: the upgrade's.
+        base: its base model.
 
     Raises:
         ModelError: an objective that stage 2 cannot train.
         RecipeError: timesteps shaped for a model whose timesteps are uniform.
     """
-    flow = flow_matching(recipe.stage2)
-    if recipe.base.model is None:
-        return flow
-    model = configs or resolve(recipe.base.model)
-    objective = choose_objective(
-        load_scheduler(model), family_by_class(shapes.transformer_class), recipe.base.model, flow
-    )
-    stated = shapes.transformer_config.get("prediction_type")  # LightningDiT says it of itself
-    if stated is not None and (stated == "epsilon") != (objective.prediction == "epsilon"):
-        raise ModelError(
-            f"model {recipe.base.model}: its transformer predicts {stated}, its scheduler stands for {objective.prediction}; "
-            "put the scheduler that the model was trained with into its folder"
-        )
+    objective = base.objective(recipe.stage2)
     check_timesteps(recipe.stage2, objective)
     return objective
 
@@ -221,13 +208,13 @@ def check_timesteps(settings: Stage2, objective: Objective) -> None:
             )
 
 
-def check_buckets(recipe: Recipe, shapes: BaseShapes) -> None:
+def check_buckets(recipe: Recipe, base: BaseModel) -> None:
     """Check the buckets of both stages before any of them trains.
 
     Raises:
         RecipeError: buckets of a model of squares, or one of stage 2 longer than the transformer's table of positions.
     """
-    step, longest = bucket_step(recipe, shapes), shapes.transformer_config.get("pos_embed_max_size")
+    step, longest = base.bucket_step(recipe.scale), base.shapes.transformer_config.get("pos_embed_max_size")
     for stage, data, own in (
         ("stage1", recipe.stage1_data, recipe.stage1.data),
         ("stage2", recipe.stage2_data, recipe.stage2.data),

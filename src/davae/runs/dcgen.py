@@ -41,7 +41,8 @@ from davae.errors import ModelError, RecipeError
 from davae.latent import LatentStatistics
 from davae.losses.embedding_alignment import token_alignment_loss
 from davae.pretrained.autoencoders import autoencoder_config, load_autoencoder
-from davae.pretrained.open import load_part, read_shapes
+from davae.pretrained.open import load_part
+from davae.pretrained.shapes import read_shapes
 from davae.recipes.base import BaseRecipe, EmbedderAlignment
 from davae.recipes.sections import FlowOptim
 from davae.runs.base import BaseRun

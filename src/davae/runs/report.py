@@ -87,9 +87,9 @@ def default_prompts(run: Upgrade) -> list[str]:
     """The recipe's prompts, else the model's classes, else captions of the first training pictures."""
     if run.recipe.sampling.prompts:
         return list(run.recipe.sampling.prompts)
-    if goes_by_class(run.base):
-        names = {number: name for name, number in class_names(run.base).items()}
-        return [names.get(number, str(number)) for number in range(min(8, class_count(run.base)))]
+    if goes_by_class(run.base_pipeline):
+        names = {number: name for name, number in class_names(run.base_pipeline).items()}
+        return [names.get(number, str(number)) for number in range(min(8, class_count(run.base_pipeline)))]
     pictures = run.data.for_cache()
     return [pictures[(i, -1)]["caption"] for i in spread_indices(len(pictures), 8)]
 
@@ -139,7 +139,7 @@ def report(run: Upgrade, observer: Observer) -> Path:
 def lead(run: Upgrade, shipped: bool) -> str:
     recipe = run.recipe
     text = (
-        f"{run.shapes.transformer_class} of {recipe.base.name}: {run.layout.detail_channels} detail channels joined its "
+        f"{run.base.shapes.transformer_class} of {recipe.base.name}: {run.layout.detail_channels} detail channels joined its "
         f"{run.layout.base_channels} base channels. Stage 1 ran {recipe.stage1.max_steps} steps of "
         f"{recipe.stage1.batch_size}, stage 2 {recipe.stage2.max_steps} steps of {recipe.stage2.batch_size}, here."
     )
@@ -156,7 +156,7 @@ def comparable_upgrade(run: Upgrade) -> Any:
     folder = shipped_upgrade(run.recipe.base.name)
     if folder is None or not folder.is_dir():
         return None
-    pipeline = load_upgraded(run.base, folder)
+    pipeline = load_upgraded(run.base_pipeline, folder)
     own = run.recipe.resolution, run.layout.scale
     return pipeline if (pipeline.vae.config["sample_size"], pipeline.vae.layout.scale) == own else None
 
@@ -168,8 +168,8 @@ def shown_data(run: Upgrade) -> OpenedData:
 
 def facts(run: Upgrade, upgraded: Any) -> list[tuple[str, str]]:
     recipe, layout = run.recipe, run.layout
-    side = recipe.base.resolution // run.shapes.vae_factor
-    tokens = (side // run.shapes.patch_size) ** 2
+    side = recipe.base.resolution // run.base.shapes.vae_factor
+    tokens = (side // run.base.shapes.patch_size) ** 2
     return [
         ("pixels", f"{recipe.base.resolution}² → {recipe.resolution}²"),
         ("image tokens", f"{tokens} (native: {tokens * recipe.scale**2})"),
@@ -217,12 +217,12 @@ def sample_columns(run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any,
 
         return [picture for part in halving.parts(draw, len(prompts)) for picture in part]
 
-    base = [enlarge(picture, high) for picture in drawn(run.base, low)]
+    base = [enlarge(picture, high) for picture in drawn(run.base_pipeline, low)]
     columns = [
         Column("base, enlarged", base, f"{low} px, bilinear to {high}"),
         Column(
             "base, native",
-            drawn(run.base, high),
+            drawn(run.base_pipeline, high),
             f"{high} px, {recipe.scale**2}x the tokens",
         ),
         Column(
@@ -246,15 +246,17 @@ def reconstruction_section(
     opened = shown_data(run)
     dataset = opened.squares(opened.shown(run.recipe.report.holdout_pictures), run.recipe.run.seed)
     images = torch.stack([dataset[(i, -1)]["image"] for i in range(len(dataset))])
-    methods = reconstructions(upgraded.vae, run.base.vae)
+    methods = reconstructions(upgraded.vae, run.base_pipeline.vae)
     if shipped is not None:
-        methods[SHIPPED] = reconstructions(shipped.vae, run.base.vae)["full"]
+        methods[SHIPPED] = reconstructions(shipped.vae, run.base_pipeline.vae)["full"]
     perceptual = Lite0Distance()
     columns = [Column("original", to_images(images[:SHOWN_RECONSTRUCTIONS]))]
     rows: list[dict[str, Any]] = []
     halving = at_a_time(run, "reconstructions", upgraded.vae)
     for name, method in methods.items():
-        turn({"base + bicubic": run.base.vae, SHIPPED: getattr(shipped, "vae", None)}.get(name, upgraded.vae))
+        turn(
+            {"base + bicubic": run.base_pipeline.vae, SHIPPED: getattr(shipped, "vae", None)}.get(name, upgraded.vae)
+        )
         reconstruct = partial(halving, method)
         roles: dict[str, Any] = {"full": "own", SHIPPED: "shipped"}
         pictures = to_images(reconstruct(images[:SHOWN_RECONSTRUCTIONS]))
@@ -270,8 +272,8 @@ def speed_section(run: Upgrade, turn: OneOnDevice, upgraded: Any, prompt: str) -
     high, low = recipe.resolution, recipe.base.resolution
     rows: list[Timing] = time_pipelines(
         [
-            (f"base at {low}, enlarged", run.base, low, partial(enlarge, size=high)),
-            (f"base native at {high}", run.base, high, lambda picture: picture),
+            (f"base at {low}, enlarged", run.base_pipeline, low, partial(enlarge, size=high)),
+            (f"base native at {high}", run.base_pipeline, high, lambda picture: picture),
             ("upgraded", upgraded, high, lambda picture: picture),
         ],
         prompt,

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from davae.backbones.expand import expand_transformer
-from davae.backbones.families import family_by_class
 from davae.data.latent_cache.key import Key, hash_values
 from davae.data.latent_cache.meta import CacheMeta, is_whole, read_meta
 from davae.data.latent_cache.read import CachedLatents
@@ -24,21 +23,14 @@ from davae.errors import DataError, RecipeError
 from davae.files.atomic import model_folder
 from davae.files.ownership import check_run
 from davae.pretrained.autoencoders import load_detail_vae
-from davae.pretrained.open import (
-    embed_captions,
-    load_part,
-    load_pipeline,
-    load_scheduler,
-    load_text_encoders,
-    reads_silent_t5,
-)
+from davae.pretrained.prompting import embed_captions
 from davae.publish.assemble import UPGRADE_FILE, export_upgraded, load_trained
 from davae.recipes import Recipe
 from davae.runs.cache import cache_key, cache_pictures, cache_shards, write_skipped
-from davae.runs.checks import base_objective, check_init, check_recipe, check_shared
+from davae.runs.checks import check_init, check_objective, check_recipe, check_shared
 from davae.runs.train_base import train_base
 from davae.runs.validation import stage1_pictures, stage2_pictures
-from davae.tasks.base_model import base_shapes
+from davae.tasks.base_model import BaseModel
 from davae.tasks.conditioning import conditioning, embed_in_step
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
@@ -50,7 +42,7 @@ from davae.train.run_folder import RunFolder, check_stage2_inputs, was_done
 from davae.train.signals import check_stop, stop_on_signal
 from davae.train.times import timed
 from davae.vae.detail_vae import DetailVAE
-from davae.zoo import resolve, resolve_upgrade
+from davae.zoo import resolve_upgrade
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +66,12 @@ class Upgrade:
         check_run(out, partial(was_done, out))  # before any work
         self.first = out if stage1 is None else stage1  # where vae/ and cache/ lie
         self.accelerator = make_accelerator(recipe.run, out)
-        if recipe.base.train is None:
-            assert recipe.base.model is not None
-            self.model = resolve(recipe.base.model)
-        else:
-            self.model = str(self.first / "base" / "pipeline")
-        self.shapes = base_shapes(recipe)
-        self.family = family_by_class(self.shapes.transformer_class)
-        self.layout = check_recipe(recipe, self.shapes)
-        self.objective = base_objective(recipe, self.shapes)
-        check_init(recipe, self.shapes)  # before any work
+        self.base = BaseModel.of(recipe, self.first)
+        self.layout = check_recipe(recipe, self.base)
+        self.objective = check_objective(recipe, self.base)
+        check_init(recipe, self.base.shapes)  # before any work
         self.recipe, self.out = recipe, out
-        self.data = StageData(recipe, self.shapes, self.model, out)
+        self.data = StageData(recipe, self.base, out)
         if recipe.stage2.data is None:
             self.opened  # noqa: B018  # a fault in it is found before the folder is made
         self.init = None if recipe.init is None else resolve_upgrade(recipe.init)
@@ -118,9 +104,9 @@ class Upgrade:
         return self.data.skipped
 
     @cached_property
-    def base(self) -> Any:
+    def base_pipeline(self) -> Any:
         """The whole pretrained pipeline in the report's precision, in main memory. Training loads what it needs."""
-        return load_pipeline(self.model, report_precision(self.recipe))
+        return self.base.load_pipeline(report_precision(self.recipe))
 
     # -- base --------------------------------------------------------------------------------------------------
 
@@ -175,7 +161,7 @@ class Upgrade:
 
     def new_vae(self) -> DetailVAE:
         """The DetailVAE as stage 1 starts it."""
-        base_vae = load_part(self.model, "vae", self.shapes.vae_class)
+        base_vae = self.base.load_vae()
         r = self.recipe
         return DetailVAE.from_base(base_vae, r.detail_channels, r.scale, r.downsample, r.stage1.start)
 
@@ -192,7 +178,7 @@ class Upgrade:
 
     def cache_key(self, vae: DetailVAE) -> Key:
         recipe = self.recipe
-        speaks = self.family.condition == "text" and recipe.cache.shards is None
+        speaks = self.base.family.condition == "text" and recipe.cache.shards is None
         return cache_key(
             vae,
             self.opened,
@@ -242,13 +228,13 @@ class Upgrade:
 
     def _cache_shards(self, folder: Path, key: Key) -> None:
         """Latents [z, z_d] that the official extraction wrote, instead of encoding pictures."""
-        if self.family.classes_key is None:
+        if self.base.family.classes_key is None:
             raise RecipeError("cache.shards: latent shards hold class labels; they train class-conditional models")
         cache_shards(
             folder,
             self.recipe.cache,
             channels=self.layout.channels,
-            num_classes=int(self.shapes.transformer_config[self.family.classes_key]),
+            num_classes=int(self.base.shapes.transformer_config[self.base.family.classes_key]),
             key=key,
             accelerator=self.accelerator,
             watch=self._watch,
@@ -265,14 +251,15 @@ class Upgrade:
             num_workers=self.recipe.stage2_data.num_workers,
             accelerator=self.accelerator,
             watch=self._watch,
-            embed=self.embedder() if self.family.condition == "text" and self.recipe.cache.text == "stored" else None,
+            embed=self.embedder()
+            if self.base.family.condition == "text" and self.recipe.cache.text == "stored"
+            else None,
         )
 
     def text_encoders(self) -> Any:
         """The pretrained pipeline without its transformer."""
-        component, config = self.family.component, self.shapes.transformer_config
         with one_at_a_time(self.out):
-            return load_text_encoders(self.model, component, config, self.frozen).to(self.accelerator.device)
+            return self.base.load_text_encoders(self.frozen).to(self.accelerator.device)
 
     @property
     def frozen(self) -> torch.dtype:
@@ -282,7 +269,7 @@ class Upgrade:
     def embedder(self) -> Callable[[list[str]], tuple[Tensor, ...]]:
         """Captions -> what the text encoders say of them, one tensor per kind; the encoders are loaded when first asked."""
         encoders = cache(self.text_encoders)
-        return lambda captions: embed_captions(encoders(), captions, self.shapes.transformer_class)
+        return lambda captions: embed_captions(encoders(), captions, self.base.shapes.transformer_class)
 
     def _store_statistics(self, vae: DetailVAE, meta: CacheMeta) -> None:
         mean, std = torch.tensor(meta.mean).view(1, -1, 1, 1), torch.tensor(meta.std).view(1, -1, 1, 1)
@@ -303,15 +290,15 @@ class Upgrade:
             )
         with one_at_a_time(self.out):
             task = self._stage2_task(vae, frozen, self.accelerator.device)
-        if self.recipe.cache.text == "step" and self.family.condition == "text":
+        if self.recipe.cache.text == "step" and self.base.family.condition == "text":
             embed_in_step(task.conditioning, self.embedder())
         return task
 
     def _stage2_task(self, vae: DetailVAE, frozen: torch.dtype, device: torch.device) -> Stage2Task:
         """Stage 2 at its first step; its transformer is on the device."""
-        pretrained = load_part(self.model, self.family.component, self.shapes.transformer_class, frozen)
+        pretrained = self.base.load_transformer(frozen)
         transformer = expand_transformer(pretrained, self.recipe.detail_channels, self.recipe.stage2.new_weights)
-        cache = CachedLatents(self.first / "cache", self.family.condition, embedded=True)
+        cache = CachedLatents(self.first / "cache", self.base.family.condition, embedded=True)
         task = Stage2Task(
             self.recipe.stage2,
             vae.layout,
@@ -322,9 +309,9 @@ class Upgrade:
                 transformer,
                 cache,
                 device,
-                null_text=reads_silent_t5(self.model),
+                null_text=self.base.silent_t5,
                 pixel_factor=vae.spatial_factor,
-                scheduler=load_scheduler(self.model),
+                scheduler=self.base.scheduler,
                 guidance=self.recipe.stage2.embedded_guidance,
             ),
             self.objective,
@@ -368,7 +355,7 @@ class Upgrade:
             def export() -> None:
                 vae = load_detail_vae(self.first / "vae")
                 self.check_inputs(vae)
-                export_upgraded(self.model, vae, tensors, recipe, self.out / UPGRADE_FILE, target)
+                export_upgraded(self.base.name, vae, tensors, recipe, self.out / UPGRADE_FILE, target)
 
             on_main(export)
             self.folder.mark_done("stage2")

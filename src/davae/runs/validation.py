@@ -100,7 +100,7 @@ def stage1_pictures(run: Upgrade, task: Stage1Task) -> list[Periodic]:
 
 def shown_at_a_time(run: Upgrade) -> int:
     """Images that progress and validation code at a time: `report.batch_size`, else what the memory plan allows."""
-    recipe, shapes, layout = run.recipe, run.shapes, run.layout
+    recipe, shapes, layout = run.recipe, run.base.shapes, run.layout
 
     def one() -> int:
         vae = meta_detail_vae(shapes, layout.detail_channels, layout.scale)
@@ -137,7 +137,7 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
         )
     prompts: list[Any] = list(recipe.sampling.prompts)[:SHOWN]
     conditioning = copy.copy(task.conditioning)
-    if run.family.condition == "text":
+    if run.base.family.condition == "text":
         prompts = prompts or held_out["captions"][:SHOWN]
         captions = sorted({"", *held_out["captions"], *prompts})
         conditioning.cache = embedded_captions(run, task.conditioning, captions)  # type: ignore[attr-defined]
@@ -170,7 +170,8 @@ def stage2_pictures(run: Upgrade, task: Stage2Task) -> list[Periodic]:
 
         periodic.append(Periodic(recipe.stage2.validate_every, validate))
     if recipe.run.sample_every:
-        side, decoding = recipe.base.resolution // run.shapes.vae_factor, Halving("progress", shown_at_a_time(run))
+        side = recipe.base.resolution // run.base.shapes.vae_factor
+        decoding = Halving("progress", shown_at_a_time(run))
         draws = SampleRandom(recipe.sampling.seed, "samples", 0, 0, len(prompts))
         noise = draws.normal(task.layout.channels, side, side).to(device)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from davae.backbones.classes import class_count, class_number
 from davae.backbones.families import denoiser, family_of
 from davae.errors import ModelError
-from davae.pretrained.open import guidance_arguments, literal_prompts, pixel_factor, text_arguments
+from davae.pretrained.prompting import guidance_arguments, literal_prompts, text_arguments
+from davae.pretrained.shapes import pixel_factor
 from davae.sample.finite import checked_decoding
 
 DIT_NULL = 1000  # the null class that DiTPipeline has in its code

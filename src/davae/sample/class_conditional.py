@@ -16,7 +16,7 @@ from torch import Tensor
 
 from davae.backbones.classes import find_class
 from davae.backbones.lightning_dit import LightningDiT
-from davae.pretrained.open import pixel_factor
+from davae.pretrained.shapes import pixel_factor
 from davae.sample.ode import GuidedModel, OnStep, solve_ode, stepped, time_grid
 from davae.vae.codec import Codec
 

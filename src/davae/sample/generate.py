@@ -10,7 +10,7 @@ from torch import Tensor
 
 from davae.errors import ModelError
 from davae.latent import LatentLayout
-from davae.pretrained.open import default_resolution, pixel_factor, token_side
+from davae.pretrained.shapes import default_resolution, pixel_factor, token_side
 from davae.sample.call import call_pipeline, prompts_at_a_time, takes_noise
 from davae.sample.open import DEFAULT_OPTIONS, SamplingOptions
 from davae.sample.preview import Preview, watching

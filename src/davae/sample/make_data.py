@@ -21,7 +21,7 @@ from davae.data.shards.tar_index import index_tar
 from davae.errors import ModelError
 from davae.files.atomic import atomic_file
 from davae.files.outputs import is_drawn
-from davae.pretrained.open import default_resolution
+from davae.pretrained.shapes import default_resolution
 from davae.sample.fingerprint import model_fingerprint
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions, model_places, open_text_model

@@ -22,7 +22,7 @@ from davae.backbones.families import denoiser, family_of
 from davae.data.images import to_images, to_tensor
 from davae.errors import ModelError
 from davae.pretrained.memory_budget import TILE
-from davae.pretrained.open import default_resolution, pixel_factor, token_side
+from davae.pretrained.shapes import default_resolution, pixel_factor, token_side
 from davae.sample.canvas import Enlargement, WindowGrid
 from davae.sample.draw_detail import OnBase, draw_detail
 from davae.sample.finite import finite_images, remedy

@@ -1,40 +1,154 @@
-"""What an upgrade needs to know of its base model, read once from configs."""
+"""The pretrained model that a run starts from: its configs, read once, and its parts, loaded on request."""
 
 from __future__ import annotations
 
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from davae.backbones.families import family_by_class
+from davae.backbones.family import Family
+from davae.errors import ModelError
 from davae.pretrained.autoencoders import autoencoder_config
-from davae.pretrained.open import BaseShapes, read_shapes
+from davae.pretrained.distilled import Distilled, distilled
+from davae.pretrained.open import Configs, load_part, load_pipeline, load_scheduler
+from davae.pretrained.shapes import BaseShapes, read_shapes
+from davae.pretrained.text_encoders import TextEncoder, load_text_encoders, reads_silent_t5, text_encoders
 from davae.recipes import Recipe
 from davae.recipes.base import BaseRecipe, ClassArchitecture
+from davae.recipes.sections import FlowOptim
 from davae.tasks.autoencoder import build_autoencoder
 from davae.tasks.class_conditional import build_class_transformer
+from davae.tasks.noising import Objective, choose_objective, flow_matching
 from davae.tasks.text_to_image import build_transformer
 from davae.vae.codec import latent_shape
 from davae.zoo import resolve
 
 
-def base_shapes(recipe: Recipe) -> BaseShapes:
-    """Shapes of the recipe's base model, trained already or not."""
-    if recipe.base.train is not None:
-        return planned_shapes(recipe.base.train)
-    assert recipe.base.model is not None
-    return read_shapes(resolve(recipe.base.model))
+class BaseModel:
+    """A pretrained diffusers pipeline, or one that a recipe is going to train.
 
+    Args:
+        name: folder, hub id or preset from which its weights are loaded.
+        title: what messages call it; `name` unless given.
+        configs: folder, hub id or preset from which its configs are read; `name` unless given.
+        planned: the recipe that trains it, while there is nothing to read yet.
+        to_train: refuse a family that can only be expanded.
+    """
 
-def bucket_step(recipe: Recipe, shapes: BaseShapes) -> int | None:
-    """Return the pixels that a token spans, None for models of square images alone."""
-    if family_by_class(shapes.transformer_class).condition == "class":
-        return None
-    return shapes.vae_factor * recipe.scale * shapes.patch_size
+    def __init__(
+        self,
+        name: str,
+        *,
+        title: str | None = None,
+        configs: str | None = None,
+        planned: BaseRecipe | None = None,
+        to_train: bool = True,
+    ):
+        self.name, self.title, self.planned, self.to_train = name, title or name, planned, to_train
+        self.configs = Configs(configs or name)
+
+    @classmethod
+    def of(cls, recipe: Recipe, folder: Path | None = None, configs: str | None = None) -> BaseModel:
+        """Return the base model of an upgrade's recipe.
+
+        Args:
+            recipe: the upgrade's.
+            folder: run folder in which the recipe trains its base model, where it does.
+            configs: folder, hub id or preset from which configs are read; the model itself unless given.
+        """
+        base = recipe.base
+        if base.train is not None:
+            place = base.name if folder is None else str(folder / "base" / "pipeline")
+            return cls(place, title=base.name, planned=base.train)
+        assert base.model is not None
+        return cls(resolve(base.model), title=base.model, configs=configs)
+
+    @cached_property
+    def shapes(self) -> BaseShapes:
+        """Classes, channels, factors and configs; ModelError for a model that cannot be upgraded."""
+        if self.planned is not None:
+            return planned_shapes(self.planned)
+        return read_shapes(self.configs, to_train=self.to_train)
+
+    @property
+    def pipeline_class(self) -> str:
+        """Name of the pipeline's class."""
+        return self.shapes.pipeline_class
+
+    @cached_property
+    def family(self) -> Family:
+        """Where the transformer's layers are, and how it is called."""
+        return family_by_class(self.shapes.transformer_class)
+
+    @cached_property
+    def distilled(self) -> Distilled | None:
+        """How the model was distilled; None for one that was not, or that a recipe trains."""
+        return None if self.planned is not None else distilled(self.configs, self.title)
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler; None where it has none."""
+        return load_scheduler(self.configs)
+
+    def objective(self, settings: FlowOptim) -> Objective:
+        """Return what the model predicts, by its scheduler; flow matching for one that a recipe trains.
+
+        Args:
+            settings: the stage that trains it, with the timesteps of flow matching.
+
+        Raises:
+            ModelError: an objective that stage 2 cannot train, or a config that contradicts the scheduler.
+        """
+        flow = flow_matching(settings)
+        if self.planned is not None:
+            return flow
+        objective = choose_objective(self.scheduler, self.family, self.title, flow)
+        stated = self.shapes.transformer_config.get("prediction_type")  # a LightningDiT has its own
+        if stated is not None and (stated == "epsilon") != (objective.prediction == "epsilon"):
+            raise ModelError(
+                f"model {self.title}: its transformer predicts {stated}, its scheduler stands for {objective.prediction}; "
+                "put the scheduler that the model was trained with into its folder"
+            )
+        return objective
+
+    @cached_property
+    def text_encoders(self) -> list[TextEncoder]:
+        """Text encoders from configs alone; none of a class-conditional model, or of one that a recipe trains."""
+        return [] if self.planned is not None else text_encoders(self.configs, self.shapes.transformer_config)
+
+    @cached_property
+    def silent_t5(self) -> bool:
+        """Whether a Stable Diffusion 3 gets only zeros from its third text encoder."""
+        return reads_silent_t5(self.configs)
+
+    def bucket_step(self, scale: int) -> int | None:
+        """Return the pixels that a token spans at `scale` times the resolution; None for models of squares alone."""
+        if self.family.condition == "class":
+            return None
+        return self.shapes.vae_factor * scale * self.shapes.patch_size
+
+    def load_vae(self) -> Any:
+        """Load the autoencoder, in float32."""
+        return load_part(self.name, "vae", self.shapes.vae_class)
+
+    def load_transformer(self, dtype: torch.dtype) -> Any:
+        """Load the transformer or U-Net in a precision."""
+        return load_part(self.name, self.family.component, self.shapes.transformer_class, dtype)
+
+    def load_pipeline(self, dtype: torch.dtype) -> Any:
+        """Load the whole pipeline in a precision, into main memory."""
+        return load_pipeline(self.name, dtype)
+
+    def load_text_encoders(self, dtype: torch.dtype) -> Any:
+        """Load the pipeline without its transformer, to embed prompts, in a precision."""
+        return load_text_encoders(self.name, self.family.component, self.shapes.transformer_config, dtype)
 
 
 def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
-    """Shapes of the model that a recipe would train, without a weight."""
+    """Return the shapes of the model that a recipe would train, without a weight."""
     if isinstance(recipe.autoencoder, str):
         config = autoencoder_config(recipe.autoencoder)[1]
         vae_class = str(config["_class_name"])
@@ -59,7 +173,12 @@ def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
 
 
 def new_transformer(recipe: BaseRecipe, channels: int, side: int) -> Any:
-    """The recipe's transformer for latents (channels, side, side), random weights, whatever it starts from."""
+    """Return the recipe's transformer with random weights, whatever the recipe starts from.
+
+    Args:
+        recipe: the base model's.
+        channels, side: of its latents, (channels, side, side).
+    """
     if isinstance(recipe.architecture, ClassArchitecture):
         return build_class_transformer(recipe.model_copy(update={"init": None}), channels, side)
     return build_transformer(recipe.architecture, channels, side)

@@ -26,7 +26,7 @@ from davae.lab.bench.clock import Spread, machine, ratio
 from davae.lab.bench.plain import PlainStage1, PlainStage2
 from davae.losses.flow_matching import sample_timesteps
 from davae.losses.perceptual import Lpips, random_lpips
-from davae.pretrained.open import embed_captions
+from davae.pretrained.prompting import embed_captions
 from davae.recipes.sections import Stage1
 from davae.recipes.upgrade import Recipe
 from davae.runs.upgrade import Upgrade
@@ -253,9 +253,10 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"stage2": settings, "cache": cache, "data": data})
     with tempfile.TemporaryDirectory() as scratch:
         first = Upgrade(recipe, Path(scratch) / "first", lambda progress: None)
-        if first.objective.prediction != "flow":
+        prediction = first.objective.prediction
+        if prediction != "flow":
             raise RecipeError(
-                f"base.model: {recipe.base.name} predicts {first.objective.prediction}; the plain implementation knows flow "
+                f"base.model: {recipe.base.name} predicts {prediction}; the plain implementation knows flow "
                 "matching alone"
             )
         first.train_vae()
@@ -289,7 +290,7 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
 def plain_stage2(run: Upgrade, rival: Any) -> PlainStage2:
     """The plain opponent on the weights of a fresh stage 2."""
     settings, conditioning = run.recipe.stage2, rival.conditioning
-    conditioning.cache = LivePrompts(run.base)
+    conditioning.cache = LivePrompts(run.base_pipeline)
 
     def draw(latents: Tensor, captions: list[str], draws: SampleRandom) -> tuple[list[str], Tensor, Tensor]:
         dropped = draws.uniform() < settings.caption_dropout

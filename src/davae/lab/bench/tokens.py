@@ -16,8 +16,8 @@ from davae.backbones.lightning_dit import LightningDiT
 from davae.lab.bench.clock import Spread, machine, race, ratio
 from davae.lab.bench.helpers import helped, multiplies
 from davae.plan.figures import token_plan
-from davae.pretrained.open import BaseShapes
 from davae.pretrained.placement import own_device
+from davae.pretrained.shapes import BaseShapes
 
 DEPTHS = ("num_layers", "num_single_layers", "depth")  # config keys that count blocks
 LISTS = ("dual_attention_layers",)  # config keys that name blocks by number

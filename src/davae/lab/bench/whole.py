@@ -17,9 +17,10 @@ from davae.errors import ModelError
 from davae.lab.bench.clock import machine, race
 from davae.lab.bench.tokens import one_pass, random_transformer, shallow
 from davae.plan.figures import check_resolution, token_plan
-from davae.pretrained.open import BaseShapes, read_shapes
 from davae.pretrained.placement import own_device
-from davae.pretrained.text_encoders import TextEncoder, text_encoders
+from davae.pretrained.shapes import BaseShapes
+from davae.pretrained.text_encoders import TextEncoder
+from davae.tasks.base_model import BaseModel
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.frames import decode_latents
 
@@ -120,13 +121,14 @@ def bench_whole(
     Raises:
         ModelError: an unsupported model, a size that does not divide into tokens, or an autoencoder of another signature.
     """
-    shapes = read_shapes(model)
+    base = BaseModel(model)
+    shapes = base.shapes
     try:
         check_resolution(shapes, resolution, scale)
     except ValueError as error:
         raise ModelError(str(error)) from error
     detail, passes = detail_channels or shapes.channels, 2 if guided else 1
-    encoders = text_encoders(model, shapes.transformer_config)
+    encoders = base.text_encoders
     text = {encoder.component: passes * text_seconds(encoder, repeats, dtype) for encoder in encoders}
     one = transformer_seconds(shapes, resolution, scale, detail, blocks, passes, repeats, dtype)
     decoding = decoding_seconds(shapes, resolution, scale, detail, repeats, dtype)

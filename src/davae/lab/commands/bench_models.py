@@ -42,8 +42,8 @@ def tokens(
     from davae.errors import ModelError
     from davae.lab.bench.helpers import check_helpers
     from davae.lab.bench.tokens import bench_tokens
-    from davae.pretrained.open import read_shapes
     from davae.pretrained.placement import Placement
+    from davae.pretrained.shapes import read_shapes
     from davae.zoo import resolve
 
     check_helpers(helper or [], passes=1)
@@ -186,8 +186,8 @@ def whole_pipelines(
     """
     from davae.lab.bench.helpers import check_helpers
     from davae.lab.bench.sampling import bench_sample
-    from davae.pretrained.open import default_resolution
     from davae.pretrained.placement import Placement
+    from davae.pretrained.shapes import default_resolution
     from davae.sample.open import SamplingOptions, open_model
 
     check_helpers(helper or [])
@@ -222,8 +222,8 @@ def throughput(
     `davae bench throughput runs/sd35-medium-1k --steps 30 --guidance 2.5`
     """
     from davae.lab.bench.throughput import bench_throughput
-    from davae.pretrained.open import default_resolution
     from davae.pretrained.placement import Placement
+    from davae.pretrained.shapes import default_resolution
     from davae.sample.open import check_class_prompts, open_model
 
     pipeline, _ = open_model(model, Placement(dtype, compile=compile))

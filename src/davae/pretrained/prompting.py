@@ -1,0 +1,52 @@
+"""What a loaded pipeline takes with a prompt: arguments of its call, and embeddings of captions."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from davae.backbones.families import denoiser, family_by_class, family_of
+
+
+def silent_t5(pipeline: Any) -> bool:
+    """Whether Stable Diffusion 3 gets only zeros from its third text encoder: none there, or one scaled to zero."""
+    if not hasattr(pipeline, "text_encoder_3"):
+        return False
+    encoder = pipeline.text_encoder_3
+    return encoder is None or not bool(encoder.encoder.final_layer_norm.weight.any())
+
+
+def text_arguments(pipeline: Any) -> dict[str, Any]:
+    """Arguments that keep a prompt short where nothing is lost: one zero token instead of 256."""
+    return {"max_sequence_length": 1} if silent_t5(pipeline) else {}
+
+
+def literal_prompts(pipeline: Any) -> dict[str, Any]:
+    """Arguments that keep a pipeline from rewriting prompts by a language model: what is asked for is what is measured."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    return {name: False for name in ("enable_prompt_rewrite", "use_pe") if name in takes}
+
+
+def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, Any]:
+    """Arguments that guide so many prompts by `scale`, as the pipeline counts it, away from the empty prompt.
+
+    A guidance-distilled model is told the scale.
+    """
+    transformer = denoiser(pipeline)
+    family = family_of(transformer)
+    if family.guidance == "true_cfg_scale" and transformer.config.get("guidance_embeds"):
+        return {"guidance_scale": scale, "true_cfg_scale": 1.0}
+    negative = {"negative_prompt": [""] * prompts} if family.negative_prompts and scale > 1 else {}
+    return {family.guidance: scale, **negative}
+
+
+@torch.no_grad()
+def embed_captions(pipeline: Any, captions: list[str], transformer_class: str) -> tuple[Tensor, ...]:
+    """What the pipeline's text encoders say of captions, one tensor per kind, each (B,...).
+
+    The transformer itself may be left out of the pipeline; its class tells what kinds it takes.
+    """
+    return family_by_class(transformer_class).require_call().embed(pipeline, captions, text_arguments(pipeline))
