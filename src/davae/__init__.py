@@ -50,20 +50,16 @@ if TYPE_CHECKING:
     from davae.backbones.expand import expand_transformer
     from davae.backbones.lightning_dit import LightningDiT
     from davae.backbones.lora import widen_lora
-    from davae.backbones.pipelines.base_pixels import (
+    from davae.backbones.pipelines import (
         DetailAuraFlowPipeline,
-        DetailLumina2Pipeline,
-        DetailLuminaPipeline,
-    )
-    from davae.backbones.pipelines.ddpm import (
-        DetailHunyuanDiTPipeline,
-        DetailPixArtAlphaPipeline,
-        DetailPixArtSigmaPipeline,
-    )
-    from davae.backbones.pipelines.upgraded import (
         DetailErnieImagePipeline,
+        DetailHunyuanDiTPipeline,
         DetailKrea2Pipeline,
         DetailLongCatImagePipeline,
+        DetailLumina2Pipeline,
+        DetailLuminaPipeline,
+        DetailPixArtAlphaPipeline,
+        DetailPixArtSigmaPipeline,
         DetailQwenImage21Pipeline,
         DetailZImagePipeline,
     )

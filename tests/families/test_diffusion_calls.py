@@ -18,7 +18,7 @@ from davae.backbones.call import SizedCall
 from davae.backbones.classes import class_number
 from davae.backbones.expand import expand_transformer
 from davae.backbones.families import denoiser, family_of
-from davae.backbones.pipelines.ddpm import ScaledBins
+from davae.backbones.pipelines import ScaledBins
 from davae.errors import ModelError, RecipeError
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.shapes import default_resolution, pixel_factor, read_shapes
