@@ -419,7 +419,7 @@ def test_pipeline_saves_loads_and_draws(tmp_path: Path) -> None:
     torch.testing.assert_close(draw(pipeline, "cat"), (expected / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-5)
 
     for prompt, message in (
-        ("horse", "'horse' is no class of this model; its classes are cat, tabby cat, dog"),
+        ("horse", "'horse' is not a class of this model; its classes are cat, tabby cat, dog"),
         ("i", "'i' fits 2 classes"),
         (5, "class label 5 is out of range"),
     ):

@@ -156,7 +156,7 @@ def test_a_lora_of_another_shape_is_one_clear_line():
         widen_lora(state, wide)
     with pytest.raises(ModelError, match=r"adapts a layer that a SD3Transformer2DModel does not have"):
         widen_lora({"transformer.single_blocks.0.attn.lora_A.weight": torch.zeros(2, 16)}, wide)
-    with pytest.raises(ModelError, match=r"'proj_out.lora_magnitude_vector' is no LoRA weight"):
+    with pytest.raises(ModelError, match=r"'proj_out.lora_magnitude_vector' is not a LoRA weight"):
         widen_lora({"proj_out.lora_magnitude_vector": torch.zeros(16)}, wide)
     with pytest.raises(ModelError, match="was not upgraded"):
         widen_lora(state, base)

@@ -176,7 +176,9 @@ def test_hunyuan_draws_by_default_what_its_table_says(bases: dict[str, Path], mo
 def test_dit_draws_classes_by_name(bases: dict[str, Path]):
     base = load_pipeline(str(bases["DiTTransformer2DModel"]))
     assert [class_number(base, label) for label in ("a disc", "disc", "square", "7", "999")] == [7, 7, 0, 7, 999]
-    with pytest.raises(ModelError, match=r"'cat' is no class of this model; its classes are a blue square, a disc"):
+    with pytest.raises(
+        ModelError, match=r"'cat' is not a class of this model; its classes are a blue square, a disc"
+    ):
         check_class_prompts(base, ["cat"])
     with pytest.raises(ModelError, match="class label 1000 is out of range"):
         check_class_prompts(base, ["1000"])

@@ -1,4 +1,4 @@
-"""Class-conditional pipelines: LightningDiT's, and diffusers' own of DiT. How many classes there are, and their names."""
+"""Classes of class-conditional pipelines, LightningDiT's and diffusers' own of DiT: their number and their names."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from davae.backbones.families import denoiser, family_of
 
 
 def goes_by_class(pipeline: Any) -> bool:
-    """Whether a pipeline draws classes, not prompts."""
+    """Return whether a pipeline draws classes, not prompts."""
     return family_of(pipeline).condition == "class"
 
 
 def class_count(pipeline: Any) -> int:
-    """Number of classes of a class-conditional pipeline, the null class left out."""
+    """Return the number of classes of a class-conditional pipeline, the null class left out."""
     model = denoiser(pipeline)
     return int(model.config[family_of(model).classes_key])
 
 
 def class_names(pipeline: Any) -> dict[str, int]:
-    """Every name of a class and its number, as the pipeline has them; DiT knows several names of one."""
+    """Return name -> number of a pipeline's classes; in DiT a class can have several names."""
     if hasattr(pipeline, "labels"):
         return pipeline.labels
     return {name: number for number, name in enumerate(pipeline.class_names)}
 
 
 def class_number(pipeline: Any, label: int | str) -> int:
-    """Number of a class given by number, or by name or a part of it.
+    """Return the number of a class given by number, or by name or a part of it.
 
     Raises:
         ValueError: no such class, or several.
@@ -35,17 +35,26 @@ def class_number(pipeline: Any, label: int | str) -> int:
 
 
 def find_class(label: int | str, names: dict[str, int], count: int) -> int:
-    """`class_number`, of a pipeline's names and its number of classes."""
+    """Return the number of a class given by number, or by name or a part of it.
+
+    Args:
+        label: the number or name.
+        names: name -> number.
+        count: number of classes.
+
+    Raises:
+        ValueError: no such class, or several.
+    """
     if isinstance(label, int) or label.isdecimal():
         number = int(label)
         if not 0 <= number < count:
             raise ValueError(f"class label {number} is out of range: the model has classes 0 to {count - 1}")
         return number
-    wanted = label.lower()
+    lower = label.lower()
     numbers = {name.lower(): number for name, number in names.items()}
-    if wanted in numbers:
-        return numbers[wanted]
-    found = sorted({number for name, number in numbers.items() if wanted in name})
+    if lower in numbers:
+        return numbers[lower]
+    found = sorted({number for name, number in numbers.items() if lower in name})
     if len(found) == 1:
         return found[0]
     shown = list(numbers)[:10]
@@ -54,12 +63,12 @@ def find_class(label: int | str, names: dict[str, int], count: int) -> int:
         if shown
         else "it has no class names"
     )
-    problem = f"fits {len(found)} classes" if found else "is no class of this model"
+    problem = f"fits {len(found)} classes" if found else "is not a class of this model"
     raise ValueError(f"'{label}' {problem}; {known}; numbers 0 to {count - 1} work too")
 
 
 def label_names(pipeline: Any) -> dict[str, str]:
-    """DiT's `id2label` from its pipeline, which keeps the names inside out: number -> its names, with commas between."""
+    """Return DiT's `id2label`, number -> its names with commas between, from a pipeline that keeps name -> number."""
     names: dict[str, list[str]] = {}
     for name, number in pipeline.labels.items():
         names.setdefault(str(number), []).append(name)

@@ -15,7 +15,7 @@ from davae.latent import LatentLayout
 Model = TypeVar("Model", bound=nn.Module)
 NewWeights = Literal["zero", "random"]
 MARK = "_davae_base_channels"  # config key of an expanded transformer; diffusers keeps private keys silently
-CLEAN_BASE = "_davae_clean_base"  # likewise: the share of training that saw a clean base, where there was one
+CLEAN_BASE = "_davae_clean_base"  # private like MARK: the share of training with a clean base, where there was one
 
 
 def expand_transformer(transformer: Model, detail_channels: int, new_weights: NewWeights = "zero") -> Model:
@@ -49,7 +49,7 @@ def expand_transformer(transformer: Model, detail_channels: int, new_weights: Ne
         _replace(expanded, path, widen(expanded.get_submodule(path), layout, family, new_weights))
 
     def widened(values: int) -> int:
-        """As many values a channel as before: 2 where a variance is returned, 4 where a token packs 2x2 positions."""
+        """Return values for the new channels, as many a channel as before: 2 with a variance, 4 for 2x2 packed positions."""
         return values // base_channels * layout.channels
 
     changes = {family.in_key: widened(config[family.in_key])}
@@ -64,13 +64,13 @@ def expand_transformer(transformer: Model, detail_channels: int, new_weights: Ne
 
 
 def latent_channels(transformer: nn.Module) -> int:
-    """Channels of the latents that a transformer takes, however its pipeline packs them."""
+    """Return the channels of the latents that a transformer takes, whatever its pipeline's packing."""
     family = family_of(transformer)
     return int(transformer.config[family.in_key]) // family.packed  # type: ignore[index]
 
 
 def widen_embedder(embedder: nn.Module, layout: LatentLayout, family: Family, new_weights: NewWeights) -> nn.Module:
-    """[P, P']: the pretrained patch convolution or linear with D more input channels (Eq. 8)."""
+    """Return [P, P']: the pretrained patch convolution or linear with D more input channels (Eq. 8)."""
     wide = _like(embedder, layout.channels / layout.base_channels, 1)
     with torch.no_grad():
         if new_weights == "zero":
@@ -83,7 +83,7 @@ def widen_embedder(embedder: nn.Module, layout: LatentLayout, family: Family, ne
 
 
 def widen_head(head: nn.Module, layout: LatentLayout, family: Family, new_weights: NewWeights) -> nn.Module:
-    """[O, O']: the pretrained head with D more output channels per patch position (Eq. 10).
+    """Return [O, O']: the pretrained head with D more output channels per patch position (Eq. 10).
 
     A head that also predicts a variance has two groups of channels per position; both grow.
     """
@@ -98,7 +98,7 @@ def widen_head(head: nn.Module, layout: LatentLayout, family: Family, new_weight
 
 
 def _like(layer: nn.Module, inputs: float, outputs: float) -> Any:
-    """A fresh layer of the same kind with so many times the input and output channels."""
+    """Return a fresh layer of the same kind, its input and output channels multiplied by `inputs` and `outputs`."""
     kept = {"bias": layer.bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
     if isinstance(layer, nn.Linear):
         return nn.Linear(round(layer.in_features * inputs), round(layer.out_features * outputs), **kept)
@@ -114,29 +114,29 @@ def _like(layer: nn.Module, inputs: float, outputs: float) -> Any:
 
 
 def inputs_by_channel(weight: Tensor, channels: int, family: Family) -> Tensor:
-    """View of an embedder's weight with the latent channels on axis 1: (width,c,...), or (p*p,c,width) of a linear."""
+    """Return a view of an embedder's weight with latent channels on axis 1: (width,c,...), or (p*p,c,width) of a linear."""
     if weight.ndim == 4:
         return weight.unflatten(1, (channels, family.packed))
     return by_channel(weight.T, weight.shape[1] // channels, channels, family.embedder_order)
 
 
 def outputs_by_channel(parameter: Tensor, channels: int, family: Family) -> Tensor:
-    """View of a head's weight or bias with the latent channels on axis 1: (p*p,c,...); p*p twice with a variance."""
+    """Return a view of a head's weight or bias with latent channels on axis 1: (p*p,c,...), p*p twice with a variance."""
     return by_channel(parameter, parameter.shape[0] // channels, channels, family.head_order)
 
 
 def by_channel(rows: Tensor, positions: int, channels: int, order: str) -> Tensor:
-    """View of a token's values as (p*p, channels, ...), whatever order its family packs them in."""
+    """Return a view of a token's values as (p*p,channels,...), from either order of packing."""
     if order == "patch_channel":
         return rows.unflatten(0, (positions, channels))
     return rows.unflatten(0, (channels, positions)).transpose(0, 1)
 
 
 def new_weight_masks(transformer: nn.Module) -> dict[str, Tensor]:
-    """Parameter name -> mask, 1 where an expanded transformer's P' and O' are, for the embedder and head weights.
+    """Return parameter name -> mask of an expanded transformer's embedder and head, 1 where P' and O' are.
 
     Raises:
-        ValueError: when the transformer was not expanded.
+        ValueError: a transformer that was not expanded.
     """
     family = family_of(transformer)
     config: Any = transformer.config
@@ -158,7 +158,7 @@ def new_weight_masks(transformer: nn.Module) -> dict[str, Tensor]:
 
 
 def _shared_copy(module: Model) -> Model:
-    """A copy whose parameters and buffers are new objects over the same storage."""
+    """Return a copy whose parameters and buffers are new objects over the same storage."""
     memo: dict[int, object] = {}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)

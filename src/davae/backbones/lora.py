@@ -1,4 +1,4 @@
-"""LoRA files of a base on its upgraded model: what touches P or O is padded with zeros to the new channels."""
+"""LoRA files of a base for its upgraded model: weights on P or O are padded with zeros to the new channels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOWN = re.compile(r"lora_A|.*down")
 
 
 def widen_lora(state_dict: Mapping[str, Tensor], transformer: nn.Module) -> dict[str, Tensor]:
-    """A LoRA of the pretrained model -> the same LoRA for the expanded one.
+    """Return a LoRA of the pretrained model for the expanded one.
 
     Layers inside (attention, feed-forward) keep their tensors. On the embedder, A (r,C,...) grows to (r,C+D,...), on the
     head, B (p*p*C,r) to (p*p*(C+D),r), zeros in the new entries: the base part of the velocity changes as the pretrained
@@ -54,7 +54,7 @@ def widen_lora(state_dict: Mapping[str, Tensor], transformer: nn.Module) -> dict
         if match is None:
             if inside.startswith((f"{family.embedder}.", f"{family.head}.")) and not inside.endswith(".alpha"):
                 raise ModelError(
-                    f"'{name}' is no LoRA weight; on the embedder and head only plain LoRA can be widened"
+                    f"'{name}' is not a LoRA weight; on the embedder and head only plain LoRA can be widened"
                 )
             widened[name] = tensor
             continue
@@ -70,7 +70,7 @@ def widen_lora(state_dict: Mapping[str, Tensor], transformer: nn.Module) -> dict
 def _fit(
     name: str, tensor: Tensor, match: re.Match[str], layer: nn.Module, layout: LatentLayout, family: Family
 ) -> Tensor:
-    """One tensor in the shape that the expanded layer needs."""
+    """Return one tensor in the shape that the expanded layer needs."""
     down = bool(DOWN.fullmatch(match["side"]))
     axis = 1 if down else 0
     needed = layer.get_parameter("weight").shape[axis]

@@ -1,4 +1,4 @@
-"""Another autoencoder's latents for a pretrained LightningDiT: its body behind a new patch embedder and a new head."""
+"""LightningDiT for another autoencoder's latents: the pretrained body, a new patch embedder and a new head."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 from davae.backbones.lightning_dit import LightningDiT
 
 EMBEDDER, HEAD = "x_embedder", "final_layer"
-NEW_WEIGHTS = (f"{EMBEDDER}.", f"{HEAD}.linear.")  # their shapes hang on the latents
+NEW_WEIGHTS = (f"{EMBEDDER}.", f"{HEAD}.linear.")  # their shapes depend on the latents
 POSITIONS = ("pos_embed", "feat_rope.")  # tables of the new grid
 
 
 def change_latents(transformer: LightningDiT, channels: int, patch_size: int, input_size: int) -> LightningDiT:
-    """The pretrained body for latents (B,channels,input_size,input_size).
+    """Return the pretrained body for latents (B,channels,input_size,input_size).
 
     Blocks, time and class embeddings and the head's modulation are the pretrained ones. The patch embedder and the
     head's matrix start as in a model from scratch: random, and zero. Positions are those of the new grid.
 
     Args:
+        transformer: the pretrained model.
         channels: C of the new latents.
         patch_size: p, latent positions per token, each way.
         input_size: side of the latent grid.
@@ -32,6 +33,6 @@ def change_latents(transformer: LightningDiT, channels: int, patch_size: int, in
     changed = changed.to(transformer.device, transformer.dtype)  # type: ignore[arg-type]
     kept = {k: v for k, v in transformer.state_dict().items() if not k.startswith((*NEW_WEIGHTS, *POSITIONS))}
     result = changed.load_state_dict(kept, strict=False)
-    odd = [name for name in result.missing_keys if not name.startswith((*NEW_WEIGHTS, *POSITIONS))]
-    assert not odd + result.unexpected_keys, f"weights do not fit: {odd + result.unexpected_keys}"
+    unexpected = [name for name in result.missing_keys if not name.startswith((*NEW_WEIGHTS, *POSITIONS))]
+    assert not unexpected + result.unexpected_keys, f"weights do not fit: {unexpected + result.unexpected_keys}"
     return changed

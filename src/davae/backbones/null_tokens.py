@@ -1,4 +1,4 @@
-"""Many identical text tokens as one: exact attention for Stable Diffusion 3 without a T5 that speaks.
+"""Many identical text tokens as one: exact attention for Stable Diffusion 3 with a T5 that returns zeros.
 
 Its pipeline then appends `max_sequence_length` (256 by default) zero embeddings. They are equal at the input and have
 no positions, so they stay equal in every block; n equal keys in a softmax weigh as one key with log n added to
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class RepeatedTokenAttnProcessor:
-    """Joint attention of SD3 in which the last context token stands for `count` equal ones."""
+    """Joint attention of SD3 in which the last context token counts as `count` equal ones."""
 
     def __init__(self) -> None:
         self.count = 1
@@ -60,5 +60,5 @@ def repeat_last_token(transformer: nn.Module) -> RepeatedTokenAttnProcessor:
 
 
 def draw_count(generator: torch.Generator, maximum: int = 256) -> int:
-    """log-uniform in 1..maximum."""
+    """Return a log-uniform number in 1..maximum."""
     return round(math.exp(float(torch.rand((), generator=generator)) * math.log(maximum)))

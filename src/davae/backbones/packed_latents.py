@@ -1,4 +1,4 @@
-"""Latents as pipelines carry them between steps, and as (B,c,h,w)."""
+"""Latents in the shapes that pipelines use between steps, and as (B,c,h,w)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def unpack_latents(latents: Tensor, height: int, width: int) -> Tensor:
 
 
 def pack_like(latents: Tensor, like: Tensor) -> Tensor:
-    """Return latents (B,c,h,w) in the shape, precision and device of a pipeline's own; the inverse of `unpack_latents`."""
+    """Return latents (B,c,h,w) in the shape, precision and device of a pipeline's own `like`."""
     height, width = latents.shape[-2:]
     if like.ndim == 5:
         packed = latents[:, :, None]
@@ -48,6 +48,8 @@ def latent_size(latents: Tensor, channels: int, size: tuple[int, int] | None = N
     """Return h and w of a pipeline's latents with `channels` channels.
 
     Args:
+        latents: of any pipeline.
+        channels: c.
         size: h and w where they are known; without them, a list of tokens is taken for a square.
 
     Raises:

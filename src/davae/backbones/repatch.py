@@ -1,4 +1,4 @@
-"""Another patch size for a pretrained LightningDiT: the usual way to fewer tokens, which the paper compares with."""
+"""A larger patch size for a pretrained LightningDiT: the usual way to fewer tokens, the baseline of the paper."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from davae.backbones.lightning_dit import LightningDiT
 
 
 def change_patch(transformer: LightningDiT, patch_size: int, input_size: int) -> LightningDiT:
-    """The pretrained blocks behind a patch embedder and a head for patches of `patch_size` latent positions.
+    """Return the pretrained blocks with an embedder and a head for patches of `patch_size` latent positions.
 
     A token starts as the mean of what its positions would have been as tokens of the pretrained patch size, and the
     head gives all of them the same output. Where nothing changes, the input is returned.
 
     Args:
+        transformer: the pretrained model.
         patch_size: p, a multiple of the pretrained one.
         input_size: side of the latent grid. Tokens get the positions that a model of that grid has: 0, 1, 2, ..., so a grid
             of as many tokens keeps the pretrained ones.
 
     Raises:
-        ValueError: a patch size that is no multiple.
+        ValueError: a patch size that is not a multiple.
     """
     config: Any = transformer.config
     if patch_size % config.patch_size:

@@ -28,9 +28,16 @@ class LoraSettings(Protocol):
 
 
 def choose_trainable(transformer: nn.Module, lora: LoraSettings | None) -> list[nn.Parameter]:
-    """Mark what stage 2 trains: everything, or LoRA plus all of P, P', O, O'. Returns it in module order.
+    """Mark what stage 2 trains, everything or LoRA plus all of P, P', O, O', and return it in module order.
 
     An expanded transformer shares its tensors with the pretrained one; those that are trained get storage of their own.
+
+    Args:
+        transformer: an expanded transformer.
+        lora: None to train everything.
+
+    Raises:
+        RecipeError: a further target of the LoRA that no layer has.
     """
     family = family_of(transformer)
     if lora is None:
@@ -57,7 +64,7 @@ def choose_trainable(transformer: nn.Module, lora: LoraSettings | None) -> list[
 
 
 def in_full_precision(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Move what is trained to float32 where the frozen base is held in half precision: small updates would round away."""
+    """Move trained parameters to float32 where the base is in half precision: small updates would round away."""
     for parameter in parameters:
         if parameter.dtype.itemsize < torch.float32.itemsize:
             parameter.data = parameter.data.float()

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from davae.backbones.call import Parts, SizedCall, is_fake, size_rows, with_null
+from davae.backbones.call import Parts, SizedCall, is_fake, padded_to, size_rows, with_null
 from davae.backbones.family import ATTENTION, CP, DDPM, MLP, Family
 
 
 class CogView3PlusCall(SizedCall):
-    """v; T5's tokens; original size, target size and crop in pixels."""
+    """CogView3-Plus: v, from T5's tokens and original size, target size and crop in pixels."""
 
     TEXT_TOKENS = 224
 
@@ -29,9 +28,10 @@ class CogView3PlusCall(SizedCall):
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         side, known = max(x_t.shape[-2:]) // config["patch_size"], config["pos_embed_max_size"]
-        if side > known:  # diffusers would stop at two tensors that do not fit
+        # diffusers would stop at two tensors that do not fit
+        if side > known:
             raise ValueError(
-                f"CogView3-Plus knows positions of {known} tokens a side, a picture of that size has {side}"
+                f"CogView3-Plus knows positions of {known} tokens a side, an image of that size has {side}"
             )
         size = size_rows(x_t, self.pixel_factor)  # (B,2)
         return model(
@@ -45,7 +45,7 @@ class CogView3PlusCall(SizedCall):
         )[0]
 
 
-PUBLISHED = {
+PUBLISHED_SCHEDULE = {
     "use_dynamic_shifting": True,
     "time_shift_type": "linear",
     "base_image_seq_len": 256,
@@ -56,18 +56,18 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class CogView4Call(SizedCall):
-    """Prompts of any multiple of 16 tokens, without a mask; original size, target size and crop in pixels.
+    """CogView4: prompts of any multiple of 16 tokens without a mask; original size, target size and crop in pixels.
 
-    Its timesteps are those before the scheduler's shift: the pipeline gives the model u while the latents are at
+    Timesteps are those before the scheduler's shift: the pipeline gives the model u while the latents are at
     sigma = k u / (1 + (k - 1) u), with k from the number of image tokens.
 
-    Args:
+    Attributes:
         schedule: config of the base pipeline's scheduler.
     """
 
-    schedule: Mapping[str, Any] = field(default_factory=PUBLISHED.copy)
+    schedule: Mapping[str, Any] = field(default_factory=PUBLISHED_SCHEDULE.copy)
 
-    TEXT_TOKENS = 256  # of a caption; longer ones are cut, and diffusers' log says so
+    TEXT_TOKENS = 256  # longer captions are cut, with a warning in diffusers' log
 
     def for_pipeline(self, pixel_factor: int, scheduler: Any) -> Self:
         return replace(super().for_pipeline(pixel_factor, scheduler), schedule=scheduler.config)
@@ -78,8 +78,7 @@ class CogView4Call(SizedCall):
             embeds, _ = pipeline.encode_prompt(
                 [caption], do_classifier_free_guidance=False, max_sequence_length=self.TEXT_TOKENS, **options
             )
-            room = self.TEXT_TOKENS - embeds.shape[1]
-            rows.append((F.pad(embeds, (0, 0, 0, room)), F.pad(torch.ones(embeds.shape[:2]), (0, room))))
+            rows.append(padded_to(self.TEXT_TOKENS, embeds, torch.ones(embeds.shape[:2])))
         embeds, masks = zip(*rows, strict=True)
         return torch.cat(embeds), torch.cat(masks)  # (B,L,d), (B,L)
 
@@ -89,7 +88,7 @@ class CogView4Call(SizedCall):
         return torch.empty(1, self.TEXT_TOKENS, config["text_embed_dim"]), mask
 
     def shift(self, tokens: int) -> float:
-        """k of a picture of so many tokens."""
+        """Return k for an image of `tokens` tokens."""
         s = self.schedule
         if not s["use_dynamic_shifting"]:
             return s["shift"]
@@ -105,13 +104,14 @@ class CogView4Call(SizedCall):
         if len(each) == 1:
             return self._equal(model, x_t, u, embeds[:, : each[0]])
         velocity = torch.empty_like(x_t)
-        for length in each:  # the model takes no mask that works: prompts of one length at a time
+        # the model takes no mask that works: prompts of one length at a time
+        for length in each:
             rows = (lengths == length).nonzero().flatten()
             velocity[rows] = self._equal(model, x_t[rows], u[rows], embeds[rows, :length]).to(velocity.dtype)
         return velocity
 
     def _equal(self, model: nn.Module, x_t: Tensor, u: Tensor, embeds: Tensor) -> Tensor:
-        """The velocity of latents whose prompts are equally long."""
+        """Return the velocity (B,c,h,w) of latents whose prompts have one length."""
         size = size_rows(x_t, self.pixel_factor)  # (B,2)
         return model(
             hidden_states=x_t,

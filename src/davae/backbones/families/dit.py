@@ -11,14 +11,14 @@ from davae.backbones.family import ATTENTION, DDPM, MLP, OUT, PC, Family
 
 
 class DiTCall(ClassNumbers):
-    """Epsilon and a variance."""
+    """DiT: epsilon and a variance."""
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         return model(x_t, timestep=t, class_labels=parts[0], return_dict=False)[0][:, : x_t.shape[1]]
 
 
 class LightningDiTCall(ClassNumbers):
-    """Velocity, its own time running from noise to data; or epsilon where the weights are DiT's."""
+    """LightningDiT: a velocity in a time that runs from noise to data, or epsilon where the weights are DiT's."""
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         if config["prediction_type"] == "epsilon":

@@ -1,4 +1,7 @@
-"""FLUX.1, FLUX.2, Chroma, Ovis-Image, LongCat-Image and Bria: 2x2 latent positions packed into a token."""
+"""FLUX.1 and its relatives, FLUX.2, Chroma, Ovis-Image, LongCat-Image and Bria.
+
+All pack 2x2 latent positions into one token, channels outermost.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from davae.backbones.family import ATTENTION, CP, FLUX_LAYERS, JOINT, OUT, Famil
 
 
 class FluxCall(Packed, JointAndPooled):
-    """Tokens of 2x2 positions packed (c,2,2); the model scales timesteps itself; a distilled one takes guidance as input."""
+    """FLUX.1: joint and pooled embeddings; timesteps in (0,1); a guidance-distilled model takes the scale as an input."""
 
     TEXT_TOKENS = 512
-    GUIDANCE = 3.5  # the pipeline's default; stage 2 puts its own in place
+    GUIDANCE = 3.5  # the pipeline's default; stage 2 sets its own
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         embeds, pooled, _ = pipeline.encode_prompt(prompt=captions, prompt_2=None, **options)
@@ -39,7 +42,7 @@ class FluxCall(Packed, JointAndPooled):
 
 
 class ChromaCall(Packed, Masked):
-    """FLUX.1 without pooled embeddings and guidance; a mask over the text."""
+    """Chroma: FLUX.1 without pooled embeddings and guidance, with a mask over the text."""
 
     TEXT_TOKENS = 512
 
@@ -65,21 +68,25 @@ class ChromaCall(Packed, Masked):
 
 
 def text_diagonal(length: int, like: Tensor) -> Tensor:
-    """(L,3): 0, i, i: text runs along the diagonal of the picture's positions."""
+    """Return (L,3): 0, i, i for token i; text runs along the diagonal of the image's positions."""
     return F.pad(torch.arange(length, device=like.device)[:, None].expand(-1, 2), (1, 0)).to(like)
 
 
 class FluxLikeCall(Packed, Joint):
-    """The call that these share; each says what differs."""
+    """The call of Ovis-Image, LongCat-Image and Bria: one text encoder, no pooled embeddings, no guidance.
 
-    TIMES = 1.0  # what the model counts a whole trajectory as
+    Attributes:
+        TIMES: timestep of pure noise.
+    """
+
+    TIMES = 1.0
 
     def text_ids(self, embeds: Tensor, x_t: Tensor) -> Tensor:
-        """(L,3): positions of the text (B,L,d)."""
+        """Return (L,3), the positions of the text (B,L,d)."""
         return text_diagonal(embeds.shape[1], x_t)
 
     def image_ids(self, x_t: Tensor) -> Tensor:
-        """(hw/4,3): positions of the picture's tokens."""
+        """Return (hw/4,3), the positions of the image's tokens."""
         return self.grid(x_t)
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
@@ -96,7 +103,7 @@ class FluxLikeCall(Packed, Joint):
 
 
 class OvisImageCall(FluxLikeCall):
-    """Text positions run along the diagonal."""
+    """Ovis-Image: text positions run along the diagonal."""
 
     TEXT_TOKENS = 256
 
@@ -106,7 +113,7 @@ class OvisImageCall(FluxLikeCall):
 
 
 class LongCatImageCall(FluxLikeCall):
-    """As Ovis; the picture's positions have 1 in front and begin where the longest text ends."""
+    """LongCat-Image: text as in Ovis-Image; the image's positions start with 1 and begin where the longest text ends."""
 
     TEXT_TOKENS = 512
 
@@ -119,25 +126,25 @@ class LongCatImageCall(FluxLikeCall):
 
 
 class BriaCall(FluxLikeCall):
-    """Timesteps to 1000. The pipeline guides away from zeros, so they are what a dropped caption becomes."""
+    """Bria: timesteps to 1000; the pipeline guides away from zeros, so a dropped caption is embedded as zeros."""
 
     TEXT_TOKENS = 128
     TIMES = 1000.0
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         embeds, *_ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False, **options)
-        said = torch.tensor([bool(caption) for caption in captions], device=embeds.device)
-        return (embeds * said[:, None, None],)  # (B,L,d)
+        given = torch.tensor([bool(caption) for caption in captions], device=embeds.device)
+        return (embeds * given[:, None, None],)  # (B,L,d)
 
     def text_ids(self, embeds: Tensor, x_t: Tensor) -> Tensor:
         return torch.zeros(embeds.shape[1], 3, device=x_t.device, dtype=x_t.dtype)
 
 
 class Flux2Call(PackedGrid, Joint):
-    """Positions are (time, row, column, place in the text)."""
+    """FLUX.2, guidance-distilled, and FLUX.2 Klein: positions are (time, row, column, place in the text)."""
 
     TEXT_TOKENS = 512
-    GUIDANCE = 4.0  # the pipeline's default; stage 2 puts its own in place
+    GUIDANCE = 4.0  # the pipeline's default; stage 2 sets its own
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         embeds, _ = pipeline.encode_prompt(prompt=captions, **options)

@@ -14,12 +14,26 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor, nn
 
-from davae.backbones.call import Call, Masked, PackedGrid, Parts, is_fake, masked_with_null, stacked, trimmed, unwrap
+from davae.backbones.call import (
+    Call,
+    Masked,
+    PackedGrid,
+    Parts,
+    is_fake,
+    masked_with_null,
+    padded_to,
+    stacked,
+    trimmed,
+    unwrap,
+)
 from davae.backbones.family import ATTENTION, BOTH, CP, GATED, OUT, PC, SWIGLU, Family
 
 
 class Lumina2Call(Call):
-    """Masked prompts behind the pipeline's system prompt, which the empty prompt of guidance does without."""
+    """Lumina-Image 2.0: masked prompts after the pipeline's system prompt, which the empty prompt lacks.
+
+    The model predicts data - noise and counts time from noise to data.
+    """
 
     TEXT_TOKENS = 256
 
@@ -44,7 +58,7 @@ class Lumina2Call(Call):
 
 
 def _at_full_length(model: Any) -> None:
-    """Let FLOPs and memory be counted where the mask from which the model reads lengths holds no values."""
+    """Give the model whole prompts where FLOPs and memory are counted and the mask holds no values."""
     embedder = model.rope_embedder
     stock = type(embedder).forward
     embedder.forward = lambda x, mask: stock(embedder, x, WholePrompts(mask.shape))
@@ -52,7 +66,7 @@ def _at_full_length(model: Any) -> None:
 
 @dataclass(frozen=True)
 class WholePrompts:
-    """What the model asks of a mask (B,L), of prompts that fill it."""
+    """The part of a mask (B,L) that the model uses, for prompts that fill it."""
 
     shape: torch.Size
 
@@ -64,9 +78,10 @@ class WholePrompts:
 
 
 class LuminaNextCall(Call):
-    """Masked prompts, padded to a multiple of 8; rotary tables and the attention's scale hang on the number of tokens.
+    """Lumina-Next: masked prompts, padded to a multiple of 8; the rotary table and attention scale follow the tokens.
 
-    The head also returns a variance, which the pipeline drops; so it is not trained.
+    The model predicts data - noise and counts time from noise to data. Its head also returns a variance, which the pipeline
+    drops; so the variance is not trained.
     """
 
     TEXT_TOKENS, MULTIPLE = 256, 8
@@ -75,10 +90,9 @@ class LuminaNextCall(Call):
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         clean = inspect.signature(pipeline.__call__).parameters["clean_caption"].default
         rows = []
-        for caption in captions:  # one by one: how far a prompt is padded would otherwise hang on its neighbours
+        for caption in captions:  # one by one: in a batch the padding of a prompt would depend on its neighbours
             embeds, mask, _, _ = pipeline.encode_prompt([caption], False, clean_caption=clean, **options)
-            room = pipeline.max_sequence_length - mask.shape[1]
-            rows.append((F.pad(embeds, (0, 0, 0, room)), F.pad(mask, (0, room))))
+            rows.append(padded_to(pipeline.max_sequence_length, embeds, mask))
         embeds, masks = zip(*rows, strict=True)
         return torch.cat(embeds), torch.cat(masks)  # (B,L,d), (B,L)
 
@@ -112,7 +126,7 @@ class LuminaNextCall(Call):
 
 
 class ZImageCall(Masked):
-    """Pictures and prompts as lists; the model counts time from noise to data and points that way."""
+    """Z-Image: images and prompts as lists; the model predicts data - noise and counts time from noise to data."""
 
     TEXT_TOKENS = 512
     WIDTH = "cap_feat_dim"
@@ -125,18 +139,18 @@ class ZImageCall(Masked):
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = parts
         lengths = [mask.shape[1]] * len(mask) if is_fake(mask) else mask.sum(1).long().tolist()
-        pictures = model(
+        predicted = model(
             [latents[:, None] for latents in x_t],  # (c,1,h,w) each
             1 - t,
             [prompt[:length] for prompt, length in zip(embeds, lengths, strict=True)],
             return_dict=False,
         )[0]
-        return -torch.stack([picture[:, 0] for picture in pictures])  # (B,c,h,w)
+        return -torch.stack([image[:, 0] for image in predicted])  # (B,c,h,w)
 
 
 @contextmanager
 def positions_left_out(model: Any) -> Iterator[None]:
-    """Its positions ask for autocast, which the meta device, where models are counted, does not know; they cost nothing."""
+    """Replace ERNIE-Image's positions, which use autocast, on the meta device, which lacks it; they cost no FLOPs."""
     positions = model.pos_embed
     width = sum(positions.axes_dim)
     positions.forward = lambda ids: ids.new_empty(*ids.shape[:2], 1, width)
@@ -147,7 +161,7 @@ def positions_left_out(model: Any) -> Iterator[None]:
 
 
 class ErnieImageCall(PackedGrid, Masked):
-    """Packed positions on their grid, also for the model; timesteps to 1000; prompts with their lengths."""
+    """ERNIE-Image: packed positions on their grid, also for the model; timesteps to 1000; prompts with their lengths."""
 
     TEXT_TOKENS = 512
     WIDTH = "text_in_dim"

@@ -13,7 +13,7 @@ from davae.backbones.family import ATTENTION, BOTH, CP, JOINT, OUT, PC, Family
 
 
 class HiDreamCall(Call):
-    """T5 embeddings, those of every Llama layer, and pooled ones; predicts data - noise; timesteps to 1000.
+    """HiDream-I1: embeddings of T5, of every Llama layer and pooled; predicts data - noise; timesteps to 1000.
 
     The Llama part is large: 32 layers x 128 tokens x 4096 values, 34 MB a caption in a float16 cache.
     """
@@ -56,7 +56,7 @@ class HiDreamCall(Call):
 
 
 def _spread_evenly(model: nn.Module) -> None:
-    """Let FLOPs be counted on the meta device, where no token can choose its experts: all take the first ones."""
+    """Send every token to the first experts where FLOPs are counted: without values none can choose."""
     for module in model.modules():
         if isinstance(module, MOEFeedForwardSwiGLU):
             module.forward = _first_experts(module)
@@ -73,7 +73,7 @@ def _first_experts(module: Any) -> Any:
 
 
 class PRXCall(Call):
-    """Masked prompts; timesteps from 0 to 1."""
+    """PRX: masked prompts; timesteps in (0,1)."""
 
     TEXT_TOKENS = 256
 
@@ -96,7 +96,7 @@ class PRXCall(Call):
 
 
 class AuraFlowCall(Call):
-    """Prompts whose padding the pipeline sets to zero; timesteps from 0 to 1."""
+    """AuraFlow: prompts whose padding the pipeline sets to zero; timesteps in (0,1)."""
 
     TEXT_TOKENS = 256
 

@@ -15,7 +15,7 @@ from davae.backbones.family import ATTENTION, DDPM, MLP, OUT, PC, Family
 
 
 class PixArtCall(SizedCall):
-    """Epsilon and a variance; T5's tokens with their mask; alpha at 1024 pixels is also told size and aspect ratio."""
+    """PixArt: epsilon and a variance; T5's tokens and mask; alpha at 1024 pixels also takes size and aspect ratio."""
 
     TEXT_TOKENS = 300  # Sigma's; alpha reads 120
 
@@ -30,13 +30,13 @@ class PixArtCall(SizedCall):
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         embeds, mask = parts
-        told = config["use_additional_conditions"]
-        if told is None:
-            told = config["sample_size"] == 128  # as the model itself decides
+        by_size = config["use_additional_conditions"]
+        if by_size is None:
+            by_size = config["sample_size"] == 128  # as the model itself decides
         size = size_rows(x_t, self.pixel_factor)  # (B,2)
         added = {
-            "resolution": size if told else None,
-            "aspect_ratio": size[:, :1] / size[:, 1:] if told else None,
+            "resolution": size if by_size else None,
+            "aspect_ratio": size[:, :1] / size[:, 1:] if by_size else None,
         }
         return model(
             x_t,
@@ -48,13 +48,23 @@ class PixArtCall(SizedCall):
         )[0][:, : x_t.shape[1]]
 
 
-FACTOR = 8  # pixels per latent position in the pretrained model; its pipeline has the number in its code
+# pixels per latent position in the pretrained Hunyuan-DiT; its pipeline has the number in its code
+HUNYUAN_FACTOR = 8
 
 
 def rotary_table(config: Any, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (L,head), for latents of height x width: the base's 512-pixel grid, resized and cropped."""
+    """Return Hunyuan-DiT's rotary positions: those of the base's 512-pixel grid, resized and cropped.
+
+    Args:
+        config: the transformer's.
+        height, width: of the latents.
+        device: of the table.
+
+    Returns:
+        cos and sin, each (L,head).
+    """
     grid = (height // config["patch_size"], width // config["patch_size"])
-    base = 512 // FACTOR // config["patch_size"]
+    base = 512 // HUNYUAN_FACTOR // config["patch_size"]
     table: Any = get_2d_rotary_pos_embed(
         config["attention_head_dim"],
         get_resize_crop_region_for_grid(grid, base),
@@ -66,11 +76,11 @@ def rotary_table(config: Any, height: int, width: int, device: torch.device) -> 
 
 
 class HunyuanDiTCall(Call):
-    """v and a variance; tokens and masks of CLIP and T5; sizes of a picture at the base's resolution, not the doubled one."""
+    """Hunyuan-DiT: v and a variance; tokens and masks of CLIP and T5; sizes at the base's resolution, not the doubled one."""
 
     TEXT_TOKENS = 256  # T5's
     TEXT_LENGTHS = (77, TEXT_TOKENS)
-    ORIGINAL = 1024  # the pipeline's default for the size of the original picture
+    ORIGINAL = 1024  # the pipeline's default for the size of the original image
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         parts: list[Tensor] = []
@@ -97,7 +107,7 @@ class HunyuanDiTCall(Call):
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         clip, clip_mask, t5, t5_mask = parts
-        target = size_rows(x_t, FACTOR)  # (B,2)
+        target = size_rows(x_t, HUNYUAN_FACTOR)  # (B,2)
         original, crop = torch.full_like(target, self.ORIGINAL), torch.zeros_like(target)
         return model(
             x_t,
@@ -114,7 +124,7 @@ class HunyuanDiTCall(Call):
 
 
 class SanaCall(Call):
-    """Masked prompts behind the pipeline's instruction to elaborate them; timesteps to 1000 times the config's scale."""
+    """SANA: masked prompts after the pipeline's instruction; timesteps to 1000 times the config's scale."""
 
     TEXT_TOKENS = 300
     GUIDANCE = 4.5  # the pipeline's default, where guidance is an input (SANA-Sprint)

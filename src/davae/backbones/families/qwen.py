@@ -13,10 +13,10 @@ from davae.backbones.family import ATTENTION, BOTH, CP, JOINT, OUT, Family
 
 
 class QwenImageCall(Packed, Masked):
-    """Tokens of 2x2 positions packed (c,2,2); the model makes positions from the shape of the grid."""
+    """Qwen-Image: packed tokens (c,2,2); the model makes positions from the shape of the grid."""
 
     TEXT_TOKENS = 512
-    GUIDANCE = 1.0  # what a guidance-distilled model is asked for while it trains
+    GUIDANCE = 1.0  # the input of a guidance-distilled model in training
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
         return self.padded(*pipeline.encode_prompt(captions, max_sequence_length=self.TEXT_TOKENS, **options))
@@ -36,7 +36,7 @@ class QwenImageCall(Packed, Masked):
 
 
 class QwenImage21Call(Masked):
-    """Every position is a token; four of them share a slot in the sequence that the text encoder saw."""
+    """Qwen-Image 2.1: every position is a token; four of them share a slot in the sequence of the text encoder."""
 
     TEXT_TOKENS = 1024
     WIDTH = "context_in_dim"
@@ -63,7 +63,7 @@ class QwenImage21Call(Masked):
         return self._unpack(tokens, x_t)
 
     def _unpack(self, tokens: Tensor, like: Tensor) -> Tensor:
-        """The picture's tokens, the last of (B,L+hw,c) -> (B,c,h,w), the size of `like`."""
+        """Return the image's tokens, the last hw of (B,L+hw,c), as latents (B,c,h,w) of the size of `like`."""
         height, width = like.shape[-2:]
         return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
 
@@ -71,23 +71,30 @@ class QwenImage21Call(Masked):
         return latents.flatten(2).transpose(1, 2)
 
 
-def counted_pass(model: Any, picture: Tensor, t: Tensor, text: Tensor) -> Tensor:
-    """Qwen-Image 2.1's layers on tensors without values, to count FLOPs: (B,hw,c), (B,), (B,L,d) -> (B,L+hw,c).
+def counted_pass(model: Any, image: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """Run Qwen-Image 2.1's layers on tensors without values, to count FLOPs.
 
-    Its own forward pass reads numbers of tokens off its masks. Rotations and masks, which are no products, are left out.
+    Its own forward pass reads numbers of tokens off its masks. Rotations and masks are not products and are left out.
+
+    Args:
+        model: the transformer, without a wrapper.
+        image, t, text: (B,hw,c), (B,), (B,L,d).
+
+    Returns:
+        (B,L+hw,c).
     """
-    hidden = model.img_in(picture)
+    hidden = model.img_in(image)
     joint = torch.cat([model.txt_in(text), hidden], dim=1)
     temb = model.time_text_embed(t, hidden)
     modulation = model.modulation(temb)
     for block in model.transformer_blocks:
-        # text sees text before it, the picture sees all
+        # text sees text before it, the image sees all
         joint = block(hidden_states=joint, modulation=modulation, segments=[(0, text.shape[1], True)])
     return model.proj_out(model.norm_out(joint, temb, None))
 
 
 class NucleusImageCall(Packed, Masked):
-    """As Qwen-Image, but the model points from noise to data while it counts time to noise."""
+    """Nucleus-Image: Qwen-Image's call; the model predicts data - noise and counts time from data to noise."""
 
     TEXT_TOKENS = 1024
 
@@ -108,7 +115,7 @@ class NucleusImageCall(Packed, Masked):
 
 
 class Krea2Call(Packed):
-    """Text from several layers of its encoder; one list of positions for text, all at 0, and picture."""
+    """Krea 2: text from several layers of the encoder; one list of positions for text, all 0, and image."""
 
     TEXT_TOKENS = 512
 

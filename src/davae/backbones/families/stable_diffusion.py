@@ -12,7 +12,7 @@ from davae.backbones.family import ATTENTION, DDPM, JOINT, MLP, OUT, PC, TEXT_ML
 
 
 class StableDiffusion3Call(JointAndPooled):
-    """Latents as they are; joint embeddings and pooled ones; timesteps to 1000."""
+    """Stable Diffusion 3: joint and pooled embeddings; timesteps to 1000."""
 
     TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
 
@@ -34,7 +34,7 @@ class StableDiffusion3Call(JointAndPooled):
 
 
 class UNetCall(SizedCall):
-    """Epsilon or v; CLIP's tokens, and for SDXL pooled embeddings with six numbers: original size, crop, target size."""
+    """U-Nets: epsilon or v, from CLIP's tokens; SDXL adds pooled embeddings and original size, crop and target size."""
 
     TEXT_TOKENS = 77
 
