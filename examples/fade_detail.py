@@ -1,4 +1,4 @@
-"""What the detail channels hold: one picture decoded with 0, 1/3, 2/3 and all of z_d. Writes fade_detail.png.
+"""Decode one image with 0, 1/3, 2/3 and all of its detail channels. Writes fade_detail.png.
 
     python examples/fade_detail.py [FOLDER]
 """
@@ -26,6 +26,6 @@ with torch.no_grad():
 columns = [images, reconstructions(vae, base.vae)["base + bicubic"](images)]
 for weight in (0.0, 1 / 3, 2 / 3, 1.0):
     columns.append(decode_faded(vae, latents, torch.full((vae.layout.detail_channels,), weight)))
-pictures = [to_images(column) for column in columns]
-sheet = grid([column[row] for row in range(3) for column in pictures], columns=len(columns))
+shown = [to_images(column) for column in columns]
+sheet = grid([column[row] for row in range(3) for column in shown], columns=len(columns))
 sheet.resize((sheet.width * 2, sheet.height * 2), 0).save(folder / "fade_detail.png")

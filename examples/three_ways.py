@@ -1,4 +1,4 @@
-"""One seed, three ways: the base enlarged, the base at the doubled size, the upgrade. Writes three_ways.png.
+"""Draw one seed three ways: the base enlarged, the base at the doubled size, the upgrade. Writes three_ways.png.
 
     python examples/three_ways.py [FOLDER]
 """
@@ -22,6 +22,6 @@ small = generate(base, PROMPTS, replace(options, resolution=64))  # 64 tokens
 native = generate(base, PROMPTS, replace(options, resolution=128))  # 256 tokens
 large = generate(upgraded, PROMPTS, replace(options, resolution=128))  # 64 tokens
 
-rows = zip((picture.resize((128, 128)) for picture in small), native, large, strict=True)
-sheet = grid([picture for row in rows for picture in row], columns=3)
+rows = zip((image.resize((128, 128)) for image in small), native, large, strict=True)
+sheet = grid([image for row in rows for image in row], columns=3)
 sheet.resize((sheet.width * 2, sheet.height * 2), 0).save(folder / "three_ways.png")

@@ -133,6 +133,19 @@ def test_our_files_in_code_spans_exist(page: Path):
     assert not [path for path in ours if not path.startswith("runs/") and not any(list(r.glob(path)) for r in roots)]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_dotted_names_are_those_of_the_code(page: Path):
+    """A module, or a module and a name in its text."""
+    for name in set(re.findall(r"\bdavae(?:\.[a-z_]+)+\.\w+", page.read_text(encoding="utf-8"))):
+        path, parts = ROOT / "src", name.split(".")
+        while parts and (path / parts[0]).is_dir():
+            path /= parts.pop(0)
+        file = path / f"{parts[0]}.py" if parts else path / "__init__.py"
+        module = file if file.is_file() else path / "__init__.py"
+        rest = parts[1:] if file.is_file() else parts
+        assert all(re.search(rf"\b{word}\b", module.read_text(encoding="utf-8")) for word in rest[:1]), name
+
+
 def test_names_of_the_paper_map_are_in_their_files():
     found = []
     for line in (ROOT / "docs" / "paper-map.md").read_text(encoding="utf-8").splitlines():
