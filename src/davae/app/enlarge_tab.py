@@ -52,10 +52,12 @@ class EnlargeTab:
                 self.file = gr.File(label="Drop an image", elem_id="enlarged-image", height=170)
                 self.example = example_choice("enlarge-example")
             self._add_form()
-            self.input = image_box(pair, "input", elem_id="enlarge-input", height=260, min_width=200)
         hint = f"Every side becomes {pair.scale} times as long. {CREDIT}"
         self.status = gr.Markdown(hint, elem_id="enlarge-status")
-        self.slider = comparison(pair, "bicubic | enlarged by the model", "enlarge-slider")
+        with gr.Row():
+            self.input = image_box(pair, "input", elem_id="enlarge-input", min_width=220)
+            with gr.Column(scale=3):
+                self.slider = comparison(pair, "bicubic | enlarged by the model", "enlarge-slider")
         self._connect(tab)
 
     def _add_form(self) -> None:
@@ -73,8 +75,8 @@ class EnlargeTab:
                 self.steps = gr.Slider(1, MAX_STEPS, 20, step=1, label="Steps", elem_id="enlarge-steps")
                 self.guidance = gr.Slider(0, 15, 1.0, step=0.1, label="Guidance")
                 self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+            self.previews = previews_switch("enlarge-previews")
             with gr.Row():
-                self.previews = previews_switch("enlarge-previews")
                 self.start = gr.Button("Enlarge", variant="primary", elem_id="enlarge")
                 self.halt = gr.Button("Stop", elem_id="stop-enlarging")
 

@@ -98,7 +98,7 @@ class GenerateTab:
         with gr.Row(visible=len(self.ways) > 1):
             self.left = gr.Dropdown(self.ways, value=self.ways[0], label="Left")
             self.right = gr.Dropdown(self.ways, value=self.ways[-1], label="Right")
-        self.slider = comparison(self.pair, "Drag the line between the two; the wheel zooms", "drawn-slider")
+        self.slider = comparison(self.pair, "Drag the line; the wheel zooms", "drawn-slider")
         gr.Markdown("The same place of each, enlarged: at first where left and right differ most.")
         with gr.Row():
             self.across = gr.Slider(0, 1, 0.5, step=0.01, label="Across", elem_id="across")
@@ -212,6 +212,9 @@ class GenerateTab:
         updates = self._finished(found, results[0].way, results[-1].way, 4)
         for result in results:
             updates |= self._shown(result)
+        for way in self.ways:
+            if way not in found:
+                updates[self.notes[way]] = "not part of the example; Draw adds it"
         words = escape_markup(self.prompts[0])
         return {**updates, self.status: f"An example, *{words}* in {self.example.STEPS} steps. {HINT}"}
 

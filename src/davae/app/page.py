@@ -46,6 +46,10 @@ CSS = """
 .small img { image-rendering: pixelated; }
 .framed img { width: 100%; height: 100%; object-fit: contain; }
 footer { display: none !important; }
+@media (max-width: 600px) {
+    .gradio-container .main { padding: 12px !important; }
+    .tab-container button { padding: 0 5px !important; font-size: 12px !important; }
+}
 """
 
 
