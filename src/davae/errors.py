@@ -1,4 +1,4 @@
-"""Errors that a user can mend: each message is one readable line, and the command line exits with status 2."""
+"""Errors that a user can mend: one readable line each, and exit status 2."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class RunError(DavaeError, RuntimeError):
 
 
 class Interrupted(DavaeError, RuntimeError):
-    """A signal asked the run to stop; everything is saved and the exit status is 130."""
+    """A run that a signal stopped, with everything saved and exit status 130."""
 
 
 class UnreadableImage(DavaeError):
-    """One image that cannot be used; the data set goes on without it.
+    """One image that cannot be used, which a data set leaves out.
 
     Attributes:
         kind: the fault in two or three words; left-out images are counted by it.

@@ -1,4 +1,4 @@
-"""The one place that knows the order of latent channels: base first, detail second (Eq. 1-2)."""
+"""Order of latent channels: base first, detail second (Eq. 1-2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LatentLayout:
-    """How a structured latent z_hr = [z, z_d] is laid out on its channel axis.
+    """Layout of a structured latent z_hr = [z, z_d] on its channel axis.
 
     Args:
         base_channels: C, channels of the pretrained base latent z.
@@ -87,7 +87,7 @@ def check_statistics(name: str, values: Sequence[float]) -> None:
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and standard deviation by which raw latents become the latents that a transformer takes.
+    """Mean and standard deviation that turn raw latents into those of a transformer.
 
     Attributes:
         mean, std: (1,c,1,1), or (1,c,k,k) of the positions of a k x k cell.
@@ -97,7 +97,7 @@ class LatentStatistics:
     std: Tensor
 
     def to(self, *place: torch.device | torch.dtype | Tensor) -> LatentStatistics:
-        """Return the statistics on another device or in another precision, as `Tensor.to` takes them."""
+        """Return the statistics on another device or in another precision, as `Tensor.to`."""
         mean, std = (values.to(*place) for values in (self.mean, self.std))  # type: ignore[arg-type]
         return LatentStatistics(mean, std)
 
@@ -111,7 +111,7 @@ class LatentStatistics:
 
 
 def over_grid(statistics: Tensor, latents: Tensor) -> Tensor:
-    """Repeat statistics (1,c,k,k) of the positions of a k x k cell over the grid of latents (B,c,h,w)."""
+    """Repeat statistics (1,c,k,k) of a k x k cell over the grid of latents (B,c,h,w)."""
     side = statistics.shape[-1]
     if side == 1:
         return statistics

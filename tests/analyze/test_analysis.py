@@ -126,7 +126,7 @@ def test_every_figure_of_a_run(run: Path, tiny_base: Path, by_class: Path, pictu
     assert numbers(curves_figure(run, tmp_path))["last"]["step"] == 4
     side_by_side = numbers(compared_runs_figure({"this": run, "again": run}, tmp_path))
     assert side_by_side["this"]["last"] == side_by_side["again"]["last"]
-    with pytest.raises(DataError, match="a class for every picture"):
+    with pytest.raises(DataError, match="a class for every image"):
         latents_figure(vae, None, str(picture_folder), tmp_path, num=12, held_out=0.0)
     with pytest.raises(ModelError, match="needs a DetailVAE"):
         spectra_figure(str(tiny_base), data, tmp_path, num=8, held_out=0.0)

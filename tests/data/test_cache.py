@@ -148,7 +148,7 @@ def test_a_stale_folder_is_made_again_and_says_why(
     write(tmp_path, pictures, 1)
     options: dict[str, Any] = {"variants": 1, "batch_size": 4, "dtype": "float32"}
     write_latents(tmp_path, pictures, encode, key={**KEY, "data": "e"}, **options)
-    assert "is made again: the pictures or what is said of them changed" in caplog.text
+    assert "is made again: the images or their captions changed" in caplog.text
     assert not (tmp_path / "meta.json").exists()
     assert len(list(tmp_path.glob("latents-*"))) == 3
 
@@ -192,7 +192,7 @@ def test_a_run_in_buckets(tiny_base: Path, bucket_folder: Path, tmp_path: Path) 
         read_meta(run.out / "cache", changed)
     caption = bucket_folder / f"{run.opened.source.key(run.train[0]).removesuffix('.png')}.txt"
     caption.write_text("a new square")
-    with pytest.raises(DataError, match="is stale: the pictures or what is said of them changed"):
+    with pytest.raises(DataError, match="is stale: the images or their captions changed"):
         Upgrade(recipe, run.out, lambda progress: None).stage2_task()  # type: ignore[arg-type]
 
 

@@ -77,7 +77,7 @@ def test_corrupt_and_truncated_pictures_are_skipped_counted_and_named(
     assert "skipped cut.jpg" in caplog.text
     (tmp_path / "good.png").unlink()
     broken = open_source(str(tmp_path), 32)
-    with pytest.raises(DataError, match="none of the 2 pictures can be read"):
+    with pytest.raises(DataError, match="none of the 2 images can be read"):
         ImageDataset(broken, [0, 1], 32)[(0, 0)]
 
 
@@ -89,13 +89,13 @@ def test_small_pictures_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogC
         assert [source.key(i) for i in usable(source, [0, 1], 32)] == ["big.png"]
     assert "left out low.png: too small: 40x20 is smaller than the target of 32 pixels" in caplog.text
     with pytest.raises(
-        DataError, match="every picture is smaller than the target of 64 pixels \\(the largest is 40x40\\)"
+        DataError, match="every image is smaller than the target of 64 pixels \\(the largest is 40x40\\)"
     ):
         usable(source, [0, 1], 64)
 
 
 def test_missing_sources(tmp_path: Path):
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         open_source(str(tmp_path), 32)
     with pytest.raises(DataError, match="does not exist"):
         open_source("/no/such/folder", 32)
@@ -213,7 +213,7 @@ def test_cache_round_trip_and_stale_key(tmp_path: Path, picture_folder: Path):
     with pytest.raises(DataError, match="has no caption 'x'"):
         cache.embed(["x"])
     assert read_meta(tmp_path, key).items == 24
-    with pytest.raises(DataError, match="is stale: the autoencoder's weights or config and the pictures or what"):
+    with pytest.raises(DataError, match="is stale: the autoencoder's weights or config and the images or their"):
         read_meta(tmp_path, {**key, "autoencoder": "b", "data": "e"})
     with pytest.raises(
         DataError, match=r"is stale: the preprocessing \(data.flip: False -> True\) changed; delete it"

@@ -334,7 +334,7 @@ def test_what_is_neither_image_nor_caption_is_counted_by_kind(tmp_path: Path) ->
         assert [source.load(i)[0].size for i in range(len(source))] == [(9, 8)] * 5
         assert counts(source.findings.unused) == expected
     assert source.findings.unused[".mp4"].names == ["a.tar/f.mp4", "a.tar/g.MP4"]
-    with pytest.raises(DataError, match=r"holds no pictures \(found 1 \.zip, e\.g\. deep/x\.zip"):
+    with pytest.raises(DataError, match=r"holds no images \(found 1 \.zip, e\.g\. deep/x\.zip"):
         open_source(lay(tmp_path / "n", {"deep/x.zip": "x"}), 8)
     with pytest.raises(DataError, match=r"deep/x\.tar is not a whole tar file"):
         open_source(lay(tmp_path / "m", {"deep/x.tar": "x"}), 8)
@@ -376,10 +376,10 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     )
     assert captions(tarfile_name) == {"a.tar/caf\\xe9": "coffee"}
     from davae.data.images import split
-    from davae.data.latent_cache.key import hash_pictures
+    from davae.data.latent_cache.key import hash_images
 
     assert len(split(source, 0.5).train) >= 1
-    assert hash_pictures(source, [0, 1])
+    assert hash_images(source, [0, 1])
 
 
 # -- metadata files ----------------------------------------------------------------------------------------------------
@@ -827,7 +827,7 @@ def test_a_messy_download_folder(tmp_path: Path) -> None:
 def test_a_touched_or_copied_table_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     from davae.data.images import split
-    from davae.data.latent_cache.key import FORMER_DATA, changes, hash_former, hash_pictures
+    from davae.data.latent_cache.key import FORMER_DATA, changes, hash_former, hash_images
     from davae.data.tables import TableSource, table_content
 
     rows = [{"image": image_bytes(i), "text": "x" * i + "\0", "kind": i} for i in range(6)]
@@ -837,7 +837,7 @@ def test_a_touched_or_copied_table_is_the_same(tmp_path: Path, monkeypatch: pyte
     assert isinstance(source, TableSource)
     assert source.caption(3) == "xxx"
     assert source.findings.encodings == {source.key(3): "NUL removed"}
-    before = hash_pictures(source, range(6))
+    before = hash_images(source, range(6))
     old = {"data": hash_former(source, range(6))}
     assert changes(old, {"data": before, FORMER_DATA: hash_former(source, range(6))}) == []
     assert changes(old, {"data": before}) != []
@@ -845,7 +845,7 @@ def test_a_touched_or_copied_table_is_the_same(tmp_path: Path, monkeypatch: pyte
     other.write_bytes(path.read_bytes())
     os.utime(other, (1, 1))
     copied = open_source(str(other), 8)
-    assert hash_pictures(copied, range(6)) == before
+    assert hash_images(copied, range(6)) == before
     assert split(copied, 0.5) == split(source, 0.5)
     first = table_content(str(path))
     path.write_bytes(as_parquet([*rows[:5], {**rows[5], "text": "y"}]))

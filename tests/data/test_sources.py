@@ -160,7 +160,7 @@ def test_streams_go_on_at_their_last_whole_shard(tmp_path: Path, monkeypatch: py
     source = open_source(str(tmp_path / "a.parquet"), 8, options)
     assert [source.load(i)[1] for i in range(5)] == [f"alt {i}" for i in range(5)]
     assert shards[0].stat().st_mtime_ns == first
-    with pytest.raises(DataError, match=r"gave 5 pictures, data\.limit asks for 9"):
+    with pytest.raises(DataError, match=r"gave 5 images, data\.limit is 9"):
         open_source(str(tmp_path / "a.parquet"), 8, SourceOptions(**{**options.__dict__, "limit": 9}))
 
 
@@ -195,7 +195,7 @@ def test_a_folder_of_shards(tmp_path: Path) -> None:
     source = open_source(str(tmp_path), 8)
     assert [source.load(i)[1] for i in range(2)] == ["a", "b"]
     picture(2).save(tmp_path / "loose.png")
-    with pytest.raises(DataError, match=r"holds shards and loose pictures \(loose.png\)"):
+    with pytest.raises(DataError, match=r"holds shards and loose images \(loose.png\)"):
         open_source(str(tmp_path), 8)
 
 
@@ -285,9 +285,7 @@ def test_forked_workers_read_a_tar_that_is_open_already(tmp_path: Path) -> None:
 
 def test_limits_of_pixels_and_crops(tmp_path: Path) -> None:
     picture(0, 100, 50).save(tmp_path / "a.png")
-    with pytest.raises(
-        DataError, match=r"none of the 1 pictures can be used; 1 left out: 1 too many pixels \(a.png\)"
-    ):
+    with pytest.raises(DataError, match=r"none of the 1 images can be used; 1 left out: 1 too many pixels \(a.png\)"):
         survey(open_source(str(tmp_path), 8, SourceOptions(max_pixels=4999)), [0], [(8, 8)])
     with pytest.raises(UnreadableImage, match=r"100x50, the limit data\.max_pixels is 4999"):
         decode_image(tmp_path / "a.png", max_pixels=4999)

@@ -188,7 +188,7 @@ def test_caches_of_other_pictures_are_refused(finished: Path, tmp_path: Path) ->
     meta = read_meta(other)
     file, rows, bucket = meta.shards[0]
     seal(other, replace(meta, shards=[(file, rows - 1, bucket), *meta.shards[1:]]))
-    with pytest.raises(DataError, match="holds other pictures than"):
+    with pytest.raises(DataError, match="holds other images than"):
         PairedLatents(finished / "cache", other)
 
 

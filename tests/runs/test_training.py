@@ -341,7 +341,7 @@ def test_another_recipe_in_the_run_folder(recipe_file: Path, finished: Path, cap
         ("run.mixed_precision=float8", "run.mixed_precision"),
         ("stage1.max_step=3", "stage1.max_step: unknown key; did you mean 'max_steps'"),
         ("data.source=/no/folder", "/no/folder does not exist"),
-        ("base.resolution=64", "every picture is smaller than the target of 128 pixels"),
+        ("base.resolution=64", "every image is smaller than the target of 128 pixels"),
     ],
 )
 def test_bad_recipes(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture, override: str, message: str):
@@ -379,7 +379,7 @@ def test_an_upgrade_of_another_shape_cannot_be_gone_on_from(
 def test_empty_folder(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "empty").mkdir()
     line = fails(capsys, "upgrade", str(recipe_file), "--data", str(tmp_path / "empty"), "--out", str(tmp_path / "o"))
-    assert "holds no pictures" in line
+    assert "holds no images" in line
 
 
 def test_dry_run_builds_nothing(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -123,7 +123,7 @@ def test_another_cache_key_is_found_before_a_shard_is_written(tmp_path: Path):
     (tmp_path / "three").mkdir()
     for line in in_processes(work, tmp_path / "three", 3):
         assert "cache: process 2 on" in line
-        assert "as these differ: the pictures or what is said of them; give all" in line
+        assert "as these differ: the images or their captions; give all" in line
 
 
 def test_shards_of_other_data_are_refused_and_made_again(tmp_path: Path):

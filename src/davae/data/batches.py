@@ -1,4 +1,4 @@
-"""The order of training: which pictures make which batch, on which process, for ever the same."""
+"""Order of training: the images of each batch, of each process, as a function of the seed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Batches:
 
     Every epoch is a new permutation; batches run across epoch ends, so none is short. A batch is what all processes
     together train on: each takes its slice. So how many there are changes nothing while batch_size * ranks stays, also
-    between two starts of a run, and starting at batch k gives what an uninterrupted run would have seen: no picture of an
+    between two starts of a run, and starting at batch k gives what an uninterrupted run would have seen: no image of an
     epoch is repeated or lost.
 
-    With buckets a batch holds pictures of one bucket. Bucket g with n_g pictures gives floor(e n_g / B) batches in the
+    With buckets a batch holds images of one bucket. Bucket g with n_g images gives floor(e n_g / B) batches in the
     first e epochs, in an order shuffled by epoch; what is left over of an epoch comes first in the next.
 
     Args:
-        length: pictures, or latents, in the set.
-        batch_size: pictures of one process; B = batch_size * ranks.
+        length: images, or latents, in the set.
+        batch_size: images of one process; B = batch_size * ranks.
         start, stop: batches that are already over, and the number to stop at.
         rank, ranks: this process and how many there are.
         groups: (length,) the bucket of each; None is one bucket.
@@ -84,7 +84,7 @@ class Batches:
         return {label: before + int(now) for label, before, now in zip(self.labels, self._before, part, strict=True)}
 
     def _position(self, group: int, place: int) -> int:
-        """Picture at a place of a bucket's endless stream."""
+        """Return the image at a place of a bucket's endless stream."""
         members = self.members[group]
         epoch, place = divmod(place, len(members))
         if self._orders.get(group, (-1, None))[0] != epoch:
@@ -113,7 +113,7 @@ class Batches:
 
 
 class Passes:
-    """The samples of one process, pass by pass, of batches that any number of processes divide among them.
+    """Samples of one process, pass by pass, of batches that all processes divide among them.
 
     Args:
         length, batch_size, seed, groups: as for `Batches`; `batch_size` is the recipe's, of all processes.
@@ -165,7 +165,7 @@ def chosen_workers(given: int | None) -> int:
 def training_loader(
     dataset: Any, batches: Batches | Passes, *, num_workers: int | None, collate_fn: Any = collate
 ) -> Iterator[dict[str, Any]]:
-    """Batches of a dataset in order. What workers had to skip is told to the dataset of this process."""
+    """Yield the batches of a dataset in order, and record in it what its workers skipped."""
     loader = DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]

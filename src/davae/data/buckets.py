@@ -1,4 +1,4 @@
-"""Picture sizes of other aspect ratios at the square's token count."""
+"""Image sizes of other aspect ratios at the square's token count."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEAST_SHARE = 0.95  # of the square's tokens, for `at_most`
 
 
 def bucket_sizes(resolution: int, step: int, max_ratio: float, tokens: Tokens = "exact") -> list[tuple[int, int]]:
-    """(width, height) in pixels of every bucket, the square first, then by aspect ratio.
+    """Return (width, height) in pixels of every bucket, the square first, then by aspect ratio.
 
     With n = resolution / step tokens a side, a bucket is a x b tokens with max(a, b) / min(a, b) <= `max_ratio`.
     `exact` takes a * b = n^2 alone: every batch costs and weighs the same, and there are as many buckets as n^2 has
@@ -43,7 +43,7 @@ def bucket_sizes(resolution: int, step: int, max_ratio: float, tokens: Tokens = 
 
 
 def nearest_bucket(sizes: Sequence[tuple[int, int]], width: int, height: int, enlarge: bool = False) -> int | None:
-    """Return the bucket of the nearest aspect ratio (in the logarithm), None where the image would have to be enlarged.
+    """Return the bucket of the nearest aspect ratio (in the logarithm) that needs no enlarging.
 
     Args:
         sizes: (width, height) of each bucket.
@@ -58,5 +58,5 @@ def nearest_bucket(sizes: Sequence[tuple[int, int]], width: int, height: int, en
 
 
 def group_counts(sizes: Sequence[tuple[int, int]], groups: np.ndarray) -> dict[str, int]:
-    """Pictures of each bucket, `1024x1024: 12`."""
+    """Return the number of images of each bucket, `1024x1024: 12`."""
     return {f"{w}x{h}": int((groups == n).sum()) for n, (w, h) in enumerate(sizes)}

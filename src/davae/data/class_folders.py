@@ -15,7 +15,7 @@ PREFIXED = re.compile(r"\d{1,4}[ _.-]+(\S.*)")  # `10_sks dog`, ten repeats; `00
 
 
 def classes_of_folders(read: dict[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return the class of each folder, none where the folders are not classes: a single one, or `images/` and the like.
+    """Return the class of each folder, nothing for a single folder or `images/` and the like.
 
     A class is named by the last part of its path; where two end alike both are named by the whole path.
     """
@@ -34,12 +34,12 @@ def classes_of_folders(read: dict[str, tuple[str, ...]]) -> dict[str, str]:
 
 
 def caption_of_class(name: str) -> str | None:
-    """Return a class's name as a caption; None for numbered folders, which only divide a set into pieces."""
+    """Return the name of a class as a caption, None for numbered pieces of a set."""
     return None if NUMBERED.fullmatch(name.rpartition("/")[2]) else name.replace("/", " ").replace("_", " ")
 
 
 def order_note(names: Collection[str]) -> str | None:
-    """Return a sentence on classes named by numbers whose order, as text, is another; None for all others."""
+    """Return a sentence on numbered classes that text sorts differently, else None."""
     if not all(re.fullmatch(r"[0-9]{1,9}", name) for name in names):
         return None
     ordered = sorted(names)
@@ -50,7 +50,7 @@ def order_note(names: Collection[str]) -> str | None:
 
 
 def captions_of_classes(names: Collection[str]) -> tuple[dict[str, str | None], bool]:
-    """Return the caption of each class, without the numbers before all names, and whether there are such."""
+    """Return each class's caption, and whether numbers before all the names were removed."""
     found = {name: PREFIXED.fullmatch(name) for name in names}
     numbered = bool(found) and all(found.values())
     return {name: caption_of_class(own[1] if numbered and own else name) for name, own in found.items()}, numbered

@@ -1,4 +1,4 @@
-"""Bytes of any picture -> an upright sRGB picture, or why not."""
+"""Decoding: the bytes of any image become an upright sRGB image, or a fault with a kind."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ DAMAGE = (  # what Pillow's decoders raise on damaged bytes
 
 @contextmanager
 def naming_damage() -> Iterator[list[warnings.WarningMessage]]:
-    """Turn whatever a picture's bytes provoke into an UnreadablePicture with its kind; gives what Pillow warns of."""
+    """Turn what an image's bytes provoke into an UnreadableImage, and yield Pillow's warnings."""
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            yield told
+            yield caught
     except FileNotFoundError as error:
         raise UnreadableImage("missing file", f"{error.strerror or error}") from error
     except UnidentifiedImageError as error:
@@ -86,15 +86,15 @@ def checked_stream(stream: IO[bytes] | Path) -> IO[bytes] | Path:
     return stream
 
 
-def orientation(image: Image.Image, told: list[warnings.WarningMessage]) -> int:
-    """Return the orientation, 1 to 8, by which Pillow will turn an image: from EXIF, else from XMP.
+def orientation(image: Image.Image, warned: list[warnings.WarningMessage]) -> int:
+    """Return the orientation, 1 to 8, by which Pillow turns an image, from EXIF or else XMP.
 
     Args:
         image: an opened image; a PNG must be loaded, because its metadata may come after the pixels.
-        told: warnings of Pillow while it read the image.
+        warned: warnings of Pillow while it read the image.
 
     Raises:
-        UnreadablePicture: damaged EXIF without an orientation, so that nobody knows which way is up.
+        UnreadableImage: damaged EXIF without an orientation, which leaves the upright side unknown.
     """
     block = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
     damage = f"it begins with {bytes(block[:4])!r}" if block and block[:4] not in (b"II*\0", b"MM\0*") else ""
@@ -103,24 +103,24 @@ def orientation(image: Image.Image, told: list[warnings.WarningMessage]) -> int:
         value = image.getexif().get(ORIENTATION)
     except DAMAGE as error:
         damage = " ".join(str(error).split())[:100] or type(error).__name__
-    damage = damage or next((" ".join(str(w.message).split()) for w in told if "EXIF" in str(w.message)), "")
+    damage = damage or next((" ".join(str(w.message).split()) for w in warned if "EXIF" in str(w.message)), "")
     if damage and value is None:
         raise UnreadableImage("damaged metadata", f"EXIF: {damage}")
     return value if isinstance(value, int) else 1
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """Return (width, height) before turning; Pillow from 11.3 on gives a TIFF's size already turned."""
+    """Return (width, height) before turning, also of a TIFF, which Pillow 11.3 turns already."""
     if isinstance(image, TiffImageFile):
         return image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
     return image.size
 
 
 def check_header(image: Image.Image, max_pixels: int, floats: Floats = "refuse") -> None:
-    """Check what the header says of an image before its pixels are decoded.
+    """Check the header of an image before its pixels are decoded.
 
     Raises:
-        UnreadablePicture: too many pixels, several frames, or numbers whose range nobody knows.
+        UnreadableImage: too many pixels, several frames, or numbers of an unknown range.
     """
     width, height = image.size
     if width * height > max_pixels:
@@ -134,7 +134,7 @@ def check_header(image: Image.Image, max_pixels: int, floats: Floats = "refuse")
 
 
 def frames_in_words(image: Image.Image) -> str:
-    """Return the number of frames or pages in words, '' for one; at most MAX_FRAMES are counted."""
+    """Return the number of frames or pages in words, '' for one, counted up to MAX_FRAMES."""
     if image.format == "GIF":  # counting reads the whole file
         if not getattr(image, "is_animated", False):
             return ""
@@ -171,9 +171,9 @@ def header_size(stream: IO[bytes] | Path, max_pixels: int = MAX_PIXELS, floats: 
     """Return the (width, height) that `decode_image` gives, from headers and metadata alone.
 
     Raises:
-        UnreadablePicture: the header already shows that the image cannot be used.
+        UnreadableImage: the header already shows that the image cannot be used.
     """
-    with naming_damage() as told, open_image(checked_stream(stream)) as image:
+    with naming_damage() as caught, open_image(checked_stream(stream)) as image:
         check_header(image, max_pixels, floats)
         width, height = stored_size(image)
         if image.format == "PNG":
@@ -181,9 +181,9 @@ def header_size(stream: IO[bytes] | Path, max_pixels: int = MAX_PIXELS, floats: 
             assert image.fp is not None
             with open_image(png_metadata(image.fp)) as metadata:
                 metadata.load()
-                turn = orientation(metadata, told)
+                turn = orientation(metadata, caught)
         else:
-            turn = orientation(image, told)
+            turn = orientation(image, caught)
         return (height, width) if turn in (5, 6, 7, 8) else (width, height)
 
 
@@ -198,13 +198,13 @@ def decode_image(
         floats: `refuse`, or `unit` to read float pixels as 0 (black) to 1 (white).
 
     Raises:
-        UnreadablePicture: an image that cannot be used, with its kind.
+        UnreadableImage: an image that cannot be used, with its kind.
     """
-    with naming_damage() as told, open_image(checked_stream(stream)) as image:
+    with naming_damage() as caught, open_image(checked_stream(stream)) as image:
         check_header(image, max_pixels, floats)
         raw_mode = _raw_mode(image)
         image.load()
-        orientation(image, told)
+        orientation(image, caught)
         fix_transparent_value(image, raw_mode)
         return upright_rgb(image, background)
 
@@ -222,14 +222,14 @@ def read_image(path: Path) -> Image.Image:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """Return the layout of the pixels in the file, `L;4`, `RGB;16B`; '' where Pillow does not name it."""
+    """Return the layout of the pixels in the file, such as L with 4 bits, or ''."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
     return arguments if isinstance(arguments, str) else str(arguments[0]) if arguments else ""
 
 
 def fix_transparent_value(image: Image.Image, raw_mode: str) -> None:
-    """Scale a PNG's transparent value as Pillow scales the pixels: from 2 or 4 bits up, from 16 bits down."""
+    """Scale a PNG's transparent value to 8 bits, as Pillow scales its pixels."""
     value = image.info.get("transparency")
     if raw_mode in ("L;2", "L;4") and isinstance(value, int):
         image.info["transparency"] = value * 255 // (2 ** int(raw_mode[2:]) - 1)
@@ -238,10 +238,10 @@ def fix_transparent_value(image: Image.Image, raw_mode: str) -> None:
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """Turn one channel of 16 bits or floats in 0..1 into L, or LA where one of its values is transparent.
+    """Turn one channel of 16 bits, or floats in 0..1, into L, or LA with a transparent value.
 
     Raises:
-        UnreadablePicture: floats outside 0..1.
+        UnreadableImage: floats outside 0..1.
     """
     values = np.asarray(image)  # (H,W)
     white = 65535.0
@@ -262,7 +262,7 @@ def to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Any image as sRGB, turned as its metadata says, alpha composited on `background`."""
+    """Return any image as sRGB, turned as its metadata demand, composited on `background`."""
     ImageOps.exif_transpose(image, in_place=True)
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
@@ -285,8 +285,7 @@ def upright_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """An RGB, L or CMYK picture from its embedded ICC profile to sRGB; a profile that cannot be used is ignored, with a
-    warning."""
+    """Convert an image from its embedded ICC profile to sRGB, without one that is damaged."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")

@@ -21,7 +21,7 @@ class FileImages(Protocol):
         ...
 
     def parts(self, index: int, stretches: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-        """Yield parts of an image's file, each by offset and size; raises OSError where it cannot be read."""
+        """Yield parts of an image's file, each by offset and size, or raise OSError."""
         ...
 
 
@@ -56,7 +56,7 @@ def _of_place(
 
 
 def _alike(places: Iterable[int], key: Callable[[int], Hashable | None]) -> list[list[int]]:
-    """Return the groups of two or more places whose keys are equal; None is a key of its own."""
+    """Return the groups of two or more places whose keys are equal and not None."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for place in places:
         if (found := key(place)) is not None:

@@ -1,4 +1,4 @@
-"""Findings of a source: its layout, files that are not used, duplicates, and captions that needed repair."""
+"""Findings of a source: its layout, unused files, duplicates and repaired captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NOT_BYTES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # lone surrogates that d
 
 
 def printable(name: str) -> str:
-    """Return a file name as text that can be written anywhere: bytes that are not UTF-8 become `\\xff`."""
+    """Return a file name that can be printed, with bytes outside UTF-8 as `\\xff`."""
     return os.fsencode(NOT_BYTES.sub("\ufffd", name)).decode("utf-8", "backslashreplace")
 
 
@@ -42,7 +42,7 @@ def add_to(tallies: dict[str, Tally], kind: str, name: str) -> None:
 
 @dataclass(frozen=True)
 class Findings:
-    """Facts that a source collects while it is opened and read; a summary prints them.
+    """Facts that a source collects while it is opened and read, for its summary.
 
     Attributes:
         layout: what was recognised, `folder`, `class folders`, `folder with metadata.jsonl`, `shards`, `table`, ...

@@ -80,7 +80,7 @@ def walk(root: Path, unused: dict[str, Tally]) -> dict[str, list[str]]:
 
 
 class FolderSource:
-    """Images under a folder; sidecar files and metadata files belong to them, several sub-folders are classes.
+    """Images under a folder, with sidecar files, metadata files, and sub-folders as classes.
 
     Args:
         folder: the root.
@@ -114,7 +114,7 @@ class FolderSource:
         self.findings = Findings("", unused=unused)
         self._read_tables(matched, used, elsewhere, chosen.read)
         if not self.names:
-            raise DataError(f"folder {folder} holds no pictures ({_what_is_there(folder, unused)})")
+            raise DataError(f"folder {folder} holds no images ({_what_is_there(folder, unused)})")
         own = SourceOptions() if self._options_taken else options
         own.refuse(f"the folder {folder}", TABLE_OPTIONS)
         self.sidecars = Sidecars(own, self, self.findings, str(folder))
@@ -127,7 +127,7 @@ class FolderSource:
         elsewhere: Collection[str],
         read: Collection[str],
     ) -> None:
-        """Read metadata files and other lists of captions, count all other files, and set the layout."""
+        """Read metadata files and lists of captions, count all other files, and set the layout."""
         o, unused = self.options, self.findings.unused
         assert isinstance(unused, dict)
         self._weights = dict(o.record_keys) or ({o.caption_column: 1.0} if o.caption_column else {})
@@ -164,7 +164,7 @@ class FolderSource:
         self.findings = replace(self.findings, layout=layout, duplicates=duplicates, class_names=names)
 
     def _describe(self, split: bool, of_folder: dict[str, str]) -> None:
-        """Complete the findings: where captions come from, and the decisions that a user should know."""
+        """Complete the findings: the origin of captions, and notes on decisions."""
         notes = []
         parts = [p for p in (self.sidecars.origin(self._near.counts),) if p != "none"]
         if self.metadata is not None:
@@ -248,7 +248,7 @@ class FolderSource:
                 yield stream.read(size)
 
     def identity(self, index: int) -> bytes:
-        """Size in bytes and what belongs to the image; equal to that of earlier versions where they read the same."""
+        """Return the file's size and what belongs to the image, as earlier versions did."""
         with self.sidecars.reading_once():
             parts = [str(self.length(index)).encode() + b"\0" + self.sidecars.identity(index)]
             folder = Path(self.names[index]).parent.name if "/" in self.names[index] else ""
@@ -298,7 +298,7 @@ class FolderSource:
 
 
 class FolderSidecars:
-    """Names of the files next to each image, a few bytes an image: most sets have one pattern, `.txt`.
+    """Names of the files next to each image, kept as patterns in a few bytes an image.
 
     Args:
         names: relative paths of the images, in order.
@@ -349,7 +349,7 @@ def _join(folder: str, name: str) -> str:
 
 
 def _former_classes(names: Sequence[str]) -> dict[str, int]:
-    """Return the class numbers of davae before it knew what folders are classes, which old caches were keyed by."""
+    """Return the class numbers of earlier versions, which are part of the keys of old caches."""
     leaves = sorted({Path(name).parent.name for name in names if "/" in name})
     return {name: number for number, name in enumerate(leaves)}
 

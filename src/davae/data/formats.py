@@ -41,13 +41,13 @@ def _register_plugins() -> None:
 
 @lru_cache(4)
 def _allowed(registered: int) -> tuple[str, ...]:
-    """Names of the formats to open; the number of registered formats renews it when a plugin comes later."""
+    """Return the formats to open, anew for each number of formats that are registered."""
     foreign = {name for name, entry in Image.OPEN.items() if not entry[0].__module__.startswith("PIL.")}
     return tuple(name for name in Image.ID if name in ALLOWED or name in foreign)
 
 
 def formats() -> tuple[str, ...]:
-    """Return the names of the formats that davae opens: an allow-list and what plugins of Pillow register."""
+    """Return the formats that davae opens: an allow-list and those of Pillow's plugins."""
     _register_plugins()
     return _allowed(len(Image.ID))
 
@@ -60,7 +60,7 @@ def _endings(allowed: tuple[str, ...]) -> frozenset[str]:
 
 
 def image_endings() -> frozenset[str]:
-    """Return the file endings, `.jpg`, that Pillow's registry gives to the formats that davae opens."""
+    """Return the file endings, `.jpg`, of the formats that davae opens."""
     return _endings(formats())
 
 
@@ -82,10 +82,10 @@ def unused_kind(name: str) -> str:
 
 
 def open_image(stream: IO[bytes] | Path) -> Image.Image:
-    """Open an image of an allowed format; pixels are decoded later. Every image in davae is opened here.
+    """Open an image of an allowed format, with its pixels undecoded, for all of davae.
 
     Raises:
-        UnreadablePicture: another format, named; no program or decoder of that format runs.
+        UnreadableImage: another format, named; no program or decoder of that format runs.
         UnidentifiedImageError: nothing that is known.
     """
     try:

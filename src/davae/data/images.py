@@ -1,4 +1,4 @@
-"""A picture source made ready for training: sized, augmented by a draw number, split into train and held-out."""
+"""Images made ready for training: sized, augmented by a draw number, split in two parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def by_kind(skipped: dict[str, str]) -> dict[str, list[str]]:
-    """Names of left-out pictures under what is wrong with them, the most frequent kind first."""
+    """Return the names of left-out images by the kind of fault, the most frequent first."""
     kinds: dict[str, list[str]] = {}
     for name, reason in sorted(skipped.items()):
         kinds.setdefault(reason.partition(": ")[0], []).append(name)
@@ -30,7 +30,7 @@ def by_kind(skipped: dict[str, str]) -> dict[str, list[str]]:
 
 
 def summarise_skipped(skipped: dict[str, str]) -> str:
-    """'12 left out: 10 truncated (a.jpg, b.jpg, ...), 2 empty file (c.jpg, d.jpg)'."""
+    """Return '12 left out: 10 truncated (a.jpg, b.jpg, ...), 2 empty file (c.jpg, d.jpg)'."""
     parts = [
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in by_kind(skipped).items()
@@ -39,29 +39,29 @@ def summarise_skipped(skipped: dict[str, str]) -> str:
 
 
 class ImageSource(Protocol):
-    """Pictures by index, with captions."""
+    """Images by index, with captions."""
 
     @property
     def findings(self) -> Findings:
-        """Layout, unused files, duplicates and repaired captions; some grow as captions are read."""
+        """Layout, unused files, duplicates, and repaired captions as far as they are read."""
         ...
 
     def __len__(self) -> int: ...
 
     def key(self, index: int) -> str:
-        """A stable name, unique in the source."""
+        """Return a stable name, unique in the source."""
         ...
 
     def size(self, index: int) -> tuple[int, int]:
-        """(width, height) in pixels, upright, from the header alone; raises UnreadablePicture."""
+        """Return (width, height) in pixels, upright, from the header, or raise UnreadableImage."""
         ...
 
     def identity(self, index: int) -> bytes:
-        """What tells this picture and its captions from another version of them, without reading its pixels."""
+        """Return bytes that change with the image's file or its captions, without reading pixels."""
         ...
 
     def stamp(self, index: int) -> bytes:
-        """Return what changes when the image's file is replaced, such as its size in bytes, without opening it."""
+        """Return bytes that change when the image's file is replaced, without opening it."""
         ...
 
     def label(self, index: int) -> int | None: ...
@@ -71,12 +71,12 @@ class ImageSource(Protocol):
         ...
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
-        """(RGB image, caption); raises UnreadablePicture."""
+        """Return (RGB image, caption), or raise UnreadableImage."""
         ...
 
 
 def held_out(key: str, share: float) -> bool:
-    """Whether a picture belongs to the held-out share: a hash of its name decides, so it never moves."""
+    """Return whether an image belongs to the held-out share, by a hash of its name."""
     digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
@@ -117,19 +117,17 @@ def spread_indices(count: int, num: int | None) -> Sequence[int]:
 
 
 def fit(image: Image.Image, width: int, height: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """Reduce a picture (bicubic, antialiased) until it just covers width x height, and cut the rest off.
+    """Reduce an image (bicubic, antialiased) to cover width x height, and cut the rest off.
 
     Args:
         place: where the part that stays lies, from 0 (left, top) over 0.5 (centre) to 1.
 
     Raises:
-        DataError: when the picture is smaller: davae never upsamples training data.
+        DataError: the image is smaller: davae never upsamples training data.
     """
     own_width, own_height = image.size
     if own_width < width or own_height < height:
-        raise DataError(
-            f"picture is {own_width}x{own_height}, smaller than the target of {target_name(width, height)}"
-        )
+        raise DataError(f"image is {own_width}x{own_height}, smaller than the target of {target_name(width, height)}")
     scale = max(width / own_width, height / own_height)
     across, down = min(width / scale, own_width), min(height / scale, own_height)
     left, top = int((own_width - across) * place[0]), int((own_height - down) * place[1])
@@ -141,42 +139,42 @@ def target_name(width: int, height: int) -> str:
 
 
 def fit_square(image: Image.Image, resolution: int) -> Image.Image:
-    """`fit` to the centre square."""
+    """Return the centre square by `fit`."""
     return fit(image, resolution, resolution)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3,H,W) float32 in [-1,1]."""
+    """Return an RGB image as (3,H,W) float32 in [-1,1]."""
     return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
 
 
 def to_images(images: Tensor) -> list[Image.Image]:
-    """(B,3,H,W) in [-1,1] -> pictures, rounded to uint8."""
+    """Return (B,3,H,W) in [-1,1] as images, rounded to uint8."""
     pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
 
 
-def grid(pictures: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Equal pictures in rows on white."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
+def grid(images: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    """Return images of equal size in rows on white."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (number % columns * (width + gap), number // columns * (height + gap)))
+    for number, image in enumerate(images):
+        sheet.paste(image, (number % columns * (width + gap), number // columns * (height + gap)))
     return sheet
 
 
 class ImageDataset(Dataset):
-    """Items by (position, draw): the draw number seeds crop, flip, background and caption, so a run can be repeated.
+    """Items by (position, draw), where the draw seeds crop, flip, background and caption.
 
-    A draw of -1 gives the plain, unaugmented picture. An unreadable picture is logged once, kept in `skipped` with the
+    A draw of -1 gives the plain, unaugmented image. An unreadable image is logged once, kept in `skipped` with the
     reason, and replaced by the next one of its bucket.
 
     Args:
-        indices: the source's pictures to use.
+        indices: the source's images to use.
         resolution: side of the square, pixels.
-        crop: where a picture is cut that has another aspect ratio; `random` by the draw.
-        sizes, groups: buckets, (width, height) each, and the bucket of every picture; without them all are squares.
+        crop: where an image of another aspect ratio is cut; `random` by the draw.
+        sizes, groups: buckets, (width, height) each, and the bucket of every image; without them all are squares.
         enlarge: prepare images as ADM does, which enlarges small ones.
     """
 
@@ -194,7 +192,7 @@ class ImageDataset(Dataset):
         enlarge: bool = False,
     ):
         if not len(indices):
-            raise DataError("no pictures to train on")
+            raise DataError("no images to train on")
         self.source, self.indices, self.resolution = source, indices, resolution
         self.seed, self.flip, self.crop = seed, flip, crop
         self.sizes = list(sizes) or [(resolution, resolution)]
@@ -206,7 +204,7 @@ class ImageDataset(Dataset):
         return len(self.indices)
 
     def enumerating(self) -> ImageDataset:
-        """Return the same images for a cache: draw v * len + position is variant v, and `flip` mirrors every odd variant.
+        """Return the same images for a cache, where draw v * len + position is variant v.
 
         So each image is kept in both orientations, however often it is drawn. What is skipped is kept in common.
         """
@@ -225,33 +223,33 @@ class ImageDataset(Dataset):
             image (3,H,W) in [-1,1], caption, index, label.
 
         Raises:
-            UnreadablePicture: it cannot be used.
+            UnreadableImage: it cannot be used.
         """
         index = self.indices[position]
         rng = None if draw < 0 else np.random.default_rng((self.seed, draw))
-        picture, caption = self.source.load(index, rng)
+        image, caption = self.source.load(index, rng)
         width, height = self.sizes[self.groups[position]]
-        small = picture.width < width or picture.height < height
+        small = image.width < width or image.height < height
         if small and not self.enlarge:
-            raise UnreadableImage("too small", f"{picture.width}x{picture.height}, which its header did not say")
+            raise UnreadableImage("too small", f"{image.width}x{image.height}, which its header did not say")
         place = (0.5, 0.5)
         if rng is not None and self.crop == "random":
             place = (float(rng.random()), float(rng.random()))
-        pixels = to_tensor((adm_crop if self.enlarge else fit)(picture, width, height, place))
+        pixels = to_tensor((adm_crop if self.enlarge else fit)(image, width, height, place))
         if rng is not None and self.flip:
             mirrored = draw // len(self) % 2 == 1 if self.enumerates else rng.random() < 0.5
             pixels = pixels.flip(-1) if mirrored else pixels
         return {"image": pixels, "caption": caption, "index": index, "label": self.source.label(index)}
 
     def skip(self, position: int, error: UnreadableImage) -> None:
-        """Keep and log, once, why a picture is not used."""
+        """Keep and log, once, why an image is not used."""
         name = self.source.key(self.indices[position])
         if name not in self.skipped:
             self.skipped[name] = str(error)
             logger.warning("skipped %s: %s (%d so far)", name, error, len(self.skipped))
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        """Item with its `skipped`: the images that this call left out, for the process that collects the items."""
+        """Return an item with `skipped`, the images that this call left out."""
         position, draw = item
         met: dict[str, str] = {}
         for offset in range(len(self.indices)):
@@ -266,11 +264,11 @@ class ImageDataset(Dataset):
             except UnreadableImage as error:
                 self.skip(place, error)
                 met[name] = self.skipped[name]
-        raise DataError(f"none of the {len(self.indices)} pictures can be read; the log names each")
+        raise DataError(f"none of the {len(self.indices)} images can be read; the log names each")
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """images (B,3,H,W), captions [str], indices [int], labels [int | None], skipped {name: reason}."""
+    """Return images (B,3,H,W), captions, indices, labels (int or None), skipped name -> reason."""
     return {
         "images": torch.stack([item["image"] for item in items]),
         "captions": [item["caption"] for item in items],
@@ -281,7 +279,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def adm_crop(image: Image.Image, width: int, height: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """Resize an image until it just covers width x height, in ADM's steps, and cut the rest off.
+    """Resize an image in ADM's steps to cover width x height, and cut the rest off.
 
     Source: `center_crop_arr` of guided-diffusion (github.com/openai/guided-diffusion, `image_datasets.py`; arXiv
     2105.05233). Halve with a box filter while both sides stay at least twice the target, resize with a bicubic filter to

@@ -36,7 +36,7 @@ DAMAGE = (  # what zipfile and NumPy raise on damaged bytes
 
 
 class NpzSource:
-    """Images of an ADM sample file: `arr_0` (N,H,W,3) uint8 and, where it has them, classes in `arr_1` (N,).
+    """Images of an ADM sample file, `arr_0` (N,H,W,3) uint8, with any classes in `arr_1` (N,).
 
     Raises:
         DataError: another layout, fewer labels than images, or a compressed array that would fill the memory.
@@ -47,42 +47,42 @@ class NpzSource:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = set(archive.namelist())
-            self.pictures = map_npz(path, "arr_0.npy")
+            self.images = map_npz(path, "arr_0.npy")
             self.labels = map_npz(path, "arr_1.npy") if "arr_1.npy" in members else None
         except DataError:
             raise
         except DAMAGE as error:
             reason = " ".join(str(error).split())[:160]
-            raise DataError(f"{path} is no .npz with pictures in arr_0: {reason}") from error
-        if self.pictures.ndim != 4 or self.pictures.shape[-1] != 3 or self.pictures.dtype != np.uint8:
-            raise DataError(f"{path}: arr_0 is {self.pictures.shape} {self.pictures.dtype}, expected (N,H,W,3) uint8")
-        if not self.pictures.size:
-            raise DataError(f"{path}: arr_0 is {self.pictures.shape}, which holds no images")
+            raise DataError(f"{path} is not an .npz with images in arr_0: {reason}") from error
+        if self.images.ndim != 4 or self.images.shape[-1] != 3 or self.images.dtype != np.uint8:
+            raise DataError(f"{path}: arr_0 is {self.images.shape} {self.images.dtype}, expected (N,H,W,3) uint8")
+        if not self.images.size:
+            raise DataError(f"{path}: arr_0 is {self.images.shape}, which holds no images")
         if self.labels is not None and (
-            self.labels.shape != self.pictures.shape[:1] or not np.issubdtype(self.labels.dtype, np.integer)
+            self.labels.shape != self.images.shape[:1] or not np.issubdtype(self.labels.dtype, np.integer)
         ):
             raise DataError(
                 f"{path}: arr_1 is {self.labels.shape} {self.labels.dtype}, expected one whole number for each of the "
-                f"{len(self.pictures)} images in arr_0"
+                f"{len(self.images)} images in arr_0"
             )
         self.name = path.name
         self.findings = Findings("sample file")
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def key(self, index: int) -> str:
         return f"{self.name}/{index}"
 
     def size(self, index: int) -> tuple[int, int]:
-        height, width = self.pictures.shape[1:3]
+        height, width = self.images.shape[1:3]
         return width, height
 
     def stamp(self, index: int) -> bytes:
         return b""
 
     def identity(self, index: int) -> bytes:
-        return hashlib.sha256(np.ascontiguousarray(self.pictures[index]).tobytes()).digest()
+        return hashlib.sha256(np.ascontiguousarray(self.images[index]).tobytes()).digest()
 
     def label(self, index: int) -> int | None:
         return None if self.labels is None else int(self.labels[index])
@@ -91,11 +91,11 @@ class NpzSource:
         return ""
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
-        return Image.fromarray(np.ascontiguousarray(self.pictures[index])), ""
+        return Image.fromarray(np.ascontiguousarray(self.images[index])), ""
 
 
 def map_npz(path: Path, member: str) -> np.ndarray:
-    """Return one array of an `.npz`, mapped from disk where it is stored uncompressed (50,000 images fill gigabytes).
+    """Return one array of an `.npz`, mapped from disk where it is stored uncompressed.
 
     Raises:
         DataError: a compressed array of more than 2 GiB.

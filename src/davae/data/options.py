@@ -11,7 +11,7 @@ from davae.errors import DataError
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The recipe's section `data`, as far as sources need it; the fields mean what they mean there."""
+    """Part of a recipe's section `data` that sources need, with the same meaning."""
 
     background: str = "white"
     max_pixels: int = MAX_PIXELS
@@ -29,16 +29,16 @@ class SourceOptions:
 
     @property
     def record_keys(self) -> dict[str, float]:
-        """Keys of a `.json` that hold captions, with their weights."""
+        """Return the keys of a `.json` that hold captions, with their weights."""
         return dict(self.caption_weights) or ({self.caption_key: 1.0} if self.caption_key else {})
 
     @property
     def names_columns(self) -> bool:
-        """Whether an option names a column of a table."""
+        """Return whether an option names a column of a table."""
         return self.caption_column is not None or self.label_column is not None
 
     def refuse(self, source: str, names: Iterable[str]) -> None:
-        """DataError when an option is set that this source cannot use."""
+        """Raise a DataError for an option that is set and that this source cannot use."""
         default = SourceOptions()
         for name in names:
             if getattr(self, name) != getattr(default, name):

@@ -15,7 +15,7 @@ TAIL = 72 << 10  # bytes: the last chunk of pixels of most encoders, and what co
 
 
 def png_metadata(stream: IO[bytes]) -> io.BytesIO:
-    """Copy a PNG's metadata into a PNG of one pixel, in which Pillow finds the orientation by its own rules.
+    """Copy a PNG's metadata into a PNG of one pixel, which Pillow reads by its own rules.
 
     The beginning is read up to the pixels, and the end from the last chunk of pixels on. Where that is longer than the
     tail, all chunks are stepped over.
@@ -59,7 +59,7 @@ def _walk(stream: IO[bytes], until: bytes) -> tuple[bytes, int]:
 
 
 def _after_pixels(tail: bytes) -> bytes | None:
-    """Return the metadata behind the last chunk of pixels, None where the tail does not reach back to it."""
+    """Return the metadata behind the last chunk of pixels, None for a tail that is too short."""
     place = len(tail)
     while (place := tail.rfind(b"IDAT", 0, place)) >= 4:
         chunks = list(_chain(tail, place - 4))

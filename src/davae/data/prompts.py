@@ -20,7 +20,7 @@ COLUMNS = ("prompt", "Prompt", "p", "caption", "text")  # what benchmarks call i
 
 @dataclass(frozen=True)
 class Prompt:
-    """`name` is its key in the file (MJHQ's picture id, a line's number); `record` is the whole entry."""
+    """A prompt with its key in the file (MJHQ's image id, a line's number) and its whole entry."""
 
     text: str
     name: str
@@ -28,7 +28,7 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """All prompts of a file, in its order.
+    """Return all prompts of a file, in its order.
 
     `.txt`: one a line. `.tsv`, `.csv` (PartiPrompts): a column. `.jsonl` (GenEval): an object or a text a line. `.json`
     (MJHQ-30K's `meta_data.json`, DiffusionDB's `part-*.json`): an object per name, or a list of objects or texts.
@@ -89,7 +89,7 @@ def _text(record: Any, path: Path) -> str:
 
 
 def _decoded(path: Path) -> str:
-    """Return a file's text in any encoding that caption files may have; a guess is logged."""
+    """Return a file's text in any encoding of caption files, and log a guess."""
     text, guessed = decode_text(path.read_bytes(), path.name)
     if guessed is not None:
         logger.warning("prompt file %s is not UTF-8; it is read as %s", path, guessed)

@@ -1,4 +1,4 @@
-"""Sizes of a source's images: read from their headers once, kept in a file, never read again while nothing changes."""
+"""Sizes of a source's images, read from their headers once and kept in a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """Sizes of chosen images, as decoding gives them.
+    """Sizes of chosen images, as they are after decoding.
 
     Attributes:
         pixels: (N,2) int32, (width, height) of each; 0 where its header cannot be read.
@@ -39,7 +39,7 @@ class ImageSizes:
 
 
 def measure_sizes(source: ImageSource, indices: Sequence[int]) -> ImageSizes:
-    """Read the header of each chosen image, and find those with equal files. Pixels are not decoded."""
+    """Read the header of each chosen image, and find images with equal files."""
     pixels = np.zeros((len(indices), 2), np.int32)
     reasons: dict[int, str] = {}
     for place, index in enumerate(indices):
@@ -53,7 +53,7 @@ def measure_sizes(source: ImageSource, indices: Sequence[int]) -> ImageSizes:
 
 
 def sizes_key(source: ImageSource, indices: Sequence[int], options: str) -> str:
-    """Return a hash of the names and the bytes of the chosen images' files, and of the options that refuse some."""
+    """Return a hash of the chosen images' names and stamps, and of options that refuse some."""
     digest = hashlib.sha256(f"{FORMAT} {options}".encode())
     for index in indices:
         digest.update(source.key(index).encode("utf-8", "surrogateescape") + b"\0" + source.stamp(index) + b"\0")
@@ -61,7 +61,7 @@ def sizes_key(source: ImageSource, indices: Sequence[int], options: str) -> str:
 
 
 def load_sizes(folder: Path, key: str, count: int) -> ImageSizes | None:
-    """Return the sizes that a folder keeps under a key; None where it has none, with a warning where they are damaged."""
+    """Return the sizes that a folder keeps under a key, None for missing or damaged ones."""
     path = folder / f"survey-{key}.npz"
     if not path.is_file():
         return None
@@ -77,7 +77,7 @@ def load_sizes(folder: Path, key: str, count: int) -> ImageSizes | None:
 
 
 def keep_sizes(folder: Path, key: str, sizes: ImageSizes) -> None:
-    """Write sizes for the next start, unless they are there. A folder that cannot be written costs a warning, not the run."""
+    """Write sizes for the next start, or log why they cannot be written."""
     path = folder / f"survey-{key}.npz"
     if path.is_file():
         return

@@ -27,16 +27,16 @@ from davae.errors import DataError
 
 
 def open_source(name: str, resolution: int, options: SourceOptions | None = None) -> ImageSource:
-    """The source that a recipe's `data.source` names.
+    """Open the source that a recipe's `data.source` names.
 
     Args:
-        name: `openmoji` or `openmoji-all`; a folder of pictures, shards or parquet files; a `.tar` or shard pattern, also
+        name: `openmoji` or `openmoji-all`; a folder of images, shards or parquet files; a `.tar` or shard pattern, also
             behind `pipe:` or a URL that fsspec reads (`hf://datasets/...`, `https://...`); `.parquet` files; an ADM
             `.npz`; or a Hugging Face dataset id.
         resolution: pixels that will be asked for; OpenMoji is rendered large enough.
 
     Raises:
-        DataError: when there is nothing there, in one line that says what was looked for, or an option has no meaning there.
+        DataError: when there is nothing there, or an option has no meaning there.
     """
     options = options or SourceOptions()
     check_name(name)
@@ -68,7 +68,7 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
 
 
 def check_name(name: str) -> None:
-    """Refuse an empty name, as an unset variable of a shell gives: it would mean the current folder.
+    """Refuse an empty name, as of an unset shell variable: it would mean the current folder.
 
     Raises:
         DataError: in one line.
@@ -98,7 +98,7 @@ def open_folder(folder: Path, options: SourceOptions) -> ImageSource:
     pattern = f"{folder}/{'**/' if deep else ''}*"
     if loose is not None:
         raise DataError(
-            f"folder {folder} holds shards and loose pictures ({loose.name}); name the shards: "
+            f"folder {folder} holds shards and loose images ({loose.name}); name the shards: "
             f"{folder}/*.{'tar' if shards else 'parquet'}"
         )
     if shards and tables:
@@ -114,7 +114,7 @@ def open_folder(folder: Path, options: SourceOptions) -> ImageSource:
 
 
 def packed_below(folder: Path, image_column: str) -> tuple[list[Path], list[Path]]:
-    """Return the shards and the tables with images below a folder; none where loose images are."""
+    """Return the shards and the tables below a folder without loose images."""
     files = [folder / at / name for at, names in walk(folder, {}).items() for name in names]
     if any(is_image_name(path.name) for path in files):
         return [], []
@@ -124,7 +124,7 @@ def packed_below(folder: Path, image_column: str) -> tuple[list[Path], list[Path
 
 
 def tables_in(folder: Path) -> list[Path]:
-    """Return the `.parquet` files directly in a folder, in order, without those that describe images next to them."""
+    """Return the `.parquet` files directly in a folder, in order, without metadata files."""
     return sorted(
         path
         for path in folder.glob("*.parquet")
@@ -133,7 +133,7 @@ def tables_in(folder: Path) -> list[Path]:
 
 
 def open_table(name: str, options: SourceOptions, files: Sequence[Path] | None = None) -> ImageSource:
-    """Open a table; of a stream, the rows that data.limit names."""
+    """Open a table, or the first data.limit rows of a stream."""
     return open_stream(name, options) if options.streaming else TableSource(name, options, files)
 
 

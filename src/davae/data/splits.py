@@ -28,13 +28,13 @@ JOINT = re.compile(r"([ _.-])\0[ _.-]")  # where a split's word was
 
 
 def split_of(name: str) -> str | None:
-    """Return `train`, `val` or `test` for a folder that is named so (`training`, `validation`, `train2017`)."""
+    """Return the split, `train`, `val` or `test`, of a name such as `training` or `train2017`."""
     found = SPLIT.fullmatch(name)
     return None if found is None else SPLITS.get(found[1].lower(), found[1].lower())
 
 
 def split_points(paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], dict[str, tuple[str | None, str]]]:
-    """Return the folders that hold splits -> name of each folder in it -> its split, and what else the name contains.
+    """Return folder with splits -> name of a folder in it -> its split, rest of the name.
 
     Names are splits as a whole (`train`, `val2017`), or by a word in which they alone differ (`cat_train`, `cat_test`).
     """
@@ -121,7 +121,7 @@ SPLIT_PARTS = re.compile(r"[-_./]")
 
 
 def files_of_split(files: Sequence[Path], wanted: str, folder: Path, unused: dict[str, Tally]) -> list[Path]:
-    """Keep one split where the names of files tell several: `train-00000-of-00002.parquet`, `set-val-0.tar`.
+    """Keep one split of files that are named after several, as `train-00000-of-00002.parquet`.
 
     Args:
         files: shards or tables of a folder.

@@ -42,7 +42,7 @@ class TokenLimit:
 
 
 def count_words(captions: list[str]) -> list[int]:
-    """Return how many of CLIP's tokens each caption has at least: its words, digits and marks, and two special ones."""
+    """Return the least number of CLIP's tokens of each caption: words, digits, marks, and two."""
     return [len(WORD.findall(caption)) + 2 for caption in captions]
 
 
@@ -67,7 +67,7 @@ class CaptionFacts:
 
 
 def read_captions(source: ImageSource, indices: Sequence[int], limits: Sequence[TokenLimit]) -> CaptionFacts:
-    """Count captions: distinct ones by a hash, cut ones by each tokenizer. Memory is 8 bytes a distinct caption."""
+    """Count captions: distinct ones by a hash of 8 bytes, cut ones by each tokenizer."""
     facts = CaptionFacts(cut_by={limit.name: {"tokens": limit.tokens, "captions": 0} for limit in limits})
     seen: Counter[bytes] = Counter()
     first: dict[bytes, int] = {}
@@ -87,7 +87,7 @@ def read_captions(source: ImageSource, indices: Sequence[int], limits: Sequence[
         first.setdefault(digest, index)
         if len(text) > facts.longest:
             facts.longest, facts.longest_name = len(text), source.key(index)
-        # a token stands for one byte or more: most captions need no tokenizer
+        # a token covers one byte or more: most captions need no tokenizer
         long = [limit for limit in limits if len(text.encode("utf-8", "replace")) + MARGIN > limit.tokens]
         over = [limit for limit in long if limit.count([text])[0] > limit.tokens]
         for limit in over:
@@ -102,7 +102,7 @@ def read_captions(source: ImageSource, indices: Sequence[int], limits: Sequence[
 
 @dataclass(frozen=True)
 class Summary:
-    """Facts about a source as training takes it; `as_dict` is the content of `data.json`.
+    """Facts about a source as training takes it, written to `data.json`.
 
     Attributes:
         found: images in the source, or the part that data.limit chooses.
@@ -297,7 +297,7 @@ def _by_repair(encodings: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _all_notes(findings: Findings, captions: CaptionFacts, notes: Sequence[str]) -> tuple[str, ...]:
-    """Return the notes of a source and of its caller, with a sentence on cut captions and on several lines."""
+    """Return the notes of source and caller, and a sentence on cut and on long captions."""
     too_long = [f"{file}: a caption of {length:,} characters is cut" for file, length in findings.cut.items()]
     lines = [f"{captions.several_lines:,} captions have several lines; each is one caption"]
     return (*findings.notes, *too_long[:NAMED], *notes, *(lines if captions.several_lines else ()))
@@ -330,7 +330,7 @@ def name_of_class(source: ImageSource, label: int) -> str:
 
 
 def example(source: ImageSource, index: int, size: Sequence[int]) -> dict[str, Any]:
-    """Describe one image; `file` is where `davae data --show` writes it."""
+    """Return the facts of one image, with the `file` that `davae data --show` writes."""
     label = source.label(index)
     named = label is not None and label < len(source.findings.class_names)
     return {

@@ -1,4 +1,4 @@
-"""Survey of a source: which of its images can be used, and their buckets, by the headers of their files."""
+"""Survey of a source: the images that can be used, and their buckets, by file headers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from davae.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-LOGGED = 20  # left-out pictures named one by one; all are counted
+LOGGED = 20  # left-out images named one by one; all are counted
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def survey(
     measured: ImageSizes | None = None,
     strict: bool = True,
 ) -> Survey:
-    """Find the images that fill a bucket without being enlarged; log the others by name, counted by kind.
+    """Find the images that fill a bucket without being enlarged, and log the others.
 
     Pixels are not decoded: an image that is damaged behind its header is found when it is read.
 
@@ -80,17 +80,17 @@ def survey(
     for name, reason in list(left_out.items())[:LOGGED]:
         logger.warning("left out %s: %s", name, reason)
     if left_out:
-        logger.warning("%d of %d pictures can be used; %s", len(kept), len(indices), summarise_skipped(left_out))
+        logger.warning("%d of %d images can be used; %s", len(kept), len(indices), summarise_skipped(left_out))
     if strict and left_out and small == len(indices):
         raise DataError(
-            f"every picture is smaller than the target of {target} (the largest is {largest[0]}x{largest[1]}): davae "
+            f"every image is smaller than the target of {target} (the largest is {largest[0]}x{largest[1]}): davae "
             "never enlarges training data unless data.enlarge is set; use larger images or a smaller base.resolution"
         )
     if strict and left_out and not kept:
-        raise DataError(f"none of the {len(indices)} pictures can be used; {summarise_skipped(left_out)}")
+        raise DataError(f"none of the {len(indices)} images can be used; {summarise_skipped(left_out)}")
     return Survey([indices[place] for place in kept], np.asarray(groups, np.int16), left_out, measured.pixels[kept])
 
 
 def usable(source: ImageSource, indices: Sequence[int], resolution: int, enlarge: bool = False) -> list[int]:
-    """The pictures that `survey` leaves for squares of `resolution` pixels."""
+    """Return the images that can be used for squares of `resolution` pixels."""
     return survey(source, indices, [(resolution, resolution)], enlarge).indices

@@ -1,4 +1,4 @@
-"""Rows with an image column: Hugging Face datasets and parquet files with image bytes (the `hub` extra)."""
+"""Tables with an image column: Hugging Face datasets and parquet files (the `hub` extra)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENDS = 1 << 16  # bytes of a parquet file's beginning and end that are hashed
 
 
 def holds_images(path: Path, column: str) -> bool:
-    """Return whether a parquet file has the column; True where only opening it will show."""
+    """Return whether a parquet file has the column, True where that is not known."""
     try:
         import pyarrow as pa
         from pyarrow.parquet import read_schema
@@ -38,7 +38,7 @@ def holds_images(path: Path, column: str) -> bool:
 
 
 def is_saved_table(folder: str | Path) -> bool:
-    """Return whether `save_to_disk` of `datasets` wrote a folder: one table, or one for each split."""
+    """Return whether `save_to_disk` of `datasets` wrote a folder."""
     several, *one = (
         os.path.isfile(os.path.join(folder, name))
         for name in ("dataset_dict.json", "state.json", "dataset_info.json")
@@ -60,7 +60,7 @@ def load_rows(
     files: Sequence[Path] | None = None,
     notes: list[str] | None = None,
 ) -> Any:
-    """Rows of a hub id, a folder that `datasets` understands, or parquet files; images left as bytes.
+    """Open a hub id, a folder of `datasets`, or parquet files, with images left as bytes.
 
     Args:
         name: what `data.source` calls them.
@@ -82,7 +82,7 @@ def load_rows(
         notes += [split_note(options.split)] if len(rows) > 1 else []
         rows = table_of_split(rows, options.split, name)
     columns = rows.column_names
-    if columns is None:  # a stream without a schema tells its columns by its first row
+    if columns is None:  # a stream without a schema: the first row has its columns
         columns = list(next(iter(rows)))
     wanted = {"image_column": options.image_column} | {
         option: value
@@ -101,7 +101,7 @@ def load_rows(
 
 
 def _open_rows(name: str, options: SourceOptions, streaming: bool, files: str | list[str]) -> Any:
-    """Open a dataset with `datasets`; the DataError for anything else gives its reason."""
+    """Open a dataset with `datasets`, or raise a DataError with the reason."""
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -121,7 +121,7 @@ def _open_rows(name: str, options: SourceOptions, streaming: bool, files: str | 
 
 
 def column_weights(columns: list[str], options: SourceOptions) -> dict[str, float]:
-    """Caption columns and their weights: those named, else the first that is usually called so."""
+    """Return the caption columns and their weights: the named ones, else a usual one."""
     if options.caption_weights:
         return dict(options.caption_weights)
     if options.caption_column is not None:
@@ -130,7 +130,7 @@ def column_weights(columns: list[str], options: SourceOptions) -> dict[str, floa
 
 
 def cell_bytes(cell: dict[str, Any]) -> bytes:
-    """An undecoded image cell's bytes, fetched where the row holds an address."""
+    """Return the bytes of an undecoded image cell, fetched where the row holds an address."""
     if cell["bytes"] is not None:
         return cell["bytes"]
     import fsspec
@@ -140,7 +140,7 @@ def cell_bytes(cell: dict[str, Any]) -> bytes:
 
 
 def table_content(name: str, files: Sequence[Path] | None = None) -> bytes | None:
-    """Return a hash of local parquet files: names, sizes, and both ends, where the places and statistics of all rows are.
+    """Return a hash of local parquet files, by names, sizes and both ends.
 
     Touching or copying them changes nothing.
 
@@ -188,7 +188,7 @@ class TableSource:
         return len(self.rows)
 
     def key(self, index: int) -> str:
-        """Name of a row; of an absolute path the last part, so that a copy elsewhere has the same rows and split."""
+        """Return the name of a row, without the folder, so that a copy has the same split."""
         return f"{Path(self.name).name if Path(self.name).is_absolute() else self.name}/{index}"
 
     def _stream(self, index: int) -> io.BytesIO | Path:
@@ -204,11 +204,11 @@ class TableSource:
         return self.identity(index)
 
     def identity(self, index: int) -> bytes:
-        """Content of the whole table; for a dataset of the hub the hash that `datasets` keeps."""
+        """Return a hash of the whole table, which `datasets` keeps for one of the hub."""
         return self._content or str(self.rows._fingerprint).encode()
 
     def former(self, index: int) -> tuple[bytes, bytes]:
-        """Return name and identity as earlier versions hashed them: with the path, and the time of the last change."""
+        """Return name and identity as earlier versions hashed them, with path and time."""
         return f"{self.name}/{index}".encode(), str(self.rows._fingerprint).encode()
 
     def label(self, index: int) -> int | None:
@@ -223,7 +223,7 @@ class TableSource:
         return clean(choose(self.plain[index], self.weights, rng), self.key(index), self.findings)
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> tuple[Image.Image, str]:
-        picture = decode_image(
+        image = decode_image(
             self._stream(index), self.options.background, self.options.max_pixels, self.options.float_pixels
         )
-        return picture, self.caption(index, rng)
+        return image, self.caption(index, rng)

@@ -16,7 +16,7 @@ from davae.data.batches import Batches
 from davae.data.buckets import bucket_sizes, group_counts
 from davae.data.equal_files import FileImages, equal_images
 from davae.data.images import ImageDataset, ImageSource, Split, split, spread_indices
-from davae.data.latent_cache.key import hash_pictures, hash_values
+from davae.data.latent_cache.key import hash_images, hash_values
 from davae.data.options import SourceOptions
 from davae.data.sizes import ImageSizes, keep_sizes, load_sizes, measure_sizes, sizes_key
 from davae.data.sources import open_source
@@ -292,7 +292,7 @@ def check_same_data(opened: OpenedData, name: str) -> None:
         return
     indices = [*opened.train, *opened.held_out]
     digest = hash_values(
-        hash_pictures(opened.source, indices), len(opened.train), opened.groups.tolist(), sorted(opened.left_out)
+        hash_images(opened.source, indices), len(opened.train), opened.groups.tolist(), sorted(opened.left_out)
     )
     differing = compare(digest)
     if not differing:

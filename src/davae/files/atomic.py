@@ -78,7 +78,7 @@ class saving:
 
 
 def _explain(error: Exception, path: Path, kept: str) -> None:
-    """Raise a RunError for an error of the disk; return for any other error."""
+    """Raise a RunError for an error of the disk, and return for any other error."""
     if isinstance(error, RunError):
         return
     number = error.errno if isinstance(error, OSError) else None
@@ -130,14 +130,14 @@ MADE_HERE = re.compile(
 
 @functools.cache
 def machine_id() -> str:
-    """Return eight characters for the machine and the process namespace, where process ids are comparable."""
+    """Return eight characters for the machine and process namespace of this process."""
     namespace = Path("/proc/self/ns/pid")
     inside = str(namespace.stat().st_ino) if namespace.exists() else ""
     return hashlib.blake2b(f"{socket.gethostname()} {inside}".encode(), digest_size=4).hexdigest()
 
 
 def unique_name(path: Path, kind: str = "partial") -> Path:
-    """Return a hidden name next to `path` that no other process or thread uses; the suffix is kept for libraries."""
+    """Return a hidden name next to `path`, with its suffix, that no other process uses."""
     shown = path.name.encode()[:120].decode(errors="ignore")
     return path.with_name(f".{shown}.{machine_id()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}{path.suffix}")
 
@@ -157,7 +157,7 @@ _swept: set[tuple[int, str]] = set()
 
 
 def sweep(folder: Path, again: bool = True) -> None:
-    """Remove what killed processes left in a folder, and put back a folder that one of them had moved aside.
+    """Remove what killed processes left in a folder, and restore what they had moved aside.
 
     Partials of living processes, of other machines (until they are a day old) and files of other names are left alone.
 
@@ -195,7 +195,7 @@ def _left_behind(path: Path, found: re.Match[str]) -> bool:
 
 
 def to_disk(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk, so that they survive a power cut."""
+    """Write a file, or a folder's entries, from the system's cache to the disk."""
     if os.name == "nt" and path.is_dir():
         return  # folders cannot be opened there
     number = os.open(path, os.O_RDONLY)
@@ -232,7 +232,7 @@ def _real(path: Path) -> Path:
 
 @contextmanager
 def atomic_file(path: Path, kept: str = KEPT) -> Iterator[Path]:
-    """Yield a partial file to write, which takes the name `path` at the end and is removed when that fails.
+    """Yield a partial file to write, which takes the name `path` at the end or is removed.
 
     Folders that lead there are made. A symbolic link is followed.
 
@@ -258,14 +258,14 @@ def atomic_file(path: Path, kept: str = KEPT) -> Iterator[Path]:
 
 
 def atomic_text(path: Path, text: str, kept: str = KEPT) -> None:
-    r"""Write a text file whole or not at all; a lone surrogate is written as JSON's escape, `\udcff`."""
+    r"""Write a text file whole or not at all, with a lone surrogate as JSON's `\udcff`."""
     with atomic_file(path, kept) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
 def atomic_folder(path: Path, kept: str = KEPT) -> Iterator[Path]:
-    """Yield a partial folder to fill, which takes the name `path` at the end and is removed when that fails.
+    """Yield a partial folder to fill, which takes the name `path` at the end or is removed.
 
     A folder that has the name already is replaced as a whole where davae wrote it. A symbolic link is followed. The new
     folder carries the mark by which it is known later (see `ownership`).
@@ -301,7 +301,7 @@ def atomic_folder(path: Path, kept: str = KEPT) -> Iterator[Path]:
 
 
 def _take_name(partial: Path, path: Path) -> None:
-    """Rename a folder to `path`; a folder there is moved aside first and removed afterwards.
+    """Rename a folder to `path`, in place of a folder that has the name already.
 
     Raises:
         RunError: the file system cannot rename folders.
@@ -341,7 +341,7 @@ def _take_name(partial: Path, path: Path) -> None:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, kept: str = KEPT
 ) -> None:
-    """Write a safetensors file whole or not at all, with a checksum per tensor; folders that lead there are made."""
+    """Write a safetensors file whole or not at all, with a checksum per tensor."""
     from safetensors.torch import save_file  # imports torch, which `davae --help` does without
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -351,7 +351,7 @@ def save_tensors(
 
 @contextmanager
 def model_folder(path: Path, kept: str = KEPT) -> Iterator[Path]:
-    """Yield a partial folder for a model or pipeline, which appears whole and with the checksums of its files."""
+    """Yield a partial folder for a model, which appears whole and with checksums."""
     with atomic_folder(path, kept) as partial:
         yield partial
         write_sums(partial)

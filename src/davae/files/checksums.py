@@ -58,7 +58,7 @@ def file_sum(path: Path) -> int:
 
 
 def tensor_sums(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the metadata entry that holds a sum per tensor and, under the empty name, one of the other metadata."""
+    """Return the metadata entry with a sum per tensor and, under '', one of other metadata."""
     sums = {name: array_sum(values) for name, values in tensors.items()}
     return {KEY: json.dumps({**sums, "": _metadata_sum(metadata or {})})}
 
@@ -76,7 +76,7 @@ def row_sums(values: np.ndarray) -> np.ndarray:
 def check_tensor_sums(
     path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], kind: type[DavaeError], remedy: str
 ) -> None:
-    """Compare tensors that were read with the sums in their file's metadata; a file without sums is accepted.
+    """Compare tensors with the sums in their file's metadata, if it has any.
 
     Args:
         path: the file, named in the message.
@@ -118,7 +118,7 @@ def write_sums(folder: Path) -> None:
 
 
 def check_folder(folder: Path, part: str = "", without: tuple[str, ...] = ()) -> None:
-    """Compare a model folder's files with its `checksums.json`; a folder without one is accepted.
+    """Compare a model folder's files with its `checksums.json`, if it has one.
 
     A file that was changed on purpose is accepted once its line is gone from `checksums.json`.
 

@@ -42,7 +42,7 @@ def refuse(path: Path, what: str) -> None:
 
 
 def check_place(path: Path) -> bool:
-    """Return whether a regular file is there; devices such as /dev/stdout count as absent.
+    """Return whether a regular file is there, and not a device such as /dev/stdout.
 
     Raises:
         RunError: the path is a folder, lies below a file, or in what a run writes.
@@ -205,7 +205,7 @@ LAST = {".png": b"IEND\xaeB`\x82", ".jpg": b"\xff\xd9", ".tar": bytes(512)}  # t
 
 
 def is_drawn(path: Path) -> bool:
-    """Return whether an image, a shard or a part of samples is there and whole; a cut one is named in the log.
+    """Return whether an image, shard or part of samples is whole, and log a cut one.
 
     Judged by the last bytes, or by the size that the header names: images are not decoded. Versions before checksums did not
     wait for the disk, so that a power cut could leave an empty file under a final name.

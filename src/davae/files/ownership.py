@@ -1,4 +1,4 @@
-"""Folders that davae wrote: how they are marked, which ones may be replaced, and one writer at a time."""
+"""Folders that davae wrote: their marks, leave to replace them, and one writer at a time."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ KNOWN = re.compile(
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Yield the files and links below a folder as relative names, without what other programs litter."""
+    """Yield the files and links below a folder as relative names, without litter."""
     for place, folders, names in os.walk(folder):
         links = [name for name in folders if (Path(place) / name).is_symlink()]
         folders[:] = sorted(set(folders) - CACHES - set(links))
@@ -72,7 +72,7 @@ def _digest(file: Path) -> str:
 
 
 def mark(folder: Path) -> None:
-    """Write the mark into a folder: the names of its files, and hashes of the texts that a person may edit."""
+    """Write the mark into a folder: names of its files, and hashes of editable texts."""
     names = list(_files(folder))
     texts = {name: _digest(folder / name) for name in names if name.endswith(".md")}
     values = {"davae": davae.__version__, "files": names, "texts": texts}
@@ -80,7 +80,7 @@ def mark(folder: Path) -> None:
 
 
 def _mark_of(folder: Path) -> dict[str, Any] | None:
-    """Return what a folder's mark contains; None without one that can be read."""
+    """Return the content of a folder's mark, None without a readable one."""
     try:
         values = load_json((folder / MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -138,7 +138,7 @@ def _unowned_before_marks(folder: Path) -> str | None:
 
 
 def _names_davae(folder: Path) -> bool:
-    """Return whether a folder without a mark has davae's model card or one of davae's own classes."""
+    """Return whether a folder without a mark has davae's model card or one of its classes."""
     card = folder / "README.md"
     whole = any((folder / name).is_file() for name in ("model_index.json", "upgrade.safetensors"))
     if whole and card.is_file():
@@ -190,7 +190,7 @@ def check_out(out: Path, reads: Iterable[str | Path] = ()) -> None:
 
 
 def check_no_part(path: Path) -> None:
-    """Refuse a place inside what a run writes: the run would take it for its own, or refuse to go on.
+    """Refuse a place inside what a run writes and would take for its own.
 
     Raises:
         RunError: in one line, whose place it is.
@@ -268,7 +268,7 @@ def _in_the_way(place: Path) -> bool:
 
 
 def lock_folder(folder: Path) -> int | None:
-    """Lock a folder against other davae processes; the lock ends with the returned descriptor, or with the process.
+    """Lock a folder against other davae processes, until the returned descriptor is closed.
 
     Returns:
         An open descriptor, or None where the system or the file system has no such locks.
@@ -294,7 +294,7 @@ def lock_folder(folder: Path) -> int | None:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; it is made where it is absent.
+    """Hold the lock of a folder, which is made where it is absent.
 
     Raises:
         RunError: another process holds it, or the folder cannot be made.

@@ -1,4 +1,4 @@
-"""JSON from strangers and from damaged disks, read within bounds or refused in one line. All of davae reads JSON here."""
+"""JSON of any origin, read within bounds or refused in one line, for all of davae."""
 
 from __future__ import annotations
 

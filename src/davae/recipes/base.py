@@ -30,7 +30,7 @@ from davae.recipes.sections import (
 
 
 class Autoencoder(Section):
-    """Sizes of a small autoencoder, trained from scratch: an AutoencoderKL, or a deep-compression AutoencoderDC."""
+    """Sizes of a small AutoencoderKL or deep-compression AutoencoderDC, trained from scratch."""
 
     family: Literal["kl", "dc"] = Field(
         default="kl",
@@ -45,7 +45,7 @@ class Autoencoder(Section):
 
     @model_validator(mode="after")
     def _shortcuts_fit(self) -> Autoencoder:
-        """What the shortcuts of a dc autoencoder can average: four positions into one, and channels into latents."""
+        """Check that a dc autoencoder's shortcuts can average positions and channels."""
         if self.family == "kl":
             return self
         for upper, lower in pairwise(self.channels):
@@ -97,7 +97,7 @@ class ClassArchitecture(Section):
 
 
 class EmbedderAlignment(Optim):
-    """DC-Gen's first step: the new patch embedder learns the pretrained model's tokens of the same pictures."""
+    """DC-Gen's first step: the new patch embedder learns the pretrained model's tokens."""
 
     ema_decay: Fraction = Field(default=0.0, description="Decay of the average of the weights; DC-Gen keeps none.")
 
@@ -109,7 +109,7 @@ class HeadAlignment(FlowOptim):
 
 
 class Alignment(Section):
-    """Moves the pretrained transformer of `init` into the latents of another autoencoder: DC-Gen (arXiv 2509.25180)."""
+    """DC-Gen (arXiv 2509.25180), which moves `init` into the latents of another autoencoder."""
 
     base_resolution: Pixels = Field(
         description="Pixels at which the pretrained model cuts an image into as many tokens as the new one."
@@ -119,7 +119,7 @@ class Alignment(Section):
 
 
 class BaseRecipe(Section):
-    """Train a base model on plain latents, from scratch or from a pretrained transformer: `davae train-base`."""
+    """Recipe of `davae train-base`: a base model on plain latents, from scratch or from `init`."""
 
     kind: Literal["base"] = Field(default="base", description="Kind of recipe.")
     name: RecipeName = Field(description="Name; the run folder is runs/NAME by default.")

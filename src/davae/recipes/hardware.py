@@ -1,4 +1,4 @@
-"""What the GPUs that recipes name have: memory, and peak FLOPs as their makers state them."""
+"""Memory of GPUs, and peak FLOPs as their makers state them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UTILISATION = 0.4  # share of the peak that training of this kind usually reache
 
 @dataclass(frozen=True)
 class Gpu:
-    """Attributes: memory in bytes; peak FLOPs a second, dense, in bfloat16 with float32 sums."""
+    """Memory in bytes, and dense peak FLOPs a second in bfloat16 with float32 sums."""
 
     memory: int
     peak: float

@@ -1,4 +1,4 @@
-"""Read, override, resolve and save recipes. Every complaint is one line with the dotted path."""
+"""Read, override, resolve and save recipes, with one-line errors by dotted path."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ TAGS = (*FAMILIES, NAMED, OWN)  # all that it puts there
 
 
 def shipped_recipes() -> dict[str, str]:
-    """Name -> YAML text of every recipe in the package."""
+    """Return name -> YAML text of every recipe in the package."""
     folder = files("davae.recipes")
     entries = sorted((e for e in folder.iterdir() if e.name.endswith(".yaml")), key=lambda e: e.name)
     return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in entries}
 
 
 def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> AnyRecipe:
-    """A shipped recipe's name or a YAML file, with `a.b=c` overrides applied, validated.
+    """Return a validated recipe by its shipped name or file, with `a.b=c` overrides.
 
     Raises:
         RecipeError: unknown name, unreadable YAML, unknown key, wrong type, impossible values.
@@ -137,7 +137,7 @@ def load_data(source: str, overrides: Iterable[str] = (), start: Data | None = N
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of a validation, as `a.b.c: what is wrong (and the nearest valid key)`."""
+    """Return a validation's first error, `a.b.c: what is wrong (and the nearest valid key)`."""
     first = error.errors()[0]
     parts = [str(part) for part in first["loc"]]
     path = ".".join(part for part in parts if part not in TAGS) or "recipe"
@@ -151,7 +151,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _fields_at(model: type[BaseModel], parts: list[str]) -> list[str]:
-    """Keys of the section at a path; a part that names an architecture's family picks it among the alternatives."""
+    """Return the keys of the section at a path, in which families pick an alternative."""
     alternatives = [model]
     for part in parts:
         if part in FAMILIES:
@@ -167,14 +167,14 @@ def _fields_at(model: type[BaseModel], parts: list[str]) -> list[str]:
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a field may hold."""
+    """Return the sections that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in _sections_in(part)]
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' when something near is known, else ''."""
+    """Return the question after the known word that is nearest, '' where none is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
@@ -194,7 +194,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def dump_recipe(recipe: AnyRecipe) -> str:
-    """The resolved recipe as YAML: every value, defaults included; reading it gives an equal recipe."""
+    """Return the resolved recipe as YAML, from which an equal recipe is read."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -224,7 +224,7 @@ RESUMABLE = (
 
 
 def differences(old: AnyRecipe, new: AnyRecipe, free: tuple[str, ...] = RESUMABLE) -> list[str]:
-    """Dotted paths at which two recipes differ in what they train, `path: old -> new`; `free` ones may."""
+    """Return the differences of two recipes, `path: old -> new`, but not of `free` paths."""
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     return [

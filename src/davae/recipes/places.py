@@ -1,4 +1,4 @@
-"""Files that shipped recipes expect next to the repository and that an installed package does not bring."""
+"""Files that shipped recipes expect next to the repository, outside the package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARED, RUNS, MODELS = "../shared/", "runs/", "models/"
 
 
 def places(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted path, text) of every value that names such a file, whether it is there or not."""
+    """Yield (dotted path, text) of every value that names such a file, there or not."""
     if isinstance(values, BaseModel):
         values = values.model_dump(mode="json")
     for key, value in values.items():

@@ -1,4 +1,4 @@
-"""Parts that recipes of every kind are made of. Importing this builds no model and loads no torch."""
+"""Sections that recipes of every kind consist of, importable without torch."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Section(BaseModel):
 
 
 class Buckets(Section):
-    """Aspect ratios beside the square, at its token count; see `davae.data.buckets`."""
+    """Aspect ratios next to the square, at its token count (`davae.data.buckets`)."""
 
     max_ratio: Annotated[float, Field(ge=1.0)] = Field(
         default=4.0, description="Longest over shortest side of a bucket."
@@ -82,7 +82,7 @@ class Buckets(Section):
 
 
 class Data(Section):
-    """Where pictures come from; see `davae.data.open_source` and docs/data.md."""
+    """Source and preparation of images (`davae.data.sources`, docs/data.md)."""
 
     source: Name = Field(
         default="openmoji",
@@ -234,7 +234,7 @@ class Lora(Section):
 
 
 class FlowOptim(Optim):
-    """Flow matching for a transformer. A model trained by DDPM draws its timesteps uniformly: timestep_* are not for it."""
+    """Flow matching for a transformer. Models trained by DDPM do not use timestep_*."""
 
     caption_dropout: Fraction = Field(
         default=0.1, description="Share of captions or class labels that are replaced by none, for guidance."
@@ -376,7 +376,7 @@ class Run(Section):
 
 
 class Hardware(Section):
-    """The GPUs that a recipe was written for: what a dry run reckons with. Training takes whatever it is started on."""
+    """GPUs that a recipe was written for, with which a dry run reckons, unlike training."""
 
     gpu: str = Field(description="Name of the GPU.")
     count: Batch = Field(default=1, description="Processes; each takes its share of the batch.")

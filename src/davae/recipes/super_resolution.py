@@ -10,7 +10,7 @@ from davae.recipes.sections import Data, Layers, Optim, Pixels, RecipeName, Run,
 
 
 class SuperResolution(Optim):
-    """A small network that enlarges pictures, the baseline of Tab. S2."""
+    """A small network that enlarges images, the baseline of Tab. S2."""
 
     channels: Width = Field(default=64, description="Channels of the network.")
     layers: Layers = Field(default=16, description="Layers of the network.")
@@ -24,7 +24,7 @@ class SuperResolution(Optim):
 
 
 class SuperResolutionRecipe(Section):
-    """Train a super-resolution network on pictures alone: `davae train-sr`."""
+    """Train a super-resolution network on images alone: `davae train-sr`."""
 
     kind: Literal["super-resolution"] = Field(default="super-resolution", description="Kind of recipe.")
     name: RecipeName = Field(description="Name; the run folder is runs/NAME by default.")

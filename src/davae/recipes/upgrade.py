@@ -26,7 +26,7 @@ from davae.recipes.sections import (
 
 
 class Base(Section):
-    """The pretrained model: a diffusers folder, a hub id, or `micro`, the embedded one; or how to train one first."""
+    """The pretrained model, or the recipe to train one first."""
 
     model: str | None = Field(
         default=None, description="A diffusers folder, a hub id, or `micro`, the embedded model."
@@ -53,7 +53,7 @@ class Base(Section):
 
     @property
     def name(self) -> str:
-        """What to call the base model."""
+        """Name of the base model."""
         return self.model if self.model is not None else cast(BaseRecipe, self.train).name
 
 
@@ -86,8 +86,8 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _same_pictures(cls, values: Any) -> Any:
-        """A base that is trained first sees the upgrade's pictures, unless it names its own."""
+    def _same_images(cls, values: Any) -> Any:
+        """Give a base that is trained first the upgrade's images, unless it names its own."""
         train = values.get("base", {}).get("train") if isinstance(values.get("base"), dict) else None
         if isinstance(train, dict) and "data" not in train and "data" in values:
             values = {**values, "base": {**values["base"], "train": {**train, "data": values["data"]}}}
@@ -118,5 +118,5 @@ class Recipe(Section):
 
     @property
     def stage1_pixels(self) -> int:
-        """Side of what a step of stage 1 sees of a square picture."""
+        """Side of the part of a square image that a step of stage 1 sees."""
         return min(self.resolution, self.stage1.crop or self.resolution)

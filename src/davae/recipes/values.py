@@ -39,7 +39,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
-    """Refuse a key that occurs twice or is not text; runs before `<<` is merged in, which may repeat keys."""
+    """Refuse a key that occurs twice or is not text, before `<<` merges more keys in."""
     seen: set[str] = set()
     for key, _ in node.value:
         merges = key.tag == "tag:yaml.org,2002:merge"
@@ -100,7 +100,7 @@ def read_yaml(data: bytes | str, what: str) -> Any:
 
 
 def read_value(text: str, what: str) -> Any:
-    """Read one YAML value of the command line; `1e-4`, which YAML 1.1 takes for text, is a number.
+    """Read one YAML value of the command line, with `1e-4`, a text in YAML 1.1, as a number.
 
     Raises:
         RecipeError: as `read_yaml`.

@@ -19,7 +19,7 @@ from davae.data.latent_cache.key import (
     Key,
     changes,
     hash_former,
-    hash_pictures,
+    hash_images,
     hash_values,
     hash_weights,
     plain_key,
@@ -85,7 +85,7 @@ def cache_key(
         key["data"] = hash_values([(file.name, file.stat().st_size) for file in files])
         key["preprocessing"] = {"cache.dtype": cache.dtype}
     else:
-        key["data"] = hash_pictures(opened.source, opened.train)
+        key["data"] = hash_images(opened.source, opened.train)
         if isinstance(opened.source, TableSource):
             key[FORMER_DATA] = hash_former(opened.source, opened.train)
         key["preprocessing"] = {

@@ -1,4 +1,4 @@
-"""File names of one folder -> images, what belongs to each, and the rest. Folders and shards share these rules."""
+"""Images, sidecars and other files of one folder, by their names, in folders and shards."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ JUNK = frozenset(
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is hidden, a thumbnail folder, or litter of an operating system."""
+    """Return whether a file or folder is hidden, or litter such as thumbnails."""
     return name.startswith(".") or name.lower() in JUNK
 
 
@@ -75,7 +75,7 @@ class Matched:
     others: list[str] = field(default_factory=list)
 
     def count_rest(self, prefix: str, unused: dict[str, Tally], used: Collection[str] = ()) -> None:
-        """Count what belongs to no image of this folder, without the names that are `used` all the same."""
+        """Count the files that belong to no image of this folder, without the names in `used`."""
         for name in self.others:
             if name not in used:
                 add_to(unused, unused_kind(name), prefix + name)
@@ -135,7 +135,7 @@ def stem(name: str) -> str:
 
 
 def _sidecar_forms(name: str) -> list[tuple[str, Kind, int]]:
-    """Return (stem, kind, rank) of each way to read a name as a sidecar: `1.caption.txt` is one of `1` or `1.caption`."""
+    """Return (stem, kind, rank) of each reading: `1.caption.txt` belongs to `1` or `1.caption`."""
     own, dot, ending = name.rpartition(".")
     first = SIDECARS.get(ending.lower()) if dot else None
     forms: list[tuple[str, Kind, int]] = [(own, *first)] if first else []
@@ -155,7 +155,7 @@ def _assign(
     prefix: str,
     unused: dict[str, Tally],
 ) -> None:
-    """Give a sidecar to its images; of two captions of an image the one of lower rank, then of plain lower case, stays."""
+    """Give a sidecar to its images, of which each keeps the lowest rank, then lower case."""
     rank = 2 * rank + (not name.rpartition(".")[2].islower())
     for owner in owners:
         before = taken.get((owner, kind))
@@ -176,7 +176,7 @@ def _assign_loose(
     prefix: str,
     unused: dict[str, Tally],
 ) -> None:
-    """Match sidecars without an exact owner: by WebDataset's key, then without regard to case and composed accents."""
+    """Match other sidecars by WebDataset's key, then without regard to case and accents."""
     if not loose:
         return
     by_fold = _unique(found.images, lambda name: folded(stem(name)))
@@ -202,7 +202,7 @@ def _unique(names: list[str], key) -> dict[str, str]:
 
 
 def _without_parts(images: list[str], prefix: str, unused: dict[str, Tally], shard: bool) -> list[str]:
-    """Leave out images that are a part of another image's sample: masks, depth maps, segmentations.
+    """Leave out images that are a part of another sample: masks, depth maps, segmentations.
 
     In a shard every further image of a key is a part once one is known to be the image: `000.jpg` or `000.image.png`. In a
     folder, where dots in names mean nothing, only parts with a known word are.

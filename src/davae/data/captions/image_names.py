@@ -42,7 +42,7 @@ class ImageNames:
         return {path: place for place, path in enumerate(self.paths)}
 
     def find(self, folder: str, name: str) -> int | None:
-        """Return the number of the image that a list in `folder` calls `name`, None where there is none."""
+        """Return the number of the image that a list in `folder` calls `name`, or None."""
         plain = unicodedata.normalize("NFC", posixpath.normpath(posixpath.join(folder, name)))
         if (found := self._exact.get(plain)) is not None:
             return found
@@ -54,7 +54,7 @@ class ImageNames:
         return _only(self._by_fold().get(folded(path), ()))
 
     def find_near(self, name: str) -> int | None:
-        """Return the one image whose path ends as `name` does, or the other way round; an ending may be missing."""
+        """Return the one image whose path ends with `name` or is its end, with or without suffix."""
         self._by_fold()
         given = folded(listed_path("", name)).lstrip("/")
         bare = stem(given) if is_image_name(given) else given

@@ -1,4 +1,4 @@
-"""Lists of captions outside the imagefolder convention: `captions.txt`, `.csv`, `.jsonl`, kohya's and COCO's `.json`."""
+"""Lists of captions: `captions.txt`, `.csv`, `.jsonl`, and the `.json` of kohya and COCO."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_lists(
     findings: Findings,
     unused: dict[str, Tally],
 ) -> tuple[Metadata | None, list[str]]:
-    """Read those of some files that list images with captions or classes.
+    """Read the files that list images with captions or classes.
 
     Args:
         root: the folder.
@@ -83,7 +83,7 @@ def read_lists(
 
 
 def _few(files: Sequence[str]) -> Iterator[str]:
-    """Yield the files that are few in their folder; lists are."""
+    """Yield the files of which a folder has few, as lists are."""
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     for file in files:
         alike[posixpath.dirname(file), posixpath.splitext(file)[1].lower()].append(file)
@@ -95,7 +95,7 @@ def _few(files: Sequence[str]) -> Iterator[str]:
 def _by_image(
     rows: list[Row], file: str, find: Callable[[str], int | None], count: int, unused: dict[str, Tally]
 ) -> dict[int, dict[str, Any]] | None:
-    """Give rows to images; several rows of one image are several captions. None where no row names an image."""
+    """Return the records of images, with all captions of each, or None where no row fits."""
     place_of = {name: find(name) for name in dict.fromkeys(name for name, _ in rows)}
     found = Counter(place for place in place_of.values() if place is not None)
     if not found:
@@ -147,7 +147,7 @@ def _rows(
 
 
 def _may_list(path: Path, size: int) -> bool:
-    """Return whether a `.json` is worth parsing; boxes and masks of COCO have hundreds of megabytes."""
+    """Return whether a `.json` is worth parsing, which COCO's boxes and masks are not."""
     if size <= SMALL:
         return True
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -155,7 +155,7 @@ def _may_list(path: Path, size: int) -> bool:
 
 
 def _record(row: Mapping[str, Any], named: Collection[str]) -> tuple[str | None, dict[str, Any]]:
-    """Return the image's name and what is kept of a row; keys are compared without regard to case."""
+    """Return a row's image name and the values to keep, with keys in any case."""
     keys = {str(key).strip().casefold(): key for key in reversed(list(row))}
     name = next((row[keys[key]] for key in NAMES if key in keys and isinstance(row[keys[key]], str)), None)
     record = {key: row[key] for key in named if row.get(key) is not None}
@@ -168,7 +168,7 @@ def _record(row: Mapping[str, Any], named: Collection[str]) -> tuple[str | None,
 
 
 def _texts(key: str, value: Any) -> list[str]:
-    """Return the captions of a cell; a list of tags is one caption."""
+    """Return the captions of a cell, with all tags of a list as one caption."""
     found = as_texts(value)
     return [", ".join(found)] if key == "tags" and found else found
 
@@ -217,7 +217,7 @@ def _of_coco(images: list[Any], annotations: list[Any]) -> list[Row] | None:
 
 
 def _of_object(value: dict[str, Any], named: Collection[str], find: Callable[[str], int | None]) -> list[Row] | None:
-    """Return the rows of an object with a key an image: `{"a.png": "a cat"}`, kohya's `{"a": {"caption": "a cat"}}`."""
+    """Return the rows of an object with a key per image: `{"a.png": "a cat"}`, as kohya's."""
     rows: list[Row] = []
     for name, content in value.items():
         if isinstance(content, dict):
@@ -248,7 +248,7 @@ def _of_json_lines(text: str, path: Path, named: Collection[str]) -> list[Row] |
 
 
 def _of_table(text: str, named: Collection[str], find: Callable[[str], int | None]) -> list[Row] | None:
-    """Return the rows of separated values, with a header that names both columns or with names of images in the first."""
+    """Return the rows of a table that has a header, or names of images in the first column."""
     lines = text.splitlines()
     first = next((line for line in lines[:FEW] if line.strip()), "")
     delimiter = max(",;\t|", key=first.count)
@@ -274,5 +274,5 @@ def _of_table(text: str, named: Collection[str], find: Callable[[str], int | Non
 
 
 def _is_text(caption: str) -> bool:
-    """Return whether a second column holds words: not classes, attributes or names of further images."""
+    """Return whether a second column contains words, not classes, attributes or image names."""
     return any(letter.isalpha() for letter in caption) and not is_image_name(caption)

@@ -1,4 +1,4 @@
-"""Columns of `metadata.jsonl`, `.csv`, `.parquet` next to images: the imagefolder convention of `datasets`.
+"""Columns of `metadata.jsonl`, `.csv`, `.parquet`, the imagefolder convention of `datasets`.
 
 davae reads them itself: `datasets` would copy every image into Arrow files, and the extra `hub` may be missing.
 """
@@ -25,7 +25,7 @@ NAME_COLUMNS = ("file_name", "image_file_name")
 
 
 class Metadata:
-    """Records by image, packed into one piece of memory: little more than the text itself.
+    """Records by image, packed into one piece of memory.
 
     Args:
         rows: image's index -> its record.
@@ -162,7 +162,7 @@ def _csv_rows(path: Path, findings: Findings, name: str) -> Iterator[tuple[int, 
 
 
 def _shortened(value: Any) -> Any:
-    """Return a text that is long enough to be noticed as cut, without megabytes that nobody reads."""
+    """Return a text cut to twice the limit of captions, so that the cut is still recorded."""
     return value[: 2 * MAX_CAPTION] if isinstance(value, str) else value
 
 

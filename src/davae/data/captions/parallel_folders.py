@@ -1,4 +1,4 @@
-"""Captions in a folder of their own, parallel to the images': `captions/1.txt` of `images/1.png`."""
+"""Folders parallel to those of images: captions (`captions/1.txt`), and masks to leave out."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _by_stem(
 
 
 def _of_one_folder(owners: list[Owner], at: int, captions: str) -> list[Owner]:
-    """Return the owners if they lie in one folder; of several folders the one that the captions' name contains."""
+    """Return the owners in one folder, the one that the captions' folder is named after."""
     folders = {folder for folder, _ in owners}
     if len(folders) > 1:
         found = CAPTIONS.fullmatch(captions)
@@ -86,7 +86,7 @@ def _parts(folder: str) -> tuple[str, ...]:
 
 
 def part_folders(images: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return the folders of masks, depth maps and the like: most of their names are those of images next to them.
+    """Return the folders of masks and the like, whose names are mostly those of images nearby.
 
     Args:
         images: relative path of a folder, '' the root -> names of its images.

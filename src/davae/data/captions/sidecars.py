@@ -1,4 +1,4 @@
-"""Caption and class of an image from the files next to it: `.txt` and its variants, `.json`, `.cls`."""
+"""Caption and class of an image from its sidecars: `.txt` and variants, `.json`, `.cls`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Sidecars:
             if key not in seen:
                 has = ", ".join(sorted(seen)[:12]) or "no .json at all"
                 raise DataError(
-                    f"data: no .json among the first pictures of {self.name} has the key '{key}'; found {has}"
+                    f"data: no .json among the first images of {self.name} has the key '{key}'; found {has}"
                 )
 
     def _find_key(self) -> str | None:
@@ -118,7 +118,7 @@ class Sidecars:
             self._read = None
 
     def _guessed_record(self, index: int) -> dict[str, Any]:
-        """Return the object of the `.json`; a text or a list of texts alone is a caption."""
+        """Return the object of the `.json`, in which a bare text or list of texts is the caption."""
         if (data := self._bytes(index, "json")) is None:
             return {}
         value = parse_sidecar(data, self.files.sidecar_name(index, "json"), self.findings)
@@ -127,7 +127,7 @@ class Sidecars:
         return {"caption": value} if isinstance(value, (str, list)) else {}
 
     def record(self, index: int) -> dict[str, Any]:
-        """Return the object of an image's `.json`, with its `.txt` under the key `txt`; empty where there is none."""
+        """Return the object of an image's `.json`, with its `.txt` under the key `txt`."""
         data = self._bytes(index, "json")
         name = self.files.sidecar_name(index, "json")
         record = {} if data is None else read_record(data, name, self.findings)
@@ -174,14 +174,14 @@ class Sidecars:
             return str(error)
 
     def identity(self, index: int) -> bytes:
-        """Return bytes that change with the caption or class; for plain UTF-8 those that earlier caches were keyed by."""
+        """Return bytes that change with the caption or class, equal to those of earlier versions."""
         kinds: list[Kind] = ["json"] if self.weights or self.options.label_key else []
         if not self.weights or "txt" in self.weights:
             kinds.append("txt")
         return b"\0".join(self._bytes(index, kind) or b"" for kind in (*kinds, "cls"))
 
     def changed_caption(self, index: int, before: str, caption: str) -> bytes:
-        """Return b'' where `caption` is what davae read before it knew more conventions, else the caption.
+        """Return b'' where earlier versions read the same caption, else the caption.
 
         Args:
             index: the image.

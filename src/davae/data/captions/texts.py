@@ -1,4 +1,4 @@
-"""Bytes and values of any origin -> clean captions; nothing is replaced without a record."""
+"""Clean captions and class numbers from bytes and values of any origin."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NUL_SHARE = 0.3  # of the bytes, above which text is UTF-16 without a mark
 
 
 class UnreadableCaption(UnreadableImage, DataError):
-    """A caption or class that cannot be read: its image is left out where a set is read, one line elsewhere."""
+    """A caption or class that cannot be read, whose image a data set leaves out."""
 
 
 def decode_text(data: bytes, name: str, *, cut: bool = False) -> tuple[str, str | None]:
@@ -92,7 +92,7 @@ def _utf16_by_nul(data: bytes) -> str | None:
 
 
 def clean(text: str, name: str, findings: Findings) -> str:
-    """Strip a caption, with `\\n` as line end, remove NUL and lone surrogates, and cut it to the limit.
+    """Strip a caption, unify its line ends, remove NUL and lone surrogates, and cut it.
 
     Args:
         text: the caption.
@@ -119,7 +119,7 @@ def clean(text: str, name: str, findings: Findings) -> str:
 
 
 def caption_of_file(data: bytes, name: str, findings: Findings) -> str:
-    """Return a caption file's clean text, '' for boxes of objects; they and a guessed encoding are recorded."""
+    """Return the clean text of a caption file, '' for boxes of objects, and record repairs."""
     text, guessed = decode_text(data[:MAX_FILE], name, cut=len(data) > MAX_FILE)
     if guessed is not None:
         findings.encodings[name] = guessed
@@ -161,7 +161,7 @@ def read_record(data: bytes, name: str, findings: Findings) -> dict[str, Any]:
 
 
 def as_texts(value: Any) -> list[str]:
-    """Return the non-empty texts of a value: a text, a number, or a list of them; nothing else is a caption."""
+    """Return the non-empty texts of a text, a number, or a list of both."""
     if isinstance(value, (list, tuple)):
         return [text for part in value if not isinstance(part, (list, tuple)) for text in as_texts(part)]
     if isinstance(value, bytes):
@@ -204,7 +204,7 @@ def usual_keys(keys: Iterable[str]) -> list[str]:
 
 
 def choose(candidates: Mapping[str, Any], weights: Mapping[str, float], rng: np.random.Generator | None) -> str:
-    """One caption of a record.
+    """Return one caption of a record.
 
     Args:
         candidates: the record: each value a text, or a list of texts of which one is drawn evenly.

@@ -1,4 +1,4 @@
-"""Distinct captions of any number of items, on disk: nothing grows in memory with their number."""
+"""Distinct captions of any number of items, on disk instead of in memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ TEXTS, ENDS, DIGESTS, ITEMS = "captions.npy", "caption_ends.npy", "caption_diges
 
 
 def caption_digest(text: bytes) -> bytes:
-    """32 characters that stand for a caption; the empty one sorts first."""
+    """Return a hash of a caption, 32 characters of which the empty one sorts first."""
     return hashlib.blake2b(text, digest_size=16).hexdigest().encode() if text else b"0" * 32
 
 
 def pack(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(UTF-8 of all, end of each (N+1,) from 0)."""
+    """Return the UTF-8 of all texts, and where each ends, (N+1,) from 0."""
     parts = [text.encode() for text in texts]
     ends = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
     return np.frombuffer(b"".join(parts), np.uint8), ends
@@ -35,7 +35,7 @@ def unpack(texts: np.ndarray, ends: np.ndarray) -> Iterator[bytes]:
 
 
 def write_table(folder: Path, shards: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Distinct captions in the order of their digests, the empty one first and always there; and the row of every item.
+    """Write the distinct captions by digest, the empty one first, and the row of each item.
 
     Args:
         shards: packed captions of the items, shard by shard; gone through twice, one in memory at a time.
@@ -68,7 +68,7 @@ def write_table(folder: Path, shards: Iterable[tuple[np.ndarray, np.ndarray]]) -
 
 
 class CaptionTable(Sequence[str]):
-    """The captions of a cache's items, read from disk as they are asked for."""
+    """Captions of a cache's items, read from disk one by one."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -94,7 +94,7 @@ class CaptionTable(Sequence[str]):
         return text.decode()
 
     def row(self, caption: str) -> int:
-        """Row of a caption; DataError for one that the cache does not have."""
+        """Return the row of a caption, or raise a DataError for an unknown one."""
         digest = np.bytes_(caption_digest(caption.encode()))
         row = int(np.searchsorted(self.digests, digest))
         if row == len(self.digests) or self.digests[row] != digest:

@@ -1,4 +1,4 @@
-"""Reads the latent shards that LightningDiT's own extraction script writes, and makes a davae cache of them."""
+"""Import of the latent shards that LightningDiT's extraction script writes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ BLOCK = 1024  # latents copied at a time
 
 
 def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
-    """(mean, std), each (channels,), of a `latents_stats.pt`.
+    """Return (mean, std), each (channels,), of a `latents_stats.pt`.
 
     Raises:
-        DataError: a file that wants to run code, is no statistics file, or has another number of channels.
+        DataError: a file that would run code, is not a statistics file, or has another number of channels.
     """
     try:
         values: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -45,7 +45,7 @@ def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
 
 
 class _Shard:
-    """One shard's shapes, read from its header."""
+    """Shapes of one shard, read from its header."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -61,7 +61,7 @@ class _Shard:
 
 
 def _open_shards(source: Path, channels: int) -> list[_Shard]:
-    """Open a folder's shards; a DataError names one that does not fit the others or the model."""
+    """Open a folder's shards, or raise a DataError for one that fits neither model nor others."""
     shards = [_Shard(path) for path in sorted(source.glob(PATTERN))]
     if not shards:
         raise DataError(f"{source} has no latent shards ({PATTERN})")
@@ -84,9 +84,9 @@ def import_shards(
     dtype: str,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> CacheMeta:
-    """Copy raw latents (and their flipped twins) and labels into a cache folder; a shard is read block by block.
+    """Copy raw latents, their flipped twins and labels into a cache folder, block by block.
 
-    Statistics are those of `latents_stats.pt` where it lies beside the shards, else measured. The caller seals the cache.
+    Statistics are those of `latents_stats.pt` where it lies next to the shards, else measured. The caller seals the cache.
 
     Args:
         channels, num_classes: what the model takes.
@@ -130,7 +130,7 @@ def import_shards(
 
 
 def _labels(found: Tensor, shard: _Shard, num_classes: int) -> list[int]:
-    """A shard's classes; DataError when they are too few or none of the model's."""
+    """Return a shard's classes, or raise a DataError for too few or unknown ones."""
     own = found.flatten().long()
     if len(own) != shard.shape[0]:
         raise DataError(f"shard {shard.path} has {len(own)} labels for {shard.shape[0]} latents")

@@ -1,4 +1,4 @@
-"""What a cache was made from, part by part, so that a stale one can say what changed."""
+"""Key of a cache: hashes of its inputs, part by part, so that changes can be named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from davae.data.tables import TableSource
 
 PARTS = {
     "autoencoder": "the autoencoder's weights or config",
-    "data": "the pictures or what is said of them",
+    "data": "the images or their captions",
     "preprocessing": "the preprocessing",
     "text": "the model that the text encoders belong to",
 }
@@ -24,13 +24,13 @@ Key = Mapping[str, Any]  # a part of PARTS -> a hash, or plain values by name
 
 
 def hash_values(*parts: Any) -> str:
-    """A short hash of plain values: what something was made from."""
+    """Return a short hash of plain values."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def hash_weights(tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]) -> str:
-    """A hash of a model's tensors, bit by bit, and of its config."""
+    """Return a hash of a model's tensors, bit by bit, and of its config."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors, key=lambda entry: entry[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -38,8 +38,8 @@ def hash_weights(tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any
     return digest.hexdigest()[:16]
 
 
-def hash_pictures(source: ImageSource, indices: Sequence[int]) -> str:
-    """A hash of the chosen pictures' names, sizes in bytes and captions, in order. Pixels are not read."""
+def hash_images(source: ImageSource, indices: Sequence[int]) -> str:
+    """Return a hash of the chosen images' names, bytes and captions, without their pixels."""
     digest = hashlib.sha256()
     for index in indices:
         for part in (source.key(index).encode(), source.identity(index)):
@@ -48,7 +48,7 @@ def hash_pictures(source: ImageSource, indices: Sequence[int]) -> str:
 
 
 def hash_former(source: TableSource, indices: Sequence[int]) -> str:
-    """Return what `hash_pictures` gave for a table before files were hashed by content; caches of then still open."""
+    """Return the hash of a table as earlier versions made it, whose caches still open."""
     digest = hashlib.sha256()
     for index in indices:
         for part in source.former(index):
@@ -57,7 +57,7 @@ def hash_former(source: TableSource, indices: Sequence[int]) -> str:
 
 
 def changes(old: Key, new: Key) -> list[str]:
-    """What differs between two keys, in words; options of the preprocessing by name, `flip: False -> True`."""
+    """Return the differences of two keys in words, with options such as `flip: False -> True`."""
     found: list[str] = []
     for part, words in PARTS.items():
         before, after = old.get(part), new.get(part)
@@ -71,5 +71,5 @@ def changes(old: Key, new: Key) -> list[str]:
 
 
 def plain_key(key: Key) -> dict[str, Any]:
-    """A key as it reads back from JSON."""
+    """Return a key as it is after JSON."""
     return json.loads(json.dumps(dict(key), sort_keys=True))

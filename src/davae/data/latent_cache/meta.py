@@ -1,4 +1,4 @@
-"""The folder of a latent cache: what it was made from, how far it is, and whether it is whole.
+"""Folder of a latent cache: its key, its meta data, and whether it is whole.
 
 A cache is a folder of safetensors shards, each written whole or not at all, by all processes together. `meta.json` comes
 last: a folder without it is a cache that was interrupted, and goes on at its last whole shard.
@@ -74,7 +74,7 @@ def replace_json(path: Path, value: Any) -> None:
 
 
 def _changes(known: Path, key: Key) -> list[str]:
-    """Return what differs between the key of a cache folder and this one; a damaged key file is one difference."""
+    """Return the differences of a cache folder's key and this one, or the damaged key file."""
     try:
         return changes(load_json(known.read_text(encoding="utf-8")), key)
     except (ValueError, AttributeError, TypeError):
@@ -82,7 +82,7 @@ def _changes(known: Path, key: Key) -> list[str]:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a folder holds; the folder itself stays, which may be a symbolic link to another disk."""
+    """Remove the content of a folder, which itself may be a symbolic link and stays."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -103,7 +103,7 @@ def check_cache(folder: Path) -> None:
 
 
 def prepare_cache(folder: Path, key: Key, team: Team) -> None:
-    """Make a folder ready to be written: whole shards of the same key stay, everything else goes, with a word in the log."""
+    """Make a folder ready for a cache, in which only whole shards of this key stay."""
     if team.main:
         known = folder / KEY_FILE
         if folder.exists():
@@ -126,7 +126,7 @@ def prepare_cache(folder: Path, key: Key, team: Team) -> None:
 
 
 def _read_values(folder: Path) -> dict[str, Any]:
-    """Return what `meta.json` holds; DataError where it is damaged."""
+    """Return the content of `meta.json`, or raise a DataError for a damaged one."""
     path = folder / META
     try:
         values = load_json(path.read_text(encoding="utf-8"))
@@ -143,10 +143,10 @@ def _sum_of(values: dict[str, Any]) -> int:
 
 
 def read_meta(folder: Path, key: Key | None = None) -> CacheMeta:
-    """The cache's own account of itself.
+    """Return a cache's meta data.
 
     Raises:
-        DataError: no cache, an interrupted one, one of an earlier davae, or one made from something else (says what).
+        DataError: no cache, an interrupted one, one of an earlier davae, or one made from something else, which is named.
     """
     if not (folder / META).is_file():
         raise DataError(f"{folder} holds no whole latent cache; make one with `davae cache-latents`")
@@ -163,7 +163,7 @@ def read_meta(folder: Path, key: Key | None = None) -> CacheMeta:
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether every file of a cache is there and can be opened; a word in the log names one that is not.
+    """Return whether every file of a cache can be opened, and log one that cannot.
 
     Writing the cache again then makes the faulty files anew and keeps the others.
     """

@@ -1,4 +1,4 @@
-"""Latents and text embeddings that are not finite: left out by name, and too many of them an error."""
+"""Latents and text embeddings that are not finite: left out, and too many are an error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALWAYS = 2  # images that are no reason to stop, however few there are
 
 
 def stored(values: np.ndarray, dtype: str) -> tuple[np.ndarray, list[str | None]]:
-    """Return values (N,...) as they are kept, and for each row what is wrong with it, None where nothing is.
+    """Return values (N,...) in the kept dtype, and for each row its fault or None.
 
     Args:
         values: float32.
@@ -44,7 +44,7 @@ def stored(values: np.ndarray, dtype: str) -> tuple[np.ndarray, list[str | None]
 
 
 def check_many(skipped: Mapping[str, str], images: int, least: int = ALWAYS) -> None:
-    """Stop where so many images have no finite latent or embedding that the model must be at fault.
+    """Stop where too many images have no finite latent or embedding: the model is at fault.
 
     Args:
         skipped: why images are left out, by name; other reasons are not counted.
@@ -64,7 +64,7 @@ def check_many(skipped: Mapping[str, str], images: int, least: int = ALWAYS) -> 
 
 
 def is_finished(path: Path) -> bool:
-    """Return whether an interrupted cache's shard can stay; one with values that are not finite is made again."""
+    """Return whether a shard of an interrupted cache is whole and finite, so that it can stay."""
     if not is_sound_shard(path):
         return False
     metadata = CacheShard(path).metadata
@@ -77,7 +77,7 @@ def is_finished(path: Path) -> bool:
 def lost_captions(
     folder: Path, text: Sequence[tuple[str, int]], table: CaptionTable, name_of: Callable[[int], str]
 ) -> tuple[list[int], dict[str, str]]:
-    """Return the items whose caption has no finite embedding, and why their images are left out, by name.
+    """Return the items without a finite caption embedding, and the reasons by image name.
 
     Args:
         text: (file, rows) of the text shards.
@@ -108,7 +108,7 @@ def lost_captions(
 
 
 def _numbers(path: Path) -> list[int]:
-    """Return the number of each item's image; -1 where the cache was imported and has no images."""
+    """Return the number of each item's image, -1 in an imported cache without images."""
     shard = CacheShard(path)
     if "images" in shard.names:
         return shard.tensor("images").tolist()

@@ -23,7 +23,7 @@ OPEN_SHARDS = 4096  # mapped at a time: each takes kilobytes, and the system let
 
 
 class ShardReader:
-    """Rows of tensors that are cut into shards; a shard is mapped when it is first asked for."""
+    """Rows of tensors that are cut into shards, of which each is mapped on first use."""
 
     opens: ClassVar[Any] = CacheShard
 
@@ -76,9 +76,9 @@ class Embedded(str):
 
 
 class CachedLatents(Dataset):
-    """Items of a cache by (index, draw): latent (c,h,w), and its caption or its class number.
+    """Items of a cache by (index, draw): latent (c,h,w), and its caption or class number.
 
-    Start-up and memory hang on the number of shards: latents, captions and classes are read as they are asked for.
+    Start-up time and memory depend on the number of shards: latents, captions and classes are read one by one.
 
     Args:
         condition: `text` gives captions, `class` gives class numbers.
@@ -88,7 +88,7 @@ class CachedLatents(Dataset):
         groups: (N,) the bucket of each item; items of one bucket have the same shape.
 
     Raises:
-        DataError: the cache is not whole, or class numbers are asked for and some picture has none.
+        DataError: the cache is not whole, or `condition` is `class` and an image has no class number.
     """
 
     def __init__(self, folder: Path, condition: Condition = "text", *, embedded: bool = False):
@@ -110,7 +110,7 @@ class CachedLatents(Dataset):
             self.conditions = open_array(folder / LABELS)
             if (self.conditions == NO_LABEL).any():
                 raise DataError(
-                    "a class-conditional model needs a class for every picture: one sub-folder a class, `.cls` files in "
+                    "a class-conditional model needs a class for every image: one sub-folder a class, `.cls` files in "
                     "the shards, or data.label_key or data.label_column"
                 )
 
@@ -127,13 +127,13 @@ class CachedLatents(Dataset):
         return latent, condition
 
     def embed(self, captions: list[str]) -> tuple[Tensor, ...]:
-        """Cached text embeddings of captions, one tensor per output of the encoder; '' is the empty caption."""
+        """Return cached embeddings of captions, one tensor per output of the encoder."""
         rows = [self.text.embeddings(self.captions.row(caption)) for caption in captions]
         return tuple(part.float() for part in stacked_rows(rows))
 
 
 def collate_latents(items: list[tuple[np.ndarray, Any]]) -> dict[str, Any]:
-    """Make a batch: latents (B,c,h,w) float32, conditions [str] or [int], and `text` where captions come embedded.
+    """Make a batch: latents (B,c,h,w) float32, conditions [str] or [int], and maybe `text`.
 
     `text` has one tensor (B,...) per output of the encoder, as the cache keeps it: a worker hands it over in shared memory.
     """
@@ -146,7 +146,7 @@ def collate_latents(items: list[tuple[np.ndarray, Any]]) -> dict[str, Any]:
 
 
 class PairedLatents(Dataset):
-    """What two autoencoders say of each picture, by (index, draw): latents (c,h,w) and (C,h',w') of the same draw.
+    """Latents (c,h,w) and (C,h',w') of two autoencoders, by (index, draw), of the same draw.
 
     Both caches were written from one `ImageDataset` in one order, so that an index means the same crop and flip in both.
 
@@ -154,14 +154,14 @@ class PairedLatents(Dataset):
         groups: (N,) the bucket of each item.
 
     Raises:
-        DataError: one of them is not whole, or they hold other pictures.
+        DataError: one of them is not whole, or they hold other images.
     """
 
     def __init__(self, folder: Path, base_folder: Path):
         self.own, self.base = CachedLatents(folder), CachedLatents(base_folder)
         own, base = self.own.meta, self.base.meta
         if own.shards != base.shards or own.skipped.keys() != base.skipped.keys():
-            raise DataError(f"{base_folder} holds other pictures than {folder}; delete both to make them again")
+            raise DataError(f"{base_folder} holds other images than {folder}; delete both to make them again")
         self.groups = self.own.groups
 
     def __len__(self) -> int:
@@ -172,6 +172,6 @@ class PairedLatents(Dataset):
 
 
 def collate_pairs(items: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """latents (B,c,h,w) and base_latents (B,C,h',w'), float32."""
+    """Return latents (B,c,h,w) and base_latents (B,C,h',w'), float32."""
     own, base = (torch.from_numpy(np.stack(part).astype(np.float32)) for part in zip(*items, strict=True))
     return {"latents": own, "base_latents": base}

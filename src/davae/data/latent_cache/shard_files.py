@@ -1,4 +1,4 @@
-"""Files of a latent cache, opened with their checksums: cut and damaged ones are one line, or made again."""
+"""Files of a latent cache, written whole and read with their checksums."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def shard_key(key: Mapping[str, Any]) -> np.ndarray:
 
 
 def made_from(path: Path, key: Mapping[str, Any]) -> bool:
-    """Return whether a shard can be opened and was written for this key; shards of earlier versions name none and count."""
+    """Return whether a shard can be opened and was written for this key, or holds none."""
     try:
         shard = CacheShard(path)
         return "key" not in shard.names or np.array_equal(shard.tensor("key"), shard_key(key))
@@ -85,7 +85,7 @@ def open_array(path: Path) -> np.ndarray:
 
 
 class CacheShard:
-    """One open shard; what is read of it is compared with its checksums.
+    """One open shard, of which everything that is read is compared with its checksums.
 
     Attributes:
         names: its tensors, without those that hold checksums.
@@ -110,13 +110,13 @@ class CacheShard:
         self._sums: dict[str, np.ndarray] = {}  # () of a whole tensor, (N,) of its rows; read when asked for
 
     def sums(self, name: str) -> np.ndarray | None:
-        """Return the checksum of a tensor, (), or of its rows, (N,); None in files of earlier versions."""
+        """Return the checksum of a tensor, (), or of its rows, (N,), or None of earlier versions."""
         if name in self._summed and name not in self._sums:
             self._sums[name] = self.file.get_tensor(f"{name}{SUFFIX}")
         return self._sums.get(name)
 
     def tensor(self, name: str) -> np.ndarray:
-        """Return a whole tensor, compared with its checksum."""
+        """Return a whole tensor after comparing it with its checksum."""
         values, sums = self.file.get_tensor(name), self.sums(name)
         if sums is not None and not np.array_equal(sums, row_sums(values) if sums.ndim else array_sum(values)):
             raise DataError(
@@ -134,7 +134,7 @@ class CacheShard:
         return values
 
     def span(self, name: str, first: int, last: int, index: int) -> np.ndarray:
-        """Return entries first..last-1 of a tensor, which are its row `index`, compared with that row's checksum."""
+        """Return entries first..last-1 of a tensor after comparing them with the sum of row `index`."""
         values, sums = self.file.get_slice(name)[first:last], self.sums(name)
         if sums is not None and array_sum(values) != sums[index]:
             raise DataError(
@@ -151,7 +151,7 @@ class CacheShard:
 
 
 def is_sound_shard(path: Path) -> bool:
-    """Return whether a shard can be opened and its small tensors are what was written; a word in the log where not."""
+    """Return whether a shard can be opened with its small tensors sound, and log a fault."""
     try:
         CacheShard(path).check()
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Where the shards of a latent cache begin: for every process the same, also when a cache goes on with another batch size."""
+"""Plan of a latent cache's shards, the same for every process and after a resume."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARD_ROWS = 1024  # at most: 256 MiB of SD3.5's latents at 1K, what an interrup
 
 
 def shard_rows(total: int, batch_size: int) -> int:
-    """Rows of a shard: 64 shards or so, of whole batches, each of 16 to SHARD_ROWS rows. Processes do not count."""
+    """Return the rows of a shard: whole batches, 16 to SHARD_ROWS, for about 64 shards."""
     rows = min(SHARD_ROWS, max(16, -(-total // 64)))
     return -(-rows // batch_size) * batch_size
 
@@ -43,7 +43,7 @@ def planned_shards(items: Mapping[int, int], batch_size: int) -> list[tuple[int,
 
 
 def begun_with(folder: Path, batch_size: int, first: int, variants: int, team: Team, *, flip: bool = False) -> int:
-    """Return the batch size that a cache's shards were cut by: its own when it goes on, `batch_size` when it begins.
+    """Return the batch size that a cache's shards are cut by, which a resumed cache keeps.
 
     An interrupted cache of an earlier davae does not hold it. Its shards are made again where they cannot have been cut
     by `batch_size`, or where they are mirrored by another rule: one cache holds one rule.
@@ -91,7 +91,7 @@ def _same_flips(folder: Path, path: Path) -> None:
 
 
 def _cut_by(path: Path, rows: int, variants: int) -> bool:
-    """Return whether a shard can have so many rows, those of skipped images counted."""
+    """Return whether a shard can have a number of rows, with those of skipped images."""
     shard = CacheShard(path)
     found = len(shard.tensor("labels"))
     return found <= rows <= found + variants * len(load_json(shard.metadata.get("skipped", "{}")))

@@ -1,4 +1,4 @@
-"""Prompt embeddings as a cache keeps them: without their padding, in half precision that holds their values.
+"""Prompt embeddings in a cache: without padding, in a half precision that holds them.
 
 A row is one caption's output of one text encoder, (L,...) or (d,). Positions at its end that are all zeros, as padding leaves
 them, are not stored; reading puts them back, so that a row reads as it was embedded. Values that float16 cannot hold, as
@@ -34,13 +34,13 @@ def from_bits(bits: np.ndarray) -> np.ndarray:
 
 
 def lengths_of(values: np.ndarray) -> np.ndarray:
-    """Return how many positions of each row (N,L,...) there are up to the last that is not all zeros, (N,); at least 1."""
+    """Return the positions of each row (N,L,...) up to the last not all zero, (N,), at least 1."""
     used = (values.reshape(*values.shape[:2], -1) != 0).any(2)  # (N,L)
     return np.where(used.any(1), values.shape[1] - used[:, ::-1].argmax(1), 1)
 
 
 def kept_values(values: np.ndarray, dtype: str) -> tuple[np.ndarray, list[str | None]]:
-    """Return rows as they are kept, and what is wrong with each.
+    """Return rows as they are kept, and the fault of each or None.
 
     A few rows beyond float16 are faults; where the empty caption or many rows are, the encoder's values are that large.
     """
@@ -121,7 +121,7 @@ class TextShard:
 
 
 def stacked_rows(rows: Sequence[list[Tensor]]) -> tuple[Tensor, ...]:
-    """Stack captions' embeddings into one tensor (B,...) per part; float32 where their precisions differ."""
+    """Stack captions' embeddings into a tensor (B,...) per part, float32 for mixed precisions."""
     parts = []
     for kind in zip(*rows, strict=True):
         alike = all(part.dtype == kind[0].dtype for part in kind)

@@ -1,4 +1,4 @@
-"""Writes the shards of a latent cache: latents, captions, classes, statistics, text embeddings."""
+"""Writing of a latent cache: latents, captions, classes, statistics, text embeddings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TEXT_BYTES = 1 << 28  # of one shard of text embeddings
 
 
 class ChannelStatistics:
-    """Mean and variance per channel in float64. Any way of cutting the data and merging the parts gives the same."""
+    """Mean and variance per channel in float64, however the data are cut and merged."""
 
     def __init__(self, channels: int):
         self.count = 0
@@ -55,7 +55,7 @@ class ChannelStatistics:
         self.squares = torch.zeros(channels, dtype=torch.float64)  # summed squared distances from the mean
 
     def update(self, latents: Tensor) -> None:
-        """latents (B,c,h,w)."""
+        """Add latents (B,c,h,w)."""
         values = latents.detach().cpu().double().transpose(0, 1).flatten(1)  # (c, B*h*w)
         mean = values.mean(1)
         self.merge(values.shape[1], mean, (values - mean[:, None]).square().sum(1))
@@ -89,7 +89,7 @@ def save_latents(
     images: Sequence[int] | None = None,
     key: Key | None = None,
 ) -> None:
-    """One shard: latents (n,c,h,w), packed captions, labels (n,), statistics, the number of each item's image, the key."""
+    """Write one shard: latents (n,c,h,w), captions, labels (n,), statistics, images, key."""
     texts, ends = pack(captions)
     tensors = {
         "latents": latents,
@@ -110,7 +110,7 @@ def save_latents(
 def _asking_for_space(
     encode: Callable[[Tensor], Tensor], folder: Path, rows: int, itemsize: int
 ) -> Callable[[Tensor], Tensor]:
-    """Return `encode`, which checks after its first batch that the disk has room for the latents of all rows."""
+    """Return `encode` with a check of the disk's room for all rows after its first batch."""
     asked: list[bool] = []
 
     def asking(images: Tensor) -> Tensor:
@@ -124,22 +124,22 @@ def _asking_for_space(
 
 
 class Readable(Dataset):
-    """Pictures, or why one cannot be read: nothing stands in for it."""
+    """Images, or the fault of one that cannot be read, without a replacement."""
 
-    def __init__(self, pictures: ImageDataset):
-        self.pictures = pictures
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[int, dict[str, Any] | UnreadableImage]:
         position, draw = item
         try:
-            return position, self.pictures.read(position, draw)
+            return position, self.dataset.read(position, draw)
         except UnreadableImage as error:
             return position, error
 
 
 def write_latents(
     folder: Path,
-    pictures: ImageDataset,
+    dataset: ImageDataset,
     encode: Callable[[Tensor], Tensor],
     *,
     key: Key,
@@ -150,29 +150,29 @@ def write_latents(
     team: Team | None = None,
     on_batch: Watch = lambda done, total: None,
 ) -> CacheMeta:
-    """Encode every picture `variants` times (other crop, background, caption) into shards of one bucket each.
+    """Encode every image `variants` times (crop, background, caption) into shards by bucket.
 
     Flips are enumerated: every other variant is mirrored. A single variant is not.
 
-    Process r of R encodes shards r, r+R, ...; where shards begin does not hang on R. Pictures that cannot be read are left
+    Process r of R encodes shards r, r+R, ...; where shards begin does not depend on R. Images that cannot be read are left
     out and named in the meta. The caller seals the cache.
 
     Args:
         encode: images (B,3,H,W) in [-1,1] -> latents (B,c,h,w).
         key: what determines the content; a reader compares it.
     """
-    team, pictures = team or Team(), pictures.enumerating()
+    team, dataset = team or Team(), dataset.enumerating()
     prepare_cache(folder, key, team)
-    members = {int(g): np.flatnonzero(pictures.groups == g) for g in np.unique(pictures.groups)}
+    members = {int(g): np.flatnonzero(dataset.groups == g) for g in np.unique(dataset.groups)}
     first = variants * len(next(iter(members.values()), ()))
-    unit = begun_with(folder, batch_size, first, variants, team, flip=pictures.flip)
+    unit = begun_with(folder, batch_size, first, variants, team, flip=dataset.flip)
     plans = planned_shards({group: len(own) * variants for group, own in members.items()}, unit)
     if team.main:
         planned = {latent_name(group, number) for group, number, _ in plans}
         for stray in latent_shards(folder):
             if stray.name not in planned:
                 stray.unlink()
-    done, total = 0, len(pictures) * variants
+    done, total = 0, len(dataset) * variants
     rows_left = sum(
         len(places) for group, number, places in plans if not (folder / latent_name(group, number)).is_file()
     )
@@ -182,20 +182,20 @@ def write_latents(
         path = folder / latent_name(group, number)
         if turn % team.ranks == team.rank and not is_finished(path):
             turns = (divmod(place, len(members[group])) for place in places)
-            items = [(int(members[group][i]), int(members[group][i]) + v * len(pictures)) for v, i in turns]
+            items = [(int(members[group][i]), int(members[group][i]) + v * len(dataset)) for v, i in turns]
             settings = (batch_size, dtype, num_workers)
-            shard = _write_shard(folder, number, group, items, pictures, encode, *settings, lost, key)
+            shard = _write_shard(folder, number, group, items, dataset, encode, *settings, lost, key)
             for step in shard:
                 on_batch(done + step, total)
-                check_many(lost, min(done + step, len(pictures)) // team.ranks, 4 * ALWAYS)
+                check_many(lost, min(done + step, len(dataset)) // team.ranks, 4 * ALWAYS)
         done += len(places)
         on_batch(done, total)
     team.wait()
     if team.main:
         merge_index(folder)
     team.wait()
-    meta = merged_meta(folder, key, pictures)
-    check_many(meta.skipped, len(pictures))
+    meta = merged_meta(folder, key, dataset)
+    check_many(meta.skipped, len(dataset))
     return meta
 
 
@@ -204,7 +204,7 @@ def _write_shard(
     number: int,
     group: int,
     items: list[tuple[int, int]],
-    pictures: ImageDataset,
+    dataset: ImageDataset,
     encode: Callable[[Tensor], Tensor],
     batch_size: int,
     dtype: str,
@@ -212,10 +212,10 @@ def _write_shard(
     lost: dict[str, str],
     key: Key,
 ) -> Iterator[int]:
-    """Encode one shard; yield how many items are done. Images whose latent is not finite are added to `lost`."""
+    """Encode one shard, yield the number of items done, and add unusable images to `lost`."""
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     loader = DataLoader(
-        Readable(pictures),
+        Readable(dataset),
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=chosen_workers(num_workers),
         collate_fn=lambda found: found,
@@ -230,8 +230,8 @@ def _write_shard(
     for found in loader:
         for position, item in found:
             if isinstance(item, UnreadableImage):
-                pictures.skip(position, item)
-                skipped[pictures.source.key(pictures.indices[position])] = str(item)
+                dataset.skip(position, item)
+                skipped[dataset.source.key(dataset.indices[position])] = str(item)
         good = [(position, item) for position, item in found if not isinstance(item, UnreadableImage)]
         over += len(found)
         if good:
@@ -239,8 +239,8 @@ def _write_shard(
             values, faults = stored(encoded.numpy(), dtype)
             for (position, _), fault in zip(good, faults, strict=True):
                 if fault is not None:
-                    pictures.skip(position, UnreadableImage(LATENT, fault))
-                    name = pictures.source.key(pictures.indices[position])
+                    dataset.skip(position, UnreadableImage(LATENT, fault))
+                    name = dataset.source.key(dataset.indices[position])
                     lost[name] = skipped[name] = f"{LATENT}: {fault}"
             kept = [row for row, fault in enumerate(faults) if fault is None]
             statistics = statistics or ChannelStatistics(encoded.shape[1])
@@ -259,7 +259,7 @@ def _write_shard(
 
 
 class _Captions:
-    """Packed captions of the shards, one in memory at a time, as often as wanted."""
+    """Packed captions of the shards, iterated any number of times, one shard in memory."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -271,7 +271,7 @@ class _Captions:
 
 
 def merge_index(folder: Path) -> None:
-    """Captions and classes of all shards, as arrays that are mapped, not read."""
+    """Write captions and classes of all shards as arrays that can be mapped."""
     paths = latent_shards(folder)
     write_table(folder, _Captions(paths))
     labels = [CacheShard(path).tensor("labels") for path in paths]
@@ -279,15 +279,15 @@ def merge_index(folder: Path) -> None:
 
 
 def merged_meta(
-    folder: Path, key: Key, pictures: ImageDataset | None = None, given: tuple[Tensor, Tensor] | None = None
+    folder: Path, key: Key, dataset: ImageDataset | None = None, given: tuple[Tensor, Tensor] | None = None
 ) -> CacheMeta:
-    """Statistics and lists of all shards, merged in their order.
+    """Return the meta data of all shards, merged in their order.
 
     Args:
         given: (mean, std), each (c,), to take instead of the measured ones.
 
     Raises:
-        DataError: not one picture was readable, or a process wrote a shard of other data.
+        DataError: not one image was readable, or a process wrote a shard of other data.
     """
     shards: list[tuple[str, int, int]] = []
     skipped: dict[str, str] = {}
@@ -306,10 +306,10 @@ def merged_meta(
         shards.append((path.name, rows, int(path.name.split("-")[1])))
         statistics = statistics or ChannelStatistics(len(mean))
         statistics.merge(int(shard.tensor("count").item()), mean, torch.from_numpy(shard.tensor("squares")))
-    if pictures is not None:
-        pictures.skipped.update(skipped)
+    if dataset is not None:
+        dataset.skipped.update(skipped)
     if statistics is None:
-        raise DataError(f"none of the {len(skipped)} pictures can be read; the log names each")
+        raise DataError(f"none of the {len(skipped)} images can be read; the log names each")
     mean, std = given or (statistics.mean, statistics.std)
     items = sum(rows for _, rows, _ in shards)
     return CacheMeta(plain_key(key), items, mean.tolist(), std.tolist(), shards, skipped=skipped)
@@ -329,7 +329,7 @@ def write_text(
     on_batch: Watch = lambda done, total: None,
     name_of: Callable[[int], str] = str,
 ) -> CacheMeta:
-    """Embed each distinct caption once, the empty one included, into shards of one tensor per output of the encoder.
+    """Embed each distinct caption and the empty one once, into shards with a tensor per output.
 
     Items whose caption has no finite embedding are left out and named in the meta.
 

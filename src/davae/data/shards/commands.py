@@ -1,4 +1,4 @@
-"""Programs that give shards on their standard output: `pipe:COMMAND`, started without a shell."""
+"""Programs that write shards to standard output: `pipe:COMMAND`, without a shell."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPERATORS = "();<>|&"
 
 
 def split_command(text: str) -> list[list[str]]:
-    """Return the programs of a command line, each as its words; `a x | b` has two.
+    """Return the programs of a command line, each as its words, two for `a x | b`.
 
     Quotes and backslashes group words as in a shell. Nothing else of a shell works: no variables, no patterns, no
     redirection, no second command.
@@ -43,7 +43,7 @@ def split_command(text: str) -> list[list[str]]:
 
 @contextmanager
 def open_command(text: str) -> Iterator[IO[bytes]]:
-    """Start the programs of a command line; the stream is what the last one writes.
+    """Start the programs of a command line, and yield what the last one writes.
 
     All of it must have been read when the block ends: then every program's exit status is checked.
 

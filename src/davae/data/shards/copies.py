@@ -29,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def once(target: Path, make: Callable[[Path], None]) -> Path:
-    """Make a file unless it is there; processes of one machine wait for each other.
+    """Make a file unless it exists, once for all processes of a machine.
 
     Args:
         target: the file.
@@ -49,7 +49,7 @@ HASHED = 1 << 16  # bytes at both ends of a packed shard: its name in the cache;
 
 
 def packed_by(head: bytes) -> str | None:
-    """Return the compression of a file by its first bytes, None for a plain one; names mislead."""
+    """Return the compression of a file by its first bytes, None for a plain one."""
     return next((name for mark, name in PACKED_BY.items() if head.startswith(mark)), None)
 
 
@@ -65,7 +65,7 @@ def unpacked(stream: IO[bytes], packing: str, name: str) -> Any:
 
 
 def plain_shard(shard: Path, folder: Path) -> Path:
-    """Return the shard itself, or for a compressed one (SA-1B) its unpacked copy: members can only be read at random there.
+    """Return the shard itself, or the unpacked copy of a compressed one, to read at random.
 
     Args:
         shard: the file.
@@ -117,7 +117,7 @@ def _unpack(source: Path, target: Path, packing: str) -> None:
 
 
 def unpack_in_place(shard: Path) -> None:
-    """Replace a compressed shard by its unpacked bytes; a plain one stays.
+    """Replace a compressed shard, but not a plain one, by its unpacked bytes.
 
     Raises:
         DataError: it is not whole.

@@ -25,7 +25,7 @@ def is_shard(name: str) -> bool:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return the names of a pattern in order: 'a-{000..003}.tar', '{train,extra}.tar', also nested.
+    """Return the names of a pattern in order: 'a-{000..003}.tar', '{train,extra}.tar', nested.
 
     Args:
         pattern: names; in a command behind `pipe:` only ranges are expanded, its other braces are the program's.
@@ -59,7 +59,7 @@ def _expanded(pattern: str, commas: bool) -> Iterator[str]:
 
 
 def expand_shards(pattern: str) -> list[Path]:
-    """Return the existing files of 'a-{000..003}.tar' and '*.tar', in order; hidden ones (`._a.tar`) are passed over.
+    """Return the existing files of 'a-{000..003}.tar' and '*.tar', in order, none hidden.
 
     Raises:
         DataError: a name without a file.

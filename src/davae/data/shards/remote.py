@@ -1,6 +1,6 @@
-"""Pictures that are elsewhere, copied once into local shards: `pipe:` and fsspec URLs, streamed Hugging Face datasets.
+"""Remote images, copied once into local shards: `pipe:`, URLs of fsspec, streamed datasets.
 
-Training reads at random, so a run can be resumed and shared between processes without repeating or losing a picture;
+Training reads at random, so a run can be resumed and shared between processes without repeating or losing an image;
 a stream cannot do that. A shard is copied whole or not at all, and a copy that was cut off goes on at its last whole
 shard.
 """
@@ -37,7 +37,7 @@ from davae.files.reading import read_object
 logger = logging.getLogger(__name__)
 
 REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://")
-SHARD_SIZE = 1000  # pictures of a streamed dataset in one local shard
+SHARD_SIZE = 1000  # images of a streamed dataset in one local shard
 
 
 def is_remote(name: str) -> bool:
@@ -45,10 +45,10 @@ def is_remote(name: str) -> bool:
 
 
 def fetch_shard(url: str) -> Path:
-    """The local copy of one shard.
+    """Return the local copy of one shard.
 
     Raises:
-        DataError: a command that fails, an address that cannot be read, or what is no whole tar file.
+        DataError: a command that fails, an address that cannot be read, or anything but a whole tar file.
     """
     name = re.sub(r"[^\w.-]+", "-", url.rpartition("/")[2])[-60:]
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
@@ -76,7 +76,7 @@ def open_url(url: str) -> Any:
 
 
 def glob_url(url: str) -> list[str]:
-    """Addresses that a pattern with * stands for, in order; a plain address is itself."""
+    """Return the addresses that a pattern with * matches, in order, or a plain address."""
     if url.startswith(PIPE) or "*" not in url:
         return [url]
     try:
@@ -92,12 +92,12 @@ def glob_url(url: str) -> list[str]:
 
 
 def open_remote(urls: list[str], options: SourceOptions) -> TarSource:
-    """Shards at addresses, copied."""
+    """Open shards at addresses, copied."""
     return TarSource([fetch_shard(one) for url in urls for one in glob_url(url)], options)
 
 
 def open_stream(name: str, options: SourceOptions) -> TarSource:
-    """The first `limit` rows of a dataset that is never downloaded as a whole, copied into local shards.
+    """Open the first `limit` rows of a streamed dataset, copied into local shards.
 
     Raises:
         DataError: without a limit.
@@ -122,7 +122,7 @@ def open_stream(name: str, options: SourceOptions) -> TarSource:
             part = list(islice(stream, wanted))
             if len(part) < wanted:
                 raise DataError(
-                    f"data.source '{name}' gave {starts[n] + len(part)} pictures, data.limit asks for {options.limit}"
+                    f"data.source '{name}' gave {starts[n] + len(part)} images, data.limit is {options.limit}"
                 )
             once(targets[n], lambda path, part=part, first=starts[n]: write_rows(path, part, first, options))
     weights = options.caption_weights or read_object(weights_file, DataError)
@@ -139,24 +139,24 @@ def open_stream(name: str, options: SourceOptions) -> TarSource:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], first: int, options: SourceOptions) -> None:
-    """Rows as WebDataset samples: the picture's own bytes, and the other columns as `.json`."""
+    """Write rows as WebDataset samples: the image's bytes, and other columns as `.json`."""
     with tarfile.open(path, "w") as archive:
         for number, row in enumerate(rows, first):
             cell = row.pop(options.image_column)
             data = b"" if cell is None else cell_bytes(cell)
-            add_member(archive, f"{number:09d}.{picture_suffix(data)}", data)
+            add_member(archive, f"{number:09d}.{image_suffix(data)}", data)
             add_member(archive, f"{number:09d}.json", json.dumps(row, default=str).encode())
 
 
 def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    """A file with a fixed date: equal contents make equal shards."""
+    """Add a file with a fixed date, so that equal contents make equal shards."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     archive.addfile(member, io.BytesIO(data))
 
 
-def picture_suffix(data: bytes) -> str:
-    """png, webp, ... by the bytes; jpg for what is no picture, so that it is kept and counted as such later."""
+def image_suffix(data: bytes) -> str:
+    """Return png, webp, ... by the bytes, or jpg for no image, which is counted later."""
     try:
         with naming_damage(), open_image(io.BytesIO(data)) as image:
             name = (image.format or "").lower()

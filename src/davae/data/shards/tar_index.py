@@ -1,4 +1,4 @@
-"""Index of a WebDataset shard: where each image and what belongs to it lies, so that training can read at random.
+"""Index of WebDataset shards: the places of all images and sidecars, to read at random.
 
 webdataset reads shards as streams. A stream can neither be resumed to the bit nor shared between processes without
 repeating or losing a sample, so davae keeps its own index and reads members by their place.
@@ -117,7 +117,7 @@ def read_index(shard: Path) -> TarIndex:
 
 
 def _members(shard: Path, index: TarIndex) -> dict[str, TarMember]:
-    """Return the files of a shard by their normalised names; of a name that comes twice the last one, as tar extracts it."""
+    """Return the files of a shard by normalised name, the last one of each, as tar does."""
     members: dict[str, TarMember] = {}
     links: dict[str, tuple[int, str]] = {}
     end = 0
@@ -170,7 +170,7 @@ def _plain(name: str) -> str:
 def read_place(
     descriptor: int, offset: int, size: int, pieces: tuple[tuple[int, int], ...] | None, limit: int
 ) -> bytes:
-    """Return at most `limit` bytes of a member; holes of a sparse one are zeros."""
+    """Return at most `limit` bytes of a member, with zeros for the holes of a sparse one."""
     if pieces is None:
         return os.pread(descriptor, min(size, limit), offset)
     whole = bytearray(min(size, limit))

@@ -30,7 +30,7 @@ SMALL = 2 * PREFIX  # bytes of a file that is read whole: a PNG's metadata at bo
 
 
 class TarSource:
-    """WebDataset shards on disk, read at random through an index: 64 bytes a sample and its name.
+    """WebDataset shards on disk, read at random through an index of 64 bytes a sample.
 
     Args:
         shards: the files, in order; compressed ones are unpacked once.
@@ -56,7 +56,7 @@ class TarSource:
         self._sparse, unused = index.sparse, index.unused
         notes = self._choose_split(_shard_names(shards), unused)
         if not self.names:
-            raise DataError(f"{name}: no pictures inside{_kinds(unused)}")
+            raise DataError(f"{name}: no images inside{_kinds(unused)}")
         self._open: dict[int, Any] = {}
         copies = sum(plain != shard for plain, shard in zip(self.shards, shards, strict=True))
         self.findings = Findings(
@@ -73,7 +73,7 @@ class TarSource:
         )
 
     def _choose_split(self, shards: list[str], unused: dict[str, Tally]) -> list[str]:
-        """Keep one split where folders inside the shards are splits; return notes on the folders."""
+        """Keep one split where folders in the shards are splits, and return notes on them."""
         before = [len(printable(shard)) + 1 for shard in shards]
         folder_of = [
             name[before[shard] :].rpartition("/")[0]
@@ -152,7 +152,7 @@ class TarSource:
                 yield whole[offset : offset + size]
 
     def identity(self, index: int) -> bytes:
-        """Size in bytes and what belongs to the image; equal to that of earlier versions where they read the same."""
+        """Return the file's size and what belongs to the image, as earlier versions did."""
         with self.sidecars.reading_once():
             own = str(self.places[index, 0, 1]).encode() + b"\0" + self.sidecars.identity(index)
             return own + self.sidecars.changed_caption(index, "", self.sidecars.caption_or_fault(index))
@@ -209,7 +209,7 @@ def _once_each(shards: list[Path], duplicates: dict[str, Tally]) -> list[Path]:
 
 
 def _shard_names(shards: list[Path]) -> list[str]:
-    """Return a unique name of each shard: its file name, with its folders where two files are called alike."""
+    """Return a unique name of each shard: its file name, with folders where two are equal."""
     times = Counter(shard.name for shard in shards)
     if max(times.values(), default=1) == 1:
         return [shard.name for shard in shards]
