@@ -111,7 +111,12 @@ class LatentStatistics:
 
 
 def over_grid(statistics: Tensor, latents: Tensor) -> Tensor:
-    """Repeat statistics (1,c,k,k) of a k x k cell over the grid of latents (B,c,h,w)."""
+    """Repeat statistics (1,c,k,k) of a k x k cell over the grid of latents (B,c,h,w).
+
+    Args:
+        statistics: (1,c,k,k).
+        latents: (B,c,h,w).
+    """
     side = statistics.shape[-1]
     if side == 1:
         return statistics

@@ -165,7 +165,14 @@ def chosen_workers(given: int | None) -> int:
 def training_loader(
     dataset: Any, batches: Batches | Passes, *, num_workers: int | None, collate_fn: Any = collate
 ) -> Iterator[dict[str, Any]]:
-    """Yield the batches of a dataset in order, and record in it what its workers skipped."""
+    """Yield the batches of a dataset in order, and record in it what its workers skipped.
+
+    Args:
+        dataset: gives an item by (position, draw).
+        batches: the items of each batch.
+        num_workers: processes that read; None chooses by the cores.
+        collate_fn: items -> batch.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]

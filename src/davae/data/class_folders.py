@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Collection
 from itertools import takewhile
 
-CONTAINERS = re.compile(
-    r"(?:image|img|picture|photo)s?[ _-]?(?:\d+(?:x\d+)?)?|data|jpe?g|png|jpegimages", re.IGNORECASE
-)  # names that only say that images are inside: `images1024x1024`
+# Names that only mean that images are inside: `images1024x1024`.
+CONTAINERS = re.compile(r"(?:image|img|picture|photo)s?[ _-]?(?:\d+(?:x\d+)?)?|data|jpe?g|png|jpegimages", re.I)
 NUMBERED = re.compile(r"\d{4,}")
 PREFIXED = re.compile(r"\d{1,4}[ _.-]+(\S.*)")  # `10_sks dog`, ten repeats; `001.Black_footed_Albatross`
 

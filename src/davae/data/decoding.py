@@ -29,24 +29,12 @@ MAX_FRAMES = 1000  # counted; more is an animation all the same
 MAX_COUNTED = 1 << 24  # bytes of a GIF whose frames are counted
 ORIENTATION, TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_PHOTOMETRIC = 0x0112, 256, 257, 258, 262
 SIXTEEN_BIT_AS_I = ("PNG", "PPM")  # formats whose 16 bits Pillow gives, in some releases, as 32-bit integers
-ONE_IMAGE = (
-    "MPO",
-    "HEIF",
-)  # phones put depth maps and thumbnails behind the image; elsewhere frames are an animation
+# Phones put depth maps and thumbnails behind the image; elsewhere frames are an animation.
+ONE_IMAGE = ("MPO", "HEIF")
 Floats = Literal["refuse", "unit"]
 DAMAGE = (  # what Pillow's decoders raise on damaged bytes
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    EOFError,
-    OverflowError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
+    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, MemoryError),
+    *(RuntimeError, struct.error, zlib.error),
 )
 
 

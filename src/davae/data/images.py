@@ -76,7 +76,12 @@ class ImageSource(Protocol):
 
 
 def held_out(key: str, share: float) -> bool:
-    """Return whether an image belongs to the held-out share, by a hash of its name."""
+    """Return whether an image belongs to the held-out share, by a hash of its name.
+
+    Args:
+        key: name of the image.
+        share: share to hold out, 0 to 1.
+    """
     digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
@@ -110,6 +115,10 @@ def spread_indices(count: int, num: int | None) -> Sequence[int]:
 
     They are the first `num` of one seeded permutation: every process gets the same ones, and a smaller choice is part of a
     larger one.
+
+    Args:
+        count: number of places.
+        num: number to choose; None takes all.
     """
     if num is None or num >= count:
         return range(count)
@@ -155,7 +164,13 @@ def to_images(images: Tensor) -> list[Image.Image]:
 
 
 def grid(images: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Return images of equal size in rows on white."""
+    """Return images of equal size in rows on white.
+
+    Args:
+        images: of one size.
+        columns: images in a row.
+        gap: pixels between images.
+    """
     width, height = images[0].size
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")

@@ -16,22 +16,11 @@ from davae.data.findings import Findings
 from davae.data.options import TABLE_OPTIONS, SourceOptions
 from davae.errors import DataError
 
-UNPACKED = (
-    1 << 31
-)  # bytes of a compressed array; a larger one must be stored uncompressed, then it is mapped from disk
+# Bytes of a compressed array; a larger one must be stored uncompressed, so that it is mapped from disk.
+UNPACKED = 1 << 31
 DAMAGE = (  # what zipfile and NumPy raise on damaged bytes
-    *(
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        SyntaxError,
-        NotImplementedError,
-        RuntimeError,
-        OverflowError,
-    ),
-    *(struct.error, zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+    *(OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError, NotImplementedError),
+    *(RuntimeError, OverflowError, struct.error, zipfile.BadZipFile, zlib.error, tokenize.TokenError),
 )
 
 

@@ -125,19 +125,8 @@ def colour_word(r: float, g: float, b: float) -> str:
         return "grey"
     if 12 <= degrees < 45 and lightness < 0.48:
         return "brown"
-    bounds = (
-        (12, "red"),
-        (42, "orange"),
-        (68, "yellow"),
-        (165, "green"),
-        (255, "blue"),
-        (300, "purple"),
-        (345, "pink"),
-    )
-    for bound, word in bounds:
-        if degrees < bound:
-            return word
-    return "red"
+    bounds = {"red": 12, "orange": 42, "yellow": 68, "green": 165, "blue": 255, "purple": 300, "pink": 345}
+    return next((word for word, bound in bounds.items() if degrees < bound), "red")
 
 
 def caption(entry: Emoji, background: str = "white", rng: np.random.Generator | None = None) -> str:

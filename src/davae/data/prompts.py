@@ -39,14 +39,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     if not path.is_file():
         raise DataError(f"prompt file {path} does not exist")
-    readers = {
-        ".txt": _lines,
-        ".tsv": _table,
-        ".csv": _table,
-        ".jsonl": _json_lines,
-        ".json": _json,
-        ".parquet": _parquet,
-    }
+    tables = {".txt": _lines, ".tsv": _table, ".csv": _table}
+    readers = {**tables, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
     ending = path.suffix.lower()
     if ending not in readers:
         raise DataError(f"prompt file {path}: unknown format '{path.suffix}'; there are {', '.join(readers)}")

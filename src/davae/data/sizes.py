@@ -39,7 +39,12 @@ class ImageSizes:
 
 
 def measure_sizes(source: ImageSource, indices: Sequence[int]) -> ImageSizes:
-    """Read the header of each chosen image, and find images with equal files."""
+    """Read the header of each chosen image, and find images with equal files.
+
+    Args:
+        source: the images.
+        indices: the chosen ones.
+    """
     pixels = np.zeros((len(indices), 2), np.int32)
     reasons: dict[int, str] = {}
     for place, index in enumerate(indices):
@@ -61,7 +66,13 @@ def sizes_key(source: ImageSource, indices: Sequence[int], options: str) -> str:
 
 
 def load_sizes(folder: Path, key: str, count: int) -> ImageSizes | None:
-    """Return the sizes that a folder keeps under a key, None for missing or damaged ones."""
+    """Return the sizes that a folder keeps under a key, None for missing or damaged ones.
+
+    Args:
+        folder: where the sizes are kept.
+        key: of `sizes_key`.
+        count: number of images that the file must have.
+    """
     path = folder / f"survey-{key}.npz"
     if not path.is_file():
         return None

@@ -67,7 +67,13 @@ class CaptionFacts:
 
 
 def read_captions(source: ImageSource, indices: Sequence[int], limits: Sequence[TokenLimit]) -> CaptionFacts:
-    """Count captions: distinct ones by a hash of 8 bytes, cut ones by each tokenizer."""
+    """Count captions: distinct ones by a hash of 8 bytes, cut ones by each tokenizer.
+
+    Args:
+        source: the images.
+        indices: those whose captions are counted.
+        limits: of the text encoders.
+    """
     facts = CaptionFacts(cut_by={limit.name: {"tokens": limit.tokens, "captions": 0} for limit in limits})
     seen: Counter[bytes] = Counter()
     first: dict[bytes, int] = {}

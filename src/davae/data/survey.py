@@ -92,5 +92,12 @@ def survey(
 
 
 def usable(source: ImageSource, indices: Sequence[int], resolution: int, enlarge: bool = False) -> list[int]:
-    """Return the images that can be used for squares of `resolution` pixels."""
+    """Return the images that can be used for squares of `resolution` pixels.
+
+    Args:
+        source: the images.
+        indices: the candidates.
+        resolution: side of the square, pixels.
+        enlarge: keep smaller images.
+    """
     return survey(source, indices, [(resolution, resolution)], enlarge).indices

@@ -32,16 +32,8 @@ if TYPE_CHECKING:
 
 KEPT = "everything written before is whole"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-BARRED = {
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-}
+BARRED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+BARRED |= {errno.ENAMETOOLONG, errno.ELOOP}
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV}
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors reports the system's error as text
 CUT_SHORT = re.compile(  # numpy and torch name no system error where a disk is full
@@ -137,7 +129,12 @@ def machine_id() -> str:
 
 
 def unique_name(path: Path, kind: str = "partial") -> Path:
-    """Return a hidden name next to `path`, with its suffix, that no other process uses."""
+    """Return a hidden name next to `path`, with its suffix, that no other process uses.
+
+    Args:
+        path: the final name.
+        kind: `partial` or `replaced`.
+    """
     shown = path.name.encode()[:120].decode(errors="ignore")
     return path.with_name(f".{shown}.{machine_id()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}{path.suffix}")
 
@@ -258,7 +255,13 @@ def atomic_file(path: Path, kept: str = KEPT) -> Iterator[Path]:
 
 
 def atomic_text(path: Path, text: str, kept: str = KEPT) -> None:
-    r"""Write a text file whole or not at all, with a lone surrogate as JSON's `\udcff`."""
+    r"""Write a text file whole or not at all, with a lone surrogate as JSON's `\udcff`.
+
+    Args:
+        path: the name it takes.
+        text: its content.
+        kept: what survives a full disk, named in the message.
+    """
     with atomic_file(path, kept) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -341,7 +344,14 @@ def _take_name(partial: Path, path: Path) -> None:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, kept: str = KEPT
 ) -> None:
-    """Write a safetensors file whole or not at all, with a checksum per tensor."""
+    """Write a safetensors file whole or not at all, with a checksum per tensor.
+
+    Args:
+        path: the name it takes; folders that lead there are made.
+        tensors: by name.
+        metadata: of the file.
+        kept: what survives a full disk, named in the message.
+    """
     from safetensors.torch import save_file  # imports torch, which `davae --help` does without
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

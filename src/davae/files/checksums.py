@@ -58,7 +58,12 @@ def file_sum(path: Path) -> int:
 
 
 def tensor_sums(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the metadata entry with a sum per tensor and, under '', one of other metadata."""
+    """Return the metadata entry with a sum per tensor and, under '', one of other metadata.
+
+    Args:
+        tensors: by name.
+        metadata: the file's other metadata.
+    """
     sums = {name: array_sum(values) for name, values in tensors.items()}
     return {KEY: json.dumps({**sums, "": _metadata_sum(metadata or {})})}
 

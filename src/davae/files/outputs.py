@@ -22,15 +22,8 @@ logger = logging.getLogger(__name__)
 
 SIGNED = "}\n\n"  # figures end with an empty line: no key is added to them, and no other program ends JSON so
 # keys by which other programs' files are known, among figures of davae versions that signed nothing
-FOREIGN = {
-    "_class_name",
-    "_diffusers_version",
-    "architectures",
-    "model_type",
-    "transformers_version",
-    "version",
-    "name",
-}
+FOREIGN = {"_class_name", "_diffusers_version", "architectures", "model_type", "transformers_version", "version"}
+FOREIGN |= {"name"}
 LARGEST = 1 << 26  # bytes of a file that is read to see whose it is
 SOFTWARE = "davae"  # of a PNG's text entry `Software`, a safetensors' metadata, a zip's comment
 DRAWN = re.compile(r"[a-z0-9-]+-seed-?\d+-\d{3,}\.png|grid-seed-?\d+\.png")  # images of `davae sample`

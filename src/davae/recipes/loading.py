@@ -39,6 +39,10 @@ def shipped_recipes() -> dict[str, str]:
 def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> AnyRecipe:
     """Return a validated recipe by its shipped name or file, with `a.b=c` overrides.
 
+    Args:
+        name_or_path: name of a shipped recipe, or a YAML file.
+        overrides: `a.b=c` each.
+
     Raises:
         RecipeError: unknown name, unreadable YAML, unknown key, wrong type, impossible values.
     """
@@ -97,6 +101,10 @@ def set_values(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 def validate(values: Any, name: str) -> AnyRecipe:
     """Return the recipe of a mapping's `kind`.
+
+    Args:
+        values: the mapping.
+        name: of the recipe, for messages.
 
     Raises:
         RecipeError: no mapping, or a wrong field, the first one by its dotted path.
@@ -180,7 +188,12 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=c` (c is YAML) in place."""
+    """Apply one `a.b=c` (c is YAML) in place.
+
+    Args:
+        values: of the recipe, changed in place.
+        override: `a.b=c`.
+    """
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -224,7 +237,12 @@ RESUMABLE = (
 
 
 def differences(old: AnyRecipe, new: AnyRecipe, free: tuple[str, ...] = RESUMABLE) -> list[str]:
-    """Return the differences of two recipes, `path: old -> new`, but not of `free` paths."""
+    """Return the differences of two recipes, `path: old -> new`, but not of `free` paths.
+
+    Args:
+        old, new: the recipes.
+        free: dotted paths that may differ.
+    """
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     return [

@@ -29,17 +29,12 @@ def assign_parallel(matched: Mapping[str, Matched]) -> tuple[dict[Owner, dict[Ki
     """
     found: dict[Owner, dict[Kind, str]] = defaultdict(dict)
     used: dict[str, set[str]] = defaultdict(set)
-    near: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = defaultdict(list)
     loose = [
         folder for folder, part in matched.items() if part.loose and any(map(CAPTIONS.fullmatch, _parts(folder)))
     ]
     if not loose:
         return found, used
-    for folder, part in matched.items():
-        parts = _parts(folder)
-        for at in range(len(parts) + 1) if part.images else ():
-            near[parts[:at], parts[at:]].append(folder)  # `1.png`, `captions/1.txt`
-            near[parts[:at], parts[at + 1 :]].append(folder)  # `images/1.png`, `captions/1.txt`
+    near = _near_folders(folder for folder, part in matched.items() if part.images)
     for folder in loose:
         parts = _parts(folder)
         at = next(place for place, name in enumerate(parts) if CAPTIONS.fullmatch(name))
@@ -81,6 +76,17 @@ def _of_one_folder(owners: list[Owner], at: int, captions: str) -> list[Owner]:
     return [owner for owner in owners if owner[0] in folders] if len(folders) == 1 else []
 
 
+def _near_folders(folders: Iterable[str]) -> dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]]:
+    """Return the folders of images by the parts of a path before and behind one that differs."""
+    near: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = defaultdict(list)
+    for folder in folders:
+        parts = _parts(folder)
+        for at in range(len(parts) + 1):
+            near[parts[:at], parts[at:]].append(folder)  # `1.png`, `captions/1.txt`
+            near[parts[:at], parts[at + 1 :]].append(folder)  # `images/1.png`, `captions/1.txt`
+    return near
+
+
 def _parts(folder: str) -> tuple[str, ...]:
     return tuple(folder.split("/")) if folder else ()
 
@@ -91,19 +97,14 @@ def part_folders(images: Mapping[str, Iterable[str]]) -> list[str]:
     Args:
         images: relative path of a folder, '' the root -> names of its images.
     """
-    paths = {folder: tuple(folder.split("/")) if folder else () for folder in images}
+    paths = {folder: _parts(folder) for folder in images}
     place = {
         folder: next((at for at, name in enumerate(parts) if JOINED.fullmatch(name)), None)
         for folder, parts in paths.items()
     }
     if all(at is None for at in place.values()):
         return []
-    near: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = defaultdict(list)
-    for folder, parts in paths.items():
-        if place[folder] is None:
-            for at in range(len(parts) + 1):
-                near[parts[:at], parts[at:]].append(folder)  # `a.jpg`, `masks/a.png`
-                near[parts[:at], parts[at + 1 :]].append(folder)  # `images/a.jpg`, `masks/a.png`
+    near = _near_folders(folder for folder in paths if place[folder] is None)
     found = []
     for folder, at in place.items():
         if at is None:

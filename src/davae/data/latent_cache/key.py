@@ -39,25 +39,34 @@ def hash_weights(tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any
 
 
 def hash_images(source: ImageSource, indices: Sequence[int]) -> str:
-    """Return a hash of the chosen images' names, bytes and captions, without their pixels."""
-    digest = hashlib.sha256()
-    for index in indices:
-        for part in (source.key(index).encode(), source.identity(index)):
-            digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:16]
+    """Return a hash of the chosen images' names, bytes and captions, without their pixels.
+
+    Args:
+        source: the images.
+        indices: the chosen ones, in order.
+    """
+    return _hash_parts(part for i in indices for part in (source.key(i).encode(), source.identity(i)))
 
 
 def hash_former(source: TableSource, indices: Sequence[int]) -> str:
     """Return the hash of a table as earlier versions made it, whose caches still open."""
+    return _hash_parts(part for index in indices for part in source.former(index))
+
+
+def _hash_parts(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for index in indices:
-        for part in source.former(index):
-            digest.update(len(part).to_bytes(8, "little") + part)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:16]
 
 
 def changes(old: Key, new: Key) -> list[str]:
-    """Return the differences of two keys in words, with options such as `flip: False -> True`."""
+    """Return the differences of two keys in words, with options such as `flip: False -> True`.
+
+    Args:
+        old: key of a cache.
+        new: key that it is compared with.
+    """
     found: list[str] = []
     for part, words in PARTS.items():
         before, after = old.get(part), new.get(part)

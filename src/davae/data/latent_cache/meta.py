@@ -103,7 +103,13 @@ def check_cache(folder: Path) -> None:
 
 
 def prepare_cache(folder: Path, key: Key, team: Team) -> None:
-    """Make a folder ready for a cache, in which only whole shards of this key stay."""
+    """Make a folder ready for a cache, in which only whole shards of this key stay.
+
+    Args:
+        folder: of the cache; need not exist.
+        key: hashes of what the cache is made from.
+        team: the processes that write it.
+    """
     if team.main:
         known = folder / KEY_FILE
         if folder.exists():
@@ -144,6 +150,10 @@ def _sum_of(values: dict[str, Any]) -> int:
 
 def read_meta(folder: Path, key: Key | None = None) -> CacheMeta:
     """Return a cache's meta data.
+
+    Args:
+        folder: of the cache.
+        key: what the cache must be made from; None accepts any.
 
     Raises:
         DataError: no cache, an interrupted one, one of an earlier davae, or one made from something else, which is named.
@@ -196,7 +206,13 @@ def check_sums(folder: Path, meta: CacheMeta) -> None:
 
 
 def seal(folder: Path, meta: CacheMeta, team: Team | None = None) -> CacheMeta:
-    """Declare a cache whole."""
+    """Declare a cache whole.
+
+    Args:
+        folder: of the cache.
+        meta: content of its `meta.json`.
+        team: the processes that wrote it.
+    """
     team = team or Team()
     if team.main:
         small = [name for name in (ITEMS, LABELS) if (folder / name).is_file()]

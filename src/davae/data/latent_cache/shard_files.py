@@ -126,16 +126,14 @@ class CacheShard:
 
     def row(self, name: str, index: int) -> np.ndarray:
         """Return one row of a tensor, compared with its checksum."""
-        values, sums = self.file.get_slice(name)[index], self.sums(name)
-        if sums is not None and array_sum(values) != sums[index]:
-            raise DataError(
-                f"cache shard {self.path}: row {index} of '{name}' is not what was written (its checksum differs); {REMEDY}"
-            )
-        return values
+        return self._checked_row(name, index, self.file.get_slice(name)[index])
 
     def span(self, name: str, first: int, last: int, index: int) -> np.ndarray:
         """Return entries first..last-1 of a tensor after comparing them with the sum of row `index`."""
-        values, sums = self.file.get_slice(name)[first:last], self.sums(name)
+        return self._checked_row(name, index, self.file.get_slice(name)[first:last])
+
+    def _checked_row(self, name: str, index: int, values: np.ndarray) -> np.ndarray:
+        sums = self.sums(name)
         if sums is not None and array_sum(values) != sums[index]:
             raise DataError(
                 f"cache shard {self.path}: row {index} of '{name}' is not what was written (its checksum differs); {REMEDY}"

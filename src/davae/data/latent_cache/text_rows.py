@@ -43,6 +43,10 @@ def kept_values(values: np.ndarray, dtype: str) -> tuple[np.ndarray, list[str | 
     """Return rows as they are kept, and the fault of each or None.
 
     A few rows beyond float16 are faults; where the empty caption or many rows are, the encoder's values are that large.
+
+    Args:
+        values: (N,...) float32.
+        dtype: numpy's name of the dtype to keep.
     """
     if dtype == "float16":
         with np.errstate(invalid="ignore"):

@@ -89,7 +89,18 @@ def save_latents(
     images: Sequence[int] | None = None,
     key: Key | None = None,
 ) -> None:
-    """Write one shard: latents (n,c,h,w), captions, labels (n,), statistics, images, key."""
+    """Write one shard: latents (n,c,h,w), captions, labels (n,), statistics, images, key.
+
+    Args:
+        folder: of the cache.
+        number, group: of the shard, and of its bucket.
+        latents: (n,c,h,w) as they are kept.
+        captions, labels: of the n items; None where an item has no class.
+        statistics: of these latents.
+        skipped: name of each unusable image -> why.
+        images: (n,) number of each item's image.
+        key: of the cache.
+    """
     texts, ends = pack(captions)
     tensors = {
         "latents": latents,

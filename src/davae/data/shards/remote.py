@@ -139,7 +139,14 @@ def open_stream(name: str, options: SourceOptions) -> TarSource:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], first: int, options: SourceOptions) -> None:
-    """Write rows as WebDataset samples: the image's bytes, and other columns as `.json`."""
+    """Write rows as WebDataset samples: the image's bytes, and other columns as `.json`.
+
+    Args:
+        path: the shard.
+        rows: dicts by column.
+        first: number of the first row.
+        options: the recipe's section `data`.
+    """
     with tarfile.open(path, "w") as archive:
         for number, row in enumerate(rows, first):
             cell = row.pop(options.image_column)
