@@ -22,6 +22,7 @@ from davae.data.batches import Batches, training_loader
 from davae.data.images import ImageDataset
 from davae.data.latent_cache.meta import Team, read_meta, seal
 from davae.data.latent_cache.read import CachedLatents
+from davae.data.latent_cache.shard_plan import planned_shards
 from davae.data.latent_cache.write import (
     ChannelStatistics,
     merge_index,
@@ -255,3 +256,9 @@ def test_two_hundred_thousand_items_open_at_once(tmp_path: Path) -> None:
         assert caption == f"caption {index % 50_000}"
     assert open_files() - before < 16
     assert cache.captions.row("caption 49999") > 0
+
+
+def test_shards_are_planned_by_bucket() -> None:
+    plans = planned_shards({0: 40, 3: 0, 7: 16}, batch_size=10)
+    assert plans == [(0, 0, range(0, 20)), (0, 1, range(20, 40)), (7, 0, range(0, 16))]
+    assert planned_shards({0: 100_000}, 16)[-1] == (0, 97, range(99_328, 100_000))

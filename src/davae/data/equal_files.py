@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 SAMPLE = 4096  # bytes at the beginning, the middle and the end that are compared before whole files are
@@ -42,17 +41,12 @@ def equal_images(source: FileImages, indices: Sequence[int], without: Collection
     groups = _alike(places, lambda place: source.length(indices[place]) or None)
     equal: dict[int, int] = {}
     for digest in (_samples, _whole):
-        of_place = partial(_of_place, digest, source, indices)
-        groups = [part for group in groups for part in _alike(group, of_place)]
+        groups = [
+            part for group in groups for part in _alike(group, lambda place, of=digest: of(source, indices[place]))
+        ]
     for group in groups:
         equal |= dict.fromkeys(group[1:], group[0])
     return equal
-
-
-def _of_place(
-    digest: Callable[[FileImages, int], bytes | None], source: FileImages, indices: Sequence[int], place: int
-) -> bytes | None:
-    return digest(source, indices[place])
 
 
 def _alike(places: Iterable[int], key: Callable[[int], Hashable | None]) -> list[list[int]]:

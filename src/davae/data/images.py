@@ -76,12 +76,7 @@ class ImageSource(Protocol):
 
 
 def held_out(key: str, share: float) -> bool:
-    """Return whether an image belongs to the held-out share, by a hash of its name.
-
-    Args:
-        key: name of the image.
-        share: share to hold out, 0 to 1.
-    """
+    """Return whether an image belongs to the held-out share, by a hash of its name."""
     digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from davae.data.captions.texts import MAX_CAPTION, decode_text
+from davae.data.captions.texts import MAX_CAPTION, SURROGATE, decode_text
 from davae.errors import DataError
 from davae.files.reading import load_json
 
@@ -55,7 +55,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise DataError(
             f"prompt file {path}: prompt {long.name} has {len(long.text):,} characters; at most {MAX_CAPTION:,} are taken"
         )
-    broken = next((prompt for prompt in prompts if not _encodable(prompt.text)), None)
+    broken = next((prompt for prompt in prompts if SURROGATE.search(prompt.text)), None)
     if broken is not None:
         raise DataError(
             f"prompt file {path}: prompt {broken.name} holds half a character (a lone surrogate): {broken.text!r:.60}"
@@ -63,10 +63,6 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise DataError(f"prompt file {path} holds no prompts")
     return prompts
-
-
-def _encodable(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _text(record: Any, path: Path) -> str:

@@ -19,7 +19,7 @@ from davae.data.npz import NpzSource
 from davae.data.options import TABLE_OPTIONS, SourceOptions
 from davae.data.shards.commands import PIPE
 from davae.data.shards.names import expand_braces, expand_shards, is_shard, shards_in
-from davae.data.shards.remote import is_remote, open_remote, open_stream
+from davae.data.shards.remote import fetch_shard, glob_url, is_remote, open_stream
 from davae.data.shards.tar_source import TarSource
 from davae.data.splits import files_of_split, split_note
 from davae.data.tables import TableSource, holds_images, is_saved_table
@@ -46,7 +46,7 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
         options.refuse("OpenMoji", ("caption_key", "caption_weights", "label_key", *TABLE_OPTIONS))
         return OpenMoji(resolution, everything=name == "openmoji-all")
     if name.startswith(PIPE) or (is_remote(name) and not name.endswith(".parquet")):
-        return open_remote(expand_braces(name), options)
+        return TarSource([fetch_shard(one) for url in expand_braces(name) for one in glob_url(url)], options)
     if os.path.isdir(name):  # unlike Path's, no error for a pattern longer than a name may be
         return open_folder(Path(name), options)
     if is_shard(name):

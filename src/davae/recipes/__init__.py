@@ -24,22 +24,7 @@ from davae.recipes.super_resolution import SuperResolutionRecipe
 from davae.recipes.upgrade import Recipe
 
 __all__ = [
-    "AnyRecipe",
-    "BaseRecipe",
-    "Recipe",
-    "RecipeError",
-    "SuperResolutionRecipe",
-    "check_command_source",
-    "check_commands",
-    "differences",
-    "dump_recipe",
-    "forbid_commands",
-    "load_data",
-    "load_recipe",
-    "permit_commands",
-    "read_recipe",
-    "set_values",
-    "shipped_recipes",
-    "typed_commands",
-    "validate",
-]
+    "AnyRecipe", "BaseRecipe", "Recipe", "RecipeError", "SuperResolutionRecipe", "check_command_source",
+    "check_commands", "differences", "dump_recipe", "forbid_commands", "load_data", "load_recipe",
+    "permit_commands", "read_recipe", "set_values", "shipped_recipes", "typed_commands", "validate",
+]  # fmt: skip

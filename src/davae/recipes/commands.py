@@ -80,10 +80,6 @@ def check_commands(recipe: BaseModel) -> None:
 def check_command_source(source: str, setting: str = "data.source") -> None:
     """Refuse an image source that is a command which nobody typed.
 
-    Args:
-        source: the setting's value.
-        setting: dotted path, for the message.
-
     Raises:
         RecipeError: names the setting and the command.
     """

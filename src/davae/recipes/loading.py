@@ -19,11 +19,7 @@ from davae.recipes.upgrade import Recipe
 from davae.recipes.values import read_value, read_yaml, read_yaml_file
 
 AnyRecipe = Recipe | BaseRecipe | SuperResolutionRecipe
-KINDS: dict[str, type[Recipe] | type[BaseRecipe] | type[SuperResolutionRecipe]] = {
-    "upgrade": Recipe,
-    "base": BaseRecipe,
-    "super-resolution": SuperResolutionRecipe,
-}
+KINDS: dict[str, type[AnyRecipe]] = {"upgrade": Recipe, "base": BaseRecipe, "super-resolution": SuperResolutionRecipe}
 
 FAMILIES = ("sd3", "lightningdit")  # tags that pydantic puts into the path of an architecture's fields
 TAGS = (*FAMILIES, NAMED, OWN)  # all that it puts there
@@ -38,10 +34,6 @@ def shipped_recipes() -> dict[str, str]:
 
 def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> AnyRecipe:
     """Return a validated recipe by its shipped name or file, with `a.b=c` overrides.
-
-    Args:
-        name_or_path: name of a shipped recipe, or a YAML file.
-        overrides: `a.b=c` each.
 
     Raises:
         RecipeError: unknown name, unreadable YAML, unknown key, wrong type, impossible values.
@@ -101,10 +93,6 @@ def set_values(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 def validate(values: Any, name: str) -> AnyRecipe:
     """Return the recipe of a mapping's `kind`.
-
-    Args:
-        values: the mapping.
-        name: of the recipe, for messages.
 
     Raises:
         RecipeError: no mapping, or a wrong field, the first one by its dotted path.
@@ -188,12 +176,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=c` (c is YAML) in place.
-
-    Args:
-        values: of the recipe, changed in place.
-        override: `a.b=c`.
-    """
+    """Apply one `a.b=c` (c is YAML) in place."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -215,25 +198,11 @@ def dump_recipe(recipe: AnyRecipe) -> str:
 # whatever `dit` has learned since would hide them.
 RESUMABLE = (
     *(f"{section}.max_steps" for section in ("vae", "dit", "stage1", "stage2", "network")),
-    "run.log_every",
-    "run.checkpoint_every",
-    "run.keep_checkpoints",
-    "run.keep_every",
-    "run.sample_every",
-    "run.trackers",
-    "run.stop_signals",
-    "run.ema_device",
-    "run.compile",
-    "run.find_unused_parameters",
-    "stage2.validate_every",
-    "stage2.validate_pictures",
-    "data.num_workers",
-    "data.require_captions",
-    "cache.batch_size",
-    "report",
-    "sampling",
-    "hardware",
-)
+    "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_every", "run.sample_every",
+    "run.trackers", "run.stop_signals", "run.ema_device", "run.compile", "run.find_unused_parameters",
+    "stage2.validate_every", "stage2.validate_pictures", "data.num_workers", "data.require_captions",
+    "cache.batch_size", "report", "sampling", "hardware",
+)  # fmt: skip
 
 
 def differences(old: AnyRecipe, new: AnyRecipe, free: tuple[str, ...] = RESUMABLE) -> list[str]:

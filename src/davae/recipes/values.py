@@ -102,10 +102,6 @@ def read_yaml(data: bytes | str, what: str) -> Any:
 def read_value(text: str, what: str) -> Any:
     """Read one YAML value of the command line, with `1e-4`, a text in YAML 1.1, as a number.
 
-    Args:
-        text: the value.
-        what: names it in messages.
-
     Raises:
         RecipeError: as `read_yaml`.
     """

@@ -39,12 +39,7 @@ def hash_weights(tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any
 
 
 def hash_images(source: ImageSource, indices: Sequence[int]) -> str:
-    """Return a hash of the chosen images' names, bytes and captions, without their pixels.
-
-    Args:
-        source: the images.
-        indices: the chosen ones, in order.
-    """
+    """Return a hash of the chosen images' names, bytes and captions, without their pixels."""
     return _hash_parts(part for i in indices for part in (source.key(i).encode(), source.identity(i)))
 
 
@@ -61,12 +56,7 @@ def _hash_parts(parts: Iterable[bytes]) -> str:
 
 
 def changes(old: Key, new: Key) -> list[str]:
-    """Return the differences of two keys in words, with options such as `flip: False -> True`.
-
-    Args:
-        old: key of a cache.
-        new: key that it is compared with.
-    """
+    """Return the differences of two keys in words, with options such as `flip: False -> True`."""
     found: list[str] = []
     for part, words in PARTS.items():
         before, after = old.get(part), new.get(part)

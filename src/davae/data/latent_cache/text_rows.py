@@ -28,11 +28,6 @@ def bits_of(values: np.ndarray) -> np.ndarray:
     return torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 
-def from_bits(bits: np.ndarray) -> np.ndarray:
-    """Return the float32 values of bfloat16 bits."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
 def lengths_of(values: np.ndarray) -> np.ndarray:
     """Return the positions of each row (N,L,...) up to the last not all zero, (N,), at least 1."""
     used = (values.reshape(*values.shape[:2], -1) != 0).any(2)  # (N,L)

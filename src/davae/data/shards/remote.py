@@ -91,11 +91,6 @@ def glob_url(url: str) -> list[str]:
     return sorted(found)
 
 
-def open_remote(urls: list[str], options: SourceOptions) -> TarSource:
-    """Open shards at addresses, copied."""
-    return TarSource([fetch_shard(one) for url in urls for one in glob_url(url)], options)
-
-
 def open_stream(name: str, options: SourceOptions) -> TarSource:
     """Open the first `limit` rows of a streamed dataset, copied into local shards.
 
