@@ -70,8 +70,8 @@ def test_evaluate_reconstruction_goes_by_its_batch_size(
         return plain(self, images, *rest, **named)
 
     monkeypatch.setattr(DetailVAE, "encode", counting)
-    monkeypatch.setattr("davae.sample.open.open_autoencoder", lambda name: vae)
-    monkeypatch.setattr("davae.evaluate.generation.perceptual_distances", lambda *_: {})
+    monkeypatch.setattr("davae.evaluate.reconstruction.open_autoencoder", lambda name: vae)
+    monkeypatch.setattr("davae.evaluate.reconstruction.perceptual_distances", lambda *_: {})
     command = ["evaluate", "reconstruction", "--vae", "x", "--data", str(tmp_path), "--resolution", "32", *options]
     found = CliRunner().invoke(app, command)
     assert found.exit_code == 0, found.output
