@@ -48,26 +48,26 @@ CEILINGS = {
     "convert": Ceiling(750),
     "cost": Ceiling(600, words=2, openings=18),
     "data": Ceiling(7200, words=21, openings=181),
-    "dataset": Ceiling(900, words=1, openings=27),
+    "dataset": Ceiling(950, words=1, openings=27),
     "evaluate": Ceiling(2350),
     "files": Ceiling(1200, openings=25),
     "lab": Ceiling(3700, words=28, openings=90),
     "losses": Ceiling(650, words=2, openings=35),
     "plan": Ceiling(1750, words=6, openings=44),
-    "pretrained": Ceiling(1650, words=11, openings=49),
+    "pretrained": Ceiling(1800),
     "publish": Ceiling(1200, words=9, openings=40),
     "recipes": Ceiling(1350, words=1, openings=24),
     "root": Ceiling(700, words=2, openings=20),
     "runs": Ceiling(2500, words=14, openings=67),
     "sample": Ceiling(2900),
     "scripts": Ceiling(150, openings=2),
-    "tasks": Ceiling(1350, words=17, openings=30),
+    "tasks": Ceiling(1400, words=17, openings=30),
     "train": Ceiling(2000, words=15, openings=80),
-    "vae": Ceiling(2050, words=11, openings=74),
+    "vae": Ceiling(2200),
     "zoo": Ceiling(150, openings=5),
 }
 PAGE_WORDS = 0  # in README, CHANGELOG and the pages of docs/
-CORE_LINES_NOW = 2803  # falls to CORE_LINES
+CORE_LINES_NOW = 2910  # falls to CORE_LINES
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {
     "davae.app.enlarge_tab.enlarge_tab": 73,

@@ -18,7 +18,7 @@ from davae.vae.detail_vae import DetailVAE
 
 
 def autoencoder_config(name: str) -> tuple[str, dict[str, Any]]:
-    """Where in a folder or hub id an autoencoder lies ("" or "vae"), and its config.
+    """Return the part of a model that holds its autoencoder ("" or "vae"), and its config.
 
     Raises:
         ModelError: nothing there.
@@ -30,7 +30,7 @@ def autoencoder_config(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def load_autoencoder(name: str) -> Any:
-    """A DetailVAE or a supported diffusers autoencoder, float32, in eval mode.
+    """Load a DetailVAE or a supported diffusers autoencoder, in float32 and eval mode.
 
     Args:
         name: an autoencoder's folder, a folder with one in `vae/`, or a hub id of either.

@@ -66,7 +66,7 @@ INSTEAD = {
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a distilled model is.
+    """Kind of a distilled model.
 
     Attributes:
         kind: `steps`: to a few steps; `guidance`: with the guidance scale as an input.
@@ -155,7 +155,7 @@ SIGNS: dict[str, tuple[str, str, Callable[[Config, Config, Config], bool]]] = {
 def find_distilled(
     name: str, index: Config, transformer_class: str, transformer: Config, scheduler: Config
 ) -> Distilled | None:
-    """Return how a model was distilled; None for one that was not, as far as its files show.
+    """Return the distillation of a model from its configs, None for a model without any.
 
     Args:
         name: hub id or folder.
@@ -185,7 +185,7 @@ def find_distilled(
 
 
 def _short(place: str) -> str:
-    """Return a hub id as it is, of a path its last part: folders above a model name other things."""
+    """Return a hub id as it is, and the last part of a path."""
     plain = place.rstrip("/")
     return plain if plain.count("/") == 1 and not plain.startswith((".", "/", "~")) else plain.rpartition("/")[2]
 
@@ -206,7 +206,7 @@ def _named(place: str, transformer_class: str, index: Config) -> str | None:
 
 
 def distilled(model: str | Configs, name: str | None = None) -> Distilled | None:
-    """Return how a model was distilled; None for one that was not, as far as its files show.
+    """Read a model's configs and return its distillation, None for a model without any.
 
     Args:
         model: folder, hub id or preset where its configs are, or these configs.

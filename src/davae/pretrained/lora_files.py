@@ -19,7 +19,7 @@ UP = re.compile(r"lora_B\.|(?:lora|lora_linear_layer)[._]up\.")  # B of a LoRA u
 
 
 def read_lora(file: Path, pipeline: Any, part: str, config: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """(tensors under diffusers' names, peft settings where the file has them); kohya's alphas are multiplied into B."""
+    """Return a LoRA file's tensors under diffusers' names, and its peft settings if any."""
     if not file.is_file():
         raise ModelError(f"LoRA file {file} does not exist")
     if file.suffix != ".safetensors":
@@ -47,7 +47,10 @@ def read_lora(file: Path, pipeline: Any, part: str, config: Any) -> tuple[dict[s
 
 
 def _scaled(name: str, tensor: Tensor, alphas: dict[str, float]) -> Tensor:
-    """B times alpha / rank, so that the file says all by itself; A as it is. Takes what it uses out of `alphas`."""
+    """Multiply alpha / rank into a LoRA's B matrix, so that the saved file needs no alpha.
+
+    A matrices are returned unchanged. The alpha that was used is removed from `alphas`.
+    """
     match = UP.search(name)
     if match is None:
         return tensor

@@ -1,4 +1,4 @@
-"""How many images a device can take at a time: from a plan's bytes, and by halving when memory runs out."""
+"""Images that a device takes at a time, by a plan's bytes and by halving."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 def largest_batch(one: int, budget: int, at_most: int) -> int:
-    """Return the largest of at_most, at_most/2, ... that fits `budget` bytes at `one` byte count an image; at least 1."""
+    """Return the largest of at_most, at_most/2, ... images that fits the bytes, 1 at least."""
     batch = at_most
     while batch > 1 and batch * one > budget:
         batch //= 2
@@ -25,7 +25,7 @@ def largest_batch(one: int, budget: int, at_most: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that a device still has for this process; None for the CPU, whose memory is not planned."""
+    """Return the bytes that a device has left for this process, None for the CPU."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -39,7 +39,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 class OneOnDevice:
-    """Keeps one model at a time on a device, the others in main memory. On the CPU nothing moves.
+    """One model at a time on a device, the others in main memory.
+
+    Nothing moves on the CPU.
 
     Args:
         device: where the model whose turn it is computes.
@@ -49,7 +51,7 @@ class OneOnDevice:
         self.device, self._there = device, None
 
     def __call__(self, model: Any) -> Any:
-        """Return a pipeline or module, on the device; the one before it goes back to main memory."""
+        """Move a pipeline or module to the device, the last one back, and return it."""
         if self.device.type == "cpu":
             return model
         if self._there is not None and self._there is not model:
@@ -61,7 +63,7 @@ class OneOnDevice:
 
 
 class Halving:
-    """Runs work on a few images at a time; when memory runs out the number is halved, for good, and logged.
+    """Work on a few images at a time, whose number is halved when memory runs out.
 
     Args:
         what: the work, for the log.

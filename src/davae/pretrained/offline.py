@@ -1,4 +1,4 @@
-"""Where to read a model's configs from when the hub may be out of reach."""
+"""Places to read a model's configs from when the hub may be out of reach."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ REACH_SECONDS = 5.0  # the client's own retries take half a minute
 
 
 def readable(model: str) -> tuple[str, str]:
-    """(what to read configs from, a sentence on it): the model itself, or the preset of a hub id that the hub does not give.
+    """Return where to read a model's configs, and a sentence on it where that is its preset.
 
-    Weights are never replaced: whoever wants to train still needs the hub id or a folder.
+    A preset is read where the hub does not give the model.
+
+    Weights are never replaced: training needs the hub id or a folder.
     """
     preset = find_preset(model)
     if preset is None or model == preset.name or Path(model).is_dir() or _hub_gives(model):
@@ -26,7 +28,7 @@ def readable(model: str) -> tuple[str, str]:
 
 
 def _hub_gives(model: str) -> bool:
-    """Whether the model's index is in the local cache or on the hub."""
+    """Return whether the model's index is in the local cache or on the hub."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(model, "model_index.json"), str):
@@ -41,7 +43,7 @@ def _hub_gives(model: str) -> bool:
 
 
 def _answers(url: str) -> bool:
-    """Whether something listens there, or stands between."""
+    """Return whether a server or a proxy listens there."""
     if getproxies():
         return True
     parts = urlsplit(url)
@@ -53,5 +55,5 @@ def _answers(url: str) -> bool:
 
 
 def preset_of(model: str) -> Preset | None:
-    """The preset that a model name stands for, unless it is a folder."""
+    """Return the preset of a model's name, None for a folder."""
     return None if Path(model).is_dir() else find_preset(model)

@@ -1,4 +1,4 @@
-"""Load the diffusers pipeline that a run starts from, and read its shapes before anything is built."""
+"""Open diffusers pipelines: their files, configs, parts, and the whole."""
 
 from __future__ import annotations
 
@@ -32,7 +32,16 @@ class MissingPart(ModelError):
 
 
 def fetch_file(model: str, part: str, filename: str) -> Path:
-    """One file of a diffusers folder or hub id; ModelError when it is not there."""
+    """Return the path of one file of a diffusers folder or hub id, downloaded if needed.
+
+    Args:
+        model: folder or hub id.
+        part: folder of the file in it; "" for the top.
+        filename: name of the file.
+
+    Raises:
+        ModelError: the file is not there.
+    """
     local = Path(model)
     if local.is_dir():
         path = local / part / filename
@@ -68,7 +77,16 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
 
 
 def read_config(model: str, part: str, filename: str = "config.json") -> dict[str, Any]:
-    """One JSON file of a diffusers folder, hub id or preset; ModelError when it is not there."""
+    """Return one JSON file of a diffusers folder, hub id or preset.
+
+    Args:
+        model: folder, hub id or preset.
+        part: folder of the file in it; "" for the top.
+        filename: name of the file.
+
+    Raises:
+        ModelError: the file is not there.
+    """
     if not Path(model).is_dir() and model in presets():
         config = presets()[model].config(part, filename)
         if config is None:
@@ -81,7 +99,7 @@ def read_config(model: str, part: str, filename: str = "config.json") -> dict[st
 
 
 class Configs:
-    """JSON files of a diffusers folder, hub id or preset; each file is read once.
+    """JSON files of a diffusers folder, hub id or preset, each read once.
 
     Args:
         model: the folder, hub id or preset.
@@ -97,7 +115,11 @@ class Configs:
         return cls(model) if isinstance(model, str) else model
 
     def read(self, part: str, filename: str = "config.json") -> dict[str, Any]:
-        """Return one file; ModelError where the model has none of that name."""
+        """Return one file.
+
+        Raises:
+            ModelError: the model has no file of that name.
+        """
         if (part, filename) not in self._read:
             self._read[part, filename] = read_config(self.model, part, filename)
         return self._read[part, filename]
@@ -109,7 +131,7 @@ class Configs:
 
 
 def load_scheduler(model: str | Configs) -> Any:
-    """Return the scheduler of a model, built from its config alone; None where the pipeline has none.
+    """Return the scheduler of a model, built from its config, None where it has none.
 
     Raises:
         ModelError: a class that diffusers does not have.
@@ -129,7 +151,7 @@ def load_scheduler(model: str | Configs) -> Any:
 
 
 def load_part(model: str, part: str, class_name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """One model of a diffusers folder or hub id, without the rest of the pipeline.
+    """Load one model of a diffusers folder or hub id, without the rest of the pipeline.
 
     Raises:
         ModelError: when diffusers cannot load it.
@@ -139,7 +161,7 @@ def load_part(model: str, part: str, class_name: str, dtype: torch.dtype = torch
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple[str, ...] = ()) -> Any:
-    """The stock diffusers pipeline of a folder or hub id, progress bars off.
+    """Load the stock diffusers pipeline of a folder or hub id, progress bars off.
 
     Args:
         without: components that are left out (None in the pipeline), so that they take no memory.
@@ -166,14 +188,15 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
 
 
 def class_name(entry: Any) -> str:
-    """The class that an entry of a model_index.json names, with or without the module of its code before it."""
+    """Return the class that an entry of a model_index.json names."""
     return entry[-1] if isinstance(entry, list) else entry
 
 
 @contextmanager
 def without_own_code(model: str, index: dict[str, Any]) -> Iterator[str]:
-    """The model; of a folder that brings davae's code along (`davae export --self-contained`) one in its place that names
-    the davae that is here, so that no code is read from it.
+    """Yield the model, or a folder in its place that names the installed davae.
+
+    A folder of `davae export --self-contained` brings davae's code along; no code is read from it.
 
     Args:
         index: its model_index.json.

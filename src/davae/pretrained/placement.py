@@ -1,4 +1,4 @@
-"""Where a pipeline computes, and how exactly."""
+"""Device and precision in which a pipeline computes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def own_device() -> torch.device:
 def send(
     tensor: torch.Tensor, device: torch.device, memory_format: torch.memory_format | None = None
 ) -> torch.Tensor:
-    """A tensor on a device. From the CPU to a GPU through pinned memory: otherwise the CPU would wait until the GPU is done
-    with all that it was given before, every step."""
+    """Return a tensor on a device.
+
+    It goes from the CPU to a GPU through pinned memory: otherwise the CPU would wait at every step until the GPU is done
+    with all earlier work."""
     if memory_format is not None:
         tensor = tensor.contiguous(memory_format=memory_format)
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -36,7 +38,7 @@ def send(
 
 @dataclass(frozen=True)
 class Placement:
-    """Precision of the weights, whether they wait in the CPU's memory, and whether passes are compiled.
+    """Precision of the weights, offloading to the CPU's memory, and compilation of passes.
 
     Attributes:
         offload: `model` keeps each model of a pipeline there until its turn, `sequential` each layer: least memory, and slow.
@@ -53,14 +55,14 @@ class Placement:
 
     @property
     def changes(self) -> dict[str, str]:
-        """What pictures depend on, where it is not the default."""
+        """Return the settings that change images and differ from the default."""
         return {} if self.precision == FULL.precision else {"dtype": self.precision}
 
     def place(self, pipeline: Any) -> Any:
-        """A loaded pipeline, ready to draw on this process's device.
+        """Place a loaded pipeline on this process's device, ready to draw, and return it.
 
         Raises:
-            ModelError: offloading or graphs where there is no GPU, both at once, or a model that names no blocks to compile.
+            ModelError: offloading or graphs without a GPU, both at once, or a model without named blocks to compile.
         """
         device = own_device()
         if self.compile != "off":

@@ -1,4 +1,4 @@
-"""Tokenizers and image processors of folders that somebody else wrote: no code of theirs, no absurd sizes."""
+"""Tokenizers and image processors of untrusted folders: no code, no absurd sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loaded pipeline takes with a prompt: arguments of its call, and embeddings of captions."""
+"""Arguments with which a loaded pipeline is called, and embeddings of captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from davae.backbones.families import denoiser, family_by_class, family_of
 
 
 def silent_t5(pipeline: Any) -> bool:
-    """Whether Stable Diffusion 3 gets only zeros from its third text encoder: none there, or one scaled to zero."""
+    """Return whether a Stable Diffusion 3 gets only zeros from its third text encoder.
+
+    There is none, or it is scaled to zero.
+    """
     if not hasattr(pipeline, "text_encoder_3"):
         return False
     encoder = pipeline.text_encoder_3
@@ -20,20 +23,25 @@ def silent_t5(pipeline: Any) -> bool:
 
 
 def text_arguments(pipeline: Any) -> dict[str, Any]:
-    """Arguments that keep a prompt short where nothing is lost: one zero token instead of 256."""
+    """Return arguments that keep a prompt short: one zero token of a silent T5 instead of 256."""
     return {"max_sequence_length": 1} if silent_t5(pipeline) else {}
 
 
 def literal_prompts(pipeline: Any) -> dict[str, Any]:
-    """Arguments that keep a pipeline from rewriting prompts by a language model: what is asked for is what is measured."""
+    """Return arguments that keep a pipeline from rewriting prompts by a language model."""
     takes = inspect.signature(pipeline.__call__).parameters
     return {name: False for name in ("enable_prompt_rewrite", "use_pe") if name in takes}
 
 
 def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, Any]:
-    """Arguments that guide so many prompts by `scale`, as the pipeline counts it, away from the empty prompt.
+    """Return arguments that guide prompts away from the empty prompt.
 
-    A guidance-distilled model is told the scale.
+    A guidance-distilled model takes the scale as an input instead.
+
+    Args:
+        pipeline: the pipeline that is called.
+        scale: guidance scale, as the pipeline counts it.
+        prompts: number of prompts in the call.
     """
     transformer = denoiser(pipeline)
     family = family_of(transformer)
@@ -45,8 +53,11 @@ def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, A
 
 @torch.no_grad()
 def embed_captions(pipeline: Any, captions: list[str], transformer_class: str) -> tuple[Tensor, ...]:
-    """What the pipeline's text encoders say of captions, one tensor per kind, each (B,...).
+    """Return embeddings of captions by a pipeline's text encoders, one tensor per kind, (B,...).
 
-    The transformer itself may be left out of the pipeline; its class tells what kinds it takes.
+    Args:
+        pipeline: with its text encoders; its transformer may be left out.
+        captions: B captions.
+        transformer_class: class of the transformer, which decides the kinds.
     """
     return family_by_class(transformer_class).require_call().embed(pipeline, captions, text_arguments(pipeline))

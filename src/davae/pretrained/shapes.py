@@ -23,7 +23,7 @@ LEGACY: dict[tuple[str, Any], str] = {
 
 @dataclass(frozen=True)
 class BaseShapes:
-    """What an upgrade needs to know of a base pipeline, read from its configs alone."""
+    """Classes, sizes and configs of a base pipeline, read from its configs alone."""
 
     pipeline_class: str
     transformer_class: str
@@ -94,27 +94,29 @@ def _read_shapes(configs: Configs, to_train: bool) -> BaseShapes:
 
 
 def patch_size(config: Any, family: Family) -> int:
-    """p: latent positions per token, each way, whether the model or its pipeline packs them."""
+    """Return p, the latent positions per token each way, packed by the model or its pipeline."""
     own = 1 if family.patch_key is None else config[family.patch_key]
     side = own if isinstance(own, int) else own[0]  # some list one per axis, or per size that they know
     return side * math.isqrt(family.packed)
 
 
 def pixel_factor(pipeline: Any) -> int:
-    """Pixels per latent position of a pipeline's autoencoder, each way."""
+    """Return the pixels per latent position of a pipeline's autoencoder, each way."""
     return spatial_factor(pipeline.vae.config, type(pipeline.vae).__name__)
 
 
 def token_side(pipeline: Any) -> int:
-    """Pixels of an image token of a pipeline's denoiser, each way."""
+    """Return the pixels of an image token of a pipeline's denoiser, each way."""
     model = denoiser(pipeline)
     return pixel_factor(pipeline) * patch_size(model.config, family_of(model))
 
 
 def default_resolution(pipeline: Any) -> int:
-    """Pixels of the picture that a pipeline is made for: those an upgrade was trained on, else its own or its transformer's
-    default. A stock pipeline knows the latter alone: an upgrade from another size than the base's own needs `height` and
-    `width` there."""
+    """Return the pixels of the image that a pipeline is made for, each way.
+
+    They are those that an upgrade was trained on, else the default of the pipeline or its transformer. A stock pipeline
+    has that default alone: an upgrade from another size than the base's own needs `height` and `width` there.
+    """
     if isinstance(pipeline.vae, DetailVAE) and pipeline.vae.config.get("resolution"):
         return int(pipeline.vae.config["resolution"])
     model = denoiser(pipeline)

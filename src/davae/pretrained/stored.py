@@ -1,4 +1,4 @@
-"""Models in folders that somebody else wrote: checked before they take memory, and after they are loaded.
+"""Models in untrusted folders, checked before they take memory and after they are loaded.
 
 A config is data that decides how much is allocated. So its numbers are bounded, what is built from it may hold no more
 than the weights do, and weights and config must belong together: nothing missing, nothing left over, all finite.
@@ -36,7 +36,7 @@ LARGEST_TABLE = 4 * 10**8  # numbers in a table of positions; that of SD3.5 Medi
 LARGEST_SIDE = 16_384  # pixels, latent positions or tokens
 SIDES = ("sample_size", "pos_embed_max_size", "height", "width", "shortest_edge", "longest_edge")
 MOST = {**dict.fromkeys(SIDES, LARGEST_SIDE), "num_train_timesteps": 100_000}
-ROOM = 64 * 2**20  # numbers that a model may hold beside its file: tables of positions
+ROOM = 64 * 2**20  # numbers that a model may hold besides its file: tables of positions
 STATISTICS = (
     *("scaling_factor", "shift_factor", "latents_mean", "latents_std"),
     *("base_mean", "base_std", "detail_mean", "detail_std"),
@@ -75,7 +75,7 @@ def loading(what: str) -> Iterator[None]:
 
 
 def check_index(index: dict[str, Any], model: str) -> None:
-    """Refuse a model_index.json that names places outside its folder or code that davae does not know.
+    """Refuse a model_index.json that names places outside its folder or unknown code.
 
     Raises:
         ModelError: names the entry.
@@ -101,7 +101,7 @@ def check_index(index: dict[str, Any], model: str) -> None:
 
 
 def _options(pipeline: str) -> set[str]:
-    """Return the names of a pipeline's plain options, which may be lists of text; the rest are components."""
+    """Return the names of a pipeline's plain options, which are not components."""
     try:
         kind = model_class(pipeline)
     except ValueError:
@@ -145,7 +145,7 @@ def check_config(config: Any, what: str) -> None:
 
 
 def _first(value: Any) -> int:
-    """Return a whole number, or the largest in a list; 0 for anything else."""
+    """Return a whole number, or the largest in a list, 0 for anything else."""
     if isinstance(value, list):
         return max((_first(one) for one in value), default=0)
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
@@ -171,7 +171,7 @@ def _check_entry(key: str, value: Any, what: str, depth: int) -> None:
 
 @dataclass(frozen=True)
 class Bound:
-    """How much the construction of a model may register.
+    """Most that the construction of a model may register.
 
     Attributes:
         parameters: numbers in parameters.
@@ -189,7 +189,7 @@ def bounded(bound: Bound, what: str) -> Iterator[None]:
     """Stop the construction of modules that hold more than a bound.
 
     Raises:
-        ModelError: names `what` and how much its config asks for.
+        ModelError: names `what` and how much its config would allocate.
     """
     held = {"parameters": 0, "buffers": 0, "modules": 0}
 
@@ -218,7 +218,7 @@ def bounded(bound: Bound, what: str) -> Iterator[None]:
 
 @contextmanager
 def planned(what: str) -> Iterator[None]:
-    """Build modules without weights from a config: on the meta device, bounded, its faults one line.
+    """Build modules without weights on the meta device, bounded, with one-line errors.
 
     Raises:
         ModelError: a config that its class cannot take, or one of absurd size.
@@ -259,7 +259,7 @@ def weight_files(folder: Path, what: str) -> list[Path]:
 
 
 def stored_bound(files: list[Path], what: str) -> Bound:
-    """Return what a model may hold that is built for these safetensors files, from their headers.
+    """Return the most that a model for these safetensors files may hold, from their headers.
 
     Raises:
         ModelError: a damaged header, or weights that are not floating-point numbers.
@@ -320,7 +320,7 @@ def check_finite(model: nn.Module, what: str) -> None:
 
 
 def component_class(entry: Any) -> Any:
-    """Return the model class of a model_index.json entry; None for anything that has no weights."""
+    """Return the model class of a model_index.json entry, None for parts without weights."""
     if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
         return None
     library, name = entry
@@ -332,7 +332,7 @@ def component_class(entry: Any) -> Any:
 
 
 def check_component(folder: Path, what: str) -> Bound:
-    """Check a model's config and the headers of its weights; return how much it may hold once it is built.
+    """Check a model's config and the headers of its weights, and return its bounds.
 
     Raises:
         ModelError: what no model has in its config, or weights that are missing, pickled, damaged or not floats.
@@ -370,7 +370,7 @@ def load_component(model: str, part: str, kind: Any, dtype: torch.dtype, what: s
 
 
 def load_components(folder: Path, model: str, dtype: torch.dtype, without: tuple[str, ...]) -> dict[str, Any]:
-    """Load every model of a pipeline's folder; all are checked before the first is loaded.
+    """Load every model of a pipeline's folder, after all of them are checked.
 
     Args:
         model: the pipeline's name in messages.

@@ -28,7 +28,7 @@ TokenCount = Callable[[list[str]], list[int]]
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """One text encoder: its component's name, class and config, and the tokens that the stock pipeline pads a prompt to."""
+    """One text encoder: component, class, config, and the tokens a prompt is padded to."""
 
     component: str
     class_name: str
@@ -36,19 +36,19 @@ class TextEncoder:
     tokens: int
 
     def build(self) -> nn.Module:
-        """Its modules with random weights, in eval mode."""
+        """Return its modules with random weights, in eval mode."""
         kind = getattr(transformers, self.class_name)
         settings = {key: value for key, value in self.config.items() if not key.startswith("_")}
         return kind(kind.config_class(**settings)).eval()
 
     def on_meta(self) -> nn.Module:
-        """Its modules without weights."""
+        """Return its modules without weights."""
         with planned(f"{self.component} ({self.class_name})"):
             return self.build()
 
 
 def text_encoders(model: str | Configs, transformer_config: dict[str, Any]) -> list[TextEncoder]:
-    """Return a pipeline's text encoders in its order; none for a class-conditional model.
+    """Return a pipeline's text encoders in its order, none for a class-conditional model.
 
     Args:
         model: a diffusers folder, hub id or preset, or its configs.
@@ -82,8 +82,12 @@ def prompt_tokens(
     config: dict[str, Any],
     transformer_config: dict[str, Any],
 ) -> int:
-    """CLIP's own limit; else what the pipeline pads to by default; Hunyuan-DiT's transformer says its lengths itself; else
-    what stage 2 embeds."""
+    """Return the number of tokens to which the pipeline pads a prompt for one text encoder.
+
+    It is taken from the first that exists: CLIP's `max_position_embeddings`, the default of the pipeline's
+    `max_sequence_length`, `text_len` or `text_len_t5` of the transformer's config (Hunyuan-DiT), the family's
+    `TEXT_TOKENS`.
+    """
     if class_name.startswith("CLIP"):
         return int(config["max_position_embeddings"])
     default = inspect.signature(model_class(pipeline_class).__call__).parameters.get("max_sequence_length")
@@ -122,7 +126,7 @@ def token_limits(
 
 
 def pipeline_limits(pipeline: Any) -> list[tuple[str, int, TokenCount | None]]:
-    """Return the same as `token_limits` for a pipeline that is loaded; nothing for a class-conditional one."""
+    """Return `token_limits` of a loaded pipeline, nothing for a class-conditional one."""
     found: list[tuple[str, int, TokenCount | None]] = []
     model = denoiser(pipeline)
     for name, encoder in pipeline.components.items():
@@ -156,10 +160,10 @@ def _counter(model: str, component: str, class_name: str) -> TokenCount:
 
 
 def load_text_encoders(model: str, component: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline of a folder or hub id without its transformer or U-Net, to embed prompts.
+    """Load the pipeline of a folder or hub id without its transformer, to embed prompts.
 
     Args:
-        component: the model's name in the pipeline; a stand-in takes its place, as some pipelines ask it for its config
+        component: the model's name in the pipeline; a stand-in takes its place, as some pipelines read its config
             (the width of an absent T5) or its type while they embed.
         config: its config.
 
@@ -172,7 +176,7 @@ def load_text_encoders(model: str, component: str, config: dict[str, Any], dtype
 
 
 def reads_silent_t5(model: str | Configs) -> bool:
-    """Return `silent_t5` of a model that is not loaded, from one small tensor of an encoder that may be huge.
+    """Return `silent_t5` of a model that is not loaded, from one small tensor.
 
     Args:
         model: a diffusers folder or hub id, or its configs.

@@ -1,4 +1,4 @@
-"""The pretrained model that a run starts from: its configs, read once, and its parts, loaded on request."""
+"""The pretrained model of a run: its configs, read once, and its parts, loaded on request."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ class BaseModel:
 
     @cached_property
     def shapes(self) -> BaseShapes:
-        """Classes, channels, factors and configs; ModelError for a model that cannot be upgraded."""
+        """Classes, channels, factors and configs.
+
+        Raises:
+            ModelError: a model that cannot be upgraded.
+        """
         if self.planned is not None:
             return planned_shapes(self.planned)
         return read_shapes(self.configs, to_train=self.to_train)
@@ -80,21 +84,21 @@ class BaseModel:
 
     @cached_property
     def family(self) -> Family:
-        """Where the transformer's layers are, and how it is called."""
+        """The family of the transformer: its layers, and its call."""
         return family_by_class(self.shapes.transformer_class)
 
     @cached_property
     def distilled(self) -> Distilled | None:
-        """How the model was distilled; None for one that was not, or that a recipe trains."""
+        """Kind of distillation, None for a model without any or one that a recipe trains."""
         return None if self.planned is not None else distilled(self.configs, self.title)
 
     @cached_property
     def scheduler(self) -> Any:
-        """The pipeline's scheduler; None where it has none."""
+        """The pipeline's scheduler, None where it has none."""
         return load_scheduler(self.configs)
 
     def objective(self, settings: FlowOptim) -> Objective:
-        """Return what the model predicts, by its scheduler; flow matching for one that a recipe trains.
+        """Return the objective that the scheduler implies, flow matching where a recipe trains.
 
         Args:
             settings: the stage that trains it, with the timesteps of flow matching.
@@ -116,16 +120,16 @@ class BaseModel:
 
     @cached_property
     def text_encoders(self) -> list[TextEncoder]:
-        """Text encoders from configs alone; none of a class-conditional model, or of one that a recipe trains."""
+        """Text encoders from configs alone, none of a class-conditional or planned model."""
         return [] if self.planned is not None else text_encoders(self.configs, self.shapes.transformer_config)
 
     @cached_property
     def silent_t5(self) -> bool:
-        """Whether a Stable Diffusion 3 gets only zeros from its third text encoder."""
+        """True for a Stable Diffusion 3 that gets only zeros from its third text encoder."""
         return reads_silent_t5(self.configs)
 
     def bucket_step(self, scale: int) -> int | None:
-        """Return the pixels that a token spans at `scale` times the resolution; None for models of squares alone."""
+        """Return the pixels of a token at `scale` times the resolution, None for square models."""
         if self.family.condition == "class":
             return None
         return self.shapes.vae_factor * scale * self.shapes.patch_size

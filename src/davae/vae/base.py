@@ -1,4 +1,6 @@
-"""One row per supported base autoencoder: where its latents leave the encoder and enter the decoder.
+"""One row for each supported base autoencoder.
+
+A row names where latents leave the encoder and where they enter the decoder.
 
 Adding one is adding a row here and a line in tests/vae/test_autoencoders.py.
 """
@@ -18,21 +20,21 @@ from davae.vae.pooled_tiny import PooledAutoencoderTiny
 
 @dataclass(frozen=True)
 class AutoencoderFamily:
-    """How to put a detail latent beside the latent of an autoencoder of one diffusers class.
+    """Layers between which the latent of one diffusers autoencoder class lies.
 
     Attributes:
         class_name: the diffusers class.
-        widths: config key of the encoder's widths, whose number tells the spatial factor.
+        widths: config key of the encoder's widths, whose number gives the spatial factor.
         channels: config key of C.
         last: path of the encoder's last convolution; -1 is the last of a sequence.
         first: path of the decoder's first convolution.
-        quant: whether 1x1 convolutions may stand around the latent.
+        quant: whether 1x1 convolutions may lie around the latent.
         shortcut: attributes by which encoder and decoder add the latent past those convolutions, where they do.
         checkpointing: whether it has gradient checkpointing, and that leaves its results alone.
         cell: side of the cells of latent positions that have statistics of their own: 2 where the pipeline normalises
             2x2 packed positions.
-        video: whether it is a video autoencoder, which sees a picture as one frame (B,c,1,h,w).
-        first_chunk: whether its decoder must be told that a frame is the first one.
+        video: whether it is a video autoencoder, which sees an image as one frame (B,c,1,h,w).
+        first_chunk: whether its decoder takes an option that marks the first frame.
     """
 
     class_name: str
@@ -84,7 +86,11 @@ AUTOENCODERS = {
 
 
 def autoencoder_family(class_name: str) -> AutoencoderFamily:
-    """The row of an autoencoder class; ValueError names the nearest ones that are supported."""
+    """Return the row of an autoencoder class.
+
+    Raises:
+        ValueError: a class that is not supported; the nearest supported classes are named.
+    """
     if class_name not in AUTOENCODERS:
         near = difflib.get_close_matches(class_name, AUTOENCODERS, n=3, cutoff=0.0)
         raise ValueError(
@@ -95,14 +101,14 @@ def autoencoder_family(class_name: str) -> AutoencoderFamily:
 
 
 def autoencoder_class(class_name: str) -> Any:
-    """A supported autoencoder's class: diffusers' own, or davae's."""
+    """Return a supported autoencoder's class, diffusers' own or davae's."""
     if class_name == PooledAutoencoderTiny.__name__:
         return PooledAutoencoderTiny
     return getattr(diffusers, autoencoder_family(class_name).class_name)
 
 
 def layer_path(module: nn.Module, path: str) -> str:
-    """A row's path with -1 replaced by the last number there is."""
+    """Return a row's path with -1 replaced by the number of the last layer."""
     if not path.endswith(".-1"):
         return path
     parent = path.removesuffix(".-1")
@@ -110,7 +116,12 @@ def layer_path(module: nn.Module, path: str) -> str:
 
 
 def spatial_factor(config: Any, class_name: str) -> int:
-    """Pixels per latent position, each way; of a DetailVAE, whose config holds its base's, s times the base's."""
+    """Return the pixels per latent position, each way: of a DetailVAE, s times its base's.
+
+    Args:
+        config: the autoencoder's config; a DetailVAE's contains its base's.
+        class_name: the autoencoder's class.
+    """
     if "base_class" in config:
         return spatial_factor(config["base_config"], config["base_class"]) * config["scale"]
     family = autoencoder_family(class_name)
@@ -119,12 +130,12 @@ def spatial_factor(config: Any, class_name: str) -> int:
 
 
 def base_channels(config: Any, class_name: str) -> int:
-    """C."""
+    """Return C, the channels of a base autoencoder's latents."""
     return int(config[autoencoder_family(class_name).channels])
 
 
 def base_statistics(config: Any) -> tuple[list[float], list[float]]:
-    """Per-channel mean and std by which pipelines normalise a base autoencoder's latents: (z - mean) / std."""
+    """Return the mean and std of each channel by which pipelines normalise a base's latents."""
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         factor = float(config.get("scaling_factor") or 1.0)
         return list(config["latents_mean"]), [float(std) / factor for std in config["latents_std"]]
@@ -134,22 +145,29 @@ def base_statistics(config: Any) -> tuple[list[float], list[float]]:
 
 
 def packed_statistics(base_vae: Any) -> tuple[list[float], list[float]]:
-    """The same of an autoencoder whose pipelines normalise 2x2 packed positions by its batch norm: 4C values, (c,2,2)."""
+    """Return mean and std, (c,2,2), of an autoencoder whose pipelines pack positions.
+
+    They are those of its batch norm over 2x2 positions: 4C values each.
+    """
     variance = base_vae.bn.running_var.cpu().double() + base_vae.config["batch_norm_eps"]
     return base_vae.bn.running_mean.tolist(), variance.sqrt().tolist()
 
 
 def convolution_at(network: nn.Module, path: str) -> tuple[Tensor, Tensor]:
-    """Copies of a convolution's weight (out,in,3,3) and bias (out,). Of a causal one over time, (out,in,t,3,3), a single
-    frame meets the last slice alone."""
+    """Return copies of a convolution's weight (out,in,3,3) and bias (out,).
+
+    A single frame meets the last slice alone of a convolution over time, (out,in,t,3,3).
+    """
     conv: Any = network.get_submodule(layer_path(network, path))
     weight, bias = conv.weight.detach().clone(), conv.bias.detach().clone()
     return (weight[:, :, -1] if weight.ndim == 5 else weight), bias
 
 
 def last_convolution(base: Any, family: AutoencoderFamily) -> tuple[Tensor, Tensor]:
-    """Weight (C,width,3,3) and bias (C,) of what a base encoder does last, as far as the latent's mean goes: its convolution
-    with a shortcut that averages channels past it and a 1x1 convolution after it folded in."""
+    """Return a base encoder's last convolution, weight (C,width,3,3) and bias (C,), of the mean.
+
+    A shortcut that averages channels past the last convolution, and a 1x1 convolution after it, are folded in.
+    """
     weight, bias = convolution_at(base.encoder, family.last)
     if family.shortcut is not None and getattr(base.encoder, family.shortcut[0]):
         group = weight.shape[1] // weight.shape[0]
@@ -165,8 +183,10 @@ def last_convolution(base: Any, family: AutoencoderFamily) -> tuple[Tensor, Tens
 
 
 def first_convolution(base: Any, family: AutoencoderFamily) -> tuple[Tensor, Tensor]:
-    """Weight (width,C,3,3) and bias (width,) of what a base decoder does first: its convolution with all that can be
-    folded into it, a 1x1 convolution before it and a shortcut that repeats channels past it."""
+    """Return a base decoder's first convolution, weight (width,C,3,3) and bias (width,).
+
+    A 1x1 convolution before it, and a shortcut that repeats channels past it, are folded in.
+    """
     weight, bias = convolution_at(base.decoder, family.first)
     if family.shortcut is not None and getattr(base.decoder, family.shortcut[1]):
         repeats = weight.shape[0] // weight.shape[1]

@@ -1,4 +1,4 @@
-"""Decoders of the base channels alone: the base's own, a tiny one of the same latents, a linear one fitted in seconds."""
+"""Decoders of the base channels alone: the base's own, a tiny one, or a linear one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BaseDecoder(nn.Module):
         self.train(False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents (B,C,h,w), raw or normalised as `raw` says -> images (B,3,H,W) of the base's size."""
+        """Return images (B,3,H,W) of the base's size from latents (B,C,h,w), raw where `raw` is set."""
         scaled = latents * self.std + self.mean
         return self.frames.decode(
             lambda x, **options: self.decoder(self.post_quant_conv(x), **options), scaled
@@ -72,7 +72,7 @@ class LinearDecoder(nn.Module):
 
 
 def neighbourhoods(latents: Tensor) -> Tensor:
-    """Return the 3x3 neighbourhood of each position, repeated at the edges: (B,C,h,w) -> (B,hw,9C), float64."""
+    """Return the 3x3 neighbourhood of each position (B,hw,9C), float64, of latents (B,C,h,w)."""
     padded = F.pad(latents.double().cpu(), (1, 1, 1, 1), mode="replicate")
     return F.unfold(padded, 3).transpose(1, 2)
 
@@ -105,7 +105,7 @@ def fit_linear(latents: Tensor, images: Tensor) -> LinearDecoder:
 
 
 def dead_leaves(count: int, side: int, seed: int = 0) -> Tensor:
-    """Return images (B,3,side,side) in [-1,1] of random discs that cover each other: edges and sizes as photos have them."""
+    """Return images (B,3,side,side) in [-1,1] of random discs that cover each other."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -132,7 +132,7 @@ _fitted: weakref.WeakKeyDictionary[nn.Module, LinearDecoder] = weakref.WeakKeyDi
 
 @torch.no_grad()
 def linear_decoder(vae: Any) -> LinearDecoder:
-    """Return the linear decoder of a DetailVAE's base latents, fitted to synthetic images on first use.
+    """Return the linear decoder of a DetailVAE's base latents, fitted on first use.
 
     Args:
         vae: a DetailVAE; only its base encoder is used.

@@ -1,4 +1,4 @@
-"""The part of a DetailVAE that is its base's: the original model's latents, encoded and decoded on their own."""
+"""The part of a DetailVAE that encodes and decodes its base's latents on their own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BasePart:
     base_decoder: BaseDecoder | None
 
     def base_latents(self, latents: Tensor) -> Tensor:
-        """Return the base channels as the original model's autoencoder decodes them: raw, not normalised.
+        """Return the raw base channels, as the original model's autoencoder decodes them.
 
         Args:
             latents: normalised z_hr (B,C+D,h,w), or one frame (B,C+D,1,h,w); the base alone (B,C,h,w) is taken as well.
@@ -100,7 +100,7 @@ class BasePart:
         return decoder(latents[:, : self.layout.base_channels])
 
     def attach_base_decoder(self, autoencoder: Any) -> None:
-        """Take the decoder of the base's autoencoder, or of a tiny one for the same latents, into this DetailVAE.
+        """Copy the decoder of the base's autoencoder, or of a tiny one, into this DetailVAE.
 
         It is saved and loaded with the other weights, and neither `encode` nor `decode` use it.
 

@@ -1,4 +1,4 @@
-"""From I_hr to I, and down and up blocks between the latent grid and the base autoencoder's feature grid, with shortcuts."""
+"""Downsampling of I_hr to I, and blocks between the latent grid and the base's feature grid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Downsample = Literal["antialias", "bicubic"]
 
 
 def downsample(images: Tensor, scale: int, mode: Downsample = "antialias") -> Tensor:
-    """I from I_hr: (B,3,s*H,s*W) -> (B,3,H,W), bicubic, with antialiasing unless mode is `bicubic`."""
+    """Return I (B,3,H,W) of I_hr (B,3,s*H,s*W), antialiased unless mode is `bicubic`."""
     size = (images.shape[-2] // scale, images.shape[-1] // scale)
     dtype = images.dtype if images.dtype in (torch.float32, torch.float64) else torch.float32
     small = F.interpolate(images.to(dtype), size, mode="bicubic", align_corners=False, antialias=mode == "antialias")
@@ -23,7 +23,7 @@ def downsample(images: Tensor, scale: int, mode: Downsample = "antialias") -> Te
 
 
 class DetailDown(nn.Module):
-    """Features (B,c,s*h,s*w) -> moments (B,out,h,w): 3x3 convolution and pixel-unshuffle, plus a shortcut.
+    """Map of features (B,c,s*h,s*w) to moments (B,out,h,w) by a convolution and pixel-unshuffle.
 
     The shortcut unshuffles the features and averages channels in groups. Where they do not divide into groups, or where it is
     to be `learned`, it is a 1x1 convolution that starts at zero. A video encoder's only frame, (B,c,1,s*h,s*w), stays one.
@@ -50,7 +50,7 @@ class DetailDown(nn.Module):
 
 
 class DetailUp(nn.Module):
-    """Latents (B,in,h,w) -> features (B,out,s*h,s*w): 3x3 convolution and pixel-shuffle, plus a shortcut.
+    """Map of latents (B,in,h,w) to features (B,out,s*h,s*w) by a convolution and pixel-shuffle.
 
     The shortcut repeats channels and shuffles; where they do not divide, or where it is to be `learned`, it is a 1x1
     convolution that starts at zero. A video decoder's only frame, (B,in,1,h,w), stays one.
@@ -79,7 +79,7 @@ class DetailUp(nn.Module):
 def replace_ends(
     encoder: nn.Module, decoder: nn.Module, family: AutoencoderFamily, layout: LatentLayout, learned_shortcuts: bool
 ) -> tuple[str, str]:
-    """Put the detail latent's blocks where a base autoencoder has its own last and first convolution.
+    """Replace a base autoencoder's last and first convolution by the detail latent's blocks.
 
     Args:
         encoder, decoder: copies of the base autoencoder's networks; changed in place.

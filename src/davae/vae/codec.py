@@ -15,7 +15,7 @@ DETAIL = "DetailVAE"  # by name: a self-contained folder brings a class of its o
 
 
 class Codec:
-    """Images to latents and back by a DetailVAE or any base autoencoder, of pictures or of videos.
+    """Images to latents and back by a DetailVAE or any base autoencoder, video ones included.
 
     Raw latents are what the encoder returns. Normalised latents are what the transformer takes.
 
@@ -39,7 +39,7 @@ class Codec:
 
     @property
     def statistics(self) -> LatentStatistics:
-        """Mean and std of raw latents, float32: (1,c,1,1), or (1,c,2,2) where pipelines pack positions."""
+        """Mean and std of raw latents, (1,c,1,1), or (1,c,2,2) where pipelines pack positions."""
         if self._detail:
             return self.vae.statistics
         side = autoencoder_family(type(self.vae).__name__).cell
@@ -73,7 +73,7 @@ class Codec:
 
 
 def latent_shape(config: Any, class_name: str) -> tuple[int, int]:
-    """Return the pixels per latent position, each way, and the channels of an autoencoder's latents.
+    """Return the pixels per latent position and the channels of an autoencoder's latents.
 
     Args:
         config: the autoencoder's config.

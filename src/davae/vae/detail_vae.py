@@ -1,4 +1,4 @@
-"""DetailVAE: a frozen base encoder, a new detail encoder and one decoder, as a diffusers autoencoder (Sec. 3.1)."""
+"""DetailVAE: a frozen base encoder, a new detail encoder and one decoder (Sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
-    """A detail-aligned VAE that speaks normalised latents (`scaling_factor` 1, `shift_factor` 0).
+    """A detail-aligned VAE whose latents are normalised (`scaling_factor` 1, `shift_factor` 0).
 
-    Make one from a pretrained autoencoder with `from_base`; the arguments are what its config stores.
+    Make one from a pretrained autoencoder with `from_base`. The arguments are stored in its config.
 
     Args:
         base_class, base_config: diffusers class of the base autoencoder and its config.
@@ -56,7 +56,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
         base_mean, base_std: per channel, or per channel and position of a 2x2 cell, (c,2,2); z is normalised as the
             pretrained transformer expects it.
         detail_mean, detail_std: per channel, measured over the training set.
-        resolution: pixels of the pictures it was made for, which its pipeline then draws unless told otherwise.
+        resolution: pixels of the images it was made for, which its pipeline draws by default.
         learned_shortcuts: the new blocks' shortcuts have weights of their own even where channels divide.
         base_decoder_config: arguments of the optional BaseDecoder, which `attach_base_decoder` fills in.
 
@@ -130,7 +130,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
         self.train(False)
 
     def _register_statistics(self, side: int) -> None:
-        """Make the buffers (1,C+D,side,side), which are not saved with the weights: the config holds them."""
+        """Make the buffers (1,C+D,side,side), whose values are saved in the config alone."""
         cell = (1, self.layout.channels, side, side)
         self.register_buffer("mean", torch.zeros(cell), persistent=False)
         self.register_buffer("std", torch.ones(cell), persistent=False)
@@ -158,7 +158,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
         downsample: Downsample = "antialias",
         start: Start = "enlarged",
     ) -> DetailVAE:
-        """Warm-start from a pretrained diffusers autoencoder: base encoder, detail encoder and decoder take its weights.
+        """Return a DetailVAE that starts with the weights of a pretrained diffusers autoencoder.
 
         The base part is normalised exactly as pipelines normalise that autoencoder's latents (its scaling and shift, or its
         per-channel mean and std).
@@ -195,7 +195,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
         return model
 
     def set_detail_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Store the measured per-channel mean and std (D,) of raw z_d in the config and use them from now on."""
+        """Store the measured mean and std (D,) of raw z_d in the config, and use them from now on."""
         self.register_to_config(
             detail_mean=[float(value) for value in mean],
             detail_std=[max(float(value), 1e-4) for value in std],  # a dead channel must not divide by zero
@@ -208,15 +208,15 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
         return LatentStatistics(cast(Tensor, self.mean), cast(Tensor, self.std))
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Raw [z, z_d] -> what the transformer sees."""
+        """Return what the transformer takes for raw [z, z_d]."""
         return self.statistics.normalise(latents)
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """What the transformer sees -> raw [z, z_d]."""
+        """Return raw [z, z_d] of what the transformer takes."""
         return self.statistics.denormalise(latents)
 
     def encode_raw(self, images: Tensor) -> RawLatents:
-        """One pass of both encoders, before normalisation: what stage 1 trains on (Eq. 1-3 use raw latents).
+        """Return raw latents of both encoders, as stage 1 trains on them (Eq. 1-3).
 
         Args:
             images: I_hr (B,3,s*H,s*W) in [-1,1]; H and W divisible by the base's factor.
@@ -305,7 +305,9 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Normalised z_hr (B,C+D,h,w) -> I_hr (B,3,s*H,s*W) in about [-1,1]; one frame (B,C+D,1,h,w) -> (B,3,1,s*H,s*W).
+        """Return I_hr (B,3,s*H,s*W) in about [-1,1] of normalised z_hr (B,C+D,h,w).
+
+        One frame (B,C+D,1,h,w) gives (B,3,1,s*H,s*W).
 
         `generator` is diffusers' signature.
 
@@ -339,26 +341,30 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The layout of weights in which it trains fastest; convolutions over time have no channels_last."""
+        """The layout of weights in which it trains fastest."""
         return torch.contiguous_format if self.frames.video else torch.channels_last
 
     @property
     def post_quant_conv(self) -> nn.Module:
-        """The decoder's first layer, by which SDXL's pipelines find the dtype in which latents are decoded."""
+        """The decoder's first layer, by whose dtype SDXL's pipelines decode latents."""
         return self.decoder.get_submodule(self._first)
 
     @property
     def last_encoder_weight(self) -> Tensor:
-        """Weight of the detail encoder's last convolution: where adaptive alignment compares gradients."""
+        """Weight of the detail encoder's last convolution, where alignment compares gradients."""
         return cast(DetailDown, self.detail_encoder.get_submodule(self._last)).conv.weight
 
     @property
     def last_decoder_weight(self) -> Tensor:
-        """Weight of the decoder's last convolution: where the adaptive GAN weight compares gradients."""
+        """Weight of the decoder's last convolution, where the GAN weight compares gradients."""
         return [module for module in self.decoder.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d))][-1].weight
 
     def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """As every diffusers model; ValueError for a base class without checkpointing, or with one that changes results."""
+        """Recompute activations in the backward pass, as in every diffusers model.
+
+        Raises:
+            ValueError: a base class without checkpointing, or with checkpointing that changes results.
+        """
         if not autoencoder_family(self.config["base_class"]).checkpointing:
             raise ValueError(
                 f"diffusers' {self.config['base_class']} has no gradient checkpointing, or computes something else under it; "
@@ -369,10 +375,10 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
     def enable_tiling(
         self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None
     ) -> None:
-        """Encode and decode pictures larger than a tile with less memory; sizes in pixels.
+        """Encode and decode images larger than a tile with less memory.
 
         Where no gradient is asked for, KL autoencoders work in strips of as many positions as a tile has, which gives the
-        untiled result but for half-precision rounding (`by_rows`). All others run their layers that see the whole image on
+        untiled result but for half-precision rounding (`strips`). All others run their layers that see the whole image on
         the whole latent grid, and the others on overlapping tiles with blended seams (`whole_layers`).
         """
         tile = tile_sample_min_size or self.tiling.tile

@@ -1,4 +1,4 @@
-"""Pictures through autoencoders of videos: a picture is one frame, maybe in patches, maybe with an opaque alpha channel."""
+"""Images through autoencoders of videos, as one frame, maybe in patches or with alpha."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from davae.vae.base import autoencoder_family
 
 @dataclass(frozen=True)
 class Frames:
-    """How the networks of a base autoencoder take a picture.
+    """Form in which the networks of a base autoencoder take an image.
 
     Attributes:
-        video: whether they take frames, (B,c,t,h,w), or pictures as they are.
+        video: whether they take frames, (B,c,t,h,w), or images as they are.
         channels: of a frame; a fourth one is alpha.
         patch: pixels per side that are packed into channels before the encoder and unpacked after the decoder.
-        first_chunk: whether the decoder must be told that a frame is the first one.
+        first_chunk: whether the decoder takes an option that marks the first frame.
     """
 
     video: bool
@@ -30,20 +30,20 @@ class Frames:
     first_chunk: bool = False
 
     def wrap(self, images: Tensor) -> Tensor:
-        """(B,3,H,W) -> (B,channels,1,H,W), alpha 1; pictures that are not for a video's autoencoder as they are."""
+        """Return images (B,3,H,W) as frames (B,channels,1,H,W), alpha 1, for video networks alone."""
         if not self.video:
             return images
         missing = self.channels - images.shape[1]
         return F.pad(images, (0, 0, 0, 0, 0, missing), value=1.0)[:, :, None]
 
     def encode(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """An encoder's (B,c,h,w) for pictures (B,3,H,W)."""
+        """Return an encoder's (B,c,h,w) for images (B,3,H,W)."""
         if not self.video:
             return network(images)
         return network(patchify(self.wrap(images), self.patch))[:, :, 0]
 
     def decode(self, network: Callable[..., Tensor], latents: Tensor) -> Tensor:
-        """A decoder's pictures (B,3,H,W) for latents (B,c,h,w)."""
+        """Return a decoder's images (B,3,H,W) for latents (B,c,h,w)."""
         if not self.video:
             return network(latents)
         options = {"first_chunk": True} if self.first_chunk else {}
@@ -51,7 +51,7 @@ class Frames:
 
 
 def frames_of(class_name: str, config: Any) -> Frames:
-    """How a base autoencoder of this class and config takes a picture."""
+    """Return the form in which a base autoencoder of this class and config takes an image."""
     family = autoencoder_family(class_name)
     if not family.video:
         return Frames(video=False)
@@ -67,12 +67,17 @@ def only_frame(images: Tensor) -> Tensor:
         ValueError: more than one frame.
     """
     if images.shape[2] != 1:
-        raise ValueError(f"found {images.shape[2]} frames; a DetailVAE takes pictures, which are one frame")
+        raise ValueError(f"found {images.shape[2]} frames; a DetailVAE takes images, which are one frame")
     return images[:, :, 0]
 
 
 def encode_mode(vae: Any, images: Tensor) -> Tensor:
-    """Latents without noise of any supported autoencoder, or of a DetailVAE: (B,3,H,W) in [-1,1] -> (B,C,h,w), raw."""
+    """Return latents (B,c,h,w) without noise, as the autoencoder's own `encode` gives them.
+
+    Args:
+        vae: a supported autoencoder, whose latents are raw, or a DetailVAE, whose latents are normalised.
+        images: (B,3,H,W) in [-1,1].
+    """
     frames = _frames(vae)
     encoded = vae.encode(frames.wrap(images))
     if hasattr(encoded, "latent_dist"):
@@ -83,7 +88,12 @@ def encode_mode(vae: Any, images: Tensor) -> Tensor:
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Pictures of any supported autoencoder, or of a DetailVAE: raw latents (B,C,h,w) -> (B,3,H,W) in about [-1,1]."""
+    """Return images (B,3,H,W) in about [-1,1], as the autoencoder's own `decode` gives them.
+
+    Args:
+        vae: a supported autoencoder, whose latents are raw, or a DetailVAE, whose latents are normalised.
+        latents: (B,c,h,w).
+    """
     frames = _frames(vae)
     if not frames.video:
         return vae.decode(latents).sample

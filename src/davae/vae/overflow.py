@@ -1,4 +1,4 @@
-"""Autoencoders in float16 that overflow, as SDXL's does: computed again in float32, as stock pipelines do."""
+"""Autoencoders that overflow in float16, as SDXL's does, computed again in float32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def in_range(vae: Any, work: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """Return `work` of values in the autoencoder's precision; in float32 where float16 overflows.
+    """Return `work` of values in the autoencoder's precision, in float32 where it overflows.
 
     The autoencoder is in float16 again afterwards, with the same weights. Other precisions are computed once.
 

@@ -1,4 +1,4 @@
-"""What stock pipelines read of an autoencoder besides its methods, for a DetailVAE's normalised latents."""
+"""Entries that stock pipelines read of an autoencoder, for a DetailVAE's normalised latents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EPSILON = 1e-5
 
 
 def keeps_warning(record: logging.LogRecord) -> bool:
-    """Return False for one warning of diffusers: that a pipeline's `vae` is a DetailVAE, not the class in its signature.
+    """Return False for diffusers' warning that a pipeline's `vae` is a DetailVAE.
 
     The pipeline uses an autoencoder's methods and config alone, which a DetailVAE has. Warnings on other parts and classes
     stay.

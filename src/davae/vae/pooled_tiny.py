@@ -1,4 +1,4 @@
-"""The tiny autoencoder of FLUX.2's latents (TAEF2): diffusers' AutoencoderTiny with pooled blocks around the latent."""
+"""The tiny autoencoder of FLUX.2's latents (TAEF2), with pooled blocks around the latent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from davae.vae.whole_layers import decode_in_tiles, encode_in_tiles
 
 
 class PooledBlock(AutoencoderTinyBlock):
-    """A block that first adds what all positions together say: group norm over a 1x1 convolution of four times the width."""
+    """A block that first adds features pooled over all positions, by a group norm."""
 
     def __init__(self, channels: int, act_fn: str):
         super().__init__(channels, channels, act_fn)
@@ -28,7 +28,7 @@ class PooledBlock(AutoencoderTinyBlock):
 
 
 class PooledAutoencoderTiny(AutoencoderTiny):
-    """AutoencoderTiny whose `pooled_blocks` blocks nearest to the latent are pooled, in encoder and decoder.
+    """AutoencoderTiny whose `pooled_blocks` blocks nearest to the latent are pooled.
 
     The other arguments are AutoencoderTiny's.
     """
@@ -79,7 +79,7 @@ class PooledAutoencoderTiny(AutoencoderTiny):
                 layers[number] = PooledBlock(width, act_fn)
 
     def _tiled_encode(self, x: Tensor) -> Tensor:
-        """Encode in tiles, the pooled blocks on the whole grid, where diffusers' tiles would each pool for themselves."""
+        """Encode in tiles, with the pooled blocks on the whole grid."""
         factor = self.spatial_scale_factor
         tiling = Tiling(self.tile_latent_min_size * factor, min(0.5, self.tile_overlap_factor))
         return encode_in_tiles(self.encoder, x, tiling, factor)

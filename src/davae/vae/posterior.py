@@ -1,4 +1,4 @@
-"""What a DetailVAE's encoders say of a picture."""
+"""Posterior and raw latents of a DetailVAE's encoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from davae.latent import LatentLayout
 
 
 class StructuredPosterior(DiagonalGaussianDistribution):
-    """Posterior of [z, z_d]: z is certain (the base's mode), z_d a diagonal Gaussian. Normalised, (B,C+D,h,w)."""
+    """Normalised posterior of [z, z_d], (B,C+D,h,w): z is certain, z_d a diagonal Gaussian."""
 
     def __init__(self, parameters: Tensor, layout: LatentLayout):
         super().__init__(parameters)

@@ -1,4 +1,4 @@
-"""An AutoencoderKL's encoder or decoder with little memory and nothing lost: layer by layer, each layer in strips of rows.
+"""An AutoencoderKL's encoder or decoder in little memory: layer by layer, in strips of rows.
 
 Tiles that are decoded on their own differ from the whole picture, as group normalisation sees another mean and variance in
 each and attention another neighbourhood. Here every layer sees the whole picture: statistics are summed over all strips
@@ -31,7 +31,7 @@ LARGEST = 2.0**15  # what a stored value may reach, half of float16's maximum
 
 
 class Rows:
-    """An activation (B,c,H,W) kept in half precision, each row with a power of two that keeps it from overflowing.
+    """An activation (B,c,H,W) kept in half precision, with a power of two for each row.
 
     Activations of 16-bit models are kept as they are.
     """
@@ -168,14 +168,14 @@ def convolve(
 
 
 def same(piece: Tensor, conv: nn.Conv2d, above: bool, below: bool) -> Tensor:
-    """A 3x3 convolution; rows of zeros stand above and below the piece where the picture ends there."""
+    """Apply a 3x3 convolution to a piece, with rows of zeros where the image ends."""
     if above or below:
         piece = F.pad(piece, (0, 0, int(above), int(below)))
     return F.conv2d(piece, conv.weight, conv.bias, padding=(0, 1))
 
 
 def residual(x: Rows, block: Any, values: int) -> Rows:
-    """A ResnetBlock2D without time embedding. The result takes the place of `x` where it has no more channels."""
+    """Apply a ResnetBlock2D without time embedding, in place of `x` where channels allow it."""
     act, height, channels = block.nonlinearity, x.height, block.conv2.out_channels
     step = rows_of(values, max(x.data.shape[1], channels), x.data.shape[3])
     first = normalised(x, block.norm1, step)
@@ -206,7 +206,7 @@ def residual(x: Rows, block: Any, values: int) -> Rows:
 
 
 def attend(x: Rows, attention: Attention, values: int) -> None:
-    """Self-attention of all positions, in place; queries and their results exist strip by strip, keys and values whole."""
+    """Apply self-attention in place, with queries strip by strip and keys and values whole."""
     layer = cast(Any, attention)
     batch, channels, height, width = x.data.shape
     step = rows_of(values, channels, width)
@@ -245,8 +245,10 @@ def middle(x: Rows, block: Any, values: int) -> Rows:
 
 @contextmanager
 def weights_at_hand(network: nn.Module) -> Iterator[None]:
-    """Within, weights that accelerate keeps elsewhere (sequential offload) are where their layers compute: strips read them
-    without the calls that would bring them."""
+    """Hold weights that accelerate keeps elsewhere where their layers compute.
+
+    Strips read them without the calls that would bring them under sequential offload.
+    """
     kept = [module for module in network.modules() if hasattr(module, "_hf_hook")]
     for module in kept:
         cast(ModelHook, module._hf_hook).pre_forward(module)
@@ -288,7 +290,7 @@ def _decoded(network: Any, latents: Tensor, pixels: int) -> Tensor:
 
 
 def encode_by_rows(encoder: Encoder, images: Tensor, pixels: int) -> Tensor:
-    """A diffusers KL encoder: images (B,3,H,W) -> its last layer's output (B,c,h,w); strips as in `decode_by_rows`."""
+    """Return the last layer's output (B,c,h,w) of a diffusers KL encoder for images (B,3,H,W)."""
     with weights_at_hand(encoder):
         return _encoded(cast(Any, encoder), images, pixels)
 
@@ -311,7 +313,7 @@ def _encoded(network: Any, images: Tensor, pixels: int) -> Tensor:
 
 
 def last_layer(x: Rows, network: Any, values: int) -> Tensor:
-    """An encoder's end: its layer, a 3x3 convolution or DetailDown, on strips with a row of its output more on each side."""
+    """Apply an encoder's last layer to strips with one row of its output more on each side."""
     layer, step = network.conv_out, rows_of(values, *x.data.shape[1::2])
     norm = normalised(x, network.conv_norm_out, step)
     factor = layer.scale if isinstance(layer, DetailDown) else 1
@@ -324,5 +326,5 @@ def last_layer(x: Rows, network: Any, values: int) -> Tensor:
 
 
 def rows_of(values: int, channels: int, width: int) -> int:
-    """Rows of a strip that holds at most so many values; at least 8, as neighbours share two."""
+    """Return the rows of a strip of at most this many values, and 8 at least."""
     return max(8, values // (channels * width))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiling:
-    """tile: side of a tile in pixels; overlap: shared fraction of neighbouring tiles, in [0, 0.5]."""
+    """Side of a tile in pixels, and the fraction that neighbouring tiles share, in [0, 0.5]."""
 
     tile: int
     overlap: float
@@ -24,7 +24,7 @@ class Tiling:
 
 
 def tiled(network: Callable[[Tensor], Tensor], inputs: Tensor, tile: int, overlap: float, factor: float) -> Tensor:
-    """Apply `network` tile by tile; neighbouring outputs are cross-faded linearly over what they share.
+    """Apply `network` tile by tile, neighbouring outputs cross-faded linearly.
 
     Args:
         inputs: (B,...,H,W).
@@ -59,7 +59,7 @@ def tiled(network: Callable[[Tensor], Tensor], inputs: Tensor, tile: int, overla
 
 
 def spans(length: int, tile: int, shared: int, grain: int) -> tuple[int, list[int]]:
-    """(side of a tile, first positions) of the fewest tiles of at most `tile` that cover `length` and overlap by `shared`.
+    """Return the side and first positions of the fewest tiles that cover a length.
 
     They are as small as that many allow, so that little is computed twice; sides and positions are multiples of `grain`.
     """
@@ -73,7 +73,7 @@ def spans(length: int, tile: int, shared: int, grain: int) -> tuple[int, list[in
 
 
 def _ramp(length: int, shared: int, fade_in: bool, fade_out: bool, like: Tensor) -> Tensor:
-    """Return weights along one axis: 1, and over `shared` positions towards a neighbour linear between two flat quarters.
+    """Return weights along one axis, which fall linearly over `shared` positions at its ends.
 
     The outer quarter is 0: there a tile differs most from the whole, as its convolutions see zeros beyond its edge. Weights
     of neighbours add up to 1.

@@ -1,4 +1,4 @@
-"""How a DetailVAE's new layers begin, so that it starts as its base autoencoder."""
+"""Start of a DetailVAE's new layers, so that it begins as its base autoencoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Start = Literal["enlarged", "unfolded"]  # what a new decoder makes pictures of:
 
 
 def load_base_weights(vae: Any, base: Any, start: Start) -> None:
-    """Give a new DetailVAE the weights of its base autoencoder, which lies where it does, and its new layers their start.
+    """Load a base autoencoder's weights into a new DetailVAE, and start its new layers.
 
     Raises:
         ValueError: `unfolded` where D is not a multiple of s^2.
@@ -41,7 +41,7 @@ def load_base_weights(vae: Any, base: Any, start: Start) -> None:
 
 
 def warm_start_up(up: DetailUp, weight: Tensor, bias: Tensor, layout: LatentLayout) -> None:
-    """Make DetailUp([z, 0]) equal a 3x3 convolution of z enlarged s times (nearest), away from the border's zero padding.
+    """Make DetailUp([z, 0]) equal a 3x3 convolution of z enlarged s times, inside the border.
 
     weight (width,C,3,3), bias (width,): the base decoder's first convolution.
 
@@ -71,8 +71,9 @@ def warm_start_up(up: DetailUp, weight: Tensor, bias: Tensor, layout: LatentLayo
 
 
 def filter_shares(layout: LatentLayout) -> Tensor:
-    """M (D/s^2,C): filter k of DetailDown feeds z_d's channels k s^2 to (k+1) s^2 - 1, a sub-position each; its row averages
-    the base channels that these align with (Eq. 4).
+    """Return M (D/s^2,C), whose row k averages the base channels of filter k (Eq. 4).
+
+    Filter k of DetailDown feeds z_d's channels k s^2 to (k+1) s^2 - 1, a sub-position each.
 
     Raises:
         ValueError: D is not a multiple of s^2.
@@ -89,7 +90,7 @@ def filter_shares(layout: LatentLayout) -> Tensor:
 
 
 def unfold_down(down: DetailDown, weight: Tensor, bias: Tensor, layout: LatentLayout) -> None:
-    """Start z_d's mean as the base latent of I_hr, folded onto the coarse grid: M times it at each sub-position.
+    """Start z_d's mean as M times the base latent of I_hr at each sub-position.
 
     weight (C,width,3,3), bias (C,): the base encoder's last convolution. D = s^2 C keeps that latent whole. The block's
     shortcut must be one that starts at zero.
@@ -103,8 +104,10 @@ def unfold_down(down: DetailDown, weight: Tensor, bias: Tensor, layout: LatentLa
 
 
 def unfold_up(up: DetailUp, weight: Tensor, bias: Tensor, layout: LatentLayout) -> None:
-    """Make DetailUp([z, z_d]) equal a 3x3 convolution of z' = z + M^+ (z_d - M z), z enlarged s times and z_d at its
-    sub-positions: what z_d tells of the base latent of I_hr, and z where it tells nothing. D = s^2 C gives z' = z_d.
+    """Make DetailUp([z, z_d]) equal a 3x3 convolution of z' = z + M^+ (z_d - M z).
+
+    z is enlarged s times, z_d at its sub-positions: z' is the base latent of I_hr as far as z_d contains it, and z
+    elsewhere. D = s^2 C gives z' = z_d.
 
     weight (width,C,3,3), bias (width,): the base decoder's first convolution. The block's shortcut must start at zero.
     """
@@ -128,7 +131,7 @@ def unfold_up(up: DetailUp, weight: Tensor, bias: Tensor, layout: LatentLayout) 
 
 
 def narrow_posterior(down: DetailDown, layout: LatentLayout, logvar: float = -4.0) -> None:
-    """Start z_d's posterior near sigma = exp(logvar/2) = 0.14: unit noise would drown the new latent at first."""
+    """Start z_d's posterior near sigma = exp(logvar/2) = 0.14, far below unit noise."""
     first = -(-layout.detail_channels // layout.scale**2)  # first convolution channel that feeds log-variances only
     assert down.conv.bias is not None
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Tiles for the local layers of an autoencoder only: layers that see the whole image run on the whole, coarse grid.
+"""Tiles for the local layers of an autoencoder, and the whole grid for all others.
 
 Group normalisation, pooled blocks and attention give other values on a tile than on the image. In all supported autoencoders
-but KL ones (`by_rows`) they lie next to the latent, where the grid has few positions. The layers beyond them are convolutions
+but KL ones (`strips`) they lie next to the latent, where the grid has few positions. The layers beyond them are convolutions
 and normalisations of one position. They take the memory, and tiles of them differ from the whole only near their edges.
 """
 
@@ -64,7 +64,7 @@ def chain(layers: list[Layer]) -> Layer:
 
 
 def decoder_layers(decoder: Any, **options: Any) -> list[Layer]:
-    """Return a decoder's layers in their order; the decoder itself where its class is unknown.
+    """Return a decoder's layers in their order, or the decoder where its class is unknown.
 
     Args:
         options: what its call takes besides the latents.
@@ -88,7 +88,7 @@ def decoder_layers(decoder: Any, **options: Any) -> list[Layer]:
 
 
 def encoder_layers(encoder: Any) -> list[Layer]:
-    """Return an encoder's layers in their order; the encoder itself where its class is unknown."""
+    """Return an encoder's layers in their order, or the encoder where its class is unknown."""
     if isinstance(encoder, EncoderTiny):
         return [lambda x: x.add(1).div(2), *encoder.layers]
     if isinstance(encoder, autoencoder_dc.Encoder):
