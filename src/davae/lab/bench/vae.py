@@ -28,7 +28,7 @@ def synthetic_picture(resolution: int) -> Tensor:
     return (0.6 * picture + 0.05 * noise).clamp(-1, 1)[None]
 
 
-def open_autoencoder(model: str, tile: int | None, dtype: torch.dtype) -> Any:
+def _opened(model: str, tile: int | None, dtype: torch.dtype) -> Any:
     """The autoencoder on this process's device, tiled where a tile's side is given."""
     vae = load_autoencoder(model).to(own_device(), dtype)
     if tile is not None:
@@ -41,14 +41,14 @@ def encoding_work(model: str, picture: Tensor, tile: int | None, dtype: torch.dt
 
     No image is encoded before it, as freed memory would not count again.
     """
-    vae = open_autoencoder(model, tile, dtype)
+    vae = _opened(model, tile, dtype)
     given = picture.to(vae.device, dtype)
     return torch.no_grad()(lambda: encode_mode(vae, given).cpu())
 
 
 def decoding_work(model: str, latents: Tensor, tile: int | None, dtype: torch.dtype) -> Callable[[], Tensor]:
     """Work for `added_memory`: one picture's latents decoded."""
-    vae = open_autoencoder(model, tile, dtype)
+    vae = _opened(model, tile, dtype)
     given = latents.to(vae.device, dtype)
     return torch.no_grad()(lambda: decode_latents(vae, given).cpu())
 
