@@ -66,7 +66,7 @@ def make_data(model: Path, prompts: Path, out: Path, **changes: Any) -> None:
 
 def evaluate(model: Path, prompts: Path, out: Path, **changes: Any) -> dict[str, Any]:
     options = {"num": None, "clip": None, "on_batch": lambda done, total: None}
-    how = SamplingOptions(steps=1, guidance=1.0, seed=0, **changes)
+    how = replace(SamplingOptions(steps=1, guidance=1.0, seed=0), **changes)
     return prompting.evaluate_prompts(str(model), prompts, out, how, **options)
 
 
