@@ -199,15 +199,15 @@ def test_a_run_in_buckets(tiny_base: Path, bucket_folder: Path, tmp_path: Path) 
 
 def test_class_models_take_squares(tiny_base: Path, bucket_folder: Path, tmp_path: Path) -> None:
     values = tiny_upgrade_recipe(tiny_base, bucket_folder, data__buckets={"max_ratio": 16})
-    with pytest.raises(ValueError, match=r"asks for 16 tokens in a row, .* knows positions up to 8; lower it"):
+    with pytest.raises(ValueError, match=r"gives 16 tokens in a row, .* knows positions up to 8; lower it"):
         Upgrade(validate(values, "tiny"), tmp_path / "out", lambda progress: None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("data", r"^data\.buckets\.max_ratio: 16.* asks for 16 tokens in a row"),
-        ("stage2", r"^stage2\.data\.buckets\.max_ratio: 16.* asks for 16 tokens in a row"),
+        ("data", r"^data\.buckets\.max_ratio: 16.* gives 16 tokens in a row"),
+        ("stage2", r"^stage2\.data\.buckets\.max_ratio: 16.* gives 16 tokens in a row"),
         ("stage1", None),  # the autoencoder has no table of positions
     ],
 )

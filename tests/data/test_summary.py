@@ -26,7 +26,7 @@ from davae.dataset.opened import announce, bucket_notes, open_pictures
 from davae.errors import DataError, RecipeError, RunError
 from davae.recipes import load_data, load_recipe, validate
 from davae.recipes.sections import Data, Optim
-from davae.runs.report import upgrade
+from davae.runs.report import run_with_report
 from davae.runs.upgrade import Upgrade
 
 KEYS = {
@@ -329,7 +329,7 @@ def test_a_run_writes_its_summary_and_stops_at_poor_captions(tiny_base: Path, tm
     assert json.loads((out / "data.json").read_text())["captions_empty"] == 6
     assert list(out.glob("survey-*.npz"))
     with pytest.raises(DataError, match="6 of 6 images have no caption"):
-        upgrade(run, lambda progress: None)
+        run_with_report(run, lambda progress: None)
     good = folder_of(tmp_path / "good", {f"{n}": f"a {n}" for n in range(6)}, (40, 40))
     values["data"]["source"] = str(good)
     run = Upgrade(validate(values, "tiny"), out, lambda progress: None)  # type: ignore[arg-type]

@@ -162,7 +162,7 @@ def test_the_body_stays_to_the_bit_and_the_rest_moves(values: dict[str, Any], fi
 def test_both_caches_hold_the_same_draws(values: dict[str, Any], finished: Path, base: Path) -> None:
     """Item for item: encoding the cache's own pictures again gives both latents, flips and crops included."""
     run = base_run(recipe_of(values), finished, quiet)
-    pictures, own_vae, base_vae = run.pictures, run.autoencoder(), load_pipeline(str(base)).vae
+    pictures, own_vae, base_vae = run.images, run.autoencoder(), load_pipeline(str(base)).vae
     run.folder.close()
     pairs = PairedLatents(finished / "cache", finished / BASE_CACHE)
     assert len(pairs) == 36

@@ -26,7 +26,7 @@ from davae.files.ownership import check_out, unowned
 from davae.files.reading import load_json, parse_json, whole_number
 from davae.publish.export import _report
 from davae.publish.report_file import read_report
-from davae.runs.report import is_sound
+from davae.runs.report import has_report
 from davae.train.locking import PROCESS, running_process
 from davae.train.run_folder import Best, RunFolder, load_checkpoint, read_metrics, save_checkpoint
 from davae.train.times import read_times
@@ -42,7 +42,7 @@ DAMAGED = (
 def test_json_is_read_in_one_place():
     """`json.loads` raises RecursionError, which is no ValueError, for text that is nested too deeply."""
     allowed = {
-        "reading.py": 1,
+        "files/reading.py": 1,
         "app/limits.py": 1,
         "app/decoding.py": 1,
         "tasks/text_to_image.py": 1,
@@ -114,7 +114,7 @@ def test_small_files_of_any_content(tmp_path: Path, content: bytes):
     assert read_times(tmp_path) == {}
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     assert unowned(tmp_path)
-    assert not is_sound(tmp_path)  # the report is made again
+    assert not has_report(tmp_path)  # the report is made again
     if content != b"{}":
         with pytest.raises(ModelError):
             _report(tmp_path, SimpleNamespace())  # type: ignore[arg-type]
@@ -169,11 +169,11 @@ REPORT = {
 def test_a_report_without_its_figures_is_one_line(tmp_path: Path, change: dict):
     (tmp_path / "report.json").write_text(json.dumps(REPORT))
     assert read_report(tmp_path) == REPORT
-    assert is_sound(tmp_path)
+    assert has_report(tmp_path)
     (tmp_path / "report.json").write_text(json.dumps({**REPORT, **change}))
     with pytest.raises(ModelError, match=r"report.json is damaged.*delete it"):
         read_report(tmp_path)
-    assert not is_sound(tmp_path)
+    assert not has_report(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_crops_lie_where_the_difference_is_largest():
     found = zooms(content().samples, ["first", "second"], 0, 1)
     assert [z.caption for z in found] == ["second", "first"]
     assert (found[0].left, found[0].top, found[0].side) == (40, 12, 16)
-    assert np.asarray(found[0].pictures[1][1]).reshape(-1, 3).std(0).max() == 0  # the marked square, all of it
+    assert np.asarray(found[0].images[1][1]).reshape(-1, 3).std(0).max() == 0  # the marked square, all of it
     assert most_different(marked(8, None), marked(8, (5, 6, 7, 8)), 2) == (5, 6)
 
 

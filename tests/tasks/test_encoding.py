@@ -169,13 +169,12 @@ def test_a_held_out_caption_that_is_not_finite_leaves_the_validation_loss_finite
         loaded.append("text encoders")
         return overflowing
 
-    run = SimpleNamespace(recipe=SimpleNamespace(cache=SimpleNamespace(batch_size=2)), embedder=embedder)
     captions = ["", "a nan", "abc"]
-    stored = embedded_captions(run, SimpleNamespace(cache=None), captions).embed(captions)
+    stored = embedded_captions(SimpleNamespace(cache=None), captions, embedder, 2).embed(captions)
     assert stored[1].flatten().tolist() == [0.0, 0.0, 3.0]
     assert "'a nan'" in caplog.text
     own = SimpleNamespace(cache=EmbeddedInStep(overflowing))
-    assert torch.equal(embedded_captions(run, own, captions).embed(captions)[0], stored[0])
+    assert torch.equal(embedded_captions(own, captions, embedder, 2).embed(captions)[0], stored[0])
     assert loaded == ["text encoders"], "a run that embeds in its steps has them already"
 
 

@@ -27,7 +27,6 @@ from davae.recipes import validate
 from davae.recipes.sections import FlowOptim, Stage2
 from davae.runs.checks import check_timesteps
 from davae.runs.upgrade import Upgrade
-from davae.runs.validation import ddim, solve
 from davae.tasks.noising import (
     Objective,
     choose_objective,
@@ -36,6 +35,7 @@ from davae.tasks.noising import (
     flow_matching,
     noise_batch,
 )
+from davae.tasks.solving import ddim, solve
 from davae.train.random import SampleRandom
 from davae.train.run_folder import read_metrics
 
@@ -190,9 +190,9 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
         "UNet2DConditionModel",
         "FlowMatchEulerDiscreteScheduler",
         {},
-        "stands for flow, a UNet2DConditionModel is trained",
+        "belongs to flow, a UNet2DConditionModel is trained",
     ),
-    ("SD3Transformer2DModel", "DDIMScheduler", {}, "stands for epsilon, a SD3Transformer2DModel is trained by flow"),
+    ("SD3Transformer2DModel", "DDIMScheduler", {}, "belongs to epsilon, a SD3Transformer2DModel is trained by flow"),
 ]
 
 

@@ -18,8 +18,8 @@ from davae.latent import LatentStatistics
 from davae.losses.flow_matching import FlowMatching
 from davae.publish.assemble import apply_upgrade, save_upgrade
 from davae.recipes.sections import Lora, Stage2
-from davae.runs.validation import guided, solve
 from davae.tasks.conditioning import conditioning
+from davae.tasks.solving import guided, solve
 from davae.tasks.stage2 import Stage2Task
 from davae.train.random import SampleRandom
 
@@ -95,9 +95,9 @@ def flux_task(distilled: bool, **settings: Any) -> tuple[Stage2Task, StepRecorde
     transformer, device = expand_transformer(flux, 4), torch.device("cpu")
     condition = conditioning(transformer, cache, device, guidance=stage.embedded_guidance)  # type: ignore[arg-type]
     layout, ones = LatentLayout(4, 4), torch.ones(1, 8, 1, 1)
-    task = Stage2Task(
-        stage, layout, transformer, cache, LatentStatistics(0 * ones, ones), condition, FlowMatching(), device
-    )  # type: ignore[arg-type]
+    statistics = LatentStatistics(0 * ones, ones)
+    given: Any = cache
+    task = Stage2Task(stage, layout, transformer, given, statistics, condition, FlowMatching(), device)
     task.modules["transformer"] = StepRecorder(8)
     return task, task.modules["transformer"], cache
 

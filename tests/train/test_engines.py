@@ -29,12 +29,12 @@ from davae.pretrained.shapes import read_shapes
 from davae.pretrained.text_encoders import load_text_encoders, reads_silent_t5
 from davae.recipes import validate
 from davae.recipes.sections import Optim, Run, Stage1
-from davae.runs.report import upgrade
+from davae.runs.report import run_with_report
 from davae.runs.upgrade import Upgrade
 from davae.train import run_folder as state
 from davae.train.accelerator import make_accelerator
 from davae.train.ema import Average
-from davae.train.monitor import StepTimer, Watch
+from davae.train.monitor import RunWarnings, StepTimer
 from davae.train.optimizers import build_optimizer
 from davae.train.random import SampleRandom
 from davae.train.run_folder import RunFolder, new_folder, newest_checkpoint, read_metrics
@@ -144,7 +144,7 @@ def test_two_processes_give_the_losses_of_one(runs: tuple[Path, Path], tmp_path:
     run_two(["-m", "davae", "upgrade", str(recipe), "--out", str(two)], tmp_path / "log")
     close(one, two, "stage1")
     alone = Upgrade(validate(yaml.safe_load(recipe.read_text()), "tiny"), one, quiet)  # type: ignore[arg-type]
-    same_report(upgrade(alone, quiet).parent, two)
+    same_report(run_with_report(alone, quiet).parent, two)
     values = validate(yaml.safe_load(recipe.read_text()), "tiny")
     Upgrade(values, tmp_path / "again", quiet, stage1=two).train_dit()  # type: ignore[arg-type]  # on the same cache
     close(tmp_path / "again", two, "stage2")
@@ -295,14 +295,14 @@ def test_other_processes_of_a_launch_are_not_refused(tmp_path: Path, monkeypatch
 
 
 def test_warnings_name_their_cause_once(caplog: pytest.LogCaptureFixture):
-    watch = Watch("stage2", 0, 0)
+    watch = RunWarnings("stage2", 0, 0)
     for _ in range(2):
         watch.times({"seconds_data": 0.5, "seconds_step": 1.0})
     watch.times({"seconds_data": 0.1, "seconds_step": 1.0})
-    for _ in range(Watch.DEAD):
+    for _ in range(RunWarnings.DEAD):
         watch.gradients({"grad_norm_P'": 0.1, "grad_norm_O'": 0.0, "detail_weight": 0.0})
     assert "O'" not in caplog.text, "w(n) is zero at first: that is no fault"
-    for _ in range(Watch.DEAD):
+    for _ in range(RunWarnings.DEAD):
         watch.gradients({"grad_norm_P'": 0.1, "grad_norm_O'": 0.0, "detail_weight": 0.5})
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(messages) == 2

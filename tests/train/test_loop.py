@@ -97,7 +97,7 @@ def test_random_squares_are_cut_from_the_pictures_where_they_are_drawn():
         assert torch.equal(square, picture[:, y : y + 16, x : x + 16])
         places.add((y, x))
     assert len(places) == 4
-    assert torch.equal(random_squares(images, 16, draws.afresh()), squares)
+    assert torch.equal(random_squares(images, 16, draws.restarted()), squares)
     assert random_squares(images, 24, draws) is images
 
 

@@ -20,7 +20,7 @@ import davae.files.atomic
 from davae.errors import Interrupted, RecipeError, RunError
 from davae.recipes import dump_recipe
 from davae.train.locking import PROCESS, RunLock, changing, hold_for_reading, running_process
-from davae.train.monitor import peak_memory
+from davae.train.monitor import peak_memory_gib
 from davae.train.run_folder import Best, RunFolder, changed_inputs, newest_checkpoint, read_metrics, set_aside
 from davae.train.signals import check_stop, stop_on_signal
 
@@ -140,7 +140,7 @@ def test_neither_sampling_nor_training_needs_modules_that_only_unix_has():
         tops = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import)]
         names = {alias.name for node in tops for alias in node.names}
         assert not names & unix or path.parent.name in ("bench", "app"), path
-    assert peak_memory(torch.device("cpu")) > 0.01
+    assert peak_memory_gib(torch.device("cpu")) > 0.01
 
 
 def test_what_others_read_is_not_changed_and_what_is_changed_not_read(tmp_path: Path):

@@ -19,7 +19,7 @@ from davae.backbones.classes import goes_by_class
 from davae.backbones.families import denoiser
 from davae.errors import ModelError
 from davae.evaluate.throughput import image_tokens, synchronise
-from davae.runs.crops import enlarged, most_different
+from davae.runs.crops import magnify_crop, most_different
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions, check_class_prompts
 from davae.sample.preview import Preview
@@ -274,4 +274,4 @@ def cut_place(image: Image.Image, x: float, y: float, zoom: int) -> Image.Image:
     side = max(1, image.width // zoom)
     left = int(np.clip(round(x * image.width - side / 2), 0, image.width - side))
     top = int(np.clip(round(y * image.height - side / 2), 0, image.height - side))
-    return enlarged(image, left, top, side, zoom)
+    return magnify_crop(image, left, top, side, zoom)

@@ -72,7 +72,7 @@ def _run_upgrade(
         raise RecipeError("--json: it takes the figures of a dry run; add --dry-run, or read report.json of the run")
     from davae.commands.header import LAST, show_start
     from davae.console import progress_display
-    from davae.runs.report import upgrade
+    from davae.runs.report import run_with_report
     from davae.runs.upgrade import Upgrade
     from davae.train.distributed import is_main, launched
 
@@ -99,7 +99,7 @@ def _run_upgrade(
                 run.check_data()
                 done = run.run()
             else:
-                done = upgrade(run, observer)
+                done = run_with_report(run, observer)
             check_stop(str(folder))
     if not is_main():  # the first process of a launch made the report and reports
         return

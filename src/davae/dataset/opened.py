@@ -30,7 +30,7 @@ from davae.recipes import check_command_source
 from davae.recipes.base import BaseRecipe, TextArchitecture
 from davae.recipes.sections import Data, Optim
 from davae.tasks.base_model import BaseModel
-from davae.train.distributed import compare, from_main, is_main, ranks
+from davae.train.distributed import differing_values, from_main, is_main, ranks
 
 logger = logging.getLogger(__name__)
 
@@ -294,10 +294,10 @@ def check_same_data(opened: OpenedData, name: str) -> None:
     digest = hash_values(
         hash_images(opened.source, indices), len(opened.train), opened.groups.tolist(), sorted(opened.left_out)
     )
-    differing = compare(digest)
+    differing = differing_values(digest)
     if not differing:
         return
-    keys = compare([opened.source.key(index) for index in indices])
+    keys = differing_values([opened.source.key(index) for index in indices])
     (_, first_host, _), (other, host, _) = differing[:2]
     found = f"process {other} on {host} has images of other sizes, captions or buckets than process 0 on {first_host}"
     if keys:

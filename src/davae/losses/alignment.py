@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def group_mean(z_d: Tensor, base_channels: int) -> Tensor:
-    """Proj of Eq. 4: base channel i is the mean of detail channels i*r ... i*r + r-1, r = D/C.
+    """Return Proj of Eq. 4: the mean of detail channels i*r ... i*r + r-1 for each i, r = D/C.
 
     Args:
         z_d: detail latent (B,D,h,w).
@@ -17,7 +17,7 @@ def group_mean(z_d: Tensor, base_channels: int) -> Tensor:
         (B,C,h,w).
 
     Raises:
-        ValueError: when C does not divide D.
+        ValueError: C does not divide D.
     """
     batch, detail_channels, *space = z_d.shape
     if base_channels < 1 or detail_channels % base_channels:
@@ -27,5 +27,5 @@ def group_mean(z_d: Tensor, base_channels: int) -> Tensor:
 
 
 def alignment_loss(z_d: Tensor, z: Tensor) -> Tensor:
-    """L_align of Eq. 3: mean squared error of Proj(z_d) and z; no gradient reaches z. Returns a scalar."""
+    """Return L_align of Eq. 3: mean squared error of Proj(z_d) and z, without gradient of z."""
     return F.mse_loss(group_mean(z_d, z.shape[1]), z.detach())

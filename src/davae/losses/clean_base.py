@@ -1,4 +1,4 @@
-"""Training for enlarging: some samples keep a clean base, and learn the detail alone."""
+"""Training for enlarging: some samples keep a clean base and train the detail alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from davae.latent import LatentLayout
 
 
 def with_clean_base(x_t: Tensor, latents: Tensor, layout: LatentLayout, chosen: Tensor) -> Tensor:
-    """Return x_t = [z, a z_d + s n_d] for the chosen samples: the noised latents with the base as it is.
+    """Return x_t = [z, a z_d + s n_d] for the chosen samples: only their detail is noised.
 
     Args:
         x_t, latents: noised and clean z_hr (B,C+D,h,w).
@@ -22,7 +22,7 @@ def with_clean_base(x_t: Tensor, latents: Tensor, layout: LatentLayout, chosen: 
 
 
 def without_base_error(target: Tensor, prediction: Tensor, layout: LatentLayout, chosen: Tensor) -> Tensor:
-    """Return the target with the base of the chosen samples replaced by what was predicted, without gradient.
+    """Return the target with the base of the chosen samples replaced by their prediction.
 
     A clean base holds none of its noise, so its velocity n - z cannot be predicted from it; its error becomes zero.
 

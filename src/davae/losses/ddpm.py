@@ -1,7 +1,7 @@
-"""Diffusion on a table of noise levels: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, t = 0 .. T-1, the last the noisiest.
+"""Diffusion on a table of noise levels: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
 
-a_t is the scheduler's own `alphas_cumprod` (Ho et al., arXiv 2006.11239). A schedule rescaled to zero terminal SNR
-(Lin et al., arXiv 2305.08891) ends at 0, and every function here is finite there.
+t is 0 .. T-1, the last the noisiest, a_t the scheduler's own `alphas_cumprod` (Ho et al., arXiv 2006.11239). A schedule
+rescaled to zero terminal SNR (Lin et al., arXiv 2305.08891) ends at 0, and every function here is finite there.
 """
 
 from __future__ import annotations
@@ -16,16 +16,7 @@ PredictionType = Literal["flow", "epsilon", "v_prediction"]
 
 
 def signal_and_noise(alphas_cumprod: Tensor, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (sqrt(a_t), sqrt(1 - a_t)) at integer timesteps.
-
-    Args:
-        alphas_cumprod: (T,).
-        t: (B,) integers.
-        like: a tensor whose dtype, device and number of dimensions the result has.
-
-    Returns:
-        Two tensors (B,1,1,1).
-    """
+    """Return (sqrt(a_t), sqrt(1 - a_t)) at t (B,), (B,1,1,1) in dtype and device of `like`."""
     alpha_bar = alphas_cumprod.to(like)[t.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
@@ -33,29 +24,14 @@ def signal_and_noise(alphas_cumprod: Tensor, t: Tensor, like: Tensor) -> tuple[T
 def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:
     """Return x_t, Eq. 4 of arXiv 2006.11239.
 
-    Args:
-        latents, noise: (B,c,h,w).
-        alphas_cumprod: (T,).
-        t: (B,) integers.
-
-    Returns:
-        (B,c,h,w).
+    latents, noise (B,c,h,w), alphas_cumprod (T,), t (B,) integers -> (B,c,h,w).
     """
     alpha, sigma = signal_and_noise(alphas_cumprod, t, latents)
     return alpha * latents + sigma * noise
 
 
 def v_target(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:
-    """Return v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans and Ho, arXiv 2202.00512).
-
-    Args:
-        latents, noise: (B,c,h,w).
-        alphas_cumprod: (T,).
-        t: (B,) integers.
-
-    Returns:
-        (B,c,h,w).
-    """
+    """Return v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 of arXiv 2202.00512, (B,c,h,w)."""
     alpha, sigma = signal_and_noise(alphas_cumprod, t, latents)
     return alpha * noise - sigma * latents
 
@@ -63,34 +39,20 @@ def v_target(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, t: Tensor) 
 def draw_timesteps(
     batch_size: int, steps: int, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Draw timesteps uniformly from 0 .. steps-1 (Alg. 1 of arXiv 2006.11239).
-
-    Args:
-        batch_size: B.
-        steps: T.
-        generator: draws on its own device.
-        device: of the result.
-
-    Returns:
-        (B,) integers.
-    """
+    """Draw (B,) integers uniformly from 0 .. steps-1, Alg. 1 of arXiv 2006.11239."""
     return torch.randint(0, steps, (batch_size,), generator=generator, device=generator.device).to(device)
 
 
 @dataclass(frozen=True)
 class Diffusion:
-    """Objective of DDPM: predict the noise, or v, at timesteps uniform over the scheduler's training steps.
+    """Objective of DDPM: predict the noise, or v, at timesteps uniform over the training steps.
 
     A model that also returns a variance is trained on its mean alone. The stock pipelines drop the variance before the
     scheduler's step, so a trained variance would change no image. The new rows of that half of the head stay zero, the
     middle of the range in which a learned variance is interpolated.
-
-    Attributes:
-        alphas_cumprod: (T,).
-        prediction: the quantity that the model predicts.
     """
 
-    alphas_cumprod: Tensor
+    alphas_cumprod: Tensor  # (T,)
     prediction: Literal["epsilon", "v_prediction"]
 
     def draw(self, generators: list[torch.Generator]) -> Tensor:
@@ -115,7 +77,7 @@ class Diffusion:
 
 
 def min_snr_weight(alpha: Tensor, sigma: Tensor, gamma: float, prediction: PredictionType) -> Tensor:
-    """Return the weight of a squared prediction error by which the error of x_0 weighs min(SNR, gamma).
+    """Return the weight of a squared error by which the error of x_0 weighs min(SNR, gamma).
 
     Min-SNR weighting (Hang et al., arXiv 2303.09556) at x_t = alpha x_0 + sigma noise, SNR = (alpha/sigma)^2. The weight is
     min(SNR, gamma) times the square of how far x_0 moves with the prediction: sigma^2/alpha^2 for epsilon, which gives
@@ -126,9 +88,6 @@ def min_snr_weight(alpha: Tensor, sigma: Tensor, gamma: float, prediction: Predi
         alpha, sigma: of one shape; sigma^2 = 1 - alpha^2 for epsilon and v, sigma = 1 - alpha for flow.
         gamma: positive; 5 in the paper.
         prediction: the quantity that the model predicts.
-
-    Returns:
-        The weight, of alpha's shape.
     """
     signal, clipped = alpha.square(), gamma * sigma.square()
     if prediction == "epsilon":

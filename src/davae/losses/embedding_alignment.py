@@ -1,4 +1,4 @@
-"""DC-Gen's embedding alignment: a new patch embedder gives the tokens that a pretrained one gives of the same picture."""
+"""DC-Gen's embedding alignment: a new patch embedder learns the tokens of a pretrained one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def token_alignment_loss(tokens: Tensor, base_tokens: Tensor) -> Tensor:
-    """Mean squared error of two embedders' tokens of the same picture (DC-Gen, arXiv 2509.25180: embedding alignment).
+    """Return the mean squared error of two embedders' tokens of one image (arXiv 2509.25180).
 
     For patch embedders, which are affine, and clean latents this is a linear least-squares problem.
 
@@ -19,7 +19,7 @@ def token_alignment_loss(tokens: Tensor, base_tokens: Tensor) -> Tensor:
         A scalar.
 
     Raises:
-        ValueError: grids or widths that differ.
+        ValueError: grids or widths differ.
     """
     if tokens.shape != base_tokens.shape:
         raise ValueError(f"tokens are {tuple(tokens.shape)}, the pretrained model's {tuple(base_tokens.shape)}")

@@ -1,4 +1,4 @@
-"""Rectified flow: x_t = (1 - t) x_0 + t noise, velocity = noise - x_0, t in [0,1] with t = 1 pure noise."""
+"""Rectified flow: x_t = (1 - t) x_0 + t noise, velocity = noise - x_0, t = 1 is pure noise."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ from torch import Tensor
 def interpolate(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Return x_t on the straight path from data to noise.
 
-    Args:
-        latents, noise: (B,c,h,w).
-        t: (B,) in [0,1].
-
-    Returns:
-        (B,c,h,w).
+    latents, noise (B,c,h,w), t (B,) in [0,1] -> (B,c,h,w).
     """
     t = t.reshape(-1, *[1] * (latents.ndim - 1))  # (B,1,1,1)
     return (1 - t) * latents + t * noise
@@ -29,12 +24,12 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
 
 
 def shift_timestep(t: Tensor, shift: float) -> Tensor:
-    """Return shift*t / (1 + (shift-1)*t), SD3's resolution-dependent shift; 1 changes nothing."""
+    """Return shift*t / (1 + (shift-1)*t), SD3's resolution-dependent shift, where 1 is none."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def logit_normal(normal: Tensor, *, mean: float, std: float, shift: float) -> Tensor:
-    """Return t = sigmoid(mean + std * normal), then shifted; any shape, in (0,1)."""
+    """Return t = sigmoid(mean + std * normal), then shifted, of any shape, in (0,1)."""
     return shift_timestep(torch.sigmoid(mean + std * normal), shift)
 
 
@@ -47,17 +42,9 @@ def sample_timesteps(
     shift: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw logit-normal, shifted timesteps.
+    """Draw logit-normal, shifted timesteps, (B,) in (0,1).
 
-    Args:
-        batch_size: B.
-        generator: draws the normals on its own device, so that a seed gives the same timesteps everywhere.
-        mean, std: of the normal before the sigmoid.
-        shift: see `shift_timestep`.
-        device: of the result.
-
-    Returns:
-        (B,) in (0,1).
+    Normals are drawn on the generator's own device, so that a seed gives the same timesteps on every device.
     """
     normal = torch.randn(batch_size, generator=generator, device=generator.device)
     return logit_normal(normal, mean=mean, std=std, shift=shift).to(device)
@@ -113,8 +100,5 @@ def x0_ratio_weight(sigma: Tensor, maximum: float) -> Tensor:
     Args:
         sigma: noise level in [0, 1], of any shape.
         maximum: positive; 5 in the authors' configuration.
-
-    Returns:
-        The weight, of sigma's shape.
     """
     return (sigma * (1 - sigma)).minimum(maximum * sigma.square())

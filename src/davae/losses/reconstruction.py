@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ReconstructionLoss:
-    """`total` is Eq. 5 without its adversarial term, `pixel` its LPIPS and L1 alone; the others are unweighted means.
-    `kl` is 0 where there is no posterior."""
+    """Terms of Eq. 5: `total` without the adversarial one, `pixel` of LPIPS and L1, and means.
+
+    `kl` is 0 for a deterministic autoencoder.
+    """
 
     total: Tensor
     pixel: Tensor
@@ -24,7 +26,7 @@ class ReconstructionLoss:
 
 
 def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL of a diagonal Gaussian from the standard normal, summed over a latent and averaged over the batch."""
+    """Return the KL of a diagonal Gaussian from the standard normal, summed over a latent."""
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
@@ -40,11 +42,11 @@ def reconstruction_loss(
     lambda_l1: float,
     lambda_kl: float,
 ) -> ReconstructionLoss:
-    """L1 + LPIPS + KL of Eq. 5, in float32 whatever the autocast dtype.
+    """Return L1 + LPIPS + KL of Eq. 5, in float32 whatever the autocast dtype.
 
     Args:
         reconstruction, images: (B,3,H,W) in [-1,1].
-        mean, logvar: the posterior of z_d, (B,D,h,w); None of an autoencoder that is deterministic.
+        mean, logvar: of the posterior of z_d, (B,D,h,w); None for a deterministic autoencoder.
         perceptual: (images, target) -> (B,); None only where lambda_lpips is 0.
     """
     with torch.autocast(images.device.type, enabled=False):
@@ -57,17 +59,17 @@ def reconstruction_loss(
 
 
 def generator_hinge(fake_logits: Tensor) -> Tensor:
-    """L_adv for the autoencoder: minus the mean score of its reconstructions."""
+    """Return L_adv of the autoencoder: minus the mean score of its reconstructions."""
     return -fake_logits.float().mean()
 
 
 def discriminator_hinge(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss of the discriminator."""
+    """Return the hinge loss of the discriminator."""
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
 
 
 def adaptive_weight(above: Tensor, below: Tensor, maximum: float = 1e4) -> Tensor:
-    """||above|| / ||below||, the gradients of two losses at one parameter: puts both on one scale, in float32.
+    """Return ||above|| / ||below||, of two losses' gradients at one parameter, in float32.
 
     Used for the GAN (above: reconstruction, below: adversarial, at the decoder's last layer) and for
     `alignment: adaptive` (above: reconstruction, below: alignment, at the encoder's last layer).
@@ -76,7 +78,7 @@ def adaptive_weight(above: Tensor, below: Tensor, maximum: float = 1e4) -> Tenso
 
 
 def gradient_at(output: Tensor, parameter: Tensor, upstream: Tensor, count: int | None = None) -> Tensor:
-    """Return the gradient at a parameter, in float32, given the one at the output; the graph is kept.
+    """Return the float32 gradient at a parameter from the one at the output and keep the graph.
 
     The gradient of a mean over N values is about 1/N in each, which half precision rounds to zero on its way back. It travels
     multiplied by the power of two nearest to N, which changes no bit in float32.
@@ -105,9 +107,9 @@ class _Carried(torch.autograd.Function):
 
 
 def with_known_gradient(tensor: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
-    """A scalar worth `value` that hands `gradient` to `tensor` on its way back.
+    """Return a scalar of this value whose backward pass gives `gradient` to `tensor`.
 
-    What stands behind `value` (LPIPS, a discriminator) is differentiated once; adaptive weights and the training step share
-    the result.
+    The networks behind `value` (LPIPS, a discriminator) are differentiated once; adaptive weights and the training step
+    share the result.
     """
     return _Carried.apply(tensor, gradient.to(tensor.dtype), value.detach())  # type: ignore[return-value]

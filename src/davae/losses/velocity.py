@@ -1,4 +1,4 @@
-"""The loss of stage 2: the weight w(n) of Eq. 12, L_DiT of Eq. 13, and LightningDiT's loss of direction."""
+"""Loss of stage 2: w(n) of Eq. 12, L_DiT of Eq. 13, and LightningDiT's loss of direction."""
 
 from __future__ import annotations
 
@@ -12,15 +12,7 @@ from davae.latent import LatentLayout
 
 
 def detail_weight(step: int, warmup_steps: int) -> float:
-    """Return w(n) of Eq. 12: (1 - cos(pi n / N_warm)) / 2 up to N_warm, then 1.
-
-    Args:
-        step: n.
-        warmup_steps: N_warm; 0 means no fade.
-
-    Returns:
-        The weight of the detail channels, in [0,1].
-    """
+    """Return w(n) of Eq. 12: (1 - cos(pi n / N_warm)) / 2 up to N_warm, then 1."""
     if step >= warmup_steps:
         return 1.0
     return (1.0 - math.cos(math.pi * max(step, 0) / warmup_steps)) / 2.0
@@ -28,12 +20,7 @@ def detail_weight(step: int, warmup_steps: int) -> float:
 
 @dataclass(frozen=True)
 class VelocityLoss:
-    """Terms of Eq. 13.
-
-    Attributes:
-        total: L_DiT.
-        base, detail: unweighted mean squared errors of each group of channels (Fig. S3).
-    """
+    """L_DiT of Eq. 13, `total`, and the unweighted mean squared error of each group (Fig. S3)."""
 
     total: Tensor
     base: Tensor
@@ -43,7 +30,7 @@ class VelocityLoss:
 def velocity_loss(
     prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float, error_weight: Tensor | None = None
 ) -> VelocityLoss:
-    """Return L_DiT of Eq. 13, averaged over batch and positions; epsilon and v are weighed like velocities.
+    """Return L_DiT of Eq. 13, of velocities, epsilon or v, averaged over batch and positions.
 
     Args:
         prediction, target: velocities (B,C+D,h,w), or the epsilon or v that the model predicts.
@@ -70,13 +57,9 @@ def velocity_loss(
 
 
 def direction_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return 1 - cosine of predicted and true velocity along the channel axis, averaged: LightningDiT's second term.
+    """Return 1 - cosine of two velocities over the channels, LightningDiT's second term.
 
-    Args:
-        prediction, target: (B,c,h,w).
-
-    Returns:
-        A scalar in [0,2].
+    prediction, target (B,c,h,w) -> scalar in [0,2], averaged over batch and positions.
     """
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=1).mean()
 
@@ -84,13 +67,8 @@ def direction_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def detail_direction_loss(prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float) -> Tensor:
     """Return `direction_loss` with the detail channels weighed by `weight` in every product.
 
-    Args:
-        prediction, target: (B,C+D,h,w).
-        layout: which channels are detail.
-        weight: w(n) of Eq. 12; 0 compares the base alone, 1 all channels alike.
-
-    Returns:
-        A scalar in [0,2].
+    With w(n) of Eq. 12 as weight, 0 compares the base alone, 1 all channels alike.
+    prediction, target (B,C+D,h,w) -> scalar in [0,2].
     """
     root = math.sqrt(weight)
 

@@ -1,4 +1,4 @@
-"""Training a base model from start to a diffusers folder: autoencoder, cache, transformer, export."""
+"""Training of a base model: autoencoder, cache, transformer, export to a diffusers folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from davae.backbones.classes_by_name import model_class
 from davae.data.images import ImageDataset
 from davae.data.latent_cache.meta import CacheMeta, is_whole, read_meta
 from davae.data.latent_cache.read import CachedLatents
+from davae.data.latent_cache.write import Watch
 from davae.data.summary import check_captions
 from davae.dataset.encoding import run_precision
 from davae.dataset.opened import SUMMARY, OpenedData, announce, architecture_limits, bucket_notes, open_pictures
@@ -23,7 +24,7 @@ from davae.files.ownership import check_run
 from davae.pretrained.autoencoders import load_autoencoder
 from davae.publish.assemble import save_pipeline
 from davae.recipes.base import BaseRecipe, ClassArchitecture, TextArchitecture
-from davae.runs.cache import cache_key, cache_pictures, cache_shards, write_skipped
+from davae.runs.cache import cache_images, cache_key, cache_shards, show_cache, write_skipped
 from davae.tasks.autoencoder import AutoencoderTask, build_autoencoder
 from davae.tasks.base_model import planned_shapes
 from davae.tasks.class_conditional import ClassFlowTask, build_class_transformer
@@ -38,9 +39,8 @@ from davae.tasks.text_to_image import (
 )
 from davae.train.accelerator import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.distributed import from_main, is_main, on_main
-from davae.train.loop import Observer, Progress, Trainer, training_seed
+from davae.train.loop import Observer, Trainer, training_seed
 from davae.train.run_folder import RunFolder, was_done
-from davae.train.signals import check_stop
 from davae.vae.codec import Codec
 
 
@@ -50,7 +50,7 @@ class BaseRun:
     Args:
         recipe: what to do.
         out: the run's folder.
-        observer: told of every step.
+        observer: called after every logged step.
         first: the folder of another run, equal up to the cache, whose autoencoder (`vae/`) and cache to use: one that
             `prepare` left, or the stage 1 of an upgrade, whose DetailVAE then is the autoencoder.
     """
@@ -80,7 +80,7 @@ class BaseRun:
 
     @cached_property
     def opened(self) -> OpenedData:
-        """Images of the recipe, summarised; a folder in which nothing was trained then takes a corrected recipe."""
+        """Return the images of the recipe, summarised. After an error a corrected recipe may follow."""
         try:
             return self._opened()
         except DataError:
@@ -103,12 +103,12 @@ class BaseRun:
         return opened
 
     @cached_property
-    def pictures(self) -> ImageDataset:
+    def images(self) -> ImageDataset:
         """The training images as the cache encodes them."""
         return self.opened.pictures(self.recipe.data, self.recipe.run.seed).enumerating()
 
     def prepare(self) -> Path:
-        """Up to the cache; returns the folder of the autoencoder with its normalisation, for runs that begin here."""
+        """Do the steps up to the cache and return the folder of the normalised autoencoder."""
         target = self.out / "vae"
         if not from_main(self.folder.done("cache") and is_whole(self.out / "cache")):
             vae = self.cached_autoencoder()[0]
@@ -117,7 +117,7 @@ class BaseRun:
         return target
 
     def run(self) -> Path:
-        """Every step in order; returns the folder of the pipeline."""
+        """Do every step in order and return the folder of the pipeline."""
         vae, channels, side = self.cached_autoencoder()
         train = self.train_class if isinstance(self.recipe.architecture, ClassArchitecture) else self.train_text
         pipeline = train(vae, channels, side)
@@ -128,10 +128,10 @@ class BaseRun:
     # -- autoencoder -------------------------------------------------------------------------------------------
 
     def cached_autoencoder(self) -> tuple[Any, int, int]:
-        """(autoencoder with its normalisation, channels and side of its latents); the cache is whole after it.
+        """Return the normalised autoencoder, channels and side of its latents, with a whole cache.
 
         Raises:
-            RecipeError: pictures that do not divide into its tokens.
+            RecipeError: images that do not divide into its tokens.
         """
         recipe, patch = self.recipe, self.recipe.architecture.patch_size
         vae = self.autoencoder()
@@ -158,9 +158,9 @@ class BaseRun:
         assert recipe.vae is not None
         seed_initial_weights(training_seed(recipe.vae, recipe.run))
         vae: Any = build_autoencoder(recipe).to(self.accelerator.device)
-        pictures = self.opened.pictures(recipe.data, recipe.run.seed)
-        pictures.skipped = self.pictures.skipped
-        task = AutoencoderTask(recipe.vae, vae, pictures, self.accelerator.device)
+        images = self.opened.pictures(recipe.data, recipe.run.seed)
+        images.skipped = self.images.skipped
+        task = AutoencoderTask(recipe.vae, vae, images, self.accelerator.device)
         trainer = Trainer(task, recipe.run, self.folder, self.accelerator, self.observer)
         trainer.fit(recipe.data.num_workers)
         trainer.use_average()
@@ -168,7 +168,7 @@ class BaseRun:
         return vae.eval()
 
     def _normalisation(self, meta: CacheMeta) -> dict[str, Any]:
-        """Config entries by which the new autoencoder's latents are normalised: SD3 has one shift and scale."""
+        """Return the config entries that normalise the new autoencoder's latents."""
         if isinstance(self.recipe.architecture, ClassArchitecture):
             return {"latents_mean": meta.mean, "latents_std": meta.std, "scaling_factor": 1.0, "shift_factor": None}
         shift, scaling = whole_normalisation(meta)
@@ -184,48 +184,35 @@ class BaseRun:
         # one answer for all: the first process may be writing it already; another run's cache is never written here
         if self.first != self.out or from_main(is_whole(target)):
             return read_meta(target, key)
+        architecture = recipe.architecture
+        options: dict[str, Any] = {"key": key, "accelerator": self.accelerator, "watch": self.watch}
         if recipe.cache.shards is not None:
-            if not isinstance(recipe.architecture, ClassArchitecture):
-                raise DataError("cache.shards: latent shards hold class labels; they train class-conditional models")
-            cache_shards(
-                target,
-                recipe.cache,
-                channels=channels,
-                num_classes=recipe.architecture.num_classes,
-                key=key,
-                accelerator=self.accelerator,
-                watch=self.watch,
-            )
+            number = architecture.num_classes if isinstance(architecture, ClassArchitecture) else None
+            cache_shards(target, recipe.cache, channels=channels, num_classes=number, **options)
             return read_meta(target, key)
-        meta = cache_pictures(
+        meta = cache_images(
             target,
-            self.pictures,
+            self.images,
             vae,
-            key=key,
             cache=recipe.cache,
             precision=run_precision(recipe.run),
             num_workers=recipe.data.num_workers,
-            accelerator=self.accelerator,
-            watch=self.watch,
+            **options,
         )
         skipped = {**self.opened.left_out, **meta.skipped}
         used = len(self.opened.train) - len(meta.skipped)
         write_skipped(self.out / "pictures.json", used, skipped, self.accelerator)
         return meta
 
-    def watch(self, name: str) -> Callable[[int, int], None]:
-        """Shows how far a cache is."""
-
-        def watch(done: int, total: int) -> None:
-            self.observer(Progress(f"cache {name}", done, total, 0.0))
-            check_stop(f"the cache's {name}")
-
-        return watch
+    @property
+    def watch(self) -> Callable[[str], Watch]:
+        """Return what shows how far each part of a cache is."""
+        return show_cache(self.observer, "cache ")
 
     # -- transformer -------------------------------------------------------------------------------------------
 
     def fit(self, task: Any, release: bool = False) -> None:
-        """Train a task to its end; `release` lets go of its optimizer where another training follows."""
+        """Train a task to its end, and free its optimizer where another training follows."""
         trainer = Trainer(task, self.recipe.run, self.folder, self.accelerator, self.observer)
         trainer.fit(self.recipe.data.num_workers)
         trainer.use_average()
@@ -263,12 +250,12 @@ class BaseRun:
         self.prepare_transformer(transformer, cache, vae)
         self.fit(ClassFlowTask(recipe, transformer, cache, Codec(vae).statistics, self.accelerator.device))
         return model_class("ClassConditionalPipeline")(
-            vae=vae.half(), transformer=transformer.half(), class_names=class_names(cache, recipe)
+            vae=vae.half(), transformer=transformer.half(), class_names=first_captions(cache, recipe)
         )
 
 
-def class_names(cache: CachedLatents, recipe: BaseRecipe) -> list[str] | None:
-    """A name per class: the first caption seen with it; None where the data has no captions."""
+def first_captions(cache: CachedLatents, recipe: BaseRecipe) -> list[str] | None:
+    """Return the first caption of each class, None where the data has no captions."""
     assert isinstance(recipe.architecture, ClassArchitecture)
     names = [""] * recipe.architecture.num_classes
     for label, caption in zip(cache.conditions, cache.captions, strict=True):
@@ -277,7 +264,7 @@ def class_names(cache: CachedLatents, recipe: BaseRecipe) -> list[str] | None:
 
 
 def whole_normalisation(meta: CacheMeta) -> tuple[float, float]:
-    """(shift_factor, scaling_factor) that give the latents mean 0 and variance 1 over all channels together."""
+    """Return (shift_factor, scaling_factor) by which all channels have mean 0 and variance 1."""
     mean, std = torch.tensor(meta.mean), torch.tensor(meta.std)
     shift = float(mean.mean())
     variance = float((std.square() + (mean - shift).square()).mean())

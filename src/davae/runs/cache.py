@@ -1,4 +1,4 @@
-"""The cache step that upgrades and base trainings share: its key, and what is written."""
+"""Cache step of upgrades and base trainings: its key and content, and unusable images."""
 
 from __future__ import annotations
 
@@ -25,41 +25,42 @@ from davae.data.latent_cache.key import (
     plain_key,
 )
 from davae.data.latent_cache.meta import CacheMeta, Team, seal
-from davae.data.latent_cache.write import write_latents, write_text
+from davae.data.latent_cache.write import Watch, write_latents, write_text
 from davae.data.tables import TableSource
 from davae.dataset.encoding import Encoder
 from davae.dataset.opened import OpenedData
 from davae.errors import DataError
 from davae.files.atomic import atomic_text, saving
 from davae.recipes.sections import Cache, Data
-from davae.train.distributed import compare, patient_barrier
+from davae.train.distributed import differing_values, patient_barrier
+from davae.train.loop import Observer, Progress
+from davae.train.signals import check_stop
 
 logger = logging.getLogger(__name__)
 
-Watch = Callable[[int, int], None]
-# what of `data` changes an item, given its picture
+# options of `data` that change an item, given its image
 PREPARED_BY = {
     *("flip", "crop", "buckets", "background", "max_pixels"),
     *("caption_key", "caption_weights", "caption_column", "label_key", "label_column", "image_column"),
 }
 LATER = {"enlarge"}  # options that caches of earlier versions do not list: no part of a key while they are off
-# Of the autoencoder's config:
+# entries of the autoencoder's config that change no raw latent
 NO_PART = {"resolution", "detail_mean", "detail_std", "latents_mean", "latents_std", "scaling_factor", "shift_factor"}
 PREVIEW = "base_decoder"  # part of an autoencoder that encodes nothing; earlier versions had none
 
 
 def team(accelerator: Accelerator) -> Team:
-    """The processes of this run, as writers of a cache."""
+    """Return the processes of this run as writers of a cache."""
     return Team(accelerator.process_index, accelerator.num_processes, patient_barrier)
 
 
 def check_same_key(key: Key) -> None:
-    """Compare what all processes would make the cache from, before a shard is written; collective.
+    """Compare the keys of all processes before a shard is written. Collective.
 
     Raises:
         DataError: another process would write other content: images or weights changed since the launch.
     """
-    if differing := compare(plain_key(key)):
+    if differing := differing_values(plain_key(key)):
         (_, _, first), (other, host, value) = differing[:2]
         raise DataError(
             f"cache: process {other} on {host} would write another cache than process 0, as these differ: "
@@ -70,11 +71,17 @@ def check_same_key(key: Key) -> None:
 def cache_key(
     vae: nn.Module, opened: OpenedData, data: Data, cache: Cache, *, resolution: int, seed: int, text: Any = None
 ) -> Key:
-    """Everything that a cache's content hangs on. Cached latents are raw, so the autoencoder's normalisation is no part,
-    nor the size it draws.
+    """Return everything on which a cache's content depends.
+
+    Cached latents are raw, so the autoencoder's normalisation and the size that its pipeline draws are left out.
 
     Args:
-        text: plain values that tell which text encoders speak; None where nothing is embedded.
+        vae: the autoencoder.
+        opened: the images.
+        data, cache: sections of the recipe.
+        resolution: of the images, pixels.
+        seed: of the run.
+        text: plain values that identify the text encoders; None where nothing is embedded.
     """
     config: dict[str, Any] = dict(vae.config)  # type: ignore[arg-type]
     fixed = {name: v for name, v in config.items() if name not in NO_PART and not name.startswith(("_", PREVIEW))}
@@ -100,9 +107,27 @@ def cache_key(
     return key
 
 
-def cache_pictures(
+def show_cache(observer: Observer, prefix: str = "") -> Callable[[str], Watch]:
+    """Return part of the cache -> a callback that shows its progress and stops after a signal.
+
+    Args:
+        observer: called after every batch.
+        prefix: of the part's name on the display.
+    """
+
+    def show(name: str) -> Watch:
+        def watch(done: int, total: int) -> None:
+            observer(Progress(f"{prefix}{name}", done, total, 0.0))
+            check_stop(f"the cache's {name}")
+
+        return watch
+
+    return show
+
+
+def cache_images(
     folder: Path,
-    pictures: ImageDataset,
+    images: ImageDataset,
     vae: Any,
     *,
     key: Key,
@@ -114,15 +139,23 @@ def cache_pictures(
     watch: Callable[[str], Watch],
     embed: Callable[[list[str]], tuple[Tensor, ...]] | None = None,
 ) -> CacheMeta:
-    """Write latents of all images, and embeddings of their captions where `embed` is given; the cache is whole after it.
+    """Write a whole cache: latents of all images, and embeddings of their captions.
 
     Args:
+        folder: of the cache.
+        images: the training set.
         vae: an autoencoder in float32, on its device.
-        precision: in which it encodes.
+        key: everything on which the content depends.
+        cache: section of the recipe.
+        precision: in which the autoencoder encodes.
         smaller: factor by which images are downsampled before.
+        num_workers: of the data loader.
+        accelerator: of the run.
+        watch: see `show_cache`.
+        embed: captions -> text embeddings, one tensor per kind.
     """
     together = team(accelerator)
-    if pictures.flip and cache.variants == 1:
+    if images.flip and cache.variants == 1:
         logger.warning(
             "data.flip: the cache holds one variant of every image, not mirrored; set cache.variants to 2 for both"
         )
@@ -131,7 +164,7 @@ def cache_pictures(
     with saving(folder):
         meta = write_latents(
             folder,
-            pictures,
+            images,
             Encoder(vae, precision, cache.batch_size, smaller=smaller),
             key=key,
             variants=cache.variants,
@@ -140,8 +173,8 @@ def cache_pictures(
             **options,
         )
         if embed is not None:
-            meta = write_text(folder, embed, meta, on_batch=watch("captions"), name_of=pictures.source.key, **options)
-            pictures.skipped.update(meta.skipped)
+            meta = write_text(folder, embed, meta, on_batch=watch("captions"), name_of=images.source.key, **options)
+            images.skipped.update(meta.skipped)
         return seal(folder, meta, together)
 
 
@@ -150,13 +183,28 @@ def cache_shards(
     cache: Cache,
     *,
     channels: int,
-    num_classes: int,
+    num_classes: int | None,
     key: Key,
     accelerator: Accelerator,
     watch: Callable[[str], Watch],
 ) -> None:
-    """Latents that LightningDiT's extraction wrote, instead of pictures; one process copies them."""
+    """Copy, in one process, latents of LightningDiT's extraction instead of encoding images.
+
+    Args:
+        folder: of the cache.
+        cache: section of the recipe, with `shards`.
+        channels: of the latents.
+        num_classes: of the model; None where it is not class-conditional.
+        key: everything on which the content depends.
+        accelerator: of the run.
+        watch: see `show_cache`.
+
+    Raises:
+        DataError: the model is not class-conditional.
+    """
     assert cache.shards is not None
+    if num_classes is None:
+        raise DataError("cache.shards: latent shards hold class labels; they train class-conditional models")
     check_same_key(key)
     if accelerator.is_main_process:
         with saving(folder):
@@ -174,7 +222,14 @@ def cache_shards(
 
 
 def write_skipped(path: Path, used: int, skipped: dict[str, str], accelerator: Accelerator) -> None:
-    """`pictures.json`: how many pictures train, and the names of the others under what is wrong with them."""
+    """Write `pictures.json`: how many images train, and the others by the reason to skip them.
+
+    Args:
+        path: of the file.
+        used: number of images that train.
+        skipped: name -> reason.
+        accelerator: of the run; its first process writes.
+    """
     if not accelerator.is_main_process:
         return
     kinds = by_kind(skipped)

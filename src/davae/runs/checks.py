@@ -1,4 +1,4 @@
-"""What a recipe stands for and what it can get wrong, told before any weight is read."""
+"""Checks of a recipe against its base model, before any weight is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from davae.zoo import resolve_upgrade
 
 
 def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
-    """Check what a recipe can get wrong about its base model, before any weight is read; return the layout of latents.
+    """Check a recipe against the configs of its base model and return its latent layout.
 
     Args:
         recipe: the upgrade's.
@@ -87,7 +87,7 @@ def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
 
 
 def check_distilled(recipe: Recipe, base: BaseModel) -> Distilled | None:
-    """Refuse a base that was distilled to a few steps; return what is known of any other distillation.
+    """Refuse a base that was distilled to a few steps, and return any other distillation.
 
     Args:
         recipe: the upgrade's.
@@ -141,7 +141,7 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
 
 
 def _lora_text(lora: Lora | None) -> tuple[tuple[int, float] | None, str]:
-    """Return (rank, alpha) of a LoRA, alpha being the rank where it is not given, and how to write it in a recipe."""
+    """Return (rank, alpha) of a LoRA, alpha by default the rank, and its form in a recipe."""
     if lora is None:
         return None, "null"
     alpha = float(lora.alpha or lora.rank)
@@ -153,10 +153,10 @@ SHARED_STEPS = ("base", "scale", "detail_channels", "init", "downsample", "data"
 
 
 def check_shared(recipe: Recipe, folder: Path) -> None:
-    """That another run's DetailVAE and cache are what this recipe would make.
+    """Check that another run's DetailVAE and cache are those that this recipe would make.
 
     Raises:
-        DataError: it is no finished run up to its cache, or its recipe differs before stage 2 (says where).
+        DataError: the run has not finished its cache, or its recipe differs before stage 2, with the place.
     """
     if not (folder / "recipe.yaml").is_file() or not is_whole(folder / "cache"):
         raise DataError(f"--stage1 {folder} holds no run with a whole cache; run `davae cache-latents` there first")
@@ -173,7 +173,7 @@ def check_shared(recipe: Recipe, folder: Path) -> None:
 
 
 def check_objective(recipe: Recipe, base: BaseModel) -> Objective:
-    """Return what the recipe's base model predicts, checked against the timesteps of stage 2.
+    """Return the objective of the recipe's base model, flow matching where it is trained first.
 
     Args:
         recipe: the upgrade's.
@@ -203,7 +203,7 @@ def check_timesteps(settings: Stage2, objective: Objective) -> None:
     for name in ("timestep_mean", "timestep_std", "timestep_shift"):
         if getattr(settings, name) != FlowOptim.model_fields[name].default:
             raise RecipeError(
-                f"stage2.{name}: belongs to flow matching; this model's scheduler stands for {objective.prediction}, whose "
+                f"stage2.{name}: belongs to flow matching; this model's scheduler belongs to {objective.prediction}, whose "
                 f"timesteps are uniform. Leave it out"
             )
 
@@ -228,6 +228,6 @@ def check_buckets(recipe: Recipe, base: BaseModel) -> None:
         side = max(max(size) for size in sizes) // step
         if stage == "stage2" and longest is not None and side > longest:
             raise RecipeError(
-                f"{path}.max_ratio: {buckets.max_ratio} asks for {side} tokens in a row, {recipe.base.name} knows "
+                f"{path}.max_ratio: {buckets.max_ratio} gives {side} tokens in a row, {recipe.base.name} knows "
                 f"positions up to {longest}; lower it"
             )

@@ -1,4 +1,4 @@
-"""Where two pictures differ most, and that place enlarged."""
+"""Crops of two images at the place of their largest difference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def most_different(first: Image.Image, second: Image.Image, side: int) -> tuple[int, int]:
-    """(left, top) of the square of `side` pixels in which two equally large pictures differ most, by squared error."""
+    """Return (left, top) of the square in which two equally large images differ most."""
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     error = (difference**2).sum(-1)  # (H,W)
     total = np.pad(error.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # sums of all rectangles from the corner
@@ -17,12 +17,12 @@ def most_different(first: Image.Image, second: Image.Image, side: int) -> tuple[
 
 
 def squared_error(first: Image.Image, second: Image.Image, box: tuple[int, int, int, int]) -> float:
-    """Mean squared error of two pictures inside (left, top, right, bottom), for values of 0 to 255."""
+    """Return the mean squared error of two images, 0 to 255, in (left, top, right, bottom)."""
     difference = np.asarray(first.crop(box), dtype=np.float64) - np.asarray(second.crop(box), dtype=np.float64)
     return float((difference**2).mean())
 
 
-def enlarged(picture: Image.Image, left: int, top: int, side: int, times: int) -> Image.Image:
-    """A square of a picture, each pixel a block of `times` x `times`."""
-    crop = picture.crop((left, top, left + side, top + side))
+def magnify_crop(image: Image.Image, left: int, top: int, side: int, times: int) -> Image.Image:
+    """Return a square of an image, each pixel a block of `times` x `times`."""
+    crop = image.crop((left, top, left + side, top + side))
     return crop.resize((side * times, side * times), Image.Resampling.NEAREST)

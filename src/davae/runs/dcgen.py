@@ -1,21 +1,21 @@
-"""DC-Gen's way into another autoencoder's latents (arXiv 2509.25180), the baseline of Tab. 1: embedder, head, then all.
+"""DC-Gen (arXiv 2509.25180), baseline of Tab. 1: a base moved to another autoencoder.
 
 The pretrained body keeps its weights; the two layers that touch the latents are new. What the public code does, in its later
 states (github.com/dc-ai-projects/DC-Gen, `projects/DC-Gen/flux_t2i.md` and `dc_ai/dc_adapt`), and so does this:
 
 1. `align.embedder`: the new patch embedder alone, by the squared error of its tokens and the pretrained embedder's tokens of
-   the same picture, on clean latents of both autoencoders.
+   the same image, on clean latents of both autoencoders.
 2. `align.head`: patch embedder and head by the loss of the generator itself, everything between them frozen.
 3. `dit`: the whole model, in davae the ordinary training of a base.
 
 Why clean latents in step 1. A patch embedder is affine, P(x) = Wx + b, so of a noised latent x_t = (1-t) x_0 + t noise
-(`davae.losses.flow_matching.interpolate`) it makes P(x_t) = (1-t) P(x_0) + t P(noise). The first term can be matched, picture
-by picture. The second cannot: noise of the two spaces has other channels on another grid, and no draw of one belongs to a
+(`davae.losses.flow_matching.interpolate`) it makes P(x_t) = (1-t) P(x_0) + t P(noise). The first term can be matched, image
+by image. The second cannot: noise of the two spaces has other channels on another grid, and no draw of one belongs to a
 draw of the other. What the new embedder makes of noise is left to step 2.
 
 What is ours:
 
-- The pretrained autoencoder sees the picture at `align.base_resolution`, where it gives as many tokens as the new one does
+- The pretrained autoencoder sees the image at `align.base_resolution`, where it gives as many tokens as the new one does
   at the recipe's resolution. DC-Gen shows both the same pixels and pools or enlarges tokens until the grids agree.
 - Positions are left out of the comparison: on equal grids they are the same in both tokens.
 - The head is LightningDiT's whole final layer, as in DC-Gen's DiT (its FLUX trains the last matrix alone). Its matrix starts
@@ -46,7 +46,7 @@ from davae.pretrained.shapes import read_shapes
 from davae.recipes.base import BaseRecipe, EmbedderAlignment
 from davae.recipes.sections import FlowOptim
 from davae.runs.base import BaseRun
-from davae.runs.cache import cache_key, cache_pictures
+from davae.runs.cache import cache_images, cache_key
 from davae.tasks.autoencoder import build_autoencoder
 from davae.tasks.class_conditional import ClassFlowTask
 from davae.train.distributed import from_main
@@ -55,7 +55,7 @@ from davae.train.task import Task, Trainable
 from davae.vae.codec import Codec, latent_shape
 
 FAMILY = "LightningDiT"
-BASE_CACHE = "cache-base"  # beside `cache`: the same pictures under the pretrained model's autoencoder
+BASE_CACHE = "cache-base"  # the images of `cache` under the pretrained model's autoencoder
 
 # -- what a recipe can get wrong -------------------------------------------------------------------------------------
 
@@ -74,11 +74,11 @@ def new_factor(recipe: BaseRecipe) -> int:
 
 
 def check_grids(recipe: BaseRecipe) -> None:
-    """That pretrained and new model cut their pictures into the same grid of tokens, told from configs.
+    """Check by configs that pretrained and new model have the same grid of tokens.
 
     Raises:
         RecipeError: they do not, with the base_resolution that would do.
-        ModelError: `init` is no pretrained LightningDiT.
+        ModelError: `init` is not a pretrained LightningDiT.
     """
     assert recipe.align is not None
     assert recipe.init is not None
@@ -98,7 +98,7 @@ def check_grids(recipe: BaseRecipe) -> None:
 
 
 def check_other_space(recipe: BaseRecipe, vae: nn.Module) -> None:
-    """RecipeError when the autoencoder encodes as the pretrained model's own does: then there is nothing to align."""
+    """Refuse an autoencoder that encodes as the pretrained model's own does."""
     assert recipe.init is not None
     own, base = encoding_weights(vae), encoding_weights(load_autoencoder(recipe.init))
     if own.keys() == base.keys() and all(torch.equal(own[name].cpu(), base[name]) for name in own):
@@ -109,7 +109,7 @@ def check_other_space(recipe: BaseRecipe, vae: nn.Module) -> None:
 
 
 def encoding_weights(vae: nn.Module) -> dict[str, Tensor]:
-    """What of an autoencoder decides on its latents."""
+    """Return the weights of an autoencoder that determine its latents."""
     return {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
 
 
@@ -122,7 +122,7 @@ class EmbedderTask(Task[EmbedderAlignment]):
     Args:
         embedder: the new one; its dtype is the one that is computed in.
         base_embedder: the pretrained one, frozen.
-        pairs: both latents of each picture.
+        pairs: both latents of each image.
         statistics, base_statistics: of the two latents, by which they are normalised.
     """
 
@@ -149,7 +149,7 @@ class EmbedderTask(Task[EmbedderAlignment]):
         self.modules: dict[str, nn.Module] = {"embedder": embedder}
 
     def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
-        """The alignment error; `unexplained` is its share of the variance of the pretrained model's tokens."""
+        """Return the alignment error and, `unexplained`, its share of the tokens' variance."""
         with torch.no_grad():
             base_tokens = self.base_embedder(self.base_statistics.normalise(batch["base_latents"].to(**self.place)))
             variance = base_tokens.var(dim=(0, 1), unbiased=False).mean()
@@ -159,7 +159,7 @@ class EmbedderTask(Task[EmbedderAlignment]):
 
 
 class HeadTask(ClassFlowTask):
-    """Step 2: patch embedder and head by flow matching on the new latents; the body between them is frozen."""
+    """Step 2: patch embedder and head by flow matching on the new latents, the body frozen."""
 
     name = "align.head"
 
@@ -178,7 +178,7 @@ class HeadTask(ClassFlowTask):
 
 
 class DCGenRun(BaseRun):
-    """Train a base model whose pretrained body is moved into another autoencoder's latents before it is fine-tuned."""
+    """Run that moves a pretrained body into another autoencoder's latents and fine-tunes it."""
 
     def check_recipe(self) -> None:
         """Check that both models have the same grid of tokens."""
@@ -220,7 +220,7 @@ class DCGenRun(BaseRun):
         transformer.load_state_dict(learner.state_dict())
 
     def cache_base(self, base_vae: Any) -> None:
-        """Cache the training images under the pretrained model's autoencoder, augmented as in the run's own cache."""
+        """Cache the training images, augmented alike, under the pretrained model's autoencoder."""
         recipe, target = self.recipe, self.out / BASE_CACHE
         assert recipe.align is not None
         base_resolution = recipe.align.base_resolution
@@ -231,9 +231,9 @@ class DCGenRun(BaseRun):
         if from_main(is_whole(target)):
             read_meta(target, key)
             return
-        cache_pictures(
+        cache_images(
             target,
-            self.pictures,
+            self.images,
             base_vae,
             key=key,
             cache=recipe.cache,

@@ -43,12 +43,12 @@ from davae.zoo import shipped_upgrade
 logger = logging.getLogger(__name__)
 
 SHOWN_RECONSTRUCTIONS = 8
-SHIPPED = "full, shipped"  # row of the upgrade that comes with davae
+SHIPPED_ROW = "full, shipped"  # row of the upgrade that comes with davae
 AT_A_TIME = 16  # images that are drawn, or encoded and decoded, at a time, at most
 
 
-def upgrade(run: Upgrade, observer: Observer) -> Path:
-    """Run every step of the recipe, then write the report; return the report's path. Finished steps are skipped.
+def run_with_report(run: Upgrade, observer: Observer) -> Path:
+    """Do every step that is not done, then write the report, and return its path.
 
     The first process of a launch makes the report alone: it draws and measures the same images in any number of processes.
     """
@@ -61,17 +61,17 @@ def upgrade(run: Upgrade, observer: Observer) -> Path:
         run.check_data()
         run.run()
         page = run.out / "report.html"
-        if not from_main(run.folder.done("report") and page.is_file() and is_sound(run.out)):
+        if not from_main(run.folder.done("report") and page.is_file() and has_report(run.out)):
             check_stop("the report")
             with timed(run.out, "report"):
-                on_main(partial(report, run, watched))
+                on_main(partial(write_run_report, run, watched))
             run.folder.mark_done("report")
         check_stop(str(run.out))
     return page
 
 
-def is_sound(folder: Path) -> bool:
-    """Return whether a run's `report.json` has its figures; the log names one that is damaged."""
+def has_report(folder: Path) -> bool:
+    """Return whether a run's `report.json` has its figures, and name a damaged one in the log."""
     try:
         return bool(read_report(folder))
     except ModelError as error:
@@ -79,22 +79,22 @@ def is_sound(folder: Path) -> bool:
         return False
 
 
-def enlarge(picture: Image.Image, size: int) -> Image.Image:
-    return picture.resize((size, size), Image.Resampling.BILINEAR)
+def resize_to(image: Image.Image, size: int) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def default_prompts(run: Upgrade) -> list[str]:
-    """The recipe's prompts, else the model's classes, else captions of the first training pictures."""
+    """Return the recipe's prompts, else the model's classes, else captions of training images."""
     if run.recipe.sampling.prompts:
         return list(run.recipe.sampling.prompts)
     if goes_by_class(run.base_pipeline):
         names = {number: name for name, number in class_names(run.base_pipeline).items()}
         return [names.get(number, str(number)) for number in range(min(8, class_count(run.base_pipeline)))]
-    pictures = run.data.for_cache()
-    return [pictures[(i, -1)]["caption"] for i in spread_indices(len(pictures), 8)]
+    images = run.data.for_cache()
+    return [images[(i, -1)]["caption"] for i in spread_indices(len(images), 8)]
 
 
-def report(run: Upgrade, observer: Observer) -> Path:
+def write_run_report(run: Upgrade, observer: Observer) -> Path:
     """Sample, reconstruct, time, plot, and write the page of a finished run."""
     recipe = run.recipe
     upgraded = load_pipeline(str(run.out / "pipeline"), report_precision(recipe))
@@ -103,7 +103,7 @@ def report(run: Upgrade, observer: Observer) -> Path:
     prompts = default_prompts(run)
     samples = sample_columns(run, turn, upgraded, shipped_pipeline, prompts)
     observer(Progress("report", 1, 4, 0.0))
-    pictures, quality = reconstruction_section(run, turn, upgraded, shipped_pipeline)
+    reconstructed, quality = reconstruction_section(run, turn, upgraded, shipped_pipeline)
     observer(Progress("report", 2, 4, 0.0))
     speed = speed_section(run, turn, upgraded, prompts[0])
     observer(Progress("report", 3, 4, 0.0))
@@ -117,7 +117,7 @@ def report(run: Upgrade, observer: Observer) -> Path:
         command=f"davae upgrade {run.out / 'recipe.yaml'} --out NEW_FOLDER",
         prompts=prompts,
         samples=samples,
-        reconstructions=pictures,
+        reconstructions=reconstructed,
         speed=speed,
         quality=quality,
         curves={
@@ -152,7 +152,7 @@ def lead(run: Upgrade, shipped: bool) -> str:
 
 
 def comparable_upgrade(run: Upgrade) -> Any:
-    """Return the upgraded pipeline that ships with the run's base, None without one that draws the same size."""
+    """Return the shipped upgrade of the run's base, None without one that draws the same size."""
     folder = shipped_upgrade(run.recipe.base.name)
     if folder is None or not folder.is_dir():
         return None
@@ -188,8 +188,8 @@ def training_images(run: Upgrade) -> str:
     return f"{len(run.data.stage1.train)} in stage 1, {len(run.train)} in stage 2"
 
 
-def at_a_time(run: Upgrade, what: str, vae: Any) -> Halving:
-    """Work on as many images as `report.batch_size`, else as the memory plan allows; halved when memory runs out."""
+def halving_of(run: Upgrade, what: str, vae: Any) -> Halving:
+    """Return batches of `report.batch_size`, else of the memory plan, halved without memory."""
     recipe = run.recipe
 
     def one() -> int:
@@ -200,12 +200,12 @@ def at_a_time(run: Upgrade, what: str, vae: Any) -> Halving:
 
 
 def sample_columns(run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any, prompts: list[str]) -> list[Column]:
-    """Return a column of samples for each way to a picture, one model at a time on the device."""
+    """Return a column of samples of each model, one model at a time on the device."""
     recipe = run.recipe
     high, low = recipe.resolution, recipe.base.resolution
     sampling = recipe.sampling
     options = SamplingOptions(sampling.steps, sampling.guidance_scale, sampling.seed)
-    halving = at_a_time(run, "samples", upgraded.vae)
+    halving = halving_of(run, "samples", upgraded.vae)
 
     def drawn(pipeline: Any, pixels: int) -> list[Any]:
         turn(pipeline)
@@ -215,9 +215,9 @@ def sample_columns(run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any,
             own = replace(options, resolution=pixels, batch_size=len(part))
             return generate(pipeline, part, own, first=first)
 
-        return [picture for part in halving.parts(draw, len(prompts)) for picture in part]
+        return [image for part in halving.parts(draw, len(prompts)) for image in part]
 
-    base = [enlarge(picture, high) for picture in drawn(run.base_pipeline, low)]
+    base = [resize_to(image, high) for image in drawn(run.base_pipeline, low)]
     columns = [
         Column("base, enlarged", base, f"{low} px, bilinear to {high}"),
         Column(
@@ -242,27 +242,29 @@ def sample_columns(run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any,
 def reconstruction_section(
     run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any
 ) -> tuple[list[Column], list[dict[str, Any]]]:
-    """Return reconstructions of held-out images (training images where none is held out) and their scores."""
+    """Return reconstructions of held-out images, else training images, and their scores."""
     opened = shown_data(run)
     dataset = opened.squares(opened.shown(run.recipe.report.holdout_pictures), run.recipe.run.seed)
     images = torch.stack([dataset[(i, -1)]["image"] for i in range(len(dataset))])
     methods = reconstructions(upgraded.vae, run.base_pipeline.vae)
     if shipped is not None:
-        methods[SHIPPED] = reconstructions(shipped.vae, run.base_pipeline.vae)["full"]
+        methods[SHIPPED_ROW] = reconstructions(shipped.vae, run.base_pipeline.vae)["full"]
     perceptual = Lite0Distance()
     columns = [Column("original", to_images(images[:SHOWN_RECONSTRUCTIONS]))]
     rows: list[dict[str, Any]] = []
-    halving = at_a_time(run, "reconstructions", upgraded.vae)
+    halving = halving_of(run, "reconstructions", upgraded.vae)
     for name, method in methods.items():
         turn(
-            {"base + bicubic": run.base_pipeline.vae, SHIPPED: getattr(shipped, "vae", None)}.get(name, upgraded.vae)
+            {"base + bicubic": run.base_pipeline.vae, SHIPPED_ROW: getattr(shipped, "vae", None)}.get(
+                name, upgraded.vae
+            )
         )
         reconstruct = partial(halving, method)
-        roles: dict[str, Any] = {"full": "own", SHIPPED: "shipped"}
-        pictures = to_images(reconstruct(images[:SHOWN_RECONSTRUCTIONS]))
-        columns.append(Column(name, pictures, role=roles.get(name, "")))
+        roles: dict[str, Any] = {"full": "own", SHIPPED_ROW: "shipped"}
+        shown = to_images(reconstruct(images[:SHOWN_RECONSTRUCTIONS]))
+        columns.append(Column(name, shown, role=roles.get(name, "")))
         scores = score_reconstructions(images.split(AT_A_TIME), reconstruct, {"lite0": perceptual})
-        rows.append({"name": name, **scores.as_dict(), "model": "shipped" if name == SHIPPED else "this run"})
+        rows.append({"name": name, **scores.as_dict(), "model": "shipped" if name == SHIPPED_ROW else "this run"})
     best = best_rows(rows)["psnr"]
     return columns, [{**row, "best": place in best} for place, row in enumerate(rows)]
 
@@ -272,9 +274,9 @@ def speed_section(run: Upgrade, turn: OneOnDevice, upgraded: Any, prompt: str) -
     high, low = recipe.resolution, recipe.base.resolution
     rows: list[Timing] = time_pipelines(
         [
-            (f"base at {low}, enlarged", run.base_pipeline, low, partial(enlarge, size=high)),
-            (f"base native at {high}", run.base_pipeline, high, lambda picture: picture),
-            ("upgraded", upgraded, high, lambda picture: picture),
+            (f"base at {low}, enlarged", run.base_pipeline, low, partial(resize_to, size=high)),
+            (f"base native at {high}", run.base_pipeline, high, lambda image: image),
+            ("upgraded", upgraded, high, lambda image: image),
         ],
         prompt,
         steps=recipe.sampling.steps,

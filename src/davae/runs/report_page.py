@@ -1,4 +1,4 @@
-"""The page a run leaves behind: one HTML file with everything inside, and its figures as JSON."""
+"""Page of a finished run: one HTML file with everything inside, and its figures as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from davae.durations import duration
 from davae.files.atomic import atomic_text
-from davae.runs.crops import enlarged, most_different, squared_error
+from davae.runs.crops import magnify_crop, most_different, squared_error
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Column:
     """
 
     title: str
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     note: str = ""
     role: Literal["", "own", "shipped"] = ""
 
@@ -62,7 +62,7 @@ METRICS = {"psnr": True, "ssim": True, "lite0": False}
 
 
 def own_column(columns: list[Column]) -> int:
-    """Return the place of the run's own column: the last one that is not the shipped upgrade's where none is marked."""
+    """Return the place of the run's own column, else of the last that is not shipped."""
     own = [place for place, column in enumerate(columns) if column.role == "own"]
     others = [place for place, column in enumerate(columns) if column.role != "shipped"]
     return (own or others)[-1]
@@ -80,28 +80,28 @@ def best_rows(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
 
 @dataclass
 class Zoom:
-    """One place of one row of pictures, enlarged: where `between`, two of the columns, differ most."""
+    """One place of one row of images, enlarged: the columns `between` differ most there."""
 
     caption: str
     left: int  # pixels
     top: int
     side: int
     between: tuple[str, str]
-    pictures: list[tuple[str, Image.Image]]  # title of the column, crop
+    images: list[tuple[str, Image.Image]]  # title of the column, crop
 
 
-LARGE = 512  # pixels, above which pictures are stored as JPEG
+JPEG_ABOVE = 512  # pixels, above which images are stored as JPEG
 ZOOMED = 3  # rows that are zoomed into
-ZOOM = 4  # a crop is 1/ZOOM of the picture's side
+ZOOM = 4  # a crop is 1/ZOOM of the image's side
 
 
 def zooms(columns: list[Column], captions: list[str], first: int, second: int) -> list[Zoom]:
-    """Crops of the rows in which column `second` differs most from column `first`, the most different one first."""
-    rows = range(len(columns[0].pictures))
-    side = max(1, columns[0].pictures[0].width // ZOOM) if rows else 1
+    """Return crops of the rows in which two columns differ most, the most different first."""
+    rows = range(len(columns[0].images))
+    side = max(1, columns[0].images[0].width // ZOOM) if rows else 1
     found = []
     for row in rows:
-        pair = columns[first].pictures[row], columns[second].pictures[row]
+        pair = columns[first].images[row], columns[second].images[row]
         left, top = most_different(*pair, side)
         found.append((squared_error(*pair, (left, top, left + side, top + side)), row, left, top))
     times = max(1, 160 // side)
@@ -113,21 +113,21 @@ def zooms(columns: list[Column], captions: list[str], first: int, second: int) -
             top,
             side,
             between,
-            [(column.title, enlarged(column.pictures[row], left, top, side, times)) for column in columns],
+            [(column.title, magnify_crop(column.images[row], left, top, side, times)) for column in columns],
         )
         for _, row, left, top in sorted(found, reverse=True)[:ZOOMED]
     ]
 
 
-def data_uri(picture: Image.Image | bytes) -> str:
-    """A picture for inside the page: a PNG, or a JPEG where it is large."""
-    if isinstance(picture, bytes):
-        return _inline("png", picture)
+def data_uri(image: Image.Image | bytes) -> str:
+    """Return an image for inside the page: a PNG, or a JPEG where it is large."""
+    if isinstance(image, bytes):
+        return _inline("png", image)
     buffer = io.BytesIO()
-    if picture.width > LARGE:
-        picture.save(buffer, format="JPEG", quality=93)
+    if image.width > JPEG_ABOVE:
+        image.save(buffer, format="JPEG", quality=93)
         return _inline("jpeg", buffer.getvalue())
-    picture.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True)
     return _inline("png", buffer.getvalue())
 
 
@@ -136,7 +136,7 @@ def _inline(kind: str, content: bytes) -> str:
 
 
 def write_report(content: ReportContent, folder: Path) -> Path:
-    """Write `report.html` and `report.json` into `folder`; returns the page's path."""
+    """Write `report.html` and `report.json` into `folder` and return the page's path."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"data_uri": data_uri, "duration": duration}
     template = environment.from_string(files("davae.runs").joinpath("report_page.html").read_text(encoding="utf-8"))
@@ -144,7 +144,7 @@ def write_report(content: ReportContent, folder: Path) -> Path:
     place = f"{content.reconstruction_images} image" if content.reconstruction_images == "training" else "held out"
     close = [
         *zooms(samples, content.prompts, 0, own_column(samples)),
-        *zooms(decoded, [place] * len(decoded[0].pictures), 1, own_column(decoded)),
+        *zooms(decoded, [place] * len(decoded[0].images), 1, own_column(decoded)),
     ]
     figures = {
         "title": content.title,
@@ -161,6 +161,6 @@ def write_report(content: ReportContent, folder: Path) -> Path:
     }
     page = folder / "report.html"
     atomic_text(folder / "report.json", json.dumps(figures, indent=2))
-    shown = {"own": own_column(samples), "best": best_rows(content.quality), "large": LARGE}
+    shown = {"own": own_column(samples), "best": best_rows(content.quality), "large": JPEG_ABOVE}
     atomic_text(page, template.render(c=content, zooms=close, **shown))
     return page

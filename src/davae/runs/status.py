@@ -1,4 +1,4 @@
-"""State of a run folder: what is done, what comes next, how fast it goes and how its losses went."""
+"""State of a run folder: phases done and next, speed, losses."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class RunStatus:
 
 
 def read_status(folder: Path) -> RunStatus:
-    """Return the state of a run folder; nothing in it is changed.
+    """Return the state of a run folder without changing it.
 
     Raises:
         ModelError: it is not a run folder.
@@ -135,7 +135,7 @@ def _training(
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
-    """Return values as a line of block characters, means of equal parts from the lowest to the highest."""
+    """Return values as a line of block characters, each the mean of an equal part."""
     finite = [value for value in values if value == value and abs(value) != float("inf")]
     if not finite:
         return ""

@@ -7,7 +7,7 @@ image = run.pipeline()("a red rose").images[0]
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -19,13 +19,11 @@ from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import Compile, Offload, Placement, Precision
 from davae.recipes import Recipe, check_commands, load_recipe, permit_commands, read_recipe, set_values, validate
 from davae.recipes.commands import commands_in
-from davae.runs.report import upgrade as run_to_report
+from davae.runs.report import run_with_report
 from davae.runs.upgrade import Upgrade
 from davae.sample.open import model_places
-from davae.train.loop import Progress
+from davae.train.loop import Observer, Progress
 from davae.train.times import read_times
-
-Observer = Callable[[Progress], None]
 
 
 def _ignore(progress: Progress) -> None:
@@ -127,27 +125,27 @@ class UpgradeRun:
     # -- steps ---------------------------------------------------------------------------------------------------
 
     def train_vae(self) -> Path:
-        """Run stage 1; return the folder of the DetailVAE."""
+        """Run stage 1 and return the folder of the DetailVAE."""
         with self._open() as opened:
             return opened.train_vae()
 
     def cache_latents(self) -> Path:
-        """Run stage 1 and the latent cache, where they are not done; return the cache's folder."""
+        """Run stage 1 and the latent cache, and return the cache's folder."""
         with self._open() as opened:
             opened.check_data()
             opened.train_vae()
             return opened.cache_latents()
 
     def train_dit(self) -> Path:
-        """Run every step up to the exported pipeline; return the pipeline's folder."""
+        """Run every step up to the exported pipeline and return its folder."""
         with self._open() as opened:
             opened.check_data()
             return opened.run()
 
     def run(self) -> Path:
-        """Run every step up to the report; return the report's page."""
+        """Run every step up to the report and return its page."""
         with self._open() as opened:
-            return run_to_report(opened, self._progress)
+            return run_with_report(opened, self._progress)
 
     # -- results -------------------------------------------------------------------------------------------------
 
@@ -193,7 +191,7 @@ def resolve_recipe(
     data: str | PathLike[str] | Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Recipe:
-    """Return the recipe of an upgrade with values changed; see `upgrade`.
+    """Return the recipe of an upgrade with values changed, as `upgrade` takes them.
 
     Raises:
         RecipeError: a value that is not possible, or a recipe of another kind.

@@ -1,4 +1,4 @@
-"""Pretraining a small base model from scratch: its autoencoder, then text encoders and transformer together."""
+"""Autoencoder of a small base model, trained from scratch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from davae.train.task import Trainable
 
 
 def build_autoencoder(recipe: BaseRecipe) -> AutoencoderKL | AutoencoderDC:
-    """An autoencoder of the recipe's family and sizes, random weights."""
+    """Return an autoencoder of the recipe's family and sizes, with random weights."""
     a = recipe.autoencoder
     assert not isinstance(a, str)
     if a.family == "dc":
@@ -38,7 +38,7 @@ def build_autoencoder(recipe: BaseRecipe) -> AutoencoderKL | AutoencoderDC:
 
 
 def build_deep_compression(a: Autoencoder) -> AutoencoderDC:
-    """A DC-AE of these sizes: residual blocks, linear attention on the coarsest level."""
+    """Return a DC-AE of these sizes: residual blocks, linear attention on the coarsest level."""
     above = len(a.channels) - 1
     same: dict[str, Any] = {
         "block_types": ("ResBlock",) * above + ("EfficientViTBlock",),
@@ -63,7 +63,7 @@ class AutoencoderPass(nn.Module):
     def forward(
         self, images: Tensor, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(B,3,H,W) -> reconstruction (B,3,H,W), and posterior mean and logvar (B,C,h,w), None of a deterministic one."""
+        """Return reconstruction (B,3,H,W), posterior mean and logvar (B,C,h,w) or None."""
         vae: Any = self.vae
         encoded = vae.encode(images)
         if isinstance(self.vae, AutoencoderDC):
@@ -73,7 +73,7 @@ class AutoencoderPass(nn.Module):
 
 
 class AutoencoderTask(ReconstructionTask):
-    """The base autoencoder: Eq. 5 on plain pictures."""
+    """Base autoencoder: Eq. 5 on plain images."""
 
     name = "vae"
 
@@ -81,12 +81,12 @@ class AutoencoderTask(ReconstructionTask):
         self,
         settings: Reconstruction,
         vae: AutoencoderKL | AutoencoderDC,
-        pictures: ImageDataset,
+        images: ImageDataset,
         device: torch.device,
     ):
         self.vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        player = Trainable(vae, [{"params": list(vae.parameters())}], lr=settings.lr)
-        super().__init__(settings, pictures, player, AutoencoderPass(vae), device)
+        trainable = Trainable(vae, [{"params": list(vae.parameters())}], lr=settings.lr)
+        super().__init__(settings, images, trainable, AutoencoderPass(vae), device)
 
     def score_reconstruction(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         reconstruction, mean, logvar = self.modules["vae"](images, draws.samples)

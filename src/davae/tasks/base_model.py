@@ -113,7 +113,7 @@ class BaseModel:
         stated = self.shapes.transformer_config.get("prediction_type")  # a LightningDiT has its own
         if stated is not None and (stated == "epsilon") != (objective.prediction == "epsilon"):
             raise ModelError(
-                f"model {self.title}: its transformer predicts {stated}, its scheduler stands for {objective.prediction}; "
+                f"model {self.title}: its transformer predicts {stated}, its scheduler belongs to {objective.prediction}; "
                 "put the scheduler that the model was trained with into its folder"
             )
         return objective

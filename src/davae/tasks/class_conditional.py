@@ -1,4 +1,4 @@
-"""A class-conditional transformer on plain latents: from scratch, or fine-tuned from a pretrained one."""
+"""Class-conditional transformer on plain latents, from scratch or from a pretrained one."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ from davae.train.task import Task, Trainable
 
 
 def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int) -> LightningDiT:
-    """The recipe's LightningDiT: new, or the weights of `init` on the recipe's patch size and grid; where the recipe aligns
-    it with another autoencoder, behind an embedder and a head that nobody has trained yet.
+    """Return the recipe's LightningDiT, new or with the weights of `init` on the recipe's grid.
+
+    Where the recipe aligns it with another autoencoder, embedder and head are new.
+
+    Args:
+        recipe: of a class-conditional base.
+        channels, latent_side: shape of a latent.
 
     Raises:
         ModelError: `init` has another width, depth, number of channels or classes than the recipe.
@@ -44,7 +49,7 @@ def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int)
     for name, value in wanted.items():
         if start.config[name] != value:
             raise ModelError(
-                f"init {recipe.init} has {name} {start.config[name]}, the recipe asks for {value}; "
+                f"init {recipe.init} has {name} {start.config[name]}, the recipe has {value}; "
                 "set the recipe's architecture to the pretrained one's"
             )
     if recipe.align is not None:
@@ -53,7 +58,7 @@ def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int)
 
 
 class ClassFlowTask(Task[FlowOptim]):
-    """Flow matching on cached latents with class labels; velocity error, and its direction where the recipe says so."""
+    """Flow matching on cached latents with class labels, with the loss of direction or without."""
 
     name = "dit"
 
@@ -78,11 +83,11 @@ class ClassFlowTask(Task[FlowOptim]):
         self.modules: dict[str, nn.Module] = {"dit": transformer}
 
     def chosen_settings(self, recipe: BaseRecipe) -> FlowOptim:
-        """The recipe's section that this training follows."""
+        """Return the recipe's section of this training."""
         return recipe.dit
 
     def choose(self, transformer: LightningDiT) -> list[nn.Parameter]:
-        """Mark what is trained; returns it in module order."""
+        """Mark the weights that are trained and return them in module order."""
         return choose_trainable(transformer, None)
 
     def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:

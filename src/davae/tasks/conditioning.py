@@ -1,7 +1,6 @@
-"""What a family's transformer is told beside the noisy latents: prompts or classes.
+"""Conditions of a family's transformer: prompts or classes.
 
-Time runs from data to noise, as in `davae.losses`; models that count it the other way are turned round in their calls, and
-nowhere else.
+Time runs from data to noise, as in `davae.losses`; the call of a model that counts time the other way turns it round.
 """
 
 from __future__ import annotations
@@ -26,25 +25,25 @@ logger = logging.getLogger(__name__)
 
 
 class Conditioning(Protocol):
-    """How one family is called."""
+    """Call of one family with its conditions."""
 
-    null: Any  # the condition that stands for none, in guidance
+    null: Any  # the condition of an unconditional prediction
 
     def guided_by(self, guidance: float) -> Conditioning | None:
-        """Return this conditioning with another guidance scale as the model's input; None where it has no such input."""
+        """Return this conditioning with another guidance input, None where the model has none."""
         ...
 
     def draw(self, generator: torch.Generator) -> None:
-        """Whatever else is random in a training step."""
+        """Draw the other random values of a training step."""
         ...
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[Any]) -> Tensor:
-        """What the family was trained to predict, as its call gives it: x_t (B,c,h,w), t (B,) -> (B,c,h,w)."""
+        """Return the family's prediction (B,c,h,w) at x_t (B,c,h,w) and t (B,)."""
         ...
 
 
 class EmbeddedInStep:
-    """Prompt embeddings computed when a step asks for them, in place of a cache's.
+    """Prompt embeddings computed in each step, in place of a cache's.
 
     A caption whose embedding is not finite is named in the log and trains as the empty caption does.
 
@@ -59,13 +58,13 @@ class EmbeddedInStep:
 
     @cached_property
     def null(self) -> tuple[Tensor, ...]:
-        """The embeddings (1,...) of the empty caption in float32; the text encoders are loaded for them.
+        """Return the embeddings (1,...) of the empty caption in float32, loading the text encoders.
 
         Raises:
             DataError: they are not finite.
         """
         parts = tuple(part.float() for part in self.embedder([""]))
-        if not bool(finite_rows(parts).all()):
+        if not bool(rows_are_finite(parts).all()):
             raise DataError(NULL_NOT_FINITE)
         return parts
 
@@ -78,7 +77,7 @@ class EmbeddedInStep:
         distinct = list(dict.fromkeys(captions))
         rows = torch.tensor([distinct.index(caption) for caption in captions])
         parts = tuple(part.float() for part in self.embedder(distinct))
-        good = finite_rows(parts)
+        good = rows_are_finite(parts)
         self.asked += len(distinct)
         if not bool(good.all()):
             self._note([caption for caption, fine in zip(distinct, good.tolist(), strict=True) if not fine])
@@ -111,7 +110,7 @@ def embed_in_step(conditioning: Any, embedder: Callable[[list[str]], tuple[Tenso
     conditioning.cache = embedded
 
 
-def finite_rows(parts: tuple[Tensor, ...]) -> Tensor:
+def rows_are_finite(parts: tuple[Tensor, ...]) -> Tensor:
     """Return which rows are finite in all tensors (B,...): (B,) booleans."""
     return torch.stack([torch.isfinite(part).flatten(1).all(1) for part in parts]).all(0)
 
@@ -203,7 +202,7 @@ class TextConditioning:
 
 
 class ClassConditioning:
-    """Class numbers; the null class is the one after the last."""
+    """Class numbers, of which the one after the last is the null class."""
 
     def __init__(self, transformer: nn.Module, num_classes: int, device: torch.device):
         self.null, self.device = num_classes, device
@@ -220,12 +219,16 @@ class ClassConditioning:
         return self.call.predict(model, self.config, x_t, t, (labels,))
 
 
-def check_classes(labels: list[int], num_classes: int, where: str) -> None:
-    """DataError when a label is no class of the model."""
-    odd = [label for label in labels if not 0 <= label < num_classes]
-    if odd:
+def check_class_numbers(labels: list[int], num_classes: int, where: str) -> None:
+    """Refuse labels that are not classes of the model.
+
+    Raises:
+        DataError: there is one.
+    """
+    unexpected = [label for label in labels if not 0 <= label < num_classes]
+    if unexpected:
         raise DataError(
-            f"{where} has class label {odd[0]}, the model has classes 0 to {num_classes - 1}; "
+            f"{where} has class label {unexpected[0]}, the model has classes 0 to {num_classes - 1}; "
             "use pictures of its classes, or a model with more"
         )
 
@@ -240,16 +243,19 @@ def conditioning(
     scheduler: Any = None,
     guidance: float = 1.0,
 ) -> Conditioning:
-    """The conditioning of a transformer's family.
+    """Return the conditioning of a transformer's family.
 
     Args:
-        null_text: the prompt's last token stands for many equal ones (SD3 without a T5 that speaks).
-        pixel_factor: pixels per latent position, for models that are told the size of the picture.
-        scheduler: the pipeline's, for models that are told the time before its shift.
+        transformer: stock or expanded.
+        cache: embeds captions, holds labels.
+        device: of the training.
+        null_text: the prompt's last token replaces many equal ones (SD3 whose T5 outputs zeros).
+        pixel_factor: pixels per latent position, for models whose input is the size of the image.
+        scheduler: the pipeline's, for models whose input is the time before its shift.
         guidance: the input of models into which guidance was distilled.
 
     Raises:
-        DataError: a class-conditional transformer, and labels that are none of its classes.
+        DataError: labels that are not classes of a class-conditional transformer.
     """
     family = family_of(transformer)
     if family.classes_key is None:
@@ -263,5 +269,5 @@ def conditioning(
             guidance=guidance,
         )
     num_classes = int(transformer.config[family.classes_key])  # type: ignore[index]
-    check_classes(cache.conditions, num_classes, "the training set")
+    check_class_numbers(cache.conditions, num_classes, "the training set")
     return ClassConditioning(transformer, num_classes, device)

@@ -1,4 +1,4 @@
-"""The base model's own training objective, read from its scheduler, and the noised batch that every task trains on.
+"""The base model's own objective, and the noised batch on which every task trains.
 
 The base and the detail channels share one timestep. `noise_batch` alone depends on that.
 """
@@ -27,7 +27,7 @@ class Objective(Protocol):
     def prediction(self) -> PredictionType: ...
 
     def draw(self, generators: list[torch.Generator]) -> Tensor:
-        """Draw one timestep from each sample's generator, (B,), in the unit that the family's call takes."""
+        """Draw one timestep from each sample's generator, (B,), in the unit of the family's call."""
         ...
 
     def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -52,12 +52,6 @@ def drop_conditions(conditions: list[Any], null: Any, chance: float, draws: Samp
     """Replace each condition by `null` with a given chance, for classifier-free guidance.
 
     One number is drawn for each sample, also where the chance is 0.
-
-    Args:
-        conditions: B prompts or classes.
-        null: the condition of an unconditional prediction.
-        chance: in [0,1].
-        draws: of this batch.
     """
     dropped = draws.uniform() < chance
     return [null if drop else value for value, drop in zip(conditions, dropped, strict=True)]
@@ -73,13 +67,7 @@ class NoisedBatch:
 
 
 def noise_batch(objective: Objective, latents: Tensor, draws: SampleRandom) -> NoisedBatch:
-    """Draw the timestep and the noise of each sample, in that order, and noise the latents.
-
-    Args:
-        objective: of the base model.
-        latents: normalised, (B,c,h,w).
-        draws: of this batch.
-    """
+    """Draw each sample's timestep, then its noise, and noise the latents (B,c,h,w)."""
     t = send(objective.draw(draws.samples), latents.device)
     noise = send(draws.normal(*latents.shape[1:]), latents.device).to(latents.dtype)
     return NoisedBatch(objective.noised(latents, noise, t), t, objective.target(latents, noise, t))
@@ -88,13 +76,9 @@ def noise_batch(objective: Objective, latents: Tensor, draws: SampleRandom) -> N
 def error_weight(
     objective: Objective, t: Tensor, *, min_snr_gamma: float | None, x0_ratio_max: float | None
 ) -> Tensor | None:
-    """Return the weight of each sample's squared errors, (B,1,1,1); None where all weigh the same.
+    """Return the weight of each sample's squared errors, (B,1,1,1), None where they are equal.
 
-    Args:
-        objective: of the base model.
-        t: (B,).
-        min_snr_gamma: gamma of `min_snr_weight`.
-        x0_ratio_max: maximum of `x0_ratio_weight`, for flow matching; at most one of the two is given.
+    The recipe gives the gamma of `min_snr_weight`, or for flow matching the maximum of `x0_ratio_weight`, or neither.
     """
     if min_snr_gamma is not None:
         return min_snr_weight(*objective.levels(t), min_snr_gamma, objective.prediction)
@@ -118,7 +102,7 @@ def choose_objective(scheduler: Any, family: Family, model: str, flow: FlowMatch
     objective = _objective(scheduler, model, flow or FlowMatching())
     if objective.prediction not in family.objectives:
         raise ModelError(
-            f"model {model}: its scheduler {type(scheduler).__name__} stands for {objective.prediction}, a "
+            f"model {model}: its scheduler {type(scheduler).__name__} belongs to {objective.prediction}, a "
             f"{family.class_name} is trained by {' or '.join(family.objectives)}; "
             "put the scheduler that the model was trained with into its folder"
         )

@@ -1,4 +1,4 @@
-"""What base pretraining and stage 1 share: the reconstruction loss with its discriminator (Eq. 5)."""
+"""Training of an autoencoder by the reconstruction loss and its discriminator (Eq. 5)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from davae.vae.discriminator import PatchDiscriminator
 
 
 class ReconstructionTrainer:
-    """L_rec with its GAN turn-taking. The discriminator reuses what it said of the autoencoder's reconstruction."""
+    """L_rec with its GAN, whose discriminator reuses its scores of the reconstruction."""
 
     def __init__(self, settings: Reconstruction, device: torch.device):
         self.settings = settings
@@ -81,10 +81,16 @@ class ReconstructionTrainer:
         last_layer: Tensor,
         step: int,
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """(total of Eq. 5, gradient of its pixel terms at the reconstruction, what to log).
+        """Return the total of Eq. 5, the pixel terms' gradient at the reconstruction, values to log.
 
-        The perceptual network and the discriminator run backward once, down to the reconstruction; what the adaptive weights
-        need besides is the decoder's last layer. Mean and logvar are None of a deterministic autoencoder.
+        The perceptual network and the discriminator run backward once, down to the reconstruction; the adaptive weights also
+        need the decoder's last layer.
+
+        Args:
+            images, reconstruction: (B,3,H,W) in [-1,1].
+            mean, logvar: of the posterior, (B,D,h,w); None for a deterministic autoencoder.
+            last_layer: weight of the decoder's last layer.
+            step: counts from 0.
         """
         s = self.settings
         pixels = reconstruction.detach().requires_grad_()  # (B,3,H,W): the losses' graphs end here
@@ -107,7 +113,7 @@ class ReconstructionTrainer:
             assert self.discriminator is not None  # not its data-parallel wrapper: that one's pass is over the images
             logits = self.discriminator(pixels)
             adversarial = generator_hinge(logits)
-            # the mean over so many logits would underflow in half precision
+            # the gradient of the mean over all logits would underflow in half precision
             scaled = torch.autograd.grad(adversarial * logits.numel(), pixels, retain_graph=True)[0]
             push = scaled.float() / logits.numel()
             above, below = (mean_over_ranks(gradient_at(reconstruction, last_layer, g)) for g in (pull, push))
@@ -120,7 +126,7 @@ class ReconstructionTrainer:
         return total, pull, logged
 
     def discriminator_loss(self, discriminator: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-        assert self._images is not None, "the autoencoder plays first"
+        assert self._images is not None, "the autoencoder trains first"
         assert self._fake is not None
         loss = discriminator_hinge(discriminator(self._images), self._fake)
         self._images = self._fake = None
@@ -128,8 +134,10 @@ class ReconstructionTrainer:
 
 
 def keep_channels_last(autoencoder: nn.Module) -> None:
-    """diffusers' residual blocks copy their shortcut's input out of channels_last, and everything behind it back, when they
-    are in training mode; without dropout the mode means nothing else to them."""
+    """Put residual blocks without dropout in eval mode, which changes their memory layout alone.
+
+    In training mode diffusers' blocks copy their shortcut's input out of channels_last, and their output back.
+    """
     for block in autoencoder.modules():
         if isinstance(block, ResnetBlock2D) and not block.dropout.p:
             block.training = False
@@ -141,15 +149,15 @@ class ReconstructionTask(Task[Reconstruction]):
     def __init__(
         self,
         settings: Reconstruction,
-        pictures: ImageDataset,
-        player: Trainable,
+        images: ImageDataset,
+        trainable: Trainable,
         forward: nn.Module,
         device: torch.device,
     ):
-        self.settings, self.dataset, self.collate, self.device = settings, pictures, collate, device
+        self.settings, self.dataset, self.collate, self.device = settings, images, collate, device
         self.trainer = ReconstructionTrainer(settings, device)
-        self.trainables = self.trainer.trainables(player)
-        keep_channels_last(player.module)
+        self.trainables = self.trainer.trainables(trainable)
+        keep_channels_last(trainable.module)
         self.modules: dict[str, nn.Module] = {"vae": forward, **self.trainer.modules()}
 
     def trainables_at(self, step: int) -> list[str]:
@@ -163,4 +171,4 @@ class ReconstructionTask(Task[Reconstruction]):
 
     @abstractmethod
     def score_reconstruction(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
-        """Scalar loss of the autoencoder on images (B,3,H,W), and what to log."""
+        """Return the scalar loss of the autoencoder on images (B,3,H,W), and values to log."""

@@ -20,10 +20,10 @@ from davae.vae.detail_vae import DetailVAE
 
 
 def random_squares(images: Tensor, side: int, draws: SampleRandom) -> Tensor:
-    """A square of `side` pixels at a drawn place of each picture: (B,3,H,W) -> (B,3,side,side).
+    """Cut a square of `side` pixels at a drawn place of each image, (B,3,side,side).
 
-    Where the pictures are no larger they stay whole. All layers but attention are local, so that many small squares train a
-    DetailVAE at a fraction of a whole picture's cost.
+    Images that are not larger stay whole. All layers but attention are local, so that many small squares train a DetailVAE at
+    a fraction of a whole image's cost.
     """
     height, width = images.shape[-2:]
     if side >= min(height, width):
@@ -41,8 +41,13 @@ class DetailVAEPass(nn.Module):
         self.vae, self.detail_dropout = vae, detail_dropout
 
     def forward(self, images: Tensor, noise: Tensor, chance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """I_hr (B,3,sH,sW), normal noise (B,D,h,w), uniform chance of being kept (B,) -> reconstruction (B,3,sH,sW), raw z
-        (B,C,h,w), and mean and log-variance of raw z_d (B,D,h,w)."""
+        """Return reconstruction (B,3,sH,sW), raw z (B,C,h,w), mean and logvar of raw z_d (B,D,h,w).
+
+        Args:
+            images: I_hr (B,3,sH,sW).
+            noise: standard normal (B,D,h,w).
+            chance: uniform (B,); a sample keeps its detail from `detail_dropout` on.
+        """
         raw = self.vae.encode_raw(images)
         z_d = raw.mean + (0.5 * raw.logvar).exp() * noise.to(raw.mean)  # (B,D,h,w)
         if self.detail_dropout:
@@ -52,18 +57,18 @@ class DetailVAEPass(nn.Module):
 
 
 class Stage1Task(ReconstructionTask):
-    """Trains detail encoder and decoder; the base encoder never changes."""
+    """Training of detail encoder and decoder with a frozen base encoder."""
 
     name = "stage1"
 
-    def __init__(self, settings: Stage1, vae: DetailVAE, pictures: ImageDataset, device: torch.device):
+    def __init__(self, settings: Stage1, vae: DetailVAE, images: ImageDataset, device: torch.device):
         self.stage, self.vae = settings, vae.to(device, memory_format=vae.memory_format)  # type: ignore[call-overload]
         self.vae.train()
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         parameters = [*vae.detail_encoder.parameters(), *vae.decoder.parameters()]
-        player = Trainable(vae, [{"params": parameters}], lr=settings.lr)
-        super().__init__(settings, pictures, player, DetailVAEPass(vae, settings.detail_dropout), device)
+        trainable = Trainable(vae, [{"params": parameters}], lr=settings.lr)
+        super().__init__(settings, images, trainable, DetailVAEPass(vae, settings.detail_dropout), device)
 
     def score_reconstruction(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s, factor = self.stage, self.vae.spatial_factor

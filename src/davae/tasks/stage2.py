@@ -1,4 +1,4 @@
-"""Stage 2: the warm-started transformer (Sec. 3.2, Eq. 7-13)."""
+"""Stage 2: training of the warm-started transformer (Sec. 3.2, Eq. 7-13)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from davae.pretrained.placement import send
 from davae.recipes.sections import Stage2
 from davae.tasks.conditioning import Conditioning, of_batch
 from davae.tasks.noising import Objective, drop_conditions, error_weight, noise_batch
-from davae.train.monitor import Parts
+from davae.train.monitor import WeightGroups
 from davae.train.random import SampleRandom
 from davae.train.state_dict import like, local
 from davae.train.task import Task, Trainable
 
 
 class Stage2Task(Task[Stage2]):
-    """The base's own objective on cached z_hr, detail faded in by w(n)."""
+    """Training by the base's own objective on cached z_hr, with the detail faded in by w(n)."""
 
     name = "stage2"
 
@@ -58,9 +58,9 @@ class Stage2Task(Task[Stage2]):
         }
         self.modules: dict[str, nn.Module] = {"transformer": transformer}
 
-    def parts(self) -> Parts:
-        """P', O', LoRA and the rest, whose gradient norms are logged apart. P and P' share tensors: masks part them."""
-        groups: Parts = {"P'": [], "O'": [], "lora": [], "rest": []}
+    def parts(self) -> WeightGroups:
+        """Return P', O', LoRA and the rest. Masks part P from P', which share a tensor."""
+        groups: WeightGroups = {"P'": [], "O'": [], "lora": [], "rest": []}
         for name, parameter in self.transformer.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -108,7 +108,7 @@ class Stage2Task(Task[Stage2]):
         }
 
     def draw_clean_base(self, draws: SampleRandom) -> Tensor | None:
-        """Draw which samples keep a clean base, (B,) booleans; None, and nothing drawn, where the recipe keeps none.
+        """Draw the samples that keep a clean base, (B,) booleans, or nothing by the recipe.
 
         Called after every other draw of the step, which are therefore the same with and without it.
         """
@@ -118,7 +118,7 @@ class Stage2Task(Task[Stage2]):
 
 
 class NewWeightBoost:
-    """A learning-rate multiplier for P' and O' alone, which share their tensors with P and O.
+    """Learning-rate multiplier of P' and O' alone, which share their tensors with P and O.
 
     Adam's update is proportional to the learning rate, so scaling the update of the new entries is the same.
     """
@@ -132,7 +132,7 @@ class NewWeightBoost:
         optimizer.register_step_post_hook(self._boost)
 
     def _parameters(self) -> list[Tensor]:
-        """Looked up at every step: FSDP2 puts pieces in their place."""
+        # looked up at every step: FSDP2 puts pieces in their place
         return [self.transformer.get_parameter(name).detach() for name in self.masks]
 
     def _remember(self, *_: Any) -> None:

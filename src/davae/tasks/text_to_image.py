@@ -1,4 +1,4 @@
-"""Text encoders and transformer of a small Stable Diffusion 3, trained together by flow matching."""
+"""Small Stable Diffusion 3: text encoders and transformer, trained by flow matching."""
 
 from __future__ import annotations
 
@@ -32,7 +32,13 @@ from davae.train.task import Task, Trainable
 
 
 def build_tokenizer(captions: Iterable[str], vocabulary: int, tokens: int) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges are learnt from `captions`."""
+    """Return a CLIP tokenizer whose byte-pair merges are learnt from captions.
+
+    Args:
+        captions: of the training set.
+        vocabulary: size of the vocabulary.
+        tokens: longest prompt.
+    """
     tokenizer = CLIPTokenizer()
     # as in CLIP, every byte also with the end-of-word mark; left to the trainer, their order differs in every process
     ends = [f"{byte}</w>" for byte in sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -71,10 +77,10 @@ def build_text_encoder(architecture: TextArchitecture, tokenizer: CLIPTokenizer)
 
 
 def build_silent_t5(architecture: TextArchitecture) -> T5EncoderModel:
-    """A T5 of a few thousand parameters whose output is zero for every prompt.
+    """Return a T5 of a few thousand parameters whose output is zero for every prompt.
 
-    Zero embeddings are what the pipeline puts in the place of an absent T5; but it cannot reload a folder that has
-    none unless told so in every call. This stands in for it.
+    The pipeline uses zero embeddings where it has no T5, but then loads its folder only with an argument that names the
+    missing part. This one makes the argument unnecessary.
     """
     config = T5Config(vocab_size=4, d_model=2 * architecture.text_width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     encoder = T5EncoderModel(config)
@@ -83,7 +89,7 @@ def build_silent_t5(architecture: TextArchitecture) -> T5EncoderModel:
 
 
 def build_silent_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that reads nothing from any prompt and only pads: what the silent T5 is fed."""
+    """Return a tokenizer that only pads, whatever the prompt, for the silent T5."""
     backend = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     backend.normalizer = normalizers.Replace(Regex(r"[\s\S]+"), "")
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
@@ -107,7 +113,7 @@ def build_transformer(a: TextArchitecture, channels: int, latent_side: int) -> S
 
 
 class TextToImage(nn.Module):
-    """Both text encoders and the transformer, wired as StableDiffusion3Pipeline wires them with a silent T5."""
+    """Text encoders and transformer, connected as in StableDiffusion3Pipeline with a silent T5."""
 
     def __init__(self, encoders: list[CLIPTextModelWithProjection], transformer: SD3Transformer2DModel):
         super().__init__()
@@ -115,11 +121,11 @@ class TextToImage(nn.Module):
         self.transformer = transformer
 
     def forward(self, latents: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
-        """latents (B,C,h,w), timestep (B,) in 0..1000, tokens (B,L) -> velocity (B,C,h,w)."""
+        """Return the velocity (B,C,h,w) at latents (B,C,h,w), time (B,) in 0..1000, tokens (B,L)."""
         outputs = [encoder(tokens, output_hidden_states=True) for encoder in self.encoders]
         embeds = torch.cat([out.hidden_states[-2] for out in outputs], dim=-1)  # (B,L,2w)
         pooled = torch.cat([out.text_embeds for out in outputs], dim=-1)  # (B,2w)
-        empty = embeds.new_zeros(embeds.shape[0], 1, embeds.shape[2])  # stands for the silent T5's tokens
+        empty = embeds.new_zeros(embeds.shape[0], 1, embeds.shape[2])  # the silent T5's tokens
         return self.transformer(
             hidden_states=latents,
             encoder_hidden_states=torch.cat([embeds, empty], dim=1),

@@ -1,4 +1,4 @@
-"""Where one process, DDP, FSDP2 and DeepSpeed differ under the training loop, all through accelerate."""
+"""Engines under the training loop, through accelerate: one process, DDP, FSDP2, DeepSpeed."""
 
 from __future__ import annotations
 
@@ -31,9 +31,6 @@ from davae.train.distributed import ranks
 PATIENCE = timedelta(hours=2)  # in which the first process encodes, exports or writes while the others wait
 
 
-# -- opening -----------------------------------------------------------------------------------------------------------
-
-
 def make_accelerator(run: Run, folder: Path | None = None) -> Accelerator:
     """Return accelerate's engine as the launcher chose it: one process, DDP, FSDP2 or DeepSpeed.
 
@@ -61,7 +58,7 @@ def make_accelerator(run: Run, folder: Path | None = None) -> Accelerator:
 
 
 def _shard_on_cpu(run: Run) -> None:
-    """Switch FSDP2 on without a GPU, so that tests take its path; torch can, accelerate leaves it out."""
+    """Switch FSDP2 on without a GPU, which accelerate leaves out, so that tests take its path."""
     plugin = FullyShardedDataParallelPlugin()
     if run.mixed_precision != "no":
         plugin.set_mixed_precision(run.mixed_precision)
@@ -72,9 +69,6 @@ def _shard_on_cpu(run: Run) -> None:
 def seed_initial_weights(seed: int) -> None:
     """Make new weights depend on the recipe's seed alone, not on earlier work of the process."""
     torch.manual_seed(seed)
-
-
-# -- checks ------------------------------------------------------------------------------------------------------------
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
@@ -125,13 +119,10 @@ def check_engine(accelerator: Accelerator, task: str, trainables: int, settings:
         raise RunError(f"{task}.new_weight_lr_multiplier: DeepSpeed flattens the weights; set it to 1, or use FSDP2")
 
 
-# -- a training step ---------------------------------------------------------------------------------------------------
-
-
 def wrap(
     accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, share: int
 ) -> tuple[nn.Module, Any]:
-    """Return module and optimizer wrapped by the engine; FSDP2 makes every repeated block a unit of its own.
+    """Return module and optimizer wrapped by the engine, each repeated block a unit of FSDP2.
 
     Args:
         accelerator: the engine.
@@ -173,7 +164,7 @@ def clip_gradients(accelerator: Accelerator, optimizer: Any, limit: float) -> Te
 
 
 def step_unless(optimizer: Any, bad: Tensor) -> None:
-    """Step one optimizer unless `bad`. A fused optimizer decides on the device; others wait for it.
+    """Step one optimizer unless `bad`, which a fused one decides without waiting for the device.
 
     Args:
         optimizer: as the engine wrapped it; its gradients are unscaled.
@@ -212,7 +203,7 @@ class LossScale:
             self.scaler.unscale_(optimizer.optimizer)
 
     def update(self) -> None:
-        """Lower the scale after an overflow in any optimizer, raise it after many good steps. Once a step."""
+        """Lower the scale after an overflow in any optimizer, raise it after many good steps."""
         if self.scaler is not None:
             self.scaler.update()
 
@@ -231,26 +222,23 @@ class LossScale:
         return bad & lost
 
     def state(self) -> dict[str, Any]:
-        """Return scale and growth counter, plain values; empty without a scaler."""
+        """Return scale and growth counter, plain values, empty without a scaler."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a saved state; an empty one (an older checkpoint, another precision) changes nothing."""
+        """Take over a saved state, unless it is empty: an older checkpoint, another precision."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
 
     def reset(self) -> None:
-        """Return to the state in which this training found the scaler, as a resume does before the next stage."""
+        """Return to the state in which this training found the scaler, as a resumed run does."""
         self.load(self._initial)
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
 def gather_optimizer(
     optimizer: Any, whole_state: Callable[[torch.optim.Optimizer], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return an optimizer's state for a checkpoint; under DeepSpeed, one piece of each process.
+    """Return an optimizer's state for a checkpoint, under DeepSpeed a piece of each process.
 
     Args:
         optimizer: as the engine wrapped it.
@@ -291,7 +279,7 @@ def load_optimizer(
 
 
 def _plain_state(value: Any) -> Any:
-    """Return a state without objects of DeepSpeed's own classes, so that a checkpoint stays plain data."""
+    """Return a state without objects of DeepSpeed's classes: a checkpoint stays plain data."""
     plain = (bool, int, float, str, dict, list, tuple, Tensor)
     if isinstance(value, dict):
         return {key: _plain_state(v) for key, v in value.items() if v is None or isinstance(v, plain)}

@@ -1,4 +1,4 @@
-"""What the processes of one launch tell each other; a single process is answered at once."""
+"""Values that the processes of one launch exchange, without a wait in a single process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rank() -> int:
 
 
 def launched() -> tuple[int, int]:
-    """Return this process's rank and the number of processes from the launcher's variables: no process group is needed."""
+    """Return rank and number of processes from the launcher's variables, without a group."""
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
@@ -38,7 +38,7 @@ def barrier() -> None:
 
 @cache
 def _patient_group(world: Any) -> Any:
-    """Return a group of all processes whose collectives wait for a year: over gloo, so that no device is kept busy."""
+    """Return a group of all processes over gloo, which keeps no device busy, that waits a year."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
@@ -49,7 +49,7 @@ def patient_barrier() -> None:
 
 
 def on_main(work: Callable[[], Any]) -> None:
-    """Do something in the first process; the others wait, however long it takes.
+    """Do work in the first process while the others wait, however long it takes.
 
     Where it fails there, the first process ends and the launcher ends the others.
     """
@@ -58,10 +58,10 @@ def on_main(work: Callable[[], Any]) -> None:
     patient_barrier()
 
 
-def compare(value: Any) -> list[tuple[int, str, Any]]:
-    """Return (rank, host, value) of each process whose value of a plain object differs from the first one's.
+def differing_values(value: Any) -> list[tuple[int, str, Any]]:
+    """Return (rank, host, value) of each process whose plain value differs from the first one's.
 
-    The list starts with the first process where it is not empty. All processes must ask; all get the same answer.
+    The list starts with the first process where it is not empty. Collective; all processes get the same list.
     """
     if ranks() == 1:
         return []
@@ -80,17 +80,17 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, which hold equal shares of the batch."""
+    """Return the mean of a tensor over all processes, which hold equal shares of the batch."""
     return tensor if ranks() == 1 else sum_over_ranks(tensor) / ranks()
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is set in any process; all must ask."""
+    """Return whether a flag is set in any process. Collective."""
     return flag if ranks() == 1 else bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
 
 
 def from_main(value: Any) -> Any:
-    """The first process's value of a plain object; all must ask."""
+    """Return the first process's value of a plain object. Collective."""
     if ranks() == 1:
         return value
     box = [value]

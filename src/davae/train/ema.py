@@ -1,4 +1,4 @@
-"""The exponential moving average of trained weights: what is exported."""
+"""Exponential moving average of trained weights, which is exported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from davae.train.state_dict import gather_parts, like, local
 
 
 class Average:
-    """Keeps sum of decay-weighted past weights; of a parameter that lies in pieces, each process averages its own.
+    """Sum of decay-weighted past weights, in each process of its own pieces of a parameter.
 
     The decay after n steps is (1 + n) / (10 + n), at most its final value, as in diffusers' EMAModel: early averages
     forget the start.
@@ -19,7 +19,7 @@ class Average:
     Args:
         parameters: by name.
         decay: final decay in [0,1).
-        device: where the average lies; None beside the weights. On `cpu` a step copies the weights there.
+        device: of the average; that of the weights by default. On `cpu` a step copies the weights there.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float, device: torch.device | None = None):
@@ -45,7 +45,7 @@ class Average:
             local(parameter.detach()).copy_(self.shadow[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole tensors on the CPU; collective where weights lie in pieces."""
+        """Return whole tensors on the CPU. Collective where weights lie in pieces."""
         return {
             "steps": self.steps,
             "shadow": {name: gather_parts(p, self.shadow[name]) for name, p in self.parameters.items()},

@@ -1,4 +1,4 @@
-"""Who works in a run folder: one training at a time, and others that only read its autoencoder and cache."""
+"""Locks of a run folder: of its one training, and of others that read its cache."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def try_lock(path: Path) -> FileLock | None:
 
 
 class RunLock:
-    """The lock of a run folder; `release` lets another training have it, and so does the end of the process.
+    """Lock of a run folder, held until `release` or the end of the process.
 
     Raises:
         RunError: another process holds it.
@@ -64,7 +64,7 @@ class RunLock:
 
 
 def running_process(run_folder: Path) -> int | None:
-    """Return the id of the process that trains in a run folder, None where none does on this machine.
+    """Return the id of the process that trains in a run folder on this machine, else None.
 
     It is found whoever started it, and not taken for another process that was given the id of a killed one.
     """
@@ -86,7 +86,7 @@ def running_process(run_folder: Path) -> int | None:
 
 
 def _readers(folder: Path) -> list[Path]:
-    """Return the lock files of runs that read this folder now; those of killed ones are removed."""
+    """Return the lock files of runs that read this folder now, and remove those of killed ones."""
     held = []
     for path in sorted((folder / READERS).glob("*.lock")):
         lock = try_lock(path)
@@ -99,7 +99,7 @@ def _readers(folder: Path) -> list[Path]:
 
 
 def hold_for_reading(folder: Path) -> FileLock | None:
-    """Keep another run's autoencoder and cache from being changed until the lock is released, or the process ends.
+    """Keep another run's autoencoder and cache from being changed while the lock is held.
 
     Returns:
         The lock; None where the folder cannot be written.

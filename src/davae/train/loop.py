@@ -1,4 +1,4 @@
-"""Training loop of every stage; base pretraining, stage 1 and stage 2 are its tasks."""
+"""Training loop of every stage: base pretraining, stage 1 and stage 2 are its tasks."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from davae.train.distributed import any_rank, barrier, from_main, is_main, mean_
 from davae.train.ema import Average
 from davae.train.monitor import (
     Means,
+    RunWarnings,
     StepTimer,
     Timings,
-    Watch,
     gradient_norms,
     open_trackers,
-    peak_memory,
+    peak_memory_gib,
 )
 from davae.train.optimizers import build_optimizer, learning_rate
 from davae.train.random import SampleRandom
@@ -159,7 +159,7 @@ class Trainer:
         logger.info("%s: resumed at step %d", self.task.name, self.step)
 
     def save(self) -> None:
-        """Write a checkpoint. Collective: all processes gather, the first one writes, the others wait."""
+        """Write a checkpoint. Collective: all gather, the first process writes, the others wait."""
         state = {
             "step": self.step,
             "skipped": int(self.skipped),
@@ -188,7 +188,7 @@ class Trainer:
             average.copy_to_parameters()
 
     def whole_state(self, name: str) -> dict[str, Tensor]:
-        """Return a trainable's parameters and buffers on the CPU, gathered from all processes. Collective."""
+        """Return a trainable's parameters and buffers, whole, on the CPU. Collective."""
         return snapshot(self.task.trainables[name].module, self.task.trainables[name].trained)
 
     def release(self) -> None:
@@ -232,7 +232,7 @@ class Trainer:
             training_loader(self.task.dataset, batches, num_workers=num_workers, collate_fn=self.task.collate)
         )
         self.timer = StepTimer(self.accelerator.device)
-        self.watch = Watch(self.task.name, num_workers, int(self.skipped))
+        self.watch = RunWarnings(self.task.name, num_workers, int(self.skipped))
         try:
             with stop_on_signal(self.run.stop_signals) as received:
                 while self.step < settings.max_steps:
@@ -264,7 +264,7 @@ class Trainer:
             del loader
 
     def _periodic(self) -> dict[str, float]:
-        """Do the periodic work due at this step; return the first process's values, so that all agree."""
+        """Do the periodic work due at this step and return the first process's values."""
         due = [entry for entry in self.periodic if self.step % entry.every == 0]
         found: dict[str, float] = {}
         for entry in due:
@@ -314,7 +314,7 @@ class Trainer:
         return values
 
     def _update(self, name: str, values: dict[str, Any]) -> Tensor:
-        """Step one optimizer unless its gradient is not finite; return whether it was not, a boolean scalar."""
+        """Step one optimizer where its gradient is finite, and return whether it was not."""
         trainable, optimizer = self.task.trainables[name], self.optimizers[name]
         self.scale.unscale(optimizer)
         if trainable.parts is not None and (self.step + 1) % self.run.log_every == 0:
@@ -344,7 +344,7 @@ class Trainer:
             mean = mean_over_ranks(mean.to(accelerator.device))
         plain = {key: round(value, 8) for key, value in zip(numbers, mean.tolist(), strict=True)}
         plain["skipped"] = int(self.skipped)
-        figures = self.timer.read() | {"memory_gib": peak_memory(accelerator.device)}
+        figures = self.timer.read() | {"memory_gib": peak_memory_gib(accelerator.device)}
         images = settings.batch_size * settings.accumulation / figures["seconds_step"]
         if metrics is None:
             return

@@ -1,4 +1,4 @@
-"""What a training says of itself: times, gradient norms, warnings that name a cause, trackers."""
+"""Observation of a training: times, gradient norms, warnings that name a cause, trackers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from davae.train.state_dict import like, local
 
 logger = logging.getLogger(__name__)
 
-Parts = dict[str, list[tuple[nn.Parameter, Tensor | None]]]  # group -> parameters, each with a mask or whole
+WeightGroups = dict[str, list[tuple[nn.Parameter, Tensor | None]]]  # parameters of each group, with a mask of entries
 
 
 class StepTimer:
-    """Where the time of a step goes. On a GPU phases are marked by events, which are read without stopping it each step."""
+    """Seconds of each phase of a step, on a GPU by events that need no stop in each step."""
 
     PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -56,7 +56,7 @@ class StepTimer:
             self.seconds[name] += time.perf_counter() - started
 
     def read(self) -> dict[str, float]:
-        """Seconds a step since the last reading: `seconds_step`, and `seconds_<phase>` for each; waits for the GPU."""
+        """Return seconds a step since the last reading, in all and by phase, after the GPU's work."""
         if self.gpu:
             torch.cuda.synchronize()
             for name, begin, end in self.events:
@@ -76,18 +76,18 @@ class Means:
         self.counts: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Add what one player logged on one micro-batch: numbers, or scalars on the device."""
+        """Add values of one trainable on one micro-batch: numbers, or scalars on the device."""
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def read(self) -> dict[str, Any]:
-        """Return the means; a value that was added once is returned as it came."""
+        """Return the means, a value that was added once as it came."""
         return {name: total / n if (n := self.counts[name]) > 1 else total for name, total in self.sums.items()}
 
 
-def peak_memory(device: torch.device) -> float:
-    """Most memory held so far, GiB: of the GPU, else of this process."""
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory held so far, GiB: of the GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -100,8 +100,8 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def gradient_norms(parts: Parts) -> dict[str, Tensor]:
-    """Gradient norm of each group, before clipping. Collective where parameters lie in pieces."""
+def gradient_norms(parts: WeightGroups) -> dict[str, Tensor]:
+    """Return the gradient norm of each group before clipping. Collective under FSDP2."""
     norms = {}
     for group, entries in parts.items():
         squares, pieces = [], False
@@ -119,8 +119,8 @@ def gradient_norms(parts: Parts) -> dict[str, Tensor]:
     return norms
 
 
-class Watch:
-    """Warnings of a training that wastes its time. Those of waiting and of dead weights are given once."""
+class RunWarnings:
+    """Warnings of a training that wastes time, of waiting and of dead weights each once."""
 
     WAITING = 0.2  # share of a step spent waiting for data
     DEAD = 5  # logged steps in a row with a gradient that is exactly zero
@@ -128,18 +128,18 @@ class Watch:
     def __init__(self, task: str, num_workers: int, skipped: int):
         self.task, self.num_workers, self.skipped_before = task, num_workers, skipped
         self.zero: dict[str, int] = {}
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
 
-    def _tell(self, about: str, text: str, *values: Any) -> None:
-        if about not in self.told:
-            self.told.add(about)
+    def _warn_once(self, about: str, text: str, *values: Any) -> None:
+        if about not in self.warned:
+            self.warned.add(about)
             logger.warning(f"%s: {text}", self.task, *values)
 
     def times(self, figures: Mapping[str, float]) -> None:
-        """Takes what `StepTimer.read` gives."""
+        """Warn where the figures of `StepTimer.read` show much waiting for data."""
         waiting = figures["seconds_data"] / max(figures["seconds_step"], 1e-9)
         if waiting > self.WAITING:
-            self._tell(
+            self._warn_once(
                 "data",
                 "%.0f %% of a step is spent waiting for data; raise data.num_workers (now %d), or use a faster disk",
                 100 * waiting,
@@ -147,12 +147,12 @@ class Watch:
             )
 
     def gradients(self, values: Mapping[str, float]) -> None:
-        """Takes the norms of groups; new weights that never get a gradient never learn."""
+        """Warn where the logged norms of new weights stay zero: such weights never learn."""
         for name in ("grad_norm_P'", "grad_norm_O'"):
             if name in values and values.get("detail_weight", 1.0) > 0:
                 self.zero[name] = self.zero.get(name, 0) + 1 if values[name] == 0 else 0
                 if self.zero[name] == self.DEAD:
-                    self._tell(
+                    self._warn_once(
                         name,
                         "the gradient of %s is exactly zero at %d logged steps in a row: these new weights do not learn; "
                         "look at lambda_kl and lambda_align of stage 1 (is z_d constant?) and at warmup_steps",
@@ -161,7 +161,7 @@ class Watch:
                     )
 
     def skipped(self, total: int, step: int) -> None:
-        """Takes the number of steps skipped so far; told at every logged step that finds more."""
+        """Warn where more steps were skipped, in all, than at the last logged step."""
         if total > self.skipped_before:
             logger.warning(
                 "%s: %d step(s) until step %d skipped, their gradient is not finite (%d so far)",
@@ -171,7 +171,7 @@ class Watch:
 
 
 class Timings:
-    """timing.jsonl: what a run says of the machine. metrics.jsonl stays the same on every machine and after every stop."""
+    """Writer of timing.jsonl, apart from metrics.jsonl, which is the same on every machine."""
 
     def __init__(self, path: Path, stage: str):
         self.path, self.stage = path, stage

@@ -1,4 +1,4 @@
-"""Which optimizer a recipe asks for, and its learning rate over time."""
+"""Optimizer of a recipe, and its learning rate over time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from davae.recipes.sections import Optim
 
 
 def build_optimizer(settings: Optim, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-    """AdamW as the recipe wants it. `groups` may carry a `lr_multiplier` each.
+    """Return the recipe's AdamW.
+
+    Args:
+        settings: of the training.
+        groups: of parameters; each may carry a `lr_multiplier`.
+        lr: learning rate after warm-up.
 
     Raises:
-        RunError: 8-bit is asked for without bitsandbytes.
+        RunError: 8-bit without bitsandbytes.
     """
     groups = [{"lr_multiplier": 1.0, **group} for group in groups]
     options: dict[str, Any] = {"lr": lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
@@ -31,7 +36,7 @@ def build_optimizer(settings: Optim, groups: list[dict[str, Any]], lr: float) ->
 
 
 def learning_rate(settings: Optim, lr: float, step: int) -> float:
-    """Linear warm-up, then constant, or linear or cosine to zero, `lr_cycles` times over; `step` counts from 0."""
+    """Return the rate at a step from 0 on: linear warm-up, then the recipe's schedule."""
     warmup = settings.lr_warmup_steps
     if step < warmup:
         return lr * (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""All randomness of training: every sample's noise hangs on its place in the run, not on the process that draws it."""
+"""All randomness of training: a sample's noise depends on its place in the run alone."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def named_generator(*names: int | str) -> torch.Generator:
-    """A generator on the CPU whose seed is a hash of its names: the same on every machine."""
+    """Return a generator on the CPU whose seed is a hash of its names."""
     digest = hashlib.blake2b("/".join(map(str, names)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 class SampleRandom:
-    """What is random in one batch: a generator a sample, and one for what the samples of the global batch share.
+    """Random values of one batch: a generator a sample, and one for the whole global batch.
 
     A global batch divided over any number of processes gives each sample the same values; resuming needs no saved state.
 
@@ -31,14 +31,14 @@ class SampleRandom:
         self.batch = named_generator(seed, stage, "batch", batch)
         self.samples = [named_generator(seed, stage, batch, place + number) for number in range(count)]
 
-    def afresh(self) -> SampleRandom:
-        """The same values from the start."""
+    def restarted(self) -> SampleRandom:
+        """Return the same values from the start."""
         return SampleRandom(*self.names)
 
     def uniform(self) -> Tensor:
-        """(B,) in [0,1)."""
+        """Draw (B,) in [0,1)."""
         return torch.cat([torch.rand(1, generator=generator) for generator in self.samples])
 
     def normal(self, *shape: int) -> Tensor:
-        """(B,*shape), standard normal."""
+        """Draw (B,*shape), standard normal."""
         return torch.stack([torch.randn(shape, generator=generator) for generator in self.samples])

@@ -36,12 +36,12 @@ CHECKPOINT_KEPT = "the last checkpoint is whole"
 
 
 def marker(folder: Path, step: str) -> Path:
-    """The file that says that a step of a run is done."""
+    """Return the file that marks a step of a run as done."""
     return folder / "checkpoints" / f"{step}.done"
 
 
 def was_done(folder: Path, step: str) -> bool:
-    """Whether a step of the run in a folder was done, whatever its recipe says."""
+    """Return whether a step of the run in a folder was done, with any step counts."""
     return marker(folder, step).is_file()
 
 
@@ -62,7 +62,7 @@ def is_done(folder: Path, recipe: AnyRecipe, step: str) -> bool:
 
 
 class RunFolder:
-    """One run's files (DESIGN, section 10). Opening it refuses another recipe's folder, and one that is in use.
+    """Files of one run. Opening refuses the folder of another recipe, and one that is in use.
 
     Of several processes of one launch the first one opens, locks and writes; the others only read.
     """
@@ -100,26 +100,23 @@ class RunFolder:
             put_back(place)
 
     def close(self) -> None:
-        """Let another run have the folder."""
+        """Release the folder to other runs."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def forget(self) -> None:
-        """Close the folder; without its recipe where nothing was trained, so that a corrected recipe may take it."""
+        """Close the folder, without its recipe where nothing was trained, for a corrected one."""
         if is_main() and not (self.path / "metrics.jsonl").is_file() and not any(self.path.glob("checkpoints/*")):
             (self.path / "recipe.yaml").unlink(missing_ok=True)
         self.close()
 
     def done(self, step: str) -> bool:
-        """Whether a step of the run finished with the step count the recipe asks for."""
+        """Return whether a step of the run finished with the recipe's step counts."""
         return is_done(self.path, self.recipe, step)
 
     def due(self, step: str) -> bool:
-        """Return whether a step is still to be done, as the first process sees it: others may see its files late.
-
-        Collective: all processes must ask.
-        """
+        """Return whether a step is to be done, as the first process sees its files. Collective."""
         return not from_main(self.done(step))
 
     def mark_done(self, step: str) -> None:
@@ -128,13 +125,13 @@ class RunFolder:
         barrier()
 
     def checkpoints(self, stage: str) -> list[Path]:
-        """Complete checkpoints of a stage, oldest first."""
+        """Return the complete checkpoints of a stage, oldest first."""
         found = (self.path / "checkpoints").glob(f"{stage}-[0-9]*")
         return sorted(path for path in found if path.name.rpartition("-")[2].isdecimal() and path.is_dir())
 
 
 def put_back(folder: Path) -> None:
-    """Undo what a kill inside `atomic_folder` left: a folder moved aside whose successor never took its place."""
+    """Put back folders that a kill inside `atomic_folder` left moved aside without a successor."""
     sweep(folder)
     for old in folder.glob(".*.old"):  # the name that davae 0.1 moved a folder to
         name = folder / old.name.removeprefix(".").removesuffix(".old")
@@ -160,7 +157,7 @@ def state_bytes(state: Any) -> int:
 def save_checkpoint(
     folder: RunFolder, stage: str, step: int, state: dict[str, Any], keep: int, spared: Callable[[int], bool]
 ) -> Path:
-    """Write `<stage>-<step>` atomically, then drop all but the newest `keep` and those that are spared."""
+    """Write `<stage>-<step>` atomically, then delete all but the newest and the spared ones."""
     target = folder.path / "checkpoints" / f"{stage}-{step:08d}"
     require_space(target, state_bytes(state), "a checkpoint")
     with atomic_folder(target, CHECKPOINT_KEPT) as partial:
@@ -175,7 +172,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """RunError when the file was cut off or changed since it was written."""
+    """Return the state of a checkpoint, mapped from its file.
+
+    Raises:
+        RunError: the file was cut off or changed since it was written.
+    """
     try:
         meta = load_json((path / "meta.json").read_text(encoding="utf-8"))
         if file_sum(path / STATE) != meta["crc32"]:
@@ -190,7 +191,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_same_recipe(path: Path, recipe: AnyRecipe) -> None:
-    """Compare the recipe that a checkpoint was trained with and this one, whatever `recipe.yaml` holds by now.
+    """Compare the recipe of a checkpoint with this one, whatever `recipe.yaml` holds by now.
 
     Raises:
         RunError: they train something else: `recipe.yaml` was changed by hand, or is damaged.
@@ -212,7 +213,7 @@ def check_same_recipe(path: Path, recipe: AnyRecipe) -> None:
 
 
 def newest_checkpoint(folder: RunFolder, stage: str) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read; a broken one is named in the log and moved to `broken-...`.
+    """Return the newest checkpoint that can be read, and rename broken ones to `broken-...`.
 
     Every process of a launch gets the same one.
 
@@ -245,7 +246,7 @@ def newest_checkpoint(folder: RunFolder, stage: str) -> dict[str, Any] | None:
 
 
 class Metrics:
-    """metrics.jsonl: one object a logged step. Reopening after a resume drops what the resumed run will log again."""
+    """Writer of metrics.jsonl that drops, after a resume, the steps that will be logged again."""
 
     def __init__(self, path: Path, stage: str, resumed_step: int):
         self.path, self.stage = path, stage
@@ -259,7 +260,7 @@ class Metrics:
             self._stream.flush()
 
     def to_disk(self) -> None:
-        """Before a checkpoint: what is kept of its steps is on the disk before it is."""
+        """Bring the lines to the disk, before the checkpoint of their steps."""
         with saving(self.path, CHECKPOINT_KEPT):
             os.fsync(self._stream.fileno())
 
@@ -268,7 +269,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl or timing.jsonl; the log names lines that a crash or the disk has damaged."""
+    """Return the records of metrics.jsonl or timing.jsonl, and name damaged lines in the log."""
     if not path.is_file():
         return []
     records = []
@@ -293,10 +294,12 @@ def is_number(value: Any) -> bool:
 
 
 def changed_inputs(folder: RunFolder, stage: str, inputs: Mapping[str, str]) -> list[str]:
-    """Return what a stage's checkpoints were trained on that is something else now; note the inputs before the first.
+    """Return the inputs of a stage that changed since its checkpoints, noted before the first.
 
     Args:
-        inputs: what is trained on -> its hash.
+        folder: the run.
+        stage: whose checkpoints are meant.
+        inputs: name -> hash.
     """
     path = folder.path / "checkpoints" / f"{stage}-inputs.json"
     if path.is_file() and (folder.checkpoints(stage) or was_done(folder.path, stage)):
@@ -311,7 +314,7 @@ def changed_inputs(folder: RunFolder, stage: str, inputs: Mapping[str, str]) -> 
 
 
 def set_aside(folder: RunFolder, stage: str) -> None:
-    """Rename a stage's checkpoints, so that it begins again; they stay for the user to look at."""
+    """Rename a stage's checkpoints, so that it begins again and they stay for inspection."""
     for path in folder.checkpoints(stage):
         path.rename(path.with_name(f"earlier-{path.name}"))
     for step in (stage, "report"):  # the report is about the weights that are now set aside
@@ -319,15 +322,15 @@ def set_aside(folder: RunFolder, stage: str) -> None:
 
 
 def check_stage2_inputs(folder: RunFolder, inputs: Mapping[str, str], first: Path) -> None:
-    """Compare what stage 2 trains on with what it began with; begin again where this run made it anew.
+    """Compare the inputs of stage 2 with those of its start, and begin again where one is new.
 
     Args:
         folder: the run.
-        inputs: what is trained on -> its hash.
-        first: folder of the run that made it.
+        inputs: name -> hash.
+        first: folder of the run that made them.
 
     Raises:
-        RunError: another run (`--stage1`) has made it anew since.
+        RunError: another run (`--stage1`) has made one anew since.
     """
     if not (changed := changed_inputs(folder, "stage2", inputs)):
         return
@@ -354,7 +357,7 @@ class Best:
         self.path, self.value = folder / "checkpoints" / f"{stage}-best.json", math.inf
 
     def kept(self) -> int:
-        """Return the step whose checkpoint is kept; -1 where no step was validated."""
+        """Return the step whose checkpoint is kept, -1 where no step was validated."""
         try:
             return whole_number(load_json(self.path.read_bytes())["step"])
         except FileNotFoundError:
@@ -364,7 +367,7 @@ class Best:
             return -1
 
     def improved(self, values: Mapping[str, float], step: int) -> bool:
-        """Return whether this step validated better than all before; its number is then written down."""
+        """Return whether this step validated better than all before, and note it."""
         if BEST not in values or not values[BEST] < self.value:
             return False
         self.value = values[BEST]

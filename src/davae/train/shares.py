@@ -1,4 +1,4 @@
-"""How the global batch of a step is divided over processes and passes."""
+"""Division of the global batch of a step over processes and passes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def share_of_step(settings: Optim, name: str, processes: int, hardware: Hardware
         name: of the stage, for the message.
 
     Raises:
-        RunError: the images of a step cannot be divided over so many processes.
+        RunError: the images of a step cannot be divided over this number of processes.
     """
     batch, step = settings.batch_size, settings.batch_size * settings.accumulation
     own = hardware.count if hardware is not None and batch % hardware.count == 0 else 1

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted at once, acted on at the next place where everything is saved."""
+"""Signals that stop a run at the next place where everything is saved."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_stop(place: str) -> None:
 
 @contextmanager
 def leave_on_signal() -> Iterator[None]:
-    """Have the signals by which a cluster ends a job stop a verb as Ctrl-C does; a training takes them itself."""
+    """Make the signals by which a cluster ends a job stop a verb as Ctrl-C does."""
     previous = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]

@@ -1,4 +1,4 @@
-"""Checkpoint contents: whole tensors by name, whichever engine and however many processes write and read them.
+"""Checkpoint contents: whole tensors by name, with any engine and number of processes.
 
 Parameters lie whole in each process, in pieces as FSDP2's DTensor, or in pieces as DeepSpeed's ZeRO-3 keeps them.
 """
@@ -18,7 +18,7 @@ from davae.train.distributed import is_main
 
 
 def snapshot(module: nn.Module, trained: list[str]) -> dict[str, Tensor]:
-    """Return trained parameters and all buffers by name, whole, on the CPU. Collective where they lie in pieces."""
+    """Return trained parameters and all buffers by name, whole, on the CPU. Collective."""
     parameters = dict(module.named_parameters())
     return {name: gather(parameters[name]) for name in trained} | {
         name: gather(buffer) for name, buffer in module.named_buffers()
@@ -48,7 +48,7 @@ def restore(module: nn.Module, trained: list[str], state: Mapping[str, Tensor]) 
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return torch's own state_dict of an optimizer with whole tensors on the CPU. Collective where they lie in pieces."""
+    """Return torch's state_dict of an optimizer with whole tensors on the CPU. Collective."""
     state = optimizer.state_dict()
     entries = {
         number: {key: gather(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
@@ -84,7 +84,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process keeps, all of a whole one; writing to the part changes the tensor."""
+    """Return the part of a tensor that this process keeps, which shares its memory."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     if hasattr(tensor, "ds_tensor"):
@@ -93,7 +93,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Return the whole tensor on the CPU in the first process, and its part in the others, which write nothing.
+    """Return the whole tensor on the CPU in the first process, its part in the others.
 
     Collective where the tensor lies in pieces: all processes call it in the same order.
     """
@@ -107,7 +107,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_parts(parameter: Tensor, part: Tensor) -> Tensor:
-    """Put together, as `gather` does, values that each process keeps for its part of a parameter.
+    """Put together, as `gather` does, the values that each process has for a parameter.
 
     Args:
         parameter: in pieces or whole; the values are cut like it.
@@ -134,7 +134,7 @@ def gather_parts(parameter: Tensor, part: Tensor) -> Tensor:
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole tensor of a parameter's shape cut into pieces as the parameter is, on its device."""
+    """Return a whole tensor cut into pieces as a parameter is, on the parameter's device."""
     if isinstance(parameter, DTensor):
         value = value.to(parameter.to_local().device)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

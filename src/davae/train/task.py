@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from davae.recipes.sections import Optim
-from davae.train.monitor import Parts
+from davae.train.monitor import WeightGroups
 from davae.train.random import SampleRandom
 
 Settings = TypeVar("Settings", bound=Optim)
@@ -35,14 +35,14 @@ class Trainable:
     lr: float
     ema: bool = True
     clip: bool = True
-    parts: Callable[[], Parts] | None = None
+    parts: Callable[[], WeightGroups] | None = None
 
     def __post_init__(self) -> None:
         self.trained = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trained parameters by name; an engine may have replaced them by pieces."""
+        """Return the trained parameters by name, perhaps pieces by which an engine replaced them."""
         own = dict(self.module.named_parameters())
         return {name: own[name] for name in self.trained}
 
@@ -71,7 +71,7 @@ class Task(ABC, Generic[Settings]):
         return list(self.trainables)
 
     def prepare_optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """Add hooks to a trainable's optimizer before training; none by default."""
+        """Add hooks to a trainable's optimizer before training, none by default."""
 
     @abstractmethod
     def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Seconds that each phase of a run took, over all its starts: `times.json` in the run folder."""
+"""Seconds of each phase of a run over all its starts: `times.json` in the run folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PHASES = ("base", "vae", "align.embedder", "align.head", "dit", "network", "stag
 
 
 def read_times(folder: Path) -> dict[str, float]:
-    """Return the seconds of each phase; nothing for a run that has none, as runs of earlier versions."""
+    """Return the seconds of each phase, nothing for a run of an earlier version."""
     times = _read(folder / TIMES)
     if base := _read(folder / "base" / TIMES):
         times["base"] = sum(base.values())
@@ -41,7 +41,7 @@ def _read(file: Path) -> dict[str, float]:
 
 @contextmanager
 def timed(folder: Path, phase: str) -> Iterator[None]:
-    """Add the seconds spent inside to a phase's, also where it is interrupted. Only the first process writes."""
+    """Add the seconds inside to a phase's in the first process, also after an interruption."""
     from davae.train.distributed import is_main  # it loads torch, which those who only read times need not
 
     started = time.monotonic()

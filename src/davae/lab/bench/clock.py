@@ -139,7 +139,7 @@ def _grown(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, .
 def _peak(reset: bool = False) -> int:
     """Return the highest resident bytes since the last reset, which Linux alone supports."""
     if not STATUS.is_file():
-        return int(observe.peak_memory(torch.device("cpu")) * 2**30)
+        return int(observe.peak_memory_gib(torch.device("cpu")) * 2**30)
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return resident("VmHWM")

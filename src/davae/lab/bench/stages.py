@@ -61,7 +61,7 @@ class StepRecorder:
 
     def loss(self, player: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         if player == self._first:
-            self.turns.append(Turn(step, batch, draws.afresh()))
+            self.turns.append(Turn(step, batch, draws.restarted()))
         return self._loss(player, batch, step, draws)
 
 
@@ -199,7 +199,7 @@ def bench_stage1(recipe: Recipe, *, steps: int, repeats: int, follow: bool = Tru
             def play(turn: Turn, opponent: PlainStage1 = opponent) -> Callable[[], float]:
                 lr = learning_rate(settings, settings.lr, turn.step)
                 images = turn.batch["images"].to(opponent.vae.device, memory_format=torch.channels_last)
-                return partial(opponent.step, images, turn.step, lr, turn.draws.afresh)
+                return partial(opponent.step, images, turn.step, lr, turn.draws.restarted)
 
             def copy(task: Stage1Task = task, rival: Stage1Task = rival) -> None:
                 copy_weights(task.vae, rival.vae)

@@ -1,0 +1,296 @@
+"""Parts of an upgrade: recipe, base, images, run folder, and the models and tasks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from davae.backbones.expand import expand_transformer
+from davae.cost.flops import meta_detail_vae
+from davae.data.latent_cache.key import Key, hash_values
+from davae.data.latent_cache.meta import CacheMeta, read_meta
+from davae.data.latent_cache.read import CachedLatents
+from davae.dataset.encoding import coding_bytes, images_at_a_time, report_precision, run_precision
+from davae.dataset.opened import OpenedData
+from davae.dataset.stages import StageData
+from davae.errors import DataError, RecipeError
+from davae.files.atomic import model_folder
+from davae.files.ownership import check_run
+from davae.pretrained.autoencoders import load_detail_vae
+from davae.pretrained.prompting import embed_captions
+from davae.publish.assemble import UPGRADE_FILE, load_trained
+from davae.recipes import Recipe
+from davae.runs.cache import cache_images, cache_key, cache_shards, show_cache
+from davae.runs.checks import check_init, check_objective, check_recipe, check_shared
+from davae.runs.validation import GRID_IMAGES
+from davae.tasks.base_model import BaseModel
+from davae.tasks.conditioning import conditioning, embed_in_step
+from davae.tasks.stage1 import Stage1Task
+from davae.tasks.stage2 import Stage2Task
+from davae.train.accelerator import make_accelerator, seed_initial_weights
+from davae.train.distributed import from_main, is_main
+from davae.train.locking import changing, hold_for_reading, one_at_a_time
+from davae.train.loop import Observer, training_seed
+from davae.train.run_folder import RunFolder, check_stage2_inputs, was_done
+from davae.vae.detail_vae import DetailVAE
+from davae.zoo import resolve_upgrade
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write a diffusers model into a folder that appears whole or not at all."""
+    with model_folder(folder) as partial:
+        model.eval().save_pretrained(partial)
+
+
+class UpgradeParts:
+    """Everything that the steps of one upgrade work with.
+
+    Args:
+        recipe: of the upgrade.
+        out: the run folder.
+        observer: called after every step of a training.
+        stage1: the folder of another run, equal up to the cache, whose DetailVAE and cache to use.
+
+    Raises:
+        RecipeError, DataError, ModelError, RunError: the recipe does not fit its base, images or the folder; found before a
+            weight is read.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, observer: Observer, *, stage1: Path | None = None):
+        check_run(out, partial(was_done, out))  # before any work
+        self.first = out if stage1 is None else stage1  # where vae/ and cache/ lie
+        self.accelerator = make_accelerator(recipe.run, out)
+        self.base = BaseModel.of(recipe, self.first)
+        self.layout = check_recipe(recipe, self.base)
+        self.objective = check_objective(recipe, self.base)
+        check_init(recipe, self.base.shapes)  # before any work
+        self.recipe, self.out = recipe, out
+        self.data = StageData(recipe, self.base, out)
+        if recipe.stage2.data is None:
+            self.opened  # noqa: B018  # a fault in it is found before the folder is made
+        self.init = None if recipe.init is None else resolve_upgrade(recipe.init)
+        self.observer: Observer = observer if is_main() else lambda progress: None
+        if stage1 is not None:
+            check_shared(recipe, stage1)
+        self.shared = hold_for_reading(stage1) if stage1 is not None and is_main() else None
+        self.folder = RunFolder(out, recipe)
+        if recipe.stage2.data is None:
+            self.data.summary  # noqa: B018
+
+    @property
+    def opened(self) -> OpenedData:
+        """Return the images of the latent cache and stage 2."""
+        return self.data.stage2
+
+    @property
+    def train(self) -> list[int]:
+        """Return the places of the images on which stage 2 trains."""
+        return self.opened.train
+
+    @property
+    def held_out(self) -> list[int]:
+        """Return the places of held-out images that fill the square."""
+        return self.opened.held_out
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Return the images of stage 2 that cannot be used, each with its reason."""
+        return self.data.skipped
+
+    @cached_property
+    def base_pipeline(self) -> Any:
+        """Return the whole pretrained pipeline, for the report, in main memory."""
+        return self.base.load_pipeline(report_precision(self.recipe))
+
+    def changing(self) -> AbstractContextManager[None]:
+        """Keep other runs from using the autoencoder and cache of this folder while they are made."""
+        return changing(self.out) if is_main() else nullcontext()
+
+    def check_data(self) -> None:
+        """Refuse images from which the steps ahead cannot learn, before anything is trained.
+
+        Raises:
+            DataError: captions that are mostly empty or the same; the folder then takes a corrected recipe.
+        """
+        if from_main(self.folder.done("cache")):
+            return
+        try:
+            self.data.check_captions()
+        except DataError:
+            self.folder.forget()
+            raise
+
+    # -- stage 1 -----------------------------------------------------------------------------------------------
+
+    def new_vae(self) -> DetailVAE:
+        """Return the DetailVAE as stage 1 starts it."""
+        base_vae = self.base.load_vae()
+        r = self.recipe
+        return DetailVAE.from_base(base_vae, r.detail_channels, r.scale, r.downsample, r.stage1.start)
+
+    def stage1_task(self) -> Stage1Task:
+        """Return stage 1 at its first step."""
+        recipe = self.recipe
+        seed_initial_weights(training_seed(recipe.stage1, recipe.run))
+        return Stage1Task(recipe.stage1, self.new_vae(), self.data.for_stage1(), self.accelerator.device)
+
+    def vae(self) -> DetailVAE:
+        """Return the trained DetailVAE, in eval mode."""
+        return load_detail_vae(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
+
+    def save_vae(self, vae: DetailVAE) -> None:
+        """Write the DetailVAE with the size that its pipeline is to draw."""
+        vae.register_to_config(resolution=self.recipe.resolution)
+        save_model(vae, self.out / "vae")
+
+    def store_statistics(self, vae: DetailVAE, meta: CacheMeta) -> None:
+        """Write the statistics of the cached detail latents into the DetailVAE's config."""
+        mean, std = torch.tensor(meta.mean).view(1, -1, 1, 1), torch.tensor(meta.std).view(1, -1, 1, 1)
+        vae.set_detail_statistics(vae.layout.split(mean)[1].flatten(), vae.layout.split(std)[1].flatten())
+        save_model(vae, self.out / "vae")
+
+    # -- cache -------------------------------------------------------------------------------------------------
+
+    def cache_key(self, vae: DetailVAE) -> Key:
+        """Return what the content of the cache depends on."""
+        recipe = self.recipe
+        embeds_text = self.base.family.condition == "text" and recipe.cache.shards is None
+        return cache_key(
+            vae,
+            self.opened,
+            recipe.stage2_data,
+            recipe.cache,
+            resolution=recipe.resolution,
+            seed=recipe.run.seed,
+            text=recipe.base.model_dump(mode="json", exclude_defaults=True) if embeds_text else None,
+        )
+
+    def used_images(self, meta: CacheMeta) -> list[int]:
+        """Return the training images that are in the cache."""
+        return [index for index in self.train if self.opened.source.key(index) not in meta.skipped]
+
+    def write_cache(self, vae: DetailVAE, folder: Path, key: Key) -> None:
+        """Write the whole cache, from images or another extraction's shards of [z, z_d].
+
+        Args:
+            vae: encodes the images.
+            folder: of the cache.
+            key: from `cache_key`.
+        """
+        recipe, classes, watch = self.recipe, self.base.family.classes_key, show_cache(self.observer)
+        options: dict[str, Any] = {"key": key, "accelerator": self.accelerator, "watch": watch}
+        if recipe.cache.shards is not None:
+            number = None if classes is None else int(self.base.shapes.transformer_config[classes])
+            cache_shards(folder, recipe.cache, channels=self.layout.channels, num_classes=number, **options)
+            return
+        embeds = self.base.family.condition == "text" and recipe.cache.text == "stored"
+        cache_images(
+            folder,
+            self.data.for_cache(),
+            vae,
+            cache=recipe.cache,
+            precision=run_precision(recipe.run),
+            num_workers=recipe.stage2_data.num_workers,
+            embed=self.embedder() if embeds else None,
+            **options,
+        )
+
+    def text_encoders(self) -> Any:
+        """Return the pretrained pipeline without its transformer."""
+        with one_at_a_time(self.out):
+            return self.base.load_text_encoders(self.frozen).to(self.accelerator.device)
+
+    @property
+    def frozen(self) -> torch.dtype:
+        """Return the precision of pretrained weights that are not trained."""
+        return getattr(torch, self.recipe.base.dtype)
+
+    def embedder(self) -> Callable[[list[str]], tuple[Tensor, ...]]:
+        """Return captions -> embeddings, one tensor per kind. A first call loads the encoders."""
+        encoders = cache(self.text_encoders)
+        return lambda captions: embed_captions(encoders(), captions, self.base.shapes.transformer_class)
+
+    # -- stage 2 -----------------------------------------------------------------------------------------------
+
+    def stage2_task(self) -> Stage2Task:
+        """Return stage 2 at its first step.
+
+        Raises:
+            RecipeError: half-precision base weights under FSDP2.
+        """
+        vae = self.vae()
+        self.check_inputs(vae)
+        seed_initial_weights(training_seed(self.recipe.stage2, self.recipe.run))
+        frozen = torch.float32 if self.recipe.stage2.lora is None else self.frozen
+        if frozen != torch.float32 and self.accelerator.is_fsdp2:
+            raise RecipeError(
+                f"base.dtype: {self.recipe.base.dtype} weights cannot be cut into pieces with float32 ones; set it to "
+                "float32 under FSDP2, or use DDP"
+            )
+        with one_at_a_time(self.out):
+            task = self._stage2_task(vae, frozen, self.accelerator.device)
+        if self.recipe.cache.text == "step" and self.base.family.condition == "text":
+            embed_in_step(task.conditioning, self.embedder())
+        return task
+
+    def _stage2_task(self, vae: DetailVAE, frozen: torch.dtype, device: torch.device) -> Stage2Task:
+        """Expand the transformer (Eq. 7-11) and put it on the device."""
+        pretrained = self.base.load_transformer(frozen)
+        transformer = expand_transformer(pretrained, self.recipe.detail_channels, self.recipe.stage2.new_weights)
+        cache = CachedLatents(self.first / "cache", self.base.family.condition, embedded=True)
+        task = Stage2Task(
+            self.recipe.stage2,
+            vae.layout,
+            transformer,
+            cache,
+            vae.statistics,
+            conditioning(
+                transformer,
+                cache,
+                device,
+                null_text=self.base.silent_t5,
+                pixel_factor=vae.spatial_factor,
+                scheduler=self.base.scheduler,
+                guidance=self.recipe.stage2.embedded_guidance,
+            ),
+            self.objective,
+            device,
+        )
+        if self.init is not None:
+            load_trained(task.transformer, self.init / UPGRADE_FILE)
+        return task
+
+    def check_inputs(self, vae: DetailVAE) -> None:
+        """Compare the DetailVAE and the cache with those on which stage 2 was begun.
+
+        Where this run has made them anew, stage 2 begins again.
+
+        Raises:
+            DataError: the cache is not the DetailVAE's.
+            RunError: another run (`--stage1`) has made them anew since.
+        """
+        meta = read_meta(self.first / "cache", self.cache_key(vae))
+        statistics = [hash_values(getattr(vae, name).flatten().tolist()) for name in ("mean", "std")]
+        inputs = {"the autoencoder": meta.key["autoencoder"], "its statistics": hash_values(statistics)}
+        inputs["the cache"] = hash_values(meta.key, meta.items, meta.mean)
+        if is_main():
+            check_stage2_inputs(self.folder, inputs, self.first)
+
+    # -- progress ----------------------------------------------------------------------------------------------
+
+    def coding_batch(self) -> int:
+        """Return the images coded at a time: `report.batch_size`, else by the memory plan."""
+        recipe, layout = self.recipe, self.layout
+
+        def one() -> int:
+            vae = meta_detail_vae(self.base.shapes, layout.detail_channels, layout.scale)
+            return coding_bytes(vae, recipe.resolution, run_precision(recipe.run))
+
+        chosen = images_at_a_time(recipe.report.batch_size, GRID_IMAGES, self.accelerator.device, one)
+        return from_main(chosen)  # all processes run the wrapped model as often
