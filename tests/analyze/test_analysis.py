@@ -134,14 +134,14 @@ def test_every_figure_of_a_run(run: Path, tiny_base: Path, by_class: Path, pictu
         curves_figure(tmp_path, tmp_path)
 
 
-def test_runs_of_one_folder_name_are_named_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    named: dict[str, Path] = {}
-    monkeypatch.setattr("davae.analyze.curves.compared_runs_figure", lambda named, out: named.update(named) or out)
+def test_runs_of_one_folder_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: dict[str, Path] = {}
+    monkeypatch.setattr("davae.analyze.curves.compared_runs_figure", lambda named, out: drawn.update(named) or out)
     analyze.compare([Path("a/x"), Path("b/x")], tmp_path)
-    assert list(named) == ["a/x", "b/x"]
-    named.clear()
+    assert list(drawn) == ["a/x", "b/x"]
+    drawn.clear()
     analyze.compare([Path("a/x"), Path("b/y")], tmp_path)
-    assert list(named) == ["x", "y"]
+    assert list(drawn) == ["x", "y"]
 
 
 def test_absolute_energy_keeps_what_standardising_takes_away():
