@@ -1,4 +1,4 @@
-"""Latents of images by a frozen autoencoder: in the run's precision, as many images at a time as the device takes."""
+"""Latents of images by a frozen autoencoder, as many images at a time as the device takes."""
 
 from __future__ import annotations
 

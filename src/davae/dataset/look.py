@@ -1,4 +1,4 @@
-"""A look at a data source without a training: its summary, and its images as training would see them."""
+"""A look at a data source without a training: its summary and its images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CELL = 160  # pixels of an image on the contact sheet
 
 
 def glimpse(data: Data) -> tuple[Data, str]:
-    """Return the part of a remote source that a look reads, and what it is; a local source is read whole.
+    """Return the part of a remote source that a look reads, and its description.
 
     Of shards at addresses the first one is copied, of a table on the hub the first rows.
     """
@@ -73,7 +73,7 @@ def look_at(
     out: Path | None = None,
     seed: int = 0,
 ) -> Summary:
-    """Summarise a source; with `show`, write that many images as training would see them, and a contact sheet.
+    """Summarise a source, and write images as training would see them and a contact sheet.
 
     Args:
         data: the source and its options.
@@ -103,7 +103,7 @@ def look_at(
 
 
 def write_shown(opened: OpenedData, num: int, out: Path, seed: int) -> tuple[OpenedData, list[dict[str, Any]]]:
-    """Write the first `num` images that can be decoded; returns the source without the damaged ones, and examples."""
+    """Write the first `num` sound images, and return the source without damaged ones."""
     empty_folder(out)
     damaged: dict[str, str] = {}
     bad: set[int] = set()
@@ -136,7 +136,7 @@ def write_shown(opened: OpenedData, num: int, out: Path, seed: int) -> tuple[Ope
 def prepared(
     opened: OpenedData, seed: int, damaged: dict[str, str], bad: set[int]
 ) -> Iterator[tuple[int, Image.Image, str]]:
-    """Yield (place, image, caption) of all usable images, cut, turned and flipped as the first epoch of a training does.
+    """Yield (place, image, caption) of all usable images, prepared as in the first epoch.
 
     Names of damaged images and their places are added to `damaged` and `bad`.
     """
@@ -195,7 +195,7 @@ def check_show(show: int | None, out: Path | None) -> None:
 
 
 def recipe_step(recipe: Recipe | BaseRecipe) -> int | None:
-    """Return the pixels that a token spans in a recipe's model; None where it takes squares alone."""
+    """Return the pixels of a token in a recipe's model, None where it takes squares alone."""
     if isinstance(recipe, Recipe):
         return BaseModel.of(recipe).bucket_step(recipe.scale)
     if isinstance(recipe.architecture, TextArchitecture):
@@ -204,7 +204,7 @@ def recipe_step(recipe: Recipe | BaseRecipe) -> int | None:
 
 
 def model_of(model: str | None, recipe: AnyRecipe | None) -> list[TokenLimit] | None:
-    """Return the limits of the text encoders of a model, or of a recipe's; None where neither is known.
+    """Return the limits of a model's or a recipe's text encoders, None where neither is known.
 
     Raises:
         ModelError: a model that cannot be read.
@@ -222,7 +222,7 @@ def model_of(model: str | None, recipe: AnyRecipe | None) -> list[TokenLimit] | 
 
 
 def as_data(data: str | Data) -> Data:
-    """Return a section `data`; a text is its source."""
+    """Return a section `data`, whose source a text is."""
     return Data(source=data) if isinstance(data, str) else data
 
 
@@ -235,7 +235,7 @@ def real_pictures(
     summary: Path | None = None,
     limits: Sequence[TokenLimit] = (CLIP_AT_LEAST,),
 ) -> ImageDataset:
-    """Return the images of a source as squares: all, or one side of the split that holds out a share.
+    """Return the images of a source as squares: all, or one side of a split.
 
     Args:
         data: a source, or a whole section `data`; its buckets and augmentations are not used.
@@ -259,7 +259,7 @@ def batches(
 
 
 def prompts_of(pictures: ImageDataset, positions: Sequence[int], by_class: bool) -> list[str]:
-    """Return the prompts of images by position, without decoding them: their captions, or their classes."""
+    """Return the prompts of images by position, without decoding: captions or classes."""
     source, indices = pictures.source, [pictures.indices[position] for position in positions]
     return [str(source.label(index)) if by_class else source.caption(index) for index in indices]
 
@@ -273,7 +273,7 @@ def numbered_batches(
     image, such as its class, is found by its position.
 
     Args:
-        num: only so many, spread over all.
+        num: number of images, spread over all.
         shared: give each process its part.
     """
     indices = spread_indices(len(pictures), num)

@@ -1,4 +1,4 @@
-"""A recipe's images, opened: source, buckets, what trains and what is held out, and the summary of all that."""
+"""A recipe's images, opened: source, buckets, split and summary."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SUMMARY = "data.json"  # in a run folder
 
 @dataclass(frozen=True)
 class OpenedData:
-    """A recipe's images, looked through once: which train, which are held out, which are left out and why."""
+    """A recipe's images, looked through once: training, held-out and left-out ones."""
 
     source: ImageSource
     sizes: list[tuple[int, int]]  # (width, height) of the buckets; one square without them
@@ -85,11 +85,11 @@ class OpenedData:
 
     @property
     def shown_from(self) -> Literal["held out", "training"]:
-        """Where the images of `shown` come from."""
+        """Side of the split from which the images of `shown` come."""
         return "held out" if self.held_out else "training"
 
     def shown(self, num: int) -> list[int]:
-        """Return up to `num` held-out images that fill the square, spread over all; training images where none is."""
+        """Return up to `num` held-out images that fill the square, else training images."""
         square, large = self.sizes[0], self.data.enlarge
         indices = self.held_out or [
             i
@@ -105,7 +105,7 @@ class OpenedData:
         examples: int = EXAMPLES,
         partial: str = "",
     ) -> Summary:
-        """Return the summary of all usable images; every process gets the first one's.
+        """Return the summary of all usable images, the first process's on every process.
 
         Args:
             limits: limits of the model's text encoders; none for a model without any.
@@ -147,7 +147,7 @@ def source_options(data: Data) -> SourceOptions:
 def open_pictures(
     data: Data, resolution: int | None, step: int | None = None, *, folder: Path | None = None, strict: bool = True
 ) -> OpenedData:
-    """Open the images of a recipe, unless its source is a command that nobody typed; see `open_images`.
+    """Open the images of a recipe, unless its source is a command that nobody typed.
 
     Raises:
         RecipeError: such a command, or buckets where they cannot be.
@@ -166,7 +166,7 @@ def open_images(
     strict: bool = True,
     side: Literal["both", "train", "held_out"] = "both",
 ) -> OpenedData:
-    """Open the images of a source; those that fill no bucket are left out by name.
+    """Open the images of a source, without those that fill no bucket.
 
     Headers are read by the first process alone; the others receive the sizes.
 
@@ -220,7 +220,9 @@ def open_images(
 
 
 def measured_sizes(source: ImageSource, chosen: Sequence[int], data: Data, folder: Path | None) -> ImageSizes:
-    """Return the sizes of chosen images, read from their headers by the first process alone; collective.
+    """Return the sizes of chosen images, from headers that the first process reads.
+
+    All processes call it together.
 
     Args:
         source: the images.
@@ -268,7 +270,7 @@ def split_found(
 
 
 def apart_from(source: ImageSource, chosen: Sequence[int], parts: Split) -> list[int]:
-    """Return the held-out images without those whose file equals a training image's; all of them where none is left."""
+    """Return held-out images unlike any training image's file, or all where none is left."""
     equal: dict[int, int] = {}
     if is_main() and isinstance(source, FileImages) and parts.held_out:
         equal = {chosen[place]: chosen[first] for place, first in equal_images(source, chosen).items()}
@@ -281,9 +283,9 @@ def apart_from(source: ImageSource, chosen: Sequence[int], parts: Split) -> list
 
 
 def check_same_data(opened: OpenedData, name: str) -> None:
-    """Compare the images of all processes of a launch before anything is computed from them; collective.
+    """Compare the images of all processes of a launch before they are used.
 
-    Names, sizes in bytes, captions and the split are compared, not pixels.
+    All processes call it together. Names, sizes in bytes, captions and the split are compared, not pixels.
 
     Raises:
         DataError: another process found other images.
@@ -313,12 +315,15 @@ def check_same_data(opened: OpenedData, name: str) -> None:
 
 
 def covers_square(source: ImageSource, index: int, square: tuple[int, int], group: int) -> bool:
-    """Whether a usable picture is large enough for the square; one whose bucket is the square is."""
+    """Return whether a usable image is large enough for the square.
+
+    An image whose bucket is the square is.
+    """
     return group == 0 or min(source.size(index)) >= square[0]
 
 
 def architecture_limits(recipe: BaseRecipe) -> list[TokenLimit]:
-    """Return the limit of a text encoder that is trained from scratch, its tokens counted as words at least."""
+    """Return the limit of a text encoder that is trained from scratch, counted in words."""
     architecture = recipe.architecture
     if not isinstance(architecture, TextArchitecture):
         return []
@@ -326,7 +331,7 @@ def architecture_limits(recipe: BaseRecipe) -> list[TokenLimit]:
 
 
 def model_limits(base: BaseModel) -> list[TokenLimit]:
-    """Return the limits of a model's text encoders; words are counted where it has no tokenizer that can be loaded."""
+    """Return the limits of a model's text encoders, in words where no tokenizer loads."""
     if base.planned is not None:
         return architecture_limits(base.planned)
     return with_counts(token_limits(base.configs, base.shapes.transformer_config))
@@ -374,7 +379,7 @@ def same_facts(path: Path, summary: Summary) -> bool:
 
 
 def bucket_notes(opened: OpenedData, stage: str, settings: Optim, variants: int = 1) -> list[str]:
-    """Return a sentence on each bucket with fewer images than a batch of a stage: how often it is drawn."""
+    """Return a sentence on each bucket with fewer images than a batch of a stage."""
     if len(opened.sizes) == 1:
         return []
     groups = np.repeat(opened.groups, variants)

@@ -21,7 +21,7 @@ from davae.tasks.base_model import BaseModel
 
 
 class StageData:
-    """Images of stage 1 and stage 2. Each source is opened, summarised and logged when it is first asked for.
+    """Images of stage 1 and stage 2, opened, summarised and logged on first use.
 
     Args:
         recipe: the upgrade's.
@@ -66,7 +66,7 @@ class StageData:
         return found
 
     def token_limits(self) -> list[TokenLimit]:
-        """Return the limits of the base's text encoders; none for a class-conditional model."""
+        """Return the limits of the base's text encoders, none for a class-conditional model."""
         return model_limits(self.base) if self.reads_text else []
 
     def check_captions(self) -> None:
@@ -80,7 +80,7 @@ class StageData:
 
     @cached_property
     def skipped(self) -> dict[str, str]:
-        """Images of stage 2 that cannot be used, and why; more are met while reading."""
+        """Images of stage 2 that cannot be used, and why, as far as they are known."""
         return dict(self.stage2.left_out)
 
     def for_stage1(self) -> ImageDataset:

@@ -1,1 +1,1 @@
-"""What leaves a finished run: pipeline folders, LoRA and upgrade files, model cards, the hub."""
+"""Results of a finished run: pipeline folders, LoRA and upgrade files, model cards, the hub."""

@@ -1,4 +1,4 @@
-"""What a finished stage 2 leaves behind: a small upgrade file, and a stock diffusers pipeline."""
+"""Results of stage 2: a small upgrade file, and a stock diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def save_upgrade(
     dtype: torch.dtype,
     tensors: dict[str, Tensor] | None = None,
 ) -> None:
-    """Everything stage 2 trained (P', O', changed P, O, LoRA or all), as one safetensors file, written atomically.
+    """Write everything that stage 2 trained as one safetensors file, atomically.
 
     Args:
         tensors: the trained parameters by name where `transformer` does not hold them itself.
@@ -65,12 +65,16 @@ def save_upgrade(
 
 
 def lora_values(lora: Lora) -> dict[str, Any]:
-    """Return the settings of LoRA as an upgrade file keeps them: earlier versions read those without further targets."""
+    """Return the settings of LoRA as an upgrade file keeps them, readable by earlier versions."""
     return lora.model_dump(mode="json", exclude=None if lora.extra_targets else {"extra_targets"})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What an upgrade file says of itself, without its tensors; ModelError when it is none."""
+    """Return the metadata of an upgrade file, without its tensors.
+
+    Raises:
+        ModelError: not an upgrade file.
+    """
     if not path.is_file():
         raise ModelError(f"upgrade file {path} does not exist")
     try:
@@ -87,7 +91,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Details:
-    """What an upgrade file's metadata tell.
+    """Content of an upgrade file's metadata.
 
     Attributes:
         class_name: class of the transformer.
@@ -156,7 +160,7 @@ def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def check_fit(path: Path, transformer: nn.Module) -> None:
-    """Compare the names and shapes in an upgrade file's header with what a pretrained transformer gets; no weight is read.
+    """Compare an upgrade file's header with the expanded transformer, without its weights.
 
     Args:
         transformer: on any device; only its class and config are used.
@@ -192,12 +196,12 @@ def _compare(path: Path, found: dict[str, tuple[int, ...]], needed: dict[str, tu
 
 
 def apply_upgrade(transformer: nn.Module, path: Path) -> nn.Module:
-    """Pretrained transformer + upgrade file -> expanded transformer with LoRA fused; the input stays as it was."""
+    """Return an expanded copy of a pretrained transformer with an upgrade file's LoRA fused."""
     return fuse(trained_transformer(transformer, path))
 
 
 def trained_transformer(transformer: nn.Module, path: Path) -> nn.Module:
-    """Pretrained transformer + upgrade file -> expanded transformer with its LoRA attached; the input stays as it was.
+    """Return an expanded copy of a pretrained transformer with an upgrade file's LoRA attached.
 
     Raises:
         ModelError: not an upgrade file, or one for another transformer.
@@ -227,7 +231,7 @@ def load_trained(transformer: nn.Module, path: Path) -> None:
 
 
 def fuse(transformer: nn.Module) -> nn.Module:
-    """Fold LoRA into the weights and remove it; weights shared with the pretrained transformer are copied first."""
+    """Fold LoRA into copies of the weights, and remove it."""
     for module in adapted_layers(transformer):
         layer: Any = module.get_base_layer()
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
@@ -236,7 +240,7 @@ def fuse(transformer: nn.Module) -> nn.Module:
 
 
 def without_lora(transformer: nn.Module) -> nn.Module:
-    """Remove LoRA, folded in or not, and every trace of peft; ready to sample."""
+    """Remove LoRA, folded in or not, and every trace of peft."""
     for name, module in list(transformer.named_modules()):
         if isinstance(module, BaseTunerLayer):
             transformer.set_submodule(name, module.get_base_layer())
@@ -250,7 +254,7 @@ def adapted_layers(transformer: nn.Module) -> list[BaseTunerLayer]:
 
 
 def assemble(pipeline: Any, vae: DetailVAE, transformer: nn.Module) -> Any:
-    """The base's own pipeline class around the upgraded parts; scheduler and text encoders are the base's.
+    """Return the base's pipeline class around the upgraded parts and the base's other parts.
 
     Where the stock class cannot draw an upgrade by default, its family's row names davae's subclass to take; sizes in pixels
     that the row names are multiplied by s.

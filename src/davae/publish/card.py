@@ -25,12 +25,12 @@ from davae.publish.escape import as_code, as_prose, encodable, fence, one_line
 from davae.recipes import Recipe
 from davae.zoo import MODELS
 
-LICENCE = ("license", "license_name", "license_link")  # what a hub card says of it
+LICENCE = ("license", "license_name", "license_link")  # its line in a hub card
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an exported folder comes from.
+    """Origin of an exported folder.
 
     Attributes:
         base: the pretrained model: a folder or a hub id.
@@ -57,7 +57,7 @@ class Origin:
 
     @property
     def base_argument(self) -> str:
-        """What to type for the base; a folder of this machine is somewhere else on another."""
+        """Return the base as a user types it, without the folders of this machine."""
         return (
             f"path/to/{self.base_name}"
             if Path(self.base).is_dir() and self.base_name not in MODELS
@@ -66,13 +66,13 @@ class Origin:
 
     @property
     def own_reconstructions(self) -> list[dict[str, Any]]:
-        """The report's rows of this model and its base, without those of the upgrade that ships with davae."""
+        """Return the report's rows of this model and its base, without the shipped upgrade's."""
         rows = self.report["reconstruction"] if self.report is not None else []
         return [row for row in rows if row.get("model") != "shipped" and row["name"] != "full, shipped"]
 
     @property
     def reconstruction_images(self) -> str:
-        """What the reconstructed images are; reports of earlier versions do not contain it."""
+        """Return the kind of the reconstructed images, which earlier reports do not contain."""
         known = (self.report or {}).get("reconstruction_images")
         if known is None and self.recipe is not None and self.recipe.stage1_data.holdout == 0:
             known = "training"
@@ -82,7 +82,7 @@ class Origin:
 
     @property
     def openmoji(self) -> bool:
-        """Whether OpenMoji's artwork trained it, or its embedded base."""
+        """Return whether OpenMoji's artwork trained it, or its embedded base."""
         data = self.recipe is not None and any(
             part.source.startswith("openmoji") for part in (self.recipe.stage1_data, self.recipe.stage2_data)
         )
@@ -123,7 +123,7 @@ def public_recipe(recipe: Recipe) -> str:
 
 
 def write_card(folder: Path, origin: Origin, index: dict[str, Any]) -> Path:
-    """Write README.md into an exported folder; `index` is the pipeline's model_index.json."""
+    """Write README.md into an exported folder, given the pipeline's model_index.json."""
     name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][1]
     fields, licence = base_licence(origin.base)
     recipe = origin.recipe
@@ -177,7 +177,7 @@ def _asked(pipeline: str, recipe: Recipe | None) -> str:
 
 
 def _pixels(pipeline: str, recipe: Recipe | None) -> int | None:
-    """The size to ask a pipeline for, where it takes one: its own default may be another than the upgrade's."""
+    """Return the size arguments of a call, as a pipeline's default may not be the upgrade's."""
     parameters = inspect.signature(model_class(pipeline).__call__).parameters
     return recipe.resolution if recipe is not None and {"height", "width"} <= set(parameters) else None
 

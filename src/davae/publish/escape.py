@@ -1,4 +1,4 @@
-"""Text of others (captions, prompts, classes, file and model names) as plain text inside Markdown."""
+"""Text of others, such as captions and names, as plain text inside Markdown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def one_line(text: object) -> str:
 
 
 def as_prose(text: object) -> str:
-    """Return a text that Markdown shows as it is: no markup, no HTML, no table cell of its own, one line."""
+    """Return a text on one line that Markdown shows as it is, without markup or HTML."""
     return SPECIAL.sub(lambda found: "\\" + found[0], html.escape(one_line(text), quote=False))
 
 

@@ -1,4 +1,4 @@
-"""`davae export` and `davae apply`: a finished run as a fused pipeline, a pipeline with a LoRA file, or a small upgrade."""
+"""A finished run as a fused pipeline, a pipeline with a LoRA file, or a small upgrade."""
 
 from __future__ import annotations
 
@@ -63,7 +63,11 @@ class FinishedRun:
 
 
 def open_run(folder: Path) -> FinishedRun:
-    """A finished run; ModelError when it is none."""
+    """Open a finished run.
+
+    Raises:
+        ModelError: not a finished run.
+    """
     if not (folder / "recipe.yaml").is_file():
         raise ModelError(f"{folder} is no run folder: it has no recipe.yaml")
     recipe = load_recipe(str(folder / "recipe.yaml"))
@@ -88,12 +92,12 @@ def export(
     self_contained: bool = False,
     base_decoder: bool = False,
 ) -> Path:
-    """Write a finished run to `out`, weights in `dtype`, with a model card; returns `out`.
+    """Write a finished run to `out`, weights in `dtype`, with a model card, and return `out`.
 
     Args:
         kind: `fused`, the pipeline with everything folded in; `lora`, the pipeline with P, P', O and O' but without LoRA, and
             LoRA as `pytorch_lora_weights.safetensors`; `upgrade`, the DetailVAE and what stage 2 trained, without the base.
-        base: the pretrained model, where it does not lie where the recipe says; `lora` reads its weights.
+        base: the pretrained model, where it is not at the place in the recipe; `lora` reads its weights.
         self_contained: bring along the code of davae's classes, so that the pipeline loads without davae.
         base_decoder: bring along the base's own decoder, for previews (`davae.preview`).
 
@@ -140,7 +144,7 @@ def apply(
     self_contained: bool = False,
     base_decoder: bool = False,
 ) -> Path:
-    """Put an upgrade onto a pretrained model, LoRA folded in: the same pipeline as the run's own; returns `out`.
+    """Put an upgrade onto a pretrained model with LoRA folded in, and return `out`.
 
     Args:
         base_decoder: bring along the base's own decoder, for previews.
@@ -151,7 +155,7 @@ def apply(
     """
     base = resolve(base)
     check_out(out, (upgrade.file, upgrade.vae, base))
-    shapes = read_shapes(base)  # told before any weight is read
+    shapes = read_shapes(base)  # an error comes before any weight is read
     channels, _ = upgrade.channels
     if (shapes.transformer_class, shapes.channels) != (upgrade.class_name, channels):
         raise ModelError(
@@ -170,7 +174,7 @@ def apply(
 
 
 def _report(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """Return the figures of a run's report, None where it has none, or one on the weights of a shorter training."""
+    """Return the figures of a run's report, None without one on its present weights."""
     file = folder / "report.json"
     if not file.is_file():
         return None
@@ -192,12 +196,12 @@ def _check_lora(run: FinishedRun) -> None:
 
 
 def loads_lora(pipeline: str, model: str) -> bool:
-    """Whether diffusers gives this pipeline `load_lora_weights` and this model what that needs."""
+    """Return whether diffusers can load a LoRA into this pipeline and this model."""
     return issubclass(model_class(pipeline), LoraBaseMixin) and hasattr(model_class(model), "load_lora_adapter")
 
 
 def _with_lora(run: FinishedRun, base: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The upgraded pipeline without LoRA, and LoRA with its settings as diffusers' save_lora_weights takes them."""
+    """Return the upgraded pipeline without LoRA, and LoRA as `save_lora_weights` takes it."""
     pipeline = load_pipeline(base, dtype)
     component = family_by_class(read_metadata(run.folder / UPGRADE_FILE)["class"]).component
     transformer: Any = trained_transformer(denoiser(pipeline), run.folder / UPGRADE_FILE)
@@ -232,7 +236,7 @@ def _save(pipeline: Any, out: Path, origin: Origin, lora: dict[str, Any]) -> Non
 
 
 def _load_all_parts_alike(folder: Path, index: dict[str, Any]) -> None:
-    """Have text encoders load as float32 when no dtype is asked for, as diffusers' own models do whatever their files hold.
+    """Have text encoders load as float32 by default, as diffusers' own models do.
 
     transformers follows its config instead: a half-precision pipeline would not run as `from_pretrained` loads it.
     """
@@ -245,7 +249,7 @@ def _load_all_parts_alike(folder: Path, index: dict[str, Any]) -> None:
 
 
 def _bring_code(folder: Path, index: dict[str, Any]) -> None:
-    """Write the code of davae's classes beside their weights and name it in model_index.json, as diffusers looks for it."""
+    """Write the code of davae's classes next to their weights, and name it in the index."""
     for part, entry in index.items():
         if isinstance(entry, list) and entry[0] == davae.__name__:
             index[part] = [home_module(entry[1]), entry[1]]

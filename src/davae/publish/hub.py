@@ -14,8 +14,9 @@ from davae.publish.assemble import UPGRADE_FILE
 
 
 def push(folder: Path, repo_id: str, *, public: bool = False, message: str | None = None) -> str:
-    """Upload an exported folder; the repository is made where there is none, private unless `public`. Returns its address.
+    """Upload an exported folder to the hub and return its address.
 
+    A new repository is private unless `public` is set.
     A repository that exists keeps its visibility.
 
     Raises:

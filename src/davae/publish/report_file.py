@@ -15,7 +15,7 @@ SCORES = ("psnr", "ssim", "lite0")
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """Return the figures of a run's `report.json`; an empty object has none, and is one.
+    """Return the figures of a run's `report.json`, which may be an empty object.
 
     Raises:
         ModelError: a file that is damaged, or lacks what davae writes there.

@@ -1,4 +1,4 @@
-"""One module out of davae's own sources, for a folder that loads where davae is not installed.
+"""One module out of davae's own sources, for folders that load without davae.
 
 diffusers runs the code that a pipeline folder brings along (`trust_remote_code=True`), one file a component. So all that a
 class needs is written into one file: the definitions that it reaches, module by module, and the imports that these use.
@@ -36,7 +36,7 @@ class Definition:
 
 @dataclass
 class Sources:
-    """Top-level definitions and imports of davae's modules, the imported module before the importing one."""
+    """Top-level definitions and imports of davae's modules, imported ones first."""
 
     definitions: dict[str, list[Definition]] = field(default_factory=dict)
     imports: dict[str, str] = field(default_factory=dict)  # bound name -> statement
@@ -49,7 +49,7 @@ def home_module(class_name: str) -> str:
 
 
 def standalone_source(class_name: str) -> str:
-    """Source of a module that defines one of davae's public classes and imports nothing of davae.
+    """Return the source of a module that defines a public class without importing davae.
 
     Raises:
         ValueError: something that one file cannot hold: two definitions of a name, a late import of davae.
@@ -132,7 +132,10 @@ def _modules() -> set[str]:
 
 
 def _names(node: ast.stmt) -> list[str]:
-    """What a statement defines. `X.__module__ = "davae"` defines nothing: a single file is its own home."""
+    """Return the names that a statement defines.
+
+    `X.__module__ = "davae"` defines nothing: a single file is its own home.
+    """
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]  # type: ignore[attr-defined]

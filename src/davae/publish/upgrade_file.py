@@ -21,7 +21,7 @@ from davae.vae.detail_vae import DetailVAE
 from davae.vae.frames import encode_mode
 from davae.zoo import resolve_upgrade
 
-VAE_FOLDER = "vae"  # beside the upgrade file
+VAE_FOLDER = "vae"  # next to the upgrade file
 NEAR = 0.05  # relative distance of two base latents that still are the same autoencoder's, in other precisions
 
 
@@ -45,7 +45,7 @@ class UpgradeFile:
 
 
 def vae_id(folder: Path) -> str:
-    """Content of a saved autoencoder as a SHA-256: its config and every tensor with name, type, shape and bytes."""
+    """Return the SHA-256 of a saved autoencoder: its config, and every tensor by name."""
     config = read_object(folder / "config.json")
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(public, sort_keys=True).encode())
@@ -62,7 +62,7 @@ def vae_id(folder: Path) -> str:
 
 
 def write_upgrade(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """A run's upgrade file in `dtype`, beside the DetailVAE that `folder` has already, with that one's id."""
+    """Write a run's upgrade file in `dtype` next to the DetailVAE of a folder, with its id."""
     metadata, tensors = read_upgrade(source)
     own = {"vae": json.dumps({"id": vae_id(folder / VAE_FOLDER), "path": VAE_FOLDER})}
     save_tensors(
@@ -71,10 +71,10 @@ def write_upgrade(source: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 def find_upgrade(name: str, vae: Path | None = None) -> UpgradeFile:
-    """An upgrade by its file, its folder, a hub id or an embedded one's name, with its DetailVAE.
+    """Find an upgrade by file, folder, hub id or embedded name, with its DetailVAE.
 
     Args:
-        vae: the DetailVAE's folder, where it does not lie where the file says.
+        vae: the DetailVAE's folder, where it is not at the place in the file.
 
     Raises:
         ModelError: nothing there, or a DetailVAE other than the one that the file was trained with.
@@ -85,7 +85,7 @@ def find_upgrade(name: str, vae: Path | None = None) -> UpgradeFile:
     elif not place.is_file() and HUB_ID.fullmatch(name):
         place = _download(name)
     metadata = read_metadata(place)
-    # a run's own file and those of davae 0.1 name no DetailVAE: it lies beside them
+    # a run's own file and those of davae 0.1 name no DetailVAE: it lies next to them
     details = read_details(place, metadata)
     folder = vae or place.parent / (details.vae_path or VAE_FOLDER)
     if not (folder / "config.json").is_file():
@@ -109,9 +109,14 @@ def _download(name: str) -> Path:
 
 @torch.no_grad()
 def check_base_autoencoder(vae: DetailVAE, base: torch.nn.Module, name: str) -> None:
-    """ModelError unless the DetailVAE's frozen encoder is the one of this base autoencoder: equal latents of a noise picture.
+    """Check that a DetailVAE's frozen encoder is a base autoencoder's, by latents of noise.
 
-    Both in float32.
+    Args:
+        vae, base: in float32.
+        name: of the base, for messages.
+
+    Raises:
+        ModelError: another class, or other latents.
     """
     expected = vae.config["base_class"]
     if type(base).__name__ != expected:
