@@ -20,8 +20,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "families")]
 
-from family_models import CASES  # noqa: E402
-from family_pipelines import BUILDERS  # noqa: E402
+from cases import BUILDERS, CASES  # noqa: E402
 
 from davae.backbones.families import FAMILIES, supported  # noqa: E402
 from davae.zoo.presets import presets  # noqa: E402

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from family_pipelines import BUILDERS, VARIANTS
+from cases import BUILDERS, VARIANTS
 
 from davae.backbones.expand import expand_transformer
 from davae.backbones.families import denoiser

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cases import BUILDERS, VARIANTS
 from conftest import tiny_upgrade_recipe
-from family_pipelines import BUILDERS, VARIANTS
 from test_class_conditional import FLOW, base_recipe
 from test_family_upgrades import family_recipe, write_classes
 from test_training import run_cli

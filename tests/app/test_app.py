@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cases import BUILDERS
 from conftest import picture, tiny_upgrade_recipe
-from family_pipelines import BUILDERS
 from PIL import Image
 
 from davae.analyze.sensitivity import decode_faded, reconstructions

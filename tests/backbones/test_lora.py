@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import BUILDERS, CASES
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LoraBaseMixin
-from family_models import CASES
-from family_pipelines import BUILDERS
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_families import DETAIL, ROUNDS, by_group, latents
+from test_families import DETAIL, by_group, latents
 from test_training import fails, run_cli
 
 from davae import expand_transformer, widen_lora
@@ -95,7 +94,7 @@ def base_lora(model: torch.nn.Module) -> tuple[LoraConfig, dict[str, torch.Tenso
 
 @pytest.mark.parametrize("name", CASES)
 def test_base_part_with_lora_is_the_base_s_with_lora(name: str):
-    case, tolerance = CASES[name], ROUNDS.get(name, 1e-10)
+    case, tolerance = CASES[name], CASES[name].tolerance
     base = case.build(name).to(torch.float32 if name.startswith("Kandinsky") else F64)
     wide = expand_transformer(base, DETAIL)
     channels = latent_channels(base)

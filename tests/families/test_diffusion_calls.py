@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from cases import BUILDERS, VARIANTS
 from conftest import tiny_upgrade_recipe
 from diffusers import DDIMScheduler
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_1024_BIN
-from family_pipelines import diffusion
 
 from davae.backbones.call import SizedCall
 from davae.backbones.classes import class_number
@@ -30,7 +30,14 @@ from davae.sample.open import SamplingOptions, check_class_prompts
 from davae.tasks.base_model import BaseModel
 from davae.vae.detail_vae import DetailVAE
 
-FAMILIES = {**diffusion.BUILDERS, **diffusion.VARIANTS}
+BY_DDPM = (
+    "PixArtTransformer2DModel",
+    "HunyuanDiT2DModel",
+    "DiTTransformer2DModel",
+    "CogView3PlusTransformer2DModel",
+    "UNet2DConditionModel",
+)
+FAMILIES = {**{name: BUILDERS[name] for name in BY_DDPM}, **VARIANTS}
 PROMPTS = ["a red square", "a blue square"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_models import CASES
+from cases import CASES
 
 from davae import expand_transformer
 from davae.backbones.expand import latent_channels, new_weight_masks
@@ -19,11 +19,6 @@ from davae.publish.assemble import apply_upgrade, fuse, save_upgrade
 from davae.recipes.sections import Lora
 
 F64 = torch.float64
-ROUNDS = {  # classes that compute in float32 inside, whatever their weights: where sums round differently, this much is left
-    "Kandinsky5Transformer3DModel": 1e-5,
-    "Krea2Transformer2DModel": 1e-5,
-    "QwenImage21Transformer2DModel": 1e-4,
-}
 DETAIL = 8
 
 
@@ -44,7 +39,7 @@ def test_every_family_of_diffusers_has_a_case():
 
 @pytest.mark.parametrize("name", CASES)
 def test_step_zero_gradients_and_round_trip(name: str, tmp_path: Path):
-    case, tolerance = CASES[name], ROUNDS.get(name, 1e-10)
+    case, tolerance = CASES[name], CASES[name].tolerance
     base = case.build(name).to(
         torch.float32 if name.startswith("Kandinsky") else F64
     )  # its embedding takes no float64

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_pipelines import BUILDERS
+from cases import BUILDERS
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

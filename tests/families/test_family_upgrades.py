@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import BUILDERS, VARIANTS
 from conftest import picture, tiny_upgrade_recipe
-from family_pipelines import BUILDERS, VARIANTS
 
 import davae
 from davae.backbones.classes_by_name import model_class

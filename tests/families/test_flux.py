@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import BUILDERS
 from conftest import tiny_upgrade_recipe
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from family_pipelines import BUILDERS
 
 import davae
 from davae.backbones.families.flux import FluxCall

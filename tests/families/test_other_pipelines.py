@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from family_pipelines.diffusion import stable_diffusion_xl
+from cases.stable_diffusion import stable_diffusion_xl
 
 from davae import DetailVAE, expand_transformer
 from davae.backbones.families import denoiser

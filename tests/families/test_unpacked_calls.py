@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from cases import BUILDERS, CASES
+from cases.lumina import lumina2, lumina_next
+from cases.others import aura_flow
+from cases.pixart import sana, sana_sprint
 from conftest import tiny_upgrade_recipe, write_pictures
 from diffusers import AuraFlowPipeline, Lumina2Pipeline, SanaPipeline, SanaSprintPipeline
-from family_models import CASES
-from family_pipelines import unpacked
 from torch import Tensor
 
 from davae import DetailVAE, expand_transformer
@@ -31,6 +33,15 @@ from davae.sample.open import SamplingOptions
 
 PROMPT = "a red square"
 HIDREAM = "HiDreamImageTransformer2DModel"
+UNPACKED = (
+    "SanaTransformer2DModel",
+    "AuraFlowTransformer2DModel",
+    "Lumina2Transformer2DModel",
+    "LuminaNextDiT2DModel",
+    "CogView4Transformer2DModel",
+    HIDREAM,
+    "PRXTransformer2DModel",
+)
 
 
 def tiny(builder: Any, folder: Path) -> Any:
@@ -50,12 +61,12 @@ def upgraded(base: Any, folder: Path, scale: int = 2, detail: int = 8) -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", unpacked.BUILDERS)
+@pytest.mark.parametrize("name", UNPACKED)
 def test_the_empty_caption_is_what_the_pipeline_guides_away_from(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """One guided step: the pipeline's own mixture of both predictions is the call's."""
-    pipeline = tiny(unpacked.BUILDERS[name], tmp_path)
+    pipeline = tiny(BUILDERS[name], tmp_path)
     seen: list[Tensor] = []
     stock_step = pipeline.scheduler.step
 
@@ -87,7 +98,7 @@ def test_the_empty_caption_is_what_the_pipeline_guides_away_from(
     assert float((guided - seen[0]).abs().max()) < 1e-4 * float(guided.abs().max())
 
 
-@pytest.mark.parametrize("name", unpacked.BUILDERS)
+@pytest.mark.parametrize("name", UNPACKED)
 def test_flops_are_counted_without_weights(name: str):
     side = 2 * CASES[name].config["patch_size"]
     with torch.device("meta"):
@@ -96,7 +107,7 @@ def test_flops_are_counted_without_weights(name: str):
 
 
 def test_lumina2_keeps_the_base_s_shift(tmp_path: Path):
-    base = tiny(unpacked.lumina2, tmp_path / "base")
+    base = tiny(lumina2, tmp_path / "base")
     large = upgraded(base, tmp_path / "upgraded")
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 1.0}
     schedules = []
@@ -112,7 +123,7 @@ def test_lumina2_keeps_the_base_s_shift(tmp_path: Path):
 
 
 def test_aura_flow_draws_more_pixels_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    large = upgraded(tiny(unpacked.aura_flow, tmp_path / "base"), tmp_path / "upgraded", scale=4)
+    large = upgraded(tiny(aura_flow, tmp_path / "base"), tmp_path / "upgraded", scale=4)
     asked: list[tuple[Any, Any]] = []
     monkeypatch.setattr(
         AuraFlowPipeline, "check_inputs", lambda self, prompt, height, width, *a, **k: asked.append((height, width))
@@ -126,7 +137,7 @@ def test_aura_flow_draws_more_pixels_by_default(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(("scale", "detail"), [(2, 4), (4, 12)])
 def test_sana_chooses_its_sizes_by_the_upgraded_picture(scale: int, detail: int, tmp_path: Path):
-    base = tiny(unpacked.sana, tmp_path / "base")
+    base = tiny(sana, tmp_path / "base")
     large = upgraded(base, tmp_path / "upgraded", scale, detail)
     assert type(large) is SanaPipeline
     assert pixel_factor(large) == large.vae_scale_factor == 32 * scale
@@ -150,7 +161,7 @@ def test_sana_chooses_its_sizes_by_the_upgraded_picture(scale: int, detail: int,
 
 
 def test_sprint_runs_upgraded_and_is_not_trained(tmp_path: Path):
-    base = tiny(unpacked.sana_sprint, tmp_path / "base")
+    base = tiny(sana_sprint, tmp_path / "base")
     large = upgraded(base, tmp_path / "upgraded")
     assert type(large) is SanaSprintPipeline
     options: dict[str, Any] = {"num_inference_steps": 2, "use_resolution_binning": False}
@@ -164,7 +175,7 @@ def test_sprint_runs_upgraded_and_is_not_trained(tmp_path: Path):
 
 def test_checkpointing_that_a_class_lacks_is_refused_before_training(tmp_path: Path):
     torch.manual_seed(0)
-    unpacked.lumina_next(tmp_path / "base")
+    lumina_next(tmp_path / "base")
     values = tiny_upgrade_recipe(tmp_path / "base", tmp_path, stage2__gradient_checkpointing=True)
     recipe = validate(values, "lumina")
     with pytest.raises(

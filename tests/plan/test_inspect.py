@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_pipelines import BUILDERS
+from cases import BUILDERS
 from torch import nn
 from typer.testing import CliRunner
 

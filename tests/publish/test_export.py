@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cases import BUILDERS
 from conftest import tiny_upgrade_recipe
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from family_pipelines import BUILDERS
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors import safe_open

@@ -9,10 +9,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from cases import CASES
+from cases.stable_diffusion import stable_diffusion
 from conftest import tiny_upgrade_recipe
 from diffusers import CogVideoXDDIMScheduler, DDPMScheduler
-from family_models import CASES
-from family_pipelines import diffusion
 
 from davae import LatentLayout, expand_transformer, velocity_loss
 from davae.backbones.expand import new_weight_masks
@@ -282,7 +282,7 @@ def test_the_variance_half_of_a_head_gets_no_gradient():
 
 
 def test_a_run_tells_what_it_cannot_train_before_it_reads_weights(tmp_path: Path, picture_folder: Path):
-    diffusion.stable_diffusion(tmp_path / "base")
+    stable_diffusion(tmp_path / "base")
     config = tmp_path / "base" / "scheduler" / "scheduler_config.json"
     text = config.read_text()
     assert load_scheduler(str(tmp_path / "base")).config.prediction_type == "epsilon"
@@ -321,7 +321,7 @@ def test_pictures_on_the_way_are_solved_by_the_bases_objective(prediction: Any):
 
 
 def test_a_ddpm_model_is_validated_and_shown(tmp_path: Path, picture_folder: Path):
-    diffusion.stable_diffusion(tmp_path / "base")
+    stable_diffusion(tmp_path / "base")
     values = tiny_upgrade_recipe(
         *(tmp_path / "base", picture_folder), data__holdout=0.3, stage1__max_steps=1, stage2__max_steps=2,
         stage2__validate_every=1, run__sample_every=2,

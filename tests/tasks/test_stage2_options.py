@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CASES
 from conftest import tiny_transformer
-from family_models import CASES
 from safetensors import safe_open
 
 from davae import LatentLayout, expand_transformer

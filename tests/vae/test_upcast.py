@@ -9,8 +9,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from cases.stable_diffusion import stable_diffusion_xl
 from conftest import tiny_autoencoder
-from family_pipelines.diffusion import stable_diffusion_xl
 
 from davae import DetailVAE, expand_transformer
 from davae.analyze.sensitivity import reconstructions

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from conftest import tiny_recipe
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import (
@@ -15,9 +16,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
     Qwen3Config,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     T5Config,
     T5EncoderModel,
 )
@@ -149,3 +153,47 @@ def qwen3_vl(layers: int = 1) -> Any:
         "deepstack_visual_indexes": [],
     }
     return lively(Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)))
+
+
+def shifting() -> FlowMatchEulerDiscreteScheduler:
+    """Timesteps shifted by the number of tokens."""
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+
+
+def packed_autoencoder() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 3.0)
+    return vae.eval()
+
+
+VIDEO: dict[str, Any] = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False],
+    "latents_mean": [0.1, -0.2, 0.3, 0.0],
+    "latents_std": [1.5, 0.7, 1.0, 2.0],
+}
+
+
+def vision_processor() -> Any:
+    tokenizer = chat_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]}
+    )
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    )
