@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2Model
 from cases.case import Case
 from cases.parts import word_tokenizer
 
-WIDTH = 8  # of every text encoder: what the tiny transformers of family_models take
+WIDTH = 8  # of every text encoder: what the tiny transformers take
 
 
 LAYERS: dict[str, Any] = {
