@@ -226,7 +226,7 @@ def test_a_folders_name_is_a_caption_only_where_folders_are_classes(tmp_path: Pa
     chunks = lay(tmp_path / "d", {"00000/x.png": "", "00001/y.png": ""})
     assert set(captions(chunks).values()) == {""}
     assert list(labels(chunks).values()) == [0, 1]
-    assert open_source(chunks, 8).findings.notes == ("the folders are numbered pieces: their names are no captions",)
+    assert open_source(chunks, 8).findings.notes == ("the folders are numbered pieces: their names are not captions",)
     inside = lay(tmp_path / "e", {"n01/images/x.png": "", "n02/images/y.png": ""})
     assert labels(inside) == {"n01/images/x.png": 0, "n02/images/y.png": 1}
     assert open_source(inside, 8).findings.class_names == ("n01", "n02")

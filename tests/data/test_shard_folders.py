@@ -109,7 +109,7 @@ def test_files_that_are_no_source(tmp_path: Path) -> None:
     for name, message in {
         "a.jpg": "one image; give the folder",
         "a.zip": "a zip archive; unpack it",
-        "list.txt": "a file that is no shard",
+        "list.txt": "a file that is not a shard",
         "*.jpg": "names 1 files; .* give the folder of images",
         "b.parquet": "cannot be read as a table",
         "c.jpg": "does not exist",

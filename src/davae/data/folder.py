@@ -193,7 +193,7 @@ class FolderSource:
                 f"numbers before the names of the folders ({first}) are left out of captions; repeats are not applied"
             )
         elif of_folder and not any(self._caption_of.values()):
-            notes.append("the folders are numbered pieces: their names are no captions")
+            notes.append("the folders are numbered pieces: their names are not captions")
         self.findings = replace(self.findings, captions_from=", else ".join(parts) or "none", notes=tuple(notes))
         self.sidecars.findings = self.findings
 

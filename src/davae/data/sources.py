@@ -33,7 +33,7 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
         name: `openmoji` or `openmoji-all`; a folder of images, shards or parquet files; a `.tar` or shard pattern, also
             behind `pipe:` or a URL that fsspec reads (`hf://datasets/...`, `https://...`); `.parquet` files; an ADM
             `.npz`; or a Hugging Face dataset id.
-        resolution: pixels that will be asked for; OpenMoji is rendered large enough.
+        resolution: pixels that images will be sized to; OpenMoji is rendered large enough.
 
     Raises:
         DataError: when there is nothing there, or an option has no meaning there.
@@ -183,5 +183,5 @@ def open_file(path: Path, options: SourceOptions) -> ImageSource:
     elif zipfile.is_zipfile(path):
         what = "a zip archive; unpack it and give the folder"
     else:
-        what = "a file that is no shard; give a folder of images, a .tar, a .parquet or an .npz"
+        what = "a file that is not a shard; give a folder of images, a .tar, a .parquet or an .npz"
     raise DataError(f"data.source: {path} is {what}")

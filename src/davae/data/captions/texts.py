@@ -34,7 +34,10 @@ NUL_SHARE = 0.3  # of the bytes, above which text is UTF-16 without a mark
 
 
 class UnreadableCaption(UnreadableImage, DataError):
-    """A caption or class that cannot be read, whose image a data set leaves out."""
+    """A caption or class that cannot be read, whose image a data set leaves out.
+
+    Its message is part of the keys of caches: a changed word makes them anew.
+    """
 
 
 def decode_text(data: bytes, name: str, *, cut: bool = False) -> tuple[str, str | None]:

@@ -107,7 +107,7 @@ class CacheShard:
         self.names = sorted(name for name in everything if not name.endswith(SUFFIX))
         self.metadata: dict[str, str] = self.file.metadata() or {}
         self._summed = {name for name in self.names if f"{name}{SUFFIX}" in everything}
-        self._sums: dict[str, np.ndarray] = {}  # () of a whole tensor, (N,) of its rows; read when asked for
+        self._sums: dict[str, np.ndarray] = {}  # () of a whole tensor, (N,) of its rows; read on first use
 
     def sums(self, name: str) -> np.ndarray | None:
         """Return the checksum of a tensor, (), or of its rows, (N,), or None of earlier versions."""

@@ -122,12 +122,12 @@ def _asking_for_space(
     encode: Callable[[Tensor], Tensor], folder: Path, rows: int, itemsize: int
 ) -> Callable[[Tensor], Tensor]:
     """Return `encode` with a check of the disk's room for all rows after its first batch."""
-    asked: list[bool] = []
+    checked: list[bool] = []
 
     def asking(images: Tensor) -> Tensor:
         latents = encode(images)
-        if not asked:
-            asked.append(True)
+        if not checked:
+            checked.append(True)
             require_space(folder, rows * latents[0].numel() * itemsize, "the latent cache")
         return latents
 

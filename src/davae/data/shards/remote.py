@@ -121,7 +121,7 @@ def open_stream(name: str, options: SourceOptions) -> TarSource:
                 )
             once(targets[n], lambda path, part=part, first=starts[n]: write_rows(path, part, first, options))
     weights = options.caption_weights or read_object(weights_file, DataError)
-    beside = replace(
+    local = replace(
         options,
         caption_weights=weights,
         label_key=options.label_column,
@@ -130,7 +130,7 @@ def open_stream(name: str, options: SourceOptions) -> TarSource:
         config=None,
         streaming=False,
     )
-    return TarSource(targets, beside)
+    return TarSource(targets, local)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], first: int, options: SourceOptions) -> None:

@@ -116,7 +116,7 @@ class TarSource:
         return f"{self.names[index]}.{kind}"
 
     def _image(self, index: int) -> IO[bytes]:
-        """Return the image as a file that reads only what is asked for."""
+        """Return the image as a file of which only the parts that are used are read."""
         offset, size = (int(value) for value in self.places[index, 0])
         shard = int(self.shard_of[index])
         if (shard, offset) in self._sparse or size <= SMALL:
