@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from davae.plan.phase_facts import text_facts
 from diffusers import ConfigMixin, DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from davae.backbones.lora import widen_lora
 from davae.backbones.trainable import choose_trainable
 from davae.cost.flops import predict_once, text_tokens, transformer_flops
 from davae.errors import ModelError
-from davae.pretrained.open import BaseShapes, patch_size
+from davae.plan.phase_sizes import text_facts
+from davae.pretrained.shapes import BaseShapes, patch_size
 from davae.recipes.sections import Lora
 from davae.tasks.conditioning import TextConditioning, conditioning
 from davae.tasks.noising import choose_objective
@@ -163,7 +164,8 @@ def test_plans_count_it(toy: ToyTransformer):
     meta = ToyTransformer().to("meta")
     assert transformer_flops(meta, 8).total == 4 * transformer_flops(meta, 4).total > 0
     assert patch_size(SHAPES.transformer_config, family_by_class(SHAPES.transformer_class)) == 2
-    assert text_facts(None, SHAPES, []).padded_values == 0  # without text encoders
+    base: Any = SimpleNamespace(text_encoders=[], family=TOY, shapes=SHAPES)
+    assert text_facts(base).padded_values == 0  # without text encoders
 
 
 def test_without_a_call_it_expands_and_is_refused_by_name(toy: ToyTransformer, monkeypatch: pytest.MonkeyPatch):
