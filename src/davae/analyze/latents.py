@@ -195,7 +195,7 @@ def latents_figure(
     known = [label for label in labels if label is not None]
     if len(known) < len(labels):
         raise DataError(
-            "class separability needs a class for every picture: sub-folders, or `.cls` files in the shards"
+            "class separability needs a class for every image: sub-folders, or `.cls` files in the shards"
         )
     rows = {"original": to_images(next(batches(images, SHOWN, SHOWN)))}
     figures = {}
