@@ -41,7 +41,7 @@ class Ceiling:
 
 CEILINGS = {
     "analyze": Ceiling(1150),
-    "app": Ceiling(3000, words=4, openings=58),
+    "app": Ceiling(3900, words=4, openings=58),
     "backbones": Ceiling(3150, words=25, openings=100),
     "benchmarks": Ceiling(2400, words=3, openings=41),
     "commands": Ceiling(2550),
@@ -70,10 +70,6 @@ PAGE_WORDS = 0  # in README, CHANGELOG and the pages of docs/
 CORE_LINES_NOW = 2910  # falls to CORE_LINES
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {
-    "davae.app.enlarge_tab.enlarge_tab": 73,
-    "davae.app.tabs.generate_tab": 120,
-    "davae.app.tabs.reconstruct_tab": 73,
-    "davae.app.train_tab.train_tab": 144,
     "davae.data.latent_cache.import_shards.import_shards": 61,
     "davae.data.latent_cache.write.write_latents": 64,
     "davae.data.summary.summarise": 69,

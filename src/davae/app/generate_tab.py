@@ -176,7 +176,7 @@ class GenerateTab:
             report({**self._finished(found, first, second, zoom), self.status: "Done."})
 
         blank = {self.drawn: {}, self.slider: None, **dict.fromkeys(self.images.values())}
-        blank |= dict.fromkeys(self.notes.values(), "")
+        blank |= dict.fromkeys(self.places.values()) | dict.fromkeys(self.notes.values(), "")
         yield from updates_of(work, request, self.turns, self.status, blank)
 
     def _report_step(self, report: Report, way: str, done: int, total: int) -> None:
