@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,9 +44,9 @@ def test_a_codec_around_a_detail_vae_on_any_base(name: str):
     images = torch.rand(2, 3, 4 * codec.factor, 4 * codec.factor) * 2 - 1
     with torch.no_grad():
         latents = codec.encode(images)
-        assert torch.equal(latents, vae.encode(images).latent_dist.mode())
+        assert torch.equal(latents, vae.encode(images).latent_dist.mode())  # type: ignore[union-attr]
         assert torch.equal(latents, codec.normalise(codec.encode_raw(images)))
-        assert torch.equal(codec.decode(latents), vae.decode(latents).sample)
+        assert torch.equal(codec.decode(latents), vae.decode(latents).sample)  # type: ignore[union-attr]
         assert torch.equal(codec.denormalise(latents), vae.denormalise(latents))
 
 
@@ -62,7 +63,8 @@ def test_statistics_of_a_cell_repeat_over_the_grid():
 
 
 def test_half_precision_decodes_in_the_autoencoders_own():
-    vae = tiny_autoencoder().to(torch.bfloat16)
+    vae: Any = tiny_autoencoder()
+    vae.to(torch.bfloat16)
     assert Codec(vae).decode(torch.zeros(1, 4, 4, 4)).dtype == torch.bfloat16
 
 

@@ -118,10 +118,9 @@ def token_limits(
         entry = index.get(tokenizer)
         if encoder.component == "text_encoder_3" and Path(configs.model).is_dir() and reads_silent_t5(configs):
             continue
-        known = isinstance(entry, list) and isinstance(entry[-1], str) and hasattr(transformers, entry[-1])
-        found.append(
-            (encoder.component, encoder.tokens, _counter(configs.model, tokenizer, entry[-1]) if known else None)
-        )
+        named = entry[-1] if isinstance(entry, list) and isinstance(entry[-1], str) else ""
+        count = _counter(configs.model, tokenizer, named) if hasattr(transformers, named) else None
+        found.append((encoder.component, encoder.tokens, count))
     return found
 
 
