@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from davae.backbones.expand import expand_transformer
 from davae.backbones.trainable import choose_trainable
-from davae.cost.flops import autoencoder_flops, count, meta_detail_vae, meta_transformer, transformer_flops
+from davae.cost.flops import autoencoder_flops, count, transformer_flops
+from davae.latent import LatentLayout
+from davae.plan.figures import MetaUpgrade
 from davae.pretrained.shapes import BaseShapes
 from davae.recipes import Recipe
 from davae.recipes.hardware import UTILISATION
@@ -42,18 +43,17 @@ def expect(recipe: Recipe, shapes: BaseShapes, speed: float) -> Expected:
     Args:
         speed: FLOPs a second of all devices together.
     """
-    vae = meta_detail_vae(shapes, recipe.detail_channels, recipe.scale)
-    side = recipe.base.resolution // shapes.vae_factor
+    upgrade = MetaUpgrade(shapes, LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale))
+    vae, transformer, side = upgrade.detail_vae, upgrade.expanded, recipe.base.resolution // shapes.vae_factor
     with torch.device("meta"):
-        transformer = expand_transformer(meta_transformer(shapes), recipe.detail_channels)
         trained = count(choose_trainable(transformer, recipe.stage2.lora))
-    own = count(p for p in vae.parameters() if p.requires_grad)
+    own = vae.num_parameters(only_trainable=True)
     coding = sum(flops.total for flops in autoencoder_flops(vae, recipe.stage1_pixels))
     seconds = {
         "stage1": training_seconds(recipe.stage1, coding, speed),
         "stage2": training_seconds(recipe.stage2, transformer_flops(transformer, side).total, speed),
     }
-    whole = 4 * (count(vae.parameters()) + count(transformer.parameters()))
+    whole = 4 * (vae.num_parameters() + transformer.num_parameters())
     kept = checkpoint_bytes(recipe.stage1, recipe.run, own) + checkpoint_bytes(recipe.stage2, recipe.run, trained)
     return Expected(seconds, kept + whole + 4 * trained)
 
@@ -69,10 +69,13 @@ def training_seconds(settings: Optim, flops: float, speed: float) -> float:
 
 def checkpoint_bytes(settings: Optim, run: Run, trained: int) -> int:
     """Return the most bytes of a stage's checkpoints: weights, two moments and the average."""
+    return checkpoint_files(settings, run) * 4 * trained * (3 + bool(settings.ema_decay))
+
+
+def checkpoint_files(settings: Optim, run: Run) -> int:
+    """Return the most checkpoints that a stage keeps at a time."""
     files = run.keep_checkpoints + 2  # one is written before another goes, and the best one stays
-    if run.keep_every:
-        files += settings.max_steps // run.keep_every
-    return files * 4 * trained * (3 + bool(settings.ema_decay))
+    return files + (settings.max_steps // run.keep_every if run.keep_every else 0)
 
 
 def measured_speed(device: torch.device, precision: torch.dtype, processes: int = 1) -> float:

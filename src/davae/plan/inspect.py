@@ -124,11 +124,6 @@ def inspect_model(
     return Inspection(model, shapes, layout, figures, notes)
 
 
-def readable_name(model: str) -> str:
-    """Return where a model's configs are read from."""
-    return readable(resolve(model))[0]
-
-
 def native_resolution(model: str, shapes: BaseShapes) -> int:
     """Return the pixels that a model draws by default.
 
@@ -294,7 +289,7 @@ def inspected_phases(found: Inspection) -> Plan | None:
         layout=found.layout,
         step1=step_of(found, "stage1", 3 * (encode + decode)),
         step2=step_of(found, kind, (4 if "checkpointed" in kind else 3) * f["upgraded_flops"]),
-        text=text_facts(BaseModel(readable_name(found.model))),
+        text=text_facts(BaseModel(readable(resolve(found.model))[0])),
         images=ImageFacts(ASSUMED_IMAGES, False),
         transformer=int(f["transformer_parameters"]),
         trained=int(f[f"trained_parameters_lora{LORA_RANK}"]),

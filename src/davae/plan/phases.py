@@ -11,6 +11,7 @@ import torch
 from davae.backbones.expand import expand_transformer
 from davae.cost.flops import meta_autoencoder, meta_transformer
 from davae.cost.memory import TrainingStep, decode_sampling_bytes, encode_bytes, transformer_sampling_bytes
+from davae.plan.expected import checkpoint_files
 from davae.plan.phase_remedies import check_phase
 from davae.plan.phase_sizes import HOST_RUNTIME, Phase, PhaseSizes
 from davae.pretrained.memory_budget import TILE, largest_batch
@@ -69,32 +70,28 @@ def training_phase(
         settings: the stage's section of the recipe.
         step, share: of one process.
         counts: `loaded`: bytes that a process reads into main memory on their way to the device. `resident`: bytes on the
-            device besides the step. `kept`: values of a checkpoint, of 4 bytes each. `average`: bytes of the EMA. `item`:
-            bytes of an item of a batch. `extra_disk`: bytes of the files that the phase leaves besides checkpoints.
+            device besides the step. `item`: bytes of an item of a batch. `extra_disk`: bytes of the files that the phase
+            leaves besides checkpoints.
     """
     run, recipe = sizes.recipe.run, sizes.recipe
     workers = recipe.stage2_data.num_workers if recipe.stage2_data.num_workers is not None else 8
-    checkpoint = 4 * counts["kept"]
-    average = counts["average"] if run.ema_device == "cpu" else 0
+    checkpoint = 4 * ((step.optimizer + step.gradients + step.ema) // 4)
+    average = step.ema if run.ema_device == "cpu" else 0
     queue = 2 * max(1, workers) * share.images * counts["item"]
     first = HOST_RUNTIME + average + queue + max(counts["loaded"], checkpoint)
     other = HOST_RUNTIME + average + queue
-    files = run.keep_checkpoints + 2  # one is written before another goes, and the best one stays
-    if run.keep_every:
-        files += settings.max_steps // run.keep_every
     return Phase(
         name,
-        device=step.peak + counts["resident"] - (counts["average"] if average else 0),
+        device=step.peak + counts["resident"] - average,
         host=first,
         machine=first + (sizes.local - 1) * other,
-        disk=files * checkpoint + counts["extra_disk"],
+        disk=checkpoint_files(settings, run) * checkpoint + counts["extra_disk"],
         seconds=step.flops * share.passes * settings.max_steps / (UTILISATION * sizes.gpu.peak),
     )
 
 
 def stage1_phase(sizes: PhaseSizes) -> Phase:
     recipe, step = sizes.recipe, sizes.step1
-    trained = (step.optimizer + step.gradients + step.ema) // 4
     return training_phase(
         "stage1",
         sizes,
@@ -103,8 +100,6 @@ def stage1_phase(sizes: PhaseSizes) -> Phase:
         sizes.share1,
         loaded=4 * (sizes.base_vae + sizes.detail_vae),
         resident=sizes.share1.images * sizes.image_bytes(recipe.stage1_pixels),
-        kept=trained,
-        average=step.ema,
         item=sizes.image_bytes(recipe.stage1_pixels),
         extra_disk=4 * sizes.detail_vae,
     )
@@ -128,8 +123,6 @@ def stage2_phase(sizes: PhaseSizes) -> Phase:
         sizes.share2,
         loaded=loaded,
         resident=resident + sizes.share2.images * 4 * text.padded_values,
-        kept=(step.optimizer + step.gradients + step.ema) // 4,
-        average=step.ema,
         item=item,
         extra_disk=0,
     )
@@ -178,16 +171,11 @@ def cache_phase(sizes: PhaseSizes) -> Phase:
 # -- what follows training -------------------------------------------------------------------------------------------
 
 
-def pipeline_values(sizes: PhaseSizes) -> int:
-    """Return the parameters of the upgraded pipeline."""
-    return sizes.text.parameters + sizes.transformer + sizes.detail_vae
-
-
 def export_phase(sizes: PhaseSizes) -> Phase:
     """Return the phase of the export, which one process makes in main memory."""
     recipe = sizes.recipe
     width = 4 if recipe.export.dtype == "float32" else 2
-    written = width * pipeline_values(sizes) + 4 * sizes.trained
+    written = width * (sizes.text.parameters + sizes.transformer + sizes.detail_vae) + 4 * sizes.trained
     held = 4 * (sizes.text.parameters + sizes.base_vae + 2 * sizes.transformer + sizes.detail_vae)
     held += 4 * 2 * sizes.trained
     host = HOST_RUNTIME + held
