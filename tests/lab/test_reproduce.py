@@ -17,21 +17,12 @@ from test_docs import parse
 from test_training import run_cli
 
 from davae.errors import RecipeError
-from davae.lab import reproduce as reproduction
-from davae.lab.reproduce import (
-    BaseJob,
-    DrawnJob,
-    PlannedJob,
-    UpgradeJob,
-    finished,
-    jobs,
-    markdown,
-    measure_speed,
-    run_job,
-    table_rows,
-)
-from davae.lab.reproduce.choose import ONCE
+from davae.lab.reproduce import job as job_module
+from davae.lab.reproduce.choose import ONCE, jobs
+from davae.lab.reproduce.job import BaseJob, DrawnJob, PlannedJob, UpgradeJob, model_digest
+from davae.lab.reproduce.runs import finished, measure_speed, run_job
 from davae.lab.reproduce.tables import Scale, ScaleName, Table, load_table, overrides_for, table_names
+from davae.lab.reproduce.tabulate import markdown, table_rows
 from davae.recipes import BaseRecipe, Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +79,7 @@ BEGUN = {
 
 
 def test_hashes_of_runs_that_were_begun_stay(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reproduction.job, "model_digest", lambda model: "WEIGHTS")
+    monkeypatch.setattr(job_module, "model_digest", lambda model: "WEIGHTS")
     for (table, row, channels), (key, stage1_key) in BEGUN.items():
         own = [] if channels == 48 else [f"detail_channels={channels}"]
         job = jobs(table, "micro", 1, own, [row])[0]
@@ -98,7 +89,7 @@ def test_hashes_of_runs_that_were_begun_stay(monkeypatch: pytest.MonkeyPatch):
 
 def test_figures_of_finished_runs_are_found():
     """The files in the repository are those of the tables as they are, on the weights in the repository."""
-    assert all(reproduction.finished(job, RESULTS) for job in jobs("table5", "micro", 1, []))
+    assert all(finished(job, RESULTS) for job in jobs("table5", "micro", 1, []))
 
 
 @pytest.fixture
@@ -184,7 +175,7 @@ def test_new_weights_of_the_base_make_figures_due_again(tiny_scale: Path, tiny_b
     keys = [job.key for job in before]
     state = load_file(weights)
     save_file({name: tensor + 1 for name, tensor in state.items()}, weights)
-    reproduction.model_digest.cache_clear()
+    model_digest.cache_clear()
     after = jobs("tiny", "micro", 1, [f"base.model={copy}"])
     assert all(old != new.key for old, new in zip(keys, after, strict=True))
 
@@ -264,7 +255,7 @@ def test_weights_of_an_upgrade_are_part_of_the_hash(monkeypatch: pytest.MonkeyPa
     (upgraded,) = jobs("table3", "micro", 1, [], ["DA-VAE (shipped upgrade)"])
     assert isinstance(upgraded, DrawnJob)
     asked: list[str | None] = []
-    monkeypatch.setattr(reproduction.job, "model_digest", lambda model: asked.append(model) or "WEIGHTS")
+    monkeypatch.setattr(job_module, "model_digest", lambda model: asked.append(model) or "WEIGHTS")
     assert upgraded.key
     assert [Path(str(model)).name for model in asked] == ["base", "upgrade"]
 

@@ -12,8 +12,11 @@ from test_lightning_dit import random_model, small_autoencoder
 
 from davae import ClassConditionalPipeline, DetailVAE
 from davae.data.latent_cache.read import CachedLatents
-from davae.lab.reproduce import BaseJob, finished, jobs, run_job, table_rows, trained_autoencoder
+from davae.lab.reproduce.choose import jobs
+from davae.lab.reproduce.job import BaseJob
+from davae.lab.reproduce.runs import finished, run_job, trained_autoencoder
 from davae.lab.reproduce.tables import Scale, Table
+from davae.lab.reproduce.tabulate import table_rows
 from davae.pretrained.open import load_pipeline
 from davae.recipes import Recipe, load_recipe
 from davae.runs.cache import PREPARED_BY

@@ -251,7 +251,7 @@ def _heads(config: dict[str, Any]) -> int:
 
 
 def text_facts(base: BaseModel) -> TextFacts:
-    """Return facts on a model's prompts; zeros for a class-conditional one, and for one that a recipe trains."""
+    """Return facts on a model's prompts, zeros for classes and for a model that a recipe trains."""
     encoders, family = base.text_encoders, base.family
     if family.call is None or family.condition != "text" or not encoders:
         return TextFacts()

@@ -48,7 +48,7 @@ def reproduce(
 
     `davae reproduce table5 --scale paper --dry-run`
     """
-    from davae.lab.reproduce import FIGURES
+    from davae.lab.reproduce.figures import FIGURES
 
     if name in FIGURES:
         given = [flag for flag, value in {"--row": row, "--seeds": seeds, "--markdown": markdown}.items() if value]
@@ -67,17 +67,17 @@ def _figure(
     """
     from davae.console import console, progress_display
     from davae.errors import RecipeError
-    from davae.lab import reproduce as lab
+    from davae.lab.reproduce.figures import TRAINED_WHOLE, figure, figure_jobs
 
     if given:
         raise RecipeError(f"{given[0]} is for tables; {name} is drawn from one seed of rows of Table 5")
     if dry_run:
-        part = "" if name in lab.TRAINED_WHOLE else ": the detail VAE and the cache alone"
-        for job in lab.figure_jobs(name, scale, overrides):
+        part = "" if name in TRAINED_WHOLE else ": the detail VAE and the cache alone"
+        for job in figure_jobs(name, scale, overrides):
             console.print(f"# {job.row}{part}\n{job.command}", markup=False, soft_wrap=True)
         return
     with progress_display() as observer:
-        done = lab.figure(name, scale, overrides, out, results / name, observer)
+        done = figure(name, scale, overrides, out, results / name, observer)
     console.print(f"{done}", markup=False)
 
 
@@ -99,27 +99,28 @@ def _table(
     import torch
 
     from davae.console import console, progress_display, table
-    from davae.lab import reproduce as lab
+    from davae.lab.reproduce import choose, runs, tabulate
+    from davae.lab.reproduce.job import PlannedJob
     from davae.lab.reproduce.tables import load_table
 
-    jobs = lab.jobs(name, scale, seeds, overrides, rows)
+    jobs = choose.jobs(name, scale, seeds, overrides, rows)
     if markdown:
-        console.print(lab.markdown(*lab.table_rows(jobs, results)), markup=False, soft_wrap=True)
+        console.print(tabulate.markdown(*tabulate.table_rows(jobs, results)), markup=False, soft_wrap=True)
         return
-    planned = any(isinstance(job, lab.PlannedJob) for job in jobs)
+    planned = any(isinstance(job, PlannedJob) for job in jobs)
     if dry_run or planned or (scale == "paper" and not torch.cuda.is_available()):
         for job in jobs:
-            title = job.row if isinstance(job, lab.PlannedJob) else f"{job.row}, seed {job.seed}"
-            state = ": done" if lab.finished(job, results) else ""
+            title = job.row if isinstance(job, PlannedJob) else f"{job.row}, seed {job.seed}"
+            state = ": done" if runs.finished(job, results) else ""
             console.print(f"# {title}{state}\n{job.command}", markup=False, soft_wrap=True)
         if scale == "paper":
             console.print("docs/paper-scale.md lists what these commands read and cost.", markup=False)
         return
     for job in jobs:
         with progress_display() as observer:
-            lab.run_job(job, out, results, observer)
+            runs.run_job(job, out, results, observer)
     shown = load_table(name)
     if shown.throughput:
         with progress_display() as observer:
-            lab.measure_speed(jobs, out, results, observer)
-    table(f"{shown.title}\nThe paper: {shown.claim}", *lab.table_rows(jobs, results))
+            runs.measure_speed(jobs, out, results, observer)
+    table(f"{shown.title}\nThe paper: {shown.claim}", *tabulate.table_rows(jobs, results))
