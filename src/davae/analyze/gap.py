@@ -1,0 +1,214 @@
+"""Where an upgrade's distance to real images comes from: its decoder, its detail or its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from davae.analyze.figures import check_figure, contact_sheet, figure_settings, write_figure
+from davae.backbones.classes import goes_by_class
+from davae.backbones.packed_latents import latent_size, unpack_latents
+from davae.data.images import to_images, to_tensor
+from davae.dataset.look import as_data, numbered_batches, prompts_of, real_pictures
+from davae.errors import ModelError
+from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
+from davae.evaluate.distribution import LEAST
+from davae.evaluate.features import make_extractor
+from davae.evaluate.figure import to_png
+from davae.pretrained.open import default_resolution, pixel_factor
+from davae.recipes.sections import Data
+from davae.sample.generate import generate
+from davae.sample.open import open_model
+from davae.sample.upscale import check_enlarging, upscale
+from davae.vae.blocks import downsample
+from davae.vae.detail_vae import DetailVAE
+from davae.vae.frames import decode_latents, encode_mode
+from davae.vae.overflow import in_range
+
+REAL, DECODER, DETAIL, SAMPLES, NO_DETAIL = (
+    "held-out images",
+    "decoded",
+    "detail drawn",
+    "base and detail drawn",
+    "base drawn, no detail",
+)
+PARTS = {"decoder": (REAL, DECODER), "detail": (DECODER, DETAIL), "base": (DETAIL, SAMPLES)}
+SHOWN = 8
+
+
+def gap(
+    model: str,
+    data: str | Data,
+    out: Path,
+    *,
+    num: int,
+    held_out: float,
+    steps: int = 20,
+    guidance: float = 2.5,
+    seed: int = 0,
+    features: str = "lite0",
+    feature_weights: Path | None = None,
+    patch_size: int = PATCH_SIZE,
+    batch_size: int = 8,
+) -> Path:
+    """Split an upgrade's distance to real images by cause; write `gap.png` and `gap.json`.
+
+    Five sets of images are compared with the training images, each one step further from the held-out ones:
+
+    - held-out images as they are: the floor, that two sets of real images have;
+    - decoded: their latents [z, z_d], encoded and decoded by the DetailVAE;
+    - detail drawn: their z, and z_d that the model draws for it with their captions or classes;
+    - base and detail drawn: samples of the same captions;
+    - base drawn, no detail: the z of these samples with z_d at its mean.
+
+    Differences of neighbours are the `parts`: what decoder, detail and base each add to the distance. All sets have the same
+    number of images, so that the bias of a Frechet distance is the same in each.
+
+    Args:
+        model: an upgraded model.
+        data: images of at least the size that the model draws.
+        out: folder of the figure.
+        num: images of each set, at most.
+        held_out: share that was held out of the training.
+        guidance: guidance scale of the samples; detail for a known base is drawn without guidance.
+        patch_size: side of the crops of the patch distance, pixels.
+
+    Returns:
+        The path of the figure.
+
+    Raises:
+        ModelError: a model without a detail part, or too few held-out images.
+    """
+    check_figure(out, "gap")
+    pipe, _ = open_model(model)
+    check_enlarging(pipe, strength=0.0, steps=steps, times=1, batch_size=batch_size)
+    size = default_resolution(pipe)
+    real, prompts = _held_out(pipe, data, size, num, held_out, batch_size, out / "gap.data.json")
+    extractor = make_extractor(features, feature_weights)
+    others = real_pictures(data, size, held_out, "train")
+    trained = measure_images((images for _, images in numbered_batches(others, None, batch_size)), extractor, patch_size)
+
+    def measured(images: Tensor) -> ImageSet:
+        return measure_images(images.split(batch_size), extractor, patch_size)
+
+    samples, without = _samples(pipe, prompts, steps, guidance, seed, batch_size)
+    sets = {
+        REAL: real,
+        DECODER: _in_batches(lambda images: _decoded(pipe.vae, images), real, batch_size),
+        DETAIL: _detail_drawn(pipe, real, prompts, steps, seed, batch_size),
+        SAMPLES: samples,
+        NO_DETAIL: without,
+    }
+    rows = {
+        name: compare_sets(measured(images), trained, extractor.name, patch_size) for name, images in sets.items()
+    }
+    distances = [key for key in (extractor.name, f"patch_{extractor.name}") if key in rows[REAL]]
+    figures = {
+        "run": model,
+        "data": as_data(data).source,
+        "settings": figure_settings(data, num, held_out) | {"steps": steps, "guidance": guidance, "seed": seed},
+        "images": len(real),
+        "rows": rows,
+        "parts": {key: gap_parts({name: row[key] for name, row in rows.items()}) for key in distances},
+    }
+    shown = {name: to_images(images[:SHOWN]) for name, images in sets.items()}
+    write_figure(out, "gap-images", contact_sheet(shown, size), {key: figures[key] for key in ("run", "data", "settings")})
+    return write_figure(out, "gap", gap_plot(rows, distances), figures)
+
+
+def gap_parts(distances: dict[str, float]) -> dict[str, float]:
+    """Return what the floor, decoder, detail and base add to a distance; they sum to that of the samples.
+
+    A part is negative where a step brings the set nearer to the training images.
+
+    Args:
+        distances: to the training images, by the names of the sets.
+    """
+    parts = {name: distances[after] - distances[before] for name, (before, after) in PARTS.items()}
+    return {"floor": distances[REAL], **parts}
+
+
+def gap_plot(rows: dict[str, dict[str, float]], distances: list[str]) -> bytes:
+    """Return a PNG with a bar for each set, a panel for each distance."""
+    figure, axes = plt.subplots(1, len(distances), figsize=(5.2 * len(distances), 3.2), squeeze=False)
+    for axis, key in zip(axes[0], distances, strict=True):
+        values = [row[key] for row in rows.values()]
+        bars = axis.barh(list(rows), values, color=["0.6", "tab:orange", "tab:blue", "tab:green", "0.8"])
+        axis.bar_label(bars, [f"{value:.1f}" for value in values], padding=3)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_xlabel(f"{key} to the training images, lower is better")
+    return to_png(figure)
+
+
+def _held_out(
+    pipe: Any, data: str | Data, size: int, num: int, held_out: float, batch_size: int, summary: Path
+) -> tuple[Tensor, list[str]]:
+    images, prompts = [], []
+    pictures = real_pictures(data, size, held_out, "held_out", summary=summary)
+    for positions, batch in numbered_batches(pictures, num, batch_size):
+        images.append(batch)
+        prompts += prompts_of(pictures, positions, goes_by_class(pipe))
+    real = torch.cat(images) if images else torch.empty(0)
+    if len(real) < LEAST:
+        raise ModelError(f"--held-out {held_out}: {len(real)} images, at least {LEAST} are needed; hold out more")
+    return real, prompts
+
+
+def _in_batches(function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> Tensor:
+    return torch.cat([function(part) for part in images.split(batch_size)])
+
+
+@torch.no_grad()
+def _decoded(vae: DetailVAE, images: Tensor) -> Tensor:
+    placed = images.to(vae.device, vae.dtype)
+    latents = in_range(vae, lambda pixels: encode_mode(vae, pixels), placed)  # (B,C+D,h,w)
+    return in_range(vae, lambda z: decode_latents(vae, z), latents).float().clamp(-1, 1).cpu()  # (B,3,H,W)
+
+
+def _detail_drawn(pipe: Any, real: Tensor, prompts: list[str], steps: int, seed: int, batch_size: int) -> Tensor:
+    small = to_images(downsample(real, pipe.vae.layout.scale))
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": 1.0, "seed": seed, "batch_size": batch_size}
+    return torch.stack([to_tensor(image) for image in upscale(pipe, small, prompts, faithful=False, **options)])
+
+
+def _samples(
+    pipe: Any, prompts: list[str], steps: int, guidance: float, seed: int, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return samples, (N,3,H,W), and the same without their detail."""
+    whole, without = [], []
+    for latents in _latents(pipe, prompts, steps, guidance, seed, batch_size):
+        z, z_d = pipe.vae.layout.split(latents)
+        for images, chosen in ((whole, latents), (without, pipe.vae.layout.join(z, torch.zeros_like(z_d)))):
+            with torch.no_grad():
+                pixels = in_range(pipe.vae, lambda values: decode_latents(pipe.vae, values), chosen)  # (B,3,H,W)
+            images.append(pixels.float().clamp(-1, 1).cpu())
+    return torch.cat(whole), torch.cat(without)
+
+
+def _latents(
+    pipe: Any, prompts: list[str], steps: int, guidance: float, seed: int, batch_size: int
+) -> Iterator[Tensor]:
+    """Yield normalised latents, (B,C+D,h,w), of samples."""
+    side = default_resolution(pipe) // pixel_factor(pipe)
+    channels = pipe.vae.layout.channels
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        drawn = generate(
+            pipe,
+            part,
+            output_type="latent",
+            steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            first=start,
+            batch_size=batch_size,
+        )
+        latents = torch.stack(list(drawn))
+        height, width = latent_size(latents, channels, (side, side))
+        yield unpack_latents(latents, height, width).to(pipe.vae.device, pipe.vae.dtype)

@@ -1,0 +1,55 @@
+"""Where a distance comes from: parts that sum, and sets that differ by one step each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import picture
+from upgraded_tiny import assembled
+
+from davae.analyze.gap import DECODER, DETAIL, NO_DETAIL, PARTS, REAL, SAMPLES, _samples, gap, gap_parts
+from davae.errors import ModelError
+
+
+def test_parts_and_floor_sum_to_the_distance_of_samples():
+    distances = {REAL: 50.0, DECODER: 70.0, DETAIL: 65.0, SAMPLES: 120.0, NO_DETAIL: 140.0}
+    parts = gap_parts(distances)
+    assert parts == {"floor": 50.0, "decoder": 20.0, "detail": -5.0, "base": 55.0}
+    assert sum(parts.values()) == distances[SAMPLES]
+    assert set(parts) == {"floor", *PARTS}
+
+
+def test_samples_without_detail_have_the_mean_detail_and_the_same_base(tiny_base: Path):
+    pipe = assembled(tiny_base)
+    seen: list[torch.Tensor] = []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda latents, *args, **options: (seen.append(latents), decode(latents, *args, **options))[1]
+    whole, without = _samples(pipe, ["a", "b", "c"], 2, 1.0, 0, 2)
+    assert whole.shape == without.shape == (3, 3, 32, 32)
+    assert not torch.equal(whole, without)
+    for first, second in zip(seen[::2], seen[1::2], strict=True):
+        (z, z_d), (same, none) = pipe.vae.layout.split(first), pipe.vae.layout.split(second)
+        assert torch.equal(z, same)
+        assert z_d.abs().max() > 0
+        assert not none.any()
+
+
+def test_the_figure_compares_all_sets_with_the_training_images(tiny_base: Path, tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    for number in range(16):
+        picture(number, 40, 40).save(tmp_path / "images" / f"{number:02d}.png")
+        (tmp_path / "images" / f"{number:02d}.txt").write_text(f"image {number}")
+    assembled(tiny_base).save_pretrained(tmp_path / "upgrade")
+    model, data = str(tmp_path / "upgrade"), str(tmp_path / "images")
+    done = gap(model, data, tmp_path / "out", num=8, held_out=0.5, steps=2, guidance=1.0, patch_size=16, batch_size=4)
+    figures = json.loads(done.with_suffix(".json").read_text())
+    assert list(figures["rows"]) == [REAL, DECODER, DETAIL, SAMPLES, NO_DETAIL]
+    assert set(figures["parts"]) == {"fd_lite0", "patch_fd_lite0"}
+    for key, parts in figures["parts"].items():
+        assert sum(parts.values()) == pytest.approx(figures["rows"][SAMPLES][key])
+    assert (tmp_path / "out" / "gap-images.png").is_file()
+    with pytest.raises(ModelError, match=r"--held-out 0.1: . images, at least"):
+        gap(model, data, tmp_path / "out", num=8, held_out=0.1, steps=2)
