@@ -91,7 +91,9 @@ def gap(
     real, prompts = _held_out(pipe, data, size, num, held_out, batch_size, out / "gap.data.json")
     extractor = make_extractor(features, feature_weights)
     others = real_pictures(data, size, held_out, "train")
-    trained = measure_images((images for _, images in numbered_batches(others, None, batch_size)), extractor, patch_size)
+    trained = measure_images(
+        (images for _, images in numbered_batches(others, None, batch_size)), extractor, patch_size
+    )
 
     def measured(images: Tensor) -> ImageSet:
         return measure_images(images.split(batch_size), extractor, patch_size)
@@ -117,7 +119,9 @@ def gap(
         "parts": {key: gap_parts({name: row[key] for name, row in rows.items()}) for key in distances},
     }
     shown = {name: to_images(images[:SHOWN]) for name, images in sets.items()}
-    write_figure(out, "gap-images", contact_sheet(shown, size), {key: figures[key] for key in ("run", "data", "settings")})
+    write_figure(
+        out, "gap-images", contact_sheet(shown, size), {key: figures[key] for key in ("run", "data", "settings")}
+    )
     return write_figure(out, "gap", gap_plot(rows, distances), figures)
 
 
