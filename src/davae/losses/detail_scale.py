@@ -1,15 +1,16 @@
-"""Detail at a higher noise level than the base, under one unchanged schedule: z_d is stored c times as small."""
+"""Detail at a higher noise level than the base, under one unchanged schedule: stage 2 sees c z_d in place of z_d."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from davae.losses.ddpm import PredictionType
+
 
 def detail_noise_level(sigma: Tensor, scale: float) -> Tensor:
     """Return the noise level of the detail where the base has `sigma`, for rectified flow.
 
-    Stage 2 sees c z_d in place of z_d, c = `scale`. The state (1 - sigma) c z_d + sigma n, divided by
-    (1 - sigma) c + sigma, is (1 - sigma_d) z_d + sigma_d n with
+    The state (1 - sigma) c z_d + sigma n, divided by (1 - sigma) c + sigma, is (1 - sigma_d) z_d + sigma_d n with
 
         sigma_d = sigma / (sigma + c (1 - sigma)) = shift_{1/c}(sigma),
 
@@ -27,20 +28,29 @@ def detail_noise_level(sigma: Tensor, scale: float) -> Tensor:
     return sigma / (sigma + scale * (1 - sigma))
 
 
-def detail_scale_weight(signal: Tensor, noise: Tensor, scale: float) -> Tensor:
-    """Return the weight of a squared error of the detail that undoes the smaller loss of a scaled z_d.
+def detail_scale_weight(alpha: Tensor, sigma: Tensor, scale: float, prediction: PredictionType) -> Tensor:
+    """Return the weight of the detail's squared errors that undoes the smaller loss of a scaled z_d.
 
-    The state is y = c a x + s n, with a and s the factors of data and noise (1 - sigma and sigma for rectified flow). At a
-    given error of x, a velocity n - c x is wrong by c / s times as much. A model of unscaled x at the detail's own noise level
-    has the state y / r, r = c a + s, the noise factor s / r, and so a velocity wrong by r / s times as much. The quotient of
-    the squares is (r / c)^2: 1 where there is no noise, 1/c^2 in pure noise. With it, each error of the detail weighs what it
-    weighs in a training of an unscaled z_d at its noise level.
+    The state is y = c alpha x + sigma n. A model of an unscaled x at the detail's own noise level has the state y / r: its
+    factors of data and noise sum to 1 for rectified flow, their squares for epsilon and v, so that
+
+        r = c alpha + sigma,  or  r^2 = (c alpha)^2 + sigma^2.
+
+    Where both models are wrong by the same error of x, a velocity n - c x is wrong by c / sigma times as much, that of the
+    unscaled model by r / sigma times. The quotient of the squares is (r / c)^2, and the same for v. The noise that epsilon
+    predicts is not scaled: its weight is 1. With it, an error of the detail counts as in a training of an unscaled z_d
+    at the detail's noise level.
 
     Args:
-        signal, noise: a and s, of any shape.
-        scale: c, positive; 1 gives a weight of a + s, which is 1 for rectified flow.
+        alpha, sigma: factors of data and noise in x_t, of one shape.
+        scale: c, positive; 1 gives a weight of 1.
+        prediction: the quantity that the model predicts.
 
     Returns:
-        The weight, of the shape of `signal`.
+        The weight, of the shape of `alpha`.
     """
-    return ((scale * signal + noise) / scale).square()
+    if prediction == "epsilon":
+        return alpha.new_ones(alpha.shape)
+    if prediction == "flow":
+        return (alpha + sigma / scale).square()
+    return alpha.square() + (sigma / scale).square()

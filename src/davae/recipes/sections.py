@@ -277,6 +277,11 @@ class Stage2(FlowOptim):
         default=1.0,
         description="Guidance input of guidance-distilled models (FLUX.1 dev, FLUX.2 dev) during training.",
     )
+    detail_scale: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0,
+        description="Below 1 the detail is this many times smaller than the base, and so noisier at each step: the "
+        "base settles first. Sampling stays stock. 0.5 is about GRACE's offset.",
+    )
     clean_base: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
         default=0.0, description="Share of samples with a clean base latent, for `davae upscale`."
     )

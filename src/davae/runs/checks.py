@@ -115,6 +115,11 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
     """
     if recipe.init is None:
         return
+    if recipe.stage2.detail_scale != 1.0:
+        raise RecipeError(
+            f"stage2.detail_scale: {recipe.stage2.detail_scale} with init; the statistics of {recipe.init} have the scale "
+            "it was trained with, leave detail_scale out"
+        )
     folder = resolve_upgrade(recipe.init)
     file = folder / UPGRADE_FILE
     details = read_details(file, read_metadata(file))

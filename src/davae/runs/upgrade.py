@@ -101,8 +101,9 @@ def train_transformer(run: UpgradeParts) -> None:
     trainer.release()
 
     def export() -> None:
-        vae = load_detail_vae(run.first / "vae")
+        vae = run.stage2_vae()
         run.check_inputs(vae)
+        run.keep_scale(vae)
         export_upgraded(run.base.name, vae, tensors, recipe, run.out / UPGRADE_FILE, run.out / "pipeline")
 
     on_main(export)
@@ -216,7 +217,7 @@ def stage2_progress(run: UpgradeParts, task: Stage2Task) -> list[Periodic]:
         conditions: list[Any] = held_out["captions"]
     else:
         conditions, prompts = held_out["labels"], list(range(min(GRID_IMAGES, shown.null)))
-    vae = run.vae()
+    vae = run.stage2_vae()
     if losses:
         size = recipe.report.batch_size or recipe.cache.batch_size
         encoder = Encoder(vae, run_precision(recipe.run), size, "validation")

@@ -22,6 +22,7 @@ from davae.dataset.stages import StageData
 from davae.errors import DataError, RecipeError
 from davae.files.atomic import model_folder
 from davae.files.ownership import check_run
+from davae.files.reading import read_object
 from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.prompting import embed_captions
 from davae.publish.assemble import UPGRADE_FILE, load_trained
@@ -46,6 +47,12 @@ def save_model(model: Any, folder: Path) -> None:
     """Write a diffusers model into a folder that appears whole or not at all."""
     with model_folder(folder) as partial:
         model.eval().save_pretrained(partial)
+
+
+def set_statistics(vae: DetailVAE, meta: CacheMeta, scale: float = 1.0) -> None:
+    """Normalise by the statistics of the cached detail latents, so that the detail has a std of `scale`."""
+    mean, std = torch.tensor(meta.mean).view(1, -1, 1, 1), torch.tensor(meta.std).view(1, -1, 1, 1)
+    vae.set_detail_statistics(vae.layout.split(mean)[1].flatten(), vae.layout.split(std)[1].flatten() / scale)
 
 
 class UpgradeParts:
@@ -144,6 +151,29 @@ class UpgradeParts:
         """Return the trained DetailVAE, in eval mode."""
         return load_detail_vae(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
 
+    def stage2_vae(self) -> DetailVAE:
+        """Return the trained DetailVAE as stage 2 and its export take it: the detail is `stage2.detail_scale` as small.
+
+        The scale is in the detail's std, by which latents are normalised. `init` brings the scale that it was trained with.
+        The DetailVAE on disk may have the scale of another stage 2 on the same cache.
+        """
+        vae, scale = self.vae(), self.recipe.stage2.detail_scale
+        if self.init is not None:
+            return vae
+        meta = read_meta(self.first / "cache")
+        measured = torch.tensor(meta.std[vae.layout.base_channels :])
+        stored = vae.layout.split(vae.statistics.std)[1].flatten().float().cpu()
+        if abs(float((measured / stored).median()) / scale - 1) > 1e-3:
+            set_statistics(vae, meta, scale)
+        return vae
+
+    def keep_scale(self, vae: DetailVAE) -> None:
+        """Write the DetailVAE of stage 2 into the run folder, for exports, where the one there has another scale."""
+        file = self.out / "vae" / "config.json"
+        there = read_object(file).get("detail_std") if file.is_file() else None
+        if there != list(vae.config["detail_std"] or []) and (there or self.recipe.stage2.detail_scale != 1.0):
+            save_model(vae, self.out / "vae")
+
     def save_vae(self, vae: DetailVAE) -> None:
         """Write the DetailVAE with the size that its pipeline is to draw."""
         vae.register_to_config(resolution=self.recipe.resolution)
@@ -151,8 +181,7 @@ class UpgradeParts:
 
     def store_statistics(self, vae: DetailVAE, meta: CacheMeta) -> None:
         """Write the statistics of the cached detail latents into the DetailVAE's config."""
-        mean, std = torch.tensor(meta.mean).view(1, -1, 1, 1), torch.tensor(meta.std).view(1, -1, 1, 1)
-        vae.set_detail_statistics(vae.layout.split(mean)[1].flatten(), vae.layout.split(std)[1].flatten())
+        set_statistics(vae, meta)
         save_model(vae, self.out / "vae")
 
     # -- cache -------------------------------------------------------------------------------------------------
@@ -224,7 +253,7 @@ class UpgradeParts:
         Raises:
             RecipeError: half-precision base weights under FSDP2.
         """
-        vae = self.vae()
+        vae = self.stage2_vae()
         self.check_inputs(vae)
         seed_initial_weights(training_seed(self.recipe.stage2, self.recipe.run))
         frozen = torch.float32 if self.recipe.stage2.lora is None else self.frozen

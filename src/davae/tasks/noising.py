@@ -13,7 +13,9 @@ from torch import Tensor
 
 from davae.backbones.family import Family
 from davae.errors import ModelError
+from davae.latent import LatentLayout
 from davae.losses.ddpm import Diffusion, PredictionType, min_snr_weight
+from davae.losses.detail_scale import detail_scale_weight
 from davae.losses.flow_matching import FlowMatching, x0_ratio_weight
 from davae.pretrained.placement import send
 from davae.recipes.sections import FlowOptim
@@ -85,6 +87,25 @@ def error_weight(
     if x0_ratio_max is not None:
         return x0_ratio_weight(objective.levels(t)[1], x0_ratio_max)
     return None
+
+
+def with_detail_scale(
+    weight: Tensor | None, objective: Objective, t: Tensor, layout: LatentLayout, scale: float
+) -> Tensor | None:
+    """Return the error weight by group, (B,C+D,1,1), where the detail is `scale` times as small; else `weight`.
+
+    Args:
+        weight: of each sample, (B,1,1,1), or None.
+        scale: `stage2.detail_scale`; see `detail_scale_weight`.
+    """
+    if scale == 1.0:
+        return weight
+    alpha, sigma = objective.levels(t)
+    shared = torch.ones_like(sigma) if weight is None else weight  # (B,1,1,1)
+    detail = shared * detail_scale_weight(alpha, sigma, scale, objective.prediction)
+    return layout.join(
+        shared.expand(-1, layout.base_channels, -1, -1), detail.expand(-1, layout.detail_channels, -1, -1)
+    )
 
 
 def choose_objective(scheduler: Any, family: Family, model: str, flow: FlowMatching | None = None) -> Objective:

@@ -17,7 +17,7 @@ from davae.losses.velocity import detail_direction_loss, detail_weight, velocity
 from davae.pretrained.placement import send
 from davae.recipes.sections import Stage2
 from davae.tasks.conditioning import Conditioning, of_batch
-from davae.tasks.noising import Objective, drop_conditions, error_weight, noise_batch
+from davae.tasks.noising import Objective, drop_conditions, error_weight, noise_batch, with_detail_scale
 from davae.train.monitor import WeightGroups
 from davae.train.random import SampleRandom
 from davae.train.state_dict import like, local
@@ -92,6 +92,7 @@ class Stage2Task(Task[Stage2]):
         if clean is not None:
             target = without_base_error(target, prediction, layout, clean)
         weights = error_weight(self.objective, noised.t, min_snr_gamma=s.min_snr_gamma, x0_ratio_max=s.x0_ratio_max)
+        weights = with_detail_scale(weights, self.objective, noised.t, layout, s.detail_scale)
         weight = detail_weight(step, s.warmup_steps)  # w(n), Eq. 12
         loss = velocity_loss(prediction, target, layout, weight, weights)  # Eq. 13
         total, direction = loss.total, {}

@@ -33,9 +33,28 @@ def test_an_error_of_z_d_weighs_as_in_a_training_at_its_own_level(scale: float):
 
     ours = velocity_error(SIGMA, scale * x, scale * (x + error))
     plain = velocity_error(level, x, x + error)
-    torch.testing.assert_close(detail_scale_weight(1 - SIGMA, SIGMA, scale) * ours.square(), plain.square())
+    weight = detail_scale_weight(1 - SIGMA, SIGMA, scale, "flow")
+    torch.testing.assert_close(weight * ours.square(), plain.square())
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_an_error_of_v_weighs_as_in_a_training_at_its_own_level(scale: float):
+    x, noise, error = (torch.randn(25, dtype=torch.float64) for _ in range(3))
+    sigma = SIGMA[:-1]
+    x, noise, error, alpha = x[:-1], noise[:-1], error[:-1], (1 - sigma.square()).sqrt()
+    r = ((scale * alpha).square() + sigma.square()).sqrt()
+
+    def v_error(alpha: torch.Tensor, sigma: torch.Tensor, data: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
+        predicted_noise = (alpha * data + sigma * noise - alpha * wrong) / sigma
+        return (alpha * predicted_noise - sigma * wrong) - (alpha * noise - sigma * data)
+
+    ours = v_error(alpha, sigma, scale * x, scale * (x + error))
+    plain = v_error(scale * alpha / r, sigma / r, x, x + error)
+    weight = detail_scale_weight(alpha, sigma, scale, "v_prediction")
+    torch.testing.assert_close(weight * ours.square(), plain.square())
+    assert detail_scale_weight(alpha, sigma, scale, "epsilon").eq(1).all()
 
 
 def test_a_scale_of_one_changes_nothing():
     assert torch.equal(detail_noise_level(SIGMA, 1.0), SIGMA)
-    torch.testing.assert_close(detail_scale_weight(1 - SIGMA, SIGMA, 1.0), torch.ones_like(SIGMA))
+    torch.testing.assert_close(detail_scale_weight(1 - SIGMA, SIGMA, 1.0, "flow"), torch.ones_like(SIGMA))
