@@ -10,8 +10,11 @@ import torch
 from conftest import picture
 from upgraded_tiny import assembled
 
-from davae.analyze.gap import DECODER, DETAIL, NO_DETAIL, PARTS, REAL, SAMPLES, _samples, gap, gap_parts
+from davae.analyze.gap import DECODER, DETAIL, NO_DETAIL, PARTS, REAL, SAMPLES, _samples, gap_figure, gap_parts
 from davae.errors import ModelError
+from davae.sample.open import SamplingOptions
+
+OPTIONS = SamplingOptions(2, 1.0, 0, batch_size=4)
 
 
 def test_parts_and_floor_sum_to_the_distance_of_samples():
@@ -27,7 +30,7 @@ def test_samples_without_detail_have_the_mean_detail_and_the_same_base(tiny_base
     seen: list[torch.Tensor] = []
     decode = pipe.vae.decode
     pipe.vae.decode = lambda latents, *args, **options: (seen.append(latents), decode(latents, *args, **options))[1]
-    whole, without = _samples(pipe, ["a", "b", "c"], 2, 1.0, 0, 2)
+    whole, without = _samples(pipe, ["a", "b", "c"], SamplingOptions(2, 1.0, 0, batch_size=2))
     assert whole.shape == without.shape == (3, 3, 32, 32)
     assert not torch.equal(whole, without)
     for first, second in zip(seen[::2], seen[1::2], strict=True):
@@ -44,7 +47,7 @@ def test_the_figure_compares_all_sets_with_the_training_images(tiny_base: Path, 
         (tmp_path / "images" / f"{number:02d}.txt").write_text(f"image {number}")
     assembled(tiny_base).save_pretrained(tmp_path / "upgrade")
     model, data = str(tmp_path / "upgrade"), str(tmp_path / "images")
-    done = gap(model, data, tmp_path / "out", num=8, held_out=0.5, steps=2, guidance=1.0, patch_size=16, batch_size=4)
+    done = gap_figure(model, data, tmp_path / "out", OPTIONS, num=8, held_out=0.5, patch_size=16)
     figures = json.loads(done.with_suffix(".json").read_text())
     assert list(figures["rows"]) == [REAL, DECODER, DETAIL, SAMPLES, NO_DETAIL]
     assert set(figures["parts"]) == {"fd_lite0", "patch_fd_lite0"}
@@ -52,4 +55,4 @@ def test_the_figure_compares_all_sets_with_the_training_images(tiny_base: Path, 
         assert sum(parts.values()) == pytest.approx(figures["rows"][SAMPLES][key])
     assert (tmp_path / "out" / "gap-images.png").is_file()
     with pytest.raises(ModelError, match=r"--held-out 0.1: . images, at least"):
-        gap(model, data, tmp_path / "out", num=8, held_out=0.1, steps=2)
+        gap_figure(model, data, tmp_path / "out", OPTIONS, num=8, held_out=0.1)

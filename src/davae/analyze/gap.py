@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from davae.analyze.figures import check_figure, contact_sheet, figure_settings, write_figure
+from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, write_figure
 from davae.backbones.classes import goes_by_class
 from davae.backbones.packed_latents import latent_size, unpack_latents
 from davae.data.images import to_images, to_tensor
@@ -19,11 +19,11 @@ from davae.errors import ModelError
 from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST
 from davae.evaluate.features import make_extractor
-from davae.evaluate.figure import to_png
-from davae.pretrained.open import default_resolution, pixel_factor
+from davae.evaluate.plot import to_png
+from davae.pretrained.shapes import default_resolution, pixel_factor
 from davae.recipes.sections import Data
 from davae.sample.generate import generate
-from davae.sample.open import open_model
+from davae.sample.open import SamplingOptions, open_model
 from davae.sample.upscale import check_enlarging, upscale
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
@@ -38,23 +38,19 @@ REAL, DECODER, DETAIL, SAMPLES, NO_DETAIL = (
     "base drawn, no detail",
 )
 PARTS = {"decoder": (REAL, DECODER), "detail": (DECODER, DETAIL), "base": (DETAIL, SAMPLES)}
-SHOWN = 8
 
 
-def gap(
+def gap_figure(
     model: str,
     data: str | Data,
     out: Path,
+    options: SamplingOptions,
     *,
     num: int,
     held_out: float,
-    steps: int = 20,
-    guidance: float = 2.5,
-    seed: int = 0,
     features: str = "lite0",
     feature_weights: Path | None = None,
     patch_size: int = PATCH_SIZE,
-    batch_size: int = 8,
 ) -> Path:
     """Split an upgrade's distance to real images by cause; write `gap.png` and `gap.json`.
 
@@ -73,9 +69,11 @@ def gap(
         model: an upgraded model.
         data: images of at least the size that the model draws.
         out: folder of the figure.
+        options: how images are drawn, at the model's own size; detail for a known base is drawn without guidance.
         num: images of each set, at most.
         held_out: share that was held out of the training.
-        guidance: guidance scale of the samples; detail for a known base is drawn without guidance.
+        features: network of the distances.
+        feature_weights: file of its weights.
         patch_size: side of the crops of the patch distance, pixels.
 
     Returns:
@@ -85,8 +83,8 @@ def gap(
         ModelError: a model without a detail part, or too few held-out images.
     """
     check_figure(out, "gap")
-    pipe, _ = open_model(model)
-    check_enlarging(pipe, strength=0.0, steps=steps, times=1, batch_size=batch_size)
+    pipe, batch_size = open_model(model, options.placement)[0], options.batch_size
+    check_enlarging(pipe, strength=0.0, steps=options.steps, times=1, batch_size=batch_size)
     size = default_resolution(pipe)
     real, prompts = _held_out(pipe, data, size, num, held_out, batch_size, out / "gap.data.json")
     extractor = make_extractor(features, feature_weights)
@@ -98,11 +96,11 @@ def gap(
     def measured(images: Tensor) -> ImageSet:
         return measure_images(images.split(batch_size), extractor, patch_size)
 
-    samples, without = _samples(pipe, prompts, steps, guidance, seed, batch_size)
+    samples, without = _samples(pipe, prompts, options)
     sets = {
         REAL: real,
         DECODER: _in_batches(lambda images: _decoded(pipe.vae, images), real, batch_size),
-        DETAIL: _detail_drawn(pipe, real, prompts, steps, seed, batch_size),
+        DETAIL: _detail_drawn(pipe, real, prompts, options),
         SAMPLES: samples,
         NO_DETAIL: without,
     }
@@ -113,7 +111,7 @@ def gap(
     figures = {
         "run": model,
         "data": as_data(data).source,
-        "settings": figure_settings(data, num, held_out) | {"steps": steps, "guidance": guidance, "seed": seed},
+        "settings": figure_settings(data, num, held_out) | options.settings,
         "images": len(real),
         "rows": rows,
         "parts": {key: gap_parts({name: row[key] for name, row in rows.items()}) for key in distances},
@@ -175,18 +173,25 @@ def _decoded(vae: DetailVAE, images: Tensor) -> Tensor:
     return in_range(vae, lambda z: decode_latents(vae, z), latents).float().clamp(-1, 1).cpu()  # (B,3,H,W)
 
 
-def _detail_drawn(pipe: Any, real: Tensor, prompts: list[str], steps: int, seed: int, batch_size: int) -> Tensor:
+def _detail_drawn(pipe: Any, real: Tensor, prompts: list[str], options: SamplingOptions) -> Tensor:
     small = to_images(downsample(real, pipe.vae.layout.scale))
-    options: dict[str, Any] = {"steps": steps, "guidance_scale": 1.0, "seed": seed, "batch_size": batch_size}
-    return torch.stack([to_tensor(image) for image in upscale(pipe, small, prompts, faithful=False, **options)])
+    drawn = upscale(
+        pipe,
+        small,
+        prompts,
+        steps=options.steps,
+        guidance_scale=1.0,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        faithful=False,
+    )
+    return torch.stack([to_tensor(image) for image in drawn])
 
 
-def _samples(
-    pipe: Any, prompts: list[str], steps: int, guidance: float, seed: int, batch_size: int
-) -> tuple[Tensor, Tensor]:
+def _samples(pipe: Any, prompts: list[str], options: SamplingOptions) -> tuple[Tensor, Tensor]:
     """Return samples, (N,3,H,W), and the same without their detail."""
     whole, without = [], []
-    for latents in _latents(pipe, prompts, steps, guidance, seed, batch_size):
+    for latents in _latents(pipe, prompts, options):
         z, z_d = pipe.vae.layout.split(latents)
         for images, chosen in ((whole, latents), (without, pipe.vae.layout.join(z, torch.zeros_like(z_d)))):
             with torch.no_grad():
@@ -195,24 +200,11 @@ def _samples(
     return torch.cat(whole), torch.cat(without)
 
 
-def _latents(
-    pipe: Any, prompts: list[str], steps: int, guidance: float, seed: int, batch_size: int
-) -> Iterator[Tensor]:
+def _latents(pipe: Any, prompts: list[str], options: SamplingOptions) -> Iterator[Tensor]:
     """Yield normalised latents, (B,C+D,h,w), of samples."""
     side = default_resolution(pipe) // pixel_factor(pipe)
-    channels = pipe.vae.layout.channels
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        drawn = generate(
-            pipe,
-            part,
-            output_type="latent",
-            steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
-            first=start,
-            batch_size=batch_size,
-        )
-        latents = torch.stack(list(drawn))
-        height, width = latent_size(latents, channels, (side, side))
+    for start in range(0, len(prompts), options.batch_size):
+        part = prompts[start : start + options.batch_size]
+        latents = torch.stack(list(generate(pipe, part, options, output_type="latent", first=start)))
+        height, width = latent_size(latents, pipe.vae.layout.channels, (side, side))
         yield unpack_latents(latents, height, width).to(pipe.vae.device, pipe.vae.dtype)

@@ -192,3 +192,42 @@ def diffusability(
     chosen = chosen_data(data, set, {})
     done = diffusability_figure(vae, chosen, out, num=num, held_out=held_out, probe_steps=probe_steps, seed=seed)
     show_place(done)
+
+
+@analyze_app.command()
+def gap(
+    model: Annotated[str, typer.Argument(help="An upgrade: a run or pipeline folder, or `micro-upgraded`.")],
+    data: Data,
+    held_out: HeldOut,
+    out: Folder = Path("figures"),
+    num: Num = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale of the samples; 1 turns it off.")] = 2.5,
+    seed: Seed = 0,
+    features: FeatureNetwork = "lite0",
+    feature_weights: FeatureWeights = None,
+    patch_size: Annotated[
+        int, typer.Option(min=0, help="Side of the crops of the patch distance; 0 leaves it out.")
+    ] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    set: Options = None,
+) -> None:
+    """Where the distance to real images comes from: the decoder, the detail, or the base.
+
+    `davae analyze gap micro-upgraded --data openmoji-all --held-out 0.1`
+    """
+    from davae.analyze.gap import gap_figure
+    from davae.sample.open import SamplingOptions
+
+    done = gap_figure(
+        model,
+        chosen_data(data, set, {}),
+        out,
+        SamplingOptions(steps, guidance, seed, batch_size=batch_size),
+        num=num,
+        held_out=held_out,
+        features=features,
+        feature_weights=feature_weights,
+        patch_size=patch_size,
+    )
+    show_place(done)
