@@ -103,7 +103,7 @@ def test_fid_to_adm_s_reference_is_taken_to_its_stored_statistics(
     with pytest.raises(ValueError, match=r"mu is \(3,\) and sigma \(2, 3\), expected \(F,\) and \(F,F\)"):
         stored_gaussian(tmp_path / "odd.npz")
     (tmp_path / "broken.npz").write_bytes((tmp_path / "plain.npz").read_bytes()[:300])
-    with pytest.raises(ValueError, match=r"broken\.npz is no \.npz that can be read"):
+    with pytest.raises(ValueError, match=r"broken\.npz is not an \.npz that can be read"):
         stored_gaussian(tmp_path / "broken.npz")
 
 

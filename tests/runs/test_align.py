@@ -355,7 +355,7 @@ def test_the_base_s_own_autoencoder_is_refused(
 
 
 def test_a_wrong_body_is_still_refused(values: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="has depth 2, the recipe asks for 3"):
+    with pytest.raises(ModelError, match="has depth 2, the recipe has 3"):
         train_base(recipe_of(values, architecture={**SIZES, "depth": 3}), tmp_path, quiet)
 
 

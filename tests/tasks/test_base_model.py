@@ -104,7 +104,7 @@ def test_a_transformer_that_contradicts_its_scheduler_is_refused(tiny_base: Path
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     file = folder / "transformer" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "epsilon"}))
-    with pytest.raises(ModelError, match="its transformer predicts epsilon, its scheduler stands for flow"):
+    with pytest.raises(ModelError, match="its transformer predicts epsilon, its scheduler belongs to flow"):
         BaseModel(str(folder)).objective(STAGE2)
 
 
@@ -129,6 +129,6 @@ def test_few_functions_see_the_recipe_before_training_begins(
         Upgrade(recipe, tmp_path / "run", lambda progress: None)
     finally:
         sys.setprofile(None)
-    assert "upgrade.Upgrade.__init__" in seen
+    assert "upgrade_parts.UpgradeParts.__init__" in seen
     assert len(seen) < FUNCTIONS, seen
     assert set(reads.values()) == {1}, "each config is read once"

@@ -263,7 +263,7 @@ def test_a_video_autoencoder_s_pipeline_hands_over_one_frame():
         framed = vae.encode(images[:, :, None]).latent_dist.mode()
         assert torch.equal(framed, latents[:, :, None])
         assert torch.equal(vae.decode(framed).sample, vae.decode(latents).sample[:, :, None])
-    with pytest.raises(ValueError, match="found 2 frames; a DetailVAE takes pictures"):
+    with pytest.raises(ValueError, match="found 2 frames; a DetailVAE takes images"):
         vae.decode(framed.repeat(1, 1, 2, 1, 1))
 
 

@@ -1,8 +1,20 @@
-"""Where an upgrade's distance to real images comes from: its decoder, its detail or its base."""
+"""Distance of an upgrade to real images, split into the parts of decoder, detail and base.
+
+Five sets are compared with the training images, each one step further from the held-out images:
+
+- held-out images as they are: the floor, which two sets of real images have;
+- decoded: their latents [z, z_d], encoded and decoded by the DetailVAE;
+- detail drawn: their z, and the z_d that the model draws for it with their captions or classes;
+- base and detail drawn: samples of the same captions;
+- base drawn, no detail: the z of these samples with z_d at its mean.
+
+All sets have the same number of images, so that the bias of a Frechet distance is the same in each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +28,7 @@ from davae.backbones.packed_latents import latent_size, unpack_latents
 from davae.data.images import to_images, to_tensor
 from davae.dataset.look import as_data, numbered_batches, prompts_of, real_pictures
 from davae.errors import ModelError
-from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
+from davae.evaluate.detail import PATCH_SIZE, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST
 from davae.evaluate.features import make_extractor
 from davae.evaluate.plot import to_png
@@ -52,18 +64,7 @@ def gap_figure(
     feature_weights: Path | None = None,
     patch_size: int = PATCH_SIZE,
 ) -> Path:
-    """Split an upgrade's distance to real images by cause; write `gap.png` and `gap.json`.
-
-    Five sets of images are compared with the training images, each one step further from the held-out ones:
-
-    - held-out images as they are: the floor, that two sets of real images have;
-    - decoded: their latents [z, z_d], encoded and decoded by the DetailVAE;
-    - detail drawn: their z, and z_d that the model draws for it with their captions or classes;
-    - base and detail drawn: samples of the same captions;
-    - base drawn, no detail: the z of these samples with z_d at its mean.
-
-    Differences of neighbours are the `parts`: what decoder, detail and base each add to the distance. All sets have the same
-    number of images, so that the bias of a Frechet distance is the same in each.
+    """Split an upgrade's distance to real images by cause, and write the figure.
 
     Args:
         model: an upgraded model.
@@ -77,7 +78,7 @@ def gap_figure(
         patch_size: side of the crops of the patch distance, pixels.
 
     Returns:
-        The path of the figure.
+        The path of `gap.png`. `gap.json` has the distances of each set, and their `parts`.
 
     Raises:
         ModelError: a model without a detail part, or too few held-out images.
@@ -88,24 +89,14 @@ def gap_figure(
     size = default_resolution(pipe)
     real, prompts = _held_out(pipe, data, size, num, held_out, batch_size, out / "gap.data.json")
     extractor = make_extractor(features, feature_weights)
+    measure = partial(measure_images, extractor=extractor, patch_size=patch_size)
     others = real_pictures(data, size, held_out, "train")
-    trained = measure_images(
-        (images for _, images in numbered_batches(others, None, batch_size)), extractor, patch_size
-    )
+    trained = measure(images for _, images in numbered_batches(others, None, batch_size))
 
-    def measured(images: Tensor) -> ImageSet:
-        return measure_images(images.split(batch_size), extractor, patch_size)
-
-    samples, without = _samples(pipe, prompts, options)
-    sets = {
-        REAL: real,
-        DECODER: _in_batches(lambda images: _decoded(pipe.vae, images), real, batch_size),
-        DETAIL: _detail_drawn(pipe, real, prompts, options),
-        SAMPLES: samples,
-        NO_DETAIL: without,
-    }
+    sets = _sets(pipe, real, prompts, options)
     rows = {
-        name: compare_sets(measured(images), trained, extractor.name, patch_size) for name, images in sets.items()
+        name: compare_sets(measure(images.split(batch_size)), trained, extractor.name, patch_size)
+        for name, images in sets.items()
     }
     distances = [key for key in (extractor.name, f"patch_{extractor.name}") if key in rows[REAL]]
     figures = {
@@ -123,10 +114,21 @@ def gap_figure(
     return write_figure(out, "gap", gap_plot(rows, distances), figures)
 
 
-def gap_parts(distances: dict[str, float]) -> dict[str, float]:
-    """Return what the floor, decoder, detail and base add to a distance; they sum to that of the samples.
+def _sets(pipe: Any, real: Tensor, prompts: list[str], options: SamplingOptions) -> dict[str, Tensor]:
+    samples, without = _samples(pipe, prompts, options)
+    return {
+        REAL: real,
+        DECODER: torch.cat([_decoded(pipe.vae, images) for images in real.split(options.batch_size)]),
+        DETAIL: _detail_drawn(pipe, real, prompts, options),
+        SAMPLES: samples,
+        NO_DETAIL: without,
+    }
 
-    A part is negative where a step brings the set nearer to the training images.
+
+def gap_parts(distances: dict[str, float]) -> dict[str, float]:
+    """Return what floor, decoder, detail and base add to the distance of the samples.
+
+    The parts sum to that distance. A part is negative where a step brings the set nearer to the training images.
 
     Args:
         distances: to the training images, by the names of the sets.
@@ -160,10 +162,6 @@ def _held_out(
     if len(real) < LEAST:
         raise ModelError(f"--held-out {held_out}: {len(real)} images, at least {LEAST} are needed; hold out more")
     return real, prompts
-
-
-def _in_batches(function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> Tensor:
-    return torch.cat([function(part) for part in images.split(batch_size)])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Detail at a higher noise level than the base, under one unchanged schedule: stage 2 sees c z_d in place of z_d."""
+"""Detail at a higher noise level than the base, under one schedule: stage 2 sees c z_d."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def detail_noise_level(sigma: Tensor, scale: float) -> Tensor:
 
 
 def detail_scale_weight(alpha: Tensor, sigma: Tensor, scale: float, prediction: PredictionType) -> Tensor:
-    """Return the weight of the detail's squared errors that undoes the smaller loss of a scaled z_d.
+    """Return the error weight that undoes the smaller loss of a scaled z_d.
 
     The state is y = c alpha x + sigma n. A model of an unscaled x at the detail's own noise level has the state y / r: its
     factors of data and noise sum to 1 for rectified flow, their squares for epsilon and v, so that

@@ -279,8 +279,7 @@ class Stage2(FlowOptim):
     )
     detail_scale: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=1.0,
-        description="Below 1 the detail is this many times smaller than the base, and so noisier at each step: the "
-        "base settles first. Sampling stays stock. 0.5 is about GRACE's offset.",
+        description="Below 1 the detail is scaled, and so noisier than the base, which settles first; 0.5 is like GRACE.",
     )
     clean_base: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
         default=0.0, description="Share of samples with a clean base latent, for `davae upscale`."

@@ -50,7 +50,7 @@ def save_model(model: Any, folder: Path) -> None:
 
 
 def set_statistics(vae: DetailVAE, meta: CacheMeta, scale: float = 1.0) -> None:
-    """Normalise by the statistics of the cached detail latents, so that the detail has a std of `scale`."""
+    """Normalise by the statistics of the cached detail, to a std of `scale`."""
     mean, std = torch.tensor(meta.mean).view(1, -1, 1, 1), torch.tensor(meta.std).view(1, -1, 1, 1)
     vae.set_detail_statistics(vae.layout.split(mean)[1].flatten(), vae.layout.split(std)[1].flatten() / scale)
 
@@ -152,9 +152,10 @@ class UpgradeParts:
         return load_detail_vae(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
 
     def stage2_vae(self) -> DetailVAE:
-        """Return the trained DetailVAE as stage 2 and its export take it: the detail is `stage2.detail_scale` as small.
+        """Return the trained DetailVAE with the scale of the detail that stage 2 takes.
 
-        The scale is in the detail's std, by which latents are normalised. `init` brings the scale that it was trained with.
+        The scale, `stage2.detail_scale`, is in the detail's std, by which latents are normalised.
+        `init` brings the scale that it was trained with.
         The DetailVAE on disk may have the scale of another stage 2 on the same cache.
         """
         vae, scale = self.vae(), self.recipe.stage2.detail_scale
@@ -168,7 +169,7 @@ class UpgradeParts:
         return vae
 
     def keep_scale(self, vae: DetailVAE) -> None:
-        """Write the DetailVAE of stage 2 into the run folder, for exports, where the one there has another scale."""
+        """Write the DetailVAE of stage 2, for exports, where the run folder's has another scale."""
         file = self.out / "vae" / "config.json"
         there = read_object(file).get("detail_std") if file.is_file() else None
         if there != list(vae.config["detail_std"] or []) and (there or self.recipe.stage2.detail_scale != 1.0):

@@ -92,11 +92,11 @@ def error_weight(
 def with_detail_scale(
     weight: Tensor | None, objective: Objective, t: Tensor, layout: LatentLayout, scale: float
 ) -> Tensor | None:
-    """Return the error weight by group, (B,C+D,1,1), where the detail is `scale` times as small; else `weight`.
+    """Return the error weight by group, (B,C+D,1,1), for a detail that is scaled.
 
     Args:
         weight: of each sample, (B,1,1,1), or None.
-        scale: `stage2.detail_scale`; see `detail_scale_weight`.
+        scale: `stage2.detail_scale`, see `detail_scale_weight`; 1 returns `weight`.
     """
     if scale == 1.0:
         return weight

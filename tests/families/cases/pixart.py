@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, SCMScheduler
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor
 from transformers import BertConfig, BertModel
@@ -70,6 +70,20 @@ def sana(folder: Path) -> None:
         CASES["SanaTransformer2DModel"],
         "SanaPipeline",
         vae=tiny_dc(),
+        model=model,
+        **gemma(),
+    )
+
+
+def sana_sprint(folder: Path) -> None:
+    model = {"sample_size": 32, "guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
+    save(
+        folder,
+        "SanaTransformer2DModel",
+        CASES["SanaTransformer2DModel"],
+        "SanaSprintPipeline",
+        vae=tiny_dc(),
+        scheduler=SCMScheduler(prediction_type="trigflow", sigma_data=0.5),
         model=model,
         **gemma(),
     )
