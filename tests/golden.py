@@ -61,11 +61,17 @@ def digest(path: Path) -> str:
     return whole.hexdigest()
 
 
+def untimed(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl without the speed, which differs from run to run."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in records]
+
+
 def training(folder: Path) -> dict[str, Any]:
     """Return metrics and digests of a short upgrade of `micro`."""
     run = folder / "run"
     davae("upgrade", "micro", "--out", str(run), *[word for k, v in SHORT.items() for word in ("--set", f"{k}={v}")])
-    metrics = {p.relative_to(run).as_posix(): p.read_text() for p in sorted(run.rglob("metrics.jsonl"))}
+    metrics = {p.relative_to(run).as_posix(): untimed(p) for p in sorted(run.rglob("metrics.jsonl"))}
     weights = {
         p.relative_to(run).as_posix(): digest(p)
         for p in sorted(run.rglob("*.safetensors"))
