@@ -25,7 +25,10 @@ FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 
 
 def grid_positions(grid: int, pretrained_grid: int) -> Tensor:
-    """Coordinates of a grid's rows, in units of the pretrained grid: a finer grid spans the same range. (grid,)"""
+    """Return the coordinates (grid,) of a grid's rows, in units of the pretrained grid.
+
+    A finer grid spans the same range.
+    """
     return torch.arange(grid, dtype=torch.float64) * pretrained_grid / grid
 
 

@@ -68,19 +68,19 @@ def _kind(operator: str) -> str:
 
 
 def meta_transformer(shapes: BaseShapes) -> nn.Module:
-    """The transformer's modules without weights."""
+    """Return the transformer's modules without weights."""
     with planned(f"the {shapes.transformer_class}"):
         return model_class(shapes.transformer_class).from_config(shapes.transformer_config)
 
 
 def meta_detail_vae(shapes: BaseShapes, detail_channels: int, scale: int) -> DetailVAE:
-    """The DetailVAE's modules without weights."""
+    """Return the DetailVAE's modules without weights."""
     with planned(f"the DetailVAE of {shapes.vae_class}"):
         return DetailVAE(shapes.vae_class, shapes.vae_config, detail_channels, scale)
 
 
 def meta_autoencoder(shapes: BaseShapes) -> Any:
-    """The base autoencoder's modules without weights."""
+    """Return the base autoencoder's modules without weights."""
     with planned(f"the {shapes.vae_class}"):
         return model_class(shapes.vae_class).from_config(shapes.vae_config)
 

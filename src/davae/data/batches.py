@@ -93,7 +93,7 @@ class Batches:
         return int(members[self._orders[group][1][place]])
 
     def batch(self, number: int) -> list[tuple[int, int]]:
-        """This process's slice of a batch."""
+        """Return this process's slice of a batch."""
         if not self._first <= number < self._first + len(self._turns):
             self._enter(number)
         place = number - self._first

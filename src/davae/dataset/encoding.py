@@ -119,6 +119,6 @@ class Encoder:
         self.halving.size = min(self.halving.size, chosen)
 
     def _bare(self) -> Any:
-        """The autoencoder without weights."""
+        """Return the autoencoder without weights."""
         with torch.device("meta"):
             return type(self.vae).from_config(self.vae.config)

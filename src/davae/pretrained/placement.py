@@ -18,7 +18,7 @@ Compile = Literal["off", "blocks", "graphs"]
 
 
 def own_device() -> torch.device:
-    """This process's device: the accelerator where there is one, by accelerate's choice."""
+    """Return this process's device: the accelerator where there is one, by accelerate's choice."""
     return cast(torch.device, PartialState().device)
 
 

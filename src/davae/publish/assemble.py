@@ -311,6 +311,6 @@ def export_upgraded(
 
 
 def load_upgraded(pipeline: Any, folder: Path) -> Any:
-    """A base pipeline + a folder with `vae/` and an upgrade file -> the upgraded pipeline."""
+    """Return the upgrade of a base pipeline by a folder with `vae/` and an upgrade file."""
     vae = load_detail_vae(folder / "vae", pipeline.vae.dtype).to(pipeline.vae.device)
     return assemble(pipeline, vae, apply_upgrade(denoiser(pipeline), folder / UPGRADE_FILE))

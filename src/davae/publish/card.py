@@ -111,7 +111,7 @@ def _unknown(why: str) -> str:
 
 
 def public_recipe(recipe: Recipe) -> str:
-    """A recipe as YAML, defaults left out, paths of this machine shortened to their last part."""
+    """Return a recipe as YAML, defaults left out, paths of this machine shortened to their last part."""
 
     def shorten(value: Any) -> Any:
         if isinstance(value, dict):
@@ -166,7 +166,7 @@ def write_card(folder: Path, origin: Origin, index: dict[str, Any]) -> Path:
 
 
 def _asked(pipeline: str, recipe: Recipe | None) -> str:
-    """The argument by which a pipeline is asked for a picture."""
+    """Return the name of the argument that takes a prompt or a class."""
     parameters = inspect.signature(model_class(pipeline).__call__).parameters
     if "class_labels" in parameters:
         return "class_labels=[0]"

@@ -56,7 +56,7 @@ class FinishedRun:
         return self.folder / "pipeline"
 
     def base(self) -> str:
-        """The pretrained model: a folder or a hub id."""
+        """Return the pretrained model: a folder or a hub id."""
         if self.recipe.base.model is not None:
             return resolve(self.recipe.base.model)
         return str(self.folder / "base" / "pipeline")
@@ -211,7 +211,7 @@ def _with_lora(run: FinishedRun, base: str, dtype: torch.dtype) -> tuple[Any, di
 
 
 def lora_layers(transformer: Any, component: str, dtype: torch.dtype) -> dict[str, Any]:
-    """An attached LoRA and its settings, as the arguments of a pipeline's `save_lora_weights`."""
+    """Return an attached LoRA and its settings, as the arguments of a pipeline's `save_lora_weights`."""
     tensors = get_peft_model_state_dict(transformer)
     return {
         f"{component}_lora_layers": {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()},

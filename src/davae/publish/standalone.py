@@ -147,7 +147,7 @@ def _reads(node: ast.stmt) -> set[str]:
 
 
 def _text(node: ast.stmt, text: str) -> str:
-    """A statement's lines, with its decorators and the comment above it."""
+    """Return a statement's lines, with its decorators and the comment above it."""
     lines = text.splitlines()
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
     while first > 0 and lines[first - 1].startswith("#"):

@@ -149,7 +149,7 @@ class BaseRun:
         return vae, channels, recipe.resolution // factor
 
     def autoencoder(self) -> Any:
-        """The trained or pretrained autoencoder, in eval mode."""
+        """Return the trained or pretrained autoencoder, in eval mode."""
         recipe = self.recipe
         if self.first != self.out:
             return load_autoencoder(str(self.first / "vae")).to(self.accelerator.device)

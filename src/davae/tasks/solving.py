@@ -56,7 +56,7 @@ def solve(
 
 
 def ddim(objective: Diffusion) -> DDIMScheduler:
-    """A solver on the objective's table, from its last timestep on."""
+    """Return a solver on the objective's table, from its last timestep on."""
     alpha_bar = objective.alphas_cumprod.cpu().double()
     betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     return DDIMScheduler(

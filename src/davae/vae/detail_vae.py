@@ -387,7 +387,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
         super().enable_tiling()
 
     def train(self, mode: bool = True) -> DetailVAE:
-        """The base encoder stays in eval mode."""
+        """Set train or eval mode, but keep the base encoder in eval mode."""
         super().train(mode)
         self.base_encoder.train(False)
         return self

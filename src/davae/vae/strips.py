@@ -51,7 +51,7 @@ class Rows:
 
     @classmethod
     def around(cls, whole: Tensor) -> Rows:
-        """An activation that is there already, as it is."""
+        """Return an activation that is there already, as it is."""
         rows = cls(0, 0, 0, 0, like=whole, exact=True)
         rows.data = whole
         return rows
@@ -67,7 +67,7 @@ class Rows:
         return self.data.shape[2]
 
     def like(self) -> Tensor:
-        """An empty tensor of the model's precision and device."""
+        """Return an empty tensor of the model's precision and device."""
         return torch.empty(0, dtype=self.dtype, device=self.data.device)
 
     def read(self, top: int, bottom: int) -> Tensor:
@@ -111,7 +111,7 @@ class Statistics:
         self.count += grouped.shape[-1]
 
     def change(self, dtype: torch.dtype) -> Change:
-        """The normalisation, for one strip at a time."""
+        """Return the normalisation, for one strip at a time."""
         norm, mean = self.norm, cast(Tensor, self.total / self.count)
         inverse = (self.squares / self.count - mean.square() + norm.eps).rsqrt()
         each = norm.num_channels // norm.num_groups
@@ -231,7 +231,7 @@ def attend(x: Rows, attention: Attention, values: int) -> None:
 
 
 def middle(x: Rows, block: Any, values: int) -> Rows:
-    """The block on the smallest grid."""
+    """Compute the block on the smallest grid."""
     attentions = [attention for attention in block.attentions if attention is not None]
     if not all(type(a) is Attention and a.group_norm is not None and a.residual_connection for a in attentions):
         return Rows.of(block(x.whole()), rows_of(values, x.data.shape[1], x.data.shape[3]))
@@ -260,7 +260,7 @@ def weights_at_hand(network: nn.Module) -> Iterator[None]:
 
 
 def decode_by_rows(decoder: Decoder, latents: Tensor, pixels: int) -> Tensor:
-    """A diffusers KL decoder: latents (B,c,h,w) -> (B,3,H,W).
+    """Run a diffusers KL decoder: latents (B,c,h,w) -> (B,3,H,W).
 
     Args:
         pixels: positions of a strip at full resolution, at most; elsewhere a strip has as many values.

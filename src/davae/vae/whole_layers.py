@@ -111,14 +111,14 @@ class _Called(nn.Module):
 
 
 def _with_repeated(decoder: Any, x: Tensor) -> Tensor:
-    """A DC decoder's first layer, whose shortcut repeats channels."""
+    """Compute a DC decoder's first layer, whose shortcut repeats channels."""
     if not decoder.in_shortcut:
         return decoder.conv_in(x)
     return decoder.conv_in(x) + x.repeat_interleave(decoder.in_shortcut_repeats, dim=1)
 
 
 def _with_average(encoder: Any, x: Tensor) -> Tensor:
-    """A DC encoder's last layer, whose shortcut averages groups of channels."""
+    """Compute a DC encoder's last layer, whose shortcut averages groups of channels."""
     if not encoder.out_shortcut:
         return encoder.conv_out(x)
     return encoder.conv_out(x) + x.unflatten(1, (-1, encoder.out_shortcut_average_group_size)).mean(dim=2)

@@ -212,7 +212,7 @@ def check_helpers(names: Sequence[str], passes: int | None = None) -> None:
 
 @contextmanager
 def helped(transformer: Any, name: str) -> Iterator[None]:
-    """A helper by its name, or several joined by `+`, applied in that order."""
+    """Return a helper by its name, or several joined by `+`, applied in that order."""
     with ExitStack() as stack:
         for part in name.split("+"):
             stack.enter_context(HELPERS[part](transformer))
@@ -220,7 +220,7 @@ def helped(transformer: Any, name: str) -> Iterator[None]:
 
 
 def multiplies(alone: Mapping[str, Spread], with_helper: Mapping[str, Spread]) -> float:
-    """A helper's speed-up on the upgraded model relative to its speed-up on the native one.
+    """Return a helper's speed-up on the upgraded model relative to its speed-up on the native one.
 
     1 means that it multiplies with the token saving.
     """

@@ -288,7 +288,7 @@ def bench_stage2(recipe: Recipe, *, steps: int, repeats: int) -> dict[str, Any]:
 
 
 def plain_stage2(run: Upgrade, rival: Any) -> PlainStage2:
-    """The plain opponent on the weights of a fresh stage 2."""
+    """Return the plain opponent on the weights of a fresh stage 2."""
     settings, conditioning = run.recipe.stage2, rival.conditioning
     conditioning.cache = LivePrompts(run.base_pipeline)
 

@@ -29,7 +29,7 @@ def synthetic_picture(resolution: int) -> Tensor:
 
 
 def _opened(model: str, tile: int | None, dtype: torch.dtype) -> Any:
-    """The autoencoder on this process's device, tiled where a tile's side is given."""
+    """Return the autoencoder on this process's device, tiled where a tile's side is given."""
     vae = load_autoencoder(model).to(own_device(), dtype)
     if tile is not None:
         vae.enable_tiling(tile)

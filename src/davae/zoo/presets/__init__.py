@@ -39,7 +39,7 @@ class Preset:
     parts: dict[str, dict[str, Any]]
 
     def config(self, part: str, filename: str) -> dict[str, Any] | None:
-        """What the JSON file of that name in a diffusers folder would say; None where there would be none."""
+        """Return the content of a JSON file of a diffusers folder, None where it has none."""
         if (part, filename) == ("", "model_index.json"):
             return {
                 "_class_name": self.pipeline,
@@ -74,7 +74,7 @@ def _read(name: str, text: str, shared: dict[str, Any]) -> Preset:
 
 
 def find_preset(model: str) -> Preset | None:
-    """The preset of that name or hub id."""
+    """Return the preset of that name or hub id."""
     return next((preset for preset in presets().values() if model in (preset.name, preset.hub)), None)
 
 
