@@ -285,7 +285,7 @@ def test_modules_import_each_other_one_way():
         pytest.fail(" <- ".join(error.args[1]))
 
 
-def test_the_help_imports_no_torch():
+def test_the_help_imports_neither_torch_nor_pydantic():
     """Everything that `davae.cli` imports at once, packages above included."""
     seen: set[str] = set()
     due = ["davae.cli"]
@@ -296,7 +296,16 @@ def test_the_help_imports_no_torch():
             parents = {name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)}
             due += imports().get(name, set()) | (parents & imports().keys())
     assert "typer" in seen
-    assert not seen & {"torch", "diffusers", "transformers", "gradio", "numpy", "matplotlib", "accelerate"}
+    assert not seen & {
+        "torch",
+        "diffusers",
+        "transformers",
+        "gradio",
+        "numpy",
+        "matplotlib",
+        "accelerate",
+        "pydantic",
+    }
 
 
 def test_public_names_are_those_promised_and_are_where_they_are_looked_up():

@@ -21,7 +21,6 @@ from davae.commands.options import (
     write_json,
 )
 from davae.errors import RecipeError
-from davae.recipes import BaseRecipe, Recipe, load_recipe
 
 
 def data(
@@ -65,6 +64,8 @@ def data(
     Of a remote set the first shard or the first rows are read. Headers are read, and captions; pixels only with --show.
     """
     start, known = None, {"resolution": resolution, "step": step}
+    from davae.recipes import BaseRecipe, Recipe, load_recipe
+
     resolved = None if recipe is None else load_recipe(recipe)
     if resolved is not None:
         start = resolved.stage2_data if isinstance(resolved, Recipe) else resolved.data

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from davae.errors import RecipeError, RunError
-from davae.recipes import load_data, permit_commands, shipped_recipes, typed_commands
-from davae.recipes.sections import Data
+from davae.recipes.commands import permit_commands, typed_commands
 
-if TYPE_CHECKING:  # it loads torch
+if TYPE_CHECKING:  # torch and pydantic's models are loaded on use: `--help` is instant
+    from davae.recipes.sections import Data
     from davae.sample.open import SamplingOptions
 
 
@@ -34,12 +34,18 @@ def _all_commands(allowed: bool) -> bool:
     return allowed
 
 
+def _shipped(incomplete: str) -> list[str]:
+    from davae.recipes import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
 Name = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
         help="A shipped recipe's name or a YAML file.",
-        autocompletion=lambda incomplete: [name for name in shipped_recipes() if name.startswith(incomplete)],
+        autocompletion=_shipped,
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; the same command again resumes it.")]
@@ -149,6 +155,8 @@ def chosen_data(
         given: parameters of the verb, of which those in `NAMED` are taken; None leaves an option as it is.
         start: section to change; the defaults, unless given.
     """
+    from davae.recipes import load_data
+
     named = [f"data.{name}={json.dumps(given[name])}" for name in NAMED if given.get(name) is not None]
     return load_data(source, [*(overrides or []), *named], start)
 

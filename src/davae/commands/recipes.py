@@ -9,9 +9,6 @@ import typer
 
 from davae.commands.options import Json, write_json
 from davae.errors import RecipeError
-from davae.recipes import read_recipe, shipped_recipes
-from davae.recipes.loading import suggestion
-from davae.recipes.places import needs_repository
 
 OWN_DATA = " Its data is not in the package: give --data."
 
@@ -28,6 +25,10 @@ def recipes(
 
     `davae recipes sd35-medium-1k > mine.yaml` (then `davae upgrade mine.yaml`)
     """
+    from davae.recipes import read_recipe, shipped_recipes
+    from davae.recipes.loading import suggestion
+    from davae.recipes.places import needs_repository
+
     shipped = shipped_recipes()
     if name is not None:
         if name not in shipped:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from davae.recipes import forbid_commands
+from davae.recipes.commands import forbid_commands
 
 NEXT = """davae gives a pretrained latent diffusion model twice the resolution at the same token count.
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -14,31 +14,25 @@ from davae.commands.options import AllowCommands, DryRun, Json, Name, Out, Overr
 from davae.commands.progress import show_place
 from davae.commands.verbosity import run_log
 from davae.errors import RecipeError
-from davae.recipes import (
-    AnyRecipe,
-    BaseRecipe,
-    Recipe,
-    SuperResolutionRecipe,
-    check_commands,
-    dump_recipe,
-    load_recipe,
-    shipped_recipes,
-)
-from davae.recipes.places import check_places
 from davae.train.signals import check_stop, stop_on_signal
 
-Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
+if TYPE_CHECKING:  # pydantic's models are loaded on use: `--help` is instant
+    from davae.recipes import AnyRecipe, BaseRecipe, Recipe, SuperResolutionRecipe
+
+    Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
 
 
 def _load(name: str, data: str | None, overrides: list[str] | None) -> AnyRecipe:
     """`--data` is an override like any other."""
+    from davae.recipes import check_commands, load_recipe
+
     extra = [f"data.source={json.dumps(data)}"] if data else []
     recipe = load_recipe(name, [*(overrides or []), *extra])
     check_commands(recipe)
     return recipe
 
 
-VERBS = {Recipe: "upgrade", BaseRecipe: "train-base", SuperResolutionRecipe: "train-sr"}
+VERBS = {"Recipe": "upgrade", "BaseRecipe": "train-base", "SuperResolutionRecipe": "train-sr"}
 
 
 def read_typed(
@@ -51,7 +45,12 @@ def read_typed(
     """
     recipe = _load(name, data, overrides)
     if not isinstance(recipe, kind):
-        raise RecipeError(f"recipe '{recipe.name}' is for another verb; use `davae {VERBS[type(recipe)]} {name}`")
+        raise RecipeError(
+            f"recipe '{recipe.name}' is for another verb; use `davae {VERBS[type(recipe).__name__]} {name}`"
+        )
+    from davae.recipes import shipped_recipes
+    from davae.recipes.places import check_places
+
     if name in shipped_recipes() and not dry:
         check_places(recipe, name)
     return recipe
@@ -67,6 +66,8 @@ def _run_upgrade(
     stage1: Path | None = None,
     json_file: Path | None = None,
 ) -> None:
+    from davae.recipes import Recipe
+
     recipe = read_typed(Recipe, name, data, overrides, dry=dry)
     if json_file is not None and not dry:
         raise RecipeError("--json: it takes the figures of a dry run; add --dry-run, or read report.json of the run")
@@ -111,6 +112,7 @@ def _run_upgrade(
 def _show_plan(recipe: Recipe, folder: Path, json_file: Path | None) -> None:
     from davae.console import console, show_phases, table
     from davae.plan.dry_run import plan
+    from davae.recipes import dump_recipe
 
     console.print(dump_recipe(recipe), markup=False, highlight=False)
     found = plan(recipe, folder)
@@ -228,6 +230,8 @@ def train_base_verb(
     allow_commands: AllowCommands = False,
 ) -> None:
     """Pretrain a small base model from scratch. Example: `davae train-base micro-base --out runs/micro-base`"""
+    from davae.recipes import BaseRecipe
+
     resolved = read_typed(BaseRecipe, recipe, data, set)
     from davae.runs.train_base import train_base as run
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
-
-from pydantic import BaseModel
+from typing import TYPE_CHECKING, Any
 
 from davae.errors import RecipeError
 from davae.recipes.values import read_value
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 PIPE = "pipe:"
 
@@ -103,7 +104,7 @@ def _sources(section: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:
     """Yield (dotted path, text) of every `source` in a recipe."""
     for name in type(section).model_fields:
         value = getattr(section, name)
-        if isinstance(value, BaseModel):
+        if hasattr(type(value), "model_fields"):
             yield from _sources(value, f"{prefix}{name}.")
         elif name == "source" and isinstance(value, str):
             yield f"{prefix}{name}", value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from davae.commands.options import AllowCommands, Name, Out, Overrides, Source
 from davae.commands.upgrade import read_typed, train
-from davae.recipes import SuperResolutionRecipe
 
 
 def train_sr(
@@ -18,6 +17,8 @@ def train_sr(
 
     `davae train-sr imagenette128-sr --out runs/sr`
     """
+    from davae.recipes import SuperResolutionRecipe
+
     resolved = read_typed(SuperResolutionRecipe, recipe, data, set)
     from davae.lab.super_resolution import train_super_resolution as run
 
