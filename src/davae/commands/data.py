@@ -63,18 +63,16 @@ def data(
 
     Of a remote set the first shard or the first rows are read. Headers are read, and captions; pixels only with --show.
     """
-    start, known = None, {"resolution": resolution, "step": step}
+    from davae.console import console, table
+    from davae.dataset.look import check_show, look_at, model_of, recipe_step
     from davae.recipes import BaseRecipe, Recipe, load_recipe
 
+    start, known = None, {"resolution": resolution, "step": step}
     resolved = None if recipe is None else load_recipe(recipe)
     if resolved is not None:
         start = resolved.stage2_data if isinstance(resolved, Recipe) else resolved.data
         known["resolution"] = resolution or resolved.resolution
     options = chosen_data(source, set, locals(), start)
-
-    from davae.console import console, table
-    from davae.dataset.look import check_show, look_at, model_of, recipe_step
-
     check_show(show, out)
     if isinstance(resolved, (Recipe, BaseRecipe)):
         known["step"] = recipe_step(resolved)
