@@ -1,4 +1,4 @@
-"""Twice the resolution at the same token count for pretrained latent diffusion models (DA-VAE).
+"""Twice the resolution at the same token count for pretrained diffusion models (DA-VAE).
 
 Names are imported on first use, so that `davae --help` and recipe checks do not wait for torch.
 """

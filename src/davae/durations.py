@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 
 
 class TimeLeft:
-    """Time left of a whole run: the phase at hand by its measured speed, later ones by their estimates.
+    """Time left of a whole run.
+
+    The current phase counts by its measured speed, later phases by their estimates.
 
     Estimates are scaled by how far the last measured phase was from its own.
 
@@ -22,7 +24,7 @@ class TimeLeft:
         self.ratio = 1.0
 
     def observe(self, task: str, step: int, steps: int) -> None:
-        """Take a step of a task, of so many."""
+        """Record that a task has done `step` of its `steps`."""
         if task != self.task:
             self.task, self.first = task, (step, self.clock())
         self.now = (step, max(1, steps))
@@ -33,7 +35,7 @@ class TimeLeft:
 
     @property
     def seconds(self) -> float | None:
-        """Return the seconds left; None while a phase without an estimate runs, or before the first step."""
+        """Return the seconds left, or None before the first step and in phases without an estimate."""
         if self.task not in self.estimates:
             return None
         step, steps = self.now

@@ -1,4 +1,7 @@
-"""Modules that define davae's public names; none of them is imported here."""
+"""Modules that define davae's public names.
+
+None of them is imported here.
+"""
 
 from __future__ import annotations
 

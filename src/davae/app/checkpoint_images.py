@@ -65,7 +65,7 @@ def _load_base(model: str) -> Any:
 
 @torch.no_grad()
 def _restore(module: torch.nn.Module, state: dict[str, Any], player: str) -> None:
-    """Copy the trained parameters of a checkpoint into a module, or their average where one is kept."""
+    """Copy the trained parameters of a checkpoint, or their kept average, into a module."""
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     values = [state["players"][player][name] for name in trained]
     if player in state["ema"]:

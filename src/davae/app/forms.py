@@ -1,4 +1,4 @@
-"""Checks of a visitor's input: a request can hold anything, whatever the page's fields offer.
+"""Checks of a visitor's input: a request can hold anything, not only what the fields offer.
 
 Every handler of the page passes its arguments through here. Nothing in this module knows Gradio.
 """

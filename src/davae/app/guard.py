@@ -182,7 +182,7 @@ class Guard:
         await self.app(scope, receive, send)
 
     async def _sweep(self) -> None:
-        """Remove the oldest files once a minute where they take more than three quarters of the folder."""
+        """Remove the oldest files beyond three quarters of the folder's limit, once a minute."""
         if time.monotonic() - self._swept > 60:
             self._swept = time.monotonic()
             await asyncio.to_thread(make_room, self.uploads, self.bounds.folder * 3 // 4)

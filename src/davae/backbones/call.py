@@ -1,4 +1,4 @@
-"""The call of a model family in a training step, and what the calls of several families share."""
+"""The call of a model family in a training step, with parts that several families share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Parts = tuple[Tensor, ...]
 
 
 class Call(ABC):
-    """How the models of one family are called: their prompts or classes, packing, timesteps and signs.
+    """Call of the models of one family: their conditions, packing, timesteps and signs.
 
     Attributes:
         TEXT_TOKENS: tokens of a prompt in the latent cache; 0 where conditions are classes.
@@ -24,7 +24,9 @@ class Call(ABC):
     TEXT_TOKENS: int = 0
 
     def for_pipeline(self, pixel_factor: int, scheduler: Any) -> Self:
-        """Return the call for the models of one pipeline; most families need nothing of it.
+        """Return the call for the models of one pipeline.
+
+        Most families need nothing of the pipeline and return themselves.
 
         Args:
             pixel_factor: pixels per latent position, each way.
@@ -34,7 +36,10 @@ class Call(ABC):
 
     @abstractmethod
     def blank(self, config: Any) -> Parts:
-        """Return uninitialised conditions (1,...) of one image with a prompt of the usual length, to count and plan with."""
+        """Return uninitialised conditions (1,...) of one image, to count and plan with.
+
+        A prompt has its usual length.
+        """
 
     @abstractmethod
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
@@ -52,7 +57,7 @@ class Call(ABC):
         """
 
     def embed(self, pipeline: Any, captions: list[str], options: dict[str, Any]) -> Parts:
-        """Return prompt embeddings by the pipeline's own `encode_prompt`, one tensor per kind, each (B,...).
+        """Return prompt embeddings of the pipeline's own `encode_prompt`, one (B,...) per kind.
 
         Args:
             pipeline: a pipeline with its text encoders; the transformer may be missing.
@@ -137,7 +142,10 @@ class Joint(Call):
 
 
 class Masked(Joint):
-    """Prompts as joint embeddings (B,L,d) of `TEXT_TOKENS` tokens with a mask (B,L), 1 for a token."""
+    """Prompts as joint embeddings (B,L,d) of `TEXT_TOKENS` tokens with a mask (B,L).
+
+    The mask is 1 for a token.
+    """
 
     def blank(self, config: Any) -> Parts:
         return (*super().blank(config), torch.ones(1, self.TEXT_TOKENS))
@@ -155,7 +163,10 @@ class Masked(Joint):
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Return whether a tensor holds no values because FLOPs or memory are counted; masks then mean whole prompts."""
+    """Return whether a tensor holds no values because FLOPs or memory are counted.
+
+    Masks then mean whole prompts.
+    """
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
@@ -182,7 +193,7 @@ def trimmed(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def stacked(call: Masked, prompts: list[Tensor]) -> Parts:
-    """Return B prompts of different lengths, each (L_i,d), as embeddings (B,L,d) and mask (B,L) of a call."""
+    """Return B prompts of different lengths (L_i,d) as embeddings (B,L,d) and mask (B,L)."""
     embeds, masks = zip(*(call.padded(prompt[None], None) for prompt in prompts), strict=True)
     return torch.cat(embeds), torch.cat(masks)  # (B,L,d), (B,L)
 
@@ -210,7 +221,9 @@ def with_null(captions: list[str], embeds: Tensor, negative: Tensor) -> Tensor:
 def masked_with_null(
     captions: list[str], embeds: Tensor, mask: Tensor, negative: Tensor | None, negative_mask: Tensor | None
 ) -> Parts:
-    """Replace embeddings and masks of empty captions by the negative ones, in the order of `encode_prompt`'s results.
+    """Replace embeddings and masks of empty captions by the negative ones.
+
+    The arguments after `captions` are in the order of `encode_prompt`'s results.
 
     Args:
         captions: B captions.
@@ -223,7 +236,7 @@ def masked_with_null(
 
 
 def size_rows(x_t: Tensor, factor: int) -> Tensor:
-    """Return (B,2): height and width in pixels of latents (B,c,h,w) at `factor` pixels per position."""
+    """Return (B,2), the pixel height and width of latents at `factor` pixels per position."""
     return x_t.new_tensor([[x_t.shape[-2] * factor, x_t.shape[-1] * factor]]).expand(len(x_t), 2)
 
 

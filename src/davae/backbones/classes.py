@@ -1,4 +1,7 @@
-"""Classes of class-conditional pipelines, LightningDiT's and diffusers' own of DiT: their number and their names."""
+"""Numbers and names of the classes of class-conditional pipelines.
+
+These are LightningDiT's pipeline and that of DiT in diffusers.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ def class_count(pipeline: Any) -> int:
 
 
 def class_names(pipeline: Any) -> dict[str, int]:
-    """Return name -> number of a pipeline's classes; in DiT a class can have several names."""
+    """Return name -> number of a pipeline's classes.
+
+    In DiT a class can have several names.
+    """
     if hasattr(pipeline, "labels"):
         return pipeline.labels
     return {name: number for number, name in enumerate(pipeline.class_names)}
@@ -68,7 +74,10 @@ def find_class(label: int | str, names: dict[str, int], count: int) -> int:
 
 
 def label_names(pipeline: Any) -> dict[str, str]:
-    """Return DiT's `id2label`, number -> its names with commas between, from a pipeline that keeps name -> number."""
+    """Return DiT's `id2label`, number -> names joined by commas, of a pipeline.
+
+    The pipeline itself keeps name -> number.
+    """
     names: dict[str, list[str]] = {}
     for name, number in pipeline.labels.items():
         names.setdefault(str(number), []).append(name)

@@ -1,4 +1,4 @@
-"""P' and O': a transformer of the same class with D more channels in and out, the new weights zero (Eq. 7-11)."""
+"""P' and O': D more channels into and out of a transformer, with zero weights (Eq. 7-11)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def expand_transformer(transformer: Model, detail_channels: int, new_weights: Ne
         _replace(expanded, path, widen(expanded.get_submodule(path), layout, family, new_weights))
 
     def widened(values: int) -> int:
-        """Return values for the new channels, as many a channel as before: 2 with a variance, 4 for 2x2 packed positions."""
+        """Return values for all channels, with as many per channel as before (4 for 2x2 packing)."""
         return values // base_channels * layout.channels
 
     changes = {family.in_key: widened(config[family.in_key])}
@@ -64,13 +64,13 @@ def expand_transformer(transformer: Model, detail_channels: int, new_weights: Ne
 
 
 def latent_channels(transformer: nn.Module) -> int:
-    """Return the channels of the latents that a transformer takes, whatever its pipeline's packing."""
+    """Return the channels of a transformer's latents, before its pipeline packs them."""
     family = family_of(transformer)
     return int(transformer.config[family.in_key]) // family.packed  # type: ignore[index]
 
 
 def widen_embedder(embedder: nn.Module, layout: LatentLayout, family: Family, new_weights: NewWeights) -> nn.Module:
-    """Return [P, P']: the pretrained patch convolution or linear with D more input channels (Eq. 8)."""
+    """Return [P, P'], the pretrained patch embedder with D more input channels (Eq. 8)."""
     wide = _like(embedder, layout.channels / layout.base_channels, 1)
     with torch.no_grad():
         if new_weights == "zero":
@@ -83,7 +83,7 @@ def widen_embedder(embedder: nn.Module, layout: LatentLayout, family: Family, ne
 
 
 def widen_head(head: nn.Module, layout: LatentLayout, family: Family, new_weights: NewWeights) -> nn.Module:
-    """Return [O, O']: the pretrained head with D more output channels per patch position (Eq. 10).
+    """Return [O, O'], the pretrained head with D more output channels per position (Eq. 10).
 
     A head that also predicts a variance has two groups of channels per position; both grow.
     """
@@ -98,7 +98,7 @@ def widen_head(head: nn.Module, layout: LatentLayout, family: Family, new_weight
 
 
 def _like(layer: nn.Module, inputs: float, outputs: float) -> Any:
-    """Return a fresh layer of the same kind, its input and output channels multiplied by `inputs` and `outputs`."""
+    """Return a fresh layer of the same kind with `inputs` and `outputs` times the channels."""
     kept = {"bias": layer.bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
     if isinstance(layer, nn.Linear):
         return nn.Linear(round(layer.in_features * inputs), round(layer.out_features * outputs), **kept)
@@ -114,14 +114,14 @@ def _like(layer: nn.Module, inputs: float, outputs: float) -> Any:
 
 
 def inputs_by_channel(weight: Tensor, channels: int, family: Family) -> Tensor:
-    """Return a view of an embedder's weight with latent channels on axis 1: (width,c,...), or (p*p,c,width) of a linear."""
+    """Return a view of an embedder's weight as (width,c,...), or (p*p,c,width) for a linear."""
     if weight.ndim == 4:
         return weight.unflatten(1, (channels, family.packed))
     return by_channel(weight.T, weight.shape[1] // channels, channels, family.embedder_order)
 
 
 def outputs_by_channel(parameter: Tensor, channels: int, family: Family) -> Tensor:
-    """Return a view of a head's weight or bias with latent channels on axis 1: (p*p,c,...), p*p twice with a variance."""
+    """Return a view of a head's weight or bias as (p*p,c,...), 2*p*p with a variance."""
     return by_channel(parameter, parameter.shape[0] // channels, channels, family.head_order)
 
 
@@ -133,7 +133,7 @@ def by_channel(rows: Tensor, positions: int, channels: int, order: str) -> Tenso
 
 
 def new_weight_masks(transformer: nn.Module) -> dict[str, Tensor]:
-    """Return parameter name -> mask of an expanded transformer's embedder and head, 1 where P' and O' are.
+    """Return parameter name -> mask of the embedder and head, 1 in P' and O'.
 
     Raises:
         ValueError: a transformer that was not expanded.

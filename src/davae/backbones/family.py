@@ -1,4 +1,7 @@
-"""A model family: where its transformer's latent channels enter and leave, and how the transformer is called."""
+"""Description of a model family.
+
+It holds where latent channels enter and leave the transformer, and how the transformer is called.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ ObjectiveName = Literal["flow", "epsilon", "v_prediction"]
 
 @dataclass(frozen=True)
 class Family:
-    """All that davae knows of the models of one class: how they are widened, and how they are called.
+    """Facts about the models of one class: how davae widens and calls them.
 
     Attributes:
         class_name: class of the model, in diffusers or davae.
@@ -74,7 +77,10 @@ class Family:
 
     @property
     def trains(self) -> bool:
-        """Whether stage 2 can call the model; the other families can be expanded."""
+        """Return whether stage 2 can call the model.
+
+        The other families can only be expanded.
+        """
         return self.call is not None
 
     def require_call(self) -> Call:

@@ -1,4 +1,4 @@
-"""LightningDiT, the class-conditional transformer of the paper's ImageNet half, as a diffusers model.
+"""LightningDiT, the class-conditional ImageNet model of the paper, as a diffusers model.
 
 Module names are those of the official checkpoints, so their weights load as they are. The same class with its
 extras switched off is the architecture of DiT and SiT.
@@ -33,7 +33,7 @@ def grid_positions(grid: int, pretrained_grid: int) -> Tensor:
 
 
 def sinusoidal_positions(positions: Tensor, width: int) -> Tensor:
-    """Fixed 2D position embedding of a square grid, column half first: (grid,) -> (1,grid*grid,width)."""
+    """Return the fixed 2D position embedding (1,grid*grid,width) of a grid, column half first."""
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = positions[:, None] * frequencies  # (grid,width/4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid,width/2)
@@ -44,7 +44,7 @@ def sinusoidal_positions(positions: Tensor, width: int) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, head_width: int) -> Tensor:
-    """Angles of the 2D rotary embedding: rows turn the first half of a head, columns the second. (grid*grid,head)"""
+    """Return rotary angles (grid*grid,head), those of rows in the first half of a head."""
     quarter = head_width // 4
     frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     line = (positions[:, None] * frequencies).repeat_interleave(2, dim=1)  # (grid,head/2)
@@ -55,7 +55,7 @@ def rotary_angles(positions: Tensor, head_width: int) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns neighbouring pairs of each head by an angle that depends on the token's place in the grid."""
+    """Rotation of neighbouring pairs of each head by angles of the token's place in the grid."""
 
     def __init__(self, positions: Tensor, head_width: int):
         super().__init__()
@@ -101,7 +101,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class number (B,) -> (B,width); the last row is the null class of guidance."""
+    """Embedding (B,width) of class numbers (B,), with the null class of guidance last."""
 
     def __init__(self, num_classes: int, width: int):
         super().__init__()
@@ -112,7 +112,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with optional per-head normalisation of queries and keys, and rotary positions."""
+    """Self-attention with rotary positions and optional normalisation of queries and keys."""
 
     def __init__(self, width: int, num_heads: int, qk_norm: bool, rms_norm: bool):
         super().__init__()
@@ -134,7 +134,7 @@ class Attention(nn.Module):
 
 
 def mix_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of (B,H,L,d); in float32 where a CPU autocasts: its half-precision backward pass is seven times slower."""
+    """Return attention of (B,H,L,d), in float32 as CPU autocast has a 7x slower backward pass."""
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
@@ -227,7 +227,7 @@ class Tables:
     rotary: nn.Module | None
 
     def on(self, device: torch.device) -> Tables:
-        """The same on a device; itself where it lies there."""
+        """Return these tables on a device, or the object itself where it is there already."""
         if self.embedding.device == device:
             return self
         rotary = None if self.rotary is None else self.rotary.to(device)
@@ -306,7 +306,7 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier for every matrix, zero for every gate and for the head: the network starts as the identity, output 0."""
+        """Initialise matrices by Xavier, gates and head to zero: blocks are identities, output 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -372,7 +372,7 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @contextmanager
     def at_grid(self, input_size: int) -> Iterator[LightningDiT]:
-        """Within this context the model takes another latent grid, its positions interpolated to the same range.
+        """Let the model take another latent grid in this context, with interpolated positions.
 
         Raises:
             ValueError: a size that does not divide into patches.

@@ -1,4 +1,7 @@
-"""LoRA files of a base for its upgraded model: weights on P or O are padded with zeros to the new channels."""
+"""LoRA files of a base, converted for its upgraded model.
+
+Weights on P or O are padded with zeros to the new channels.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""LightningDiT for another autoencoder's latents: the pretrained body, a new patch embedder and a new head."""
+"""LightningDiT for another autoencoder's latents.
+
+The body is pretrained, while the patch embedder and the head are new.
+"""
 
 from __future__ import annotations
 

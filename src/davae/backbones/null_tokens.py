@@ -1,4 +1,6 @@
-"""Many identical text tokens as one: exact attention for Stable Diffusion 3 with a T5 that returns zeros.
+"""Exact attention of Stable Diffusion 3 with many identical text tokens as one.
+
+It is for models whose T5 returns zeros.
 
 Its pipeline then appends `max_sequence_length` (256 by default) zero embeddings. They are equal at the input and have
 no positions, so they stay equal in every block; n equal keys in a softmax weigh as one key with log n added to
@@ -51,7 +53,10 @@ class RepeatedTokenAttnProcessor:
 
 
 def repeat_last_token(transformer: nn.Module) -> RepeatedTokenAttnProcessor:
-    """Install one shared processor in every attention of `transformer`; set its `count` before a forward pass."""
+    """Install one shared processor in every attention of `transformer` and return it.
+
+    Set its `count` before a forward pass.
+    """
     processor = RepeatedTokenAttnProcessor()
     for module in transformer.modules():
         if isinstance(module, Attention):

@@ -1,4 +1,6 @@
-"""Stock pipelines whose code fixes a number that an upgrade changes: subclasses that follow the upgraded autoencoder.
+"""Pipelines that follow an upgraded autoencoder.
+
+They are subclasses of stock pipelines whose code fixes a number that an upgrade changes.
 
 Everywhere s is the upgrade's scale and D its number of detail channels. All subclasses see the same tokens as the base.
 """
@@ -56,40 +58,45 @@ def sized(call: Callable[..., Any], pixels: int, *names: str) -> Callable[..., A
 
 
 class DetailAuraFlowPipeline(AuraFlowPipeline):
-    """AuraFlow for an upgraded model: 1024 x s pixels by default. The stock default of 1024 gives a quarter of the tokens."""
+    """AuraFlow for an upgraded model, with 1024 x s pixels by default.
+
+    The stock default of 1024 gives a quarter of the tokens at s = 2.
+    """
 
     __call__ = sized(AuraFlowPipeline.__call__, 1024, *SIZES)
 
 
 class DetailZImagePipeline(ZImagePipeline):
-    """Z-Image for an upgraded model: 1024 x s pixels by default, where the stock pipeline has 1024 in its code.
+    """Z-Image for an upgraded model, with 1024 x s pixels by default.
 
-    The stock pipeline runs the same folder where height and width are given.
+    The stock pipeline has 1024 in its code. It runs the same folder where height and width are given.
     """
 
     __call__ = sized(ZImagePipeline.__call__, 1024, *SIZES)
 
 
 class DetailErnieImagePipeline(ErnieImagePipeline):
-    """ERNIE-Image for an upgraded model: 1024 x s pixels by default, where the stock pipeline has 1024 in its code.
+    """ERNIE-Image for an upgraded model, with 1024 x s pixels by default.
 
-    The stock pipeline runs the same folder where height and width are given.
+    The stock pipeline has 1024 in its code. It runs the same folder where height and width are given.
     """
 
     __call__ = sized(ErnieImagePipeline.__call__, 1024, *SIZES)
 
 
 class DetailKrea2Pipeline(Krea2Pipeline):
-    """Krea 2 for an upgraded model: 1024 x s pixels by default, where the stock pipeline has 1024 in its code.
+    """Krea 2 for an upgraded model, with 1024 x s pixels by default.
 
-    The stock pipeline runs the same folder where height and width are given.
+    The stock pipeline has 1024 in its code. It runs the same folder where height and width are given.
     """
 
     __call__ = sized(Krea2Pipeline.__call__, 1024, *SIZES)
 
 
 class DetailQwenImage21Pipeline(QwenImage21Pipeline):
-    """Qwen-Image 2.1 for an upgraded model: the autoencoder's pixels per latent position, and 1024 x s by default.
+    """Qwen-Image 2.1 for an upgraded model, with 1024 x s pixels by default.
+
+    Pixels per latent position are those of the autoencoder.
 
     The stock pipeline has 16 pixels per latent position in its code: its latents are s times too high and wide, and the image
     has s times the size that was given.
@@ -120,7 +127,9 @@ class BasePixels:
     vae: Any
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Run the stock pipeline; `height` and `width` are pixels of the image, by default s times the base's.
+        """Run the stock pipeline with `height` and `width` in pixels of the upgraded image.
+
+        By default they are s times the base's.
 
         Raises:
             ValueError: a size that is not a multiple of s.
@@ -137,17 +146,19 @@ class BasePixels:
 
 
 class DetailLuminaPipeline(BasePixels, LuminaPipeline):
-    """Lumina-Next for an upgraded model; the stock pipeline has a factor of 8 in its code (see BasePixels).
+    """Lumina-Next for an upgraded model.
 
-    Like the stock pipeline it guides the first three channels only, which are the base's.
+    The stock pipeline has a factor of 8 in its code (see BasePixels). Like the stock pipeline, this one guides only the
+    first three channels, which are the base's.
     """
 
 
 class DetailLumina2Pipeline(BasePixels, Lumina2Pipeline):
-    """Lumina-Image 2.0 for an upgraded model; the stock pipeline has a factor of 8 in its code (see BasePixels).
+    """Lumina-Image 2.0 for an upgraded model.
 
-    It also takes the timestep shift from the number of latent *channels*, where the number of tokens was meant. An upgraded
-    model has D channels more and the same tokens; here it keeps the shift that the base pipeline gives those tokens.
+    The stock pipeline has a factor of 8 in its code (see BasePixels). It also takes the timestep shift from the number of
+    latent *channels*, where the number of tokens was meant. An upgraded model has D channels more and the same tokens;
+    here it keeps the shift that the base pipeline gives those tokens.
     """
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -166,7 +177,10 @@ class DetailLumina2Pipeline(BasePixels, Lumina2Pipeline):
 
 
 class DetailLongCatImagePipeline(LongCatImagePipeline):
-    """LongCat-Image for an upgraded model: the transformer's latent channels, where the stock pipeline has 16 in its code."""
+    """LongCat-Image for an upgraded model, with the transformer's latent channels.
+
+    The stock pipeline has 16 channels in its code.
+    """
 
     def prepare_latents(self, batch_size: int, num_channels_latents: int, *args: Any, **options: Any) -> Any:
         channels = self.transformer.config.in_channels // 4
@@ -190,7 +204,10 @@ class ScaledBins(PixArtImageProcessor):
 
 
 class _ScaledTable:
-    """Puts ScaledBins in place; its arguments are named, for diffusers reads a pipeline's parts off them."""
+    """Base of pipelines that use ScaledBins.
+
+    The arguments are named because diffusers reads the parts of a pipeline off them.
+    """
 
     def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any):
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)  # type: ignore[call-arg]
@@ -206,11 +223,14 @@ class DetailPixArtAlphaPipeline(_ScaledTable, PixArtAlphaPipeline):
 
 
 class DetailPixArtSigmaPipeline(_ScaledTable, PixArtSigmaPipeline):
-    """PixArt-Sigma for an upgraded model: its table of sizes is scaled, for the reason of `DetailPixArtAlphaPipeline`."""
+    """PixArt-Sigma for an upgraded model, with a scaled table of sizes.
+
+    `DetailPixArtAlphaPipeline` explains the reason.
+    """
 
 
 class DetailHunyuanDiTPipeline(HunyuanDiTPipeline):
-    """Hunyuan-DiT for an upgraded model: positions follow the latents, and the table of sizes is scaled.
+    """Hunyuan-DiT for an upgraded model, with positions of its latents and scaled sizes.
 
     The stock pipeline makes the table of rotary positions for latents of 8 pixels a side, a number in its code, and fails
     on any others; it also has a table of the base's sizes, and passes the image's size to the model. Here the model gets the
@@ -227,7 +247,10 @@ class DetailHunyuanDiTPipeline(HunyuanDiTPipeline):
         use_resolution_binning: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Run the stock pipeline; the last two arguments by name, `target_size` in the base's pixels."""
+        """Run the stock pipeline, with `target_size` in pixels of the base.
+
+        `target_size` and `use_resolution_binning` are given by name.
+        """
         scale = self.vae.layout.scale
         default = self.default_sample_size * self.vae_scale_factor
         rows, columns = (height or default) // scale // 16 * 16, (width or default) // scale // 16 * 16  # the base's
@@ -251,7 +274,9 @@ class DetailHunyuanDiTPipeline(HunyuanDiTPipeline):
 def follow_latents(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Give a pass of Hunyuan-DiT the positions of the latents (B,c,h,w) in `args`: a hook before the pass.
+    """Give a pass of Hunyuan-DiT the positions of its latents (B,c,h,w).
+
+    This is a hook that runs before the pass.
 
     Args:
         model: the transformer.

@@ -1,4 +1,7 @@
-"""A larger patch size for a pretrained LightningDiT: the usual way to fewer tokens, the baseline of the paper."""
+"""A larger patch size for a pretrained LightningDiT.
+
+This is the usual way to fewer tokens and the baseline of the paper.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from davae.backbones.lightning_dit import LightningDiT
 
 
 def change_patch(transformer: LightningDiT, patch_size: int, input_size: int) -> LightningDiT:
-    """Return the pretrained blocks with an embedder and a head for patches of `patch_size` latent positions.
+    """Return the pretrained blocks with an embedder and a head for a larger patch size.
 
     A token starts as the mean of what its positions would have been as tokens of the pretrained patch size, and the
     head gives all of them the same output. Where nothing changes, the input is returned.

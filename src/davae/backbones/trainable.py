@@ -1,4 +1,4 @@
-"""Parameters that stage 2 trains: all of a transformer, or LoRA and the layers that Eq. 7-11 widen."""
+"""Parameters that stage 2 trains: all, or LoRA and the layers that Eq. 7-11 widen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from davae.errors import RecipeError
 
 
 class LoraSettings(Protocol):
-    """Rank, alpha (the rank where it is None) and further layers of a LoRA, as `stage2.lora` of a recipe has them."""
+    """Rank, alpha and further layers of a LoRA, as in `stage2.lora` of a recipe.
+
+    Where alpha is None, it is the rank.
+    """
 
     @property
     def rank(self) -> int: ...
@@ -28,7 +31,9 @@ class LoraSettings(Protocol):
 
 
 def choose_trainable(transformer: nn.Module, lora: LoraSettings | None) -> list[nn.Parameter]:
-    """Mark what stage 2 trains, everything or LoRA plus all of P, P', O, O', and return it in module order.
+    """Mark and return, in module order, the parameters that stage 2 trains.
+
+    These are all parameters, or LoRA and all of P, P', O, O'.
 
     An expanded transformer shares its tensors with the pretrained one; those that are trained get storage of their own.
 
@@ -64,7 +69,10 @@ def choose_trainable(transformer: nn.Module, lora: LoraSettings | None) -> list[
 
 
 def in_full_precision(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Move trained parameters to float32 where the base is in half precision: small updates would round away."""
+    """Move trained parameters to float32 where the base is in half precision.
+
+    Small updates would round away in half precision.
+    """
     for parameter in parameters:
         if parameter.dtype.itemsize < torch.float32.itemsize:
             parameter.data = parameter.data.float()

@@ -111,7 +111,7 @@ def _unknown(why: str) -> str:
 
 
 def public_recipe(recipe: Recipe) -> str:
-    """Return a recipe as YAML, defaults left out, paths of this machine shortened to their last part."""
+    """Return a recipe as YAML without defaults, paths shortened to their last part."""
 
     def shorten(value: Any) -> Any:
         if isinstance(value, dict):

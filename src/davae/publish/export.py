@@ -211,7 +211,7 @@ def _with_lora(run: FinishedRun, base: str, dtype: torch.dtype) -> tuple[Any, di
 
 
 def lora_layers(transformer: Any, component: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return an attached LoRA and its settings, as the arguments of a pipeline's `save_lora_weights`."""
+    """Return an attached LoRA and its settings as arguments of `save_lora_weights`."""
     tensors = get_peft_model_state_dict(transformer)
     return {
         f"{component}_lora_layers": {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()},

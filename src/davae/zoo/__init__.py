@@ -1,4 +1,7 @@
-"""The embedded model `micro`: a small Stable Diffusion 3 and its shipped upgrade, inside the package."""
+"""The embedded model `micro`, a small Stable Diffusion 3, and its upgrade.
+
+Both are inside the package.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,18 @@ SHIPPED = {f"{name}-upgraded": name for name in UPGRADES}  # names of embedded m
 
 
 def resolve(model: str) -> str:
-    """`micro` -> the embedded diffusers folder; every other name is returned as it is (a folder or a hub id)."""
+    """Return the embedded diffusers folder of `micro`, and every other name as it is.
+
+    Other names are folders or ids of the hub.
+    """
     return str(MODELS[model]) if model in MODELS else model
 
 
 def resolve_upgrade(name: str) -> Path:
-    """`micro-upgraded` -> the embedded upgrade's folder; every other name is a folder."""
+    """Return the embedded upgrade's folder of `micro-upgraded`.
+
+    Every other name is a folder.
+    """
     return UPGRADES[SHIPPED[name]] if name in SHIPPED else Path(name)
 
 

@@ -1,4 +1,7 @@
-"""The registry of model families: the rows of each file here, found by class name, model or pipeline."""
+"""Registry of model families, found by class name, model or pipeline.
+
+Its rows are those of the files of this folder.
+"""
 
 from __future__ import annotations
 
@@ -79,5 +82,5 @@ def denoiser(pipeline: Any) -> Any:
 
 
 def component_in(parts: Container[str]) -> str | None:
-    """Return the name of the transformer or U-Net among the names of a pipeline's parts; None without one."""
+    """Return the name of the transformer or U-Net among a pipeline's parts, or None."""
     return next((family.component for family in supported() if family.component in parts), None)

@@ -56,7 +56,9 @@ PUBLISHED_SCHEDULE = {
 
 @dataclass(frozen=True)
 class CogView4Call(SizedCall):
-    """CogView4: prompts of any multiple of 16 tokens without a mask; original size, target size and crop in pixels.
+    """Call of CogView4 with prompts of any multiple of 16 tokens, without a mask.
+
+    The model also takes original size, target size and crop in pixels.
 
     Timesteps are those before the scheduler's shift: the pipeline gives the model u while the latents are at
     sigma = k u / (1 + (k - 1) u), with k from the number of image tokens.

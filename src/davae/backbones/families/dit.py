@@ -1,4 +1,4 @@
-"""Class-conditional models: DiT, and LightningDiT, which also runs the weights of SiT and DiT."""
+"""Class-conditional models: DiT, and LightningDiT, which also runs weights of SiT and DiT."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ class DiTCall(ClassNumbers):
 
 
 class LightningDiTCall(ClassNumbers):
-    """LightningDiT: a velocity in a time that runs from noise to data, or epsilon where the weights are DiT's."""
+    """Call of LightningDiT, which predicts a velocity, or epsilon with the weights of DiT.
+
+    The time of a velocity runs from noise to data.
+    """
 
     def predict(self, model: nn.Module, config: Any, x_t: Tensor, t: Tensor, parts: Parts) -> Tensor:
         if config["prediction_type"] == "epsilon":

@@ -1,4 +1,4 @@
-"""Transformers that `expand_transformer` widens and that davae cannot train yet: nothing here calls them."""
+"""Transformers that `expand_transformer` widens but that davae cannot call or train yet."""
 
 from __future__ import annotations
 

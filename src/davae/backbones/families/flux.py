@@ -16,7 +16,10 @@ from davae.backbones.family import ATTENTION, CP, FLUX_LAYERS, JOINT, OUT, Famil
 
 
 class FluxCall(Packed, JointAndPooled):
-    """FLUX.1: joint and pooled embeddings; timesteps in (0,1); a guidance-distilled model takes the scale as an input."""
+    """Call of FLUX.1 with joint and pooled embeddings.
+
+    Timesteps are in (0,1). A guidance-distilled model takes the guidance scale as an input.
+    """
 
     TEXT_TOKENS = 512
     GUIDANCE = 3.5  # the pipeline's default; stage 2 sets its own
@@ -68,12 +71,17 @@ class ChromaCall(Packed, Masked):
 
 
 def text_diagonal(length: int, like: Tensor) -> Tensor:
-    """Return (L,3): 0, i, i for token i; text runs along the diagonal of the image's positions."""
+    """Return (L,3), the positions 0, i, i of token i.
+
+    Text runs along the diagonal of the image's positions.
+    """
     return F.pad(torch.arange(length, device=like.device)[:, None].expand(-1, 2), (1, 0)).to(like)
 
 
 class FluxLikeCall(Packed, Joint):
-    """The call of Ovis-Image, LongCat-Image and Bria: one text encoder, no pooled embeddings, no guidance.
+    """Call of Ovis-Image, LongCat-Image and Bria.
+
+    They have one text encoder, no pooled embeddings and no guidance input.
 
     Attributes:
         TIMES: timestep of pure noise.
@@ -113,7 +121,10 @@ class OvisImageCall(FluxLikeCall):
 
 
 class LongCatImageCall(FluxLikeCall):
-    """LongCat-Image: text as in Ovis-Image; the image's positions start with 1 and begin where the longest text ends."""
+    """Call of LongCat-Image, with text positions as in Ovis-Image.
+
+    The first entry of an image position is 1. Rows and columns begin where the longest text ends.
+    """
 
     TEXT_TOKENS = 512
 
@@ -126,7 +137,10 @@ class LongCatImageCall(FluxLikeCall):
 
 
 class BriaCall(FluxLikeCall):
-    """Bria: timesteps to 1000; the pipeline guides away from zeros, so a dropped caption is embedded as zeros."""
+    """Call of Bria with timesteps to 1000.
+
+    The pipeline guides away from zeros, so a dropped caption is embedded as zeros.
+    """
 
     TEXT_TOKENS = 128
     TIMES = 1000.0
@@ -141,7 +155,10 @@ class BriaCall(FluxLikeCall):
 
 
 class Flux2Call(PackedGrid, Joint):
-    """FLUX.2, guidance-distilled, and FLUX.2 Klein: positions are (time, row, column, place in the text)."""
+    """Call of the guidance-distilled FLUX.2 and of FLUX.2 Klein.
+
+    Positions are (time, row, column, place in the text).
+    """
 
     TEXT_TOKENS = 512
     GUIDANCE = 4.0  # the pipeline's default; stage 2 sets its own

@@ -30,7 +30,9 @@ from davae.backbones.family import ATTENTION, BOTH, CP, GATED, OUT, PC, SWIGLU, 
 
 
 class Lumina2Call(Call):
-    """Lumina-Image 2.0: masked prompts after the pipeline's system prompt, which the empty prompt lacks.
+    """Call of Lumina-Image 2.0 with masked prompts.
+
+    Prompts follow the pipeline's system prompt, which the empty prompt lacks.
 
     The model predicts data - noise and counts time from noise to data.
     """
@@ -58,7 +60,10 @@ class Lumina2Call(Call):
 
 
 def _at_full_length(model: Any) -> None:
-    """Give the model whole prompts where FLOPs and memory are counted and the mask holds no values."""
+    """Give the model whole prompts while FLOPs or memory are counted.
+
+    The mask holds no values then.
+    """
     embedder = model.rope_embedder
     stock = type(embedder).forward
     embedder.forward = lambda x, mask: stock(embedder, x, WholePrompts(mask.shape))
@@ -78,7 +83,9 @@ class WholePrompts:
 
 
 class LuminaNextCall(Call):
-    """Lumina-Next: masked prompts, padded to a multiple of 8; the rotary table and attention scale follow the tokens.
+    """Call of Lumina-Next with masked prompts, padded to a multiple of 8 tokens.
+
+    The rotary table and the attention scale follow the number of tokens.
 
     The model predicts data - noise and counts time from noise to data. Its head also returns a variance, which the pipeline
     drops; so the variance is not trained.
@@ -126,7 +133,10 @@ class LuminaNextCall(Call):
 
 
 class ZImageCall(Masked):
-    """Z-Image: images and prompts as lists; the model predicts data - noise and counts time from noise to data."""
+    """Call of Z-Image with images and prompts as lists.
+
+    The model predicts data - noise and counts time from noise to data.
+    """
 
     TEXT_TOKENS = 512
     WIDTH = "cap_feat_dim"
@@ -150,7 +160,10 @@ class ZImageCall(Masked):
 
 @contextmanager
 def positions_left_out(model: Any) -> Iterator[None]:
-    """Replace ERNIE-Image's positions, which use autocast, on the meta device, which lacks it; they cost no FLOPs."""
+    """Replace ERNIE-Image's position embedding within this context, on the meta device.
+
+    It uses autocast, which the meta device lacks. Positions cost no FLOPs.
+    """
     positions = model.pos_embed
     width = sum(positions.axes_dim)
     positions.forward = lambda ids: ids.new_empty(*ids.shape[:2], 1, width)
@@ -161,7 +174,10 @@ def positions_left_out(model: Any) -> Iterator[None]:
 
 
 class ErnieImageCall(PackedGrid, Masked):
-    """ERNIE-Image: packed positions on their grid, also for the model; timesteps to 1000; prompts with their lengths."""
+    """Call of ERNIE-Image with prompts and their lengths.
+
+    The model takes packed positions on their grid and timesteps to 1000.
+    """
 
     TEXT_TOKENS = 512
     WIDTH = "text_in_dim"

@@ -13,7 +13,9 @@ from davae.backbones.family import ATTENTION, BOTH, CP, JOINT, OUT, PC, Family
 
 
 class HiDreamCall(Call):
-    """HiDream-I1: embeddings of T5, of every Llama layer and pooled; predicts data - noise; timesteps to 1000.
+    """Call of HiDream-I1 with embeddings of T5, of every Llama layer and pooled ones.
+
+    The model predicts data - noise and takes timesteps to 1000.
 
     The Llama part is large: 32 layers x 128 tokens x 4096 values, 34 MB a caption in a float16 cache.
     """
@@ -56,7 +58,10 @@ class HiDreamCall(Call):
 
 
 def _spread_evenly(model: nn.Module) -> None:
-    """Send every token to the first experts where FLOPs are counted: without values none can choose."""
+    """Send every token to the first experts while FLOPs are counted.
+
+    Without values the model cannot choose experts.
+    """
     for module in model.modules():
         if isinstance(module, MOEFeedForwardSwiGLU):
             module.forward = _first_experts(module)
@@ -73,7 +78,7 @@ def _first_experts(module: Any) -> Any:
 
 
 class PRXCall(Call):
-    """PRX: masked prompts; timesteps in (0,1)."""
+    """Call of PRX with masked prompts and timesteps in (0,1)."""
 
     TEXT_TOKENS = 256
 
@@ -96,7 +101,10 @@ class PRXCall(Call):
 
 
 class AuraFlowCall(Call):
-    """AuraFlow: prompts whose padding the pipeline sets to zero; timesteps in (0,1)."""
+    """Call of AuraFlow with timesteps in (0,1).
+
+    The pipeline sets the padding of prompts to zero.
+    """
 
     TEXT_TOKENS = 256
 

@@ -15,7 +15,10 @@ from davae.backbones.family import ATTENTION, DDPM, MLP, OUT, PC, Family
 
 
 class PixArtCall(SizedCall):
-    """PixArt: epsilon and a variance; T5's tokens and mask; alpha at 1024 pixels also takes size and aspect ratio."""
+    """Call of PixArt with the tokens and mask of T5.
+
+    The model predicts epsilon and a variance. PixArt-alpha at 1024 pixels also takes size and aspect ratio.
+    """
 
     TEXT_TOKENS = 300  # Sigma's; alpha reads 120
 
@@ -53,7 +56,7 @@ HUNYUAN_FACTOR = 8
 
 
 def rotary_table(config: Any, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return Hunyuan-DiT's rotary positions: those of the base's 512-pixel grid, resized and cropped.
+    """Return Hunyuan-DiT's rotary positions, resized and cropped from the 512-pixel grid.
 
     Args:
         config: the transformer's.
@@ -76,7 +79,10 @@ def rotary_table(config: Any, height: int, width: int, device: torch.device) -> 
 
 
 class HunyuanDiTCall(Call):
-    """Hunyuan-DiT: v and a variance; tokens and masks of CLIP and T5; sizes at the base's resolution, not the doubled one."""
+    """Call of Hunyuan-DiT with tokens and masks of CLIP and T5.
+
+    The model predicts v and a variance. Sizes are those of the base's resolution, not of the upgraded one.
+    """
 
     TEXT_TOKENS = 256  # T5's
     TEXT_LENGTHS = (77, TEXT_TOKENS)
@@ -124,7 +130,10 @@ class HunyuanDiTCall(Call):
 
 
 class SanaCall(Call):
-    """SANA: masked prompts after the pipeline's instruction; timesteps to 1000 times the config's scale."""
+    """Call of SANA with masked prompts after the pipeline's instruction.
+
+    Timesteps go to 1000 times the scale in the config.
+    """
 
     TEXT_TOKENS = 300
     GUIDANCE = 4.5  # the pipeline's default, where guidance is an input (SANA-Sprint)

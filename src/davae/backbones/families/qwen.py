@@ -13,7 +13,10 @@ from davae.backbones.family import ATTENTION, BOTH, CP, JOINT, OUT, Family
 
 
 class QwenImageCall(Packed, Masked):
-    """Qwen-Image: packed tokens (c,2,2); the model makes positions from the shape of the grid."""
+    """Call of Qwen-Image with packed tokens (c,2,2).
+
+    The model makes positions from the shape of the grid.
+    """
 
     TEXT_TOKENS = 512
     GUIDANCE = 1.0  # the input of a guidance-distilled model in training
@@ -36,7 +39,10 @@ class QwenImageCall(Packed, Masked):
 
 
 class QwenImage21Call(Masked):
-    """Qwen-Image 2.1: every position is a token; four of them share a slot in the sequence of the text encoder."""
+    """Call of Qwen-Image 2.1, where every latent position is a token.
+
+    Four tokens share a slot in the sequence of the text encoder.
+    """
 
     TEXT_TOKENS = 1024
     WIDTH = "context_in_dim"
@@ -63,7 +69,7 @@ class QwenImage21Call(Masked):
         return self._unpack(tokens, x_t)
 
     def _unpack(self, tokens: Tensor, like: Tensor) -> Tensor:
-        """Return the image's tokens, the last hw of (B,L+hw,c), as latents (B,c,h,w) of the size of `like`."""
+        """Return the last hw of the tokens (B,L+hw,c) as latents (B,c,h,w) of the size of `like`."""
         height, width = like.shape[-2:]
         return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
 
@@ -94,7 +100,10 @@ def counted_pass(model: Any, image: Tensor, t: Tensor, text: Tensor) -> Tensor:
 
 
 class NucleusImageCall(Packed, Masked):
-    """Nucleus-Image: Qwen-Image's call; the model predicts data - noise and counts time from data to noise."""
+    """Call of Nucleus-Image, close to that of Qwen-Image.
+
+    The model predicts data - noise and counts time from data to noise.
+    """
 
     TEXT_TOKENS = 1024
 
@@ -115,7 +124,10 @@ class NucleusImageCall(Packed, Masked):
 
 
 class Krea2Call(Packed):
-    """Krea 2: text from several layers of the encoder; one list of positions for text, all 0, and image."""
+    """Call of Krea 2 with text from several layers of the encoder.
+
+    Text and image share one list of positions, all 0 for the text.
+    """
 
     TEXT_TOKENS = 512
 

@@ -12,7 +12,7 @@ from davae.backbones.family import ATTENTION, DDPM, JOINT, MLP, OUT, PC, TEXT_ML
 
 
 class StableDiffusion3Call(JointAndPooled):
-    """Stable Diffusion 3: joint and pooled embeddings; timesteps to 1000."""
+    """Call of Stable Diffusion 3 with joint and pooled embeddings and timesteps to 1000."""
 
     TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
 
@@ -34,7 +34,10 @@ class StableDiffusion3Call(JointAndPooled):
 
 
 class UNetCall(SizedCall):
-    """U-Nets: epsilon or v, from CLIP's tokens; SDXL adds pooled embeddings and original size, crop and target size."""
+    """Call of U-Nets, which predict epsilon or v from CLIP's tokens.
+
+    SDXL also takes pooled embeddings and original size, crop and target size.
+    """
 
     TEXT_TOKENS = 77
 

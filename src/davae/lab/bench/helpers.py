@@ -220,7 +220,7 @@ def helped(transformer: Any, name: str) -> Iterator[None]:
 
 
 def multiplies(alone: Mapping[str, Spread], with_helper: Mapping[str, Spread]) -> float:
-    """Return a helper's speed-up on the upgraded model relative to its speed-up on the native one.
+    """Return a helper's speed-up on the upgraded model, relative to that on the native one.
 
     1 means that it multiplies with the token saving.
     """

@@ -1,4 +1,6 @@
-"""Presets: the public configs of known models, without weights, so that they can be inspected and planned for offline.
+"""Presets, the public configs of known models without weights.
+
+With them, models can be inspected and planned for offline.
 
 One YAML file a model; what several share is in `parts.yaml`. Reading them loads no torch.
 """
