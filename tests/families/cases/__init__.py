@@ -6,10 +6,13 @@ more words after the class, for another pipeline of it. VARIANTS: other pipeline
 
 from __future__ import annotations
 
-from cases import cogview, dit, expand_only, flux, lumina, others, pixart, qwen, stable_diffusion
+import importlib
+import pkgutil
+
 from cases.case import Builder, Case
 
-FILES = (stable_diffusion, dit, flux, pixart, lumina, cogview, qwen, others, expand_only)
+_modules = [importlib.import_module(f"cases.{found.name}") for found in pkgutil.iter_modules(__path__)]
+FILES = [module for module in _modules if hasattr(module, "CASES")]  # a new file is found by itself
 CASES: dict[str, Case] = {name: case for file in FILES for name, case in file.CASES.items()}
 BUILDERS: dict[str, Builder] = {n: b for file in FILES for n, b in getattr(file, "BUILDERS", {}).items()}
 VARIANTS: dict[str, Builder] = {n: b for file in FILES for n, b in getattr(file, "VARIANTS", {}).items()}
