@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LatentLayout:
-    """Layout of a structured latent z_hr = [z, z_d] on its channel axis.
+    """Layout of a structured latent z_hr = [z, z_d] on its channel axis (Eq. 1-2).
 
     Args:
         base_channels: C, channels of the pretrained base latent z.

@@ -70,7 +70,7 @@ def latent_channels(transformer: nn.Module) -> int:
 
 
 def widen_embedder(embedder: nn.Module, layout: LatentLayout, family: Family, new_weights: NewWeights) -> nn.Module:
-    """Return [P, P'], the pretrained patch embedder with D more input channels (Eq. 8)."""
+    """Return [P, P'], the pretrained patch embedder with D more input channels (Eq. 7-8)."""
     wide = _like(embedder, layout.channels / layout.base_channels, 1)
     with torch.no_grad():
         if new_weights == "zero":

@@ -26,7 +26,7 @@ class ReconstructionLoss:
 
 
 def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Return the KL of a diagonal Gaussian from the standard normal, summed over a latent."""
+    """Return the KL (Eq. 5) of a diagonal Gaussian from N(0, I), summed over a latent."""
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
@@ -59,7 +59,7 @@ def reconstruction_loss(
 
 
 def generator_hinge(fake_logits: Tensor) -> Tensor:
-    """Return L_adv of the autoencoder: minus the mean score of its reconstructions."""
+    """Return L_adv of the autoencoder: minus the mean score of its reconstructions (Eq. 5)."""
     return -fake_logits.float().mean()
 
 

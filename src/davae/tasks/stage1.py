@@ -57,7 +57,7 @@ class DetailVAEPass(nn.Module):
 
 
 class Stage1Task(ReconstructionTask):
-    """Training of detail encoder and decoder with a frozen base encoder."""
+    """Training of detail encoder and decoder with a frozen base encoder (Eq. 6)."""
 
     name = "stage1"
 

@@ -25,7 +25,7 @@ from davae.train.task import Task, Trainable
 
 
 class Stage2Task(Task[Stage2]):
-    """Training by the base's own objective on cached z_hr, with the detail faded in by w(n)."""
+    """Training by the base's own objective on cached z_hr, detail faded in by w(n) (Eq. 13)."""
 
     name = "stage2"
 
