@@ -56,3 +56,7 @@ def test_the_figure_compares_all_sets_with_the_training_images(tiny_base: Path, 
     assert (tmp_path / "out" / "gap-images.png").is_file()
     with pytest.raises(ModelError, match=r"--held-out 0.1: . images, at least"):
         gap_figure(model, data, tmp_path / "out", OPTIONS, num=8, held_out=0.1)
+    with pytest.raises(
+        ModelError, match="--held-out 0: the images of the training would be compared with themselves"
+    ):
+        gap_figure(model, data, tmp_path / "out", OPTIONS, num=8, held_out=0.0)

@@ -26,7 +26,7 @@ from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_sett
 from davae.backbones.classes import goes_by_class
 from davae.backbones.packed_latents import latent_size, unpack_latents
 from davae.data.images import to_images, to_tensor
-from davae.dataset.look import as_data, numbered_batches, prompts_of, real_pictures
+from davae.dataset.look import as_data, images_and_prompts, numbered_batches, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.detail import PATCH_SIZE, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST
@@ -39,8 +39,7 @@ from davae.sample.open import SamplingOptions, open_model
 from davae.sample.upscale import check_enlarging, upscale
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
-from davae.vae.frames import decode_latents, encode_mode
-from davae.vae.overflow import in_range
+from davae.vae.overflow import decode_in_range, encode_in_range
 
 REAL, DECODER, DETAIL, SAMPLES, NO_DETAIL = (
     "held-out images",
@@ -81,44 +80,45 @@ def gap_figure(
         The path of `gap.png`. `gap.json` has the distances of each set, and their `parts`.
 
     Raises:
-        ModelError: a model without a detail part, or too few held-out images.
+        ModelError: a model without a detail part, or no or too few held-out images.
     """
+    if not held_out:
+        raise ModelError("--held-out 0: the images of the training would be compared with themselves; give its share")
     check_figure(out, "gap")
     pipe, batch_size = open_model(model, options.placement)[0], options.batch_size
     check_enlarging(pipe, strength=0.0, steps=options.steps, times=1, batch_size=batch_size)
     size = default_resolution(pipe)
-    real, prompts = _held_out(pipe, data, size, num, held_out, batch_size, out / "gap.data.json")
+    held = real_pictures(data, size, held_out, "held_out", summary=out / "gap.data.json")
+    real, prompts = images_and_prompts(held, goes_by_class(pipe), num, batch_size)
+    if len(real) < LEAST:
+        raise ModelError(f"--held-out {held_out}: {len(real)} images, at least {LEAST} are needed; hold out more")
     extractor = make_extractor(features, feature_weights)
     measure = partial(measure_images, extractor=extractor, patch_size=patch_size)
     others = real_pictures(data, size, held_out, "train")
     trained = measure(images for _, images in numbered_batches(others, None, batch_size))
-
     sets = _sets(pipe, real, prompts, options)
     rows = {
         name: compare_sets(measure(images.split(batch_size)), trained, extractor.name, patch_size)
         for name, images in sets.items()
     }
     distances = [key for key in (extractor.name, f"patch_{extractor.name}") if key in rows[REAL]]
-    figures = {
-        "run": model,
-        "data": as_data(data).source,
-        "settings": figure_settings(data, num, held_out) | options.settings,
-        "images": len(real),
-        "rows": rows,
-        "parts": {key: gap_parts({name: row[key] for name, row in rows.items()}) for key in distances},
-    }
+    parts = {key: gap_parts({name: row[key] for name, row in rows.items()}) for key in distances}
+    settings = figure_settings(data, num, held_out) | options.settings
+    origin = {"run": model, "data": as_data(data).source, "settings": settings}
     shown = {name: to_images(images[:SHOWN]) for name, images in sets.items()}
-    write_figure(
-        out, "gap-images", contact_sheet(shown, size), {key: figures[key] for key in ("run", "data", "settings")}
-    )
+    write_figure(out, "gap-images", contact_sheet(shown, size), origin)
+    figures = {**origin, "images": len(real), "rows": rows, "parts": parts}
     return write_figure(out, "gap", gap_plot(rows, distances), figures)
 
 
+@torch.no_grad()
 def _sets(pipe: Any, real: Tensor, prompts: list[str], options: SamplingOptions) -> dict[str, Tensor]:
     samples, without = _samples(pipe, prompts, options)
     return {
         REAL: real,
-        DECODER: torch.cat([_decoded(pipe.vae, images) for images in real.split(options.batch_size)]),
+        DECODER: torch.cat(
+            [_decoded(pipe.vae, encode_in_range(pipe.vae, part)) for part in real.split(options.batch_size)]
+        ),
         DETAIL: _detail_drawn(pipe, real, prompts, options),
         SAMPLES: samples,
         NO_DETAIL: without,
@@ -150,27 +150,6 @@ def gap_plot(rows: dict[str, dict[str, float]], distances: list[str]) -> bytes:
     return to_png(figure)
 
 
-def _held_out(
-    pipe: Any, data: str | Data, size: int, num: int, held_out: float, batch_size: int, summary: Path
-) -> tuple[Tensor, list[str]]:
-    images, prompts = [], []
-    pictures = real_pictures(data, size, held_out, "held_out", summary=summary)
-    for positions, batch in numbered_batches(pictures, num, batch_size):
-        images.append(batch)
-        prompts += prompts_of(pictures, positions, goes_by_class(pipe))
-    real = torch.cat(images) if images else torch.empty(0)
-    if len(real) < LEAST:
-        raise ModelError(f"--held-out {held_out}: {len(real)} images, at least {LEAST} are needed; hold out more")
-    return real, prompts
-
-
-@torch.no_grad()
-def _decoded(vae: DetailVAE, images: Tensor) -> Tensor:
-    placed = images.to(vae.device, vae.dtype)
-    latents = in_range(vae, lambda pixels: encode_mode(vae, pixels), placed)  # (B,C+D,h,w)
-    return in_range(vae, lambda z: decode_latents(vae, z), latents).float().clamp(-1, 1).cpu()  # (B,3,H,W)
-
-
 def _detail_drawn(pipe: Any, real: Tensor, prompts: list[str], options: SamplingOptions) -> Tensor:
     small = to_images(downsample(real, pipe.vae.layout.scale))
     drawn = upscale(
@@ -186,15 +165,18 @@ def _detail_drawn(pipe: Any, real: Tensor, prompts: list[str], options: Sampling
     return torch.stack([to_tensor(image) for image in drawn])
 
 
+def _decoded(vae: DetailVAE, latents: Tensor) -> Tensor:
+    return decode_in_range(vae, latents).float().clamp(-1, 1).cpu()  # (B,3,H,W)
+
+
+@torch.no_grad()
 def _samples(pipe: Any, prompts: list[str], options: SamplingOptions) -> tuple[Tensor, Tensor]:
     """Return samples, (N,3,H,W), and the same without their detail."""
     whole, without = [], []
     for latents in _latents(pipe, prompts, options):
         z, z_d = pipe.vae.layout.split(latents)
         for images, chosen in ((whole, latents), (without, pipe.vae.layout.join(z, torch.zeros_like(z_d)))):
-            with torch.no_grad():
-                pixels = in_range(pipe.vae, lambda values: decode_latents(pipe.vae, values), chosen)  # (B,3,H,W)
-            images.append(pixels.float().clamp(-1, 1).cpu())
+            images.append(_decoded(pipe.vae, chosen))
     return torch.cat(whole), torch.cat(without)
 
 
@@ -205,4 +187,4 @@ def _latents(pipe: Any, prompts: list[str], options: SamplingOptions) -> Iterato
         part = prompts[start : start + options.batch_size]
         latents = torch.stack(list(generate(pipe, part, options, output_type="latent", first=start)))
         height, width = latent_size(latents, pipe.vae.layout.channels, (side, side))
-        yield unpack_latents(latents, height, width).to(pipe.vae.device, pipe.vae.dtype)
+        yield unpack_latents(latents, height, width)

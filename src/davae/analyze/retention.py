@@ -14,7 +14,7 @@ from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_sett
 from davae.backbones.classes import goes_by_class
 from davae.backbones.families import denoiser, family_of
 from davae.data.images import to_tensor
-from davae.dataset.look import as_data, numbered_batches, prompts_of, real_pictures
+from davae.dataset.look import as_data, images_and_prompts, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.reconstruction import perceptual_distances
 from davae.pretrained.prompting import embed_captions
@@ -65,7 +65,8 @@ def retention_figure(
     check_figure(out, "retention")
     first, second = open_model(base)[0], open_model(upgrade)[0]
     check_pair(first, second)
-    images, captions = _held_out(second, data, num, held_out, out / "retention.data.json")
+    held = real_pictures(data, default_resolution(second), held_out, "held_out", summary=out / "retention.data.json")
+    images, captions = images_and_prompts(held, goes_by_class(second), num)
     levels = prediction_errors(first, second, images, captions, base, options.seed)
     rows = _images_of_both(first, second, captions[:drawn], options)
     pairs = [torch.stack([to_tensor(image) for image in row]) for row in rows.values()]
@@ -158,15 +159,6 @@ def _predict(pipeline: Any, x_t: Tensor, t: Tensor, captions: Sequence[str]) -> 
     else:
         parts = (torch.tensor([int(caption) for caption in captions], device=x_t.device),)
     return call.predict(model, model.config, x_t, t, parts).float()
-
-
-def _held_out(pipeline: Any, data: str | Data, num: int, share: float, summary: Path) -> tuple[Tensor, list[str]]:
-    images = real_pictures(data, default_resolution(pipeline), share, "held_out", summary=summary)
-    batches, captions = [], []
-    for positions, batch in numbered_batches(images, num):
-        batches.append(batch)
-        captions += prompts_of(images, positions, goes_by_class(pipeline))
-    return torch.cat(batches), captions
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from davae.recipes.sections import Data
 from davae.sample.open import open_autoencoder, open_detail_vae
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
-from davae.vae.frames import decode_latents, encode_mode
-from davae.vae.overflow import in_range
+from davae.vae.overflow import decode_in_range, encode_in_range
 
 Reconstruct = Callable[[Tensor], Tensor]
 UNIT_NORMAL = "random detail, N(0, I)"
@@ -43,19 +41,18 @@ def reconstructions(
     @torch.no_grad()
     def base_bicubic(images: Tensor) -> Tensor:
         small = downsample(images.to(base_vae.device, base_vae.dtype), vae.layout.scale, vae.config["downsample"])
-        latents = in_range(base_vae, partial(encode_mode, base_vae), small)  # (B,C,h,w)
-        small = in_range(base_vae, partial(decode_latents, base_vae), latents)  # (B,3,H,W)
+        small = decode_in_range(base_vae, encode_in_range(base_vae, small))  # (B,3,H,W)
         return F.interpolate(small, images.shape[-2:], mode="bicubic", align_corners=False)
 
     def with_detail(change: Callable[[Tensor], Tensor], normalised: bool) -> Reconstruct:
         @torch.no_grad()
         def reconstruct(images: Tensor) -> Tensor:
-            latents = in_range(vae, partial(encode_mode, vae), images)  # (B,C+D,h,w), normalised
+            latents = encode_in_range(vae, images)  # (B,C+D,h,w), normalised
             if not normalised:
                 latents = vae.denormalise(latents)
             z, z_d = vae.layout.split(latents)
             latents = vae.layout.join(z, change(z_d))
-            return in_range(vae, partial(decode_latents, vae), latents if normalised else vae.normalise(latents))
+            return decode_in_range(vae, latents if normalised else vae.normalise(latents))
 
         return reconstruct
 
@@ -88,7 +85,7 @@ def decode_faded(vae: DetailVAE, latents: Tensor, weights: Tensor) -> Tensor:
     """
     z, z_d = vae.layout.split(vae.denormalise(latents))
     faded = vae.layout.join(z, z_d * weights.to(z_d).view(1, -1, 1, 1))
-    return in_range(vae, partial(decode_latents, vae), vae.normalise(faded))  # (B,3,sH,sW)
+    return decode_in_range(vae, vae.normalise(faded))  # (B,3,sH,sW)
 
 
 RANDOM = {

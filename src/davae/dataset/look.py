@@ -289,3 +289,14 @@ def numbered_batches(
                 pictures.skip(i, error)
         if images:
             yield positions, torch.stack(images)
+
+
+def images_and_prompts(
+    pictures: ImageDataset, by_class: bool, num: int | None = None, size: int = 16
+) -> tuple[Tensor, list[str]]:
+    """Return images (N,3,R,R) of `numbered_batches` at once, and their prompts of `prompts_of`."""
+    parts, prompts = [torch.empty(0, 3, pictures.resolution, pictures.resolution)], []
+    for positions, images in numbered_batches(pictures, num, size):
+        parts.append(images)
+        prompts += prompts_of(pictures, positions, by_class)
+    return torch.cat(parts), prompts

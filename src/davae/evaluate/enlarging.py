@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from davae.backbones.classes import goes_by_class
 from davae.data.images import ImageDataset, to_images, to_tensor
-from davae.dataset.look import as_data, numbered_batches, prompts_of, real_pictures
+from davae.dataset.look import as_data, images_and_prompts, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.detail import PATCH_SIZE, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST
@@ -103,13 +103,10 @@ class _Pairs:
 
 
 def _reduced(images: ImageDataset, num: int, batch_size: int, pipeline: Any, captions: bool) -> _Pairs:
-    originals, prompts, scale = [], [], pipeline.vae.layout.scale
-    for positions, batch in numbered_batches(images, num, batch_size):
-        originals.append(batch)
-        prompts += prompts_of(images, positions, goes_by_class(pipeline))
-    if goes_by_class(pipeline) and not captions:
+    by_class, scale = goes_by_class(pipeline), pipeline.vae.layout.scale
+    real, prompts = images_and_prompts(images, by_class, num, batch_size)
+    if by_class and not captions:
         raise ModelError("captions: a class-conditional model needs the classes of the images")
-    real = torch.cat(originals)
     return _Pairs(real, to_images(downsample(real, scale)), prompts, scale)
 
 

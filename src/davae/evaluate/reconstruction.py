@@ -25,8 +25,7 @@ from davae.recipes.sections import Data
 from davae.sample.finite import check_reconstruction
 from davae.sample.open import open_autoencoder
 from davae.vae.detail_vae import DetailVAE
-from davae.vae.frames import decode_latents, encode_mode
-from davae.vae.overflow import in_range
+from davae.vae.overflow import decode_in_range, encode_in_range
 
 WINDOW = 11  # pixels: SSIM's Gaussian
 
@@ -177,8 +176,7 @@ def evaluate_reconstruction(
 
     @torch.no_grad()
     def reconstruct(images: Tensor) -> Tensor:
-        latents = in_range(model, partial(encode_mode, model), images)  # (B,C,h,w)
-        return in_range(model, partial(decode_latents, model), latents)  # (B,3,H,W)
+        return decode_in_range(model, encode_in_range(model, images))  # (B,3,H,W)
 
     dataset = real_pictures(data, size, held_out, "held_out", summary=summary)
     chosen = images_at_a_time(batch_size, 16, model.device, lambda: coding_bytes(model, size, dtype))

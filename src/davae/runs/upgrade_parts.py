@@ -158,14 +158,9 @@ class UpgradeParts:
         `init` brings the scale that it was trained with.
         The DetailVAE on disk may have the scale of another stage 2 on the same cache.
         """
-        vae, scale = self.vae(), self.recipe.stage2.detail_scale
-        if self.init is not None:
-            return vae
-        meta = read_meta(self.first / "cache")
-        measured = torch.tensor(meta.std[vae.layout.base_channels :])
-        stored = torch.tensor(vae.config["detail_std"])  # (D,); the buffers may have one for each packed position
-        if abs(float((measured / stored).median()) / scale - 1) > 1e-3:
-            set_statistics(vae, meta, scale)
+        vae = self.vae()
+        if self.init is None:
+            set_statistics(vae, read_meta(self.first / "cache"), self.recipe.stage2.detail_scale)
         return vae
 
     def keep_scale(self, vae: DetailVAE) -> None:

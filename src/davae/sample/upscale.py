@@ -7,7 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,7 @@ from davae.sample.generate import structured_noise
 from davae.sample.open import check_class_prompts
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
-from davae.vae.frames import decode_latents
-from davae.vae.overflow import in_range
+from davae.vae.overflow import decode_in_range, in_range
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +169,7 @@ class _Work:
         scale = self.vae.layout.scale
         height, width = source.shape[-2] * scale, source.shape[-1] * scale
         with self._tiled((latents.shape[-2] * self.factor, latents.shape[-1] * self.factor), scale):
-            decoded = in_range(self.vae, partial(decode_latents, self.vae), latents)  # (1,3,H,W)
+            decoded = decode_in_range(self.vae, latents)  # (1,3,H,W)
         pixels = decoded[..., :height, :width].float().cpu()
         if not all(finite_images(pixels)):
             raise ModelError(f"enlarged image: NaN or infinite values; {remedy(self.vae.dtype)}")

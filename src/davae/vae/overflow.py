@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from davae.vae.frames import decode_latents, encode_mode
 
 logger = logging.getLogger(__name__)
 
@@ -32,3 +35,13 @@ def in_range(vae: Any, work: Callable[[Tensor], Tensor], values: Tensor) -> Tens
         return work(values.to(vae.device, torch.float32))
     finally:
         vae.to(torch.float16)
+
+
+def encode_in_range(vae: Any, images: Tensor) -> Tensor:
+    """Return the latents (B,c,h,w) of `encode_mode` for images (B,3,H,W), by `in_range`."""
+    return in_range(vae, partial(encode_mode, vae), images)
+
+
+def decode_in_range(vae: Any, latents: Tensor) -> Tensor:
+    """Return the images (B,3,H,W) of `decode_latents` for latents (B,c,h,w), by `in_range`."""
+    return in_range(vae, partial(decode_latents, vae), latents)
