@@ -256,7 +256,7 @@ def test_inspect_lists_presets_and_suggests_the_nearest():
     listed = runner.invoke(app, ["inspect"]).output
     assert all(name in listed for name in presets())
     with pytest.raises(
-        ModelError, match=r"'sd3.5-medium' is no folder here, no preset .*nearest presets are sd35-medium"
+        ModelError, match=r"'sd3.5-medium' is not a folder here, a preset or .*nearest presets are sd35-medium"
     ):
         inspect_model("sd3.5-medium", 1024)
 

@@ -230,10 +230,10 @@ def rewrite(folder: Path, change: Any = lambda t: t, **metadata: str) -> Path:
         ({"lora": '{"rank": 4, "alpha": NaN}'}, "lora is"),
         ({"lora": "[1]"}, "lora is"),
         ({"lora": "{"}, "lora: not valid JSON"),
-        ({"vae": '{"id": null, "path": "../../x"}'}, "is not a folder beside it"),
-        ({"vae": '{"id": null, "path": "/etc"}'}, "is not a folder beside it"),
-        ({"vae": '{"id": null}'}, "is not a folder beside it"),
-        ({"vae": "[]"}, "is not a folder beside it"),
+        ({"vae": '{"id": null, "path": "../../x"}'}, "is not a folder next to it"),
+        ({"vae": '{"id": null, "path": "/etc"}'}, "is not a folder next to it"),
+        ({"vae": '{"id": null}'}, "is not a folder next to it"),
+        ({"vae": "[]"}, "is not a folder next to it"),
         ({"class": "Popen"}, "transformer class Popen is not supported"),
     ],
 )
@@ -248,10 +248,10 @@ def test_tensors_of_strange_upgrade_files(upgrade: Path) -> None:
     transformer = load_part(resolve("micro"), "transformer", "SD3Transformer2DModel")
     first = next(iter(load_file(upgrade / UPGRADE_FILE)))
     for change, metadata, message in (
-        (lambda t: {k: v for k, v in t.items() if k != first}, {}, "stands in only one"),
-        (lambda t: {**t, "x": torch.ones(1)}, {}, "'x' stands in only one"),
+        (lambda t: {k: v for k, v in t.items() if k != first}, {}, "is in only one"),
+        (lambda t: {**t, "x": torch.ones(1)}, {}, "'x' is in only one"),
         (lambda t: {k: v for k, v in t.items() if k != "x"}, {"lora": '{"rank": 60000}'}, "has shape"),
-        (lambda t: t, {"lora": "null"}, "stands in only one"),
+        (lambda t: t, {"lora": "null"}, "is in only one"),
         (lambda t: t, {"lora": '{"rank": 64}', "channels": "[8, 60000]"}, "has shape"),
     ):
         file = rewrite(upgrade, change, **metadata)

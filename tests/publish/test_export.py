@@ -187,7 +187,7 @@ def test_apply_refuses_another_base_in_one_line(
     shutil.copytree(base, deep)
     model = SD3Transformer2DModel.from_pretrained(base / "transformer")
     SD3Transformer2DModel.from_config({**model.config, "num_layers": 3}).save_pretrained(deep / "transformer")
-    assert "stands in only one of them" in refused(deep)
+    assert "is in only one of them" in refused(deep)
 
     other = tmp_path / "other-vae"
     shutil.copytree(base, other)
@@ -218,7 +218,7 @@ def test_an_upgrade_knows_its_detail_vae(
     run_cli("apply", str(alone), *out, "--vae", str(upgrade / "vae"))
     assert (tmp_path / "out/model_index.json").is_file()
     line = fails(capsys, "apply", str(upgrade), "--base", "x/y/z", "--out", str(tmp_path / "o"))
-    assert "is no folder here, no preset and no hub id" in line
+    assert "is not a folder here, a preset or a hub id" in line
     assert "upgrade.safetensors does not exist" in fails(capsys, "apply", str(tmp_path), *out)
 
 
@@ -392,7 +392,7 @@ def test_push(exports: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
     (tmp_path / "upgrade.safetensors").touch()
     (tmp_path / "recipe.yaml").touch()
     assert "is a run, with its data" in fails(capsys, "push", str(tmp_path), "me/tiny")
-    assert "is no hub id" in fails(capsys, "push", str(folder), "a/b/c")
+    assert "is not a hub id" in fails(capsys, "push", str(folder), "a/b/c")
     # the real one, where nothing listens
     monkeypatch.setattr("davae.publish.hub.HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="none"))
     line = fails(capsys, "push", str(folder), "me/tiny")

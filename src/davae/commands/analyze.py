@@ -16,7 +16,7 @@ analyze_app = Verbs(no_args_is_help=True, help="Figures of the paper for any run
 Vae = Annotated[str, typer.Option(help="A DetailVAE's folder, or a run's.")]
 Data = Annotated[str, typer.Option(help="Pictures, as `davae upgrade --data` takes them.")]
 Folder = Annotated[Path, typer.Option("--out", help="Folder for the PNG and the JSON.")]
-Num = Annotated[int, typer.Option(min=8, help="At most so many pictures.")]
+Num = Annotated[int, typer.Option(min=8, help="Pictures to use, at most.")]
 HeldOut = Annotated[
     float, typer.Option(min=0.0, max=0.99, metavar="SHARE", help="Only this held-out share; 0 takes all.")
 ]
@@ -28,9 +28,7 @@ LpipsWeights = Annotated[
 FeatureNetwork = Annotated[
     Literal["lite0", "inception"], typer.Option(help="Of the distance to the originals: inception gives rFID.")
 ]
-FeatureWeights = Annotated[
-    Path | None, typer.Option(help="Inception weights of torch-fidelity, where there is no network.")
-]
+FeatureWeights = Annotated[Path | None, typer.Option(help="Inception weights of torch-fidelity, without a network.")]
 
 
 @analyze_app.command()

@@ -53,7 +53,7 @@ PatchSize = Annotated[
 ]
 SpectrumFile = Annotated[Path | None, typer.Option(help="PNG of the power spectra of both sets.")]
 Weights = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Inception weights of torch-fidelity, where there is no network.")
+    Path | None, typer.Option(metavar="FILE", help="Inception weights of torch-fidelity, without a network.")
 ]
 CompareAt = Annotated[
     int | None, typer.Option(help="Pixels to compare at; samples of another size are brought to it.")
@@ -78,7 +78,7 @@ def reconstruction(
     vae: Annotated[str, typer.Option(help="A DetailVAE folder, a run folder, or a diffusers autoencoder folder.")],
     data: Annotated[str, typer.Option(help="Pictures, as `davae upgrade --data` takes them.")],
     resolution: Annotated[int | None, typer.Option(help="Pixels; the autoencoder's own by default.")] = None,
-    num: Annotated[int | None, typer.Option(min=1, help="At most so many pictures.")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Pictures to use, at most.")] = None,
     held_out: Annotated[
         float, typer.Option(min=0.0, max=0.99, metavar="SHARE", help="Only this held-out share; 0 takes all.")
     ] = 0.0,
@@ -187,7 +187,7 @@ def pictures(
     generated: Annotated[str, typer.Option(help="Pictures: a folder, a .tar, an .npz of ADM.")],
     data: Annotated[str, typer.Option(help="Real pictures, likewise.")],
     resolution: Annotated[int, typer.Option(help="Pixels to compare at; larger pictures are reduced and cropped.")],
-    num: Annotated[int | None, typer.Option(min=4, help="At most so many of each.")] = None,
+    num: Annotated[int | None, typer.Option(min=4, help="Pictures of each, at most.")] = None,
     features: FeatureNetwork = "inception",
     feature_weights: Weights = None,
     patch_size: PatchSize = 64,
@@ -224,7 +224,7 @@ def pictures(
 @evaluate_app.command()
 def samples(
     pipeline: Annotated[str, typer.Option(help="A class-conditional run or pipeline folder, or a hub id.")],
-    out: Annotated[Path, typer.Option(help="The .npz to write; its parts lie beside it until you remove them.")],
+    out: Annotated[Path, typer.Option(help="The .npz to write; its parts lie next to it until you remove them.")],
     num: Annotated[int, typer.Option(min=1, help="Pictures: 50000 or 10000 in published tables.")] = 50000,
     labels: Annotated[
         Literal["balanced", "random"], typer.Option(help="Equal numbers a class, or drawn by seed.")

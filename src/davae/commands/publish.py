@@ -67,7 +67,7 @@ def apply_verb(
     base: Annotated[str, typer.Option(help="The pretrained model: a diffusers folder, a hub id, or `micro`.")],
     out: Annotated[Path, typer.Option(help="Folder for the upgraded pipeline.")],
     vae: Annotated[
-        Path | None, typer.Option(help="The upgrade's DetailVAE, where it is not beside the file.")
+        Path | None, typer.Option(help="The upgrade's DetailVAE, where it is not next to the file.")
     ] = None,
     dtype: Precision = "float16",
     self_contained: SelfContained = False,

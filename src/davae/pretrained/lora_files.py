@@ -23,7 +23,7 @@ def read_lora(file: Path, pipeline: Any, part: str, config: Any) -> tuple[dict[s
     if not file.is_file():
         raise ModelError(f"LoRA file {file} does not exist")
     if file.suffix != ".safetensors":
-        raise ModelError(f"LoRA file {file} is no .safetensors; no code of a checkpoint is ever run")
+        raise ModelError(f"LoRA file {file} is not a .safetensors file; no code of a checkpoint is ever run")
     try:
         with safe_open(file, framework="pt") as stream:
             names = list(stream.keys())

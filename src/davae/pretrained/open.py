@@ -56,7 +56,7 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
     if not HUB_ID.fullmatch(model):
         near = nearest_presets(model)
         raise ModelError(
-            f"model '{model}' is no folder here, no preset and no hub id (ORGANISATION/NAME)"
+            f"model '{model}' is not a folder here, a preset or a hub id (ORGANISATION/NAME)"
             f"{'; the nearest presets are ' + ', '.join(near) if near else ''}; `davae inspect` lists the presets"
         )
     from huggingface_hub import hf_hub_download
@@ -72,7 +72,7 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
         absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         raise (MissingPart if absent else ModelError)(
-            f"model '{model}' is no folder here, and the hub did not give it: {hub_reason(error, model)}"
+            f"model '{model}' is not a folder here, and the hub did not give it: {hub_reason(error, model)}"
         ) from error
 
 

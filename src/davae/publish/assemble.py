@@ -131,7 +131,7 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
     if vae is not None:
         place = vae.get("path") if isinstance(vae, dict) else None
         if not isinstance(place, str) or "\0" in place or Path(place).is_absolute() or ".." in Path(place).parts:
-            raise ModelError(f"upgrade file {path}: {str(place)[:80]!r} is not a folder beside it; it is damaged")
+            raise ModelError(f"upgrade file {path}: {str(place)[:80]!r} is not a folder next to it; it is damaged")
     try:
         family_by_class(metadata.get("class", ""))
     except ValueError as error:
@@ -187,7 +187,7 @@ def _compare(path: Path, found: dict[str, tuple[int, ...]], needed: dict[str, tu
     """Refuse an upgrade file whose tensors are not the trained ones."""
     if found.keys() != needed.keys():
         odd = sorted(found.keys() ^ needed.keys())[0]
-        raise ModelError(f"{path} does not fit this transformer: '{odd}' stands in only one of them")
+        raise ModelError(f"{path} does not fit this transformer: '{odd}' is in only one of them")
     for name, shape in needed.items():
         if found[name] != shape:
             raise ModelError(

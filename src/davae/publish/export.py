@@ -69,7 +69,7 @@ def open_run(folder: Path) -> FinishedRun:
         ModelError: not a finished run.
     """
     if not (folder / "recipe.yaml").is_file():
-        raise ModelError(f"{folder} is no run folder: it has no recipe.yaml")
+        raise ModelError(f"{folder} is not a run folder: it has no recipe.yaml")
     recipe = load_recipe(str(folder / "recipe.yaml"))
     if not isinstance(recipe, Recipe):
         raise ModelError(

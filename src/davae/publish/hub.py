@@ -31,7 +31,7 @@ def push(folder: Path, repo_id: str, *, public: bool = False, message: str | Non
         raise ModelError(f"{folder} is a run, with its data and checkpoints; give a folder that `davae export` wrote")
     check_links(folder)
     if not HUB_ID.fullmatch(repo_id):
-        raise ModelError(f"'{repo_id}' is no hub id; it is ORGANISATION/NAME or USER/NAME")
+        raise ModelError(f"'{repo_id}' is not a hub id; it is ORGANISATION/NAME or USER/NAME")
     api = HfApi()
     try:
         where = api.create_repo(repo_id, private=not public, exist_ok=True)
@@ -39,7 +39,7 @@ def push(folder: Path, repo_id: str, *, public: bool = False, message: str | Non
             repo_id=repo_id, folder_path=folder, commit_message=message or f"Upload {folder.name} with davae"
         )
     except HFValidationError as error:
-        raise ModelError(f"'{repo_id}' is no hub id: {' '.join(str(error).split())[:160]}") from error
+        raise ModelError(f"'{repo_id}' is not a hub id: {' '.join(str(error).split())[:160]}") from error
     except (
         HTTPError,
         OSError,

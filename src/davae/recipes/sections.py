@@ -93,7 +93,7 @@ class Data(Section):
         description="Share of images kept out of training, chosen by a hash of each name. "
         "With 0 the report shows training images.",
     )
-    limit: PositiveInt | None = Field(default=None, description="Use only so many images, spread over the whole set.")
+    limit: PositiveInt | None = Field(default=None, description="Images to use at most, spread over the whole set.")
     flip: bool = Field(default=False, description="Mirror images at random.")
     crop: Literal["center", "random"] = Field(
         default="center", description="Part that is kept of an image of another aspect ratio."
@@ -355,7 +355,7 @@ class Run(Section):
         default=2, description="Newest checkpoints that are kept; the best validated one is kept as well."
     )
     keep_every: NonNegativeInt = Field(
-        default=0, description="Checkpoints of every so many steps are never dropped; 0 for none."
+        default=0, description="Steps between checkpoints that are never dropped; 0 for none."
     )
     sample_every: NonNegativeInt = Field(default=0, description="Steps between grids in progress/; 0 for never.")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(

@@ -29,6 +29,6 @@ def upgrade_recipe(name: str, overrides: list[str], data: str | None = None) -> 
 
     recipe = load_recipe(name, [*overrides, *([f"data.source={json.dumps(data)}"] if data else [])])
     if not isinstance(recipe, Recipe):
-        raise RecipeError(f"recipe '{recipe.name}' is no upgrade recipe")
+        raise RecipeError(f"recipe '{recipe.name}' is not an upgrade recipe")
     check_commands(recipe)
     return recipe
