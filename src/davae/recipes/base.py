@@ -7,21 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from davae.recipes.sections import (
-    Cache,
-    Data,
-    FlowOptim,
-    Fraction,
-    Layers,
-    Optim,
-    Pixels,
-    RecipeName,
-    Reconstruction,
-    Run,
-    Sampling,
-    Section,
-    Width,
-)
+from davae.recipes.fields import Fraction, Layers, Pixels, RecipeName, Section, Width
+from davae.recipes.sections import Cache, Data, FlowOptim, Optim, Reconstruction, Run, Sampling
 
 
 class Autoencoder(Section):

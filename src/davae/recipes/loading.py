@@ -13,7 +13,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from davae.errors import RecipeError
 from davae.recipes.base import NAMED, OWN, BaseRecipe
-from davae.recipes.sections import Data, Section
+from davae.recipes.fields import Section
+from davae.recipes.sections import Data
 from davae.recipes.super_resolution import SuperResolutionRecipe
 from davae.recipes.upgrade import Recipe
 from davae.recipes.values import read_value, read_yaml, read_yaml_file

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, model_validator
 
-from davae.recipes.sections import Data, Layers, Optim, Pixels, RecipeName, Run, Scale, Section, Width
+from davae.recipes.fields import Layers, Pixels, RecipeName, Scale, Section, Width
+from davae.recipes.sections import Data, Optim, Run
 
 
 class SuperResolution(Optim):

@@ -7,22 +7,8 @@ from typing import Any, Literal, cast
 from pydantic import Field, model_validator
 
 from davae.recipes.base import BaseRecipe
-from davae.recipes.sections import (
-    Cache,
-    Data,
-    Export,
-    Hardware,
-    Pixels,
-    RecipeName,
-    Report,
-    Run,
-    Sampling,
-    Scale,
-    Section,
-    Stage1,
-    Stage2,
-    Width,
-)
+from davae.recipes.fields import Pixels, RecipeName, Scale, Section, Width
+from davae.recipes.sections import Cache, Data, Export, Hardware, Report, Run, Sampling, Stage1, Stage2
 
 
 class Base(Section):

@@ -1,0 +1,164 @@
+"""Sections of the trainings: their optimizers, losses and options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+
+from davae.recipes.fields import Batch, Fraction, NonNegativeInt, Pixels, PositiveInt, Section, Seed, Width
+from davae.recipes.images import Data
+
+
+class Optim(Section):
+    """AdamW with its schedule, for one network."""
+
+    max_steps: PositiveInt = Field(description="Optimizer steps.")
+    batch_size: Batch = Field(description="Images of one batch, over all processes; each takes an equal share.")
+    accumulation: Batch = Field(
+        default=1,
+        description="Batches of one optimizer step. A step trains on batch_size x "
+        "accumulation images: raising it costs time, not memory.",
+    )
+    lr: PositiveFloat = Field(default=1e-4, description="Learning rate.")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="AdamW's betas.")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="AdamW's weight decay.")
+    optimizer: Literal["adamw", "adamw-fused", "adamw-8bit"] = Field(
+        default="adamw",
+        description="`adamw-fused` is faster on a GPU. `adamw-8bit` takes less memory and needs bitsandbytes.",
+    )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Course of the learning rate after its warm-up."
+    )
+    lr_cycles: PositiveInt = Field(default=1, description="How often a falling schedule starts again.")
+    lr_warmup_steps: NonNegativeInt = Field(
+        default=0,
+        description="Steps over which the learning rate rises from 0. Not "
+        "stage2.warmup_steps, which fades in the detail loss.",
+    )
+    max_grad_norm: PositiveFloat = Field(default=1.0, description="Clip gradients to this norm.")
+    ema_decay: Fraction = Field(
+        default=0.999, description="Decay of the average of the weights that is exported. 0 keeps no average."
+    )
+    seed: Seed | None = Field(default=None, description="Seed of this training alone. Without it: run.seed.")
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute activations again in the backward pass: less memory, about a third more time.",
+    )
+
+
+class Reconstruction(Optim):
+    """Eq. 5: L_rec and the discriminator that L_adv needs."""
+
+    lambda_lpips: NonNegativeFloat = Field(default=1.0, description="Weight of the perceptual loss (Eq. 5).")
+    lambda_l1: NonNegativeFloat = Field(default=1.0, description="Weight of the L1 loss (Eq. 5).")
+    lambda_adv: NonNegativeFloat = Field(default=0.1, description="Weight of the adversarial loss (Eq. 5).")
+    lambda_kl: NonNegativeFloat = Field(default=1e-6, description="Weight of the KL loss (Eq. 5).")
+    perceptual: Literal["lpips-vgg", "lpips-alex", "lite0"] = Field(
+        default="lpips-vgg",
+        description="Network of the perceptual loss. `lite0` needs no download and is not "
+        "LPIPS; metrics keep the key `lpips` for it.",
+    )
+    perceptual_weights: str | None = Field(
+        default=None, description="A safetensors file with trunk and heads, where torchvision cannot download."
+    )
+    gan_start: NonNegativeInt = Field(default=5001, description="Step from which the discriminator takes part.")
+    gan_lr: PositiveFloat = Field(default=1e-4, description="Learning rate of the discriminator.")
+    gan_channels: Width = Field(default=64, description="Channels of the discriminator's first layer.")
+    gan_layers: Annotated[int, Field(gt=0, le=16)] = Field(default=3, description="Layers of the discriminator.")
+
+
+class Stage1(Reconstruction):
+    """The detail-aligned VAE (Sec. 3.1)."""
+
+    lambda_align: NonNegativeFloat = Field(default=0.5, description="Weight of the alignment loss (Eq. 6).")
+    alignment: Literal["constant", "adaptive"] = Field(
+        default="constant",
+        description="`adaptive` rescales the weight at each step by a ratio of gradient "
+        "norms, as the authors' code does.",
+    )
+    detail_dropout: Fraction = Field(default=0.0, description="Share of samples whose detail latent is set to zero.")
+    data: Data | None = Field(default=None, description="Images of stage 1 alone. Without it: the recipe's data.")
+    start: Literal["enlarged", "unfolded"] = Field(
+        default="enlarged", description="Start of the new layers; see DetailVAE.from_base."
+    )
+    crop: Pixels | None = Field(
+        default=None,
+        description="Train on a random square of this many pixels of each image. Without it: on all of it.",
+    )
+
+
+class Lora(Section):
+    rank: Width = Field(default=256, description="Rank of LoRA.")
+    alpha: PositiveFloat | None = Field(default=None, description="Scale of LoRA. Without it: equal to the rank.")
+    extra_targets: tuple[str, ...] = Field(
+        default=(), description="Ends of names of further layers to adapt, as norm1.linear in the authors' SD3 code."
+    )
+
+
+class FlowOptim(Optim):
+    """Flow matching for a transformer. Models trained by DDPM do not use timestep_*."""
+
+    caption_dropout: Fraction = Field(
+        default=0.1, description="Share of captions or class labels that are replaced by none, for guidance."
+    )
+    cosine_loss: Literal["off", "all", "faded"] = Field(
+        default="off", description="Loss on the direction of the velocity. `faded` weights its detail part by w(n)."
+    )
+    timestep_mean: float = Field(default=0.0, description="Mean of the logit-normal timesteps.")
+    timestep_std: PositiveFloat = Field(default=1.0, description="Deviation of the logit-normal timesteps.")
+    timestep_shift: PositiveFloat = Field(default=1.0, description="Shift of the timesteps towards noise.")
+
+
+class Stage2(FlowOptim):
+    """The warm-started transformer (Sec. 3.2)."""
+
+    warmup_steps: NonNegativeInt = Field(
+        default=0,
+        description="N_warm of Eq. 12: steps over which the weight w(n) of the detail loss "
+        "rises from 0 to 1. Not the learning rate's warm-up, which is lr_warmup_steps.",
+    )
+    lora: Lora | None = Field(
+        default=None, description="Train LoRA and the whole patch embedder and head. Without it: every weight."
+    )
+    data: Data | None = Field(
+        default=None, description="Images of the cache and stage 2 alone. Without it: the recipe's data."
+    )
+    new_weights: Literal["zero", "random"] = Field(
+        default="zero", description="Start of P' and O'. `random` is the ablation of Fig. 4."
+    )
+    new_weight_lr_multiplier: PositiveFloat = Field(
+        default=1.0, description="Learning rate of P' and O' relative to the rest."
+    )
+    min_snr_gamma: PositiveFloat | None = Field(
+        default=None, description="Min-SNR weighting (arXiv 2303.09556); 5 in its paper."
+    )
+    x0_ratio_max: PositiveFloat | None = Field(
+        default=None, description="The authors' SD3 weighting: x0 loss times min((1-t)/t, this); theirs is 5."
+    )
+    embedded_guidance: PositiveFloat = Field(
+        default=1.0,
+        description="Guidance input of guidance-distilled models (FLUX.1 dev, FLUX.2 dev) during training.",
+    )
+    detail_scale: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0,
+        description="Below 1 the detail is scaled, and so noisier than the base, which settles first; 0.5 is like GRACE.",
+    )
+    clean_base: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
+        default=0.0, description="Share of samples with a clean base latent, for `davae upscale`."
+    )
+    validate_every: NonNegativeInt = Field(
+        default=0, description="Steps between losses on held-out images with fixed noise; 0 for never."
+    )
+    validate_pictures: PositiveInt = Field(default=64, description="Images of a validation.")
+
+    @model_validator(mode="after")
+    def _fade_fits(self) -> Stage2:
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps (N_warm) is {self.warmup_steps}, more than max_steps {self.max_steps}: the detail "
+                "loss would never reach its full weight; lower warmup_steps or raise max_steps"
+            )
+        if self.min_snr_gamma is not None and self.x0_ratio_max is not None:
+            raise ValueError("min_snr_gamma and x0_ratio_max are two weights of the same loss; leave one of them out")
+        return self
