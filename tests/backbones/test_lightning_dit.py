@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from davae import ClassConditionalPipeline, LatentLayout, LightningDiT, expand_transformer
-from davae.backbones.lightning_dit import RotaryEmbedding, grid_positions, rotary_angles
+from davae.backbones.lightning_layers import RotaryEmbedding, grid_positions, rotary_angles
 from davae.backbones.repatch import change_patch
 from davae.backbones.trainable import choose_trainable
 from davae.convert.lightningdit import dit, lightningdit

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from test_lightning_dit import random_model
 
-from davae.backbones.lightning_dit import PatchEmbed
+from davae.backbones.lightning_layers import PatchEmbed
 from davae.backbones.new_latents import change_latents
 from davae.data.latent_cache.read import collate_pairs
 from davae.latent import LatentStatistics

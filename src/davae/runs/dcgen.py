@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.backbones.lightning_dit import LightningDiT, PatchEmbed
+from davae.backbones.lightning_dit import LightningDiT
+from davae.backbones.lightning_layers import PatchEmbed
 from davae.backbones.new_latents import EMBEDDER, HEAD
 from davae.data.latent_cache.meta import is_whole, read_meta
 from davae.data.latent_cache.read import CachedLatents, PairedLatents, collate_pairs
