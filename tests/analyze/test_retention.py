@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import picture
+from safetensors.torch import save_file
 from upgraded_tiny import assembled
 
 from davae.analyze.diffusability import alignment_r2, latent_measures, probe_loss
-from davae.analyze.retention import LEVELS, check_pair, prediction_errors, retention_figure
+from davae.analyze.retention import LEVELS, check_pair, lora_effects, prediction_errors, retention_figure
 from davae.backbones.expand import expand_transformer
 from davae.backbones.families import denoiser
 from davae.data.images import to_tensor
@@ -44,11 +45,53 @@ def test_the_report_compares_images_of_the_same_noise(base, tiny_base: Path, tmp
     done = retention_figure(
         str(tiny_base), str(tmp_path / "upgrade"), str(picture_folder), tmp_path / "figures",
         SamplingOptions(steps=2, guidance=1.0, batch_size=4), num=2, held_out=0.0, drawn=2,
+        lora=base_lora(denoiser(base), tmp_path / "lora.safetensors"),
     )  # fmt: skip
     figures = json.loads(done.with_suffix(".json").read_text())
     assert figures["images"]["drawn"] == 2
     assert figures["images"]["lite0"] < 1e-3  # step 0: its base channels are the pretrained model's own
-    assert len(figures["levels"]) == len(LEVELS)
+    assert len(figures["levels"]) == len(figures["lora"]["levels"]) == len(LEVELS)
+
+
+def base_lora(model, file: Path, scale: float = 0.5) -> Path:
+    """Write a random LoRA of a base's attention, embedder and head."""
+    generator, state = torch.Generator().manual_seed(1), {}
+    for layer in (
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.0.attn.to_out.0",
+        "proj_out",
+        "pos_embed.proj",
+    ):
+        out, *inside = model.get_submodule(layer).weight.shape
+        for side, shape in (("A", (2, *inside)), ("B", (out, 2) + (1, 1) * (len(inside) > 1))):
+            state[f"transformer.{layer}.lora_{side}.weight"] = scale * torch.randn(shape, generator=generator)
+    save_file(state, file)
+    return file
+
+
+def test_a_lora_of_the_base_moves_a_warm_start_equally_and_a_trained_upgrade_otherwise(
+    tiny_base: Path, tmp_path: Path
+):
+    images = torch.stack([to_tensor(picture(number, 32, 32)) for number in range(2)])
+    first, second = load_pipeline(str(tiny_base)), load_pipeline(str(tiny_base))
+    file = base_lora(denoiser(first), tmp_path / "lora.safetensors")
+    fresh = assemble(first, DetailVAE.from_base(first.vae, 8), expand_transformer(denoiser(first), 8))
+    rows = lora_effects(second, fresh, images, ["a", "b"], file)
+    assert [row["level"] for row in rows] == list(LEVELS)
+    for row in rows:
+        assert row["cosine"] > 0.9999
+        assert row["ratio"] == pytest.approx(1, abs=1e-3)
+        assert row["base_change"] == pytest.approx(row["upgrade_change"], rel=1e-3)
+        assert row["base_change"] > 1e-2
+    changed = lora_effects(load_pipeline(str(tiny_base)), assembled(tiny_base), images, ["a", "b"], file)
+    assert all(row["cosine"] < 0.9999 for row in changed)
+
+
+def test_a_lora_without_effect_is_one_line(tiny_base: Path, tmp_path: Path):
+    pair = load_pipeline(str(tiny_base)), assembled(tiny_base)
+    file = base_lora(denoiser(pair[0]), tmp_path / "zero.safetensors", scale=0.0)
+    with pytest.raises(ModelError, match=r"zero\.safetensors: it does not change the base's prediction"):
+        lora_effects(*pair, torch.zeros(1, 3, 32, 32), ["a"], file)
 
 
 def test_two_models_that_are_no_pair_are_one_line(base, tiny_base: Path):

@@ -19,8 +19,8 @@ from test_training import run_cli
 from davae.errors import RecipeError
 from davae.lab.reproduce import job as job_module
 from davae.lab.reproduce.choose import ONCE, jobs
-from davae.lab.reproduce.job import BaseJob, DrawnJob, PlannedJob, UpgradeJob, model_digest
-from davae.lab.reproduce.runs import finished, measure_speed, run_job
+from davae.lab.reproduce.job import BaseJob, DrawnJob, EnlargedJob, PlannedJob, UpgradeJob, model_digest
+from davae.lab.reproduce.runs import finished, measure_speed, run_job, timed_jobs
 from davae.lab.reproduce.tables import Scale, ScaleName, Table, load_table, overrides_for, table_names
 from davae.lab.reproduce.tabulate import markdown, table_rows
 from davae.recipes import BaseRecipe, Recipe
@@ -251,13 +251,58 @@ def test_models_that_are_there_are_drawn_and_timed(
     assert "±" in lines[0][3]
 
 
-def test_weights_of_an_upgrade_are_part_of_the_hash(monkeypatch: pytest.MonkeyPatch):
-    (upgraded,) = jobs("table3", "micro", 1, [], ["DA-VAE (shipped upgrade)"])
+@pytest.mark.parametrize("row", ["DA-VAE (shipped upgrade)", "base at 64 px, the upgrade as enlarger"])
+def test_weights_of_an_upgrade_are_part_of_the_hash(row: str, monkeypatch: pytest.MonkeyPatch):
+    (upgraded,) = jobs("table3", "micro", 1, [], [row])
     assert isinstance(upgraded, DrawnJob)
     asked: list[str | None] = []
     monkeypatch.setattr(job_module, "model_digest", lambda model: asked.append(model) or "WEIGHTS")
     assert upgraded.key
     assert [Path(str(model)).name for model in asked] == ["base", "upgrade"]
+
+
+def test_an_upgrade_enlarges_what_its_base_drew(tiny_scale: Path, monkeypatch: pytest.MonkeyPatch):
+    """Table S2's row: trained with the row of the upgrade itself, one run a seed, and left out of the timing."""
+    table = Table.model_validate(
+        {
+            "title": "Tiny",
+            "claim": "none",
+            "rows": [
+                {"name": "bilinear", "upscale": "bilinear"},
+                {"name": "both", "upscale": "upgrade"},
+                {"name": "upgraded"},
+            ],
+        }
+    )
+    monkeypatch.setattr("davae.lab.reproduce.choose.load_table", lambda name: table)
+    two = jobs("tiny", "micro", 2, [])
+    assert [(job.row, job.seed) for job in two] == [
+        ("bilinear", 0), ("both", 0), ("upgraded", 0), ("both", 1), ("upgraded", 1)
+    ]  # fmt: skip
+    bilinear, both, upgraded, *_ = two
+    assert isinstance(both, EnlargedJob)
+    assert both.upgrade is not None
+    assert both.upgrade.key == upgraded.key
+    assert len({job.key for job in two}) == len(two)
+    verb, drawing = both.command.split(" && ")
+    assert verb.endswith(" --out runs/upgrade")
+    assert "--compare-at 32 --upscale runs/upgrade --num 4" in drawing
+
+    told: list[str] = []
+    figures = [
+        run_job(job, tiny_scale / "out", tiny_scale / "results", lambda progress: told.append(progress.task))
+        for job in (bilinear, both, upgraded)
+    ]
+    assert told.count("stage2") == 4  # one training for both rows
+    generation = figures[1]["generation"]
+    assert (generation["resolution"], generation["compared_at"], generation["upscale"]) == (16, 32, "upgrade")
+    assert generation["fd_lite0"] != figures[0]["generation"]["fd_lite0"]
+    timed = [bilinear, both, upgraded]
+    speed = measure_speed(timed, tiny_scale / "out", tiny_scale / "results", lambda progress: None)
+    assert list(speed["rows"]) == ["bilinear", "upgraded"]
+    headings, lines = table_rows(timed, tiny_scale / "results")
+    assert [line[headings.index("images/s")] == "-" for line in lines] == [False, True, False]
+    assert timed_jobs([both]) == []
 
 
 def commands_of(text: str) -> list[str]:

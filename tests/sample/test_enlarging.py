@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,16 @@ from upgraded_tiny import BUILDERS, VARIANTS, assembled, upgraded
 
 import davae
 from davae.backbones.families import family_of
+from davae.data.decoding import decode_image
 from davae.data.images import to_tensor
 from davae.errors import ModelError
+from davae.evaluate.sample_file import class_schedule
 from davae.pretrained.shapes import pixel_factor, token_side
 from davae.sample.canvas import WindowGrid
 from davae.sample.draw_detail import draw_detail
+from davae.sample.generate import structured_noise
 from davae.sample.lockstep import Left, together
-from davae.sample.upscale import back_projected
+from davae.sample.upscale import back_projected, check_size
 from davae.vae.blocks import downsample
 
 FAST = ("Flux2Transformer2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SDXL")
@@ -172,6 +177,85 @@ def test_prompts_reach_their_images(pipeline):
     assert differ(two, alone) <= 1 < differ(one, two)
 
 
+def stored(image: Image.Image, kind: str, **options) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return Image.open(file)
+
+
+def awkward_images() -> dict[str, Image.Image]:
+    """Return opened files whose stored numbers are not the picture."""
+    exif, small = Image.Exif(), picture(1, 16, 12)
+    exif[0x0112] = 6
+    clear = small.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(small.size))
+    deep = Image.fromarray((np.asarray(small.convert("L")).astype(np.uint16)) * 257)
+    return {
+        "turned": stored(small, "PNG", exif=exif),
+        "transparent": stored(clear, "PNG"),
+        "palette": stored(small.quantize(8), "PNG", transparency=0),
+        "16 bits": stored(deep, "PNG"),
+        "16 bits, TIFF": stored(deep, "TIFF"),
+        "CMYK": stored(small.convert("CMYK"), "TIFF"),
+    }
+
+
+@pytest.mark.parametrize("name", awkward_images())
+def test_an_opened_file_is_enlarged_as_it_looks_and_left_as_it_is(name: str, pipeline):
+    """`davae.upscale` takes what `Image.open` returns, by the rules by which the command reads files."""
+    image = awkward_images()[name]
+    before = image.mode, image.size, image.tobytes()
+    (result,) = davae.upscale(pipeline, image, steps=1)
+    assert (image.mode, image.size, image.tobytes()) == before
+    looks = decode_image(awkward_images()[name].fp)
+    assert result.size == (2 * looks.width, 2 * looks.height)
+    assert differ(result, davae.upscale(pipeline, looks, steps=1)[0]) == 0
+    shrunk = np.asarray(result.resize(looks.size, Image.Resampling.BOX)).astype(int)
+    assert np.abs(shrunk - pixels(looks)).mean() < 12  # a result at strength 0 looks like its input
+
+
+def test_an_animation_is_one_line(pipeline):
+    frames = [picture(number, 16, 16) for number in (1, 2)]
+    moving = stored(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    with pytest.raises(ModelError, match="image 1: animation: 2 frames"):
+        davae.upscale(pipeline, [frames[0], moving], steps=1)
+
+
+def test_the_noise_of_a_second_time_depends_on_the_input_alone(pipeline, monkeypatch: pytest.MonkeyPatch):
+    """A first result that another batch size rounds otherwise must not draw from other noise."""
+    numbers: list[int] = []
+    drawn = structured_noise
+    monkeypatch.setattr(
+        "davae.sample.upscale.structured_noise",
+        lambda seed, number, *rest: numbers.append(number) or drawn(seed, number, *rest),
+    )
+    image = picture(1, 16, 16)
+    davae.upscale(pipeline, image, steps=1, times=2)
+    davae.upscale(pipeline, image, "a red square", steps=2, times=2)  # another first result
+    number = zlib.crc32(image.tobytes())
+    assert numbers == [number, number + 1] * 2
+
+
+@pytest.mark.parametrize("seed", [-3, 2**62 - 1, 10**30])
+def test_any_seed_draws(seed: int, pipeline):
+    image = picture(1, 16, 16)
+    one, other = (davae.upscale(pipeline, image, steps=1, seed=number)[0] for number in (seed, seed - 1))
+    assert differ(one, other) > 0
+    assert structured_noise(seed, 0, pipeline.vae.layout, 2, 2).isfinite().all()
+    assert len(class_schedule(4, 3, "random", seed)) == 4
+
+
+def test_a_long_strip_is_refused_by_the_pixels_that_it_is_drawn_on(pipeline):
+    with pytest.raises(
+        ModelError, match=r"strip: 4x3000000 pixels would become 8x6000000, drawn on 32x6000000, more"
+    ):
+        check_size(pipeline, (4, 3_000_000), 1, "strip")
+    check_size(pipeline, (4, 30_000), 1, "strip")
+    with pytest.raises(ModelError, match="nothing: 0x5 pixels"):
+        check_size(pipeline, (0, 5), 1, "nothing")
+
+
 def test_twice_is_four_times_as_large(pipeline):
     steps = []
     (twice,) = davae.upscale(
@@ -300,5 +384,8 @@ def test_the_folder_of_an_upgrade_is_a_method_of_enlarging(pipeline, tiny_base: 
     (result,) = make_upscaler(str(tmp_path / "pipeline"), 32)([picture(1, 16, 16)])
     (same,) = davae.upscale(pipeline, picture(1, 16, 16), steps=20, guidance_scale=1.0, batch_size=8)
     assert differ(result, same) <= 1
+    (prompted,) = make_upscaler(str(tmp_path / "pipeline"), 32)([picture(1, 16, 16)], ["a red square"])
+    (same,) = davae.upscale(pipeline, picture(1, 16, 16), "a red square", steps=20, guidance_scale=1.0, batch_size=8)
+    assert differ(prompted, same) <= 1 < differ(prompted, result)
     with pytest.raises(ModelError, match="without a DetailVAE cannot enlarge"):
         make_upscaler(str(tiny_base), 32)

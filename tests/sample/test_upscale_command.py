@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import picture, tiny_autoencoder
 from PIL import Image, ImageCms
 from typer.testing import CliRunner
 from upgraded_tiny import assembled
 
+from davae.backbones.lightning_dit import LightningDiT
 from davae.cli import app
+from davae.data.decoding import read_image
 from davae.errors import DataError, DavaeError, ModelError, RunError
+from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.open import SamplingOptions
 from davae.sample.upscale_files import find_images, read_source, save_result, upscale_files
+from davae.vae.detail_vae import DetailVAE
 
 OPTIONS = SamplingOptions(steps=2, guidance=1.0, seed=0, batch_size=2)
 
@@ -62,6 +68,44 @@ def test_every_mode_becomes_rgb_without_a_profile_that_is_not_its_own(mode: str,
     picture(1, 12, 8).convert(mode).save(file, icc_profile=PROFILE)
     source = read_source(file)
     assert (source.image.mode, source.profile) == ("RGB", None)
+
+
+def grey_png(pixels: np.ndarray, bits: int, hidden: int) -> bytes:
+    """Return a PNG of few bits with a transparent value."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    rows = b"".join(b"\0" + bytes((row[::2] << bits | row[1::2]).astype(np.uint8)) for row in pixels)
+    header = struct.pack(">IIBBBBB", *pixels.shape[::-1], bits, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"tRNS", struct.pack(">H", hidden)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def test_transparency_of_few_bits_is_read_as_everywhere_else(tmp_path: Path):
+    pixels = np.arange(128).reshape(8, 16) % 16
+    (tmp_path / "grey.png").write_bytes(grey_png(pixels, 4, 5))
+    found = np.asarray(read_source(tmp_path / "grey.png").image)
+    assert np.array_equal(found, np.asarray(read_image(tmp_path / "grey.png")))
+    assert np.array_equal(found[..., 0], np.where(pixels == 5, 255, pixels * 17))
+
+
+def test_a_missing_class_is_one_line_before_any_image_is_drawn(tmp_path: Path):
+    model = LightningDiT(
+        input_size=8, patch_size=1, in_channels=12, hidden_size=16, depth=1, num_heads=2, num_classes=3
+    )  # fmt: skip
+    vae = DetailVAE.from_base(tiny_autoencoder(), 8)
+    pipeline = ClassConditionalPipeline(vae, model, class_names=["cat", "dog", "cow"])
+    for name, words in (("a", "cat"), ("b", "cat"), ("c", "")):
+        picture(1, 16, 16).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(words)
+    out = tmp_path / "out"
+    with pytest.raises(ModelError, match=r"c.png: no class; give --prompt, or write it into c.txt"):
+        upscale_files(pipeline, find_images([tmp_path], out), out, OPTIONS)
+    (tmp_path / "c.txt").write_text("crow")
+    with pytest.raises(ModelError, match="'crow' is not a class of this model"):
+        upscale_files(pipeline, find_images([tmp_path], out), out, OPTIONS)
+    assert not out.exists()
 
 
 def test_files_of_a_folder_become_files_of_the_same_names(pipeline, tmp_path: Path):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, write_figure
@@ -21,7 +22,7 @@ from davae.pretrained.prompting import embed_captions
 from davae.pretrained.shapes import default_resolution, pixel_factor
 from davae.recipes.sections import Data
 from davae.sample.generate import generate
-from davae.sample.open import SamplingOptions, open_model
+from davae.sample.open import SamplingOptions, add_lora, open_model
 from davae.sample.preview import Preview, takes_callback
 from davae.tasks.noising import Objective, choose_objective
 from davae.vae.detail_vae import DetailVAE
@@ -41,6 +42,7 @@ def retention_figure(
     drawn: int = 8,
     lpips: str | None = None,
     lpips_weights: str | None = None,
+    lora: Path | None = None,
 ) -> Path:
     """Compare an upgrade's base channels with the pretrained model's, and write the figure.
 
@@ -54,13 +56,14 @@ def retention_figure(
         drawn: images drawn by both from the same base noise.
         lpips: network of an LPIPS distance; None leaves it out.
         lpips_weights: file of its weights.
+        lora: a LoRA of the base whose effect on both is compared; None leaves it out.
 
     Returns:
-        The figure: base images of both, from the same noise. The JSON has, for each noise level, the `relative_error` and
-        `cosine` of the base prediction, and the mean distances between the images.
+        The figure: base images of both, from the same noise, without the LoRA. The JSON has `levels`, the `relative_error`
+        and `cosine` of the base prediction, mean distances between the images, and `lora`, as `lora_effects` returns it.
 
     Raises:
-        ModelError: models that are not a base and its upgrade, or that cannot be compared.
+        ModelError: models that are not a base and its upgrade, or that cannot be compared; a LoRA that does not fit.
     """
     check_figure(out, "retention")
     first, second = open_model(base)[0], open_model(upgrade)[0]
@@ -69,12 +72,7 @@ def retention_figure(
     images, captions = images_and_prompts(held, goes_by_class(second), num)
     levels = prediction_errors(first, second, images, captions, base, options.seed)
     rows = _images_of_both(first, second, captions[:drawn], options)
-    pairs = [torch.stack([to_tensor(image) for image in row]) for row in rows.values()]
-    with torch.no_grad():
-        distances = {
-            name: float(distance(*pairs).mean())
-            for name, distance in perceptual_distances(lpips, lpips_weights).items()
-        }
+    distances = _distances(rows, lpips, lpips_weights)
     figures = {
         "base": base,
         "upgrade": upgrade,
@@ -83,8 +81,11 @@ def retention_figure(
         "settings": figure_settings(data, num, held_out)
         | {"steps": options.steps, "guidance": options.guidance, "seed": options.seed},
         "levels": levels,
-        "images": {"drawn": len(pairs[0]), **distances},
+        "images": {"drawn": len(rows["base"]), **distances},
     }
+    if lora is not None:
+        effect = lora_effects(first, second, images, captions, lora, base, options.seed)
+        figures["lora"] = {"file": str(lora), "levels": effect}
     return write_figure(out, "retention", contact_sheet({n: r[:SHOWN] for n, r in rows.items()}, 128), figures)
 
 
@@ -120,27 +121,81 @@ def prediction_errors(
         images: (N,3,sH,sW) in [-1,1].
         captions: prompts, or classes.
     """
+    return [
+        {
+            "level": level,
+            "relative_error": float((found - known).square().sum() / known.square().sum()),
+            "cosine": float(F.cosine_similarity(found.flatten(1), known.flatten(1)).mean()),
+        }
+        for level, known, found in _predictions(base, upgraded, images, captions, name, seed)
+    ]
+
+
+@torch.no_grad()
+def lora_effects(
+    base: Any,
+    upgraded: Any,
+    images: Tensor,
+    captions: Sequence[str],
+    file: Path,
+    name: str = "base",
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """Compare the effect of a LoRA of the base on both predictions, by noise level.
+
+    With change = v_with - v_without over the base channels, at the same x_t: `cosine` of both changes, the mean over the
+    images; `ratio` = |change of the upgrade| / |change of the base|; `base_change` and `upgrade_change` = |change| /
+    |v_without|. A warm start has cosine and ratio 1.
+
+    Args:
+        base, upgraded: both pipelines; they keep the LoRA.
+        images: (N,3,sH,sW) in [-1,1].
+        captions: prompts, or classes.
+        file: the LoRA, .safetensors.
+        name: of the base, for messages.
+
+    Raises:
+        ModelError: a LoRA that does not fit, or that changes nothing.
+    """
+    before = list(_predictions(base, upgraded, images, captions, name, seed))
+    add_lora(base, file)
+    add_lora(upgraded, file)
+    rows = []
+    for (level, known, found), (_, known_with, found_with) in zip(
+        before, _predictions(base, upgraded, images, captions, name, seed), strict=True
+    ):
+        change, own = known_with - known, found_with - found
+        if not change.any():
+            raise ModelError(f"--lora {file}: it does not change the base's prediction; give a LoRA of its denoiser")
+        rows.append(
+            {
+                "level": level,
+                "cosine": float(F.cosine_similarity(own.flatten(1), change.flatten(1)).mean()),
+                "ratio": float(own.norm() / change.norm()),
+                "base_change": float(change.norm() / known.norm()),
+                "upgrade_change": float(own.norm() / found.norm()),
+            }
+        )
+    return rows
+
+
+def _predictions(
+    base: Any, upgraded: Any, images: Tensor, captions: Sequence[str], name: str, seed: int
+) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """Yield each level and both models' predictions of the base channels (N,C,h,w)."""
     vae: DetailVAE = upgraded.vae
     family = family_of(base)
     objective = choose_objective(base.scheduler, family, name)
     generator = torch.Generator().manual_seed(seed)
     latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()  # type: ignore[union-attr]
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    rows = []
     for level in LEVELS:
         t = _times(objective, level, len(latents), latents)
         x_t = objective.noised(latents, noise, t)
         z_t, _ = vae.layout.split(x_t)
         known = _predict(base, z_t, t, captions)
         found, _ = vae.layout.split(_predict(upgraded, x_t, t, captions))
-        rows.append(
-            {
-                "level": level,
-                "relative_error": float((found - known).square().sum() / known.square().sum()),
-                "cosine": float(torch.nn.functional.cosine_similarity(found.flatten(1), known.flatten(1)).mean()),
-            }
-        )
-    return rows
+        yield level, known, found
 
 
 def _times(objective: Objective, level: float, count: int, like: Tensor) -> Tensor:
@@ -159,6 +214,13 @@ def _predict(pipeline: Any, x_t: Tensor, t: Tensor, captions: Sequence[str]) -> 
     else:
         parts = (torch.tensor([int(caption) for caption in captions], device=x_t.device),)
     return call.predict(model, model.config, x_t, t, parts).float()
+
+
+@torch.no_grad()
+def _distances(rows: dict[str, list[Any]], lpips: str | None, weights: str | None) -> dict[str, float]:
+    """Return mean perceptual distances between the two rows of images."""
+    pairs = [torch.stack([to_tensor(image) for image in row]) for row in rows.values()]
+    return {name: float(distance(*pairs).mean()) for name, distance in perceptual_distances(lpips, weights).items()}
 
 
 @torch.no_grad()

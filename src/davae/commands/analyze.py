@@ -146,11 +146,16 @@ def retention(
     seed: Seed = 0,
     lpips: LpipsNetwork = None,
     lpips_weights: LpipsWeights = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Compare the effect of this LoRA of the base on both as well.")
+    ] = None,
     set: Options = None,
 ) -> None:
     """How much of what the base knew an upgrade keeps: its base prediction by noise level, its base images.
 
     `davae analyze retention micro micro-upgraded --data openmoji --held-out 0.1`
+
+    `davae analyze retention micro micro-upgraded --data openmoji --held-out 0.1 --lora style.safetensors`
     """
     from davae.analyze.retention import retention_figure
     from davae.sample.open import SamplingOptions
@@ -166,6 +171,7 @@ def retention(
         drawn=drawn,
         lpips=lpips,
         lpips_weights=lpips_weights,
+        lora=lora,
     )
     show_place(done)
 

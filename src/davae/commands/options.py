@@ -97,7 +97,7 @@ Steps = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
 Guidance = Annotated[
     float, typer.Option("--guidance", min=0.0, metavar="SCALE", help="Guidance scale; 1 turns it off.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the noise.")]
+Seed = Annotated[int, typer.Option("--seed", min=-(2**62), max=2**62 - 1, help="Seed of the noise.")]
 
 
 def _own_figures(path: Path | None) -> Path | None:

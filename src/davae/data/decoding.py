@@ -188,13 +188,47 @@ def decode_image(
     Raises:
         UnreadableImage: an image that cannot be used, with its kind.
     """
+    with loaded_image(stream, max_pixels, floats) as (image, _):
+        return upright_rgb(image, background)
+
+
+@contextmanager
+def loaded_image(
+    stream: IO[bytes] | Path, max_pixels: int = MAX_PIXELS, floats: Floats = "refuse"
+) -> Iterator[tuple[Image.Image, int]]:
+    """Yield an image with its pixels, as it is stored, and its orientation, 1 to 8.
+
+    Args:
+        stream, max_pixels, floats: as `decode_image` takes them.
+
+    Raises:
+        UnreadableImage: an image that cannot be used, with its kind; also for damage that the block finds.
+    """
     with naming_damage() as caught, open_image(checked_stream(stream)) as image:
         check_header(image, max_pixels, floats)
         raw_mode = _raw_mode(image)
         image.load()
-        orientation(image, caught)
+        turn = orientation(image, caught)
         fix_transparent_value(image, raw_mode)
-        return upright_rgb(image, background)
+        yield image, turn
+
+
+def converted_image(image: Image.Image) -> Image.Image:
+    """Return an image of Pillow as upright sRGB on white, by the rules for files.
+
+    Raises:
+        UnreadableImage: an animation, pixels of an unknown range, or damage that Pillow finds when it loads them.
+    """
+    with naming_damage() as caught:
+        check_header(image, MAX_PIXELS)
+        raw_mode = _raw_mode(image)
+        image.load()
+        turn = orientation(image, caught)
+        own = (
+            image if isinstance(image, TiffImageFile) and turn == 1 else image.copy()
+        )  # a copy forgets the bits of TIFF
+        fix_transparent_value(own, raw_mode)
+        return upright_rgb(own)
 
 
 def read_image(path: Path) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,12 @@ from davae.evaluate.detail import PATCH_SIZE, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST
 from davae.evaluate.features import Extractor, make_extractor
 from davae.evaluate.reconstruction import perceptual_distances, psnr, to_uint8_range
-from davae.evaluate.upscale import make_upscaler
+from davae.evaluate.upscale import Upscaler, make_upscaler
 from davae.pretrained.shapes import default_resolution
 from davae.recipes.sections import Data
 from davae.sample.open import SamplingOptions, open_model
 from davae.sample.upscale import check_enlarging, upscale
 from davae.vae.blocks import downsample
-
-Enlarger = Callable[[list[Image.Image], list[str]], list[Image.Image]]
 
 
 def evaluate_enlarging(
@@ -55,7 +53,7 @@ def evaluate_enlarging(
         data: images of at least the size that the model draws; `num` of the held-out share, or of all at 0.
         options: how the upgrade draws, and the batch size of all methods.
         methods: filters, weights of super-resolution networks, or commands, as `make_upscaler` takes them.
-        captions: whether the upgrade gets captions or classes as prompts.
+        captions: whether upgrades get captions or classes as prompts.
         strength, faithful: as `davae.upscale` takes them.
         features, feature_weights, lpips, lpips_weights, patch_size: networks, their weights and the side of the crops.
 
@@ -74,8 +72,8 @@ def evaluate_enlarging(
     images = real_pictures(data, size, held_out, "held_out", summary=summary)
     pairs = _reduced(images, num, options.batch_size, pipeline, captions)
     extractor, distances = make_extractor(features, feature_weights), perceptual_distances(lpips, lpips_weights)
-    ways: dict[str, Enlarger] = {name: _by(make_upscaler(name, size)) for name in methods}
-    ways["upgrade"] = _by_upgrade(pipeline, options, captions, strength, faithful)
+    ways = {name: make_upscaler(name, size) for name in methods}
+    ways["upgrade"] = _by_upgrade(pipeline, options, strength, faithful)
     return {
         "model": model,
         "data": as_data(data).source,
@@ -98,7 +96,7 @@ class _Pairs:
 
     real: Tensor
     inputs: list[Image.Image]
-    prompts: list[str]
+    prompts: list[str] | None
     scale: int
 
 
@@ -107,11 +105,11 @@ def _reduced(images: ImageDataset, num: int, batch_size: int, pipeline: Any, cap
     real, prompts = images_and_prompts(images, by_class, num, batch_size)
     if by_class and not captions:
         raise ModelError("captions: a class-conditional model needs the classes of the images")
-    return _Pairs(real, to_images(downsample(real, scale)), prompts, scale)
+    return _Pairs(real, to_images(downsample(real, scale)), prompts if captions else None, scale)
 
 
 def _measured_rows(
-    ways: dict[str, Enlarger],
+    ways: dict[str, Upscaler],
     pairs: _Pairs,
     batch_size: int,
     distances: dict[str, nn.Module],
@@ -126,14 +124,10 @@ def _measured_rows(
     return rows
 
 
-def _by(enlarge: Callable[[list[Image.Image]], list[Image.Image]]) -> Enlarger:
-    return lambda images, prompts: enlarge(images)
-
-
-def _by_upgrade(pipeline: Any, options: SamplingOptions, captions: bool, strength: float, faithful: bool) -> Enlarger:
-    def enlarge(images: list[Image.Image], prompts: list[str]) -> list[Image.Image]:
+def _by_upgrade(pipeline: Any, options: SamplingOptions, strength: float, faithful: bool) -> Upscaler:
+    def enlarge(images: list[Image.Image], prompts: Sequence[str] | None = None) -> list[Image.Image]:
         return upscale(
-            pipeline, images, prompts if captions else None, strength=strength, steps=options.steps,
+            pipeline, images, prompts, strength=strength, steps=options.steps,
             guidance_scale=options.guidance, seed=options.seed, faithful=faithful, batch_size=options.batch_size,
         )  # fmt: skip
 
@@ -142,13 +136,13 @@ def _by_upgrade(pipeline: Any, options: SamplingOptions, captions: bool, strengt
 
 @torch.no_grad()
 def _enlarged(
-    way: Enlarger, pairs: _Pairs, batch_size: int, distances: dict[str, nn.Module]
+    way: Upscaler, pairs: _Pairs, batch_size: int, distances: dict[str, nn.Module]
 ) -> tuple[Tensor, dict[str, float]]:
     """Return all results (N,3,sH,sW) in [-1,1], and means over the images."""
     results, start, inputs = [], time.perf_counter(), pairs.inputs
     for first in range(0, len(inputs), batch_size):
         part = slice(first, first + batch_size)
-        results += [to_tensor(image) for image in way(inputs[part], pairs.prompts[part])]
+        results += [to_tensor(image) for image in way(inputs[part], pairs.prompts and pairs.prompts[part])]
     seconds = (time.perf_counter() - start) / len(inputs)
     drawn, reduced = torch.stack(results), torch.stack([to_tensor(image) for image in inputs])
     again = downsample(drawn, pairs.scale)

@@ -190,7 +190,7 @@ def _check_arguments(num: int, spectrum: Path | None) -> None:
 
 def _chosen_prompts(images: ImageDataset, num: int, seed: int, model: Any) -> list[str]:
     """Return the prompts of `num` images in random order, repeated where there are fewer images."""
-    order = np.random.default_rng(seed).permutation(max(num, len(images)))[:num] % len(images)
+    order = np.random.default_rng(seed % 2**64).permutation(max(num, len(images)))[:num] % len(images)
     prompts = [condition_of(images[(int(i), -1)], model) for i in order]
     check_class_prompts(model, prompts)
     return prompts
@@ -206,6 +206,7 @@ def _drawn(
     """Yield batches of samples (B,3,H,W) in [-1,1], enlarged where an enlarger is given."""
     part = 2 * options.batch_size
     for start in range(0, len(prompts), part):
-        samples = generate(model, prompts[start : start + part], options, first=start)
-        yield torch.stack([to_tensor(sample) for sample in (enlarge(samples) if enlarge else samples)])
+        chosen = prompts[start : start + part]
+        samples = generate(model, chosen, options, first=start)
+        yield torch.stack([to_tensor(sample) for sample in (enlarge(samples, chosen) if enlarge else samples)])
         on_batch(min(start + part, len(prompts)), len(prompts))

@@ -39,7 +39,7 @@ def class_schedule(num: int, num_classes: int, labels: Labels, seed: int) -> np.
         ModelError: a balanced number that does not divide.
     """
     if labels == "random":
-        return np.random.default_rng(seed).integers(0, num_classes, num)
+        return np.random.default_rng(seed % 2**64).integers(0, num_classes, num)
     if num % num_classes:
         raise ModelError(f"{num} pictures do not divide into {num_classes} classes; use a multiple, or random labels")
     return np.arange(num) % num_classes

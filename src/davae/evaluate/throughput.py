@@ -140,8 +140,8 @@ class Candidate:
     upscale: str = "bilinear"
 
 
-def _enlarge_one(enlarge: Upscaler, image: Any) -> Any:
-    return enlarge([image])[0]
+def _enlarge_one(enlarge: Upscaler, prompt: str, image: Any) -> Any:
+    return enlarge([image], [prompt])[0]
 
 
 def time_pictures(
@@ -168,9 +168,9 @@ def time_pictures(
         size = candidate.resolution or default_resolution(model)
         final = candidate.compare_at or size
         enlarge = make_upscaler(candidate.upscale, final) if size != final else None
-        finish = partial(_enlarge_one, enlarge) if enlarge else lambda image: image
-        entries.append((candidate.name, model, size, finish))
         prompt = prompt or condition_of(real_pictures(data, final, 0.0, "train")[(0, -1)], model)
+        finish = partial(_enlarge_one, enlarge, prompt) if enlarge else lambda image: image
+        entries.append((candidate.name, model, size, finish))
     timings = time_pipelines(entries, prompt, steps=steps, guidance_scale=guidance, repeats=repeats)
     return {
         timing.name: {

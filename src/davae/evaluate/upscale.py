@@ -1,4 +1,4 @@
-"""Baselines that enlarge a base model's images: filters, a network, any command."""
+"""Ways to enlarge a base model's images: filters, a network, any command, an upgrade."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from davae.data.decoding import read_image
 from davae.data.images import to_images, to_tensor
 from davae.errors import ModelError
-from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import own_device
+from davae.sample.open import open_model
 from davae.sample.upscale import check_enlarging, upscale
+from davae.zoo import SHIPPED
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -30,34 +31,39 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 STEPS, BATCH = 20, 8  # of an upgraded pipeline that enlarges
-Upscaler = Callable[[list[Image.Image]], list[Image.Image]]
+
+
+class Upscaler(Protocol):
+    """A function that enlarges images. Prompts matter to an upgrade alone."""
+
+    def __call__(self, images: list[Image.Image], prompts: Sequence[str] | None = None) -> list[Image.Image]: ...
 
 
 def make_upscaler(method: str, size: int) -> Upscaler:
     """Return a function that enlarges images to `size` pixels.
 
     Args:
-        method: `bilinear`, `bicubic` or `lanczos`; a weights file of a super-resolution network that spandrel knows; the
-            folder of an upgraded pipeline, which enlarges without prompts; or a command with `{input}` and `{output}`, two
-            folders, that leaves each image in the second under its name.
+        method: `bilinear`, `bicubic` or `lanczos`; a weights file of a super-resolution network that spandrel knows; an
+            upgraded model (a run, a pipeline's folder or `micro-upgraded`), which takes the images' prompts; or a command
+            with `{input}` and `{output}`, two folders, that leaves each image in the second under its name.
         size: pixels; what a network or command gives in another size is brought to it by Lanczos.
 
     Raises:
         ModelError: none of these.
     """
     if method in FILTERS:
-        return lambda images: [image.resize((size, size), FILTERS[method]) for image in images]
+        return lambda images, prompts=None: [image.resize((size, size), FILTERS[method]) for image in images]
     if "{input}" in method and "{output}" in method:
         words = command_words(method)
-        return lambda images: fitted(run_command(words, images), size)
+        return lambda images, prompts=None: fitted(run_command(words, images), size)
     if os.path.isfile(method):
         network = load_network(Path(method))
-        return lambda images: fitted(network_enlarged(network, images), size)
-    if os.path.isdir(method):
-        upgraded = load_pipeline(method).to(own_device())
+        return lambda images, prompts=None: fitted(network_enlarged(network, images), size)
+    if os.path.isdir(method) or method in SHIPPED:
+        upgraded, _ = open_model(method)
         check_enlarging(upgraded, strength=0.0, steps=STEPS, times=1, batch_size=BATCH)
-        return lambda images: fitted(
-            upscale(upgraded, images, steps=STEPS, guidance_scale=1.0, batch_size=BATCH), size
+        return lambda images, prompts=None: fitted(
+            upscale(upgraded, images, prompts, steps=STEPS, guidance_scale=1.0, batch_size=BATCH), size
         )
     raise ModelError(
         f"--upscale {method}: neither {', '.join(FILTERS)}, nor a weights file, an upgraded pipeline's "

@@ -46,7 +46,12 @@ def structured_noise(seed: int, index: int, layout: LatentLayout, height: int, w
 
 
 def _generator(seed: int, index: int, purpose: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + purpose)
+    return seeded_generator((seed * 1_000_003 + index) * 2 + purpose)
+
+
+def seeded_generator(seed: int) -> torch.Generator:
+    """Return a generator of a seed of any size: beyond 64 bits it is taken modulo 2**64."""
+    return torch.Generator().manual_seed(seed if -(2**63) <= seed < 2**64 else seed % 2**64)
 
 
 def start_noise(pipeline: Any, seed: int, index: int, resolution: int | tuple[int, int]) -> Tensor:

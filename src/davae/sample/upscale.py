@@ -19,14 +19,15 @@ from torch import Tensor
 from davae.backbones.classes import goes_by_class
 from davae.backbones.expand import CLEAN_BASE
 from davae.backbones.families import denoiser, family_of
+from davae.data.decoding import converted_image
 from davae.data.images import to_images, to_tensor
-from davae.errors import ModelError
+from davae.errors import ModelError, UnreadableImage
 from davae.pretrained.memory_budget import TILE
 from davae.pretrained.shapes import default_resolution, pixel_factor, token_side
 from davae.sample.canvas import Enlargement, WindowGrid
 from davae.sample.draw_detail import OnBase, draw_detail
 from davae.sample.finite import finite_images, remedy
-from davae.sample.generate import structured_noise
+from davae.sample.generate import seeded_generator, structured_noise
 from davae.sample.open import check_class_prompts
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
@@ -59,11 +60,13 @@ def upscale(
 ) -> list[Image.Image]:
     """Enlarge images s times each way with an upgraded model, at the small image's tokens.
 
-    The noise of an image depends on the seed and on its pixels alone, not on the images around it or the batch size.
+    The noise of an image depends on the seed and on its pixels alone, in all `times`, not on the images around it or the
+    batch size.
 
     Args:
         pipe: an upgraded pipeline of any family that `davae upgrade` trains, loaded by plain diffusers or by davae.
-        images: of any size and shape; larger ones than the model's own are drawn in overlapping windows.
+        images: of any size and shape, read by the rules for files (upright, sRGB, on white); larger ones than the model's
+            own are drawn in overlapping windows.
         prompts: one for all, or one an image; classes for a class-conditional pipeline.
         strength: share of the steps in which the base may change too, in [0,1]; 0 keeps it.
         times: how often the result is enlarged again; 2 gives s^2.
@@ -76,25 +79,28 @@ def upscale(
             (1,C,h,w), normalised; the image may be mirrored at its right and lower edge.
 
     Returns:
-        One image for each of `images`, RGB.
+        One image for each of `images`, upright, RGB.
 
     Raises:
-        ModelError: no upgraded pipeline, an argument out of its bounds, a result that is too large or not finite.
+        ModelError: no upgraded pipeline, an argument out of its bounds, an image that cannot be read, a result that is too
+            large or not finite.
     """
     sources = [images] if isinstance(images, Image.Image) else list(images)
     check_enlarging(pipe, strength=strength, steps=steps, times=times, batch_size=batch_size, overlap=overlap)
     texts = _prompts(pipe, prompts, len(sources))
     work = _Work(pipe, _window(pipe, window), overlap, seed, faithful and strength == 0.0)
-    for number, source in enumerate(sources):
-        check_size(pipe, source.size, times, f"image {number}")
+    results = [_converted(source, f"image {number}") for number, source in enumerate(sources)]
+    for number, image in enumerate(results):
+        check_size(pipe, image.size, times, f"image {number}", window)
     if not denoiser(pipe).config.get(CLEAN_BASE):
         _note_noisy_base()
     options = {"strength": strength, "steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
-    results, total, before = [source.convert("RGB") for source in sources], steps * times * len(sources), 0
-    for _ in range(times):
+    numbers = [zlib.crc32(image.tobytes()) for image in results]  # a rounding of a first result changes no noise
+    total, before = steps * times * len(sources), 0
+    for done in range(times):
         for chosen in _groups([len(work.grid(image.size)) for image in results], batch_size):
             shown = _counted(on_step, before, steps * len(chosen), total)
-            group = [results[i] for i in chosen], [texts[i] for i in chosen]
+            group = [results[i] for i in chosen], [texts[i] for i in chosen], [numbers[i] + done for i in chosen]
             drawn = work.enlarge(*group, on_step=shown, on_base=on_base, **options)
             before += steps * len(chosen)
             for i, image in zip(chosen, drawn, strict=True):
@@ -144,13 +150,16 @@ class _Work:
         width, height = (max(self.side, -(-n // (self.factor * self.grain)) * self.grain) for n in size)
         return WindowGrid.over(height, width, self.side, self.overlap, self.grain)
 
-    def enlarge(self, images: list[Image.Image], prompts: list[str], **options: Any) -> list[Image.Image]:
+    def enlarge(
+        self, images: list[Image.Image], prompts: list[str], numbers: list[int], **options: Any
+    ) -> list[Image.Image]:
+        """Enlarge images once, each with the noise of its number."""
         inputs = [to_tensor(image)[None] for image in images]  # (1,3,H,W)
         work = []
-        for image, pixels, prompt in zip(images, inputs, prompts, strict=True):
-            grid, number = self.grid(image.size), zlib.crc32(image.tobytes())
+        for image, pixels, prompt, number in zip(images, inputs, prompts, numbers, strict=True):
+            grid = self.grid(image.size)
             noise = structured_noise(self.seed, number, self.vae.layout, grid.height, grid.width)
-            generator = torch.Generator().manual_seed(number ^ self.seed)
+            generator = seeded_generator(number ^ self.seed)
             work.append(Enlargement(self._encode(pixels, grid), noise, grid, prompt, generator))
         latents = draw_detail(self.pipe, work, **options)
         return [self._decode(z_hr, source) for z_hr, source in zip(latents, inputs, strict=True)]
@@ -235,23 +244,39 @@ def check_enlarging(
             raise ModelError(f"{name}: found {value}; use a number from {low} to {high}")
 
 
-def check_size(pipe: Any, size: tuple[int, int], times: int, name: str) -> None:
-    """Refuse an image whose result is larger than davae makes.
+def check_size(pipe: Any, size: tuple[int, int], times: int, name: str, window: int | None = None) -> None:
+    """Refuse an image whose result, or what it is drawn on, is larger than davae makes.
 
     Args:
+        pipe: an upgraded pipeline.
         size: width and height in pixels.
+        times: how often it is enlarged.
         name: of the image, for the message.
+        window: side of the windows in pixels, which every side that is drawn has at least; by default the size that the model
+            draws.
 
     Raises:
-        ModelError: the result is too large.
+        ModelError: an image without pixels, or a result that is too large.
     """
-    scale = pipe.vae.layout.scale**times
+    if min(size) < 1:
+        raise ModelError(f"{name}: {size[0]}x{size[1]} pixels; there is nothing to enlarge")
+    scale, least = pipe.vae.layout.scale**times, window or default_resolution(pipe)
     width, height = size[0] * scale, size[1] * scale
-    if width * height > MOST_PIXELS:
+    drawn = max(width, least), max(height, least)
+    if drawn[0] * drawn[1] > max(MOST_PIXELS, least**2):
+        on = "" if drawn == (width, height) else f", drawn on {drawn[0]}x{drawn[1]}"
         raise ModelError(
-            f"{name}: {size[0]}x{size[1]} pixels would become {width}x{height}, more than {MOST_PIXELS} pixels; "
+            f"{name}: {size[0]}x{size[1]} pixels would become {width}x{height}{on}, more than {MOST_PIXELS} pixels; "
             "reduce or cut it first, or enlarge fewer times"
         )
+
+
+def _converted(image: Image.Image, name: str) -> Image.Image:
+    """Return an image upright and in sRGB."""
+    try:
+        return converted_image(image)
+    except UnreadableImage as error:
+        raise ModelError(f"{name}: {error}") from error
 
 
 def _prompts(pipe: Any, prompts: str | Sequence[str] | None, count: int) -> list[str]:

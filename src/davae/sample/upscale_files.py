@@ -10,23 +10,15 @@ from typing import Any
 
 from PIL import Image, ImageCms
 
+from davae.backbones.classes import goes_by_class
 from davae.data.captions.texts import caption_of_file
-from davae.data.decoding import (
-    MAX_PIXELS,
-    ORIENTATION,
-    check_header,
-    checked_stream,
-    header_size,
-    naming_damage,
-    orientation,
-    upright_rgb,
-)
+from davae.data.decoding import ORIENTATION, header_size, loaded_image, upright_rgb
 from davae.data.findings import Findings
-from davae.data.formats import is_image_name, open_image
+from davae.data.formats import is_image_name
 from davae.data.images import grid
-from davae.errors import DataError, RunError, UnreadableImage
+from davae.errors import DataError, ModelError, RunError, UnreadableImage
 from davae.files.outputs import check_image, save_image
-from davae.sample.open import SamplingOptions
+from davae.sample.open import SamplingOptions, check_class_prompts
 from davae.sample.upscale import check_enlarging, check_size, upscale
 
 SHEET = "before-after.png"
@@ -130,13 +122,12 @@ def read_source(path: Path) -> DecodedImage:
         DataError: it cannot be read, in one line with its path.
     """
     try:
-        with naming_damage() as damage, open_image(checked_stream(path)) as image:
-            check_header(image, MAX_PIXELS)
-            image.load()
-            turn, profile = orientation(image, damage), image.info.get("icc_profile")
+        with loaded_image(path) as (image, turn):
+            profile = image.info.get("icc_profile")
             if image.mode != "RGB" or "transparency" in image.info or not _is_rgb(profile):
                 return DecodedImage(upright_rgb(image, "white"), None, turn)
             upright = image.transpose(UPRIGHT[turn][0]) if turn in UPRIGHT else image.copy()
+            upright.info = {}  # its pixels are upright, and stay in the numbers of the profile
             return DecodedImage(upright, profile, turn)
     except UnreadableImage as error:
         raise DataError(f"{path}: {error}") from error
@@ -200,13 +191,13 @@ def upscale_files(
         The contact sheet: each input, enlarged by Lanczos, and its result.
 
     Raises:
-        ModelError: an image that is too large, a model that cannot enlarge, an argument out of its bounds.
+        ModelError: an image that is too large or without a class where the model needs one, a model that cannot enlarge, an
+            argument out of its bounds; before any image is drawn.
         DataError: an image that cannot be decoded; those before it are written.
     """
     batch_size = options.batch_size
     check_enlarging(pipeline, strength=strength, steps=options.steps, times=times, batch_size=batch_size)
-    for job in jobs:
-        check_size(pipeline, job.size, times, str(job.source))
+    _check_jobs(pipeline, jobs, times, window)
     cells: list[Image.Image] = []
     side = min(CELL, max(max(job.size) for job in jobs) * pipeline.vae.layout.scale**times)
     for start in range(0, len(jobs), batch_size):
@@ -232,6 +223,16 @@ def upscale_files(
                 cells += _pair(source.image, result, side)
     save_image(grid(cells, 2), out / SHEET)
     return out / SHEET
+
+
+def _check_jobs(pipeline: Any, jobs: Sequence[ImageJob], times: int, window: int | None) -> None:
+    """Refuse files that are too large, or that lack the class that the model needs."""
+    by_class = goes_by_class(pipeline)
+    for job in jobs:
+        check_size(pipeline, job.size, times, str(job.source), window)
+        if by_class and not job.prompt:
+            raise ModelError(f"{job.source}: no class; give --prompt, or write it into {job.source.stem}.txt")
+    check_class_prompts(pipeline, [job.prompt for job in jobs])
 
 
 def _share(on_step: Callable[[int, int], None], first: int, count: int, of: int) -> Callable[[int, int], None]:

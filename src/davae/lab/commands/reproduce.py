@@ -120,7 +120,7 @@ def _table(
         with progress_display() as observer:
             runs.run_job(job, out, results, observer)
     shown = load_table(name)
-    if shown.throughput:
+    if shown.throughput and runs.timed_jobs(jobs):
         with progress_display() as observer:
             runs.measure_speed(jobs, out, results, observer)
     table(f"{shown.title}\nThe paper: {shown.claim}", *tabulate.table_rows(jobs, results))

@@ -33,7 +33,7 @@ from davae.recipes import (
 from davae.recipes.loading import suggestion
 
 ONCE: tuple[RowKind, ...] = ("enlarged", "planned")  # kinds of rows that no seed changes
-DETAIL = "runs/stage1"  # where commands put a DetailVAE
+DETAIL, ENLARGER = "runs/stage1", "runs/upgrade"  # where commands put a DetailVAE, and an upgrade that enlarges
 Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
 
 
@@ -84,7 +84,7 @@ def recipe_kinds(rows: list[Row]) -> set[type[AnyRecipe]]:
     """Return the kinds of recipes that rows change."""
     kinds: set[type[AnyRecipe]] = set()
     for row in rows:
-        if row.kind in ("upgrade", "enlarged") or row.detail_vae is not None:
+        if row.kind in ("upgrade", "enlarged", "detailed") or row.detail_vae is not None:
             kinds.add(Recipe)
         if row.kind == "base":
             kinds.add(BaseRecipe)
@@ -125,6 +125,8 @@ class JobFactory:
                 return self.upgrade(row.name, row.set, seed)
             case "enlarged":
                 return self.enlarged(row)
+            case "detailed":
+                return self.detailed(row, seed)
             case "base":
                 return self.base(row, seed)
             case "drawn":
@@ -157,8 +159,6 @@ class JobFactory:
     def enlarged(self, row: Row) -> EnlargedJob:
         """Return the job of a row of enlarged images, equal for every seed of stage 2."""
         recipe = self.upgrade(row.name, row.set, 0).recipe
-        if recipe.base.model is None:
-            raise RecipeError("tables need a base model that is trained already: --set base.model=FOLDER")
         network, words = None, []
         method = str(row.upscale)
         if method == "network":
@@ -166,7 +166,7 @@ class JobFactory:
             network = self.load(SuperResolutionRecipe, name, [])
             words = ["davae", "train-sr", name, "--out", "runs/sr", "&&"]
             method = f"runs/sr/{WEIGHTS}"
-        words += generation_words(recipe.base.model, self.measures["generation"], recipe.resolution, method)
+        words += generation_words(base_model(recipe), self.measures["generation"], recipe.resolution, method)
         return EnlargedJob(
             row=row.name,
             seed=0,
@@ -175,6 +175,22 @@ class JobFactory:
             measures=self.measures,
             upscale=str(row.upscale),
             super_resolution=network,
+        )
+
+    def detailed(self, row: Row, seed: int) -> EnlargedJob:
+        """Return the job of a row of base images that their upgrade enlarges."""
+        upgrade = self.upgrade(row.name, row.set, seed)
+        recipe = upgrade.recipe
+        words = [f"{upgrade.command} --out {ENLARGER}", "&&"]
+        words += generation_words(base_model(recipe), self.measures["generation"], recipe.resolution, ENLARGER)
+        return EnlargedJob(
+            row=row.name,
+            seed=seed,
+            command=" ".join(words),
+            recipe=recipe,
+            measures=self.measures,
+            upscale=str(row.upscale),
+            upgrade=upgrade,
         )
 
     def base(self, row: Row, seed: int) -> BaseJob:
@@ -213,6 +229,17 @@ class JobFactory:
             upscale=upscale,
             generation=generation,
         )
+
+
+def base_model(recipe: Recipe) -> str:
+    """Return the base model of an upgrade, which tables do not train.
+
+    Raises:
+        RecipeError: the recipe trains its base.
+    """
+    if recipe.base.model is None:
+        raise RecipeError("tables need a base model that is trained already: --set base.model=FOLDER")
+    return recipe.base.model
 
 
 def setting(overrides: list[str]) -> list[str]:

@@ -53,6 +53,11 @@ class Job(ABC):
         New options therefore change no hash.
         """
 
+    @property
+    def timed(self) -> bool:
+        """Return whether images/s are measured: not where an upgrade draws each image again."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpgradeJob(Job):
@@ -85,15 +90,23 @@ class EnlargedJob(Job):
     Attributes:
         recipe: the upgrade; not trained.
         super_resolution: the network that enlarges them, where one is trained.
+        upgrade: the training of the upgrade that enlarges them, where it does.
     """
 
     recipe: Recipe
     measures: dict[str, Any]
     upscale: str
     super_resolution: SuperResolutionRecipe | None = None
+    upgrade: UpgradeJob | None = None
+
+    @property
+    def timed(self) -> bool:
+        return self.upgrade is None
 
     @cached_property
     def key(self) -> str:
+        if self.upgrade is not None:
+            return hash_values(self.upscale, self.upgrade.key)
         network = None if self.super_resolution is None else self.super_resolution.model_dump(mode="json")
         if network is not None and network["data"]["num_workers"] is None:
             network["data"]["num_workers"] = 0  # the default when the first figures were made
@@ -157,12 +170,16 @@ class DrawnJob(Job):
     upscale: str
     generation: dict[str, Any]
 
+    @property
+    def timed(self) -> bool:
+        return self.upscale not in SHIPPED
+
     @cached_property
     def key(self) -> str:
         base = SHIPPED.get(self.pipeline, self.pipeline)
         weights = [model_digest(resolve(base))]
-        if self.pipeline in SHIPPED:
-            weights.append(model_digest(str(UPGRADES[base])))
+        shipped = [name for name in (self.pipeline, self.upscale) if name in SHIPPED]
+        weights += [model_digest(str(UPGRADES[SHIPPED[name]])) for name in shipped]
         sizes = (self.resolution, self.compare_at, self.upscale)
         return hash_values(self.pipeline, weights, sizes, self.generation, self.seed)
 

@@ -114,7 +114,9 @@ def trained_run(job: UpgradeJob, out: Path, observer: Observer) -> Path:
 
 
 def trained_upscaler(job: EnlargedJob, out: Path, observer: Observer) -> str:
-    """Return the value of `--upscale` for a job: a method, or weights, trained if needed."""
+    """Return the value of `--upscale`: a method, or weights or a run, trained if needed."""
+    if job.upgrade is not None:
+        return str(trained_run(job.upgrade, out, observer))
     if job.super_resolution is None:
         return job.upscale
     folder = out / "networks" / hash_values(job.super_resolution.model_dump(mode="json"))
@@ -314,8 +316,8 @@ def speeds(jobs: Sequence[Job], results: Path) -> dict[str, Any] | None:
 
 
 def timed_jobs(jobs: Sequence[Job]) -> list[Job]:
-    """Return the job of each row's first seed, as other seeds take as long."""
-    return [job for job in jobs if job.seed == 0]
+    """Return the job of each timed row's first seed, as other seeds take as long."""
+    return [job for job in jobs if job.seed == 0 and job.timed]
 
 
 def _speed_file(rows: Sequence[Job], results: Path) -> Path:

@@ -45,7 +45,7 @@ class Scale(Section):
     super_resolution: str | None  # recipe of the learned baseline of Tab. S2
 
 
-RowKind = Literal["upgrade", "enlarged", "base", "drawn", "planned"]
+RowKind = Literal["upgrade", "enlarged", "detailed", "base", "drawn", "planned"]
 
 
 class Row(Section):
@@ -53,14 +53,15 @@ class Row(Section):
 
     - `upgrade`, where nothing is given: the scale's recipe.
     - `enlarged`, by `upscale`: images of the base model, enlarged; `network` is a trained super-resolution network.
+    - `detailed`, by `upscale: upgrade`: images of the base model, enlarged by its upgrade.
     - `base`, by `recipe`: a base recipe, for `davae train-base`.
-    - `drawn`, by `pipeline`: an existing model, measured without training.
+    - `drawn`, by `pipeline`: an existing model, measured without training; `upscale` takes the embedded upgrade too.
     - `planned`, by `commands`: printed, not run. docs/paper-scale.md lists inputs and costs.
     """
 
     name: str
     set: dict[str, Any] = Field(default={})
-    upscale: Literal["bilinear", "bicubic", "lanczos", "network"] | None = None  # of a drawn row too
+    upscale: Literal["bilinear", "bicubic", "lanczos", "network", "upgrade", "micro-upgraded"] | None = None
     recipe: str | None = None
     detail_vae: dict[str, Any] | None = None  # base rows: `set` of the upgrade whose DetailVAE is the autoencoder
     pipeline: str | None = None
@@ -74,7 +75,7 @@ class Row(Section):
         if self.pipeline is not None:
             return "drawn"
         if self.upscale is not None:
-            return "enlarged"
+            return "detailed" if self.upscale == "upgrade" else "enlarged"
         return "upgrade" if self.recipe is None else "base"
 
 
