@@ -42,18 +42,18 @@ class Ceiling:
 
 
 CEILINGS = {
-    "analyze": Ceiling(1350),
+    "analyze": Ceiling(1400),
     "app": Ceiling(3900),
     "backbones": Ceiling(3450),
     "benchmarks": Ceiling(2400),
     "commands": Ceiling(2600),
     "convert": Ceiling(750),
     "cost": Ceiling(600),
-    "data": Ceiling(7200),
+    "data": Ceiling(7250),
     "dataset": Ceiling(950),
     "evaluate": Ceiling(2350),
     "files": Ceiling(1200),
-    "lab": Ceiling(3700),
+    "lab": Ceiling(3750),
     "losses": Ceiling(800),
     "plan": Ceiling(1800),
     "pretrained": Ceiling(1750),
