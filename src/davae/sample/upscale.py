@@ -60,8 +60,7 @@ def upscale(
 ) -> list[Image.Image]:
     """Enlarge images s times each way with an upgraded model, at the small image's tokens.
 
-    The noise of an image depends on the seed and on its pixels alone, in all `times`, not on the images around it or the
-    batch size.
+    The noise of an image depends on the seed and its pixels alone, not on the images around it or the batch size.
 
     Args:
         pipe: an upgraded pipeline of any family that `davae upgrade` trains, loaded by plain diffusers or by davae.
@@ -85,26 +84,22 @@ def upscale(
         ModelError: no upgraded pipeline, an argument out of its bounds, an image that cannot be read, a result that is too
             large or not finite.
     """
-    sources = [images] if isinstance(images, Image.Image) else list(images)
     check_enlarging(pipe, strength=strength, steps=steps, times=times, batch_size=batch_size, overlap=overlap)
-    texts = _prompts(pipe, prompts, len(sources))
     work = _Work(pipe, _window(pipe, window), overlap, seed, faithful and strength == 0.0)
-    results = [_converted(source, f"image {number}") for number, source in enumerate(sources)]
-    for number, image in enumerate(results):
-        check_size(pipe, image.size, times, f"image {number}", window)
+    results = _sources(pipe, images, times, window)
+    texts = _prompts(pipe, prompts, len(results))
     if not denoiser(pipe).config.get(CLEAN_BASE):
         _note_noisy_base()
     options = {"strength": strength, "steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
     numbers = [zlib.crc32(image.tobytes()) for image in results]  # a rounding of a first result changes no noise
-    total, before = steps * times * len(sources), 0
+    total, before = steps * times * len(results), 0
     for done in range(times):
         for chosen in _groups([len(work.grid(image.size)) for image in results], batch_size):
             shown = _counted(on_step, before, steps * len(chosen), total)
             group = [results[i] for i in chosen], [texts[i] for i in chosen], [numbers[i] + done for i in chosen]
-            drawn = work.enlarge(*group, on_step=shown, on_base=on_base, **options)
-            before += steps * len(chosen)
-            for i, image in zip(chosen, drawn, strict=True):
+            for i, image in zip(chosen, work.enlarge(*group, on_step=shown, on_base=on_base, **options), strict=True):
                 results[i] = image
+            before += steps * len(chosen)
     return results
 
 
@@ -271,12 +266,18 @@ def check_size(pipe: Any, size: tuple[int, int], times: int, name: str, window: 
         )
 
 
-def _converted(image: Image.Image, name: str) -> Image.Image:
-    """Return an image upright and in sRGB."""
-    try:
-        return converted_image(image)
-    except UnreadableImage as error:
-        raise ModelError(f"{name}: {error}") from error
+def _sources(
+    pipe: Any, images: Image.Image | Sequence[Image.Image], times: int, window: int | None
+) -> list[Image.Image]:
+    """Return the images upright and in sRGB, all of them of sizes that can be enlarged."""
+    sources = []
+    for number, image in enumerate([images] if isinstance(images, Image.Image) else images):
+        check_size(pipe, image.size, times, f"image {number}", window)
+        try:
+            sources.append(converted_image(image))
+        except UnreadableImage as error:
+            raise ModelError(f"image {number}: {error}") from error
+    return sources
 
 
 def _prompts(pipe: Any, prompts: str | Sequence[str] | None, count: int) -> list[str]:
