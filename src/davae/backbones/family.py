@@ -47,6 +47,7 @@ class Family:
         scaled_config: entries of the transformer's config from which the pipeline reads sizes in pixels of the base; an
             upgrade multiplies them by s.
         scaled_options: options of the pipeline with sizes in pixels of the base; an upgrade multiplies them by s.
+        detail_head: whether the class is davae's own and takes a `DetailHead`.
     """
 
     class_name: str
@@ -74,6 +75,7 @@ class Family:
     upgraded_pipelines: tuple[str, ...] = ()
     scaled_config: tuple[str, ...] = ()
     scaled_options: tuple[str, ...] = ()
+    detail_head: bool = False
 
     @property
     def trains(self) -> bool:

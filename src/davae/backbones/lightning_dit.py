@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -18,6 +18,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from davae.backbones.detail_head import DetailHead
 from davae.backbones.lightning_layers import (
     FinalLayer,
     LabelEmbedder,
@@ -64,14 +65,16 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         prediction_type: what the output means. `epsilon` is DiT's, whose timestep runs over 0..999.
         reversed_time: the weights were trained with t = 1 as noise (REPA): time and velocity are turned round.
         out_channels: C, or 2C where a variance is returned; worked out when not given.
+        head_options: of an upgrade's `DetailHead`: base_channels, and linear_skip, prediction, or both.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or `head_options` of a model that predicts epsilon.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("LightningDiTBlock",)
     _repeated_blocks = ("LightningDiTBlock",)
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["detail_head"]
 
     @register_to_config
     def __init__(
@@ -94,8 +97,11 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         reversed_time: bool = False,
         out_channels: int | None = None,
         sample_size: int | None = None,
+        head_options: dict[str, Any] | None = None,
     ):
         super().__init__()
+        if head_options is not None and prediction_type != "velocity":
+            raise ValueError(f"a model that predicts {prediction_type} has no detail_head; it is for velocities")
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size // num_heads % 4 or hidden_size % 4:
@@ -117,6 +123,7 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.feat_rope = RotaryEmbedding(positions, hidden_size // num_heads) if use_rope else None
         self.blocks = nn.ModuleList([LightningDiTBlock(config) for _ in range(depth)])
         self.final_layer = FinalLayer(config, (2 if learn_sigma else 1) * in_channels)
+        self.detail_head = None if head_options is None else DetailHead(in_channels, **head_options)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -161,11 +168,10 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"latents are {tuple(hidden_states.shape[1:])}, this LightningDiT takes "
                 f"({config.in_channels}, {size}, {size})"
             )
-        if config.reversed_time:
-            timestep = 1 - timestep
+        own_time = 1 - timestep if config.reversed_time else timestep
         dtype = self.pos_embed.dtype
         tokens = self.x_embedder(hidden_states) + tables.embedding  # (B,L,w)
-        condition = self.t_embedder(timestep, dtype) + self.y_embedder(class_labels)  # (B,w)
+        condition = self.t_embedder(own_time, dtype) + self.y_embedder(class_labels)  # (B,w)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, condition, tables.rotary)  # type: ignore[operator]
@@ -176,6 +182,8 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             output, _ = output.chunk(2, dim=1)
         if config.reversed_time:
             output = -output
+        if self.detail_head is not None:
+            output = self.detail_head(output, hidden_states, timestep)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _unpatchify(self, tokens: Tensor, grid: int) -> Tensor:

@@ -42,6 +42,7 @@ DIT = (
         objectives=("flow", "epsilon"),
         classes_key="num_classes",
         call=LightningDiTCall(),
+        detail_head=True,
     ),
     Family(
         "DiTTransformer2DModel",
