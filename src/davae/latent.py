@@ -70,6 +70,10 @@ class LatentLayout:
             )
         return torch.cat([z, z_d], dim=1)
 
+    def by_group(self, base: Tensor, detail: Tensor) -> Tensor:
+        """Return a value of each group as one of each channel, (B,1,1,1) each -> (B,C+D,1,1)."""
+        return self.join(base.expand(-1, self.base_channels, -1, -1), detail.expand(-1, self.detail_channels, -1, -1))
+
 
 def check_statistics(name: str, values: Sequence[float]) -> None:
     """Check the numbers that latents are normalised by.

@@ -50,6 +50,7 @@ class Call(ABC):
             config: the transformer's own config, which wrappers hide.
             x_t: noisy latents (B,c,h,w).
             t: (B,), in (0,1) with 1 noise for flow matching; 0 .. T-1 of the scheduler's training steps for epsilon and v.
+                (B,2) of base and detail, for a model in which the detail has a time of its own.
             parts: the conditions, each (B,...).
 
         Returns:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from davae.backbones.detail_time import OFFSET
 from davae.backbones.families import family_of
 from davae.backbones.family import Family
 from davae.latent import LatentLayout
@@ -18,7 +19,9 @@ MARK = "_davae_base_channels"  # config key of an expanded transformer; diffuser
 CLEAN_BASE = "_davae_clean_base"  # private like MARK: the share of training with a clean base, where there was one
 
 
-def expand_transformer(transformer: Model, detail_channels: int, new_weights: NewWeights = "zero") -> Model:
+def expand_transformer(
+    transformer: Model, detail_channels: int, new_weights: NewWeights = "zero", detail_offset: float = 0.0
+) -> Model:
     """Widen a pretrained transformer from C to C+D latent channels.
 
     At step 0 the base velocity equals the pretrained one whatever the detail input (Eq. 9), and the detail velocity is zero
@@ -28,12 +31,14 @@ def expand_transformer(transformer: Model, detail_channels: int, new_weights: Ne
         transformer: a supported diffusers transformer with C input and C output channels.
         detail_channels: D, a multiple of C.
         new_weights: `random` gives P' and O' the initial values of a fresh layer instead: the ablation of Fig. 4.
+        detail_offset: above 0 the detail gets a time of its own, and this is how far the base is ahead in sampling.
 
     Returns:
         A module of the same class, `in_channels` and `out_channels` of its config raised by D.
 
     Raises:
-        ValueError: unsupported class, D not a multiple of C, or a transformer that was expanded already.
+        ValueError: unsupported class, D not a multiple of C, a transformer that was expanded already, or a class whose
+            channels share one time and a `detail_offset`.
     """
     family = family_of(transformer)
     config: Any = transformer.config
@@ -60,6 +65,11 @@ def expand_transformer(transformer: Model, detail_channels: int, new_weights: Ne
         parent, _, attribute = path.rpartition(".")
         module = expanded.get_submodule(parent)
         setattr(module, attribute, widened(getattr(module, attribute)))
+    if detail_offset:
+        if family.detail_time is None:
+            raise ValueError(f"all channels of a {family.class_name} share one time; leave detail_offset at 0")
+        expanded.add_detail_time(detail_channels)  # type: ignore[operator]
+        expanded.register_to_config(**{OFFSET: detail_offset})  # type: ignore[operator]
     return expanded
 
 

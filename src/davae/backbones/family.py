@@ -47,7 +47,7 @@ class Family:
         scaled_config: entries of the transformer's config from which the pipeline reads sizes in pixels of the base; an
             upgrade multiplies them by s.
         scaled_options: options of the pipeline with sizes in pixels of the base; an upgrade multiplies them by s.
-        detail_head: whether the class is davae's own and takes a `DetailHead`.
+        detail_time: module path of the modulation by the detail's own time; None where all channels share one time.
     """
 
     class_name: str
@@ -75,7 +75,7 @@ class Family:
     upgraded_pipelines: tuple[str, ...] = ()
     scaled_config: tuple[str, ...] = ()
     scaled_options: tuple[str, ...] = ()
-    detail_head: bool = False
+    detail_time: str | None = None
 
     @property
     def trains(self) -> bool:

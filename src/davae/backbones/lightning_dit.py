@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -18,7 +18,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from davae.backbones.detail_head import DetailHead
+from davae.backbones.detail_time import DetailTime, base_and_detail_time
 from davae.backbones.lightning_layers import (
     FinalLayer,
     LabelEmbedder,
@@ -29,6 +29,7 @@ from davae.backbones.lightning_layers import (
     grid_positions,
     sinusoidal_positions,
 )
+from davae.latent import LatentLayout
 
 Prediction = Literal["velocity", "epsilon"]
 
@@ -65,16 +66,15 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         prediction_type: what the output means. `epsilon` is DiT's, whose timestep runs over 0..999.
         reversed_time: the weights were trained with t = 1 as noise (REPA): time and velocity are turned round.
         out_channels: C, or 2C where a variance is returned; worked out when not given.
-        head_options: of an upgrade's `DetailHead`: base_channels, and linear_skip, prediction, or both.
+        detail_channels: D, the last channels of an upgrade, where they have a time of their own; see `DetailTime`.
 
     Raises:
-        ValueError: sizes that do not divide, or `head_options` of a model that predicts epsilon.
+        ValueError: sizes that do not divide.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("LightningDiTBlock",)
     _repeated_blocks = ("LightningDiTBlock",)
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["detail_head"]
 
     @register_to_config
     def __init__(
@@ -97,11 +97,9 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         reversed_time: bool = False,
         out_channels: int | None = None,
         sample_size: int | None = None,
-        head_options: dict[str, Any] | None = None,
+        detail_channels: int = 0,
     ):
         super().__init__()
-        if head_options is not None and prediction_type != "velocity":
-            raise ValueError(f"a model that predicts {prediction_type} has no detail_head; it is for velocities")
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size // num_heads % 4 or hidden_size % 4:
@@ -123,8 +121,10 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.feat_rope = RotaryEmbedding(positions, hidden_size // num_heads) if use_rope else None
         self.blocks = nn.ModuleList([LightningDiTBlock(config) for _ in range(depth)])
         self.final_layer = FinalLayer(config, (2 if learn_sigma else 1) * in_channels)
-        self.detail_head = None if head_options is None else DetailHead(in_channels, **head_options)
+        self.detail_time: DetailTime | None = None
         self._initialise()
+        if detail_channels:
+            self.add_detail_time(detail_channels)
 
     def _initialise(self) -> None:
         """Initialise matrices by Xavier, gates and head to zero: blocks are identities, output 0."""
@@ -142,6 +142,19 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
 
+    def add_detail_time(self, detail_channels: int) -> None:
+        """Give the last channels a time of their own, whose modulation is zero at first.
+
+        Raises:
+            ValueError: a model of epsilon.
+        """
+        config = cast(Any, self.config)
+        if config.prediction_type != "velocity":
+            raise ValueError(f"this model predicts {config.prediction_type}; a velocity alone has a time of its own")
+        parts = 4 if config.wo_shift else 6
+        self.detail_time = DetailTime(config.hidden_size, parts).to(self.pos_embed.device, self.pos_embed.dtype)
+        self.register_to_config(detail_channels=detail_channels)
+
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -149,7 +162,8 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Args:
             hidden_states: latents (B,C,g,g).
-            timestep: (B,) in [0,1], 0 noise and 1 data; 0..999 for epsilon models.
+            timestep: (B,) in [0,1], 0 noise and 1 data; 0..999 for epsilon models. (B,2) gives base and detail each a time,
+                where the model has `detail_channels`.
             class_labels: (B,) in 0..num_classes, `num_classes` meaning none.
 
         Returns:
@@ -168,23 +182,37 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"latents are {tuple(hidden_states.shape[1:])}, this LightningDiT takes "
                 f"({config.in_channels}, {size}, {size})"
             )
-        own_time = 1 - timestep if config.reversed_time else timestep
+        if config.reversed_time:
+            timestep = 1 - timestep
         dtype = self.pos_embed.dtype
         tokens = self.x_embedder(hidden_states) + tables.embedding  # (B,L,w)
-        condition = self.t_embedder(own_time, dtype) + self.y_embedder(class_labels)  # (B,w)
+        label = self.y_embedder(class_labels)
+        if self.detail_time is None:
+            condition, later, added = self.t_embedder(timestep, dtype) + label, None, None  # (B,w)
+        else:  # Eq. 13 of GRACE; each group's head has its own time (App. B.1)
+            base, detail = (self.t_embedder(time, dtype) for time in base_and_detail_time(timestep))
+            condition, later, added = base + label, detail + label, self.detail_time(detail)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, condition, tables.rotary)  # type: ignore[operator]
+                tokens = self._gradient_checkpointing_func(block, tokens, condition, tables.rotary, added)  # type: ignore[operator]
             else:
-                tokens = block(tokens, condition, tables.rotary)
-        output = self._unpatchify(self.final_layer(tokens, condition), size // config.patch_size)
-        if config.learn_sigma and config.prediction_type == "velocity":
-            output, _ = output.chunk(2, dim=1)
+                tokens = block(tokens, condition, tables.rotary, added)
+        output = self._output(tokens, condition, size // config.patch_size)
+        if later is not None:
+            layout = LatentLayout(config.in_channels - config.detail_channels, config.detail_channels)
+            lagging = self._output(tokens, later, size // config.patch_size)
+            output = layout.join(layout.split(output)[0], layout.split(lagging)[1])
         if config.reversed_time:
             output = -output
-        if self.detail_head is not None:
-            output = self.detail_head(output, hidden_states, timestep)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _output(self, tokens: Tensor, condition: Tensor, grid: int) -> Tensor:
+        """(B,L,w) through the head -> (B,c,g,g), without the variance of a velocity model."""
+        config = cast(Any, self.config)
+        output = self._unpatchify(self.final_layer(tokens, condition), grid)
+        if config.learn_sigma and config.prediction_type == "velocity":
+            output, _ = output.chunk(2, dim=1)
+        return output
 
     def _unpatchify(self, tokens: Tensor, grid: int) -> Tensor:
         """(B,grid*grid,p*p*c) -> (B,c,g,g)."""

@@ -181,9 +181,13 @@ class LightningDiTBlock(nn.Module):
         self.without_shift = config.wo_shift
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if config.wo_shift else 6) * width))
 
-    def forward(self, tokens: Tensor, condition: Tensor, rotary: nn.Module | None) -> Tensor:
-        """tokens (B,L,w), condition (B,w) -> (B,L,w)."""
+    def forward(
+        self, tokens: Tensor, condition: Tensor, rotary: nn.Module | None, added: Tensor | None = None
+    ) -> Tensor:
+        """tokens (B,L,w), condition (B,w), more modulation (B,4w or 6w) to add -> (B,L,w)."""
         parts = self.adaLN_modulation(condition)
+        if added is not None:
+            parts = parts + added
         shift1 = shift2 = None
         if self.without_shift:
             scale1, gate1, scale2, gate2 = parts.chunk(4, dim=1)

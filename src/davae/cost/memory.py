@@ -235,7 +235,8 @@ def stage2_memory(
         frozen: precision of the pretrained weights that are not trained.
     """
     with torch.device("meta"):  # for the new weights and LoRA's
-        transformer = expand_transformer(converted(meta_transformer(shapes), frozen), layout.detail_channels)
+        pretrained = converted(meta_transformer(shapes), frozen)
+        transformer = expand_transformer(pretrained, layout.detail_channels, detail_offset=settings.detail_offset)
         in_full_precision(choose_trainable(transformer, settings.lora))
     transformer.train()
     if settings.gradient_checkpointing:

@@ -70,7 +70,8 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
     base = BaseModel.of(recipe, configs=model)
     shapes, layout = base.shapes, check_recipe(recipe, base)
     check_init(recipe, shapes)
-    upgrade = MetaUpgrade(shapes, layout)
+    objective = check_objective(recipe, base)
+    upgrade = MetaUpgrade(shapes, layout, recipe.stage2.detail_offset)
     tokens = upgrade.tokens(recipe.resolution)
     sizes = recipe_sizes(recipe, upgrade, tokens, base)
     phases = plan_phases(sizes)
@@ -79,7 +80,7 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
         "image": f"{recipe.resolution}x{recipe.resolution}, base {recipe.base.resolution}x{recipe.base.resolution}",
         "latents": f"z ({layout.base_channels},{side},{side}) + z_d ({layout.detail_channels},{side},{side})",
         "patch": f"{shapes.patch_size}, head {base.family.head_order}",
-        "objective": check_objective(recipe, base).prediction,
+        "objective": objective.prediction,
         "tokens_upgraded": tokens.upgraded_tokens,
         "tokens_native": tokens.native_tokens,
         "transformer_gflops_upgraded": round(tokens.upgraded_flops / 1e9, 3),

@@ -43,7 +43,8 @@ def expect(recipe: Recipe, shapes: BaseShapes, speed: float) -> Expected:
     Args:
         speed: FLOPs a second of all devices together.
     """
-    upgrade = MetaUpgrade(shapes, LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale))
+    layout = LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
+    upgrade = MetaUpgrade(shapes, layout, recipe.stage2.detail_offset)
     vae, transformer, side = upgrade.detail_vae, upgrade.expanded, recipe.base.resolution // shapes.vae_factor
     with torch.device("meta"):
         trained = count(choose_trainable(transformer, recipe.stage2.lora))

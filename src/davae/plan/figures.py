@@ -63,6 +63,7 @@ class MetaUpgrade:
 
     shapes: BaseShapes
     layout: LatentLayout
+    detail_offset: float = 0.0
 
     @cached_property
     def base(self) -> Any:
@@ -87,7 +88,7 @@ class MetaUpgrade:
 
     def _expand(self) -> Any:
         with torch.device("meta"):
-            return expand_transformer(self.base, self.layout.detail_channels)
+            return expand_transformer(self.base, self.layout.detail_channels, detail_offset=self.detail_offset)
 
     def trained(self, lora: Lora | None) -> int:
         """Return how many parameters stage 2 trains, with a LoRA or all."""

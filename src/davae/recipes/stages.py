@@ -94,9 +94,6 @@ class Lora(Section):
     extra_targets: tuple[str, ...] = Field(
         default=(), description="Ends of names of further layers to adapt, as norm1.linear in the authors' SD3 code."
     )
-    train_norms: bool = Field(
-        default=False, description="Train norms and modulation (adaLN) layers in full next to LoRA."
-    )
 
 
 class FlowOptim(Optim):
@@ -147,17 +144,16 @@ class Stage2(FlowOptim):
         default=1.0,
         description="Below 1 the detail is scaled, and so noisier than the base, which settles first; 0.5 is like GRACE.",
     )
+    detail_offset: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0,
+        description="Above 0 the detail has a time of its own (GRACE, Eq. 11-13), and the base is this far ahead in "
+        "sampling; 0.15 in GRACE. LightningDiT alone.",
+    )
+    detail_offset_range: tuple[Fraction, Fraction] = Field(
+        default=(0.0, 0.6), description="Least and greatest offset of a training step with detail_offset; GRACE's."
+    )
     clean_base: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
         default=0.0, description="Share of samples with a clean base latent, for `davae upscale`."
-    )
-    linear_skip: bool = Field(
-        default=False,
-        description="Add what a linear Gaussian model predicts of the detail, fitted to the cache, to the head's output. "
-        "LightningDiT only.",
-    )
-    detail_prediction: Literal["base", "x0"] = Field(
-        default="base",
-        description="Prediction of the head's detail rows: the `base`'s, or `x0` under a velocity loss. LightningDiT only.",
     )
     validate_every: NonNegativeInt = Field(
         default=0, description="Steps between losses on held-out images with fixed noise; 0 for never."
@@ -173,4 +169,21 @@ class Stage2(FlowOptim):
             )
         if self.min_snr_gamma is not None and self.x0_ratio_max is not None:
             raise ValueError("min_snr_gamma and x0_ratio_max are two weights of the same loss; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _offset_fits(self) -> Stage2:
+        low, high = self.detail_offset_range
+        if not self.detail_offset:
+            if self.detail_offset_range != Stage2.model_fields["detail_offset_range"].default:
+                raise ValueError(
+                    "detail_offset_range without detail_offset has no effect; set detail_offset, or leave it out"
+                )
+        elif not low <= self.detail_offset <= high:
+            raise ValueError(
+                f"detail_offset is {self.detail_offset}, outside detail_offset_range [{low}, {high}]: the model would be "
+                "sampled at an offset that it never saw; widen the range"
+            )
+        elif self.detail_scale != 1.0:
+            raise ValueError("detail_offset and detail_scale both put the base ahead; leave one of them out")
         return self

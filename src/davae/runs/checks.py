@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from davae.backbones.classes_by_name import model_class
-from davae.backbones.head_options import HeadOptions, check_family
+from davae.backbones.family import Family
 from davae.cost.flops import meta_transformer
 from davae.data.buckets import bucket_sizes
 from davae.data.latent_cache.meta import is_whole
-from davae.errors import DataError, ModelError, RecipeError
+from davae.errors import DataError, RecipeError
 from davae.files.reading import read_object
 from davae.latent import LatentLayout
 from davae.pretrained.distilled import Distilled
@@ -40,7 +40,7 @@ def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
             gradient checkpointing where the class has none, with the dotted path.
     """
     check_distilled(recipe, base)
-    check_head(recipe, base)
+    check_detail_time(recipe.stage2, base.family)
     shapes = base.shapes
     if recipe.detail_channels % shapes.channels:
         raise RecipeError(
@@ -108,24 +108,17 @@ def check_distilled(recipe: Recipe, base: BaseModel) -> Distilled | None:
     return found
 
 
-def check_head(recipe: Recipe, base: BaseModel) -> None:
-    """Refuse options of the detail's rows where a model has neither.
-
-    Args:
-        recipe: the upgrade's.
-        base: its base model.
+def check_detail_time(settings: Stage2, family: Family) -> None:
+    """Refuse an offset of the detail for a model whose channels share one time.
 
     Raises:
-        RecipeError: another class than davae's own, or one of its models that predicts epsilon.
+        RecipeError: names the class, and the option that needs no second time.
     """
-    options = HeadOptions.of(recipe.stage2)
-    key = "stage2.linear_skip" if options.linear_skip else "stage2.detail_prediction"
-    try:
-        check_family(base.family, options)
-    except ModelError as error:
-        raise RecipeError(f"{key}: {error}; leave it out") from error
-    if options and base.shapes.transformer_config.get("prediction_type", "velocity") != "velocity":
-        raise RecipeError(f"{key}: {recipe.base.name} predicts epsilon, this option is for velocities; leave it out")
+    if settings.detail_offset and family.detail_time is None:
+        raise RecipeError(
+            f"stage2.detail_offset: all channels of a {family.class_name} share one time; set stage2.detail_scale instead, "
+            "which puts the base ahead in every family"
+        )
 
 
 def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
@@ -150,7 +143,7 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
             f"init: {recipe.init} upgrades a {details.class_name} of {details.base_channels} channels, {recipe.base.name} "
             f"has a {shapes.transformer_class} of {shapes.channels}"
         )
-    detail = details.channels - details.base_channels
+    detail = details.detail_channels
     if detail != recipe.detail_channels:
         raise RecipeError(f"init: {recipe.init} has {detail} detail channels; set detail_channels to {detail}")
     (own, own_text), (found, found_text) = (_lora_text(lora) for lora in (recipe.stage2.lora, details.lora))
@@ -158,10 +151,10 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
         raise RecipeError(
             f"stage2.lora: {own_text}, and init goes on from {recipe.init} with {found_text}; set stage2.lora to it"
         )
-    if (head := HeadOptions.of(recipe.stage2)) != details.head:
+    if bool(details.detail_offset) != bool(recipe.stage2.detail_offset):
         raise RecipeError(
-            f"stage2: linear_skip is {head.linear_skip} and the detail's prediction {head.prediction}, and init goes on from "
-            f"{recipe.init} with {details.head.linear_skip} and {details.head.prediction}; set them alike"
+            f"stage2.detail_offset: {recipe.stage2.detail_offset:g}, and init goes on from {recipe.init} with "
+            f"{details.detail_offset:g}; the detail has a time of its own in both or in neither"
         )
     vae = read_object(folder / "vae" / "config.json")
     check_component(folder / "vae", f"DetailVAE {folder / 'vae'}")
@@ -172,14 +165,12 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
         check_fit(file, meta_transformer(shapes))
 
 
-def _lora_text(lora: Lora | None) -> tuple[Lora | None, str]:
-    """Return a LoRA with alpha set, by default to the rank, and its form in a recipe."""
+def _lora_text(lora: Lora | None) -> tuple[tuple[int, float] | None, str]:
+    """Return (rank, alpha) of a LoRA, alpha by default the rank, and its form in a recipe."""
     if lora is None:
         return None, "null"
-    whole = lora.model_copy(update={"alpha": float(lora.alpha or lora.rank)})
-    further = f", extra_targets: [{', '.join(lora.extra_targets)}]" if lora.extra_targets else ""
-    further += ", train_norms: true" if lora.train_norms else ""
-    return whole, f"{{rank: {lora.rank}, alpha: {whole.alpha:g}{further}}}"
+    alpha = float(lora.alpha or lora.rank)
+    return (lora.rank, alpha), f"{{rank: {lora.rank}, alpha: {alpha:g}}}"
 
 
 logger = logging.getLogger(__name__)
@@ -230,6 +221,11 @@ def check_timesteps(settings: Stage2, objective: Objective) -> None:
     """
     if objective.prediction == "flow":
         return
+    if settings.detail_offset:
+        raise RecipeError(
+            f"stage2.detail_offset: belongs to flow matching; this model's scheduler has {objective.prediction}; use "
+            "stage2.detail_scale"
+        )
     if settings.x0_ratio_max is not None:
         raise RecipeError(
             f"stage2.x0_ratio_max: weighs flow matching; this model's scheduler has {objective.prediction}; use min_snr_gamma"

@@ -14,11 +14,12 @@ from davae.data.images import collate, grid, to_images
 from davae.dataset.opened import OpenedData
 from davae.errors import RecipeError
 from davae.files.atomic import atomic_file
+from davae.losses.clean_base import without_base_error
 from davae.losses.velocity import velocity_loss
 from davae.pretrained.memory_budget import Halving
 from davae.recipes.sections import Sampling
 from davae.tasks.conditioning import Conditioning, EmbeddedInStep
-from davae.tasks.noising import drop_conditions, noise_batch
+from davae.tasks.noising import drop_conditions
 from davae.tasks.solving import guided, solve
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
@@ -140,9 +141,12 @@ def validation_loss(
             part = latents[first : first + size]
             draws = SampleRandom(seed, "validation", 0, first, len(part))
             given = drop_conditions(conditions[first : first + size], conditioning.null, 0.0, draws)
-            noised = noise_batch(task.objective, part, draws)
+            noised = task.noise(part, draws)
             prediction = conditioning.predict(task.modules["transformer"], noised.x_t, noised.t, given)
-            loss = velocity_loss(prediction, noised.target, task.layout, 1.0)
+            target = noised.target
+            if noised.clean is not None:
+                target = without_base_error(target, prediction, task.layout, noised.clean)
+            loss = velocity_loss(prediction, target, task.layout, 1.0)
             found = [float(value) for value in (loss.total, loss.base, loss.detail)]
             sums += len(part) * torch.tensor(found, dtype=torch.float64)
         total, base, detail = (sums / len(latents)).tolist()

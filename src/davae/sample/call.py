@@ -51,6 +51,7 @@ def call_pipeline(
     guidance_scale: float,
     output_type: str = "pil",
     callback_on_step_end: Any = None,
+    clean_base: bool = False,
 ) -> Any:
     """Call a pipeline for images of a size, and return its output, with `.images`.
 
@@ -65,6 +66,7 @@ def call_pipeline(
         guidance_scale: 1 turns guidance off.
         output_type: the pipeline's own.
         callback_on_step_end: the pipeline's own, for pipelines that have one.
+        clean_base: the base in `latents` is clean, for models in which the detail has a time of its own.
 
     Raises:
         ModelError: a size, guidance or negative prompt that the pipeline would not follow; an image that is not finite.
@@ -77,6 +79,8 @@ def call_pipeline(
     }
     if callback_on_step_end is not None:
         options["callback_on_step_end"] = callback_on_step_end
+    if clean_base:
+        options["clean_base"] = True
     parameters = inspect.signature(pipeline.__call__).parameters
     if negative_prompt is not None:
         _check_negative(pipeline, guidance_scale > 1 and options.get("true_cfg_scale") != 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from davae.backbones.classes import find_class
+from davae.backbones.detail_time import OFFSET
 from davae.backbones.lightning_dit import LightningDiT
 from davae.pretrained.shapes import pixel_factor
 from davae.sample.ode import GuidedModel, OnStep, solve_ode, stepped, time_grid
@@ -94,6 +95,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         cfg_interval_start: float | None = None,
         cfg_channels: int | None = None,
         callback_on_step_end: OnStepEnd | None = None,
+        detail_offset: float | None = None,
+        clean_base: bool = False,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images of classes.
 
@@ -107,33 +110,62 @@ class ClassConditionalPipeline(DiffusionPipeline):
             output_type: `pil`, `np`, `pt` (in [0,1]), or `latent`.
             solver: `euler` or `heun`; a pipeline with a scheduler uses that.
             callback_on_step_end: called as diffusers does, with `latents`, which returned ones replace.
+            detail_offset: how far the base is ahead, where the detail has a time of its own; the model's unless given.
+            clean_base: the base in `latents` is clean and stays as it is, for the same models.
 
         Raises:
-            ValueError: unknown class, a size that does not divide, an unknown solver.
+            ValueError: unknown class, a size that does not divide, an unknown solver, an offset for another model.
         """
         labels = prompt if isinstance(prompt, list) else [prompt]
         numbers = [self.class_number(label) for label in labels for _ in range(num_images_per_prompt)]
         noise = self._noise(latents, len(numbers), self._latent_side(height, width), generator)
-        given = (timestep_shift, cfg_interval_start, cfg_channels)
-        own = (self.config["timestep_shift"], self.config["cfg_interval_start"], self.config["cfg_channels"])
-        shift, start, channels = (mine if call is None else call for call, mine in zip(given, own, strict=True))
+        shift, start, channels = self._settings(timestep_shift, cfg_interval_start, cfg_channels)
         guidance = {"cfg_scale": guidance_scale, "cfg_channels": channels}
         bar: Any = self.progress_bar(total=num_inference_steps)  # type: ignore[call-arg]  # decorated wrongly upstream
         on_step = partial(self._step_done, bar, num_inference_steps, callback_on_step_end)
         with self.transformer.at_grid(noise.shape[-1]), bar:
             classes, points = torch.tensor(numbers, device=noise.device), num_inference_steps + 1
             if self.transformer.config["prediction_type"] == "epsilon":
-                guided = GuidedModel(self.transformer, classes, **guidance)
-                x = self._denoise(guided, noise, num_inference_steps, generator, on_step)
+                x = self._denoise(classes, guidance, noise, num_inference_steps, generator, on_step)
             else:
-                self.times = time_grid(points, shift)  # callbacks read the noise levels from these
+                times = self._times(points, shift, detail_offset, clean_base)
                 x = solve_ode(
-                    self.transformer, noise, classes, points, solver=solver, timestep_shift=shift, on_step=on_step,
+                    self.transformer, noise, classes, points, solver=solver, on_step=on_step, times=times,
                     cfg_interval_start=start, **guidance,
                 )  # fmt: skip
         images: Any = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _settings(self, *given: Any) -> Iterator[Any]:
+        """Yield shift, interval start and guided channels, the weights' own where none are given."""
+        names = ("timestep_shift", "cfg_interval_start", "cfg_channels")
+        return (self.config[name] if call is None else call for call, name in zip(given, names, strict=True))
+
+    def _times(self, points: int, shift: float, detail_offset: float | None, clean_base: bool) -> Tensor:
+        """Return the times of the grid points, (points,), or (points,2) of base and detail.
+
+        Callbacks read the base's noise levels from `self.times`.
+        """
+        times = self._grid(points, shift, detail_offset, clean_base)
+        self.times = times if times.ndim == 1 else times[:, 0]
+        return times
+
+    def _grid(self, points: int, shift: float, detail_offset: float | None, clean_base: bool) -> Tensor:
+        if not self.transformer.config["detail_channels"]:
+            if detail_offset or clean_base:
+                raise ValueError(
+                    "detail_offset and clean_base: all channels of this model share one time; leave them out, or train an "
+                    "upgrade with stage2.detail_offset"
+                )
+            return time_grid(points, shift)
+        if clean_base:
+            times = time_grid(points, shift)
+            return torch.stack([torch.ones_like(times), times], dim=1)
+        own = self.transformer.config[OFFSET] if detail_offset is None else detail_offset
+        if not 0 <= own <= 1:
+            raise ValueError(f"detail_offset is {own}; use a number from 0 to 1")
+        return time_grid(points, shift, own)
 
     def _step_done(self, bar: Any, steps: int, callback: OnStepEnd | None, step: int, x: Tensor) -> Tensor:
         """Advance the progress bar, and return the latents after the callback."""
@@ -161,8 +193,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"{wide}x{high} pixels: this model draws squares whose side is divisible by {step}")
         return high // self.vae_scale_factor
 
-    def _denoise(self, guided: GuidedModel, x: Tensor, steps: int, generator: Any, on_step: OnStep) -> Tensor:
+    def _denoise(
+        self, classes: Tensor, guidance: dict[str, Any], x: Tensor, steps: int, generator: Any, on_step: OnStep
+    ) -> Tensor:
         """Sample an epsilon model under its diffusers scheduler, as DiT is sampled."""
+        guided = GuidedModel(self.transformer, classes, **guidance)
         if self.scheduler is None:
             raise ValueError("this model predicts epsilon: the pipeline needs a scheduler, e.g. DDIMScheduler")
         options: dict[str, Any] = {"generator": generator} if _takes(self.scheduler.step, "generator") else {}

@@ -94,10 +94,9 @@ def draw_detail(
     """
     if (kind := type(pipeline.scheduler).__name__) in TWO_OUTPUTS:
         raise ModelError(f"scheduler {kind}: it cannot enlarge; use DDIMScheduler in its place")
-    layout, device = pipeline.vae.layout, pipeline._execution_device
-    clean = bool(denoiser(pipeline).config.get(CLEAN_BASE))
     free = int(steps * strength + 1e-9)  # as image-to-image pipelines count them
-    canvases = [Canvas(one, layout, device, free, clean) for one in work]
+    clean, knows = _clean_base(denoiser(pipeline).config, free)
+    canvases = [Canvas(one, pipeline.vae.layout, pipeline._execution_device, free, clean) for one in work]
     group = _Group(canvases, prompts_at_a_time(pipeline, batch_size, guidance_scale), on_step, on_base)
     prompts = [one.prompt for one in work for _ in range(len(one.grid))]
     noise = torch.cat([canvas.first() for canvas in canvases])
@@ -115,6 +114,7 @@ def draw_detail(
                 steps=steps,
                 guidance_scale=guidance_scale,
                 output_type="latent",
+                clean_base=clean and knows,
                 **options,
             )
 
@@ -123,6 +123,15 @@ def draw_detail(
     finally:
         pipeline.maybe_free_model_hooks()
     return [_finished(canvas) for canvas in canvases]
+
+
+def _clean_base(config: Any, free: int) -> tuple[bool, bool]:
+    """Return whether the base stays clean, and whether the model is given the time of a clean base.
+
+    A base at that time would not move in the last `free` steps: it then follows its noisy path instead.
+    """
+    knows = bool(config.get("detail_channels"))
+    return bool(config.get(CLEAN_BASE)) and not (knows and free), knows
 
 
 def _finished(canvas: Canvas) -> Tensor:

@@ -9,18 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from davae.backbones.detail_time import OFFSET
+from davae.latent import LatentLayout
+from davae.losses.base_ahead import base_ahead_times
 from davae.losses.flow_matching import shift_timestep
 
-Field = Callable[[Tensor, float], Tensor]
+Field = Callable[[Tensor, Any], Tensor]
 OnStep = Callable[[int, Tensor], Tensor | None]  # may replace the state
 
 
-def time_grid(num_steps: int, timestep_shift: float) -> Tensor:
+def time_grid(num_steps: int, timestep_shift: float, detail_offset: float = 0.0) -> Tensor:
     """Return points from 0 to 1 inclusive, shifted by s*t / (1 + (s-1)*t), (num_steps,).
+
+    With an offset, GRACE's clock runs evenly from 1 + delta to 0, and the points are those of base and detail by
+    `base_ahead_times`, from noise to data: (num_steps,2).
 
     Args:
         num_steps: number of points.
         timestep_shift: s.
+        detail_offset: delta.
 
     Raises:
         ValueError: fewer than two points, or a shift that is not positive.
@@ -29,7 +36,10 @@ def time_grid(num_steps: int, timestep_shift: float) -> Tensor:
         raise ValueError(f"num_steps counts grid points and must be at least 2, found {num_steps}")
     if timestep_shift <= 0:
         raise ValueError(f"timestep_shift must be positive, found {timestep_shift}")
-    return shift_timestep(torch.linspace(0, 1, num_steps), timestep_shift)
+    if not detail_offset:
+        return shift_timestep(torch.linspace(0, 1, num_steps), timestep_shift)
+    times = base_ahead_times(torch.linspace(1 + detail_offset, 0, num_steps), detail_offset)
+    return shift_timestep(1 - torch.stack(times, dim=1), timestep_shift)
 
 
 def check_labels(class_labels: Tensor, num_classes: int) -> None:
@@ -74,20 +84,28 @@ class GuidedModel:
         self.model, self.labels, self.scale = model, class_labels, cfg_scale
         self.start, self.channels = cfg_interval_start, cfg_channels
 
-    def __call__(self, x: Tensor, t: float) -> Tensor:
-        """Return the output for x (B,c,h,w) at time t, (B,c,h,w) or (B,2c,h,w) with a variance."""
+    def __call__(self, x: Tensor, t: float, detail_t: float | None = None) -> Tensor:
+        """Return the output for x (B,c,h,w) at time t, (B,c,h,w) or (B,2c,h,w) with a variance.
+
+        Args:
+            x: the state.
+            t: its time, or that of its base.
+            detail_t: the time of its detail where that is another one.
+        """
         if self.scale == 1.0 or t < self.start:
-            return self._output(x, t, self.labels)
+            return self._output(x, t, detail_t, self.labels)
         null = torch.full_like(self.labels, self.num_classes)
-        both = self._output(torch.cat([x, x]), t, torch.cat([self.labels, null]))  # (2B,c,h,w)
+        both = self._output(torch.cat([x, x]), t, detail_t, torch.cat([self.labels, null]))  # (2B,c,h,w)
         conditional, unconditional = both.chunk(2)
         k = x.shape[1] if self.channels is None else self.channels
         mixed = conditional.clone()
         mixed[:, :k] = unconditional[:, :k] + self.scale * (conditional[:, :k] - unconditional[:, :k])
         return mixed
 
-    def _output(self, x: Tensor, t: float, labels: Tensor) -> Tensor:
+    def _output(self, x: Tensor, t: float, detail_t: float | None, labels: Tensor) -> Tensor:
         times = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
+        if detail_t is not None:
+            times = torch.stack([times, torch.full_like(times, detail_t)], dim=1)
         return self.model(x, times, labels, return_dict=False)[0]
 
 
@@ -103,10 +121,10 @@ def euler(field: Field, x: Tensor, times: Tensor, on_step: OnStep = lambda step,
     Args:
         field: velocity v(x, t).
         x: state (B,c,h,w) at the first time.
-        times: (num_steps,).
+        times: (num_steps,), or (num_steps,1,c,1,1) with a time for each channel.
         on_step: called after each step, and may replace the state.
     """
-    grid = times.tolist()
+    grid: list[Any] = times.tolist() if times.ndim == 1 else list(times)
     for step, (t, t_next) in enumerate(pairwise(grid)):
         x = x + (t_next - t) * field(x, t)
         x = stepped(on_step, step, x)
@@ -119,10 +137,10 @@ def heun(field: Field, x: Tensor, times: Tensor, on_step: OnStep = lambda step, 
     Args:
         field: velocity v(x, t).
         x: state (B,c,h,w) at the first time.
-        times: (num_steps,).
+        times: (num_steps,), or (num_steps,1,c,1,1) with a time for each channel.
         on_step: called after each step, and may replace the state.
     """
-    grid = times.tolist()
+    grid: list[Any] = times.tolist() if times.ndim == 1 else list(times)
     for step, (t, t_next) in enumerate(pairwise(grid)):
         slope = field(x, t)
         predicted = x + (t_next - t) * slope
@@ -144,6 +162,7 @@ def solve_ode(
     solver: str = "euler",
     timestep_shift: float = 1.0,
     on_step: OnStep = lambda step, x: None,
+    times: Tensor | None = None,
     **guidance: Any,
 ) -> Tensor:
     """Return latents (B,c,h,w) from noise (B,c,h,w) by a named solver.
@@ -159,6 +178,7 @@ def solve_ode(
         solver: `euler` or `heun`.
         timestep_shift: s of s*t / (1 + (s-1)*t).
         on_step: called after each step, and may replace the state.
+        times: of the grid points in place of `time_grid`'s, (num_steps,) or (num_steps,2).
         guidance: further arguments of `GuidedModel`.
 
     Raises:
@@ -170,12 +190,23 @@ def solve_ode(
     if predicts != "velocity":
         raise ValueError(f"this model predicts {predicts}, an ODE needs a velocity; use ClassConditionalPipeline")
     guided = GuidedModel(model, class_labels.to(noise.device), **guidance)
-
-    def field(x: Tensor, t: float) -> Tensor:
-        return guided(x.to(noise.dtype), t)
-
     state = noise if noise.dtype == torch.float64 else noise.float()
-    return SOLVERS[solver](field, state, time_grid(num_steps, timestep_shift), on_step).to(noise.dtype)
+    grid = time_grid(num_steps, timestep_shift, model.config.get(OFFSET, 0.0)) if times is None else times
+    if grid.ndim == 1:
+
+        def field(x: Tensor, t: float) -> Tensor:
+            return guided(x.to(noise.dtype), t)
+
+        return SOLVERS[solver](field, state, grid, on_step).to(noise.dtype)
+
+    detail = model.config["detail_channels"]
+    layout = LatentLayout(noise.shape[1] - detail, detail)
+
+    def lagging_field(x: Tensor, t: Tensor) -> Tensor:
+        return guided(x.to(noise.dtype), *(float(part[0, 0]) for part in layout.split(t)))
+
+    by_channel = torch.stack([layout.by_group(*pair.view(2, 1, 1, 1, 1)) for pair in grid.to(state)])
+    return SOLVERS[solver](lagging_field, state, by_channel, on_step).to(noise.dtype)
 
 
 def euler_ode(

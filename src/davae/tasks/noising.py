@@ -1,6 +1,6 @@
 """The base model's own objective, and the noised batch on which every task trains.
 
-The base and the detail channels share one timestep. `noise_batch` alone depends on that.
+Here the base and the detail channels share one timestep; `davae.tasks.two_levels` gives each its own.
 """
 
 from __future__ import annotations
@@ -61,11 +61,16 @@ def drop_conditions(conditions: list[Any], null: Any, chance: float, draws: Samp
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """Noised latents x_t (B,c,h,w), their timesteps t (B,), and the target (B,c,h,w)."""
+    """Noised latents x_t (B,c,h,w), their timesteps t (B,), and the target (B,c,h,w).
+
+    Attributes:
+        clean: (B,) booleans, the samples whose base holds no noise; None for none.
+    """
 
     x_t: Tensor
     t: Tensor
     target: Tensor
+    clean: Tensor | None = None
 
 
 def noise_batch(objective: Objective, latents: Tensor, draws: SampleRandom) -> NoisedBatch:
@@ -103,9 +108,7 @@ def with_detail_scale(
     alpha, sigma = objective.levels(t)
     shared = torch.ones_like(sigma) if weight is None else weight  # (B,1,1,1)
     detail = shared * detail_scale_weight(alpha, sigma, scale, objective.prediction)
-    return layout.join(
-        shared.expand(-1, layout.base_channels, -1, -1), detail.expand(-1, layout.detail_channels, -1, -1)
-    )
+    return layout.by_group(shared, detail)
 
 
 def choose_objective(scheduler: Any, family: Family, model: str, flow: FlowMatching | None = None) -> Objective:

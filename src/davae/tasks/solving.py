@@ -29,12 +29,13 @@ def solve(
 ) -> Tensor:
     """Return normalised latents (B,c,h,w) from noise. Collective: the wrapped model runs.
 
-    Flow matching: Euler from t = 1 to 0 in equal steps of the shifted time. Diffusion: DDIM (arXiv 2010.02502) on the base's
-    own table of noise levels, whatever solver its pipeline draws with.
+    Flow matching: Euler from t = 1 to 0 in equal steps of the shifted time, along two times where the base is ahead.
+    Diffusion: DDIM (arXiv 2010.02502) on the base's own table of noise levels, whatever solver its pipeline draws with.
     """
 
-    def predict(x: Tensor, time: float) -> Tensor:
-        t = torch.full((len(x),), time, device=x.device)
+    def predict(x: Tensor, time: Any) -> Tensor:
+        two = isinstance(time, list)
+        t = torch.tensor([time] * len(x), device=x.device) if two else torch.full((len(x),), time, device=x.device)
         prediction = conditioning.predict(task.modules["transformer"], x, t, conditions)
         if guidance_scale == 1:
             return prediction
@@ -49,6 +50,11 @@ def solve(
             x = solver.step(predict(x, int(now)), int(now), x, return_dict=False)[0]
         return x
     assert isinstance(task.objective, FlowMatching)
+    if task.levels is not None:
+        for now, following in itertools.pairwise(task.levels.times(steps).to(x.device)):
+            base, detail = (following - now).view(2, 1, 1, 1, 1)
+            x = x + task.layout.by_group(base, detail) * predict(x, now.tolist())
+        return x
     times = shift_timestep(torch.linspace(1, 0, steps + 1), task.objective.shift).tolist()
     for now, following in itertools.pairwise(times):
         x = x + (following - now) * predict(x, now)

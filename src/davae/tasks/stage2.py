@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,20 @@ from davae.backbones.trainable import choose_trainable, in_full_precision
 from davae.data.latent_cache.read import CachedLatents, collate_latents
 from davae.latent import LatentLayout, LatentStatistics
 from davae.losses.clean_base import with_clean_base, without_base_error
+from davae.losses.flow_matching import FlowMatching
 from davae.losses.velocity import detail_direction_loss, detail_weight, velocity_loss
 from davae.pretrained.placement import send
 from davae.recipes.sections import Stage2
 from davae.tasks.conditioning import Conditioning, of_batch
-from davae.tasks.noising import Objective, drop_conditions, error_weight, noise_batch, with_detail_scale
+from davae.tasks.noising import (
+    NoisedBatch,
+    Objective,
+    drop_conditions,
+    error_weight,
+    noise_batch,
+    with_detail_scale,
+)
+from davae.tasks.two_levels import TwoLevels, error_weight_by_group
 from davae.train.monitor import WeightGroups
 from davae.train.random import SampleRandom
 from davae.train.state_dict import like, local
@@ -43,6 +53,10 @@ class Stage2Task(Task[Stage2]):
         self.settings, self.layout, self.device = settings, layout, device
         self.dataset, self.collate = cache, collate_latents
         self.conditioning, self.objective = conditioning, objective
+        self.levels: TwoLevels | None = None  # where the base is ahead of the detail
+        if settings.detail_offset:
+            assert isinstance(objective, FlowMatching)  # `check_timesteps` has seen to it
+            self.levels = TwoLevels(layout, objective, settings.detail_offset_range, settings.detail_offset)
         # a model with guidance as its input is never called with an empty caption
         embedded = transformer.config.get("guidance_embeds")  # type: ignore[union-attr, operator]
         self.dropout = 0.0 if embedded else settings.caption_dropout
@@ -82,17 +96,14 @@ class Stage2Task(Task[Stage2]):
         latents = self.statistics.normalise(raw)
         prompts = of_batch(batch["conditions"], batch["text"]) if "text" in batch else batch["conditions"]
         conditions = drop_conditions(prompts, self.conditioning.null, self.dropout, draws)
-        noised = noise_batch(self.objective, latents, draws)
-        x_t, target = noised.x_t, noised.target
+        noised = self.noise(latents, draws)
         self.conditioning.draw(draws.batch)
-        clean = self.draw_clean_base(draws)
-        if clean is not None:
-            x_t = with_clean_base(x_t, latents, layout, clean)
-        prediction = self.conditioning.predict(self.modules["transformer"], x_t, noised.t, conditions)
-        if clean is not None:
-            target = without_base_error(target, prediction, layout, clean)
-        weights = error_weight(self.objective, noised.t, min_snr_gamma=s.min_snr_gamma, x0_ratio_max=s.x0_ratio_max)
-        weights = with_detail_scale(weights, self.objective, noised.t, layout, s.detail_scale)
+        noised = self.keep_clean_base(noised, latents, draws)
+        prediction = self.conditioning.predict(self.modules["transformer"], noised.x_t, noised.t, conditions)
+        target = noised.target
+        if noised.clean is not None:
+            target = without_base_error(target, prediction, layout, noised.clean)
+        weights = self.error_weights(noised.t)
         weight = detail_weight(step, s.warmup_steps)  # w(n), Eq. 12
         loss = velocity_loss(prediction, target, layout, weight, weights)  # Eq. 13
         total, direction = loss.total, {}
@@ -108,14 +119,34 @@ class Stage2Task(Task[Stage2]):
             "detail_weight": weight,
         }
 
-    def draw_clean_base(self, draws: SampleRandom) -> Tensor | None:
-        """Draw the samples that keep a clean base, (B,) booleans, or nothing by the recipe.
+    def noise(self, latents: Tensor, draws: SampleRandom) -> NoisedBatch:
+        """Draw timesteps and noise, and noise the latents (B,C+D,h,w), by the recipe at two levels."""
+        if self.levels is not None:
+            return self.levels.noise(latents, draws)
+        return noise_batch(self.objective, latents, draws)
+
+    def keep_clean_base(self, noised: NoisedBatch, latents: Tensor, draws: SampleRandom) -> NoisedBatch:
+        """Draw the samples that keep a clean base, by the recipe, and put it in place.
 
         Called after every other draw of the step, which are therefore the same with and without it.
         """
         if self.settings.clean_base == 0.0:
-            return None
-        return send(draws.uniform() < self.settings.clean_base, self.device)
+            return noised
+        clean = send(draws.uniform() < self.settings.clean_base, self.device)
+        x_t = with_clean_base(noised.x_t, latents, self.layout, clean)
+        if self.levels is None or noised.clean is None:
+            return replace(noised, x_t=x_t, clean=clean)
+        return replace(noised, x_t=x_t, t=self.levels.with_clean_base(noised.t, clean), clean=noised.clean | clean)
+
+    def error_weights(self, t: Tensor) -> Tensor | None:
+        """Return the weights of squared errors at timesteps (B,), or at levels (B,2)."""
+        s = self.settings
+        ratios = {"min_snr_gamma": s.min_snr_gamma, "x0_ratio_max": s.x0_ratio_max}
+        if self.levels is not None:
+            return error_weight_by_group(self.objective, t, self.layout, **ratios)
+        return with_detail_scale(
+            error_weight(self.objective, t, **ratios), self.objective, t, self.layout, s.detail_scale
+        )
 
 
 class NewWeightBoost:

@@ -42,7 +42,7 @@ DIT = (
         objectives=("flow", "epsilon"),
         classes_key="num_classes",
         call=LightningDiTCall(),
-        detail_head=True,
+        detail_time="detail_time",
     ),
     Family(
         "DiTTransformer2DModel",
