@@ -44,7 +44,7 @@ class Ceiling:
 CEILINGS = {
     "analyze": Ceiling(1400),
     "app": Ceiling(3900),
-    "backbones": Ceiling(3800),
+    "backbones": Ceiling(3550),
     "benchmarks": Ceiling(2400),
     "commands": Ceiling(2600),
     "convert": Ceiling(750),
@@ -54,22 +54,22 @@ CEILINGS = {
     "evaluate": Ceiling(2350),
     "files": Ceiling(1200),
     "lab": Ceiling(3750),
-    "losses": Ceiling(800),
+    "losses": Ceiling(850),
     "plan": Ceiling(1800),
     "pretrained": Ceiling(1750),
-    "publish": Ceiling(1250),
+    "publish": Ceiling(1300),
     "recipes": Ceiling(1450),
     "root": Ceiling(700),
     "runs": Ceiling(2700),
-    "sample": Ceiling(2900),
+    "sample": Ceiling(3000),
     "scripts": Ceiling(150),
-    "tasks": Ceiling(1500),
+    "tasks": Ceiling(1650),
     "train": Ceiling(2050),
     "vae": Ceiling(2200),
     "zoo": Ceiling(150),
 }
 PAGE_WORDS = 0  # in README, CHANGELOG and the pages of docs/
-CORE_LINES_NOW = 2_919  # falls to CORE_LINES
+CORE_LINES_NOW = 3_040  # falls to CORE_LINES
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 TWINS = """

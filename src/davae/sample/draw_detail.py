@@ -126,7 +126,7 @@ def draw_detail(
 
 
 def _clean_base(config: Any, free: int) -> tuple[bool, bool]:
-    """Return whether the base stays clean, and whether the model is given the time of a clean base.
+    """Return whether the base stays clean, and whether the model gets the time of such a base.
 
     A base at that time would not move in the last `free` steps: it then follows its noisy path instead.
     """
