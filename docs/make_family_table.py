@@ -22,7 +22,9 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "families")]
 
 from cases import BUILDERS, CASES  # noqa: E402
 
+import davae  # noqa: E402
 from davae.backbones.families import FAMILIES, supported  # noqa: E402
+from davae.backbones.family import Family  # noqa: E402
 from davae.zoo.presets import presets  # noqa: E402
 
 TARGET = ROOT / "docs" / "families-table.md"
@@ -32,6 +34,7 @@ EXPANDING = {
     "LoRA, full": "lora_and_full_tuning",
 }
 UPGRADING = {"upgrade, stock pipeline": "upgrade_gives_a_stock_pipeline_at_the_doubled_size"}
+HEADINGS = {"upgrade, stock pipeline": "upgrade"}  # of labels that families.json keeps as they were
 OWN_FILES = {  # families whose tests are not parametrised with the others
     "SD3Transformer2DModel": {"upgrade, stock pipeline": "tests/runs/test_training.py"},
     "LightningDiT": {
@@ -83,19 +86,27 @@ def outcome(case: ElementTree.Element) -> str:
 def page(outcomes: Outcomes) -> str:
     """Return the whole file."""
     labels = [*EXPANDING, *UPGRADING]
-    trained = sum(row.trains for row in supported())
+    headings = [HEADINGS.get(label, label) for label in labels]
+    trained = [row for row in supported() if row.trains]
+    stock = sum(runs_in(row).startswith("diffusers") for row in trained)
     lines = [
         "# Model families",
         "",
-        f"davae knows {len(FAMILIES)} transformer classes. `davae upgrade` trains {trained} of them. `expand_transformer` "
+        f"davae knows {len(FAMILIES)} transformer classes. `davae upgrade` trains {len(trained)} of them. `expand_transformer` "
         "widens the others,",
         "and `davae upgrade` refuses them by name.",
         "",
         "`docs/make_family_table.py` makes this page from `backbones/families` and the outcome of the conformance tests on",
         "tiny models of the real classes.",
         "",
-        f"| transformer | stock pipeline | drawn from | {' | '.join(labels)} | presets |",
-        f"|---|---|---|{'---|' * len(labels)}---|",
+        f"An upgraded folder of {stock} classes runs in the unmodified pipeline of diffusers. Those of the other "
+        f"{len(trained) - stock} name a",
+        "class of davae. diffusers has no pipeline for LightningDiT; the rest are small subclasses, because diffusers' own",
+        "has a size or a number of channels in its code ([reasons](families.md)). You load all folders in the same way,",
+        "after `import davae`.",
+        "",
+        f"| transformer | pipeline of the base | upgraded folder runs in | drawn from | {' | '.join(headings)} | presets |",
+        f"|---|---|---|---|{'---|' * len(labels)}---|",
     ]
     for name, row in sorted(FAMILIES.items(), key=lambda item: (not item[1].trains, item[0])):
         cells = [outcomes.get(name, {}).get(label, "not run") for label in labels]
@@ -105,8 +116,18 @@ def page(outcomes: Outcomes) -> str:
             preset.name: {part["_class_name"] for part in preset.parts.values()} for preset in presets().values()
         }
         named = ", ".join(f"`{preset}`" for preset, classes in parts.items() if name in classes) or "-"
-        lines.append(f"| `{name}` | `{row.pipeline}` | {row.condition} | {' | '.join(cells)} | {named} |")
+        lines.append(
+            f"| `{name}` | `{row.pipeline}` | {runs_in(row)} | {row.condition} | {' | '.join(cells)} | {named} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def runs_in(row: Family) -> str:
+    """Return the pipeline classes that an upgraded folder of a family names."""
+    if not row.trains:
+        return "-"
+    own = [row.pipeline] if row.pipeline in davae.__all__ else row.upgraded_pipelines
+    return ", ".join(f"`davae.{name}`" for name in own) or "diffusers' own"
 
 
 def main() -> None:

@@ -305,6 +305,7 @@ def test_the_help_imports_neither_torch_nor_pydantic():
         "matplotlib",
         "accelerate",
         "pydantic",
+        "yaml",
     }
 
 

@@ -313,7 +313,7 @@ def test_the_card_says_what_it_is_and_its_code_runs(
 
     for way in ("fused", "lora"):
         monkeypatch.chdir(exports["sd3"][way])
-        exec(code_of(Path("README.md").read_text()).replace("picture.png", str(tmp_path / f"{way}.png")), {})
+        exec(code_of(Path("README.md").read_text()).replace("image.png", str(tmp_path / f"{way}.png")), {})
     assert Image.open(tmp_path / "fused.png").size == Image.open(tmp_path / "lora.png").size == (32, 32)
 
 

@@ -14,9 +14,9 @@ from davae.commands.verbs import Verbs
 analyze_app = Verbs(no_args_is_help=True, help="Figures of the paper for any run: a PNG and a JSON each.")
 
 Vae = Annotated[str, typer.Option(help="A DetailVAE's folder, or a run's.")]
-Data = Annotated[str, typer.Option(help="Pictures, as `davae upgrade --data` takes them.")]
+Data = Annotated[str, typer.Option(help="Images, as `davae upgrade --data` takes them.")]
 Folder = Annotated[Path, typer.Option("--out", help="Folder for the PNG and the JSON.")]
-Num = Annotated[int, typer.Option(min=8, help="Pictures to use, at most.")]
+Num = Annotated[int, typer.Option(min=8, help="Images to use, at most.")]
 HeldOut = Annotated[
     float, typer.Option(min=0.0, max=0.99, metavar="SHARE", help="Only this held-out share; 0 takes all.")
 ]
@@ -107,7 +107,10 @@ def latents(
 
 @analyze_app.command()
 def curves(run: Annotated[Path, typer.Argument(help="A run folder.")], out: Folder = Path("figures")) -> None:
-    """Base and detail loss of stage 2 (Fig. S3). Example: `davae analyze curves runs/micro`"""
+    """Base and detail loss of stage 2 (Fig. S3).
+
+    `davae analyze curves runs/micro`
+    """
     from davae.analyze.curves import curves_figure
 
     show_place(curves_figure(run, out))

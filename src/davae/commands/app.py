@@ -43,7 +43,7 @@ def app_verb(
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder for the trainings that the page starts.")] = Path("runs/app"),
 ) -> None:
-    """Draw, reconstruct, inspect and train in a browser. Needs `pip install "davae[app]"`. Examples:
+    """Draw, reconstruct, inspect and train in a browser. Needs `pip install "davae[app]"`.
 
     `davae app`
 

@@ -69,13 +69,19 @@ def sit_verb(
         bool, typer.Option("--repa", help="The weights are REPA's, which counts time from data.")
     ] = False,
 ) -> None:
-    """Official SiT weights, or REPA's. Example: `davae convert sit SiT-XL-2.pt --vae sd-vae/ --set num_heads=16 --out sit`"""
+    """Official SiT weights, or REPA's.
+
+    `davae convert sit SiT-XL-2.pt --vae sd-vae/ --set num_heads=16 --out sit`
+    """
     _transformer("repa" if repa else "sit", file, out, vae, set)
 
 
 @convert_app.command("dit")
 def dit_verb(file: Checkpoint, out: Target, vae: Vae = None, set: Sizes = None) -> None:
-    """Official DiT weights. Example: `davae convert dit DiT-XL-2.pt --vae sd-vae/ --set num_heads=16 --out dit`"""
+    """Official DiT weights.
+
+    `davae convert dit DiT-XL-2.pt --vae sd-vae/ --set num_heads=16 --out dit`
+    """
     _transformer("dit", file, out, vae, set)
 
 
@@ -102,7 +108,10 @@ def davae(
     config: Annotated[Path, typer.Option(help="The official YAML, with ddconfig_base and ddconfig_da.")],
     statistics: Statistics = None,
 ) -> None:
-    """The authors' DA-VAE weights as a DetailVAE. Example: `davae convert davae da.ckpt --config da.yaml --out detail-vae`"""
+    """The authors' DA-VAE weights as a DetailVAE.
+
+    `davae convert davae da.ckpt --config da.yaml --out detail-vae`
+    """
     from davae.convert.davae import convert_davae
 
     show_place(convert_davae(file, out, config, statistics))

@@ -46,7 +46,7 @@ def enlarging(
     set: Options = None,
     json: Json = None,
 ) -> None:
-    """Reduce images, enlarge them by the upgrade and by other methods, and compare with the originals. Example:
+    """Reduce images, enlarge them by the upgrade and by other methods, and compare with the originals.
 
     `davae evaluate enlarging --model micro-upgraded --data openmoji --method lanczos --method runs/sr/network.safetensors`
     """

@@ -66,7 +66,7 @@ Upscale = Annotated[
     ),
 ]
 
-evaluate_app = Verbs(no_args_is_help=True, help="Measure a model on pictures.")
+evaluate_app = Verbs(no_args_is_help=True, help="Measure a model on images.")
 evaluate_app.command()(prompts)
 evaluate_app.command()(enlarging)
 evaluate_app.command()(geneval)
@@ -76,9 +76,9 @@ evaluate_app.command("geneval-score")(geneval_score)
 @evaluate_app.command()
 def reconstruction(
     vae: Annotated[str, typer.Option(help="A DetailVAE folder, a run folder, or a diffusers autoencoder folder.")],
-    data: Annotated[str, typer.Option(help="Pictures, as `davae upgrade --data` takes them.")],
+    data: Annotated[str, typer.Option(help="Images, as `davae upgrade --data` takes them.")],
     resolution: Annotated[int | None, typer.Option(help="Pixels; the autoencoder's own by default.")] = None,
-    num: Annotated[int | None, typer.Option(min=1, help="Pictures to use, at most.")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Images to use, at most.")] = None,
     held_out: Annotated[
         float, typer.Option(min=0.0, max=0.99, metavar="SHARE", help="Only this held-out share; 0 takes all.")
     ] = 0.0,
@@ -98,7 +98,7 @@ def reconstruction(
     set: Options = None,
     json: Json = None,
 ) -> None:
-    """PSNR, SSIM, perceptual distances, and rFID with `--features`. `accelerate launch` shares the work. Example:
+    """PSNR, SSIM, perceptual distances, and rFID with `--features`. `accelerate launch` shares the work.
 
     `davae evaluate reconstruction --vae runs/micro/vae --data openmoji --held-out 0.1`
     """
@@ -124,8 +124,8 @@ def reconstruction(
 @evaluate_app.command()
 def generation(
     pipeline: Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")],
-    data: Annotated[str, typer.Option(help="Real pictures with captions.")],
-    num: Annotated[int, typer.Option(min=2, help="Generated pictures.")] = 1000,
+    data: Annotated[str, typer.Option(help="Real images with captions.")],
+    num: Annotated[int, typer.Option(min=2, help="Generated images.")] = 1000,
     resolution: Annotated[int | None, typer.Option(help="Pixels to generate; the pipeline's own by default.")] = None,
     compare_at: CompareAt = None,
     upscale: Upscale = "bilinear",
@@ -155,7 +155,7 @@ def generation(
     set: Options = None,
     json: Json = None,
 ) -> None:
-    """Frechet and kernel distance, precision and recall against real pictures, prompted by their captions or classes.
+    """Frechet and kernel distance, precision and recall against real images, prompted by their captions or classes.
 
     `davae evaluate generation --pipeline runs/micro --data openmoji --num 1000`
 
@@ -184,10 +184,10 @@ def generation(
 
 @evaluate_app.command()
 def pictures(
-    generated: Annotated[str, typer.Option(help="Pictures: a folder, a .tar, an .npz of ADM.")],
-    data: Annotated[str, typer.Option(help="Real pictures, likewise.")],
-    resolution: Annotated[int, typer.Option(help="Pixels to compare at; larger pictures are reduced and cropped.")],
-    num: Annotated[int | None, typer.Option(min=4, help="Pictures of each, at most.")] = None,
+    generated: Annotated[str, typer.Option(help="Images: a folder, a .tar, an .npz of ADM.")],
+    data: Annotated[str, typer.Option(help="Real images, likewise.")],
+    resolution: Annotated[int, typer.Option(help="Pixels to compare at; larger images are reduced and cropped.")],
+    num: Annotated[int | None, typer.Option(min=4, help="Images of each, at most.")] = None,
     features: FeatureNetwork = "inception",
     feature_weights: Weights = None,
     patch_size: PatchSize = 64,
@@ -201,7 +201,7 @@ def pictures(
     set: Options = None,
     json: Json = None,
 ) -> None:
-    """Two sets of pictures on disk: Frechet and kernel distance, precision, recall, Inception score.
+    """Two sets of images on disk: Frechet and kernel distance, precision, recall, Inception score.
 
     `davae evaluate pictures --generated samples.npz --data reference.npz --resolution 256`
     """
@@ -225,7 +225,7 @@ def pictures(
 def samples(
     pipeline: Annotated[str, typer.Option(help="A class-conditional run or pipeline folder, or a hub id.")],
     out: Annotated[Path, typer.Option(help="The .npz to write; its parts lie next to it until you remove them.")],
-    num: Annotated[int, typer.Option(min=1, help="Pictures: 50000 or 10000 in published tables.")] = 50000,
+    num: Annotated[int, typer.Option(min=1, help="Images: 50000 or 10000 in published tables.")] = 50000,
     labels: Annotated[
         Literal["balanced", "random"], typer.Option(help="Equal numbers a class, or drawn by seed.")
     ] = ("balanced"),
@@ -240,7 +240,7 @@ def samples(
     offload: Offload = "off",
     compile: Compile = "off",
 ) -> None:
-    """Pictures in the ADM format (`arr_0` uint8) for the usual FID suites. Resumes; `accelerate launch` shares the work.
+    """Images in the ADM format (`arr_0` uint8) for the usual FID suites. Resumes; `accelerate launch` shares the work.
 
     `davae evaluate samples --pipeline lightningdit-xl --out samples.npz --num 50000`
     """

@@ -18,12 +18,12 @@ def inspect(
         str | None, typer.Argument(help="A hub id, a diffusers folder, or a preset; without one, lists the presets.")
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(help="Pixels of the upgraded picture; by default `scale` times the model's own.")
+        int | None, typer.Option(help="Pixels of the upgraded image; by default `scale` times the model's own.")
     ] = None,
     scale: Annotated[int, typer.Option(min=2, help="s, a power of two.")] = 2,
     detail_channels: Annotated[int | None, typer.Option(min=1, help="D; by default as many as C.")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps of the whole picture; by default the pipeline's.")
+        int | None, typer.Option(min=1, help="Sampling steps of the whole image; by default the pipeline's.")
     ] = None,
     json: Json = None,
 ) -> None:
@@ -119,9 +119,9 @@ def _show_flops(f: dict[str, Any]) -> None:
     if "bound" in f:
         guidance = "with guidance" if f["passes_per_step"] == 2 else "one pass each"
         old, new = f["native_picture_flops"], f["upgraded_picture_flops"]
-        rows.append([f"whole picture, {f['steps']} steps {guidance}", shown(old), shown(new), f"{old / new:.2f}x"])
+        rows.append([f"whole image, {f['steps']} steps {guidance}", shown(old), shown(new), f"{old / new:.2f}x"])
     table(
-        f"{unit}FLOPs of one picture, a ratio of work and not a measured speed",
+        f"{unit}FLOPs of one image, a ratio of work and not a measured speed",
         ["", "native", "upgraded", "FLOPs ratio"],
         rows,
     )
@@ -136,13 +136,13 @@ def _show_sizes(f: dict[str, Any]) -> None:
     stages = [key.removesuffix("_peak_bytes") for key in f if key.startswith("stage") and key.endswith("_peak_bytes")]
     kinds = ("weights", "gradients", "optimizer", "ema", "activations", "peak")
     table(
-        "GiB of a training step of one picture, bfloat16 over float32 weights",
+        "GiB of a training step of one image, bfloat16 over float32 weights",
         ["", *kinds],
         [[s.replace("_", " "), *[f"{f[f'{s}_{kind}_bytes'] / GIB:.2f}" for kind in kinds]] for s in stages],
     )
     drawn = ("weights", "transformer", "decode", "peak")
     table(
-        "GiB while one picture is drawn, bfloat16, all parts on the device",
+        "GiB while one image is drawn, bfloat16, all parts on the device",
         ["", *drawn],
         [
             [n, *[f"{f[key] / GIB:.2f}" if (key := f"{n}_sampling_{kind}_bytes") in f else "-" for kind in drawn]]

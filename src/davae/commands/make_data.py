@@ -28,12 +28,12 @@ def make_data(
         Path, typer.Option(help="A prompt file: .txt (one a line), .tsv, .csv, .jsonl, .json, .parquet.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards; the same command again draws what is missing.")],
-    num: Annotated[int | None, typer.Option(min=1, help="Pictures; by default one a prompt.")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Images; by default one a prompt.")] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="Pixels; the model's own by default.")] = None,
     steps: Steps = STEPS,
     guidance: Guidance = GUIDANCE,
     seed: Seed = 0,
-    shard_size: Annotated[int, typer.Option(min=1, help="Pictures a shard.")] = 1000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 1000,
     format: Annotated[Literal["png", "jpg"], typer.Option(help="jpg: quality 95, a quarter of the size.")] = "png",
     dtype: Precision = "float32",
     offload: Offload = "off",
@@ -42,7 +42,7 @@ def make_data(
 ) -> None:
     """Draw a training set with the base model at its native resolution (paper, Sec. 4), as WebDataset shards.
 
-    Each sample keeps its prompt, seed and settings. `accelerate launch` shares the shards. Example:
+    Each sample keeps its prompt, seed and settings. `accelerate launch` shares the shards.
 
     `davae make-data --model micro --prompts prompts.txt --out data/own --num 1000 --resolution 128`
 
@@ -51,7 +51,7 @@ def make_data(
     from davae.sample.make_data import draw_training_set
 
     options = sampling_options(locals())
-    with counted_progress("pictures") as on_image:
+    with counted_progress("images") as on_image:
         missing = draw_training_set(
             model, prompts, out, options, num=num, shard_size=shard_size, image_format=format, on_image=on_image
         )

@@ -54,7 +54,7 @@ Source = Annotated[
     typer.Option(
         "--data",
         callback=typed_source,
-        help="A folder of pictures, a WebDataset .tar, a Hugging Face dataset id.",
+        help="A folder of images, a WebDataset .tar, a Hugging Face dataset id.",
     ),
 ]
 Overrides = Annotated[

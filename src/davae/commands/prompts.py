@@ -23,7 +23,7 @@ from davae.commands.options import (
 from davae.commands.progress import counted_progress, show_figures
 
 Pipeline = Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")]
-Folder = Annotated[Path, typer.Option(help="Folder for the pictures; those already there are kept.")]
+Folder = Annotated[Path, typer.Option(help="Folder for the images; those already there are kept.")]
 Resolution = Annotated[int | None, typer.Option(min=1, help="Pixels; the pipeline's own size by default.")]
 ClipModel = Annotated[str | None, typer.Option(help="A CLIP model of transformers: folder or hub id.")]
 
@@ -47,7 +47,7 @@ def prompts(
     compile: Compile = "off",
     json: Json = None,
 ) -> None:
-    """A picture a prompt, and their CLIP score with `--clip`. FID of the folder: `davae evaluate pictures`. Example:
+    """An image a prompt, and their CLIP score with `--clip`. FID of the folder: `davae evaluate pictures`.
 
     `davae evaluate prompts --pipeline runs/sd35 --prompts MJHQ-30K/meta_data.json --out mjhq --clip clip-vit-large-patch14`
     """
@@ -64,13 +64,13 @@ def geneval(
     pipeline: Pipeline,
     prompts: Annotated[Path, typer.Option(help="GenEval's evaluation_metadata.jsonl.")],
     out: Folder,
-    num: Annotated[int, typer.Option(min=1, help="Pictures a prompt; 4 in published tables.")] = 4,
+    num: Annotated[int, typer.Option(min=1, help="Images a prompt; 4 in published tables.")] = 4,
     steps: Steps = STEPS,
     guidance: Guidance = GUIDANCE,
     resolution: Resolution = None,
     seed: Seed = 0,
     detector: Annotated[
-        str | None, typer.Option(help="A COCO object detector of transformers, to judge the pictures here.")
+        str | None, typer.Option(help="A COCO object detector of transformers, to judge the images here.")
     ] = None,
     clip: ClipModel = None,
     dtype: Precision = "float32",
@@ -99,7 +99,10 @@ def geneval_score(
     results: Annotated[Path, typer.Argument(help="results.jsonl of the official evaluation, or of ours.")],
     json: Json = None,
 ) -> None:
-    """Scores by task and overall, with the images behind each. Example: `davae evaluate geneval-score results.jsonl`"""
+    """Scores by task and overall, with the images behind each.
+
+    `davae evaluate geneval-score results.jsonl`
+    """
     from davae.evaluate.geneval import geneval_figures, read_results
 
     show_figures(json, geneval_figures(read_results(results)))

@@ -73,7 +73,7 @@ def apply_verb(
     self_contained: SelfContained = False,
     base_decoder: BaseDecoder = False,
 ) -> None:
-    """Put an upgrade onto its pretrained model: a stock pipeline folder.
+    """Put an upgrade onto its pretrained model: a diffusers pipeline folder.
 
     `davae apply micro-upgrade --base micro --out micro-128`
 

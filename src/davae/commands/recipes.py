@@ -19,7 +19,7 @@ def recipes(
     ] = None,
     json: Json = None,
 ) -> None:
-    """List the shipped recipes, or print one. Examples:
+    """List the shipped recipes, or print one.
 
     `davae recipes`
 

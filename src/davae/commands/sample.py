@@ -52,7 +52,7 @@ def sample(
         typer.Option(min=1, help="Steps between two previews of the base, in a sheet that grows while it draws."),
     ] = None,
 ) -> None:
-    """Write images of prompts, and a grid of them. Nothing is written over. Examples:
+    """Write images of prompts, and a grid of them. Nothing is written over.
 
     `davae sample micro-upgraded "a red rose" --num 8 --seed 1`
 

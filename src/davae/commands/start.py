@@ -11,7 +11,7 @@ from davae.recipes.commands import forbid_commands
 NEXT = """davae gives a pretrained latent diffusion model twice the resolution at the same token count.
 
 See it work, nothing to download:
-  davae sample micro-upgraded "a red rose"   pictures of the embedded, upgraded model
+  davae sample micro-upgraded "a red rose"   images of the embedded, upgraded model
   davae app                                  the same in a browser (needs the extra davae[app])
 
 Upgrade a model:
@@ -21,7 +21,7 @@ Upgrade a model:
   davae upgrade RECIPE --dry-run             what it would take
 
 Measure it:
-  davae evaluate --help                      pictures, reconstructions, prompts
+  davae evaluate --help                      images, reconstructions, prompts
   davae analyze --help                       the paper's figures for a run
 
 All verbs: davae --help. One verb, with examples: davae VERB --help.

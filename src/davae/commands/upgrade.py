@@ -130,7 +130,7 @@ def _show_report(folder: Path) -> None:
 
     figures = read_report(folder)
     table(
-        "Tokens and time of one picture",
+        "Tokens and time of one image",
         ["model", "image tokens", "transformer, s", "whole, s", "against native"],
         [
             [row["name"], row["tokens"], f"{row['transformer_seconds']:.3f}", f"{row['whole_seconds']:.3f}",
@@ -140,7 +140,7 @@ def _show_report(folder: Path) -> None:
     )  # fmt: skip
     kind = "Training" if figures.get("reconstruction_images") == "training" else "Held-out"
     table(
-        f"{kind} pictures, encoded and decoded",
+        f"{kind} images, encoded and decoded",
         ["decoder input", "PSNR, dB", "SSIM", "perceptual"],
         [
             [row["name"], f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", f"{row['lite0']:.4f}"]
@@ -169,7 +169,7 @@ def upgrade_verb(
 ) -> None:
     """Upgrade a pretrained model: stage 1, latent cache, stage 2, export, report.
 
-    Finished steps are skipped when the command is run again. Examples:
+    Finished steps are skipped when the command is run again.
 
     `davae upgrade micro --out runs/micro`
 
@@ -186,7 +186,10 @@ def train_vae(
     dry_run: DryRun = False,
     allow_commands: AllowCommands = False,
 ) -> None:
-    """Stage 1 only: the detail-aligned VAE. Example: `davae train-vae micro --out runs/micro`"""
+    """Stage 1 only: the detail-aligned VAE.
+
+    `davae train-vae micro --out runs/micro`
+    """
     _run_upgrade(recipe, out, data, set, dry_run, "train-vae")
 
 
@@ -198,7 +201,10 @@ def cache_latents(
     dry_run: DryRun = False,
     allow_commands: AllowCommands = False,
 ) -> None:
-    """Up to the latent cache. Example: `davae cache-latents micro --out runs/micro`"""
+    """Up to the latent cache.
+
+    `davae cache-latents micro --out runs/micro`
+    """
     _run_upgrade(recipe, out, data, set, dry_run, "cache-latents")
 
 
@@ -213,7 +219,7 @@ def train_dit(
         Path | None, typer.Option(help="Another run's folder: its detail VAE and cache serve here too.")
     ] = None,
 ) -> None:
-    """Up to the exported pipeline, without the report. Examples:
+    """Up to the exported pipeline, without the report.
 
     `davae train-dit micro --out runs/micro`
 
@@ -229,7 +235,10 @@ def train_base_verb(
     set: Overrides = None,
     allow_commands: AllowCommands = False,
 ) -> None:
-    """Pretrain a small base model from scratch. Example: `davae train-base micro-base --out runs/micro-base`"""
+    """Pretrain a small base model from scratch.
+
+    `davae train-base micro-base --out runs/micro-base`
+    """
     from davae.recipes import BaseRecipe
 
     resolved = read_typed(BaseRecipe, recipe, data, set)

@@ -6,7 +6,6 @@ import logging
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import davae
@@ -36,6 +35,8 @@ class RunLog:
     """Messages of a run, kept until its folder is known, then appended to its `log.txt`."""
 
     def __init__(self) -> None:
+        from logging.handlers import MemoryHandler  # brings sockets and pickle, which `--help` does not need
+
         self._kept = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
         self._file: logging.FileHandler | None = None
 

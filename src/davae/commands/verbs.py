@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -108,16 +108,13 @@ def with_verbosity(function: Callable[..., Any]) -> Callable[..., Any]:
             set_verbosity(-1 if quiet else 1)
         return function(*args, **options)
 
-    more = {"verbose": Verbose, "quiet": Quiet}
-    own = inspect.signature(function)
-    hints = get_type_hints(function, include_extras=True)
-    parameters = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in own.parameters.values()]
-    parameters += [
+    own = inspect.signature(function, eval_str=True)
+    more = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-        for name, kind in more.items()
+        for name, kind in {"verbose": Verbose, "quiet": Quiet}.items()
     ]
-    verb.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    verb.__annotations__ = {**hints, **more}
+    verb.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # type: ignore[attr-defined]
+    verb.__annotations__ = {}  # typer reads the signature, and would evaluate these again, four times a verb
     return verb
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,7 +177,9 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
     name = class_name(index.get("_class_name", "DiffusionPipeline"))
     check_folder(Path(model), without=without)
     what = f"model {model}"
-    with loading(what), without_own_code(model, index) as folder:
+    with loading(what), without_own_code(model, index) as folder, warnings.catch_warnings():
+        # `dtype`, its new name, is unknown to the oldest diffusers that davae takes
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         kind = model_class(name)
         if not Path(folder).is_dir():
             folder = str(kind.download(model, use_safetensors=True, **dict.fromkeys(without)))

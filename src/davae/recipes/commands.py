@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from davae.errors import RecipeError
-from davae.recipes.values import read_value
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -59,6 +58,8 @@ def typed_commands(overrides: Iterable[str]) -> list[str]:
     Raises:
         RecipeError: a value that is not YAML.
     """
+    from davae.recipes.values import read_value  # PyYAML is loaded on use: `--help` is instant
+
     values = [read_value(text, f"--set {path}") for path, _, text in (one.partition("=") for one in overrides)]
     return [text for value in values for text in _texts(value) if text.startswith(PIPE)]
 

@@ -33,7 +33,10 @@ def cache_encoding(
     allow_commands: AllowCommands = False,
     json: Json = None,
 ) -> None:
-    """Encoding throughput and size of the latent cache. Example: `davae bench cache --set cache.variants=4`"""
+    """Encoding throughput and size of the latent cache.
+
+    `davae bench cache --set cache.variants=4`
+    """
     from davae.lab.bench.data import cache_speed
 
     show(json, cache_speed(_run(recipe, out, data, set)))
@@ -48,7 +51,10 @@ def data_wait(
     steps: Annotated[int, typer.Option(min=1, help="Steps of stage 2.")] = 20,
     json: Json = None,
 ) -> None:
-    """Share of a cached stage 2 step that waits for its data. Example: `davae bench data --steps 20`"""
+    """Share of a cached stage 2 step that waits for its data.
+
+    `davae bench data --steps 20`
+    """
     from davae.lab.bench.data import step_speed
 
     run = _run(recipe, out, data, set)
@@ -80,10 +86,10 @@ def scale(
 def growth(
     recipe: Name = "micro",
     size: Annotated[
-        list[int] | None, typer.Option(min=8, help="Pixels of the base's pictures; may be repeated. 64, 32, 128.")
+        list[int] | None, typer.Option(min=8, help="Pixels of the base's images; may be repeated. 64, 32, 128.")
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Pictures a step, of all processes; may be repeated. 8, 2, 32.")
+        list[int] | None, typer.Option(min=1, help="Images a step, of all processes; may be repeated. 8, 2, 32.")
     ] = None,
     processes: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated. 1, 2.")] = None,
     steps: Annotated[int, typer.Option(min=3, help="Steps of each stage, a third of which warms up.")] = 9,
@@ -92,7 +98,7 @@ def growth(
     allow_commands: AllowCommands = False,
     json: Json = None,
 ) -> None:
-    """How each stage grows with picture size, batch and processes, one at a time; the first value is the others' own.
+    """How each stage grows with image size, batch and processes, one at a time; the first value is the others' own.
 
     `davae bench growth micro --size 64 --size 128 --batch 8 --processes 1 --processes 2`
     """

@@ -25,11 +25,11 @@ Tile = Annotated[int, typer.Option(help="Side of a tile, pixels.")]
 @bench_app.command()
 def tokens(
     model: Annotated[str, typer.Argument(help="A preset (`davae inspect` lists them), a folder or a hub id.")],
-    resolution: Annotated[int, typer.Option(help="Pixels of the picture.")] = 1024,
+    resolution: Annotated[int, typer.Option(help="Pixels of the image.")] = 1024,
     scale: Annotated[int, typer.Option(min=2, help="s, a power of two.")] = 2,
     detail_channels: Annotated[int | None, typer.Option(help="D; C unless given.")] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of the true width, random weights.")] = 2,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in a pass; guidance makes two of each.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a pass; guidance makes two of each.")] = 1,
     repeats: Repeats = 5,
     helper: Helpers = None,
     dtype: Precision = "float32",
@@ -68,7 +68,7 @@ def tokens(
 @bench_app.command("whole")
 def whole_image(
     model: Annotated[str, typer.Argument(help="A preset (`davae inspect` lists them), a folder or a hub id.")],
-    resolution: Annotated[int, typer.Option(help="Pixels of the picture.")] = 1024,
+    resolution: Annotated[int, typer.Option(help="Pixels of the image.")] = 1024,
     scale: Annotated[int, typer.Option(min=2, help="s, a power of two.")] = 2,
     detail_channels: Annotated[int | None, typer.Option(help="D; C unless given.")] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks that run; their time is scaled to all by FLOPs.")] = 2,
@@ -78,7 +78,7 @@ def whole_image(
     dtype: Precision = "float32",
     json: Json = None,
 ) -> None:
-    """A whole picture at the true widths, part by part: text encoders, every step, decoding. Random weights.
+    """A whole image at the true widths, part by part: text encoders, every step, decoding. Random weights.
 
     `davae bench whole sd35-medium --resolution 1024 --steps 28`
     """
@@ -103,7 +103,7 @@ def whole_image(
 @bench_app.command()
 def vae(
     model: Annotated[str, typer.Argument(help="An autoencoder's folder, a pipeline's, or `micro-upgraded`.")],
-    resolution: Annotated[int, typer.Option(help="Pixels of the picture.")] = 1024,
+    resolution: Annotated[int, typer.Option(help="Pixels of the image.")] = 1024,
     tile: Tile = 512,
     only: Annotated[Literal["encode", "decode"] | None, typer.Option(help="One way; both by default.")] = None,
     repeats: Repeats = 3,
@@ -159,7 +159,10 @@ def stage2_step(
     set: Overrides = None,
     json: Json = None,
 ) -> None:
-    """A step of the transformer from the cache, against a plain implementation. Example: `davae bench stage2 micro`"""
+    """A step of the transformer from the cache, against a plain implementation.
+
+    `davae bench stage2 micro`
+    """
     from davae.lab.bench.stages import bench_stage2
 
     show(json, bench_stage2(upgrade_recipe(recipe, set or []), steps=steps, repeats=repeats))
@@ -180,7 +183,7 @@ def whole_pipelines(
     offload: Offload = "off",
     json: Json = None,
 ) -> None:
-    """Whole pictures: native against upgraded, and what multiplies with the token saving.
+    """Whole images: native against upgraded, and what multiplies with the token saving.
 
     `davae bench sample micro micro-upgraded --helper first-block-cache --helper compiled`
     """

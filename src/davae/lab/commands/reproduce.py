@@ -42,7 +42,7 @@ def reproduce(
     dry_run: DryRun = False,
     allow_commands: AllowCommands = False,
 ) -> None:
-    """Train, measure and tabulate. Every run is kept under the hash of its recipe, and done once. Examples:
+    """Train, measure and tabulate. Every run is kept under the hash of its recipe, and done once.
 
     `davae reproduce table5 --scale micro`
 
