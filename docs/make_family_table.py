@@ -88,7 +88,7 @@ def page(outcomes: Outcomes) -> str:
     labels = [*EXPANDING, *UPGRADING]
     headings = [HEADINGS.get(label, label) for label in labels]
     trained = [row for row in supported() if row.trains]
-    stock = sum(runs_in(row).startswith("diffusers") for row in trained)
+    stock = sum(not pipelines(row)[0].startswith("davae.") for row in trained)
     lines = [
         "# Model families",
         "",
@@ -105,8 +105,8 @@ def page(outcomes: Outcomes) -> str:
         "has a size or a number of channels in its code ([reasons](families.md)). You load all folders in the same way,",
         "after `import davae`.",
         "",
-        f"| transformer | pipeline of the base | upgraded folder runs in | drawn from | {' | '.join(headings)} | presets |",
-        f"|---|---|---|---|{'---|' * len(labels)}---|",
+        f"| transformer | pipeline of an upgraded folder | drawn from | {' | '.join(headings)} | presets |",
+        f"|---|---|---|{'---|' * len(labels)}---|",
     ]
     for name, row in sorted(FAMILIES.items(), key=lambda item: (not item[1].trains, item[0])):
         cells = [outcomes.get(name, {}).get(label, "not run") for label in labels]
@@ -117,17 +117,16 @@ def page(outcomes: Outcomes) -> str:
         }
         named = ", ".join(f"`{preset}`" for preset, classes in parts.items() if name in classes) or "-"
         lines.append(
-            f"| `{name}` | `{row.pipeline}` | {runs_in(row)} | {row.condition} | {' | '.join(cells)} | {named} |"
+            f"| `{name}` | {', '.join(f'`{kind}`' for kind in pipelines(row))} | {row.condition} | "
+            f"{' | '.join(cells)} | {named} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def runs_in(row: Family) -> str:
-    """Return the pipeline classes that an upgraded folder of a family names."""
-    if not row.trains:
-        return "-"
-    own = [row.pipeline] if row.pipeline in davae.__all__ else row.upgraded_pipelines
-    return ", ".join(f"`davae.{name}`" for name in own) or "diffusers' own"
+def pipelines(row: Family) -> list[str]:
+    """Return the pipeline classes that upgraded folders of a family name, those of davae with its name before them."""
+    names = row.upgraded_pipelines or (row.pipeline,)
+    return [f"davae.{name}" if name in davae.__all__ else name for name in names]
 
 
 def main() -> None:

@@ -43,7 +43,8 @@ app = Verbs(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Twice the resolution at the same token count for pretrained latent diffusion models (DA-VAE).\n\n"
-    "Start with `davae upgrade micro --out runs/micro`: it upgrades the embedded model and writes a report.",
+    'Start with `davae sample micro-upgraded "a red rose"`: it draws with the embedded upgrade. '
+    "`davae upgrade micro --out runs/micro` makes that upgrade, in hours on two CPU cores, and writes a report.",
 )
 FIRST, SHARE, STEPS, MEASURE = "Start here", "Convert and share", "Single steps and other trainings", "Measure"
 app.command("upgrade", rich_help_panel=FIRST)(upgrade_verb)
@@ -98,6 +99,14 @@ def main() -> None:
     except BrokenPipeError:  # the program that reads the output has ended, as `davae recipes | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
+    except ModuleNotFoundError as error:
+        package = (error.name or "davae").partition(".")[0]
+        if package == "davae":
+            raise
+        sys.stderr.write(
+            f"davae: package {package} is not installed here; install davae again with pip, which adds it\n"
+        )
+        sys.exit(2)
     except (OSError, MemoryError) as error:
         sys.stderr.write(f"davae: {explain(error)}\n")
         sys.exit(2)
@@ -119,5 +128,5 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, nothing a user can mend
     for name in ("accelerate", "diffusers", "transformers", "huggingface_hub", "httpx", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if sys.argv[1:2] != ["inspect"]:  # it reads the figures of known models without them
+    if not {"inspect", "doctor"} & set(sys.argv[1:2]):  # known models' figures and versions are read without them
         quiet_model_libraries()

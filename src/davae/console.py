@@ -112,11 +112,11 @@ def table(title: str, columns: list[str], rows: list[list[Any]], right: bool = T
 
     Args:
         title: line above the table.
-        columns: names.
+        columns: names; all "" for a table without a line of names.
         rows: cells.
         right: whether all but the first column are aligned as numbers are.
     """
-    view = Table(title=escape(title), title_justify="left")
+    view = Table(title=escape(title), title_justify="left", show_header=any(columns))
     for number, column in enumerate(columns):
         view.add_column(escape(column), justify="right" if number and right else "left")
     for row in rows:
@@ -165,7 +165,7 @@ def show_phases(values: dict[str, Any]) -> None:
     ]
     table(
         f"Phases on {stated}",
-        ["", "GPU, GiB", "process, GiB", "machine, GiB", "disk, GiB", "hours", "images at a time", ""],
+        ["", "GPU GiB", "process GiB", "machine GiB", "disk GiB", "hours", "at a time", ""],
         rows,
     )
     for phase in values["phases"]:

@@ -84,7 +84,8 @@ def test_a_wrong_command_would_be_found():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    found = re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text)
+    targets = [(link or image).split("#")[0] for link, image in found]
     missing = [t for t in targets if t and "://" not in t and not (page.parent / t).exists()]
     assert not missing
 
@@ -97,7 +98,7 @@ def test_prose_fits_its_lines_and_uses_the_field_s_word(page: Path):
     """Outside of code, tables and images: at most 120 columns, and *image*, not *picture*."""
     made = r"```.*?```|<!-- attempts -->.*?<!-- end of attempts -->"
     text = re.sub(made, "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    prose = [line for line in text.splitlines() if not line.startswith(("|", "![", ":::", "    "))]
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "![", "<img ", ":::", "    "))]
     assert not [line for line in prose if len(line) > 120]
     assert not re.findall(r".*\bpictures?\b.*", re.sub(r"`[^`]*`", "", text), flags=re.IGNORECASE)
 
@@ -193,6 +194,12 @@ def test_messages_of_the_troubleshooting_page_are_davae_s_own():
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "src").rglob("*.py")]
     texts = "\n".join(text for tree in trees for text in texts_of(tree))
     assert not [message for message in messages if message not in texts]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent == ROOT], ids=lambda page: page.name)
+def test_code_of_the_front_pages_fits_a_column_of_github(page: Path):
+    blocks = re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not [line for block in blocks for line in block.splitlines() if len(line) > 95]
 
 
 def test_yaml_of_the_documentation_is_a_recipe():

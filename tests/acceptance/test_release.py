@@ -50,6 +50,8 @@ def test_every_requirement_has_a_lower_bound_that_this_environment_meets():
     assert len(pinned) > 25
     for requirement in pinned:
         assert [specifier.operator for specifier in requirement.specifier] == ["=="]
+    free = script("oldest").oldest(newest=["torch"])
+    assert [text for text in free if "==" not in text] == [text for text in free if text.startswith("torch>=")]
     for name in script("oldest").CORE:
         assert (ROOT / "tests" / name).is_file()
 

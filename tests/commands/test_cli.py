@@ -62,6 +62,16 @@ def test_help_imports_no_torch(arguments: list[str]):
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.parametrize(("verb", "package"), [("doctor", "torch"), ("status runs/x", "diffusers")])
+def test_a_package_that_is_missing_is_named(verb: str, package: str):
+    code = f"import sys; sys.modules['{package}'] = None; sys.argv = ['davae', *'{verb}'.split()]\n"
+    code += "from davae.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"davae: package {package} is not installed here; ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_every_verb_gives_an_example():
     found = dict(verbs(typer.main.get_command(app)))
     assert {"upgrade", "app", "evaluate generation", "convert vavae", "recipes"} <= set(found)
@@ -119,7 +129,7 @@ def test_the_page_without_its_extra_is_one_line(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("evaluate generation --pipeline micro --data openmoji --num 2", "--num 2: at least 4 pictures are needed"),
+        ("evaluate generation --pipeline micro --data openmoji --num 2", "--num 2: at least 4 images are needed"),
         ("sample micro cat --resolution 100", "100 pixels are not divisible by 8, a token's side; use 96"),
         ("evaluate geneval-score {results} --json {results}/x.json", "--json .* cannot be written: "),
     ],

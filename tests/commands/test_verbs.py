@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -11,12 +12,16 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
+from davae import console
 from davae.cli import app
 from davae.commands import verbosity
+from davae.commands.inspect import PHASES
 from davae.commands.verbs import ALIASES, HINTS, hint, with_own_names
 from davae.errors import RecipeError
+from davae.plan.phase_sizes import ASSUMED_IMAGES
 
 GROUP: Any = typer.main.get_command(app)
 
@@ -46,6 +51,32 @@ def test_help_fits_80_columns(path: tuple[str, ...]):
         assert "…" not in line, "a name or word is cut"
         assert not re.search(r"\|[a-z0-9]*\s{2,}", line), "a choice is broken"
     assert "--verbose" in shown.output
+
+
+@pytest.mark.parametrize("path", VERBS, ids=" ".join)
+def test_help_is_a_sentence_in_the_list_of_verbs_and_uses_the_field_s_word(path: tuple[str, ...]):
+    """The list shows the first paragraph: an example is a paragraph of its own."""
+    command = VERBS[path]
+    assert "Example" not in (command.help or "").split("\n\n")[0]
+    texts = [command.help or "", *(getattr(p, "help", None) or "" for p in command.params)]
+    words = re.sub(r"`[^`]*`", "", " ".join(texts))
+    assert not re.search(r"\bpictures?\b", words, re.I)
+
+
+def test_phases_fit_80_columns(monkeypatch: pytest.MonkeyPatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=shown, width=80))
+    phase = {"name": "sampling", "device_gib": 145.21, "host_gib": 211.2, "machine_gib": 1689.6, "disk_gib": 1394.27,
+             "hours": 123.45, "batch_size": 128, "remedy": ""}  # fmt: skip
+    phases = [phase | {"fits": fits} for fits in (True, False)]
+    console.show_phases({"gpus": 8, "gpu": "b200-180gb", "gpu_gib": 180.0, "phases": phases})
+    assert "1394.27" in shown.getvalue()
+    assert "…" not in shown.getvalue()
+    assert max(map(len, shown.getvalue().splitlines())) <= 80
+
+
+def test_inspect_names_the_images_that_it_plans_for():
+    assert f"{ASSUMED_IMAGES:,} images" in PHASES
 
 
 def test_upgrade_is_the_first_verb():

@@ -136,5 +136,5 @@ def test_a_set_is_measured_once_whole_and_in_crops():
     assert torch.equal(found.patches.features, image_patches(images, 4)[:, :, 0, 0])
     for size in (0, 8, 16):
         assert measure_images([images], Corners(), size).patches is None
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         measure_images([], Corners())

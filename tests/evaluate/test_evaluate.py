@@ -67,7 +67,7 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     assert frechet_distance(stretched, b) == pytest.approx(direct, rel=1e-8)
     assert frechet_distance(stretched, b) == pytest.approx(frechet_distance(b, stretched), rel=1e-9)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    with pytest.raises(ValueError, match="at least 2 pictures"):
+    with pytest.raises(ValueError, match="at least 2 images"):
         frechet_distance(a, b[:1])
     with pytest.raises(ValueError, match="not finite"):
         frechet_distance(a, torch.full((3, 4), torch.nan))
@@ -123,7 +123,7 @@ def test_set_distances_tell_near_from_far():
     assert distribution_scores(sure, real).inception[0] == pytest.approx(5, rel=0.1)  # type: ignore[index]
     assert set(near.as_dict("fd_lite0")) >= {"fd_lite0", "kid_lite0", "precision_lite0", "recall_lite0"}
     assert {"fid", "kid", "inception_score"} <= set(distribution_scores(sure, real).as_dict("fid"))
-    with pytest.raises(ValueError, match="at least 4 pictures a side are needed, found 3 and 60"):
+    with pytest.raises(ValueError, match="at least 4 images a side are needed, found 3 and 60"):
         distribution_scores(Features(torch.randn(3, 8)), real)
 
 
@@ -141,7 +141,7 @@ def test_features_do_not_depend_on_the_batch_size():
         torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-3)
     with pytest.raises(ValueError, match="not finite"):
         extract([torch.full((1, 3, 24, 24), torch.nan)], network)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         extract([], network)
 
 
@@ -191,7 +191,7 @@ def test_scores_do_not_depend_on_the_batch_size():
     assert set(one.as_dict()) == {"psnr", "ssim", "lite0", "rfd_lite0", "pictures"}
     assert one.frechet["rfd_lite0"] > 0
     assert score_reconstructions([images[:2]], lambda x: x).psnr == 100.0
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         score_reconstructions([], blur)
 
 

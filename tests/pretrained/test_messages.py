@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import warnings
 from pathlib import Path
 
 import httpx
 import pytest
 from huggingface_hub import errors
 
+from davae.app.training import Trainings
 from davae.commands.app import check_free
 from davae.convert.checkpoints import load_state
 from davae.errors import ModelError, RecipeError, RunError
+from davae.lab.commands.bench import upgrade_recipe
 from davae.plan.dry_run import step_notes
 from davae.pretrained import open as pipeline
 from davae.pretrained.hub_errors import brief, hub_reason
-from davae.recipes import Recipe, load_recipe, shipped_recipes
+from davae.pretrained.open import HUB_ID
+from davae.recipes import Recipe, load_recipe, read_recipe, shipped_recipes
 from davae.recipes.places import check_places, places
+from davae.runs.upgrade_run import UpgradeRun
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.ckpt", "x.safetensors"])
@@ -124,6 +130,34 @@ def test_recipes_whose_files_are_elsewhere_are_one_line(name: str, tmp_path: Pat
     check_places(recipe, name)
 
 
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_path_of_a_shipped_recipe_is_a_known_place_or_a_model_on_the_hub(name: str):
+    text = re.sub(r"#.*", "", shipped_recipes()[name])
+    paths = set(re.findall(r"[:\s]([\w.-]*/\S+)", text)) - {text for _, text in places(read_recipe(name))}
+    root = Path(__file__).parents[2]
+    assert not [path for path in paths if not HUB_ID.fullmatch(path) or (root / path.split("/")[0]).exists()]
+
+
+def test_a_path_that_the_user_gave_is_not_called_the_recipe_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    check_places(load_recipe("sd35-medium-1k", ["data.source=./mine"]), "sd35-medium-1k")
+    Path("own.yaml").write_text(shipped_recipes()["sd35-medium-1k"])
+    check_places(load_recipe("own.yaml"), "own.yaml")
+
+
+def test_every_way_to_run_a_shipped_recipe_names_what_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    ways = {
+        "python": lambda: UpgradeRun("sd35-medium-1k", base="micro").train_dit(),
+        "bench": lambda: upgrade_recipe("sd35-medium-1k", []),
+        "page": lambda: Trainings(tmp_path / "runs").start("mine", "sd35-medium-1k"),
+    }
+    for run in ways.values():
+        with pytest.raises(RecipeError, match=r"data.source: ./pictures is not here; give your images with --data"):
+            run()
+    assert not list(tmp_path.iterdir())
+
+
 def test_micro_upgraded_is_known():
     from davae import DetailVAE
     from davae.sample.open import model_places, open_autoencoder
@@ -132,3 +166,10 @@ def test_micro_upgraded_is_known():
     assert len(model_places("micro-upgraded")) == 2
     with pytest.raises(ModelError, match="davae apply micro-upgraded --base micro --out FOLDER"):
         pipeline.fetch_file("micro-upgraded", "", "model_index.json")
+
+
+def test_opening_a_pipeline_shows_no_warning_on_an_argument_of_ours(tiny_base: Path):
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        pipeline.load_pipeline(str(tiny_base))
+    assert not [str(one.message) for one in shown if "dtype" in str(one.message)]

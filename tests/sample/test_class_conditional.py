@@ -222,7 +222,7 @@ def test_rounding_and_labels() -> None:
     assert np.bincount(class_schedule(1000, 10, "balanced", 0)).tolist() == [100] * 10
     assert np.array_equal(class_schedule(50, 10, "random", 3), class_schedule(50, 10, "random", 3))
     assert not np.array_equal(class_schedule(50, 10, "random", 3), class_schedule(50, 10, "random", 4))
-    with pytest.raises(ModelError, match="25 pictures do not divide into 10 classes"):
+    with pytest.raises(ModelError, match="25 images do not divide into 10 classes"):
         class_schedule(25, 10, "balanced", 0)
 
 
@@ -247,7 +247,7 @@ def test_sample_files_resume_and_share_the_work(tmp_path: Path) -> None:
     with np.load(target) as file:
         assert np.array_equal(file["arr_0"][:, 1, 1, 2], (labels * 25.5 + 0.5).astype(np.uint8))
         assert np.array_equal(file["arr_1"], labels)
-    with pytest.raises(ModelError, match="holds pictures of other settings"):
+    with pytest.raises(ModelError, match="holds images of other settings"):
         write_samples(target, labels, draw, settings={"seed": 1})
 
 

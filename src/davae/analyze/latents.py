@@ -124,13 +124,13 @@ def class_knowledge(latents: Tensor, labels: list[int], seed: int = 0) -> ClassK
         DataError: fewer than two classes, or too few images to find two in that half.
     """
     if len(set(labels)) < 2:
-        raise DataError("class separability needs pictures of at least two classes")
+        raise DataError("class separability needs images of at least two classes")
     features = pooled(latents)
     targets = np.asarray(labels)
     order = np.random.default_rng(seed).permutation(len(targets))
     train, test = order[: len(order) // 2], order[len(order) // 2 :]
     if len(set(targets[train])) < 2:
-        raise DataError(f"{len(labels)} pictures are too few to tell classes apart; take more with --num")
+        raise DataError(f"{len(labels)} images are too few to tell classes apart; take more with --num")
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     probe.fit(features[train], targets[train])
     scaled = StandardScaler().fit_transform(features)

@@ -24,6 +24,7 @@ from davae.errors import RecipeError, RunError
 from davae.files.atomic import atomic_text
 from davae.files.reading import read_object
 from davae.recipes import Recipe, dump_recipe, load_recipe, shipped_recipes
+from davae.recipes.places import check_places
 from davae.train.locking import running_process
 from davae.train.run_folder import read_metrics
 
@@ -127,6 +128,7 @@ class Trainings:
         resolved = load_recipe(recipe, [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data else [])])
         if not isinstance(resolved, Recipe):
             raise RecipeError(f"recipe '{recipe}' upgrades nothing; use one of {', '.join(upgrade_recipes())}")
+        check_places(resolved, recipe)
         for stage in ("stage1", "stage2"):
             steps = getattr(resolved, stage).max_steps
             if steps > MAX_TRAINING_STEPS:

@@ -10,7 +10,6 @@ import typer
 from davae.commands.progress import show_place
 from davae.commands.verbs import Verbs
 from davae.errors import RecipeError
-from davae.recipes.values import read_value
 
 convert_app = Verbs(
     no_args_is_help=True, help="Official checkpoints in, diffusers folders out. No code of a checkpoint is ever run."
@@ -29,6 +28,8 @@ Statistics = Annotated[Path | None, typer.Option(help="The official latents_stat
 
 
 def _sizes(pairs: list[str] | None) -> dict[str, Any]:
+    from davae.recipes.values import read_value
+
     values: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, text = pair.partition("=")

@@ -11,6 +11,10 @@ from davae.commands.options import Json, write_json
 from davae.zoo import SHIPPED
 
 GIB = 2**30
+PHASES = (
+    "Phases: 500,000 images, the steps and batches of Tab. S1, text embeddings stored in the cache. A recipe with "
+    "`cache.text: step` needs less disk; its --dry-run has the figures."
+)
 
 
 def inspect(
@@ -56,6 +60,7 @@ def inspect(
     _show(values)
     if "phases" in values:
         show_phases(values)
+        console.print(PHASES, markup=False, highlight=False)
     for note in values["notes"]:
         console.print(f"Note: {note}.", markup=False)
 

@@ -15,7 +15,7 @@ See it work, nothing to download:
   davae app                                  the same in a browser (needs the extra davae[app])
 
 Upgrade a model:
-  davae upgrade micro --out runs/micro       the embedded one, with its full recipe
+  davae upgrade micro --out runs/micro       the embedded one: hours on two CPU cores
   davae inspect MODEL --resolution 1024      what an upgrade would bring for yours
   davae recipes                              where to start from
   davae upgrade RECIPE --dry-run             what it would take

@@ -48,10 +48,9 @@ def read_typed(
         raise RecipeError(
             f"recipe '{recipe.name}' is for another verb; use `davae {VERBS[type(recipe).__name__]} {name}`"
         )
-    from davae.recipes import shipped_recipes
     from davae.recipes.places import check_places
 
-    if name in shipped_recipes() and not dry:
+    if not dry:
         check_places(recipe, name)
     return recipe
 

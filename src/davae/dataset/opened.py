@@ -182,7 +182,7 @@ def open_images(
         DataError: nothing there, or nothing left.
     """
     if data.buckets is not None and (step is None or resolution is None):
-        raise RecipeError("data.buckets: this model takes square pictures only; leave it out")
+        raise RecipeError("data.buckets: this model takes square images only; leave it out")
     started = time.perf_counter()
     source = open_source(data.source, resolution or 1, source_options(data))
     sizes = [] if resolution is None else [(resolution, resolution)]

@@ -44,10 +44,10 @@ class Gaussian:
 def _finite_rows(features: Tensor) -> np.ndarray:
     """Return features (N,F) in float64, after the checks of `Gaussian.of`."""
     if len(features) < 2:
-        raise DataError(f"a Frechet distance needs at least 2 pictures a side, found {len(features)}")
+        raise DataError(f"a Frechet distance needs at least 2 images a side, found {len(features)}")
     x = features.double().numpy()
     if not np.isfinite(x).all():
-        raise DataError("features are not finite: the pictures hold NaN or infinite pixels")
+        raise DataError("features are not finite: the images hold NaN or infinite pixels")
     return x
 
 
@@ -172,7 +172,7 @@ def distribution_scores(
     """
     few = min(len(generated), len(real))
     if few < LEAST:
-        raise DataError(f"at least {LEAST} pictures a side are needed, found {len(generated)} and {len(real)}")
+        raise DataError(f"at least {LEAST} images a side are needed, found {len(generated)} and {len(real)}")
     size = min(subset, few)
     kid = kid_features_to_metric(
         generated.features, real.features, kid_subset_size=size, kid_subsets=subsets, verbose=False

@@ -134,9 +134,9 @@ def join_features(parts: list[Features]) -> Features:
         ValueError: no batch, or features that are not finite.
     """
     if not parts:
-        raise ValueError("there are no pictures to measure")
+        raise ValueError("there are no images to measure")
     features = torch.cat([part.features.cpu() for part in parts])
     if not torch.isfinite(features).all():
-        raise ValueError("features are not finite: the pictures hold NaN or infinite pixels")
+        raise ValueError("features are not finite: the images hold NaN or infinite pixels")
     logits = [part.logits.cpu() for part in parts if part.logits is not None]
     return Features(features, torch.cat(logits) if logits else None)

@@ -91,9 +91,7 @@ def condition_of(image: dict[str, Any], pipeline: Any) -> str:
     if not goes_by_class(pipeline):
         return image["caption"]
     if image["label"] is None:
-        raise DataError(
-            "a class-conditional model is measured on pictures with classes: sub-folders, or `.cls` files"
-        )
+        raise DataError("a class-conditional model is measured on images with classes: sub-folders, or `.cls` files")
     return str(image["label"])
 
 
@@ -185,7 +183,7 @@ def _check_arguments(num: int, spectrum: Path | None) -> None:
     if spectrum is not None:
         check_image(spectrum)
     if num < LEAST:
-        raise ModelError(f"--num {num}: at least {LEAST} pictures are needed to compare with")
+        raise ModelError(f"--num {num}: at least {LEAST} images are needed to compare with")
 
 
 def _chosen_prompts(images: ImageDataset, num: int, seed: int, model: Any) -> list[str]:

@@ -230,7 +230,7 @@ def judge_folder(out: Path, detector: Callable[[Image.Image], list[Found]], clip
                 }
             )
     if not records:
-        raise ModelError(f"{out} holds no pictures in GenEval's layout")
+        raise ModelError(f"{out} holds no images in GenEval's layout")
     return records
 
 

@@ -166,7 +166,7 @@ def evaluate_geneval(
         ModelError: a detector without CLIP, images of other settings in `out`, or models that cannot be loaded.
     """
     if (detector is None) != (clip is None):
-        raise ModelError("judging pictures needs both a detector and a CLIP model (for colours)")
+        raise ModelError("judging images needs both a detector and a CLIP model (for colours)")
     requests = read_prompts(prompts)
     wrong = next((r for r in requests if not is_request(r.record)), None)
     if wrong is not None:

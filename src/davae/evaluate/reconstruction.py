@@ -135,7 +135,7 @@ def score_reconstructions(
     if shared:
         rows, features = gather_object(rows), gather_object(features)
     if not rows:
-        raise ValueError("no pictures to reconstruct")
+        raise ValueError("no images to reconstruct")
     table = torch.cat(rows)
     means = table.mean(0).tolist()
     frechet = {}

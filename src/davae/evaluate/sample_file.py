@@ -41,7 +41,7 @@ def class_schedule(num: int, num_classes: int, labels: Labels, seed: int) -> np.
     if labels == "random":
         return np.random.default_rng(seed % 2**64).integers(0, num_classes, num)
     if num % num_classes:
-        raise ModelError(f"{num} pictures do not divide into {num_classes} classes; use a multiple, or random labels")
+        raise ModelError(f"{num} images do not divide into {num_classes} classes; use a multiple, or random labels")
     return np.arange(num) % num_classes
 
 

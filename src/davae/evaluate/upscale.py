@@ -101,7 +101,7 @@ def load_network(path: Path) -> Any:
     except (UnsupportedModelError, SafetensorError, UnpicklingError, ValueError, RuntimeError, OSError) as error:
         raise ModelError(f"--upscale {path}: {' '.join(str(error).split())[:160] or type(error).__name__}") from error
     if not isinstance(model, ImageModelDescriptor) or model.input_channels != 3:
-        raise ModelError(f"--upscale {path}: not a network from colour pictures to colour pictures")
+        raise ModelError(f"--upscale {path}: not a network from colour images to colour images")
     return model.to(own_device()).eval()
 
 

@@ -134,7 +134,7 @@ class BaseRecipe(Section):
         if not isinstance(self.architecture, ClassArchitecture):
             raise ValueError("align moves class-conditional models; set architecture.family to lightningdit")
         if self.cache.shards is not None:
-            raise ValueError("align encodes every picture with both autoencoders; leave out cache.shards")
+            raise ValueError("align encodes every image with both autoencoders; leave out cache.shards")
         if self.resolution % self.align.base_resolution:
             raise ValueError(
                 f"align.base_resolution is {self.align.base_resolution}, resolution {self.resolution} is not a multiple of it"

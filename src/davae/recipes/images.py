@@ -84,5 +84,5 @@ class Data(Section):
         if self.caption_weights and (self.caption_key or self.caption_column):
             raise ValueError("give caption_weights, or one caption_key or caption_column, not both")
         if self.streaming and self.limit is None:
-            raise ValueError("streaming needs limit: how many pictures to take from the stream")
+            raise ValueError("streaming needs limit: how many images to take from the stream")
         return self

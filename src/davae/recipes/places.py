@@ -1,4 +1,4 @@
-"""Files that shipped recipes expect next to the repository, outside the package."""
+"""Files that shipped recipes name and the package does not have: the project's, results of commands, the user's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from davae.errors import RecipeError
+from davae.recipes.loading import read_recipe, shipped_recipes
 
-SHARED, RUNS, MODELS = "../shared/", "runs/", "models/"
+OURS = ("../shared/", "benchmarks/")  # next to the repository, and in it
+MADE = ("runs/", "models/")  # by `davae train-base` and `davae convert`
+YOURS = ("./", "data/")  # images that the user has
 
 
 def places(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -20,30 +23,42 @@ def places(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         if isinstance(value, dict):
             yield from places(value, f"{prefix}{key}.")
-        elif isinstance(value, str) and value.startswith((SHARED, RUNS, MODELS)):
+        elif isinstance(value, str) and value.startswith((*OURS, *MADE, *YOURS)):
             yield f"{prefix}{key}", value
 
 
 def needs_repository(values: Any) -> bool:
     """Return whether a recipe names data of the project's own benchmarks."""
-    return any(text.startswith(SHARED) for _, text in places(values))
+    return any(text.startswith(OURS) for _, text in places(values))
 
 
 def check_places(recipe: BaseModel, name: str) -> None:
-    """Refuse a shipped recipe whose files are not here, before any work.
+    """Refuse a shipped recipe whose own files are not here, before any work.
+
+    Values that the user gave are left to whatever reads them.
+
+    Args:
+        recipe: the resolved recipe.
+        name: what the user gave; a file's places are its writer's, and are not checked.
 
     Raises:
         RecipeError: names the setting, the file and what to give instead.
     """
+    if name not in shipped_recipes():
+        return
+    shipped = dict(places(read_recipe(name)))
     for path, text in sorted(places(recipe), key=lambda place: place[0].count(".")):
-        if not Path(text).exists():
+        if shipped.get(path) == text and not Path(text).exists():
             raise RecipeError(f"recipe {name}, {path}: {text} is not here; {_remedy(path, text)}")
 
 
 def _remedy(path: str, text: str) -> str:
-    if text.startswith(SHARED):
-        own = "--data IMAGES" if path == "data.source" else f"--set {path}=FILE"
+    data = path.endswith("data.source")
+    own = "--data IMAGES" if path == "data.source" else f"--set {path}={'IMAGES' if data else 'FILE'}"
+    if text.startswith(OURS):
         return f"it belongs to the project's own benchmarks and is not in the package; give your own with {own}"
+    if text.startswith(YOURS):
+        return f"give your images with {own}"
     parts = Path(text).parts
     if parts[-1] == "pipeline":
         return f"run `davae train-base {parts[-2]}` first, or give another with --set {path}=FOLDER"

@@ -236,4 +236,4 @@ def write_skipped(path: Path, used: int, skipped: dict[str, str], accelerator: A
     summary = {"used": used, "left_out": {kind: len(names) for kind, names in kinds.items()}, "names": kinds}
     atomic_text(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if skipped:
-        logger.warning("%d pictures train; %s; all names in %s", used, summarise_skipped(skipped), path)
+        logger.warning("%d images train; %s; all names in %s", used, summarise_skipped(skipped), path)

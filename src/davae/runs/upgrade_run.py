@@ -19,6 +19,7 @@ from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import Compile, Offload, Placement, Precision
 from davae.recipes import Recipe, check_commands, load_recipe, permit_commands, read_recipe, set_values, validate
 from davae.recipes.commands import commands_in
+from davae.recipes.places import check_places
 from davae.runs.report import run_with_report
 from davae.runs.upgrade import Upgrade
 from davae.sample.open import model_places
@@ -106,6 +107,7 @@ class UpgradeRun:
         **overrides: Any,
     ):
         self.recipe = resolve_recipe(recipe, base=base, data=data, **overrides)
+        self._given = recipe
         self.folder = Path("runs") / self.recipe.name if out is None else Path(out)
         self._progress = progress or _ignore
 
@@ -116,6 +118,8 @@ class UpgradeRun:
     def _open(self) -> Iterator[Upgrade]:
         """Hold the run folder while a step works in it."""
         check_commands(self.recipe)
+        if isinstance(self._given, str):
+            check_places(self.recipe, self._given)
         opened = Upgrade(self.recipe, self.folder, self._progress)
         try:
             yield opened

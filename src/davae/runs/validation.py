@@ -67,8 +67,8 @@ def plain_images(opened: OpenedData, count: int, resolution: int, seed: int) -> 
     chosen = opened.shown(count)
     if not chosen:
         raise RecipeError(
-            f"run.sample_every and stage2.validate_every show square pictures, and none fills {resolution} x "
-            f"{resolution} pixels; set both to 0, or give larger pictures"
+            f"run.sample_every and stage2.validate_every show square images, and none fills {resolution} x "
+            f"{resolution} pixels; set both to 0, or give larger images"
         )
     images = opened.squares(chosen, seed)
     return collate([images[(place, -1)] for place in range(len(images))])

@@ -201,7 +201,7 @@ def check_former(shards: list[ImageShard]) -> None:
     """
     for shard in shards:
         if is_drawn(shard.target) and shard.packed_texts() != shard.texts:
-            raise ModelError(f"{shard.target} holds pictures of other prompts; use another --out")
+            raise ModelError(f"{shard.target} holds images of other prompts; use another --out")
         shutil.rmtree(shard.folder, ignore_errors=True)
 
 

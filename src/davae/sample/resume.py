@@ -79,7 +79,7 @@ def _compare(
     differing = [name for name in {**new, **old} if name not in about and old.get(name) != new.get(name)]
     if differing:
         raise ModelError(
-            f"{path.parent} holds pictures of other settings ({_words(differing[0], old, new)}); use another --out"
+            f"{path.parent} holds images of other settings ({_words(differing[0], old, new)}); use another --out"
         )
 
 

@@ -229,7 +229,7 @@ def check_class_numbers(labels: list[int], num_classes: int, where: str) -> None
     if unexpected:
         raise DataError(
             f"{where} has class label {unexpected[0]}, the model has classes 0 to {num_classes - 1}; "
-            "use pictures of its classes, or a model with more"
+            "use images of its classes, or a model with more"
         )
 
 

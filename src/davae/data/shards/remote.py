@@ -99,7 +99,7 @@ def open_stream(name: str, options: SourceOptions) -> TarSource:
     """
     options.refuse("a table", ("caption_key", "label_key"))
     if options.limit is None:
-        raise DataError("data.streaming needs data.limit: how many pictures to take from the stream")
+        raise DataError("data.streaming needs data.limit: how many images to take from the stream")
     parts = (name, options.config, options.split, options.image_column, options.caption_column, options.label_column)
     kind = hashlib.sha256(repr((*parts, sorted(options.caption_weights))).encode()).hexdigest()[:12]
     folder = cache_folder() / "streams" / kind

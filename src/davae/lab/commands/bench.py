@@ -26,9 +26,11 @@ def upgrade_recipe(name: str, overrides: list[str], data: str | None = None) -> 
     """The upgrade recipe of that name; RecipeError for any other kind."""
     from davae.errors import RecipeError
     from davae.recipes import Recipe, check_commands, load_recipe
+    from davae.recipes.places import check_places
 
     recipe = load_recipe(name, [*overrides, *([f"data.source={json.dumps(data)}"] if data else [])])
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe '{recipe.name}' is not an upgrade recipe")
     check_commands(recipe)
+    check_places(recipe, name)
     return recipe
