@@ -159,13 +159,13 @@ def show_phases(values: dict[str, Any]) -> None:
             f"{phase['disk_gib']:.2f}",
             f"{phase['hours']:.2f}",
             phase["batch_size"] or "-",
-            "fits" if phase["fits"] else "does not fit",
+            "yes" if phase["fits"] else "NO",
         ]
         for phase in values["phases"]
     ]
     table(
         f"Phases on {stated}",
-        ["", "GPU GiB", "process GiB", "machine GiB", "disk GiB", "hours", "at a time", ""],
+        ["", "GPU GiB", "process GiB", "machine GiB", "disk GiB", "hours", "at a time", "fits"],
         rows,
     )
     for phase in values["phases"]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import socket
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,15 +16,18 @@ from huggingface_hub import errors
 from davae.app.training import Trainings
 from davae.commands.app import check_free
 from davae.convert.checkpoints import load_state
-from davae.errors import ModelError, RecipeError, RunError
+from davae.data.latent_cache.import_shards import read_statistics
+from davae.errors import DataError, ModelError, RecipeError, RunError
 from davae.lab.commands.bench import upgrade_recipe
 from davae.plan.dry_run import step_notes
 from davae.pretrained import open as pipeline
 from davae.pretrained.hub_errors import brief, hub_reason
 from davae.pretrained.open import HUB_ID
+from davae.publish.export import open_run
 from davae.recipes import Recipe, load_recipe, read_recipe, shipped_recipes
 from davae.recipes.places import check_places, places
-from davae.runs.upgrade_run import UpgradeRun
+from davae.runs.status import read_status
+from davae.runs.upgrade_run import UpgradeRun, load
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.ckpt", "x.safetensors"])
@@ -156,6 +161,19 @@ def test_every_way_to_run_a_shipped_recipe_names_what_is_not_here(tmp_path: Path
         with pytest.raises(RecipeError, match=r"data.source: ./pictures is not here; give your images with --data"):
             run()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opened", [load, read_status, open_run], ids=lambda function: function.__name__)
+def test_a_folder_that_is_missing_is_told_from_one_of_something_else(opened: Callable[[Path], Any], tmp_path: Path):
+    with pytest.raises(ModelError, match="there is no such folder; "):
+        opened(tmp_path / "nothing")
+    with pytest.raises(ModelError, match=r"it is not a run folder, it has no recipe.yaml; "):
+        opened(tmp_path)
+
+
+def test_statistics_that_are_missing_are_not_called_damaged(tmp_path: Path):
+    with pytest.raises(DataError, match="there is no such file"):
+        read_statistics(tmp_path / "latents_stats.pt", 4)
 
 
 def test_micro_upgraded_is_known():

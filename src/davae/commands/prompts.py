@@ -62,7 +62,7 @@ def prompts(
 
 def geneval(
     pipeline: Pipeline,
-    prompts: Annotated[Path, typer.Option(help="GenEval's evaluation_metadata.jsonl.")],
+    prompts: Annotated[Path, typer.Option(help="GenEval's prompts: its file of metadata, a .jsonl.")],
     out: Folder,
     num: Annotated[int, typer.Option(min=1, help="Images a prompt; 4 in published tables.")] = 4,
     steps: Steps = STEPS,

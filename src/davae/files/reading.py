@@ -1,4 +1,4 @@
-"""JSON of any origin, read within bounds or refused in one line, for all of davae."""
+"""Files of any origin, found and read within bounds or refused in one line, for all of davae."""
 
 from __future__ import annotations
 
@@ -100,3 +100,19 @@ def parse_json(text: str, what: str, error: type[DavaeError] = ModelError) -> An
         return load_json(text)
     except ValueError as bad:
         raise error(f"{what}: not valid JSON ({' '.join(str(bad).split())[:160]}); the file is damaged") from bad
+
+
+def recipe_file(folder: Path, remedy: str) -> Path:
+    """Return the recipe of a run folder.
+
+    Args:
+        remedy: what to give instead, for the message.
+
+    Raises:
+        ModelError: no such folder, or one of something else.
+    """
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        found = "it is not a run folder, it has no recipe.yaml" if folder.exists() else "there is no such folder"
+        raise ModelError(f"{folder}: {found}; {remedy}")
+    return file

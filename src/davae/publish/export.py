@@ -19,7 +19,7 @@ from davae.backbones.families import denoiser, family_by_class
 from davae.errors import ModelError
 from davae.files.atomic import model_folder
 from davae.files.ownership import check_out
-from davae.files.reading import load_json
+from davae.files.reading import load_json, recipe_file
 from davae.pretrained.autoencoders import load_autoencoder, load_detail_vae
 from davae.pretrained.open import load_pipeline, read_config
 from davae.pretrained.shapes import read_shapes
@@ -68,9 +68,7 @@ def open_run(folder: Path) -> FinishedRun:
     Raises:
         ModelError: not a finished run.
     """
-    if not (folder / "recipe.yaml").is_file():
-        raise ModelError(f"{folder} is not a run folder: it has no recipe.yaml")
-    recipe = load_recipe(str(folder / "recipe.yaml"))
+    recipe = load_recipe(str(recipe_file(folder, "give the --out of a finished `davae upgrade`")))
     if not isinstance(recipe, Recipe):
         raise ModelError(
             f"{folder} holds a run of '{recipe.name}', which upgrades nothing; only upgrades are exported"

@@ -1,4 +1,4 @@
-"""Files that shipped recipes name and the package does not have: the project's, results of commands, the user's."""
+"""Files that shipped recipes name, and that are not in the package."""
 
 from __future__ import annotations
 

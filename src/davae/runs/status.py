@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from davae.errors import ModelError
+from davae.files.reading import recipe_file
 from davae.recipes import AnyRecipe, BaseRecipe, Recipe, load_recipe
 from davae.train.locking import running_process
 from davae.train.run_folder import is_done, read_metrics
@@ -77,10 +77,7 @@ def read_status(folder: Path) -> RunStatus:
         ModelError: it is not a run folder.
         RecipeError: its recipe cannot be read.
     """
-    file = folder / "recipe.yaml"
-    if not file.is_file():
-        raise ModelError(f"{folder}: it is not a run folder, it has no recipe.yaml; give the --out of a training")
-    recipe = load_recipe(str(file))
+    recipe = load_recipe(str(recipe_file(folder, "give the --out of a training")))
     metrics, timing = read_metrics(folder / "metrics.jsonl"), read_metrics(folder / "timing.jsonl")
     times = read_times(folder)
     phases = []

@@ -13,8 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from davae.errors import ModelError, RecipeError, RunError
-from davae.files.reading import load_json
+from davae.errors import RecipeError, RunError
+from davae.files.reading import load_json, recipe_file
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import Compile, Offload, Placement, Precision
 from davae.recipes import Recipe, check_commands, load_recipe, permit_commands, read_recipe, set_values, validate
@@ -76,12 +76,7 @@ def load(folder: str | PathLike[str], *, progress: Observer | None = None) -> Up
     Raises:
         ModelError: the folder holds no run of an upgrade.
     """
-    recipe = Path(folder) / "recipe.yaml"
-    if not recipe.is_file():
-        raise ModelError(
-            f"{folder}: it is not a run folder, it has no recipe.yaml; open an exported pipeline with diffusers, "
-            "DiffusionPipeline.from_pretrained"
-        )
+    recipe = recipe_file(Path(folder), "open an exported pipeline with diffusers, DiffusionPipeline.from_pretrained")
     return UpgradeRun(load_recipe(str(recipe)), out=folder, progress=progress)  # type: ignore[arg-type]
 
 

@@ -28,6 +28,8 @@ def read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: a file that would run code, is not a statistics file, or has another number of channels.
     """
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; give a latents_stats.pt")
     try:
         values: Any = torch.load(path, map_location="cpu", weights_only=True)
         mean, std = (values[name].flatten().float() for name in ("mean", "std"))
