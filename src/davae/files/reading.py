@@ -1,4 +1,4 @@
-"""Files of any origin, found and read within bounds or refused in one line, for all of davae."""
+"""Files of any origin, read within bounds or refused in one line, for all of davae."""
 
 from __future__ import annotations
 
