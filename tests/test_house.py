@@ -49,7 +49,7 @@ CEILINGS = {
     "commands": Ceiling(2600),
     "convert": Ceiling(750),
     "cost": Ceiling(600),
-    "data": Ceiling(7250),
+    "data": Ceiling(7300),
     "dataset": Ceiling(950),
     "evaluate": Ceiling(2350),
     "files": Ceiling(1200),
