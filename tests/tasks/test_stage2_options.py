@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from cases import CASES
 from conftest import tiny_transformer
 from safetensors import safe_open
+from test_lightning_dit import random_model
 
 from davae import LatentLayout, expand_transformer
 from davae.backbones.trainable import choose_trainable
 from davae.errors import RecipeError
 from davae.latent import LatentStatistics
 from davae.losses.flow_matching import FlowMatching
-from davae.publish.assemble import apply_upgrade, save_upgrade
+from davae.publish.assemble import apply_upgrade, save_upgrade, trained_transformer, without_lora
 from davae.recipes.sections import Lora, Stage2
 from davae.tasks.conditioning import conditioning
 from davae.tasks.solving import guided, solve
@@ -45,9 +47,11 @@ def test_lora_adapts_further_layers_by_the_end_of_their_names():
             adapted(Lora(rank=2, extra_targets=(wrong,)))
 
 
-@pytest.mark.parametrize("targets", [(), ("norm1.linear", "norm1_context.linear")])
-def test_an_upgrade_file_keeps_further_layers(tmp_path: Path, targets: tuple[str, ...]):
-    base, lora = tiny_transformer(), Lora(rank=2, extra_targets=targets)
+@pytest.mark.parametrize(
+    ("targets", "norms"), [((), False), (("norm1.linear", "norm1_context.linear"), False), ((), True)]
+)
+def test_an_upgrade_file_keeps_further_layers(tmp_path: Path, targets: tuple[str, ...], norms: bool):
+    base, lora = tiny_transformer(), Lora(rank=2, extra_targets=targets, train_norms=norms)
     trained = expand_transformer(base, 4)
     choose_trainable(trained, lora)
     for parameter in trained.parameters():
@@ -64,6 +68,73 @@ def test_an_upgrade_file_keeps_further_layers(tmp_path: Path, targets: tuple[str
     torch.testing.assert_close(applied(**inputs).sample, trained(**inputs).sample, rtol=1e-4, atol=1e-4)
     with safe_open(tmp_path / "upgrade.safetensors", "pt") as stream:
         assert ("extra_targets" in stream.metadata()["lora"]) == bool(targets), "earlier versions read the usual ones"
+        assert ("train_norms" in stream.metadata()["lora"]) == norms
+    if norms:  # LoRA apart: norms stay in the model
+        pipeline = trained_transformer(base, tmp_path / "upgrade.safetensors")
+        alone = without_lora(pipeline).state_dict()
+        for name, value in trained.named_parameters():
+            if "norm" in name and value.requires_grad:
+                assert torch.equal(alone[name], value)
+
+
+NORMS = {
+    "SD3Transformer2DModel": """
+        norm_out.linear.weight norm_out.linear.bias
+        transformer_blocks.N.norm1.linear.weight transformer_blocks.N.norm1.linear.bias
+        transformer_blocks.N.norm1_context.linear.weight transformer_blocks.N.norm1_context.linear.bias
+        transformer_blocks.N.attn.norm_q.weight transformer_blocks.N.attn.norm_k.weight
+        transformer_blocks.N.attn.norm_added_q.weight transformer_blocks.N.attn.norm_added_k.weight
+    """,
+    "LightningDiT": """
+        final_layer.adaLN_modulation.1.weight final_layer.adaLN_modulation.1.bias final_layer.norm_final.weight
+        blocks.N.adaLN_modulation.1.weight blocks.N.adaLN_modulation.1.bias
+        blocks.N.norm1.weight blocks.N.norm2.weight blocks.N.attn.q_norm.weight blocks.N.attn.k_norm.weight
+    """,
+    "PixArtTransformer2DModel": """
+        scale_shift_table transformer_blocks.N.scale_shift_table adaln_single.linear.weight adaln_single.linear.bias
+    """,
+    "DiTTransformer2DModel": """
+        transformer_blocks.N.norm1.linear.weight transformer_blocks.N.norm1.linear.bias
+        proj_out_1.weight proj_out_1.bias
+    """,
+}
+
+
+def with_norms(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A tiny model of a class, and its upgrade."""
+    if name == "SD3Transformer2DModel":
+        model: torch.nn.Module = tiny_transformer()
+    elif name == "LightningDiT":
+        model = random_model(torch.float32, use_qknorm=True)
+    else:
+        model = CASES[name].build(name)
+    return model, expand_transformer(model, 4)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_and_modulation_are_trained_in_full_next_to_lora(name: str):
+    model, transformer = with_norms(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def trained(lora: Lora) -> set[str]:
+        upgraded = with_norms(name)[1]
+        choose_trainable(upgraded, lora)
+        return {key for key, parameter in upgraded.named_parameters() if parameter.requires_grad}
+
+    plain, more = trained(Lora(rank=2)), trained(Lora(rank=2, train_norms=True))
+    assert plain < more
+    assert {re.sub(r"(blocks)\.\d+\.", r"\1.N.", key) for key in more - plain} == set(NORMS[name].split())
+    for parameter in choose_trainable(transformer, Lora(rank=2, train_norms=True)):
+        parameter.data += 1
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "the base keeps its own"
+
+
+def test_a_layer_is_adapted_or_trained_in_full():
+    lora = Lora(rank=2, extra_targets=("norm1.linear",), train_norms=True)
+    with pytest.raises(
+        RecipeError, match=r"extra_targets: 'norm1.linear' adapts transformer_blocks.0.norm1.linear, which"
+    ):
+        adapted(lora)
 
 
 class StepRecorder(torch.nn.Module):

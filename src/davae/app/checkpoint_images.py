@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from davae.app.pair import LOCK
-from davae.backbones.classes import goes_by_class
+from davae.backbones.classes import class_count, goes_by_class
 from davae.backbones.expand import expand_transformer
 from davae.backbones.families import denoiser
+from davae.backbones.head_options import BUFFERS, HeadOptions, attach_head
 from davae.backbones.trainable import choose_trainable
 from davae.data.images import to_images
 from davae.dataset.opened import open_pictures
@@ -72,6 +73,9 @@ def _restore(module: torch.nn.Module, state: dict[str, Any], player: str) -> Non
         values = [state["ema"][player]["shadow"][name] for name in trained]
     for parameter, value in zip(trained.values(), values, strict=True):
         parameter.copy_(value)
+    for name, buffer in module.named_buffers():
+        if name.startswith(BUFFERS):
+            buffer.copy_(state["players"][player][name])
 
 
 def _reconstructions(folder: Path, recipe: Recipe, state: dict[str, Any]) -> CheckpointImages:
@@ -94,13 +98,14 @@ def _samples(folder: Path, recipe: Recipe, state: dict[str, Any]) -> CheckpointI
     base = _base(folder, recipe)
     stage2 = recipe.stage2
     transformer = expand_transformer(denoiser(base), recipe.detail_channels, stage2.new_weights, stage2.detail_offset)
+    attach_head(transformer, HeadOptions.of(stage2))  # type: ignore[arg-type]
     choose_trainable(transformer, recipe.stage2.lora)
     _restore(transformer, state, "transformer")
     vae = load_detail_vae(folder / "vae")
     pipeline = assemble(base, vae, fuse(transformer))  # type: ignore[arg-type]
     prompts = list(recipe.sampling.prompts[:MOST])
     if not prompts:
-        prompts = [str(number) for number in range(MOST)] if goes_by_class(base) else [""]
+        prompts = [str(number) for number in range(min(MOST, class_count(base)))] if goes_by_class(base) else [""]
     images = generate(
         pipeline,
         prompts,

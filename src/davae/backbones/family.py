@@ -48,6 +48,7 @@ class Family:
             upgrade multiplies them by s.
         scaled_options: options of the pipeline with sizes in pixels of the base; an upgrade multiplies them by s.
         detail_time: module path of the modulation by the detail's own time; None where all channels share one time.
+        detail_head: whether the class is davae's own and takes a `DetailHead`.
     """
 
     class_name: str
@@ -76,6 +77,7 @@ class Family:
     scaled_config: tuple[str, ...] = ()
     scaled_options: tuple[str, ...] = ()
     detail_time: str | None = None
+    detail_head: bool = False
 
     @property
     def trains(self) -> bool:

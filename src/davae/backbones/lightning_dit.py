@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -18,6 +18,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from davae.backbones.detail_head import DetailHead
 from davae.backbones.detail_time import DetailTime, base_and_detail_time
 from davae.backbones.lightning_layers import (
     FinalLayer,
@@ -67,14 +68,16 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         reversed_time: the weights were trained with t = 1 as noise (REPA): time and velocity are turned round.
         out_channels: C, or 2C where a variance is returned; worked out when not given.
         detail_channels: D, the last channels of an upgrade, where they have a time of their own; see `DetailTime`.
+        head_options: of an upgrade's `DetailHead`: base_channels, and linear_skip, prediction, or both.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or `head_options` of a model that predicts epsilon.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("LightningDiTBlock",)
     _repeated_blocks = ("LightningDiTBlock",)
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["detail_head"]
 
     @register_to_config
     def __init__(
@@ -98,8 +101,11 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         out_channels: int | None = None,
         sample_size: int | None = None,
         detail_channels: int = 0,
+        head_options: dict[str, Any] | None = None,
     ):
         super().__init__()
+        if head_options is not None and prediction_type != "velocity":
+            raise ValueError(f"a model that predicts {prediction_type} has no detail_head; it is for velocities")
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not divisible by patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size // num_heads % 4 or hidden_size % 4:
@@ -122,6 +128,7 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.blocks = nn.ModuleList([LightningDiTBlock(config) for _ in range(depth)])
         self.final_layer = FinalLayer(config, (2 if learn_sigma else 1) * in_channels)
         self.detail_time: DetailTime | None = None
+        self.detail_head = None if head_options is None else DetailHead(in_channels, **head_options)
         self._initialise()
         if detail_channels:
             self.add_detail_time(detail_channels)
@@ -182,15 +189,14 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"latents are {tuple(hidden_states.shape[1:])}, this LightningDiT takes "
                 f"({config.in_channels}, {size}, {size})"
             )
-        if config.reversed_time:
-            timestep = 1 - timestep
+        own_time = 1 - timestep if config.reversed_time else timestep
         dtype = self.pos_embed.dtype
         tokens = self.x_embedder(hidden_states) + tables.embedding  # (B,L,w)
         label = self.y_embedder(class_labels)
         if self.detail_time is None:
-            condition, later, added = self.t_embedder(timestep, dtype) + label, None, None  # (B,w)
+            condition, later, added = self.t_embedder(own_time, dtype) + label, None, None  # (B,w)
         else:  # Eq. 13 of GRACE; each group's head has its own time (App. B.1)
-            base, detail = (self.t_embedder(time, dtype) for time in base_and_detail_time(timestep))
+            base, detail = (self.t_embedder(time, dtype) for time in base_and_detail_time(own_time))
             condition, later, added = base + label, detail + label, self.detail_time(detail)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -204,6 +210,8 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             output = layout.join(layout.split(output)[0], layout.split(lagging)[1])
         if config.reversed_time:
             output = -output
+        if self.detail_head is not None:
+            output = self.detail_head(output, hidden_states, base_and_detail_time(timestep)[1])
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _output(self, tokens: Tensor, condition: Tensor, grid: int) -> Tensor:

@@ -32,9 +32,10 @@ def change_latents(transformer: LightningDiT, channels: int, patch_size: int, in
     config: Any = transformer.config
     sizes = {name: value for name, value in config.items() if not name.startswith("_")}
     own: dict[str, Any] = {"in_channels": channels, "patch_size": patch_size, "input_size": input_size}
-    changed = LightningDiT(**{**sizes, **own, "out_channels": None, "sample_size": None, "detail_channels": 0})
+    own |= {"out_channels": None, "sample_size": None, "detail_channels": 0, "head_options": None}
+    changed = LightningDiT(**{**sizes, **own})
     changed = changed.to(transformer.device, transformer.dtype)  # type: ignore[arg-type]
-    new = (*NEW_WEIGHTS, *POSITIONS, "detail_time.")
+    new = (*NEW_WEIGHTS, *POSITIONS, "detail_time.", "detail_head.")
     kept = {k: v for k, v in transformer.state_dict().items() if not k.startswith(new)}
     result = changed.load_state_dict(kept, strict=False)
     unexpected = [name for name in result.missing_keys if not name.startswith((*NEW_WEIGHTS, *POSITIONS))]

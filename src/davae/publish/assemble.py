@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from davae.backbones.classes_by_name import model_class
 from davae.backbones.detail_time import OFFSET
 from davae.backbones.expand import CLEAN_BASE, MARK, expand_transformer, latent_channels
 from davae.backbones.families import denoiser, family_by_class, family_of
+from davae.backbones.head_options import HeadOptions, attach_head, check_family, in_precision, upgrade_tensors
 from davae.backbones.trainable import choose_trainable
 from davae.errors import ModelError
 from davae.files.atomic import model_folder, save_tensors
@@ -48,11 +49,9 @@ def save_upgrade(
     """Write everything that stage 2 trained as one safetensors file, atomically.
 
     Args:
-        tensors: the trained parameters by name where `transformer` does not hold them itself.
+        tensors: `upgrade_tensors` by name where `transformer` does not hold them itself.
     """
-    if tensors is None:
-        tensors = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    tensors = {name: tensor.detach().to(dtype=dtype) for name, tensor in tensors.items()}
+    tensors = in_precision(upgrade_tensors(transformer) if tensors is None else tensors, dtype)
     config: Any = transformer.config
     metadata = {
         "format": FORMAT,
@@ -64,12 +63,15 @@ def save_upgrade(
         metadata["clean_base"] = json.dumps(config[CLEAN_BASE])
     if config.get(OFFSET):
         metadata["detail_offset"] = json.dumps(config[OFFSET])
+    if head := config.get("head_options"):
+        metadata["detail_head"] = json.dumps({key: value for key, value in head.items() if key != "base_channels"})
     save_tensors(path, tensors, metadata)
 
 
 def lora_values(lora: Lora) -> dict[str, Any]:
     """Return the settings of LoRA as an upgrade file keeps them, readable by earlier versions."""
-    return lora.model_dump(mode="json", exclude=None if lora.extra_targets else {"extra_targets"})
+    unused = {name for name in ("extra_targets", "train_norms") if not getattr(lora, name)}
+    return lora.model_dump(mode="json", exclude=unused)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -103,6 +105,7 @@ class Details:
         vae_id, vae_path: content and folder of its DetailVAE, where the file names one.
         clean_base: share of its training with a clean base.
         detail_offset: how far the base is ahead of the detail in sampling; 0 where they share one time.
+        head: options of its detail head.
     """
 
     class_name: str
@@ -113,6 +116,7 @@ class Details:
     vae_path: str | None
     clean_base: float = 0.0
     detail_offset: float = 0.0
+    head: HeadOptions = field(default_factory=HeadOptions)
 
     @property
     def detail_channels(self) -> int:
@@ -128,7 +132,7 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
     """
     values = {
         key: parse_json(metadata[key], f"upgrade file {path}, {key}") if key in metadata else None
-        for key in ("channels", "lora", "vae", "clean_base", "detail_offset")
+        for key in ("channels", "lora", "vae", "clean_base", "detail_offset", "detail_head")
     }
     channels, lora, vae = values["channels"], values["lora"], values["vae"]
     numbers = channels if isinstance(channels, list) and all(type(one) is int for one in channels) else []
@@ -146,6 +150,11 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
         family = family_by_class(metadata.get("class", ""))
     except ValueError as error:
         raise ModelError(f"upgrade file {path}: {error}") from error
+    try:
+        head = HeadOptions() if values["detail_head"] is None else HeadOptions.read(values["detail_head"])
+        check_family(family, head)
+    except ValueError as error:
+        raise ModelError(f"upgrade file {path}: {error}; it is damaged") from error
     clean = values["clean_base"] or 0.0
     if not (isinstance(clean, float) and 0.0 <= clean < 1.0):
         raise ModelError(f"upgrade file {path}: clean_base is {str(clean)[:80]}, expected a share; it is damaged")
@@ -155,7 +164,8 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
             f"upgrade file {path}: detail_offset of a {family.class_name} is {str(offset)[:80]}; it is damaged"
         )
     named = vae or {"id": None, "path": None}
-    return Details(metadata["class"], numbers[0], numbers[1], rank, named.get("id"), named["path"], clean, offset)
+    own = named.get("id"), named["path"]
+    return Details(metadata["class"], numbers[0], numbers[1], rank, *own, clean, offset, head)
 
 
 def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -194,8 +204,9 @@ def check_fit(path: Path, transformer: nn.Module) -> None:
     with planned(f"the transformer of {path}"):
         empty = type(transformer).from_config(transformer.config)  # type: ignore[attr-defined]
         expanded = expand_transformer(empty, details.detail_channels, detail_offset=details.detail_offset)
+        attach_head(expanded, details.head)
         choose_trainable(expanded, details.lora)
-        _compare(path, shapes, {n: tuple(p.shape) for n, p in expanded.named_parameters() if p.requires_grad})
+        _compare(path, shapes, {name: tuple(tensor.shape) for name, tensor in upgrade_tensors(expanded).items()})
 
 
 def _compare(path: Path, found: dict[str, tuple[int, ...]], needed: dict[str, tuple[int, ...]]) -> None:
@@ -226,19 +237,20 @@ def trained_transformer(transformer: nn.Module, path: Path) -> nn.Module:
     expanded = expand_transformer(transformer, details.detail_channels, detail_offset=details.detail_offset)
     if details.clean_base:
         cast(Any, expanded).register_to_config(**{CLEAN_BASE: details.clean_base})
+    attach_head(expanded, details.head)
     choose_trainable(expanded, details.lora)
     load_trained(expanded, path)
     return expanded
 
 
 def load_trained(transformer: nn.Module, path: Path) -> None:
-    """Copy an upgrade file into the trainable parameters of an expanded transformer.
+    """Copy an upgrade file into an expanded transformer: what is trained, and its detail head.
 
     Raises:
         ModelError: not an upgrade file, or one whose parameters are not these (another model, D, or LoRA rank).
     """
     _, tensors = read_upgrade(path)
-    own = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    own = upgrade_tensors(transformer)
     _compare(path, {n: tuple(t.shape) for n, t in tensors.items()}, {n: tuple(p.shape) for n, p in own.items()})
     with torch.no_grad():
         for name, parameter in own.items():
@@ -308,7 +320,7 @@ def export_upgraded(
     Args:
         model: the base's folder or hub id.
         vae: the autoencoder of stage 1.
-        trained: parameters that stage 2 trained, by name.
+        trained: what stage 2 leaves, the `upgrade_tensors` by name.
         recipe: the run's recipe.
         file: the upgrade file.
         target: the pipeline's folder.
@@ -318,6 +330,7 @@ def export_upgraded(
     expanded = expand_transformer(pretrained, recipe.detail_channels, detail_offset=recipe.stage2.detail_offset)
     if recipe.stage2.clean_base:
         expanded.register_to_config(**{CLEAN_BASE: recipe.stage2.clean_base})
+    attach_head(expanded, HeadOptions.of(recipe.stage2))
     save_upgrade(expanded, file, recipe.stage2.lora, torch.float32, trained)
     upgraded = assemble(base, vae, apply_upgrade(pretrained, file))
     if recipe.export.dtype != "float32":

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from davae.backbones.head_options import in_precision
 from davae.errors import ModelError
 from davae.files.atomic import save_tensors
 from davae.files.reading import read_object
@@ -65,9 +66,7 @@ def write_upgrade(source: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write a run's upgrade file in `dtype` next to the DetailVAE of a folder, with its id."""
     metadata, tensors = read_upgrade(source)
     own = {"vae": json.dumps({"id": vae_id(folder / VAE_FOLDER), "path": VAE_FOLDER})}
-    save_tensors(
-        folder / UPGRADE_FILE, {name: tensor.to(dtype) for name, tensor in tensors.items()}, {**metadata, **own}
-    )
+    save_tensors(folder / UPGRADE_FILE, in_precision(tensors, dtype), {**metadata, **own})
 
 
 def find_upgrade(name: str, vae: Path | None = None) -> UpgradeFile:

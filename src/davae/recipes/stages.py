@@ -94,6 +94,9 @@ class Lora(Section):
     extra_targets: tuple[str, ...] = Field(
         default=(), description="Ends of names of further layers to adapt, as norm1.linear in the authors' SD3 code."
     )
+    train_norms: bool = Field(
+        default=False, description="Train norms and modulation (adaLN) layers in full next to LoRA."
+    )
 
 
 class FlowOptim(Optim):
@@ -155,6 +158,15 @@ class Stage2(FlowOptim):
     clean_base: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
         default=0.0, description="Share of samples with a clean base latent, for `davae upscale`."
     )
+    linear_skip: bool = Field(
+        default=False,
+        description="Add what a linear Gaussian model predicts of the detail, fitted to the cache, to the head's output. "
+        "LightningDiT only.",
+    )
+    detail_prediction: Literal["base", "x0"] = Field(
+        default="base",
+        description="Prediction of the head's detail rows: the `base`'s, or `x0` under a velocity loss. LightningDiT only.",
+    )
     validate_every: NonNegativeInt = Field(
         default=0, description="Steps between losses on held-out images with fixed noise; 0 for never."
     )
@@ -186,4 +198,6 @@ class Stage2(FlowOptim):
             )
         elif self.detail_scale != 1.0:
             raise ValueError("detail_offset and detail_scale both put the base ahead; leave one of them out")
+        elif self.linear_skip:
+            raise ValueError("linear_skip is for one noise level, detail_offset has two; leave one of them out")
         return self

@@ -9,10 +9,11 @@ import torch
 
 from davae.backbones.classes_by_name import model_class
 from davae.backbones.family import Family
+from davae.backbones.head_options import HeadOptions, check_family
 from davae.cost.flops import meta_transformer
 from davae.data.buckets import bucket_sizes
 from davae.data.latent_cache.meta import is_whole
-from davae.errors import DataError, RecipeError
+from davae.errors import DataError, ModelError, RecipeError
 from davae.files.reading import read_object
 from davae.latent import LatentLayout
 from davae.pretrained.distilled import Distilled
@@ -41,6 +42,7 @@ def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
     """
     check_distilled(recipe, base)
     check_detail_time(recipe.stage2, base.family)
+    check_head(recipe, base)
     shapes = base.shapes
     if recipe.detail_channels % shapes.channels:
         raise RecipeError(
@@ -121,6 +123,26 @@ def check_detail_time(settings: Stage2, family: Family) -> None:
         )
 
 
+def check_head(recipe: Recipe, base: BaseModel) -> None:
+    """Refuse options of the detail's rows where a model has neither.
+
+    Args:
+        recipe: the upgrade's.
+        base: its base model.
+
+    Raises:
+        RecipeError: another class than davae's own, or one of its models that predicts epsilon.
+    """
+    options = HeadOptions.of(recipe.stage2)
+    key = "stage2.linear_skip" if options.linear_skip else "stage2.detail_prediction"
+    try:
+        check_family(base.family, options)
+    except ModelError as error:
+        raise RecipeError(f"{key}: {error}; leave it out") from error
+    if options and base.shapes.transformer_config.get("prediction_type", "velocity") != "velocity":
+        raise RecipeError(f"{key}: {recipe.base.name} predicts epsilon, this option is for velocities; leave it out")
+
+
 def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
     """Check that an upgrade to go on from fits the recipe, by its metadata, headers and configs.
 
@@ -156,6 +178,11 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
             f"stage2.detail_offset: {recipe.stage2.detail_offset:g}, and init goes on from {recipe.init} with "
             f"{details.detail_offset:g}; the detail has a time of its own in both or in neither"
         )
+    if (head := HeadOptions.of(recipe.stage2)) != details.head:
+        raise RecipeError(
+            f"stage2: linear_skip is {head.linear_skip} and the detail's prediction {head.prediction}, and init goes on from "
+            f"{recipe.init} with {details.head.linear_skip} and {details.head.prediction}; set them alike"
+        )
     vae = read_object(folder / "vae" / "config.json")
     check_component(folder / "vae", f"DetailVAE {folder / 'vae'}")
     for key, wanted in (("base_class", shapes.vae_class), ("scale", recipe.scale), ("downsample", recipe.downsample)):
@@ -165,12 +192,14 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
         check_fit(file, meta_transformer(shapes))
 
 
-def _lora_text(lora: Lora | None) -> tuple[tuple[int, float] | None, str]:
-    """Return (rank, alpha) of a LoRA, alpha by default the rank, and its form in a recipe."""
+def _lora_text(lora: Lora | None) -> tuple[Lora | None, str]:
+    """Return a LoRA with alpha set, by default to the rank, and its form in a recipe."""
     if lora is None:
         return None, "null"
-    alpha = float(lora.alpha or lora.rank)
-    return (lora.rank, alpha), f"{{rank: {lora.rank}, alpha: {alpha:g}}}"
+    whole = lora.model_copy(update={"alpha": float(lora.alpha or lora.rank)})
+    further = f", extra_targets: [{', '.join(lora.extra_targets)}]" if lora.extra_targets else ""
+    further += ", train_norms: true" if lora.train_norms else ""
+    return whole, f"{{rank: {lora.rank}, alpha: {whole.alpha:g}{further}}}"
 
 
 logger = logging.getLogger(__name__)

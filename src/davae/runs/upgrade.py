@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from davae.backbones.head_options import BUFFERS
 from davae.data.latent_cache.meta import is_whole, read_meta
 from davae.dataset.encoding import Encoder, run_precision
 from davae.errors import RecipeError
@@ -97,7 +98,8 @@ def train_transformer(run: UpgradeParts) -> None:
     trainer.fit(recipe.stage2_data.num_workers)
     trainer.use_average()
     state = trainer.whole_state("transformer")
-    tensors = {name: state[name] for name in task.trainables["transformer"].trained}
+    trained = set(task.trainables["transformer"].trained)
+    tensors = {name: value for name, value in state.items() if name in trained or name.startswith(BUFFERS)}
     trainer.release()
 
     def export() -> None:

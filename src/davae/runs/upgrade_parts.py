@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from davae.backbones.expand import expand_transformer
+from davae.backbones.head_options import HeadOptions, attach_head, set_skip_moments
 from davae.cost.flops import meta_detail_vae
 from davae.data.latent_cache.key import Key, hash_values
 from davae.data.latent_cache.meta import CacheMeta, read_meta
+from davae.data.latent_cache.moments import latent_moments
 from davae.data.latent_cache.read import CachedLatents
 from davae.dataset.encoding import coding_bytes, images_at_a_time, report_precision, run_precision
 from davae.dataset.opened import OpenedData
@@ -260,6 +262,9 @@ class UpgradeParts:
             )
         with one_at_a_time(self.out):
             task = self._stage2_task(vae, frozen, self.accelerator.device)
+        if self.recipe.stage2.linear_skip and self.init is None:  # init brings the moments that it was trained with
+            moments = from_main(latent_moments(task.dataset, vae.statistics) if is_main() else None)
+            set_skip_moments(task.transformer, *moments)
         if self.recipe.cache.text == "step" and self.base.family.condition == "text":
             embed_in_step(task.conditioning, self.embedder())
         return task
@@ -272,6 +277,7 @@ class UpgradeParts:
             pretrained, self.recipe.detail_channels, stage2.new_weights, stage2.detail_offset
         )
         cache = CachedLatents(self.first / "cache", self.base.family.condition, embedded=True)
+        attach_head(transformer, HeadOptions.of(self.recipe.stage2))
         task = Stage2Task(
             self.recipe.stage2,
             vae.layout,

@@ -43,6 +43,7 @@ DIT = (
         classes_key="num_classes",
         call=LightningDiTCall(),
         detail_time="detail_time",
+        detail_head=True,
     ),
     Family(
         "DiTTransformer2DModel",
