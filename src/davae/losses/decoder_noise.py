@@ -1,0 +1,23 @@
+"""Noise on latents, by which a decoder learns to forgive a generator's errors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def noise_latents(latents: Tensor, noise: Tensor, strength: Tensor, tau: float) -> Tensor:
+    """Return z + tau u n: latents with noise of another strength in each sample (arXiv 2510.11690).
+
+    A generator's latents are wrong by an unknown amount. RAE trains its decoder on z + sigma n with a random sigma for each
+    sample, so that one decoder serves every amount between none and tau. Here sigma = tau u is uniform in [0, tau), as in
+    RAE's code. Given u, the error of a value is normal with standard deviation tau u. Over all u its variance is
+    tau^2 E[u^2] = tau^2 / 3.
+
+    Args:
+        latents: z, normalised, so that tau means the same in every channel, (B,c,h,w).
+        noise: n, standard normal, (B,c,h,w).
+        strength: u, uniform in [0,1), (B,).
+        tau: the largest standard deviation of the noise; 0 returns z.
+    """
+    sigma = (tau * strength).to(latents).view(-1, 1, 1, 1)
+    return latents + sigma * noise.to(latents)
