@@ -26,6 +26,7 @@ status = Console(stderr=True)
 
 NAMES = {
     "stage1": "stage 1: detail VAE",
+    "stage1.polish": "polish: decoder",
     "stage2": "stage 2: transformer",
     "vae": "base autoencoder",
     "align.embedder": "align: embedder",

@@ -21,7 +21,15 @@ from davae.latent import LatentLayout
 from davae.plan.dry_run import on_hardware
 from davae.plan.phase_remedies import check_phase, disk_notes, text_notes
 from davae.plan.phase_sizes import RESERVED, ImageFacts, Phase, PhaseSizes, TextFacts, count_images
-from davae.plan.phases import DrawingBytes, cache_phase, export_phase, report_phase, stage1_phase, stage2_phase
+from davae.plan.phases import (
+    DrawingBytes,
+    cache_phase,
+    export_phase,
+    polish_phase,
+    report_phase,
+    stage1_phase,
+    stage2_phase,
+)
 from davae.pretrained.memory_budget import Halving, is_out_of_memory, largest_batch
 from davae.pretrained.shapes import read_shapes
 from davae.recipes import Recipe, load_recipe
@@ -103,6 +111,30 @@ def test_a_dry_run_writes_and_prints_every_phase(tmp_path: Path, monkeypatch: py
     for stage in ("stage1", "stage2"):  # both tables state one figure
         assert values[f"{stage}_memory_gib"] == by_name[stage]["device_gib"]
         assert values[f"{stage}_rest_of_pipeline_gib"] < 0.5, "no idle part of the pipeline"
+
+
+def test_a_polish_is_a_phase_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    step = replace(sizes().step1, flops=3e12, gradients=GIB // 4)
+    for stage, found in (("stage1", sizes().step1), ("polish", step), ("stage2", sizes().step1)):
+        monkeypatch.setattr(f"davae.plan.dry_run.{stage}_memory", lambda *_, found=found, **__: found)
+    monkeypatch.setattr("davae.plan.phases.drawing_bytes", lambda *_, **__: DrawingBytes(GIB, GIB))
+    polish = "stage1.polish={max_steps: 7, batch_size: 3}"
+    overrides = [word for value in (*SMALL, polish) for word in ("--set", value)]
+    file = tmp_path / "plan.json"
+    shown = CliRunner().invoke(app, ["upgrade", "micro", "--dry-run", "--json", str(file), *overrides])
+    assert shown.exit_code == 0, shown.output
+    values = json.loads(file.read_text())
+    phases = {phase["name"]: phase for phase in values["phases"]}
+    assert list(phases) == ["stage1", "cache", "stage1.polish", *NAMES[2:]]
+    assert values["stage1_polish_memory_gib"] == phases["stage1.polish"]["device_gib"] > 0
+    assert values["stage1_polish_petaflops"] == pytest.approx(3e12 * 7 / 1e15)
+    chosen = sizes(polish, polish_step=step, polish_share=Share(3, 1))
+    own = polish_phase(chosen)
+    assert own.seconds / stage1_phase(chosen).seconds == pytest.approx(3 * 7 / chosen.recipe.stage1.max_steps)
+    checkpoint = step.optimizer + step.gradients + step.ema
+    assert own.disk == (2 + 2) * checkpoint + 4 * 400, "its checkpoints, and a second DetailVAE"
+    large = check_phase(replace(own, device=10**15), chosen)
+    assert large.remedy == "lower stage1.polish.batch_size, or take a GPU with more memory"
 
 
 def test_json_without_a_dry_run_is_one_line(tmp_path: Path):

@@ -25,6 +25,7 @@ from davae.files.atomic import atomic_text
 from davae.files.reading import read_object
 from davae.recipes import Recipe, dump_recipe, load_recipe, shipped_recipes
 from davae.recipes.places import check_places
+from davae.recipes.stages import POLISH
 from davae.train.locking import running_process
 from davae.train.run_folder import read_metrics
 
@@ -129,8 +130,8 @@ class Trainings:
         if not isinstance(resolved, Recipe):
             raise RecipeError(f"recipe '{recipe}' upgrades nothing; use one of {', '.join(upgrade_recipes())}")
         check_places(resolved, recipe)
-        for stage in ("stage1", "stage2"):
-            steps = getattr(resolved, stage).max_steps
+        for stage, settings in resolved.trainings.items():
+            steps = settings.max_steps
             if steps > MAX_TRAINING_STEPS:
                 raise RecipeError(f"{stage}.max_steps: {steps}; the page trains up to {MAX_TRAINING_STEPS} steps")
         with self._lock:
@@ -240,13 +241,13 @@ class Trainings:
             return f"it trains '{recipe.name}', which the page does not follow"
         if "stage2" in done:
             return "writing the report"
-        if "stage1" in done and not any(record["stage"] == "stage2" for record in records):
+        if "stage1" in done and not any(record["stage"] != "stage1" for record in records):
             return "detail VAE trained; caching latents"
         if not records:
             return "no step logged yet"
-        last = records[-1]
-        steps = recipe.stage1.max_steps if last["stage"] == "stage1" else recipe.stage2.max_steps
-        stage = {"stage1": "stage 1, detail VAE", "stage2": "stage 2, transformer"}.get(last["stage"], last["stage"])
+        last, names = records[-1], {"stage1": "stage 1, detail VAE", POLISH: "polish, decoder"}
+        stage, trainings = names.get(last["stage"], "stage 2, transformer"), recipe.trainings
+        steps = trainings.get(last["stage"], recipe.stage2).max_steps
         return f"{stage}: step {last['step']} of {steps}, {last.get('images_per_second', 0):.0f} images/s"
 
     def report(self, name: str) -> Path | None:

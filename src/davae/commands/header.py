@@ -15,18 +15,19 @@ from davae.plan.expected import Expected, expect, is_short, measured_speed
 from davae.pretrained.placement import own_device
 from davae.recipes import Recipe
 from davae.recipes.hardware import GIB
+from davae.recipes.stages import POLISH
 from davae.runs.status import PhaseStatus, read_status
 from davae.tasks.base_model import BaseModel
 from davae.train.distributed import launched
 from davae.train.run_folder import is_done
 
-STAGES = {"stage1": "stage 1", "stage2": "stage 2"}
-# what a verb trains, and the step after which it has nothing left to do
+STAGES = {"stage1": "stage 1", POLISH: "polish", "stage2": "stage 2"}
+# what a verb trains of a recipe's trainings, and the step after which it has nothing left to do
 TRAINS = {
-    "upgrade": ("stage1", "stage2"),
+    "upgrade": ("stage1", POLISH, "stage2"),
     "train-vae": ("stage1",),
     "cache-latents": ("stage1",),
-    "train-dit": ("stage1", "stage2"),
+    "train-dit": ("stage1", POLISH, "stage2"),
 }
 LAST = {"upgrade": "report", "train-vae": "stage1", "cache-latents": "cache", "train-dit": "stage2"}
 
@@ -54,7 +55,7 @@ def show_start(recipe: Recipe, folder: Path, verb: str) -> dict[str, float]:
     )
     if expected is None:
         return {}
-    return {name: expected.seconds[name] for name in TRAINS[verb]}
+    return {name: expected.seconds[name] for name in TRAINS[verb] if name in expected.seconds}
 
 
 def start_lines(
@@ -67,7 +68,7 @@ def start_lines(
         device: what computes, in words.
         free: bytes that the folder's disk has left.
     """
-    stages = [(name, getattr(recipe, name)) for name in TRAINS[verb]]
+    stages = [(name, settings) for name, settings in recipe.trainings.items() if name in TRAINS[verb]]
     steps = [f"{STAGES[n]}: {s.max_steps:,} of {s.batch_size * s.accumulation:,} images" for n, s in stages]
     sources = list(dict.fromkeys((recipe.stage1_data.source, recipe.stage2_data.source)))
     lines = [
@@ -78,7 +79,7 @@ def start_lines(
         ("steps", "; ".join(steps)),
     ]
     if expected is not None:
-        seconds = [expected.seconds[name] for name in TRAINS[verb]]
+        seconds = [expected.seconds[name] for name, _ in stages]
         parts = [f"{STAGES[name]} {duration(s)}" for (name, _), s in zip(stages, seconds, strict=True)]
         lines.append(
             (

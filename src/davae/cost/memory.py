@@ -30,9 +30,11 @@ from davae.losses.perceptual import perceptual_distance
 from davae.losses.velocity import velocity_loss
 from davae.pretrained.shapes import BaseShapes
 from davae.recipes.sections import Stage1, Stage2
+from davae.tasks.polish import PolishTask
 from davae.tasks.stage1 import Stage1Task
 from davae.train.random import SampleRandom
 from davae.vae.codec import Codec
+from davae.vae.detail_vae import DetailVAE
 
 # the attention that CPU tensors get, which the registry lacks
 FORMULAS: dict[Any, Callable[..., float]] = {
@@ -260,9 +262,27 @@ def stage1_memory(
 ) -> TrainingStep:
     """Return one process's step of stage 1 with the discriminator and the perceptual network."""
     vae = meta_detail_vae(shapes, detail_channels, scale)
+    return _autoencoder_memory(Stage1Task, vae, resolution, settings, mixed=mixed)
+
+
+def polish_memory(
+    shapes: BaseShapes, detail_channels: int, scale: int, resolution: int, settings: Stage1, *, mixed: bool
+) -> TrainingStep:
+    """Return one process's step of the polish: the encoders without gradients, the decoder with them.
+
+    Args:
+        settings: `Stage1.polishing`.
+    """
+    vae = meta_detail_vae(shapes, detail_channels, scale)
+    return _autoencoder_memory(PolishTask, vae, resolution, settings, mixed=mixed)
+
+
+def _autoencoder_memory(
+    kind: type[Stage1Task] | type[PolishTask], vae: DetailVAE, resolution: int, settings: Stage1, *, mixed: bool
+) -> TrainingStep:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision in an old way
-        task = Stage1Task(settings.model_copy(update={"lambda_lpips": 0.0}), vae, cast(Any, ()), torch.device("meta"))
+        task = kind(settings.model_copy(update={"lambda_lpips": 0.0}), vae, cast(Any, ()), torch.device("meta"))
         perceptual = perceptual_distance(settings.perceptual, random=True) if settings.lambda_lpips else None
     parts = [vae, task.trainer.discriminator, perceptual]
     modules = [module for module in parts if module is not None]

@@ -33,6 +33,7 @@ RUN_PARTS: dict[str, tuple[str, ...]] = {  # what a run writes, and the steps af
     "metrics.jsonl": (),
     "pictures.json": (),
     "pipeline": ("stage2", "dit"),
+    "polished": ("stage1.polish",),
     "progress": (),
     "report.html": (),
     "report.json": (),
@@ -255,7 +256,7 @@ def check_run(folder: Path, done: Callable[[str], bool]) -> None:
         place = folder / name
         if any(map(done, RUN_PARTS[name])):
             continue
-        if name in ("vae", "pipeline"):
+        if name in ("vae", "polished", "pipeline"):
             check_replaceable(place)
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from davae.cost.flops import autoencoder_flops
-from davae.cost.memory import stage1_memory, stage2_memory
+from davae.cost.memory import polish_memory, stage1_memory, stage2_memory
 from davae.plan.figures import MetaUpgrade, TokenPlan
 from davae.plan.phase_remedies import REMEDIES, disk_notes, text_notes
 from davae.plan.phase_sizes import Phase, PhaseSizes, count_images, text_facts
@@ -19,6 +19,7 @@ from davae.recipes import load_recipe, shipped_recipes
 from davae.recipes.base import BaseRecipe
 from davae.recipes.hardware import GIB, GPUS, UTILISATION
 from davae.recipes.sections import Hardware, Optim
+from davae.recipes.stages import POLISH
 from davae.recipes.upgrade import Recipe
 from davae.runs.checks import check_distilled, check_init, check_objective, check_recipe
 from davae.tasks.base_model import BaseModel
@@ -91,7 +92,7 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
         "stage2_parameters": sizes.transformer,
         "stage2_trainable_parameters": sizes.trained,
     }
-    for name in ("stage1", "stage2"):
+    for name in recipe.trainings:
         device = next(phase.device for phase in phases if phase.name == name)
         figures |= training_figures(name, sizes, device)
         if recipe.hardware is not None:
@@ -114,20 +115,23 @@ def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: 
     """
     shapes, layout = upgrade.shapes, upgrade.layout
     processes = 1 if recipe.hardware is None else recipe.hardware.count
-    shares = [
-        share_of_step(settings, name, processes, recipe.hardware)
-        for name, settings in (("stage1", recipe.stage1), ("stage2", recipe.stage2))
-    ]
-    own1, own2 = own_settings(recipe.stage1, shares[0]), own_settings(recipe.stage2, shares[1])
+    shares = {
+        name: share_of_step(settings, name, processes, recipe.hardware) for name, settings in recipe.trainings.items()
+    }
+    own1, own2 = own_settings(recipe.stage1, shares["stage1"]), own_settings(recipe.stage2, shares["stage2"])
     mixed = recipe.run.mixed_precision != "no"
     frozen = torch.float32 if recipe.stage2.lora is None else getattr(torch, recipe.base.dtype)
     side = recipe.base.resolution // shapes.vae_factor
     encode, decode = autoencoder_flops(upgrade.detail_vae, recipe.resolution)
+    autoencoder = shapes, recipe.detail_channels, recipe.scale, recipe.stage1_pixels
+    polish = None
+    if recipe.stage1.polish is not None:
+        polish = polish_memory(*autoencoder, own_settings(recipe.stage1.polishing, shares[POLISH]), mixed=mixed)
     return PhaseSizes(
         recipe=recipe,
         shapes=shapes,
         layout=layout,
-        step1=stage1_memory(shapes, recipe.detail_channels, recipe.scale, recipe.stage1_pixels, own1, mixed=mixed),
+        step1=stage1_memory(*autoencoder, own1, mixed=mixed),
         step2=stage2_memory(shapes, layout, side, own2, mixed=mixed, frozen=frozen),
         text=text_facts(base),
         images=count_images(recipe.stage2_data, recipe.resolution),
@@ -139,8 +143,10 @@ def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: 
         decode_flops=decode.total,
         upgraded_flops=tokens.upgraded_flops,
         native_flops=tokens.native_flops,
-        share1=shares[0],
-        share2=shares[1],
+        share1=shares["stage1"],
+        share2=shares["stage2"],
+        polish_step=polish,
+        polish_share=shares.get(POLISH),
     )
 
 
@@ -209,18 +215,18 @@ def training_figures(name: str, sizes: PhaseSizes, device: int) -> dict[str, Any
     """Return the memory of one process, its part in the step, and the work of the whole stage.
 
     Args:
-        name: `stage1` or `stage2`.
+        name: of the training.
         device: bytes of the phase on one GPU, as in the table of phases.
     """
     settings, share, step = sizes.stage(name)
     gib = {key: round(value / GIB, 3) for key, value in step.as_dict().items()}
-    peak = gib.pop("peak")
+    peak, stage = gib.pop("peak"), name.replace(".", "_")
     return {
-        **{f"{name}_{key}_gib": value for key, value in gib.items()},
-        f"{name}_step_peak_gib": peak,
-        f"{name}_rest_of_pipeline_gib": round(max(0, device - step.peak) / GIB, 3),
-        f"{name}_memory_gib": round(device / GIB, 3),
-        f"{name}_petaflops": round(step.flops * share.passes * settings.max_steps / 1e15, 3),
+        **{f"{stage}_{key}_gib": value for key, value in gib.items()},
+        f"{stage}_step_peak_gib": peak,
+        f"{stage}_rest_of_pipeline_gib": round(max(0, device - step.peak) / GIB, 3),
+        f"{stage}_memory_gib": round(device / GIB, 3),
+        f"{stage}_petaflops": round(step.flops * share.passes * settings.max_steps / 1e15, 3),
     }
 
 
@@ -228,7 +234,7 @@ def on_hardware(name: str, sizes: PhaseSizes, device: int) -> dict[str, Any]:
     """Return whether a stage fits the stated GPUs and how long it takes.
 
     Args:
-        name: `stage1` or `stage2`.
+        name: of the training.
         device: bytes of the phase on one GPU.
     """
     hardware, gpu = sizes.hardware, sizes.gpu
@@ -236,8 +242,9 @@ def on_hardware(name: str, sizes: PhaseSizes, device: int) -> dict[str, Any]:
     fits = f"{hardware.gpu} ({gpu.memory / GIB:.0f} GiB)"
     fits = f"does not fit {fits}: {REMEDIES[name](sizes)}" if device > sizes.budget else f"fits {fits}"
     seconds = step.flops * share.passes * settings.max_steps / (UTILISATION * gpu.peak)
+    stage = name.replace(".", "_")
     return {
-        f"{name}_fits": fits,
-        f"{name}_pictures_a_step": settings.batch_size * settings.accumulation,
-        f"{name}_days": round(seconds / DAY, 3),
+        f"{stage}_fits": fits,
+        f"{stage}_pictures_a_step": settings.batch_size * settings.accumulation,
+        f"{stage}_days": round(seconds / DAY, 3),
     }

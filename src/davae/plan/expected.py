@@ -15,6 +15,7 @@ from davae.pretrained.shapes import BaseShapes
 from davae.recipes import Recipe
 from davae.recipes.hardware import UTILISATION
 from davae.recipes.sections import Optim, Run
+from davae.recipes.stages import POLISH
 
 SHORT = 100  # steps; a training of fewer is over before an estimate of it is worth its seconds
 
@@ -24,7 +25,7 @@ class Expected:
     """Estimates of a whole upgrade.
 
     Attributes:
-        seconds: of stage 1 and stage 2, by name.
+        seconds: of each training, by name.
         disk: bytes that the run folder grows by, without the latent cache.
     """
 
@@ -33,8 +34,8 @@ class Expected:
 
 
 def is_short(recipe: Recipe) -> bool:
-    """Return whether both stages are too short for an estimate to be worth its time."""
-    return max(recipe.stage1.max_steps, recipe.stage2.max_steps) < SHORT
+    """Return whether all trainings are too short for an estimate to be worth its time."""
+    return max(settings.max_steps for settings in recipe.trainings.values()) < SHORT
 
 
 def expect(recipe: Recipe, shapes: BaseShapes, speed: float) -> Expected:
@@ -49,23 +50,27 @@ def expect(recipe: Recipe, shapes: BaseShapes, speed: float) -> Expected:
     with torch.device("meta"):
         trained = count(choose_trainable(transformer, recipe.stage2.lora))
     own = vae.num_parameters(only_trainable=True)
-    coding = sum(flops.total for flops in autoencoder_flops(vae, recipe.stage1_pixels))
-    seconds = {
-        "stage1": training_seconds(recipe.stage1, coding, speed),
-        "stage2": training_seconds(recipe.stage2, transformer_flops(transformer, side).total, speed),
+    encode, decode = (flops.total for flops in autoencoder_flops(vae, recipe.stage1_pixels))
+    work = {
+        "stage1": 3 * (encode + decode),
+        POLISH: encode + 3 * decode,
+        "stage2": 3 * transformer_flops(transformer, side).total,
     }
-    whole = 4 * (vae.num_parameters() + transformer.num_parameters())
-    kept = checkpoint_bytes(recipe.stage1, recipe.run, own) + checkpoint_bytes(recipe.stage2, recipe.run, trained)
+    seconds = {name: training_seconds(one, work[name], speed) for name, one in recipe.trainings.items()}
+    parameters = {"stage1": own, POLISH: count(vae.decoder.parameters()), "stage2": trained}
+    autoencoders = 1 if recipe.stage1.polish is None else 2
+    whole = 4 * (autoencoders * vae.num_parameters() + transformer.num_parameters())
+    kept = sum(checkpoint_bytes(one, recipe.run, parameters[name]) for name, one in recipe.trainings.items())
     return Expected(seconds, kept + whole + 4 * trained)
 
 
 def training_seconds(settings: Optim, flops: float, speed: float) -> float:
-    """Return the time of a training, with a backward pass as two forward ones.
+    """Return the time of a training.
 
     Args:
-        flops: of one image's forward pass.
+        flops: of one image, forward and backward; a backward pass takes as many as two forward ones.
     """
-    return 3 * flops * settings.batch_size * settings.accumulation * settings.max_steps / speed
+    return flops * settings.batch_size * settings.accumulation * settings.max_steps / speed
 
 
 def checkpoint_bytes(settings: Optim, run: Run, trained: int) -> int:

@@ -11,6 +11,7 @@ from davae.backbones.families import family_by_class
 from davae.files.atomic import free_space
 from davae.plan.phase_sizes import HOUR, Phase, PhaseSizes
 from davae.recipes.hardware import GIB
+from davae.recipes.stages import POLISH
 
 
 def train_remedy(name: str) -> Callable[[PhaseSizes], str]:
@@ -78,8 +79,15 @@ def disk_notes(phases: list[Phase], folder: Path) -> list[str]:
     ]
 
 
+def polish_remedy(sizes: PhaseSizes) -> str:
+    """Return changes that make the polish smaller and leave a finished stage 1 as it is."""
+    ways = [f"lower {POLISH}.batch_size"] if sizes.stage(POLISH)[1].images > 1 else []
+    return ", or ".join([*ways, "take a GPU with more memory"])
+
+
 REMEDIES: dict[str, Callable[[PhaseSizes], str]] = {
     "stage1": train_remedy("stage1"),
+    POLISH: polish_remedy,
     "stage2": train_remedy("stage2"),
     "cache": cache_remedy,
     "export": half_remedy,

@@ -19,6 +19,7 @@ from davae.pretrained.shapes import BaseShapes
 from davae.pretrained.text_encoders import TextEncoder
 from davae.recipes.hardware import GIB, GPUS, UTILISATION, Gpu
 from davae.recipes.sections import Data, Hardware, Optim
+from davae.recipes.stages import POLISH
 from davae.recipes.upgrade import Recipe
 from davae.tasks.base_model import BaseModel
 from davae.train.shares import Share
@@ -109,6 +110,7 @@ class PhaseSizes:
         encode_flops, decode_flops: of the detail VAE, one image.
         upgraded_flops, native_flops: of one transformer pass.
         share1, share2: images and passes of one process in a step of stage 1 and of stage 2.
+        polish_step, polish_share: the same of `stage1.polish`, where the recipe has it.
     """
 
     recipe: Recipe
@@ -128,6 +130,8 @@ class PhaseSizes:
     native_flops: float
     share1: Share
     share2: Share
+    polish_step: TrainingStep | None = None
+    polish_share: Share | None = None
 
     @property
     def hardware(self) -> Hardware:
@@ -160,6 +164,10 @@ class PhaseSizes:
 
     def stage(self, name: str) -> tuple[Optim, Share, TrainingStep]:
         """Return a stage's settings, one process's share of a step, and its training step."""
+        if name == POLISH:
+            assert self.polish_share is not None
+            assert self.polish_step is not None
+            return self.recipe.stage1.polishing, self.polish_share, self.polish_step
         if name == "stage1":
             return self.recipe.stage1, self.share1, self.step1
         return self.recipe.stage2, self.share2, self.step2

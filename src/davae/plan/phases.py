@@ -17,6 +17,7 @@ from davae.plan.phase_sizes import HOST_RUNTIME, Phase, PhaseSizes
 from davae.pretrained.memory_budget import TILE, largest_batch
 from davae.recipes.hardware import UTILISATION
 from davae.recipes.sections import Optim
+from davae.recipes.stages import POLISH
 from davae.recipes.upgrade import Recipe
 from davae.train.shares import Share
 
@@ -25,8 +26,9 @@ REPORT_BATCH = 16  # images that the report draws and decodes at a time, at most
 
 
 def plan_phases(sizes: PhaseSizes) -> list[Phase]:
-    """Return the six phases in order, each checked against the hardware."""
-    made = (stage1_phase, cache_phase, stage2_phase, export_phase, report_phase, sampling_phase)
+    """Return the phases in order, six or seven with a polish, each checked against the hardware."""
+    polish = () if sizes.recipe.stage1.polish is None else (polish_phase,)
+    made = (stage1_phase, cache_phase, *polish, stage2_phase, export_phase, report_phase, sampling_phase)
     phases = [make(sizes) for make in made]
     return [check_phase(phase, sizes, sum(p.disk for p in phases[:n])) for n, phase in enumerate(phases)]
 
@@ -91,16 +93,27 @@ def training_phase(
 
 
 def stage1_phase(sizes: PhaseSizes) -> Phase:
-    recipe, step = sizes.recipe, sizes.step1
+    return _autoencoder_phase("stage1", sizes, sizes.base_vae + sizes.detail_vae)
+
+
+def polish_phase(sizes: PhaseSizes) -> Phase:
+    """Return the phase of `stage1.polish`, which reads and writes a DetailVAE."""
+    return _autoencoder_phase(POLISH, sizes, sizes.detail_vae)
+
+
+def _autoencoder_phase(name: str, sizes: PhaseSizes, read: int) -> Phase:
+    """Return the phase of a training of the DetailVAE, of which `read` parameters are loaded."""
+    settings, share, step = sizes.stage(name)
+    image = sizes.image_bytes(sizes.recipe.stage1_pixels)
     return training_phase(
-        "stage1",
+        name,
         sizes,
-        recipe.stage1,
+        settings,
         step,
-        sizes.share1,
-        loaded=4 * (sizes.base_vae + sizes.detail_vae),
-        resident=sizes.share1.images * sizes.image_bytes(recipe.stage1_pixels),
-        item=sizes.image_bytes(recipe.stage1_pixels),
+        share,
+        loaded=4 * read,
+        resident=share.images * image,
+        item=image,
         extra_disk=4 * sizes.detail_vae,
     )
 

@@ -34,6 +34,8 @@ from davae.recipes.sections import Lora
 from davae.vae.detail_vae import DetailVAE
 
 UPGRADE_FILE = "upgrade.safetensors"
+VAE_FOLDER = "vae"  # next to the upgrade file
+POLISHED = "polished"  # instead of it in a run folder: the DetailVAE after stage1.polish
 FORMAT = "davae-upgrade-1"
 REMEDY = "copy or export it again"
 MOST_CHANNELS = 65_536
@@ -45,11 +47,13 @@ def save_upgrade(
     lora: Lora | None,
     dtype: torch.dtype,
     tensors: dict[str, Tensor] | None = None,
+    vae_folder: str = VAE_FOLDER,
 ) -> None:
     """Write everything that stage 2 trained as one safetensors file, atomically.
 
     Args:
         tensors: `upgrade_tensors` by name where `transformer` does not hold them itself.
+        vae_folder: of the DetailVAE, next to the file.
     """
     tensors = in_precision(upgrade_tensors(transformer) if tensors is None else tensors, dtype)
     config: Any = transformer.config
@@ -59,6 +63,8 @@ def save_upgrade(
         "channels": json.dumps([config[MARK], latent_channels(transformer)]),
         "lora": json.dumps(None if lora is None else lora_values(lora)),
     }
+    if vae_folder != VAE_FOLDER:
+        metadata["vae"] = json.dumps({"id": None, "path": vae_folder})
     if config.get(CLEAN_BASE):
         metadata["clean_base"] = json.dumps(config[CLEAN_BASE])
     if config.get(OFFSET):
@@ -122,6 +128,21 @@ class Details:
     def detail_channels(self) -> int:
         """D."""
         return self.channels - self.base_channels
+
+    @property
+    def vae_folder(self) -> str:
+        """Folder of its DetailVAE. A run's own file and those of davae 0.1 may name none."""
+        return self.vae_path or VAE_FOLDER
+
+
+def upgrade_vae(folder: Path) -> Path:
+    """Return the folder of the DetailVAE of an upgrade's folder.
+
+    Raises:
+        ModelError: no upgrade file.
+    """
+    file = folder / UPGRADE_FILE
+    return folder / read_details(file, read_metadata(file)).vae_folder
 
 
 def read_details(path: Path, metadata: dict[str, str]) -> Details:
@@ -319,7 +340,7 @@ def export_upgraded(
 
     Args:
         model: the base's folder or hub id.
-        vae: the autoencoder of stage 1.
+        vae: the autoencoder of stage 1, polished where the recipe has `stage1.polish`.
         trained: what stage 2 leaves, the `upgrade_tensors` by name.
         recipe: the run's recipe.
         file: the upgrade file.
@@ -331,7 +352,8 @@ def export_upgraded(
     if recipe.stage2.clean_base:
         expanded.register_to_config(**{CLEAN_BASE: recipe.stage2.clean_base})
     attach_head(expanded, HeadOptions.of(recipe.stage2))
-    save_upgrade(expanded, file, recipe.stage2.lora, torch.float32, trained)
+    vae_folder = VAE_FOLDER if recipe.stage1.polish is None else POLISHED
+    save_upgrade(expanded, file, recipe.stage2.lora, torch.float32, trained, vae_folder)
     upgraded = assemble(base, vae, apply_upgrade(pretrained, file))
     if recipe.export.dtype != "float32":
         upgraded.to(dtype=getattr(torch, recipe.export.dtype))

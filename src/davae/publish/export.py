@@ -25,6 +25,7 @@ from davae.pretrained.open import load_pipeline, read_config
 from davae.pretrained.shapes import read_shapes
 from davae.publish.assemble import (
     UPGRADE_FILE,
+    VAE_FOLDER,
     apply_upgrade,
     assemble,
     read_metadata,
@@ -34,7 +35,7 @@ from davae.publish.assemble import (
 from davae.publish.card import Origin, write_card
 from davae.publish.report_file import read_report
 from davae.publish.standalone import home_module, standalone_source
-from davae.publish.upgrade_file import VAE_FOLDER, UpgradeFile, check_base_autoencoder, write_upgrade
+from davae.publish.upgrade_file import UpgradeFile, check_base_autoencoder, write_upgrade
 from davae.recipes import Recipe, load_recipe
 from davae.train.run_folder import is_done, was_done
 from davae.zoo import resolve

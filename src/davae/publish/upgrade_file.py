@@ -16,13 +16,12 @@ from davae.files.atomic import save_tensors
 from davae.files.reading import read_object
 from davae.pretrained.open import HUB_ID, fetch_file
 from davae.pretrained.stored import check_component
-from davae.publish.assemble import UPGRADE_FILE, read_details, read_metadata, read_upgrade
+from davae.publish.assemble import UPGRADE_FILE, VAE_FOLDER, read_details, read_metadata, read_upgrade
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.frames import encode_mode
 from davae.zoo import resolve_upgrade
 
-VAE_FOLDER = "vae"  # next to the upgrade file
 NEAR = 0.05  # relative distance of two base latents that still are the same autoencoder's, in other precisions
 
 
@@ -84,9 +83,8 @@ def find_upgrade(name: str, vae: Path | None = None) -> UpgradeFile:
     elif not place.is_file() and HUB_ID.fullmatch(name):
         place = _download(name)
     metadata = read_metadata(place)
-    # a run's own file and those of davae 0.1 name no DetailVAE: it lies next to them
     details = read_details(place, metadata)
-    folder = vae or place.parent / (details.vae_path or VAE_FOLDER)
+    folder = vae or place.parent / details.vae_folder
     if not (folder / "config.json").is_file():
         raise ModelError(f"{place} needs its DetailVAE, and {folder} has none; give its folder with --vae")
     check_component(folder, f"DetailVAE {folder}")

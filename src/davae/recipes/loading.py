@@ -15,6 +15,7 @@ from davae.errors import RecipeError
 from davae.recipes.base import NAMED, OWN, BaseRecipe
 from davae.recipes.fields import Section
 from davae.recipes.sections import Data
+from davae.recipes.stages import POLISH
 from davae.recipes.super_resolution import SuperResolutionRecipe
 from davae.recipes.upgrade import Recipe
 from davae.recipes.values import read_value, read_yaml, read_yaml_file
@@ -80,9 +81,7 @@ def set_values(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
         keys = path.replace("__", ".").split(".")
         node = values
         for key in keys[:-1]:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                raise RecipeError(f"{path}: '{key}' is a value, not a section")
+            node = _section_at(node, key, path)
         if isinstance(change, Mapping):
             section = node.setdefault(keys[-1], {})
             if not isinstance(section, dict):
@@ -184,10 +183,22 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set takes a.b=value, found '{override}'")
     node = values
     for key in keys[:-1]:
-        node = node.setdefault(key, {})
-        if not isinstance(node, dict):
-            raise RecipeError(f"--set {path}: '{key}' is a value, not a section")
+        node = _section_at(node, key, f"--set {path}")
     node[keys[-1]] = read_value(text, f"--set {path}")
+
+
+def _section_at(node: dict[str, Any], key: str, path: str) -> dict[str, Any]:
+    """Return a section of a recipe's values, a new one where it is absent or, as in resolved recipes, null.
+
+    Raises:
+        RecipeError: a value is there; `path` names the place.
+    """
+    if node.get(key) is None:
+        node[key] = {}
+    section = node[key]
+    if not isinstance(section, dict):
+        raise RecipeError(f"{path}: '{key}' is a value, not a section")
+    return section
 
 
 def dump_recipe(recipe: AnyRecipe) -> str:
@@ -198,7 +209,7 @@ def dump_recipe(recipe: AnyRecipe) -> str:
 # What may change between two runs on one folder: how long and how often, never what is trained. Steps of `align` may not:
 # whatever `dit` has learned since would hide them.
 RESUMABLE = (
-    *(f"{section}.max_steps" for section in ("vae", "dit", "stage1", "stage2", "network")),
+    *(f"{section}.max_steps" for section in ("vae", "dit", "stage1", POLISH, "stage2", "network")),
     "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_every", "run.sample_every",
     "run.trackers", "run.stop_signals", "run.ema_device", "run.compile", "run.find_unused_parameters",
     "stage2.validate_every", "stage2.validate_pictures", "data.num_workers", "data.require_captions",
@@ -209,11 +220,15 @@ RESUMABLE = (
 def differences(old: AnyRecipe, new: AnyRecipe, free: tuple[str, ...] = RESUMABLE) -> list[str]:
     """Return the differences of two recipes, `path: old -> new`, but not of `free` paths.
 
+    A polish that only the new recipe has is no difference: it begins from what the old one has trained.
+
     Args:
         old, new: the recipes.
         free: dotted paths that may differ.
     """
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    if POLISH in before:  # it is null there
+        free = (*free, POLISH)
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"

@@ -9,6 +9,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from davae.recipes.fields import Batch, Fraction, NonNegativeInt, Pixels, PositiveInt, Section, Seed, Width
 from davae.recipes.images import Data
 
+POLISH = "stage1.polish"  # the training's name: its path in a recipe
+
 
 class Optim(Section):
     """AdamW with its schedule, for one network."""
@@ -68,6 +70,29 @@ class Reconstruction(Optim):
     gan_layers: Annotated[int, Field(gt=0, le=16)] = Field(default=3, description="Layers of the discriminator.")
 
 
+class Polish(Section):
+    """The decoder alone, on noised latents, after stage 1 and the cache (`davae.tasks.polish`).
+
+    What it does not set is as in stage 1, losses and images included.
+    """
+
+    max_steps: PositiveInt = Field(description="Optimizer steps.")
+    noise: Annotated[float, Field(ge=0.0, le=10.0)] = Field(
+        default=0.4,
+        description="tau: largest deviation of the noise on latents, in units of a channel's own. Its strength is "
+        "uniform below that. RAE (arXiv 2510.11690) trains its decoder so.",
+    )
+    batch_size: Batch | None = Field(default=None, description="Images of one batch. Without it: as in stage 1.")
+    lr: PositiveFloat | None = Field(default=None, description="Learning rate. Without it: as in stage 1.")
+    lr_schedule: Literal["constant", "linear", "cosine"] | None = Field(
+        default=None, description="Course of the learning rate. Without it: as in stage 1."
+    )
+    lr_warmup_steps: NonNegativeInt = Field(default=0, description="Steps over which the learning rate rises from 0.")
+    gan_start: NonNegativeInt = Field(
+        default=0, description="Step of this training from which a new discriminator takes part."
+    )
+
+
 class Stage1(Reconstruction):
     """The detail-aligned VAE (Sec. 3.1)."""
 
@@ -86,6 +111,18 @@ class Stage1(Reconstruction):
         default=None,
         description="Train on a random square of this many pixels of each image. Without it: on all of it.",
     )
+    polish: Polish | None = Field(
+        default=None,
+        description="Train the decoder further, on noised latents, so that it forgives small errors of stage 2. "
+        "May be added to a run that exists. Without it: off.",
+    )
+
+    @property
+    def polishing(self) -> Stage1:
+        """Settings of the polish: stage 1's, with the values that `polish` sets."""
+        assert self.polish is not None
+        own = self.polish.model_dump(exclude={"noise"}, exclude_none=True)
+        return self.model_copy(update=own)
 
 
 class Lora(Section):

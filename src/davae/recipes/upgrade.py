@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from davae.recipes.base import BaseRecipe
 from davae.recipes.fields import Pixels, RecipeName, Scale, Section, Width
 from davae.recipes.sections import Cache, Data, Export, Hardware, Report, Run, Sampling, Stage1, Stage2
+from davae.recipes.stages import POLISH, Optim
 
 
 class Base(Section):
@@ -91,6 +92,12 @@ class Recipe(Section):
     def resolution(self) -> int:
         """Pixels of I_hr."""
         return self.base.resolution * self.scale
+
+    @property
+    def trainings(self) -> dict[str, Optim]:
+        """Settings of each training by its name, in order; the name is its path in the recipe."""
+        polish: dict[str, Optim] = {} if self.stage1.polish is None else {POLISH: self.stage1.polishing}
+        return {"stage1": self.stage1, **polish, "stage2": self.stage2}
 
     @property
     def stage1_data(self) -> Data:

@@ -22,6 +22,7 @@ from davae.pretrained.stored import check_component
 from davae.publish.assemble import UPGRADE_FILE, check_fit, read_details, read_metadata
 from davae.recipes import Recipe, differences, load_recipe
 from davae.recipes.sections import FlowOptim, Lora, Stage2
+from davae.recipes.stages import POLISH
 from davae.tasks.base_model import BaseModel
 from davae.tasks.noising import Objective
 from davae.vae.base import autoencoder_family
@@ -183,8 +184,9 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
             f"stage2: linear_skip is {head.linear_skip} and the detail's prediction {head.prediction}, and init goes on from "
             f"{recipe.init} with {details.head.linear_skip} and {details.head.prediction}; set them alike"
         )
-    vae = read_object(folder / "vae" / "config.json")
-    check_component(folder / "vae", f"DetailVAE {folder / 'vae'}")
+    place = folder / details.vae_folder
+    vae = read_object(place / "config.json")
+    check_component(place, f"DetailVAE {place}")
     for key, wanted in (("base_class", shapes.vae_class), ("scale", recipe.scale), ("downsample", recipe.downsample)):
         if vae.get(key, {"scale": 2, "downsample": "antialias"}.get(key)) != wanted:
             raise RecipeError(f"init: the DetailVAE of {recipe.init} has {key} {vae.get(key)}, this recipe {wanted}")
@@ -217,9 +219,14 @@ def check_shared(recipe: Recipe, folder: Path) -> None:
     other = load_recipe(str(folder / "recipe.yaml"))
     if not isinstance(other, Recipe):
         raise DataError(f"--stage1 {folder} is a run of the base recipe '{other.name}', not of an upgrade")
-    changed = [
+    if other.stage1.polish is not None and recipe.stage1.polish is None:
+        raise DataError(
+            f"--stage1 {folder} has a polished decoder, and this recipe has no stage1.polish; give the values of that run, "
+            f"--set stage1.polish.max_steps={other.stage1.polish.max_steps} first, to take it along"
+        )
+    changed = [  # a polish of other values is trained anew, on the same stage 1
         change
-        for change in differences(other, recipe, free=("num_workers",))
+        for change in differences(other, recipe, free=("num_workers", POLISH))
         if change.partition(":")[0].partition(".")[0] in SHARED_STEPS or change.startswith("stage2.data")
     ]
     if changed:

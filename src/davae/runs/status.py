@@ -9,14 +9,16 @@ from typing import Any
 
 from davae.files.reading import recipe_file
 from davae.recipes import AnyRecipe, BaseRecipe, Recipe, load_recipe
+from davae.recipes.stages import POLISH
 from davae.train.locking import running_process
 from davae.train.run_folder import is_done, read_metrics
 from davae.train.times import read_times
 
 # what a run of each kind goes through, and the training of each phase, where it has one
-UPGRADE = {"stage1": "stage1", "cache": None, "stage2": "stage2", "report": None}
+UPGRADE = {"stage1": "stage1", "cache": None, POLISH: POLISH, "stage2": "stage2", "report": None}
 LOSSES = {
     "stage1": ("l1", "lpips", "align"),
+    POLISH: ("l1", "lpips"),
     "stage2": ("loss_base", "loss_detail"),
     "vae": ("l1", "lpips"),
 }
@@ -94,7 +96,8 @@ def read_status(folder: Path) -> RunStatus:
 def phase_names(recipe: AnyRecipe) -> dict[str, str | None]:
     """Return the phases of a run in order, each with the name of its training."""
     if isinstance(recipe, Recipe):
-        return {"base": None, **UPGRADE} if recipe.base.train is not None else UPGRADE
+        base: dict[str, str | None] = {} if recipe.base.train is None else {"base": None}
+        return {**base, **{name: stage for name, stage in UPGRADE.items() if name != POLISH or recipe.stage1.polish}}
     if isinstance(recipe, BaseRecipe):
         names = ["vae"] if recipe.vae is not None else []
         names += ["align.embedder", "align.head"] if recipe.align is not None else []

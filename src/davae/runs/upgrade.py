@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from davae.backbones.head_options import BUFFERS
 from davae.data.latent_cache.meta import is_whole, read_meta
@@ -21,7 +22,8 @@ from davae.dataset.encoding import Encoder, run_precision
 from davae.errors import RecipeError
 from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.memory_budget import Halving
-from davae.publish.assemble import UPGRADE_FILE, export_upgraded
+from davae.publish.assemble import POLISHED, UPGRADE_FILE, export_upgraded, read_upgrade, upgrade_vae
+from davae.recipes.stages import POLISH
 from davae.runs.cache import write_skipped
 from davae.runs.train_base import train_base
 from davae.runs.upgrade_parts import UpgradeParts
@@ -33,12 +35,14 @@ from davae.runs.validation import (
     show_samples,
     validation_loss,
 )
+from davae.tasks.polish import PolishTask
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
 from davae.train.distributed import from_main, on_main
 from davae.train.loop import Periodic, Trainer
 from davae.train.signals import check_stop, stop_on_signal
 from davae.train.times import timed
+from davae.vae.detail_vae import DetailVAE
 
 logger = logging.getLogger(__name__)
 
@@ -54,24 +58,38 @@ def train_detail_vae(run: UpgradeParts) -> None:
     """Train the DetailVAE (Eq. 3-6), or take that of the recipe's `init` as it is."""
     with run.changing():
         if run.init is not None:
-            vae = load_detail_vae(run.init / "vae")
+            vae = load_detail_vae(upgrade_vae(run.init))
             if vae.layout != run.layout:
                 raise RecipeError(f"init: {run.init} has {vae.layout}, this recipe {run.layout}")
             on_main(partial(run.save_vae, vae))
             return
-        task, recipe = run.stage1_task(), run.recipe
-        trainer = Trainer(task, recipe.run, run.folder, run.accelerator, run.observer, stage1_progress(run, task))
-        trainer.fit(recipe.stage1_data.num_workers)
-        trainer.use_average()
-        trained = trainer.whole_state("vae")
-        trainer.release()
+        train_autoencoder(run, run.stage1_task(), run.new_vae, "vae")
 
-        def save() -> None:  # into a new one: engines change the classes of what they train
-            finished = run.new_vae()
-            finished.load_state_dict(trained, strict=False)
-            run.save_vae(finished)
 
-        on_main(save)
+def train_autoencoder(
+    run: UpgradeParts, task: Stage1Task | PolishTask, start: Callable[[], DetailVAE], folder: str
+) -> None:
+    """Train a DetailVAE, or its decoder, and write it.
+
+    Args:
+        run: the parts of the run.
+        task: at its first step.
+        start: returns the DetailVAE that the task began with.
+        folder: in the run folder.
+    """
+    recipe = run.recipe
+    trainer = Trainer(task, recipe.run, run.folder, run.accelerator, run.observer, stage1_progress(run, task))
+    trainer.fit(recipe.stage1_data.num_workers)
+    trainer.use_average()
+    trained = trainer.whole_state("vae")
+    trainer.release()
+
+    def save() -> None:  # into a new one: engines change the classes of what they train
+        finished = start()
+        finished.load_state_dict(trained, strict=False)
+        run.save_vae(finished, folder)
+
+    on_main(save)
 
 
 def write_latent_cache(run: UpgradeParts) -> None:
@@ -91,8 +109,22 @@ def write_latent_cache(run: UpgradeParts) -> None:
         write_skipped(run.out / "pictures.json", len(run.used_images(meta)), run.skipped, run.accelerator)
 
 
+def polish_decoder(run: UpgradeParts) -> None:
+    """Train the decoder alone on noised latents, or take that of the run whose stage 1 is shared."""
+    if (polished := run.shared_polish()) is not None:
+        on_main(lambda: run.save_vae(load_detail_vae(polished), POLISHED))
+        return
+    train_autoencoder(run, run.polish_task(), run.measured_vae, POLISHED)
+
+
 def train_transformer(run: UpgradeParts) -> None:
-    """Train the expanded transformer (Eq. 7-13), then export upgrade file and pipeline."""
+    """Train the expanded transformer (Eq. 7-13), then export upgrade file and pipeline.
+
+    A run that was trained before, and whose decoder alone is new, is only exported.
+    """
+    if run.only_export_is_due():
+        on_main(lambda: export_run(run, read_upgrade(run.out / UPGRADE_FILE)[1]))
+        return
     task, recipe = run.stage2_task(), run.recipe
     trainer = Trainer(task, recipe.run, run.folder, run.accelerator, run.observer, stage2_progress(run, task))
     trainer.fit(recipe.stage2_data.num_workers)
@@ -101,14 +133,20 @@ def train_transformer(run: UpgradeParts) -> None:
     trained = set(task.trainables["transformer"].trained)
     tensors = {name: value for name, value in state.items() if name in trained or name.startswith(BUFFERS)}
     trainer.release()
+    on_main(lambda: export_run(run, tensors))
 
-    def export() -> None:
-        vae = run.stage2_vae()
-        run.check_inputs(vae)
-        run.keep_scale(vae)
-        export_upgraded(run.base.name, vae, tensors, recipe, run.out / UPGRADE_FILE, run.out / "pipeline")
 
-    on_main(export)
+def export_run(run: UpgradeParts, trained: dict[str, Tensor]) -> None:
+    """Write upgrade file and pipeline, in one process.
+
+    Args:
+        run: the parts of the run.
+        trained: parameters of the transformer that stage 2 trained, by name.
+    """
+    run.check_inputs(run.stage2_vae())
+    vae = run.exported_vae()
+    run.keep_scale(vae)
+    export_upgraded(run.base.name, vae, trained, run.recipe, run.out / UPGRADE_FILE, run.out / "pipeline")
 
 
 @dataclass(frozen=True)
@@ -133,9 +171,12 @@ UPGRADE_STEPS = (
     Step("stage1", train_detail_vae, "vae"),
     # needs: vae/, images, text encoders. leaves: latents, text embeddings, detail statistics in vae/config.json
     Step("cache", write_latent_cache, "cache"),
+    # needs: vae/, images. leaves: the autoencoder with a decoder that forgives noise, for the export. Only with stage1.polish
+    Step(POLISH, polish_decoder, POLISHED),
     # needs: vae/, cache/, the pretrained transformer. leaves: upgrade.safetensors and the upgraded pipeline
     Step("stage2", train_transformer, "pipeline"),
 )
+OWN_STEPS = (POLISH, "stage2")  # that are not another run's, whose stage 1 and cache may be shared
 
 
 class Upgrade(UpgradeParts):
@@ -161,13 +202,15 @@ class Upgrade(UpgradeParts):
                 if step.name == last:
                     break
             check_stop(f"{self.out}: {step.name}")
-        return (self.out if step.name == "stage2" else self.first) / step.leaves
+        return (self.out if step.name in OWN_STEPS else self.first) / step.leaves
 
     def due(self, step: str) -> bool:
         """Return whether a step is still to be done, as the first process sees it. Collective."""
         if step == "base" and self.recipe.base.train is None:
             return False
-        if step != "stage2" and self.first != self.out:  # another run has done it
+        if step == POLISH and self.recipe.stage1.polish is None:
+            return False
+        if step not in OWN_STEPS and self.first != self.out:  # another run has done it
             return False
         return not from_main(self.folder.done(step) and (step != "cache" or is_whole(self.out / "cache")))
 
@@ -187,7 +230,7 @@ class Upgrade(UpgradeParts):
 # -- progress: what the two trainings validate and show ----------------------------------------------------------------
 
 
-def stage1_progress(run: UpgradeParts, task: Stage1Task) -> list[Periodic]:
+def stage1_progress(run: UpgradeParts, task: Stage1Task | PolishTask) -> list[Periodic]:
     """Return reconstructions of held-out images, every `run.sample_every` steps."""
     every, recipe = run.recipe.run.sample_every, run.recipe
     if not every:
@@ -219,7 +262,7 @@ def stage2_progress(run: UpgradeParts, task: Stage2Task) -> list[Periodic]:
         conditions: list[Any] = held_out["captions"]
     else:
         conditions, prompts = held_out["labels"], list(range(min(GRID_IMAGES, shown.null)))
-    vae = run.stage2_vae()
+    vae = run.exported_vae()
     if losses:
         size = recipe.report.batch_size or recipe.cache.batch_size
         encoder = Encoder(vae, run_precision(recipe.run), size, "validation")

@@ -27,20 +27,22 @@ from davae.files.ownership import check_run
 from davae.files.reading import read_object
 from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.prompting import embed_captions
-from davae.publish.assemble import UPGRADE_FILE, load_trained
-from davae.recipes import Recipe
+from davae.publish.assemble import POLISHED, UPGRADE_FILE, load_trained
+from davae.recipes import Recipe, load_recipe
+from davae.recipes.stages import POLISH
 from davae.runs.cache import cache_images, cache_key, cache_shards, show_cache
 from davae.runs.checks import check_init, check_objective, check_recipe, check_shared
 from davae.runs.validation import GRID_IMAGES
 from davae.tasks.base_model import BaseModel
 from davae.tasks.conditioning import conditioning, embed_in_step
+from davae.tasks.polish import PolishTask
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
 from davae.train.accelerator import make_accelerator, seed_initial_weights
 from davae.train.distributed import from_main, is_main
 from davae.train.locking import changing, hold_for_reading, one_at_a_time
 from davae.train.loop import Observer, training_seed
-from davae.train.run_folder import RunFolder, check_stage2_inputs, was_done
+from davae.train.run_folder import RunFolder, check_stage_inputs, is_done, trained_before, was_done
 from davae.vae.detail_vae import DetailVAE
 from davae.zoo import resolve_upgrade
 
@@ -55,6 +57,11 @@ def set_statistics(vae: DetailVAE, meta: CacheMeta, scale: float = 1.0) -> None:
     """Normalise by the statistics of the cached detail, to a std of `scale`."""
     mean, std = torch.tensor(meta.mean).view(1, -1, 1, 1), torch.tensor(meta.std).view(1, -1, 1, 1)
     vae.set_detail_statistics(vae.layout.split(mean)[1].flatten(), vae.layout.split(std)[1].flatten() / scale)
+
+
+def hash_statistics(vae: DetailVAE) -> str:
+    """Return a hash of the statistics that a DetailVAE normalises by."""
+    return hash_values([hash_values(getattr(vae, name).flatten().tolist()) for name in ("mean", "std")])
 
 
 class UpgradeParts:
@@ -153,34 +160,75 @@ class UpgradeParts:
         """Return the trained DetailVAE, in eval mode."""
         return load_detail_vae(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
 
+    def measured_vae(self, scale: float = 1.0) -> DetailVAE:
+        """Return the trained DetailVAE, whose detail the cache's statistics normalise to a std of `scale`.
+
+        `init` brings its own statistics. Those of the DetailVAE on disk may have the scale of another stage 2 on the same
+        cache.
+        """
+        return self._measured(self.vae(), scale)
+
+    def _measured(self, vae: DetailVAE, scale: float) -> DetailVAE:
+        if self.init is None:
+            set_statistics(vae, read_meta(self.first / "cache"), scale)
+        return vae
+
     def stage2_vae(self) -> DetailVAE:
         """Return the trained DetailVAE with the scale of the detail that stage 2 takes.
 
         The scale, `stage2.detail_scale`, is in the detail's std, by which latents are normalised.
-        `init` brings the scale that it was trained with.
-        The DetailVAE on disk may have the scale of another stage 2 on the same cache.
         """
-        vae = self.vae()
-        if self.init is None:
-            set_statistics(vae, read_meta(self.first / "cache"), self.recipe.stage2.detail_scale)
-        return vae
+        return self.measured_vae(self.recipe.stage2.detail_scale)
+
+    def exported_vae(self) -> DetailVAE:
+        """Return the DetailVAE of the pipeline: stage 2's, with the polished decoder where there is one."""
+        if self.recipe.stage1.polish is None:
+            return self.stage2_vae()
+        polished: Any = load_detail_vae(self.out / POLISHED).to(self.accelerator.device)
+        return self._measured(polished.eval(), self.recipe.stage2.detail_scale)
 
     def keep_scale(self, vae: DetailVAE) -> None:
-        """Write the DetailVAE of stage 2, for exports, where the run folder's has another scale."""
-        file = self.out / "vae" / "config.json"
+        """Write the exported DetailVAE where the run folder's, for later exports, has another scale."""
+        folder = "vae" if self.recipe.stage1.polish is None else POLISHED
+        file = self.out / folder / "config.json"
         there = read_object(file).get("detail_std") if file.is_file() else None
         if there != list(vae.config["detail_std"] or []) and (there or self.recipe.stage2.detail_scale != 1.0):
-            save_model(vae, self.out / "vae")
+            save_model(vae, self.out / folder)
 
-    def save_vae(self, vae: DetailVAE) -> None:
-        """Write the DetailVAE with the size that its pipeline is to draw."""
+    def save_vae(self, vae: DetailVAE, folder: str = "vae") -> None:
+        """Write the DetailVAE with the size that its pipeline is to draw, into a folder of the run folder."""
         vae.register_to_config(resolution=self.recipe.resolution)
-        save_model(vae, self.out / "vae")
+        save_model(vae, self.out / folder)
 
     def store_statistics(self, vae: DetailVAE, meta: CacheMeta) -> None:
         """Write the statistics of the cached detail latents into the DetailVAE's config."""
         set_statistics(vae, meta)
         save_model(vae, self.out / "vae")
+
+    # -- polish ------------------------------------------------------------------------------------------------
+
+    def polish_task(self) -> PolishTask:
+        """Return the polish of the decoder at its first step.
+
+        Where the autoencoder was made anew since its checkpoints, they are set aside.
+
+        Raises:
+            RunError: another run (`--stage1`) has made it anew since.
+        """
+        settings, vae, meta = self.recipe.stage1.polishing, self.measured_vae(), read_meta(self.first / "cache")
+        inputs = {"the autoencoder": meta.key["autoencoder"], "its statistics": hash_statistics(vae)}
+        if is_main():
+            check_stage_inputs(self.folder, POLISH, inputs, self.first)
+        seed_initial_weights(training_seed(settings, self.recipe.run))
+        return PolishTask(settings, vae, self.data.for_stage1(), self.accelerator.device)
+
+    def shared_polish(self) -> Path | None:
+        """Return the folder of an equal polish that the run of the shared stage 1 has finished, else None."""
+        if self.first == self.out:
+            return None
+        other = load_recipe(str(self.first / "recipe.yaml"))
+        same = isinstance(other, Recipe) and other.stage1.polish == self.recipe.stage1.polish
+        return self.first / POLISHED if from_main(same and is_done(self.first, self.recipe, POLISH)) else None
 
     # -- cache -------------------------------------------------------------------------------------------------
 
@@ -310,11 +358,21 @@ class UpgradeParts:
             RunError: another run (`--stage1`) has made them anew since.
         """
         meta = read_meta(self.first / "cache", self.cache_key(vae))
-        statistics = [hash_values(getattr(vae, name).flatten().tolist()) for name in ("mean", "std")]
-        inputs = {"the autoencoder": meta.key["autoencoder"], "its statistics": hash_values(statistics)}
+        inputs = {"the autoencoder": meta.key["autoencoder"], "its statistics": hash_statistics(vae)}
         inputs["the cache"] = hash_values(meta.key, meta.items, meta.mean)
         if is_main():
-            check_stage2_inputs(self.folder, inputs, self.first)
+            check_stage_inputs(self.folder, "stage2", inputs, self.first)
+
+    def only_export_is_due(self) -> bool:
+        """Return whether stage 2 was trained before on the same inputs, and the decoder alone is new. Collective."""
+
+        def trained() -> bool:
+            return from_main((self.out / UPGRADE_FILE).is_file() and trained_before(self.out, self.recipe))
+
+        if not trained():
+            return False
+        self.check_inputs(self.stage2_vae())  # takes the marker away where an input changed
+        return trained()
 
     # -- progress ----------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from davae.pretrained.memory_budget import Halving
 from davae.recipes.sections import Sampling
 from davae.tasks.conditioning import Conditioning, EmbeddedInStep
 from davae.tasks.noising import drop_conditions
+from davae.tasks.polish import PolishTask
 from davae.tasks.solving import guided, solve
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
@@ -95,12 +96,12 @@ def embedded_captions(
 
 
 def show_reconstructions(
-    task: Stage1Task, images: Tensor, size: int, folder: Path
+    task: Stage1Task | PolishTask, images: Tensor, size: int, folder: Path
 ) -> Callable[[int], dict[str, float]]:
-    """Return step -> writes images above their reconstructions to `stage1-STEP.png`.
+    """Return step -> writes images above their reconstructions to `NAME-STEP.png`, with the name of the task.
 
     Args:
-        task: trains the DetailVAE.
+        task: trains the DetailVAE or its decoder.
         images: (N,3,sH,sW) in [-1,1], on the device.
         size: images coded at a time.
         folder: of the file.
@@ -108,11 +109,8 @@ def show_reconstructions(
 
     @torch.no_grad()
     def show(step: int) -> dict[str, float]:
-        side, parts = images.shape[-1] // task.vae.spatial_factor, []
-        for part in images.split(size):
-            noise = part.new_zeros(len(part), task.vae.layout.detail_channels, side, side)
-            parts.append(task.modules["vae"](part, noise, torch.ones(len(part)))[0])
-        write_grid([to_images(images), to_images(torch.cat(parts))], folder / f"stage1-{step:08d}.png")
+        decoded = torch.cat([task.reconstruct(part) for part in images.split(size)])
+        write_grid([to_images(images), to_images(decoded)], folder / f"{task.name}-{step:08d}.png")
         return {}
 
     return show

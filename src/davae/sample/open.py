@@ -21,7 +21,7 @@ from davae.pretrained.autoencoders import load_autoencoder
 from davae.pretrained.lora_files import read_lora
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import FULL, Placement, own_device
-from davae.publish.assemble import load_upgraded
+from davae.publish.assemble import POLISHED, load_upgraded
 from davae.vae.detail_vae import DetailVAE
 from davae.zoo import SHIPPED, UPGRADES, resolve
 
@@ -140,8 +140,13 @@ def open_text_model(name: str, placement: Placement = FULL) -> Any:
 
 
 def open_autoencoder(name: str) -> Any:
-    """Return an autoencoder on this process's device, by folder, run or embedded model."""
+    """Return an autoencoder on this process's device, by folder, run or embedded model.
+
+    A run with `stage1.polish` has two: its folder gives the polished one, its `vae/` that of stage 1.
+    """
     place = str(UPGRADES[SHIPPED[name]] / "vae") if name in SHIPPED else resolve(name)
+    if (polished := Path(place) / POLISHED / "config.json").is_file():
+        place = str(polished.parent)
     return load_autoencoder(place).to(own_device())
 
 

@@ -89,3 +89,9 @@ class Stage1Task(ReconstructionTask):
             weight = s.lambda_align * adaptive_weight(mean_over_ranks(above), mean_over_ranks(below))
         total = total + weight * align  # Eq. 6
         return total, {"loss": total.detach(), **logged, "align": align.detach()}
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Return reconstructions (B,3,sH,sW) without noise."""
+        height, width = images.shape[-2] // self.vae.spatial_factor, images.shape[-1] // self.vae.spatial_factor
+        noise = images.new_zeros(len(images), self.vae.layout.detail_channels, height, width)
+        return self.modules["vae"](images, noise, torch.ones(len(images)))[0]

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,8 +21,9 @@ from davae.files.atomic import atomic_folder, atomic_text, make_folder, require_
 from davae.files.checksums import file_sum
 from davae.files.ownership import check_run, unowned
 from davae.files.reading import load_json, whole_number
-from davae.recipes import differences, dump_recipe, validate
+from davae.recipes import Recipe, differences, dump_recipe, validate
 from davae.recipes.loading import AnyRecipe
+from davae.recipes.stages import POLISH
 from davae.recipes.values import read_yaml_file
 from davae.train.distributed import barrier, from_main, is_main
 from davae.train.locking import RunLock
@@ -48,11 +50,22 @@ def was_done(folder: Path, step: str) -> bool:
 def goal(recipe: AnyRecipe, step: str) -> str:
     """Return the step counts that a step's marker contains when it is done.
 
-    Raising `max_steps` makes the step, and all that follow from it, due again.
+    Raising `max_steps` makes the step, and all that follow from it, due again. Those of a polish are joined to stage 1's by
+    `+`: stage 1 and the cache do not depend on them.
     """
     sections = [getattr(recipe, name, None) for name in ("vae", "dit", "stage1", "stage2", "network")]
     goals = [str(section.max_steps) for section in sections if section is not None]
-    return "/".join(goals[:1] if step in {"stage1", "cache", "vae"} else goals)
+    if step in {"stage1", "cache", "vae"}:
+        return goals[0]
+    if isinstance(recipe, Recipe) and recipe.stage1.polish is not None:
+        goals[0] += f"+{recipe.stage1.polish.max_steps}"
+    return goals[0] if step == POLISH else "/".join(goals)
+
+
+def trained_before(folder: Path, recipe: AnyRecipe) -> bool:
+    """Return whether stage 2 of the run in a folder was trained and exported, with any polish or none."""
+    file, plain = marker(folder, "stage2"), re.compile(r"\+\d+")
+    return file.is_file() and plain.sub("", file.read_text("utf-8")) == plain.sub("", goal(recipe, "stage2"))
 
 
 def is_done(folder: Path, recipe: AnyRecipe, step: str) -> bool:
@@ -321,25 +334,27 @@ def set_aside(folder: RunFolder, stage: str) -> None:
         marker(folder.path, step).unlink(missing_ok=True)
 
 
-def check_stage2_inputs(folder: RunFolder, inputs: Mapping[str, str], first: Path) -> None:
-    """Compare the inputs of stage 2 with those of its start, and begin again where one is new.
+def check_stage_inputs(folder: RunFolder, stage: str, inputs: Mapping[str, str], first: Path) -> None:
+    """Compare the inputs of a stage with those of its start, and begin again where one is new.
 
     Args:
         folder: the run.
+        stage: the training.
         inputs: name -> hash.
         first: folder of the run that made them.
 
     Raises:
         RunError: another run (`--stage1`) has made one anew since.
     """
-    if not (changed := changed_inputs(folder, "stage2", inputs)):
+    if not (changed := changed_inputs(folder, stage, inputs)):
         return
-    what = f"{' and '.join(changed)} changed since stage 2 began"
+    name = {"stage2": "stage 2"}.get(stage, stage)
+    what = f"{' and '.join(changed)} changed since {name} began"
     if first != folder.path:
         raise RunError(f"--stage1 {first}: {what}, whose weights belong to the earlier; use a new --out")
-    logger.warning("%s: %s; stage 2 begins again, its checkpoints are now named earlier-*", folder.path, what)
-    set_aside(folder, "stage2")
-    changed_inputs(folder, "stage2", inputs)
+    logger.warning("%s: %s; %s begins again, its checkpoints are now named earlier-*", folder.path, what, name)
+    set_aside(folder, stage)
+    changed_inputs(folder, stage, inputs)
 
 
 BEST = "validation_loss"

@@ -17,7 +17,10 @@ logger = logging.getLogger(__name__)
 
 TIMES = "times.json"
 # in the order in which runs go through them
-PHASES = ("base", "vae", "align.embedder", "align.head", "dit", "network", "stage1", "cache", "stage2", "report")
+PHASES = (
+    *("base", "vae", "align.embedder", "align.head", "dit", "network"),
+    *("stage1", "cache", "stage1.polish", "stage2", "report"),
+)
 
 
 def read_times(folder: Path) -> dict[str, float]:

@@ -78,6 +78,7 @@ class UpgradeJob(Job):
         """Hash of everything that stage 1 and the cache depend on."""
         fields = {"base", "scale", "detail_channels", "downsample", "data", "stage1", "cache", "init"}
         values = self.recipe.model_dump(mode="json", exclude_defaults=True, include=fields)
+        values["stage1"].pop("polish", None)  # each run polishes its own decoder
         if self.recipe.stage2.data is not None:
             values["stage2.data"] = self.recipe.stage2.data.model_dump(mode="json", exclude_defaults=True)
         return hash_values(values, model_digest(self.recipe.base.model), self.recipe.run.seed)

@@ -19,6 +19,7 @@ from davae.files.reading import read_object
 from davae.lab.bench.clock import machine
 from davae.lab.reproduce.job import BaseJob, DrawnJob, EnlargedJob, Job, UpgradeJob
 from davae.lab.super_resolution import train_super_resolution
+from davae.publish.assemble import POLISHED, VAE_FOLDER
 from davae.recipes import BaseRecipe, Recipe
 from davae.recipes.sections import Data, Stage2
 from davae.runs.train_base import base_run
@@ -97,7 +98,8 @@ def trained_stage1(job: UpgradeJob, out: Path, observer: Observer) -> Path:
     if was_done(first, "cache"):  # in another precision perhaps: hashes leave `run` out
         return first
     unused = UNUSED.model_copy(update={"data": job.recipe.stage2.data})
-    run = Upgrade(job.recipe.model_copy(update={"stage2": unused}), first, observer)
+    plain = job.recipe.stage1.model_copy(update={"polish": None})
+    run = Upgrade(job.recipe.model_copy(update={"stage1": plain, "stage2": unused}), first, observer)
     run.train_vae()
     run.cache_latents()
     run.folder.close()
@@ -154,6 +156,7 @@ def trained_base(job: BaseJob, first: Path, out: Path, observer: Observer) -> Pa
 def upgraded_figures(job: UpgradeJob, out: Path, observer: Observer) -> dict[str, Any]:
     """Train an upgrade, and return its figures."""
     folder, first = trained_run(job, out, observer), out / "stage1" / job.stage1_key
+    vae = first / VAE_FOLDER if job.recipe.stage1.polish is None else folder / POLISHED
     generation = measured_generation(
         str(folder),
         job.measures["generation"],
@@ -163,7 +166,7 @@ def upgraded_figures(job: UpgradeJob, out: Path, observer: Observer) -> dict[str
     )
     return {
         "generation": generation | {"pipeline": OWN},
-        "reconstruction": reconstruction_once(first, job.measures["reconstruction"], job.recipe),
+        "reconstruction": reconstruction_once(vae, job.measures["reconstruction"], job.recipe),
         "training": last_losses(folder, "stage2", ("loss_base", "loss_detail")),
         "recipe": job.recipe.model_dump(mode="json", exclude_defaults=True),
     }
@@ -196,7 +199,7 @@ def base_figures(job: BaseJob, out: Path, observer: Observer) -> dict[str, Any]:
     )
     figures = {
         "generation": generation | {"pipeline": OWN},
-        "reconstruction": reconstruction_once(first, job.measures["reconstruction"], job.recipe),
+        "reconstruction": reconstruction_once(first / VAE_FOLDER, job.measures["reconstruction"], job.recipe),
         "training": last_losses(folder, "dit", ("loss",)),
         "recipe": job.recipe.model_dump(mode="json", exclude_defaults=True),
     }
@@ -247,18 +250,18 @@ def measured_generation(
     )
 
 
-def reconstruction_once(first: Path, settings: dict[str, Any], recipe: Recipe | BaseRecipe) -> dict[str, Any]:
-    """Return reconstruction figures of a shared autoencoder, measured once.
+def reconstruction_once(vae: Path, settings: dict[str, Any], recipe: Recipe | BaseRecipe) -> dict[str, Any]:
+    """Return reconstruction figures of an autoencoder that runs may share, measured once.
 
     Args:
-        first: folder of the autoencoder.
+        vae: the autoencoder's folder; the figures are kept next to it.
         settings: data and number of images.
         recipe: whose training prepares its images as the measurement does.
     """
-    path = first / f"reconstruction-{hash_values(settings)}.json"
+    path = vae.parent / f"reconstruction-{hash_values(settings)}.json"
     if not path.is_file():
         data = Data(source=settings["data"], enlarge=recipe.data.enlarge)
-        figures = evaluate_reconstruction(str(first / "vae"), data, recipe.resolution, settings["num"], 0.0)
+        figures = evaluate_reconstruction(str(vae), data, recipe.resolution, settings["num"], 0.0)
         atomic_text(path, json.dumps({**figures, "vae": OWN}) + "\n")
     return read_object(path)
 
