@@ -12,10 +12,12 @@ import numpy as np
 from davae.analyze.figure import check_figure, write_figure
 from davae.errors import ModelError
 from davae.evaluate.plot import to_png
+from davae.recipes.stages import POLISH
 from davae.train.run_folder import read_metrics
 
 SHOWN = {
     "stage1": ("l1", "lpips", "align", "kl", "adversarial"),
+    POLISH: ("l1", "lpips", "adversarial"),
     "stage2": ("loss_base", "loss_detail", "detail_weight"),
 }
 TITLES = {
@@ -47,7 +49,7 @@ def loss_curves(records: list[dict[str, Any]], stage: str) -> bytes | None:
 
     Args:
         records: records of `metrics.jsonl`.
-        stage: `stage1` or `stage2`.
+        stage: name of the training.
 
     Returns:
         PNG bytes, None where the stage has fewer than two records.
@@ -56,7 +58,7 @@ def loss_curves(records: list[dict[str, Any]], stage: str) -> bytes | None:
     names = [name for name in SHOWN[stage] if any(name in record for record in records)]
     if len(records) < 2 or not names:
         return None
-    apart = stage == "stage1"  # stage 1's terms have their own scales, stage 2's velocity losses share one
+    apart = stage != "stage2"  # terms of stage 1 have their own scales, stage 2's velocity losses share one
     figure, axes = plt.subplots(1, len(names) if apart else 1, figsize=(3.1 * (len(names) if apart else 2.4), 2.6))
     axes = np.atleast_1d(axes)
     for number, name in enumerate(names):

@@ -8,6 +8,8 @@ Five sets are compared with the training images, each one step further from the 
 - base and detail drawn: samples of the same captions;
 - base drawn, no detail: the z of these samples with z_d at its mean.
 
+A run with `stage1.polish` has two more: the latents of `decoded` and of the samples by the decoder before its polish.
+
 All sets have the same number of images, so that the bias of a Frechet distance is the same in each.
 """
 
@@ -32,7 +34,10 @@ from davae.evaluate.detail import PATCH_SIZE, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST
 from davae.evaluate.features import make_extractor
 from davae.evaluate.plot import to_png
+from davae.pretrained.autoencoders import load_detail_vae
+from davae.pretrained.placement import own_device
 from davae.pretrained.shapes import default_resolution, pixel_factor
+from davae.publish.assemble import POLISHED, VAE_FOLDER
 from davae.recipes.sections import Data
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions, open_model
@@ -48,6 +53,9 @@ REAL, DECODER, DETAIL, SAMPLES, NO_DETAIL = (
     "base and detail drawn",
     "base drawn, no detail",
 )
+UNPOLISHED, SAMPLES_UNPOLISHED = f"{DECODER}, before polish", f"{SAMPLES}, before polish"
+POLISHES = {DECODER: UNPOLISHED, SAMPLES: SAMPLES_UNPOLISHED}
+COLORS = {REAL: "0.6", DECODER: "tab:orange", DETAIL: "tab:blue", SAMPLES: "tab:green"}
 PARTS = {"decoder": (REAL, DECODER), "detail": (DECODER, DETAIL), "base": (DETAIL, SAMPLES)}
 
 
@@ -77,7 +85,8 @@ def gap_figure(
         patch_size: side of the crops of the patch distance, pixels.
 
     Returns:
-        The path of `gap.png`. `gap.json` has the distances of each set, and their `parts`.
+        The path of `gap.png`. `gap.json` has the distances of each set, their `parts` and, of a run with `stage1.polish`,
+        `polish_gain`.
 
     Raises:
         ModelError: a model without a detail part, or no or too few held-out images.
@@ -96,33 +105,64 @@ def gap_figure(
     measure = partial(measure_images, extractor=extractor, patch_size=patch_size)
     others = real_pictures(data, size, held_out, "train")
     trained = measure(images for _, images in numbered_batches(others, None, batch_size))
-    sets = _sets(pipe, real, prompts, options)
+    sets = _sets(pipe, real, prompts, options, decoder_before_polish(Path(model), pipe.vae))
     rows = {
         name: compare_sets(measure(images.split(batch_size)), trained, extractor.name, patch_size)
         for name, images in sets.items()
     }
     distances = [key for key in (extractor.name, f"patch_{extractor.name}") if key in rows[REAL]]
-    parts = {key: gap_parts({name: row[key] for name, row in rows.items()}) for key in distances}
+    apart = {key: {name: row[key] for name, row in rows.items()} for key in distances}
+    parts = {key: gap_parts(values) for key, values in apart.items()}
+    gain = {"polish_gain": {key: polish_gain(values) for key, values in apart.items()}} if UNPOLISHED in sets else {}
     settings = figure_settings(data, num, held_out) | options.settings
     origin = {"run": model, "data": as_data(data).source, "settings": settings}
     shown = {name: to_images(images[:SHOWN]) for name, images in sets.items()}
     write_figure(out, "gap-images", contact_sheet(shown, size), origin)
-    figures = {**origin, "images": len(real), "rows": rows, "parts": parts}
+    figures = {**origin, "images": len(real), "rows": rows, "parts": parts, **gain}
     return write_figure(out, "gap", gap_plot(rows, distances), figures)
 
 
+def decoder_before_polish(run: Path, vae: DetailVAE) -> DetailVAE | None:
+    """Return the DetailVAE of a run's stage 1 with a pipeline's statistics, None for a model that was not polished.
+
+    Args:
+        run: the model; a run folder with its own stage 1 has both autoencoders.
+        vae: of its pipeline.
+    """
+    if not all((run / folder / "config.json").is_file() for folder in (VAE_FOLDER, POLISHED)):
+        return None
+    return autoencoder_like(vae, run / VAE_FOLDER).to(own_device())  # type: ignore[return-value]
+
+
+def autoencoder_like(vae: DetailVAE, folder: Path) -> DetailVAE:
+    """Return the DetailVAE of a folder with another's precision and statistics, so that it decodes the same latents.
+
+    Args:
+        vae: the other, with measured statistics.
+        folder: of the DetailVAE.
+    """
+    found = load_detail_vae(folder, vae.dtype)
+    found.set_detail_statistics(*(torch.tensor(vae.config[f"detail_{name}"]) for name in ("mean", "std")))
+    return found
+
+
 @torch.no_grad()
-def _sets(pipe: Any, real: Tensor, prompts: list[str], options: SamplingOptions) -> dict[str, Tensor]:
-    samples, without = _samples(pipe, prompts, options)
-    return {
+def _sets(
+    pipe: Any, real: Tensor, prompts: list[str], options: SamplingOptions, before: DetailVAE | None
+) -> dict[str, Tensor]:
+    samples, without, *unpolished = _samples(pipe, prompts, options, before)
+    encoded = [encode_in_range(pipe.vae, part) for part in real.split(options.batch_size)]
+    sets = {
         REAL: real,
-        DECODER: torch.cat(
-            [_decoded(pipe.vae, encode_in_range(pipe.vae, part)) for part in real.split(options.batch_size)]
-        ),
+        DECODER: torch.cat([_decoded(pipe.vae, part) for part in encoded]),
         DETAIL: _detail_drawn(pipe, real, prompts, options),
         SAMPLES: samples,
         NO_DETAIL: without,
     }
+    if before is not None:
+        sets[UNPOLISHED] = torch.cat([_decoded(before, part) for part in encoded])
+        sets[SAMPLES_UNPOLISHED] = unpolished[0]
+    return sets
 
 
 def gap_parts(distances: dict[str, float]) -> dict[str, float]:
@@ -137,12 +177,21 @@ def gap_parts(distances: dict[str, float]) -> dict[str, float]:
     return {"floor": distances[REAL], **parts}
 
 
+def polish_gain(distances: dict[str, float]) -> dict[str, float]:
+    """Return by how much the polish of the decoder lowers the distance, of encoded and of drawn latents.
+
+    Args:
+        distances: to the training images, by the names of the sets.
+    """
+    return {name: distances[before] - distances[name] for name, before in POLISHES.items()}
+
+
 def gap_plot(rows: dict[str, dict[str, float]], distances: list[str]) -> bytes:
     """Return a PNG with a bar for each set, a panel for each distance."""
     figure, axes = plt.subplots(1, len(distances), figsize=(5.2 * len(distances), 3.2), squeeze=False)
     for axis, key in zip(axes[0], distances, strict=True):
         values = [row[key] for row in rows.values()]
-        bars = axis.barh(list(rows), values, color=["0.6", "tab:orange", "tab:blue", "tab:green", "0.8"])
+        bars = axis.barh(list(rows), values, color=[COLORS.get(name, "0.8") for name in rows])
         axis.bar_label(bars, [f"{value:.1f}" for value in values], padding=3)
         axis.invert_yaxis()
         axis.margins(x=0.15)
@@ -170,14 +219,19 @@ def _decoded(vae: DetailVAE, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _samples(pipe: Any, prompts: list[str], options: SamplingOptions) -> tuple[Tensor, Tensor]:
-    """Return samples, (N,3,H,W), and the same without their detail."""
-    whole, without = [], []
+def _samples(
+    pipe: Any, prompts: list[str], options: SamplingOptions, before: DetailVAE | None = None
+) -> list[Tensor]:
+    """Return samples, (N,3,H,W), the same without their detail, and the same by a decoder `before` its polish."""
+    parts: list[list[Tensor]] = []
     for latents in _latents(pipe, prompts, options):
         z, z_d = pipe.vae.layout.split(latents)
-        for images, chosen in ((whole, latents), (without, pipe.vae.layout.join(z, torch.zeros_like(z_d)))):
-            images.append(_decoded(pipe.vae, chosen))
-    return torch.cat(whole), torch.cat(without)
+        parts.append(
+            [_decoded(pipe.vae, latents), _decoded(pipe.vae, pipe.vae.layout.join(z, torch.zeros_like(z_d)))]
+        )
+        if before is not None:
+            parts[-1].append(_decoded(before, latents))
+    return [torch.cat(images) for images in zip(*parts, strict=True)]
 
 
 def _latents(pipe: Any, prompts: list[str], options: SamplingOptions) -> Iterator[Tensor]:

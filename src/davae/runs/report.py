@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from davae.analyze.curves import loss_curves
+from davae.analyze.gap import autoencoder_like
 from davae.analyze.sensitivity import reconstructions
 from davae.backbones.classes import class_count, class_names, goes_by_class
 from davae.backbones.families import denoiser
@@ -27,8 +28,9 @@ from davae.evaluate.throughput import Timing, time_pipelines
 from davae.losses.perceptual import Lite0Distance
 from davae.pretrained.memory_budget import Halving, OneOnDevice
 from davae.pretrained.open import load_pipeline
-from davae.publish.assemble import load_upgraded
+from davae.publish.assemble import VAE_FOLDER, load_upgraded
 from davae.publish.report_file import read_report
+from davae.recipes.stages import POLISH
 from davae.runs.report_page import Column, ReportContent, best_rows, write_report
 from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
@@ -44,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 SHOWN_RECONSTRUCTIONS = 8
 SHIPPED_ROW = "full, shipped"  # row of the upgrade that comes with davae
+BEFORE_POLISH = "full, before the polish"  # row of stage 1's decoder, of a run that trained it further
+POLISH_TITLE = "Polish: the decoder on noised latents"
 AT_A_TIME = 16  # images that are drawn, or encoded and decoded, at a time, at most
 
 
@@ -122,6 +126,7 @@ def write_run_report(run: Upgrade, observer: Observer) -> Path:
         quality=quality,
         curves={
             "Stage 1: the detail-aligned VAE": loss_curves(records, "stage1"),
+            **({} if recipe.stage1.polish is None else {POLISH_TITLE: loss_curves(records, POLISH)}),
             "Stage 2: error of base and detail channels (Fig. S3), and the weight w(n) of Eq. 12": loss_curves(
                 records, "stage2"
             ),
@@ -137,11 +142,15 @@ def write_run_report(run: Upgrade, observer: Observer) -> Path:
 
 
 def lead(run: Upgrade, shipped: bool) -> str:
-    recipe = run.recipe
+    recipe, polish = run.recipe, ""
+    if recipe.stage1.polish is not None:
+        polish = (
+            f"the polish of its decoder {recipe.stage1.polish.max_steps} of {recipe.stage1.polishing.batch_size}, "
+        )
     text = (
         f"{run.base.shapes.transformer_class} of {recipe.base.name}: {run.layout.detail_channels} detail channels joined its "
         f"{run.layout.base_channels} base channels. Stage 1 ran {recipe.stage1.max_steps} steps of "
-        f"{recipe.stage1.batch_size}, stage 2 {recipe.stage2.max_steps} steps of {recipe.stage2.batch_size}, here."
+        f"{recipe.stage1.batch_size}, {polish}stage 2 {recipe.stage2.max_steps} steps of {recipe.stage2.batch_size}, here."
     )
     if shipped:
         text += (
@@ -249,16 +258,16 @@ def reconstruction_section(
     methods = reconstructions(upgraded.vae, run.base_pipeline.vae)
     if shipped is not None:
         methods[SHIPPED_ROW] = reconstructions(shipped.vae, run.base_pipeline.vae)["full"]
+    autoencoders = {"base + bicubic": run.base_pipeline.vae, SHIPPED_ROW: getattr(shipped, "vae", None)}
+    if run.recipe.stage1.polish is not None:
+        autoencoders[BEFORE_POLISH] = autoencoder_like(upgraded.vae, run.first / VAE_FOLDER)
+        methods[BEFORE_POLISH] = reconstructions(autoencoders[BEFORE_POLISH], run.base_pipeline.vae)["full"]
     perceptual = Lite0Distance()
     columns = [Column("original", to_images(images[:SHOWN_RECONSTRUCTIONS]))]
     rows: list[dict[str, Any]] = []
     halving = halving_of(run, "reconstructions", upgraded.vae)
     for name, method in methods.items():
-        turn(
-            {"base + bicubic": run.base_pipeline.vae, SHIPPED_ROW: getattr(shipped, "vae", None)}.get(
-                name, upgraded.vae
-            )
-        )
+        turn(autoencoders.get(name, upgraded.vae))
         reconstruct = partial(halving, method)
         roles: dict[str, Any] = {"full": "own", SHIPPED_ROW: "shipped"}
         shown = to_images(reconstruct(images[:SHOWN_RECONSTRUCTIONS]))
