@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from davae.errors import RecipeError
-from davae.recipes import differences, dump_recipe, load_recipe, shipped_recipes, validate
+from davae.recipes import Recipe, differences, dump_recipe, load_recipe, set_values, shipped_recipes, validate
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
@@ -96,3 +97,18 @@ def test_recipes_are_read_without_torch():
         "import sys, davae.recipes, davae.cli; davae.recipes.load_recipe('micro'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_section_that_is_null_takes_values(tmp_path: Path):
+    """A run's `recipe.yaml` has every section that is off as null; `--set` turns it on."""
+    resolved = tmp_path / "recipe.yaml"
+    resolved.write_text(dump_recipe(load_recipe("micro", ["stage2.lora=null"])))
+    found = load_recipe(str(resolved), ["stage2.lora.rank=3", "stage1.polish.max_steps=5"])
+    assert isinstance(found, Recipe)
+    assert found.stage2.lora is not None
+    assert found.stage1.polish is not None
+    assert (found.stage2.lora.rank, found.stage1.polish.max_steps) == (3, 5)
+    values = load_recipe(str(resolved)).model_dump(mode="json")
+    set_values(values, {"stage2__lora__rank": 4, "stage1": {"polish": {"max_steps": 6}}})
+    assert values["stage2"]["lora"] == {"rank": 4}
+    assert values["stage1"]["polish"] == {"max_steps": 6}

@@ -112,22 +112,21 @@ def gap_figure(
     }
     distances = [key for key in (extractor.name, f"patch_{extractor.name}") if key in rows[REAL]]
     apart = {key: {name: row[key] for name, row in rows.items()} for key in distances}
-    parts = {key: gap_parts(values) for key, values in apart.items()}
-    gain = {"polish_gain": {key: polish_gain(values) for key, values in apart.items()}} if UNPOLISHED in sets else {}
-    settings = figure_settings(data, num, held_out) | options.settings
-    origin = {"run": model, "data": as_data(data).source, "settings": settings}
+    splits = {"parts": gap_parts, "polish_gain": polish_gain} if UNPOLISHED in sets else {"parts": gap_parts}
+    found = {name: {key: split(values) for key, values in apart.items()} for name, split in splits.items()}
+    origin: dict[str, Any] = {"run": model, "data": as_data(data).source}
+    origin["settings"] = figure_settings(data, num, held_out) | options.settings
     shown = {name: to_images(images[:SHOWN]) for name, images in sets.items()}
     write_figure(out, "gap-images", contact_sheet(shown, size), origin)
-    figures = {**origin, "images": len(real), "rows": rows, "parts": parts, **gain}
-    return write_figure(out, "gap", gap_plot(rows, distances), figures)
+    return write_figure(out, "gap", gap_plot(rows, distances), {**origin, "images": len(real), "rows": rows, **found})
 
 
 def decoder_before_polish(run: Path, vae: DetailVAE) -> DetailVAE | None:
-    """Return the DetailVAE of a run's stage 1 with a pipeline's statistics, None for a model that was not polished.
+    """Return the DetailVAE before its polish, None for a model that was not polished.
 
     Args:
         run: the model; a run folder with its own stage 1 has both autoencoders.
-        vae: of its pipeline.
+        vae: of its pipeline, whose statistics the returned one takes.
     """
     if not all((run / folder / "config.json").is_file() for folder in (VAE_FOLDER, POLISHED)):
         return None
@@ -135,10 +134,10 @@ def decoder_before_polish(run: Path, vae: DetailVAE) -> DetailVAE | None:
 
 
 def autoencoder_like(vae: DetailVAE, folder: Path) -> DetailVAE:
-    """Return the DetailVAE of a folder with another's precision and statistics, so that it decodes the same latents.
+    """Return the DetailVAE of a folder, made to decode the latents of another.
 
     Args:
-        vae: the other, with measured statistics.
+        vae: the other, whose precision and measured statistics it takes.
         folder: of the DetailVAE.
     """
     found = load_detail_vae(folder, vae.dtype)
@@ -178,10 +177,10 @@ def gap_parts(distances: dict[str, float]) -> dict[str, float]:
 
 
 def polish_gain(distances: dict[str, float]) -> dict[str, float]:
-    """Return by how much the polish of the decoder lowers the distance, of encoded and of drawn latents.
+    """Return by how much the polish of the decoder lowers the distances.
 
     Args:
-        distances: to the training images, by the names of the sets.
+        distances: to the training images, by the names of the sets of encoded and of drawn latents.
     """
     return {name: distances[before] - distances[name] for name, before in POLISHES.items()}
 
@@ -222,7 +221,7 @@ def _decoded(vae: DetailVAE, latents: Tensor) -> Tensor:
 def _samples(
     pipe: Any, prompts: list[str], options: SamplingOptions, before: DetailVAE | None = None
 ) -> list[Tensor]:
-    """Return samples, (N,3,H,W), the same without their detail, and the same by a decoder `before` its polish."""
+    """Return samples (N,3,H,W), then without detail, then by the decoder `before` its polish."""
     parts: list[list[Tensor]] = []
     for latents in _latents(pipe, prompts, options):
         z, z_d = pipe.vae.layout.split(latents)

@@ -268,7 +268,7 @@ def stage1_memory(
 def polish_memory(
     shapes: BaseShapes, detail_channels: int, scale: int, resolution: int, settings: Stage1, *, mixed: bool
 ) -> TrainingStep:
-    """Return one process's step of the polish: the encoders without gradients, the decoder with them.
+    """Return one process's step of the polish, with gradients of the decoder alone.
 
     Args:
         settings: `Stage1.polishing`.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def noise_latents(latents: Tensor, noise: Tensor, strength: Tensor, tau: float) -> Tensor:
-    """Return z + tau u n: latents with noise of another strength in each sample (arXiv 2510.11690).
+    """Return z + tau u n, with a strength u of each sample's own (arXiv 2510.11690).
 
     A generator's latents are wrong by an unknown amount. RAE trains its decoder on z + sigma n with a random sigma for each
     sample, so that one decoder serves every amount between none and tau. Here sigma = tau u is uniform in [0, tau), as in

@@ -188,7 +188,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _section_at(node: dict[str, Any], key: str, path: str) -> dict[str, Any]:
-    """Return a section of a recipe's values, a new one where it is absent or, as in resolved recipes, null.
+    """Return a section of a recipe's values, a new one where it is absent or null.
 
     Raises:
         RecipeError: a value is there; `path` names the place.
@@ -220,7 +220,7 @@ RESUMABLE = (
 def differences(old: AnyRecipe, new: AnyRecipe, free: tuple[str, ...] = RESUMABLE) -> list[str]:
     """Return the differences of two recipes, `path: old -> new`, but not of `free` paths.
 
-    A polish that only the new recipe has is no difference: it begins from what the old one has trained.
+    A polish that only the new recipe has does not count: it begins from what the old one has trained.
 
     Args:
         old, new: the recipes.

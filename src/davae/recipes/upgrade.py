@@ -95,7 +95,7 @@ class Recipe(Section):
 
     @property
     def trainings(self) -> dict[str, Optim]:
-        """Settings of each training by its name, in order; the name is its path in the recipe."""
+        """Settings of each training by its path in the recipe, in order."""
         polish: dict[str, Optim] = {} if self.stage1.polish is None else {POLISH: self.stage1.polishing}
         return {"stage1": self.stage1, **polish, "stage2": self.stage2}
 

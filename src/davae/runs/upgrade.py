@@ -110,7 +110,7 @@ def write_latent_cache(run: UpgradeParts) -> None:
 
 
 def polish_decoder(run: UpgradeParts) -> None:
-    """Train the decoder alone on noised latents, or take that of the run whose stage 1 is shared."""
+    """Train the decoder alone on noised latents, or take that of the shared run."""
     if (polished := run.shared_polish()) is not None:
         on_main(lambda: run.save_vae(load_detail_vae(polished), POLISHED))
         return

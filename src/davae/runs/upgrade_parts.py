@@ -161,10 +161,10 @@ class UpgradeParts:
         return load_detail_vae(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
 
     def measured_vae(self, scale: float = 1.0) -> DetailVAE:
-        """Return the trained DetailVAE, whose detail the cache's statistics normalise to a std of `scale`.
+        """Return the trained DetailVAE, which normalises its detail to a std of `scale`.
 
-        `init` brings its own statistics. Those of the DetailVAE on disk may have the scale of another stage 2 on the same
-        cache.
+        The statistics are the cache's. `init` brings its own. Those of the DetailVAE on disk may have the scale of another
+        stage 2 on the same cache.
         """
         return self._measured(self.vae(), scale)
 
@@ -181,14 +181,14 @@ class UpgradeParts:
         return self.measured_vae(self.recipe.stage2.detail_scale)
 
     def exported_vae(self) -> DetailVAE:
-        """Return the DetailVAE of the pipeline: stage 2's, with the polished decoder where there is one."""
+        """Return the DetailVAE of the pipeline, with the polished decoder where there is one."""
         if self.recipe.stage1.polish is None:
             return self.stage2_vae()
         polished: Any = load_detail_vae(self.out / POLISHED).to(self.accelerator.device)
         return self._measured(polished.eval(), self.recipe.stage2.detail_scale)
 
     def keep_scale(self, vae: DetailVAE) -> None:
-        """Write the exported DetailVAE where the run folder's, for later exports, has another scale."""
+        """Write the exported DetailVAE where the one in the run folder has another scale."""
         folder = "vae" if self.recipe.stage1.polish is None else POLISHED
         file = self.out / folder / "config.json"
         there = read_object(file).get("detail_std") if file.is_file() else None
@@ -196,7 +196,7 @@ class UpgradeParts:
             save_model(vae, self.out / folder)
 
     def save_vae(self, vae: DetailVAE, folder: str = "vae") -> None:
-        """Write the DetailVAE with the size that its pipeline is to draw, into a folder of the run folder."""
+        """Write the DetailVAE, with the size that its pipeline draws, into the run folder."""
         vae.register_to_config(resolution=self.recipe.resolution)
         save_model(vae, self.out / folder)
 
@@ -223,7 +223,7 @@ class UpgradeParts:
         return PolishTask(settings, vae, self.data.for_stage1(), self.accelerator.device)
 
     def shared_polish(self) -> Path | None:
-        """Return the folder of an equal polish that the run of the shared stage 1 has finished, else None."""
+        """Return the folder of an equal polish that the shared run has finished, else None."""
         if self.first == self.out:
             return None
         other = load_recipe(str(self.first / "recipe.yaml"))
@@ -364,7 +364,10 @@ class UpgradeParts:
             check_stage_inputs(self.folder, "stage2", inputs, self.first)
 
     def only_export_is_due(self) -> bool:
-        """Return whether stage 2 was trained before on the same inputs, and the decoder alone is new. Collective."""
+        """Return whether stage 2 was trained on the same inputs before. Collective.
+
+        Its step is then due because the decoder alone is new.
+        """
 
         def trained() -> bool:
             return from_main((self.out / UPGRADE_FILE).is_file() and trained_before(self.out, self.recipe))

@@ -98,7 +98,7 @@ def embedded_captions(
 def show_reconstructions(
     task: Stage1Task | PolishTask, images: Tensor, size: int, folder: Path
 ) -> Callable[[int], dict[str, float]]:
-    """Return step -> writes images above their reconstructions to `NAME-STEP.png`, with the name of the task.
+    """Return step -> writes images above their reconstructions to `TASK-STEP.png`.
 
     Args:
         task: trains the DetailVAE or its decoder.

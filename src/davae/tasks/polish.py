@@ -19,7 +19,10 @@ from davae.vae.detail_vae import DetailVAE
 
 
 class NoisedDecoding(nn.Module):
-    """One pass through frozen encoders and the decoder, as a module so that data-parallel wrappers see it."""
+    """One pass through frozen encoders and the decoder.
+
+    It is a module so that data-parallel wrappers see it.
+    """
 
     def __init__(self, vae: DetailVAE, tau: float):
         super().__init__()
@@ -44,7 +47,7 @@ class NoisedDecoding(nn.Module):
 
 
 class PolishTask(ReconstructionTask):
-    """Training of the decoder alone, by Eq. 5 without KL: the encoders, and so all latents, stay as they are."""
+    """Training of the decoder alone by Eq. 5 without KL, so that all latents stay as they are."""
 
     name = POLISH
 

@@ -63,7 +63,7 @@ def goal(recipe: AnyRecipe, step: str) -> str:
 
 
 def trained_before(folder: Path, recipe: AnyRecipe) -> bool:
-    """Return whether stage 2 of the run in a folder was trained and exported, with any polish or none."""
+    """Return whether stage 2 of a run was trained and exported, with any polish or none."""
     file, plain = marker(folder, "stage2"), re.compile(r"\+\d+")
     return file.is_file() and plain.sub("", file.read_text("utf-8")) == plain.sub("", goal(recipe, "stage2"))
 
