@@ -42,34 +42,34 @@ class Ceiling:
 
 
 CEILINGS = {
-    "analyze": Ceiling(1400),
+    "analyze": Ceiling(1450),
     "app": Ceiling(3900),
     "backbones": Ceiling(3950),
     "benchmarks": Ceiling(2400),
     "commands": Ceiling(2600),
     "convert": Ceiling(750),
-    "cost": Ceiling(600),
+    "cost": Ceiling(650),
     "data": Ceiling(7300),
     "dataset": Ceiling(950),
     "evaluate": Ceiling(2350),
     "files": Ceiling(1200),
     "lab": Ceiling(3750),
     "losses": Ceiling(850),
-    "plan": Ceiling(1800),
+    "plan": Ceiling(1850),
     "pretrained": Ceiling(1750),
     "publish": Ceiling(1300),
-    "recipes": Ceiling(1500),
+    "recipes": Ceiling(1550),
     "root": Ceiling(700),
-    "runs": Ceiling(2750),
+    "runs": Ceiling(2850),
     "sample": Ceiling(3000),
     "scripts": Ceiling(150),
-    "tasks": Ceiling(1650),
-    "train": Ceiling(2050),
+    "tasks": Ceiling(1700),
+    "train": Ceiling(2100),
     "vae": Ceiling(2200),
     "zoo": Ceiling(150),
 }
 PAGE_WORDS = 0  # in README, CHANGELOG and the pages of docs/
-CORE_LINES_NOW = 3_040  # falls to CORE_LINES
+CORE_LINES_NOW = 3_042  # falls to CORE_LINES
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 TWINS = """

@@ -141,7 +141,7 @@ def export_run(run: UpgradeParts, trained: dict[str, Tensor]) -> None:
 
     Args:
         run: the parts of the run.
-        trained: parameters of the transformer that stage 2 trained, by name.
+        trained: what stage 2 leaves, the `upgrade_tensors` by name.
     """
     run.check_inputs(run.stage2_vae())
     vae = run.exported_vae()
