@@ -27,7 +27,9 @@ def enlarging(
     held_out: Annotated[float, typer.Option(min=0.0, max=0.99, help="Only this held-out share; 0 takes all.")] = 0.1,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Filters, weights of networks, or commands; bicubic and lanczos by default."),
+        typer.Option(
+            help="Filters, weights of networks, other upgrades, or commands; bicubic and lanczos by default."
+        ),
     ] = None,
     captions: Annotated[bool, typer.Option(help="Give the upgrade the images' captions.")] = True,
     strength: Annotated[float, typer.Option(min=0.0, max=1.0, help="As `davae upscale`.")] = 0.0,

@@ -61,8 +61,8 @@ CompareAt = Annotated[
 Upscale = Annotated[
     str,
     typer.Option(
-        help="How: bilinear, bicubic, lanczos, weights of a super-resolution network (spandrel), or a command "
-        "with {input} and {output} folders."
+        help="How: bilinear, bicubic, lanczos, weights of a super-resolution network (spandrel), an upgraded model, "
+        "or a command with {input} and {output} folders."
     ),
 ]
 

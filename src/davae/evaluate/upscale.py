@@ -66,7 +66,7 @@ def make_upscaler(method: str, size: int) -> Upscaler:
             upscale(upgraded, images, prompts, steps=STEPS, guidance_scale=1.0, batch_size=BATCH), size
         )
     raise ModelError(
-        f"--upscale {method}: neither {', '.join(FILTERS)}, nor a weights file, an upgraded pipeline's "
+        f"--upscale {method}: neither {', '.join(FILTERS)}, nor a weights file, an upgraded model's "
         "folder or a command with {input} and {output}"
     )
 
