@@ -70,14 +70,14 @@ def test_every_mode_becomes_rgb_without_a_profile_that_is_not_its_own(mode: str,
     assert (source.image.mode, source.profile) == ("RGB", None)
 
 
-def grey_png(pixels: np.ndarray, bits: int, hidden: int) -> bytes:
-    """Return a PNG of few bits with a transparent value."""
+def grey_png(pixels: np.ndarray, bits: int, hidden: int, size: tuple[int, int] | None = None) -> bytes:
+    """Return a PNG of few bits with a transparent value, whose header claims a size."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     rows = b"".join(b"\0" + bytes((row[::2] << bits | row[1::2]).astype(np.uint8)) for row in pixels)
-    header = struct.pack(">IIBBBBB", *pixels.shape[::-1], bits, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", *(size or pixels.shape[::-1]), bits, 0, 0, 0, 0)
     parts = ((b"IHDR", header), (b"tRNS", struct.pack(">H", hidden)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
@@ -148,6 +148,12 @@ def test_what_cannot_be_enlarged_is_one_line_before_the_model_is_loaded(tmp_path
     refused(DataError, "bad.png: ", [tmp_path / "bad.png"], out)
     refused(DataError, "text.jpg: not a picture", [tmp_path / "text.jpg"], out)
     refused(DataError, "missing file", [tmp_path / "none.png"], out)
+    Image.new("F", (8, 8)).save(tmp_path / "float.tiff")
+    refused(
+        DataError, "float.tiff: float pixels; save it with 8 or 16 bits a channel", [tmp_path / "float.tiff"], out
+    )
+    (tmp_path / "huge.png").write_bytes(grey_png(np.zeros((1, 2), int), 4, 0, size=(20_000, 20_000)))
+    refused(DataError, "huge.png: too many pixels; reduce or cut it first", [tmp_path / "huge.png"], out)
     refused(DataError, "empty: no image", [tmp_path / "empty"], out)
     refused(DataError, "would become", [good, good], out)
     refused(RunError, "this command reads it", [good], tmp_path)

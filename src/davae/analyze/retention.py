@@ -73,7 +73,7 @@ def retention_figure(
     levels = prediction_errors(first, second, images, captions, base, options.seed)
     rows = _images_of_both(first, second, captions[:drawn], options)
     distances = _distances(rows, lpips, lpips_weights)
-    figures = {
+    figures: dict[str, Any] = {
         "base": base,
         "upgrade": upgrade,
         "vae": upgrade,

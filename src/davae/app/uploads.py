@@ -11,6 +11,7 @@ from PIL import Image
 
 from davae.app.decoding import decode_apart
 from davae.app.limits import is_below
+from davae.data.decoding import fault_of_one
 from davae.data.formats import is_image_name
 from davae.errors import DataError, UnreadableImage
 
@@ -44,14 +45,14 @@ def read_upload(path: Path) -> Image.Image:
     try:
         return decode_apart(content, MAX_SIDE, MAX_PIXELS)
     except UnreadableImage as error:
-        found = str(error)
+        found, fault = str(error), fault_of_one(error)
     if size_found := re.fullmatch(r"too large: (\d+x\d+)", found):
         raise DataError(f"{name} is {size_found[1]}, more pixels than the page takes: {_BOUND}")
     if found.startswith("too many pixels"):
         raise DataError(f"{name} has more pixels than the page takes: {_BOUND}")
     if found.startswith(("not a picture", "empty file")):
         raise DataError(f"{name} is not an image that can be read; use PNG, JPEG, WebP, BMP, TIFF or GIF")
-    raise DataError(f"{name}: {found}")
+    raise DataError(f"{name}: {fault}")
 
 
 def shown_name(path: Path) -> str:

@@ -32,6 +32,7 @@ SIXTEEN_BIT_AS_I = ("PNG", "PPM")  # formats whose 16 bits Pillow gives, in some
 # Phones put depth maps and thumbnails behind the image; elsewhere frames are an animation.
 ONE_IMAGE = ("MPO", "HEIF")
 Floats = Literal["refuse", "unit"]
+OF_ONE = {"too many pixels": "reduce or cut it first", "float pixels": "save it with 8 or 16 bits a channel"}
 DAMAGE = (  # what Pillow's decoders raise on damaged bytes
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, MemoryError),
     *(RuntimeError, struct.error, zlib.error),
@@ -240,7 +241,13 @@ def read_image(path: Path) -> Image.Image:
     try:
         return decode_image(path)
     except UnreadableImage as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {fault_of_one(error)}") from error
+
+
+def fault_of_one(error: UnreadableImage) -> str:
+    """Return the fault of a single image, whose remedy is no setting of a data set."""
+    remedy = OF_ONE.get(error.kind)
+    return f"{error.kind}; {remedy}" if remedy else str(error)
 
 
 def _raw_mode(image: Image.Image) -> str:

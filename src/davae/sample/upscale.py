@@ -19,7 +19,7 @@ from torch import Tensor
 from davae.backbones.classes import goes_by_class
 from davae.backbones.expand import CLEAN_BASE
 from davae.backbones.families import denoiser, family_of
-from davae.data.decoding import converted_image
+from davae.data.decoding import converted_image, fault_of_one
 from davae.data.images import to_images, to_tensor
 from davae.errors import ModelError, UnreadableImage
 from davae.pretrained.memory_budget import TILE
@@ -276,7 +276,7 @@ def _sources(
         try:
             sources.append(converted_image(image))
         except UnreadableImage as error:
-            raise ModelError(f"image {number}: {error}") from error
+            raise ModelError(f"image {number}: {fault_of_one(error)}") from error
     return sources
 
 

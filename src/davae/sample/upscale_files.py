@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 from davae.backbones.classes import goes_by_class
 from davae.data.captions.texts import caption_of_file
-from davae.data.decoding import ORIENTATION, header_size, loaded_image, upright_rgb
+from davae.data.decoding import ORIENTATION, fault_of_one, header_size, loaded_image, upright_rgb
 from davae.data.findings import Findings
 from davae.data.formats import is_image_name
 from davae.data.images import grid
@@ -95,7 +95,7 @@ def find_images(places: Sequence[Path], out: Path, prompt: str | None = None) ->
         try:
             size = header_size(file)
         except UnreadableImage as error:
-            raise DataError(f"{file}: {error}") from error
+            raise DataError(f"{file}: {fault_of_one(error)}") from error
         jobs.append(ImageJob(file, target, _prompt(file) if prompt is None else prompt, size))
     for target in targets:
         if target.is_file() and any(file.samefile(target) for file in files):
@@ -130,7 +130,7 @@ def read_source(path: Path) -> DecodedImage:
             upright.info = {}  # its pixels are upright, and stay in the numbers of the profile
             return DecodedImage(upright, profile, turn)
     except UnreadableImage as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {fault_of_one(error)}") from error
 
 
 def _is_rgb(profile: bytes | None) -> bool:
