@@ -15,7 +15,13 @@ from torch import Tensor
 from davae import LightningDiT, expand_transformer, velocity_loss
 from davae.backbones.detail_head import SMALLEST_LEVEL, DetailHead, x0_level
 from davae.backbones.head_options import HeadOptions, attach_head, set_skip_moments, upgrade_tensors
-from davae.backbones.linear_gaussian import SMALLEST_VARIANCE, LinearGaussian, expected_velocity, velocity_gain
+from davae.backbones.linear_gaussian import (
+    SMALLEST_VARIANCE,
+    LinearGaussian,
+    expected_velocity,
+    expected_velocity_by_channel,
+    velocity_gain,
+)
 from davae.backbones.trainable import choose_trainable
 from davae.cost.flops import transformer_flops
 from davae.data.latent_cache.moments import latent_moments
@@ -71,6 +77,25 @@ def test_the_closed_form_is_the_conditional_expectation(sigma: float):
     # the form of E[x | x_t] in the docstring
     x = mean.view(-1, 1, 1) + (centred @ torch.linalg.solve(own, alpha * S)).movedim(-1, 1)
     torch.testing.assert_close(x_t - sigma * found, x, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("levels", [(0.3, 0.7), (0.0, 0.5), (1.0, 1.0), (0.0, 0.05)])
+def test_two_levels_have_the_conditional_expectation_of_their_own(levels: tuple[float, float]):
+    """Brute force: the linear regression of v = n - x on A x + diag(s) n, from the joint covariance of (x, n)."""
+    mean, S = moments()
+    s = torch.tensor([levels[0]] * 4 + [levels[1]] * 8, dtype=torch.float64)
+    A, N = (1 - s).diag(), s.diag()
+    x_t = torch.randn(3, 12, 2, 2, dtype=torch.float64)
+    joint = torch.block_diag(S, torch.eye(12, dtype=torch.float64))  # of (x, n)
+    observe, wanted = torch.cat([A, N], 1), torch.cat([-torch.eye(12).double(), torch.eye(12).double()], 1)
+    regression = wanted @ joint @ observe.T @ torch.linalg.inv(observe @ joint @ observe.T)
+    expected = ((x_t.movedim(1, -1) - A @ mean) @ regression.T - mean).movedim(-1, 1)
+    values, directions = torch.linalg.eigh(S)
+    found = expected_velocity_by_channel(x_t, s.expand(3, -1), mean, directions, values)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    if levels[0] == levels[1]:
+        same = expected_velocity(x_t, s[:1].expand(3), mean, directions, values)
+        torch.testing.assert_close(found, same, rtol=1e-10, atol=1e-10)
 
 
 def test_the_gain_matches_regression_on_samples():
@@ -155,6 +180,29 @@ def test_an_untrained_upgrade_has_the_loss_of_the_linear_optimum(options: HeadOp
         optimum = float((directions[4:] ** 2 * left).sum(1).mean())
         assert float(loss) == pytest.approx(optimum, rel=0.02)  # 16,384 positions
         assert optimum < float(LAYOUT.split(velocity_target(latents, noise))[1].square().mean())
+
+
+@pytest.mark.parametrize("base_level", [0.0, 0.3])
+def test_at_two_levels_an_untrained_upgrade_has_the_loss_of_their_optimum(base_level: float):
+    """A clean base is the Schur complement: what z leaves of z_d, and then the noise of z_d alone."""
+    model = expand_transformer(random_model(torch.float32), 8, detail_offset=0.2)
+    attach_head(model, BOTH)
+    set_skip_moments(model, *moments())
+    latents, levels = draw(256), torch.tensor([base_level, 0.5]).expand(256, 2)
+    noise = torch.randn_like(latents)
+    groups = zip(LAYOUT.split(latents), LAYOUT.split(noise), levels.unbind(1), strict=True)
+    x_t = LAYOUT.join(*(interpolate(*group) for group in groups)).float()
+    with torch.no_grad():
+        prediction = -model(x_t, 1 - levels, torch.zeros(256, dtype=torch.long)).sample
+    loss = velocity_loss(prediction, velocity_target(latents, noise).float(), LAYOUT, 1.0).detail
+    _, S = moments()
+    b, d = slice(0, 4), slice(4, 12)
+    seen = (1 - base_level) ** 2 * S[b, b] + base_level**2 * torch.eye(4).double()
+    left = S[d, d] - (1 - base_level) ** 2 * S[d, b] @ torch.linalg.solve(
+        seen, S[b, d]
+    )  # of z_d given the base's state
+    optimum = float((left @ torch.linalg.inv(0.25 * (left + torch.eye(8).double()))).trace()) / 8
+    assert float(loss) == pytest.approx(optimum, rel=0.02)
 
 
 def test_x0_prediction_is_the_velocity_of_what_the_rows_are():

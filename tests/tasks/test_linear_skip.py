@@ -133,12 +133,15 @@ def test_another_run_shares_stage_1_and_takes_moments_of_its_own_scale(
     finished: Path, base: Path, classes: Path, tmp_path: Path
 ):
     changes = {"stage2__max_steps": 1, "stage2__detail_scale": 1.0, "stage2__detail_prediction": "base"}
+    changes["stage2__detail_offset"] = 0.2  # both levels are known to the skip
     upgrade = run(recipe_of(base, classes, **changes), tmp_path / "second", stage1=finished)
     transformer = LightningDiT.from_pretrained(upgrade.out / "pipeline" / "transformer")
     linear = transformer.detail_head.linear
     own = (linear.directions**2 @ linear.variances)[4:].mean()
     assert float(own) == pytest.approx(1.0, rel=1e-2)
     assert not transformer.detail_head.predicts_x0
+    assert transformer.detail_time is not None
+    assert bool(torch.isfinite(draw(upgrade.out / "pipeline")).all())
 
 
 def test_to_go_on_from_an_upgrade_takes_its_head_and_moments(

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from davae.backbones.detail_time import base_and_detail_time
 from davae.backbones.linear_gaussian import LinearGaussian
 from davae.latent import LatentLayout
 
@@ -75,7 +76,7 @@ class DetailHead(nn.Module):
         Args:
             output: the head's (B,C+D,h,w), the base rows a velocity data - noise.
             x_t: noised latents (B,C+D,h,w).
-            t: (B,) in [0,1], 1 is data.
+            t: (B,) in [0,1], 1 is data; (B,2) for base and detail.
 
         Returns:
             (B,C+D,h,w).
@@ -86,9 +87,15 @@ class DetailHead(nn.Module):
             x_t, sigma = x_t.to(precision), 1 - t.to(precision)
             detail = detail.to(precision)
             if self.predicts_x0:
-                level = x0_level(sigma).view(-1, 1, 1, 1)
+                level = x0_level(base_and_detail_time(sigma)[1]).view(-1, 1, 1, 1)
                 known = 0 if self.linear is not None else self.layout.split(x_t)[1]
                 detail = (detail - known) / level
             if self.linear is not None:
-                detail = detail - self.layout.split(self.linear(x_t, sigma))[1]
+                detail = detail - self.layout.split(self.linear(x_t, self._by_channel(sigma)))[1]
         return self.layout.join(base, detail.to(base.dtype))
+
+    def _by_channel(self, sigma: Tensor) -> Tensor:
+        """Return levels (B,) as they are, those of base and detail (B,2) for each channel (B,C+D)."""
+        if sigma.ndim == 1:
+            return sigma
+        return self.layout.by_group(*(level.view(-1, 1, 1, 1) for level in sigma.unbind(1))).flatten(1)

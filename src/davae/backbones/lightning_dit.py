@@ -211,7 +211,7 @@ class LightningDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if config.reversed_time:
             output = -output
         if self.detail_head is not None:
-            output = self.detail_head(output, hidden_states, base_and_detail_time(timestep)[1])
+            output = self.detail_head(output, hidden_states, timestep)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _output(self, tokens: Tensor, condition: Tensor, grid: int) -> Tensor:

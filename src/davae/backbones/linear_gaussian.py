@@ -64,6 +64,41 @@ def expected_velocity(x_t: Tensor, sigma: Tensor, mean: Tensor, directions: Tens
     return (directions @ coordinates - mean.unsqueeze(1)).view_as(x_t)
 
 
+def expected_velocity_by_channel(
+    x_t: Tensor, sigma: Tensor, mean: Tensor, directions: Tensor, variances: Tensor
+) -> Tensor:
+    """Return E[n - x | x_t] where each channel has its own noise level.
+
+    As in `expected_velocity`, x has mean m and covariance S = U diag(l) U^T. Now s and a = 1 - s are vectors, with
+    A = diag(a): the state x_t = A x + diag(s) n is Gaussian, and with y = x_t - A m,
+
+        E[y y^T] = A S A + diag(s^2) = K,    E[(n - x + m) y^T] = diag(s) - S A,
+
+    so that
+
+        E[n - x | x_t] = (diag(s) - S A) K^-1 y - m.
+
+    A group with s = 0 is clean: the others are then predicted from what it is. K has no basis in which it is diagonal at
+    every s; it is solved in float64, one matrix a sample.
+
+    Args:
+        x_t: noised latents (B,c,h,w).
+        sigma: s in [0,1], (B,c).
+        mean, directions, variances: as in `expected_velocity`.
+
+    Returns:
+        (B,c,h,w).
+    """
+    wide = torch.float32 if x_t.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    s, mean, directions, variances = (value.to(wide) for value in (sigma, mean, directions, variances))
+    alpha, covariance = 1 - s, (directions * variances) @ directions.T
+    own = alpha.unsqueeze(2) * covariance * alpha.unsqueeze(1) + s.square().diag_embed()  # K, (B,c,c)
+    cross = s.diag_embed() - covariance * alpha.unsqueeze(1)  # diag(s) - S A
+    centred = x_t.flatten(2).to(wide) - (alpha * mean).unsqueeze(2)  # (B,c,h*w)
+    found = cross @ torch.linalg.solve(own, centred) - mean.unsqueeze(1)
+    return found.to(x_t.dtype).view_as(x_t)
+
+
 class LinearGaussian(nn.Module):
     """Velocity noise - data that a linear Gaussian model of latents predicts from x_t.
 
@@ -91,9 +126,9 @@ class LinearGaussian(nn.Module):
             cast(Tensor, getattr(self, name)).copy_(value)
 
     def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
-        """Return E[n - x | x_t] (B,c,h,w) for x_t (B,c,h,w) at noise levels sigma (B,)."""
+        """Return E[n - x | x_t] (B,c,h,w) for x_t (B,c,h,w) at noise levels sigma (B,) or (B,c)."""
         own = (cast(Tensor, buffer).to(x_t) for buffer in (self.mean, self.directions, self.variances))
-        return expected_velocity(x_t, sigma, *own)
+        return (expected_velocity if sigma.ndim == 1 else expected_velocity_by_channel)(x_t, sigma, *own)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move the buffers, and keep their precision."""

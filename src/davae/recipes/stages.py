@@ -235,6 +235,4 @@ class Stage2(FlowOptim):
             )
         elif self.detail_scale != 1.0:
             raise ValueError("detail_offset and detail_scale both put the base ahead; leave one of them out")
-        elif self.linear_skip:
-            raise ValueError("linear_skip is for one noise level, detail_offset has two; leave one of them out")
         return self
