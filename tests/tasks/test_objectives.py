@@ -314,7 +314,7 @@ def test_pictures_on_the_way_are_solved_by_the_bases_objective(prediction: Any):
             noise = (x - alpha * truth) / sigma
             return objective.target(truth, noise, t)
 
-    task: Any = SimpleNamespace(objective=objective, modules={"transformer": None})
+    task: Any = SimpleNamespace(objective=objective, modules={"transformer": None}, levels=None)
     for scale in (1.0, 4.0):
         found = solve(Knowing(), task, torch.randn(2, 4, 3, 3), ["a", "b"], 10, scale)
         torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-3)
