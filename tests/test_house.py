@@ -46,7 +46,7 @@ CEILINGS = {
     "app": Ceiling(3900),
     "backbones": Ceiling(3950),
     "benchmarks": Ceiling(2400),
-    "commands": Ceiling(2600),
+    "commands": Ceiling(2650),
     "convert": Ceiling(750),
     "cost": Ceiling(650),
     "data": Ceiling(7300),
