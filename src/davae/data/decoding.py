@@ -244,8 +244,8 @@ def read_image(path: Path) -> Image.Image:
         raise DataError(f"{path}: {fault_of_one(error)}") from error
 
 
+def fault_of_one(error: UnreadableImage) -> str:
     """Return the fault of a single image, with a remedy that needs no setting of a data set."""
-    """Return the fault of a single image, whose remedy is no setting of a data set."""
     remedy = OF_ONE.get(error.kind)
     return f"{error.kind}; {remedy}" if remedy else str(error)
 
