@@ -151,7 +151,7 @@ def test_added_to_a_finished_run_it_alone_is_trained(start: Start, folders: Path
     assert same(weights(plain / "polished"), weights(folders / "whole" / "polished"))
     assert same(before, transformer(folders / "whole"))
     with pytest.raises(
-        RunError, match=r"holds a run of another recipe: stage1.polish.*use another --out, or the same"
+        RunError, match=r"another recipe: stage1.polish: max_steps=4, .* -> None; use another --out, or"
     ):
         start(plain)
     # longer: it goes on, and is exported again
@@ -189,3 +189,21 @@ def test_a_shared_stage_1_takes_its_polish_along(start: Start, folders: Path):
         DataError, match=r"has a polished decoder, and this recipe has no stage1.polish; .*max_steps=4"
     ):
         start(folders / "none", stage1=first)
+
+
+def test_an_upgrade_to_go_on_from_is_polished_and_gone_on_from(start: Start, tmp_path: Path):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    finish(start(first))
+    seen: list[str] = []
+    finish(start(second, seen, init=str(first), **POLISH))
+    assert "stage1" not in seen
+    assert seen.count("stage1.polish") == 4
+    assert same(weights(second / "vae"), weights(first / "vae"))
+    assert not same(weights(second / "polished"), weights(first / "vae"), "decoder.")
+    stds = [
+        json.loads((run / name / "config.json").read_text())["detail_std"]
+        for run, name in ((first, "vae"), (second, "polished"))
+    ]
+    assert stds[0] == stds[1], "the statistics that it was trained with"
+    finish(start(third, init=str(second)))
+    assert same(weights(third / "vae"), weights(second / "polished"))

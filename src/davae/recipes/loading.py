@@ -229,6 +229,9 @@ def differences(old: AnyRecipe, new: AnyRecipe, free: tuple[str, ...] = RESUMABL
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     if POLISH in before:  # it is null there
         free = (*free, POLISH)
+    elif POLISH in after:  # one difference, with the values to give again
+        own = [key for key in before if key.startswith(f"{POLISH}.") and before[key] is not None]
+        before[POLISH] = ", ".join(f"{key.removeprefix(f'{POLISH}.')}={before.pop(key)}" for key in own)
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
