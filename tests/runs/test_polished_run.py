@@ -32,7 +32,7 @@ Start = Callable[..., Upgrade]
 POLISH = {"stage1__polish": {"max_steps": 4}}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start(tiny_base: Path, picture_folder: Path) -> Start:
     """Return a function that opens a run of two steps a stage."""
 
@@ -70,15 +70,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("polish")
 
 
-def test_from_start_to_report_then_interrupted_and_resumed(start: Start, folders: Path):
-    whole, seen = folders / "whole", []
-    run = start(whole, seen, run__sample_every=2, **POLISH)
-    finish(run, report=True)
-    assert list(dict.fromkeys(name for name in seen if name.startswith("stage"))) == [
-        "stage1",
-        "stage1.polish",
-        "stage2",
-    ]
+@pytest.fixture(scope="module")
+def whole(start: Start, folders: Path) -> Path:
+    """Return a run with a polish from its start to its report."""
+    seen: list[str] = []
+    finish(start(folders / "whole", seen, run__sample_every=2, **POLISH), report=True)
+    trainings = list(dict.fromkeys(name for name in seen if name.startswith("stage")))
+    assert trainings == ["stage1", "stage1.polish", "stage2"]
+    return folders / "whole"
+
+
+def test_from_start_to_report_then_interrupted_and_resumed(start: Start, whole: Path, folders: Path):
     before, after, exported = (weights(whole / name) for name in ("vae", "polished", "pipeline/vae"))
     for frozen in ("base_encoder", "detail_encoder"):
         assert same(before, after, frozen)
@@ -131,7 +133,9 @@ def after_last(folder: Path) -> torch.Tensor:
     return weights(folder)["decoder.conv_out.weight"]
 
 
-def test_added_to_a_finished_run_it_alone_is_trained(start: Start, folders: Path, caplog: pytest.LogCaptureFixture):
+def test_added_to_a_finished_run_it_alone_is_trained(
+    start: Start, whole: Path, folders: Path, caplog: pytest.LogCaptureFixture
+):
     plain = folders / "plain"
     finish(start(plain), report=True)
     before, cache = transformer(plain), {p: p.read_bytes() for p in (plain / "cache").rglob("*") if p.is_file()}
@@ -148,8 +152,8 @@ def test_added_to_a_finished_run_it_alone_is_trained(start: Start, folders: Path
     assert cache == {p: p.read_bytes() for p in (plain / "cache").rglob("*") if p.is_file()}
     assert find_upgrade(str(plain)).vae == plain / "polished"
     # equal to a run that had it from the start: stage 2 does not read the decoder
-    assert same(weights(plain / "polished"), weights(folders / "whole" / "polished"))
-    assert same(before, transformer(folders / "whole"))
+    assert same(weights(plain / "polished"), weights(whole / "polished"))
+    assert same(before, transformer(whole))
     with pytest.raises(
         RunError, match=r"another recipe: stage1.polish: max_steps=4, .* -> None; use another --out, or"
     ):
@@ -168,9 +172,8 @@ def test_added_to_a_finished_run_it_alone_is_trained(start: Start, folders: Path
     assert "stage1.polish begins again, its checkpoints are now named earlier-*" in caplog.text
 
 
-def test_a_shared_stage_1_takes_its_polish_along(start: Start, folders: Path):
-    first = folders / "whole"
-    seen: list[str] = []
+def test_a_shared_stage_1_takes_its_polish_along(start: Start, whole: Path, folders: Path):
+    first, seen = whole, list[str]()
     finish(start(folders / "same", seen, first, stage2__lr=0.01, run__sample_every=2, **POLISH))
     assert set(seen) == {"stage2"}
     assert same(weights(folders / "same" / "pipeline" / "vae"), weights(first / "polished"))
