@@ -99,7 +99,7 @@ def test_the_modulation_is_eq_13():
         phi = [model.t_embedder(times[:, n], torch.float64) for n in (0, 1)]
         _, condition, _, added = seen[0]
         torch.testing.assert_close(condition, phi[0] + model.y_embedder(y))
-        own = model.detail_time.modulation[1]  # type: ignore[union-attr]
+        own: Any = model.detail_time.modulation[1]  # type: ignore[union-attr]
         torch.testing.assert_close(added, torch.nn.functional.silu(phi[1]) @ own.weight.T + own.bias)
 
 

@@ -47,6 +47,8 @@ class Family:
         scaled_config: entries of the transformer's config from which the pipeline reads sizes in pixels of the base; an
             upgrade multiplies them by s.
         scaled_options: options of the pipeline with sizes in pixels of the base; an upgrade multiplies them by s.
+        blocks: module path of the blocks whose outputs are image tokens (B,L,w), with those of the text before them in joint
+            blocks; None where davae reads no features.
         detail_time: module path of the modulation by the detail's own time; None where all channels share one time.
         detail_head: whether the class is davae's own and takes a `DetailHead`.
     """
@@ -76,6 +78,7 @@ class Family:
     upgraded_pipelines: tuple[str, ...] = ()
     scaled_config: tuple[str, ...] = ()
     scaled_options: tuple[str, ...] = ()
+    blocks: str | None = None
     detail_time: str | None = None
     detail_head: bool = False
 

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,14 +23,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from davae.backbones.expand import expand_transformer, latent_channels
+from davae.backbones.families import family_of
 from davae.backbones.trainable import choose_trainable, in_full_precision
 from davae.cost.flops import decode_latents, meta_detail_vae, meta_transformer, predict_once
 from davae.cost.repeated_blocks import Repeats
 from davae.latent import LatentLayout
+from davae.losses.flow_matching import FlowMatching
 from davae.losses.perceptual import perceptual_distance
 from davae.losses.velocity import velocity_loss
 from davae.pretrained.shapes import BaseShapes
 from davae.recipes.sections import Stage1, Stage2
+from davae.tasks.dit_alignment import FrozenFeatures
 from davae.tasks.polish import PolishTask
 from davae.tasks.stage1 import Stage1Task
 from davae.train.random import SampleRandom
@@ -257,12 +261,49 @@ def stage2_memory(
         return _memory([transformer], step, settings.accumulation, averaged=averaged, repeats=repeats)
 
 
+@dataclass(frozen=True)
+class UndrawnLevels(FlowMatching):
+    """Flow matching of a rehearsal, for a batch of `count`."""
+
+    count: int = 1
+
+    def draw(self, generators: list[torch.Generator]) -> Tensor:
+        return torch.empty(self.count)
+
+
+def meta_features(
+    shapes: BaseShapes, layout: LatentLayout, settings: Stage1, dtype: torch.dtype
+) -> FrozenFeatures | None:
+    """Return the frozen transformer of `stage1.dit_alignment` without weights, None without it."""
+    if settings.dit_alignment is None or not settings.dit_alignment.weight:
+        return None
+    transformer = converted(meta_transformer(shapes), dtype)
+    call = family_of(transformer).require_call()
+    null = call.blank(cast(Any, transformer).config)
+    objective = UndrawnLevels(count=settings.batch_size)
+    return FrozenFeatures(transformer, call, layout, objective, null, settings.dit_alignment.depth)
+
+
 def stage1_memory(
-    shapes: BaseShapes, detail_channels: int, scale: int, resolution: int, settings: Stage1, *, mixed: bool
+    shapes: BaseShapes,
+    detail_channels: int,
+    scale: int,
+    resolution: int,
+    settings: Stage1,
+    *,
+    mixed: bool,
+    frozen: torch.dtype = torch.float32,
 ) -> TrainingStep:
-    """Return one process's step of stage 1 with the discriminator and the perceptual network."""
+    """Return one process's step of stage 1 with the discriminator and the perceptual network.
+
+    Args:
+        frozen: precision of the transformer of `stage1.dit_alignment`.
+    """
     vae = meta_detail_vae(shapes, detail_channels, scale)
-    return _autoencoder_memory(Stage1Task, vae, resolution, settings, mixed=mixed)
+    with torch.device("meta"):
+        features = meta_features(shapes, vae.layout, settings, frozen)
+    make = partial(Stage1Task, features=features)
+    return _autoencoder_memory(make, vae, resolution, settings, features, mixed=mixed)
 
 
 def polish_memory(
@@ -278,16 +319,27 @@ def polish_memory(
 
 
 def _autoencoder_memory(
-    kind: type[Stage1Task] | type[PolishTask], vae: DetailVAE, resolution: int, settings: Stage1, *, mixed: bool
+    make: Callable[..., Stage1Task | PolishTask],
+    vae: DetailVAE,
+    resolution: int,
+    settings: Stage1,
+    features: FrozenFeatures | None = None,
+    *,
+    mixed: bool,
 ) -> TrainingStep:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision in an old way
-        task = kind(settings.model_copy(update={"lambda_lpips": 0.0}), vae, cast(Any, ()), torch.device("meta"))
+        without = settings.model_copy(update={"lambda_lpips": 0.0})
+        task = make(without, vae, cast(Any, ()), torch.device("meta"))
         perceptual = perceptual_distance(settings.perceptual, random=True) if settings.lambda_lpips else None
     parts = [vae, task.trainer.discriminator, perceptual]
+    if features is not None:
+        parts += [features.transformer, task.modules["dit_alignment"]]
     modules = [module for module in parts if module is not None]
     with fake_mode():
         task.device = torch.device("cpu")
+        if features is not None:
+            features.null = tuple(torch.empty_like(part, device="cpu") for part in features.null)
         task.trainer.settings, task.trainer.perceptual = settings, perceptual
         task.modules = {name: Mixed(module, mixed) for name, module in task.modules.items()}
         images = torch.empty(settings.batch_size, 3, resolution, resolution)

@@ -120,7 +120,8 @@ def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: 
     }
     own1, own2 = own_settings(recipe.stage1, shares["stage1"]), own_settings(recipe.stage2, shares["stage2"])
     mixed = recipe.run.mixed_precision != "no"
-    frozen = torch.float32 if recipe.stage2.lora is None else getattr(torch, recipe.base.dtype)
+    base_dtype = getattr(torch, recipe.base.dtype)
+    frozen = torch.float32 if recipe.stage2.lora is None else base_dtype
     side = recipe.base.resolution // shapes.vae_factor
     encode, decode = autoencoder_flops(upgrade.detail_vae, recipe.resolution)
     autoencoder = shapes, recipe.detail_channels, recipe.scale, recipe.stage1_pixels
@@ -131,7 +132,7 @@ def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: 
         recipe=recipe,
         shapes=shapes,
         layout=layout,
-        step1=stage1_memory(*autoencoder, own1, mixed=mixed),
+        step1=stage1_memory(*autoencoder, own1, mixed=mixed, frozen=base_dtype),
         step2=stage2_memory(shapes, layout, side, own2, mixed=mixed, frozen=frozen),
         text=text_facts(base),
         images=count_images(recipe.stage2_data, recipe.resolution),

@@ -93,7 +93,14 @@ def training_phase(
 
 
 def stage1_phase(sizes: PhaseSizes) -> Phase:
-    return _autoencoder_phase("stage1", sizes, sizes.base_vae + sizes.detail_vae)
+    alignment = sizes.recipe.stage1.dit_alignment
+    phase = _autoencoder_phase("stage1", sizes, sizes.base_vae + sizes.detail_vae)
+    if alignment is None or not alignment.weight:
+        return phase
+    read = sizes.base_bytes * max(
+        sizes.transformer, sizes.text.parameters
+    )  # one after the other, by one process at a time
+    return replace(phase, host=phase.host + read, machine=phase.machine + read)
 
 
 def polish_phase(sizes: PhaseSizes) -> Phase:

@@ -93,6 +93,23 @@ class Polish(Section):
     )
 
 
+class DitAlignment(Section):
+    """Alignment inside the frozen transformer (GRACE, Eq. 7-10)."""
+
+    weight: NonNegativeFloat = Field(
+        default=1.0, description="Weight of the loss, relative to that of equal gradient norms; 0 is without it."
+    )
+    weighting: Literal["adaptive", "constant"] = Field(
+        default="adaptive",
+        description="`adaptive` rescales it at each step by a ratio of gradient norms (GRACE, Eq. 10).",
+    )
+    depth: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.25, description="Share of the blocks that is compared, from the first on."
+    )
+    rank: Width = Field(default=16, description="Width between the two layers of a block's projection.")
+    lr: PositiveFloat = Field(default=1e-4, description="Learning rate of the projections and the detail's embedder.")
+
+
 class Stage1(Reconstruction):
     """The detail-aligned VAE (Sec. 3.1)."""
 
@@ -111,6 +128,9 @@ class Stage1(Reconstruction):
         default=None,
         description="Train on a random square of this many pixels of each image. Without it: on all of it.",
     )
+    dit_alignment: DitAlignment | None = Field(
+        default=None, description="Align features of the frozen transformer as well. Without it: z and z_d alone."
+    )
     polish: Polish | None = Field(
         default=None,
         description="Train the decoder further, on noised latents, so that it forgives small errors of stage 2. "
@@ -123,6 +143,12 @@ class Stage1(Reconstruction):
         assert self.polish is not None
         own = self.polish.model_dump(exclude={"noise"}, exclude_none=True)
         return self.model_copy(update=own)
+
+    @model_validator(mode="after")
+    def _whole_images(self) -> Stage1:
+        if self.dit_alignment is not None and self.crop is not None:
+            raise ValueError("dit_alignment compares whole images, and crop cuts squares; leave one of them out")
+        return self
 
 
 class Lora(Section):

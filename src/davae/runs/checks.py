@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from davae.backbones.classes_by_name import model_class
+from davae.backbones.families import supported
 from davae.backbones.family import Family
 from davae.backbones.head_options import HeadOptions, check_family
 from davae.cost.flops import meta_transformer
@@ -44,6 +45,7 @@ def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
     check_distilled(recipe, base)
     check_detail_time(recipe.stage2, base.family)
     check_head(recipe, base)
+    check_dit_alignment(recipe, base)
     shapes = base.shapes
     if recipe.detail_channels % shapes.channels:
         raise RecipeError(
@@ -121,6 +123,29 @@ def check_detail_time(settings: Stage2, family: Family) -> None:
         raise RecipeError(
             f"stage2.detail_offset: all channels of a {family.class_name} share one time; set stage2.detail_scale instead, "
             "which puts the base ahead in every family"
+        )
+
+
+def check_dit_alignment(recipe: Recipe, base: BaseModel) -> None:
+    """Refuse an alignment inside a transformer whose features davae cannot read.
+
+    Raises:
+        RecipeError: names the class, or the size for which it has no positions.
+    """
+    if recipe.stage1.dit_alignment is None:
+        return
+    name, family = "stage1.dit_alignment", base.family
+    if family.blocks is None:
+        known = ", ".join(one.class_name for one in supported() if one.blocks is not None)
+        raise RecipeError(
+            f"{name}: davae reads no features of a {family.class_name}; leave it out, or use one of {known}"
+        )
+    longest = base.shapes.transformer_config.get("pos_embed_max_size")
+    side = recipe.resolution // (base.shapes.vae_factor * base.shapes.patch_size)
+    if longest is not None and side > longest:
+        raise RecipeError(
+            f"{name}: the base would see {recipe.resolution} pixels, {side} tokens in a row, and {recipe.base.name} knows "
+            f"positions up to {longest}; leave it out"
         )
 
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from davae.data.images import ImageDataset
 from davae.losses.alignment import alignment_loss
-from davae.losses.reconstruction import adaptive_weight, gradient_at
+from davae.losses.reconstruction import adaptive_weight, gradient_at, with_known_gradient
 from davae.pretrained.placement import send
 from davae.recipes.sections import Stage1
+from davae.tasks.dit_alignment import FrozenFeatures
 from davae.tasks.reconstruction import ReconstructionTask
 from davae.train.distributed import mean_over_ranks
 from davae.train.random import SampleRandom
@@ -61,7 +62,14 @@ class Stage1Task(ReconstructionTask):
 
     name = "stage1"
 
-    def __init__(self, settings: Stage1, vae: DetailVAE, images: ImageDataset, device: torch.device):
+    def __init__(
+        self,
+        settings: Stage1,
+        vae: DetailVAE,
+        images: ImageDataset,
+        device: torch.device,
+        features: FrozenFeatures | None = None,
+    ):
         self.stage, self.vae = settings, vae.to(device, memory_format=vae.memory_format)  # type: ignore[call-overload]
         self.vae.train()
         if settings.gradient_checkpointing:
@@ -69,6 +77,25 @@ class Stage1Task(ReconstructionTask):
         parameters = [*vae.detail_encoder.parameters(), *vae.decoder.parameters()]
         trainable = Trainable(vae, [{"params": parameters}], lr=settings.lr)
         super().__init__(settings, images, trainable, DetailVAEPass(vae, settings.detail_dropout), device)
+        self.features = features
+        self._inside: Tensor | None = None  # L_align inside the transformer, with its graph, for the adapter
+        if features is not None:
+            assert settings.dit_alignment is not None
+            features.to(device)
+            adapter = features.adapter(settings.dit_alignment.rank).to(device)
+            groups = [{"params": list(adapter.parameters())}]
+            self.trainables["dit_alignment"] = Trainable(adapter, groups, lr=settings.dit_alignment.lr, ema=False)
+            self.modules["dit_alignment"] = adapter
+
+    def trainables_at(self, step: int) -> list[str]:
+        return [*super().trainables_at(step), *([] if self.features is None else ["dit_alignment"])]
+
+    def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
+        if name != "dit_alignment":
+            return super().loss(name, batch, step, draws)
+        loss, self._inside = self._inside, None
+        assert loss is not None, "the autoencoder trains first"
+        return loss, {}
 
     def score_reconstruction(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s, factor = self.stage, self.vae.spatial_factor
@@ -88,6 +115,11 @@ class Stage1Task(ReconstructionTask):
             below = gradient_at(align, last_encoder, torch.ones_like(align), mean.numel())
             weight = s.lambda_align * adaptive_weight(mean_over_ranks(above), mean_over_ranks(below))
         total = total + weight * align  # Eq. 6
+        if self.features is not None:
+            term, inside = self.score_features(
+                images, z, mean, gradient_at(reconstruction, last_encoder, pull), draws
+            )
+            total, logged = total + term, logged | inside
         return total, {"loss": total.detach(), **logged, "align": align.detach()}
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -95,3 +127,33 @@ class Stage1Task(ReconstructionTask):
         height, width = images.shape[-2] // self.vae.spatial_factor, images.shape[-1] // self.vae.spatial_factor
         noise = images.new_zeros(len(images), self.vae.layout.detail_channels, height, width)
         return self.modules["vae"](images, noise, torch.ones(len(images)))[0]
+
+    def score_features(
+        self, images: Tensor, z: Tensor, mean: Tensor, above: Tensor, draws: SampleRandom
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return the weighed L_align of the frozen transformer (GRACE, Eq. 10), and values to log.
+
+        The graph behind z_d is differentiated apart: the encoder gets the weighed gradient, the adapter its own in `loss`.
+
+        Args:
+            images: I_hr (B,3,sH,sW).
+            z, mean: raw z (B,C,h,w) and the mean of z_d (B,D,h,w).
+            above: gradient of the reconstruction at the encoder's last layer.
+            draws: of the batch.
+        """
+        settings = self.stage.dit_alignment
+        assert settings is not None
+        assert self.features is not None
+        with torch.no_grad():
+            full = self.vae.encode_base(images).float()  # z_pre, Eq. 7
+        detail = mean.detach().float().requires_grad_()  # the features' graph ends here
+        latents = self.vae.normalise(self.vae.layout.join(z.detach().float(), detail))
+        inside = self.features.loss(self.modules["dit_alignment"], full, latents, draws)
+        self._inside = inside
+        gradient = torch.autograd.grad(inside, detail, retain_graph=True)[0]
+        weight: Tensor | float = settings.weight
+        if settings.weighting == "adaptive":
+            below = gradient_at(mean, self.vae.last_encoder_weight, gradient)
+            weight = settings.weight * adaptive_weight(mean_over_ranks(above), mean_over_ranks(below))
+        term = with_known_gradient(mean, weight * gradient, weight * inside)
+        return term, {"dit_align": inside.detach(), "dit_align_weight": torch.as_tensor(weight)}

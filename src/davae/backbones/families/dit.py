@@ -42,6 +42,7 @@ DIT = (
         objectives=("flow", "epsilon"),
         classes_key="num_classes",
         call=LightningDiTCall(),
+        blocks="blocks",
         detail_time="detail_time",
         detail_head=True,
     ),

@@ -78,6 +78,7 @@ STABLE_DIFFUSION = (
         head_order=PC,
         lora_targets=(*ATTENTION, *JOINT, *MLP, *TEXT_MLP),
         attributes=OUT,
+        blocks="transformer_blocks",
         call=StableDiffusion3Call(),
     ),
     Family(
