@@ -44,7 +44,7 @@ class Ceiling:
 CEILINGS = {
     "analyze": Ceiling(1450),
     "app": Ceiling(3900),
-    "backbones": Ceiling(3950),
+    "backbones": Ceiling(4000),
     "benchmarks": Ceiling(2400),
     "commands": Ceiling(2650),
     "convert": Ceiling(750),
@@ -54,7 +54,7 @@ CEILINGS = {
     "evaluate": Ceiling(2350),
     "files": Ceiling(1200),
     "lab": Ceiling(3750),
-    "losses": Ceiling(850),
+    "losses": Ceiling(900),
     "plan": Ceiling(1850),
     "pretrained": Ceiling(1750),
     "publish": Ceiling(1300),
@@ -63,13 +63,13 @@ CEILINGS = {
     "runs": Ceiling(2850),
     "sample": Ceiling(3000),
     "scripts": Ceiling(150),
-    "tasks": Ceiling(1700),
+    "tasks": Ceiling(1850),
     "train": Ceiling(2100),
     "vae": Ceiling(2200),
     "zoo": Ceiling(150),
 }
 PAGE_WORDS = 0  # in README, CHANGELOG and the pages of docs/
-CORE_LINES_NOW = 3_042  # falls to CORE_LINES
+CORE_LINES_NOW = 3_130  # falls to CORE_LINES
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 TWINS = """
