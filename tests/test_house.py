@@ -48,7 +48,7 @@ CEILINGS = {
     "benchmarks": Ceiling(2400),
     "commands": Ceiling(2650),
     "convert": Ceiling(750),
-    "cost": Ceiling(650),
+    "cost": Ceiling(700),
     "data": Ceiling(7300),
     "dataset": Ceiling(950),
     "evaluate": Ceiling(2350),
@@ -60,16 +60,16 @@ CEILINGS = {
     "publish": Ceiling(1300),
     "recipes": Ceiling(1550),
     "root": Ceiling(700),
-    "runs": Ceiling(2850),
+    "runs": Ceiling(2950),
     "sample": Ceiling(3000),
     "scripts": Ceiling(150),
-    "tasks": Ceiling(1850),
+    "tasks": Ceiling(1950),
     "train": Ceiling(2100),
     "vae": Ceiling(2200),
     "zoo": Ceiling(150),
 }
 PAGE_WORDS = 0  # in README, CHANGELOG and the pages of docs/
-CORE_LINES_NOW = 3_130  # falls to CORE_LINES
+CORE_LINES_NOW = 3_150  # falls to CORE_LINES
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 TWINS = """

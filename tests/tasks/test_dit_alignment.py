@@ -202,8 +202,8 @@ def test_the_adaptive_weight_makes_both_gradients_equally_large():
     seen: dict[str, Any] = {}
     score = task.score_features
 
-    def watched(images: Any, z: Any, mean: Any, above: Any, draws: Any) -> Any:
-        term, logged = score(images, z, mean, above, draws)
+    def watched(images: Any, z: Any, mean: Any, last: Any, above: Any, draws: Any) -> Any:
+        term, logged = score(images, z, mean, last, above, draws)
         seen["norms"] = above.norm(), gradient_at(term, task.vae.last_encoder_weight, torch.ones(())).norm()
         return term, logged
 

@@ -23,12 +23,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from davae.backbones.expand import expand_transformer, latent_channels
-from davae.backbones.families import family_of
 from davae.backbones.trainable import choose_trainable, in_full_precision
 from davae.cost.flops import decode_latents, meta_detail_vae, meta_transformer, predict_once
+from davae.cost.frozen_features import meta_features
 from davae.cost.repeated_blocks import Repeats
 from davae.latent import LatentLayout
-from davae.losses.flow_matching import FlowMatching
 from davae.losses.perceptual import perceptual_distance
 from davae.losses.velocity import velocity_loss
 from davae.pretrained.shapes import BaseShapes
@@ -259,29 +258,6 @@ def stage2_memory(
 
         repeats = Repeats(transformer)
         return _memory([transformer], step, settings.accumulation, averaged=averaged, repeats=repeats)
-
-
-@dataclass(frozen=True)
-class UndrawnLevels(FlowMatching):
-    """Flow matching of a rehearsal, for a batch of `count`."""
-
-    count: int = 1
-
-    def draw(self, generators: list[torch.Generator]) -> Tensor:
-        return torch.empty(self.count)
-
-
-def meta_features(
-    shapes: BaseShapes, layout: LatentLayout, settings: Stage1, dtype: torch.dtype
-) -> FrozenFeatures | None:
-    """Return the frozen transformer of `stage1.dit_alignment` without weights, None without it."""
-    if settings.dit_alignment is None or not settings.dit_alignment.weight:
-        return None
-    transformer = converted(meta_transformer(shapes), dtype)
-    call = family_of(transformer).require_call()
-    null = call.blank(cast(Any, transformer).config)
-    objective = UndrawnLevels(count=settings.batch_size)
-    return FrozenFeatures(transformer, call, layout, objective, null, settings.dit_alignment.depth)
 
 
 def stage1_memory(

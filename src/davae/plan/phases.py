@@ -97,9 +97,7 @@ def stage1_phase(sizes: PhaseSizes) -> Phase:
     phase = _autoencoder_phase("stage1", sizes, sizes.base_vae + sizes.detail_vae)
     if alignment is None or not alignment.weight:
         return phase
-    read = sizes.base_bytes * max(
-        sizes.transformer, sizes.text.parameters
-    )  # one after the other, by one process at a time
+    read = sizes.base_bytes * max(sizes.transformer, sizes.text.parameters)  # one after the other
     return replace(phase, host=phase.host + read, machine=phase.machine + read)
 
 

@@ -32,10 +32,10 @@ from davae.recipes import Recipe, load_recipe
 from davae.recipes.stages import POLISH
 from davae.runs.cache import cache_images, cache_key, cache_shards, show_cache
 from davae.runs.checks import check_init, check_objective, check_recipe, check_shared
+from davae.runs.frozen_features import frozen_features
 from davae.runs.validation import GRID_IMAGES
 from davae.tasks.base_model import BaseModel
 from davae.tasks.conditioning import conditioning, embed_in_step
-from davae.tasks.dit_alignment import FrozenFeatures
 from davae.tasks.polish import PolishTask
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
@@ -156,22 +156,7 @@ class UpgradeParts:
         recipe = self.recipe
         seed_initial_weights(training_seed(recipe.stage1, recipe.run))
         vae, images = self.new_vae(), self.data.for_stage1()
-        return Stage1Task(recipe.stage1, vae, images, self.accelerator.device, self.frozen_features(vae))
-
-    def frozen_features(self, vae: DetailVAE) -> FrozenFeatures | None:
-        """Return the frozen transformer inside which stage 1 aligns, None without it."""
-        wanted = self.recipe.stage1.dit_alignment
-        if wanted is None or not wanted.weight:
-            return None
-        family = self.base.family
-        call = family.require_call().for_pipeline(vae.spatial_factor // vae.layout.scale, self.base.scheduler)
-        with one_at_a_time(self.out):
-            transformer = self.base.load_transformer(self.frozen)
-        if family.classes_key is None:
-            null = tuple(part.detach().to(transformer.dtype) for part in self.embedder()([""]))
-        else:
-            null = (torch.tensor([int(transformer.config[family.classes_key])]),)
-        return FrozenFeatures(transformer, call, vae.layout, self.objective, null, wanted.depth)
+        return Stage1Task(recipe.stage1, vae, images, self.accelerator.device, frozen_features(self, vae))
 
     def vae(self) -> DetailVAE:
         """Return the trained DetailVAE, in eval mode."""

@@ -116,9 +116,8 @@ class Stage1Task(ReconstructionTask):
             weight = s.lambda_align * adaptive_weight(mean_over_ranks(above), mean_over_ranks(below))
         total = total + weight * align  # Eq. 6
         if self.features is not None:
-            term, inside = self.score_features(
-                images, z, mean, gradient_at(reconstruction, last_encoder, pull), draws
-            )
+            above = gradient_at(reconstruction, last_encoder, pull)
+            term, inside = self.score_features(images, z, mean, last_encoder, above, draws)
             total, logged = total + term, logged | inside
         return total, {"loss": total.detach(), **logged, "align": align.detach()}
 
@@ -129,7 +128,7 @@ class Stage1Task(ReconstructionTask):
         return self.modules["vae"](images, noise, torch.ones(len(images)))[0]
 
     def score_features(
-        self, images: Tensor, z: Tensor, mean: Tensor, above: Tensor, draws: SampleRandom
+        self, images: Tensor, z: Tensor, mean: Tensor, last_encoder: Tensor, above: Tensor, draws: SampleRandom
     ) -> tuple[Tensor, dict[str, Any]]:
         """Return the weighed L_align of the frozen transformer (GRACE, Eq. 10), and values to log.
 
@@ -138,7 +137,8 @@ class Stage1Task(ReconstructionTask):
         Args:
             images: I_hr (B,3,sH,sW).
             z, mean: raw z (B,C,h,w) and the mean of z_d (B,D,h,w).
-            above: gradient of the reconstruction at the encoder's last layer.
+            last_encoder: weight of the encoder's last layer.
+            above: gradient of the reconstruction at it.
             draws: of the batch.
         """
         settings = self.stage.dit_alignment
@@ -153,7 +153,7 @@ class Stage1Task(ReconstructionTask):
         gradient = torch.autograd.grad(inside, detail, retain_graph=True)[0]
         weight: Tensor | float = settings.weight
         if settings.weighting == "adaptive":
-            below = gradient_at(mean, self.vae.last_encoder_weight, gradient)
+            below = gradient_at(mean, last_encoder, gradient)
             weight = settings.weight * adaptive_weight(mean_over_ranks(above), mean_over_ranks(below))
         term = with_known_gradient(mean, weight * gradient, weight * inside)
         return term, {"dit_align": inside.detach(), "dit_align_weight": torch.as_tensor(weight)}
