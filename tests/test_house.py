@@ -53,7 +53,7 @@ CEILINGS = {
     "dataset": Ceiling(950),
     "evaluate": Ceiling(2350),
     "files": Ceiling(1200),
-    "lab": Ceiling(3750),
+    "lab": Ceiling(3800),
     "losses": Ceiling(900),
     "plan": Ceiling(1850),
     "pretrained": Ceiling(1750),

@@ -75,7 +75,7 @@ def test_a_probe_finds_classes_where_there_are_some():
     assert abs(unknown.probe_accuracy - unknown.chance) < 0.12
     with pytest.raises(ValueError, match="two classes"):
         class_knowledge(torch.randn(4, 2, 4, 4), [1, 1, 1, 1])
-    with pytest.raises(ValueError, match=r"3 pictures are too few .* --num"):
+    with pytest.raises(ValueError, match=r"3 images are too few .* --num"):
         class_knowledge(torch.randn(3, 2, 4, 4), [1, 2, 2])
 
 

@@ -18,6 +18,7 @@ from test_training import run_cli
 
 from davae.errors import RecipeError
 from davae.lab.reproduce import job as job_module
+from davae.lab.reproduce import runs as runs_module
 from davae.lab.reproduce.choose import ONCE, jobs
 from davae.lab.reproduce.job import BaseJob, DrawnJob, EnlargedJob, PlannedJob, UpgradeJob, model_digest
 from davae.lab.reproduce.runs import finished, measure_speed, run_job, timed_jobs
@@ -27,13 +28,22 @@ from davae.recipes import BaseRecipe, Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/results/reproduce"
+MEASURED_HEADINGS = ["", "FD-lite0", "KID-lite0", "precision", "recall", "seeds"]
 
 
-@pytest.mark.parametrize("scale", ["micro", "gpu", "paper"])
+@pytest.mark.parametrize("scale", ["micro", "gpu", "clothing", "paper"])
 @pytest.mark.parametrize("name", table_names())
 def test_every_row_of_every_table_is_a_valid_recipe(name: str, scale: ScaleName):
-    todo = jobs(name, scale, 2, [])
     rows = load_table(name).rows_at(scale)
+    if not rows:  # its rows name other models than the scale's
+        assert scale == "clothing"
+        assert name in ("table1", "table2", "table3")
+        with pytest.raises(
+            RecipeError, match=f"{name} has no rows at the scale clothing; these tables have: gains, table4"
+        ):
+            jobs(name, scale, 2, [])
+        return
+    todo = jobs(name, scale, 2, [])
     networks = 0 if scale != "paper" else sum(row.upscale == "network" for row in rows)  # none trained at that scale
     assert len(todo) == sum(1 if row.kind in ONCE else 2 for row in rows) - networks
     assert len({job.key for job in todo}) == len(todo)
@@ -240,13 +250,13 @@ def test_models_that_are_there_are_drawn_and_timed(
     assert (enlarged["generation"]["resolution"], enlarged["generation"]["upscale"]) == (16, "lanczos")
     assert (enlarged["generation"]["seed"], second["generation"]["seed"]) == (0, 1)
     assert enlarged["generation"]["fd_lite0"] != second["generation"]["fd_lite0"]
-    assert table_rows(todo, results)[0] == ["", "FD-lite0", "precision", "seeds"]
+    assert table_rows(todo, results)[0] == MEASURED_HEADINGS
     speed = measure_speed(todo, tiny_scale / "out", results, lambda progress: None)["rows"]
     assert (speed["native"]["tokens"], speed["enlarged"]["tokens"]) == (64, 16)
     assert speed["native"]["images_per_second"] == pytest.approx(1 / speed["native"]["seconds"])
     assert measure_speed(todo, tiny_scale / "out", results, lambda progress: None)["rows"] == speed  # measured once
     headings, lines = table_rows(todo, results)
-    assert headings == ["", "tokens", "images/s", "FD-lite0", "precision", "seeds"]
+    assert headings == ["", "tokens", "images/s", *MEASURED_HEADINGS[1:]]
     assert [line[:2] for line in lines] == [["native", "64"], ["enlarged", "16"]]
     assert "±" in lines[0][3]
 
@@ -314,7 +324,9 @@ def test_commands_of_the_paper_scale_page_are_those_of_the_tables_and_parse():
     written = [
         command for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for command in commands_of(block)
     ]
-    todo = [job for name in table_names() for job in jobs(name, "paper", None, [])]
+    tables = [name for name in table_names() if not load_table(name).ours]
+    assert tables == [name for name in table_names() if name.startswith("table")]
+    todo = [job for name in tables for job in jobs(name, "paper", None, [])]
     assert written == [command for job in todo for command in commands_of(job.command)]
     for command in written:
         parse(shlex.split(command)[1:])
@@ -324,12 +336,12 @@ def test_commands_of_the_paper_scale_page_are_those_of_the_tables_and_parse():
 
 
 @pytest.mark.parametrize("name", ["table1", "table3"])
-def test_rows_that_are_plans_are_not_run(name: str):
+def test_rows_that_are_plans_are_not_run(name: str, tmp_path: Path):
     for job in jobs(name, "paper", 1, []):
         assert isinstance(job, PlannedJob)
         assert all(command.startswith("davae ") for command in job.command.splitlines())
         with pytest.raises(RecipeError, match="is a plan: run its commands"):
-            run_job(job, Path("never"), Path("never"), lambda progress: None)
+            run_job(job, tmp_path, tmp_path, lambda progress: None)
 
 
 @pytest.mark.parametrize(
@@ -353,3 +365,76 @@ def test_the_dry_run_shows_which_runs_are_done(capsys: pytest.CaptureFixture):
     run_cli("reproduce", "table5", "--dry-run", "--row", "full", "--seeds", "4", "--results", str(RESULTS))
     titles = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
     assert titles == [*(f"# full, seed {seed}: done" for seed in range(3)), "# full, seed 3"]
+
+
+def test_clothing_compares_with_the_images_of_its_trainings():
+    job = next(job for job in jobs("tableS2", "clothing", 1, []) if isinstance(job, EnlargedJob))
+    assert job.measures["generation"]["held_in"] == job.recipe.data.holdout == 0.1
+    assert "--held-in 0.1" in job.command
+    measures = jobs("table5", "clothing", 1, [])[0].measures  # type: ignore[attr-defined]
+    assert measures["reconstruction"]["held_out"] == 0.1
+
+
+def test_settings_of_a_split_reach_both_measurements(
+    tiny_scale: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: dict[str, float] = {}
+
+    def generation(*args: object, **options: object) -> dict[str, object]:
+        seen["held_in"] = options["held_in"]  # type: ignore[assignment]
+        return {}
+
+    def reconstruction(vae: str, data: object, resolution: int, num: int, held_out: float) -> dict[str, object]:
+        seen["held_out"] = held_out
+        return {}
+
+    monkeypatch.setattr(runs_module, "evaluate_generation", generation)
+    monkeypatch.setattr(runs_module, "evaluate_reconstruction", reconstruction)
+    chosen = {"data": "here", "num": 4, "steps": 1, "guidance": 1.0, "features": "lite0", "held_in": 0.25}
+    runs_module.measured_generation("model", chosen, lambda progress: None, None)
+    recipe = jobs("table5", "clothing", 1, [])[0].recipe  # type: ignore[attr-defined]
+    runs_module.reconstruction_once(tmp_path / "vae", {"data": "here", "num": 4, "held_out": 0.5}, recipe)
+    assert seen == {"held_in": 0.25, "held_out": 0.5}
+
+
+def test_new_weights_of_an_embedded_model_make_figures_due(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """`clothing` is a name, not a path: its weights count all the same."""
+    (tmp_path / "model.safetensors").write_bytes(b"old")
+    monkeypatch.setattr(job_module, "resolve", lambda name: str(tmp_path) if name == "clothing" else name)
+    model_digest.cache_clear()
+    before = jobs("tableS2", "clothing", 1, [])[0].key
+    (tmp_path / "model.safetensors").write_bytes(b"new")
+    model_digest.cache_clear()
+    assert jobs("tableS2", "clothing", 1, [])[0].key != before
+    model_digest.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (["table1"], r"row '.*', recipe\.\S+: benchmarks/weights/imagenette64\S* is not here"),
+        (
+            ["tableS2", "--scale", "clothing"],
+            r"row 'base, bilinear', recipe\.data\.source: \.\./shared/data/\S+ is not here",
+        ),
+        (["table3"], None),  # all of it is in the package
+        (["fig4"], r"row 'full', recipe\.base\.model: benchmarks/weights/imagenette64 is not here"),
+    ],
+)
+def test_a_table_away_from_the_repository_names_what_it_reads(
+    words: list[str],
+    missing: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    (tmp_path / "alone").mkdir()
+    monkeypatch.chdir(tmp_path / "alone")
+    name, scale = words[0], words[-1] if "--scale" in words else "micro"
+    if missing is None:
+        runs_module.check_files(jobs(name, scale, 1, []))  # type: ignore[arg-type]
+        return
+    with pytest.raises(AssertionError, match="exited with 2"):
+        run_cli("reproduce", *words)
+    assert re.search(missing, " ".join(capsys.readouterr().err.split()))
+    assert not list((tmp_path / "alone").iterdir())

@@ -177,7 +177,7 @@ def test_a_finished_run_does_nothing_again(recipe_file: Path, finished: Path, ca
     run_cli("upgrade", str(recipe_file), "--out", str(finished))
     after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name not in rewritten}
     assert before == after
-    assert "Held-out pictures" in capsys.readouterr().out
+    assert "Held-out images" in capsys.readouterr().out
 
 
 @contextmanager

@@ -84,11 +84,11 @@ def test_kept_images_are_of_the_same_prompts_and_weights(verb: Any, model: Path,
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.suffix != ".json"}
 
     prompts.write_text("one\nTWO\nthree\n")
-    with pytest.raises(ModelError, match=r"pictures of other settings \(the prompts changed\)"):
+    with pytest.raises(ModelError, match=r"images of other settings \(the prompts changed\)"):
         verb(model, prompts, out)
     prompts.write_text("one\ntwo\nthree\n")
     save_file({"w": torch.ones(3)}, model / "vae" / "w.safetensors")  # the same size: trained on
-    with pytest.raises(ModelError, match=r"pictures of other settings \(the weights changed\)"):
+    with pytest.raises(ModelError, match=r"images of other settings \(the weights changed\)"):
         verb(model, prompts, out)
     with pytest.raises(ModelError, match="steps: "):
         verb(moved, prompts, out, steps=9)
@@ -181,7 +181,7 @@ def test_a_sample_file_of_other_weights_is_refused_and_its_parts_are_not_needed(
 
     labels = np.zeros(3, int)
     assert write_samples(target, labels, draw, settings={"seed": 0, "weights": "a"}, about={"pipeline": "x"})
-    with pytest.raises(ModelError, match=r"pictures of other settings \(the weights changed\)"):
+    with pytest.raises(ModelError, match=r"images of other settings \(the weights changed\)"):
         write_samples(target, labels, draw, settings={"seed": 0, "weights": "b"}, about={"pipeline": "x"})
     shutil.rmtree(tmp_path / "s.npz.parts")
     assert write_samples(target, labels, draw, settings={"seed": 0, "weights": "a"}, about={"pipeline": "y"})

@@ -74,7 +74,7 @@ def test_shards_hold_pictures_prompts_and_settings(
     before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}
     run_cli(*arguments(tiny_base, prompts, out))
     assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")} == before
-    assert "pictures of other settings" in fails(capsys, *arguments(tiny_base, prompts, out, "--seed", "8"))
+    assert "images of other settings" in fails(capsys, *arguments(tiny_base, prompts, out, "--seed", "8"))
 
 
 def test_interrupted_it_draws_only_what_is_missing(

@@ -123,7 +123,9 @@ def reconstruction(
 
 @evaluate_app.command()
 def generation(
-    pipeline: Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")],
+    pipeline: Annotated[
+        str, typer.Option(help="A run or pipeline folder, `micro`, `clothing`, `micro-upgraded`, or a hub id.")
+    ],
     data: Annotated[str, typer.Option(help="Real images with captions.")],
     num: Annotated[int, typer.Option(min=2, help="Generated images.")] = 1000,
     resolution: Annotated[int | None, typer.Option(help="Pixels to generate; the pipeline's own by default.")] = None,

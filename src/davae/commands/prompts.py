@@ -22,7 +22,9 @@ from davae.commands.options import (
 )
 from davae.commands.progress import counted_progress, show_figures
 
-Pipeline = Annotated[str, typer.Option(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")]
+Pipeline = Annotated[
+    str, typer.Option(help="A run or pipeline folder, `micro`, `clothing`, `micro-upgraded`, or a hub id.")
+]
 Folder = Annotated[Path, typer.Option(help="Folder for the images; those already there are kept.")]
 Resolution = Annotated[int | None, typer.Option(min=1, help="Pixels; the pipeline's own size by default.")]
 ClipModel = Annotated[str | None, typer.Option(help="A CLIP model of transformers: folder or hub id.")]

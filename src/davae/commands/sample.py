@@ -24,7 +24,9 @@ from davae.errors import RecipeError
 
 
 def sample(
-    run: Annotated[str, typer.Argument(help="A run or pipeline folder, `micro`, `micro-upgraded`, or a hub id.")],
+    run: Annotated[
+        str, typer.Argument(help="A run or pipeline folder, `micro`, `clothing`, `micro-upgraded`, or a hub id.")
+    ],
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; classes of a class model.")] = None,
     num: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 4,
     seed: Seed = 0,

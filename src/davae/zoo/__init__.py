@@ -1,6 +1,7 @@
-"""The embedded model `micro`, a small Stable Diffusion 3, and its upgrade.
+"""The embedded models, which are inside the package.
 
-Both are inside the package.
+`micro` is a small Stable Diffusion 3 that draws artwork, with an upgrade. `clothing` is a small class-conditional
+LightningDiT that draws photos of clothes.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-MODELS = {"micro": FOLDER / "micro" / "base"}
+MODELS = {name: FOLDER / name / "base" for name in ("micro", "clothing")}
 UPGRADES = {"micro": FOLDER / "micro" / "upgrade"}
 SHIPPED = {f"{name}-upgraded": name for name in UPGRADES}  # names of embedded models with their upgrade applied
 
 
 def resolve(model: str) -> str:
-    """Return the embedded diffusers folder of `micro`, and every other name as it is.
+    """Return the embedded folder of `micro` or `clothing`, and every other name as it is.
 
     Other names are folders or ids of the hub.
     """

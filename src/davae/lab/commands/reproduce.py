@@ -1,4 +1,4 @@
-"""`davae reproduce`: a table of the paper, from training to figures."""
+"""`davae reproduce`: a table of the paper or of our own, from training to figures."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import typer
 
 from davae.commands.options import AllowCommands, DryRun, Overrides
 
-Scale = Literal["micro", "gpu", "paper"]
+Scale = Literal["micro", "gpu", "clothing", "paper"]
 
 
 def reproduce(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="table1 to table5, tableS2, tableS2a, fig3, fig4, figS3, figS5")
+        str,
+        typer.Argument(metavar="NAME", help="table1 to table5, tableS2, tableS2a, fig3, fig4, figS3, figS5; gains"),
     ],
     scale: Annotated[
         Scale,
         typer.Option(
-            help="micro: real photos, two cores. gpu: the same, trained longer on one GPU. paper: ImageNet."
+            metavar="SCALE",
+            help="micro: real photos, two cores. gpu: the same, trained longer on one GPU. clothing: photos of clothes in "
+            "a pretrained latent space. paper: ImageNet.",
         ),
     ] = "micro",
     row: Annotated[
@@ -67,6 +70,7 @@ def _figure(
     """
     from davae.console import console, progress_display
     from davae.errors import RecipeError
+    from davae.lab.reproduce import runs
     from davae.lab.reproduce.figures import TRAINED_WHOLE, figure, figure_jobs
 
     if given:
@@ -76,6 +80,7 @@ def _figure(
         for job in figure_jobs(name, scale, overrides):
             console.print(f"# {job.row}{part}\n{job.command}", markup=False, soft_wrap=True)
         return
+    runs.check_files(figure_jobs(name, scale, overrides))
     with progress_display() as observer:
         done = figure(name, scale, overrides, out, results / name, observer)
     console.print(f"{done}", markup=False)
@@ -116,6 +121,7 @@ def _table(
         if scale == "paper":
             console.print("docs/paper-scale.md lists what these commands read and cost.", markup=False)
         return
+    runs.check_files([job for job in jobs if runs.finished(job, results) is None])
     for job in jobs:
         with progress_display() as observer:
             runs.run_job(job, out, results, observer)
@@ -123,4 +129,5 @@ def _table(
     if shown.throughput and runs.timed_jobs(jobs):
         with progress_display() as observer:
             runs.measure_speed(jobs, out, results, observer)
-    table(f"{shown.title}\nThe paper: {shown.claim}", *tabulate.table_rows(jobs, results))
+    claim = f"{'The question' if shown.ours else 'The paper'}: {shown.claim}"
+    table(f"{shown.title}\n{claim}", *tabulate.table_rows(jobs, results))

@@ -18,6 +18,7 @@ from davae.lab.reproduce.tables import (
     load_scale,
     load_table,
     overrides_for,
+    table_names,
     upgrade_overrides,
 )
 from davae.lab.super_resolution import WEIGHTS
@@ -49,10 +50,14 @@ def jobs(
         rows: names of rows; all by default.
 
     Raises:
-        RecipeError: unknown table or row, or an override that does not fit the recipe.
+        RecipeError: unknown table or row, a table without rows at this scale, or an override that does not fit the recipe.
     """
     chosen, settings = load_table(table), load_scale(scale)
-    shown = named_rows(table, chosen.rows_at(scale), rows or [])
+    at_scale = chosen.rows_at(scale)
+    if not at_scale:
+        others = ", ".join(name for name in table_names() if load_table(name).rows_at(scale))
+        raise RecipeError(f"{table} has no rows at the scale {scale}; these tables have: {others}")
+    shown = named_rows(table, at_scale, rows or [])
     factory = JobFactory(chosen, settings, overrides, recipe_kinds(shown))
     found = []
     for seed in range(seeds or settings.seeds):
@@ -115,7 +120,7 @@ class JobFactory:
         # without defaults, so that new options change no hash
         return {
             "generation": generation.model_dump(exclude_defaults=True),
-            "reconstruction": self.scale.reconstruction.model_dump(),
+            "reconstruction": self.scale.reconstruction.model_dump(exclude_defaults=True),
         }
 
     def job(self, row: Row, seed: int) -> Job:
@@ -259,5 +264,6 @@ def generation_words(pipeline: str, chosen: dict[str, Any], compare_at: int | No
     words = ["davae", "evaluate", "generation", "--pipeline", pipeline, "--data", chosen["data"]]
     words += [] if compare_at is None else ["--compare-at", str(compare_at)]
     words += [] if upscale is None else ["--upscale", upscale]
+    words += ["--held-in", str(chosen["held_in"])] if "held_in" in chosen else []
     words += ["--num", str(chosen["num"]), "--steps", str(chosen["steps"])]
     return [*words, "--guidance", str(chosen["guidance"]), "--features", chosen["features"]]

@@ -29,8 +29,12 @@ PREPARED = (
 
 @cache
 def model_digest(model: str | None) -> str:
-    """Return a hash of a model folder's weights, so that new weights make old figures due again."""
-    files = sorted(Path(model).rglob("*.safetensors")) if model is not None else []
+    """Return a hash of a model folder's weights, so that new weights make old figures due again.
+
+    Args:
+        model: a folder, an embedded model's name, or another name, whose hash is that of the name.
+    """
+    files = sorted(Path(resolve(model)).rglob("*.safetensors")) if model is not None else []
     digest = hashlib.sha256(str(model).encode() if not files else b"")
     for file in files:
         digest.update(file.read_bytes())

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from pydantic import BaseModel
+
 from davae.data.latent_cache.key import hash_values
 from davae.errors import RecipeError
 from davae.evaluate.generation import evaluate_generation
@@ -21,6 +23,7 @@ from davae.lab.reproduce.job import BaseJob, DrawnJob, EnlargedJob, Job, Upgrade
 from davae.lab.super_resolution import train_super_resolution
 from davae.publish.assemble import POLISHED, VAE_FOLDER
 from davae.recipes import BaseRecipe, Recipe
+from davae.recipes.places import OURS, places
 from davae.recipes.sections import Data, Stage2
 from davae.runs.train_base import base_run
 from davae.runs.upgrade import Upgrade
@@ -30,6 +33,26 @@ from davae.train.run_folder import read_metrics, was_done
 
 UNUSED = Stage2(max_steps=1, batch_size=1)  # a folder of stage 1 alone serves every stage 2
 OWN = "of this run"  # instead of a path that only this machine has
+
+
+def check_files(todo: Sequence[Job]) -> None:
+    """Refuse jobs that read files of davae's repository where these are not, before any work.
+
+    Raises:
+        RecipeError: names the row, the file and what to do.
+    """
+    for job in todo:
+        parts = {name: vars(job)[name] for name in ("recipe", "measures", "generation") if name in vars(job)}
+        for path, text in places({name: _plain(part) for name, part in parts.items()}):
+            if text.startswith(OURS) and not Path(text).exists():
+                raise RecipeError(
+                    f"row '{job.row}', {path}: {text} is not here; it belongs to the project's own benchmarks, so run this "
+                    "in davae's repository, next to the shared data"
+                )
+
+
+def _plain(part: BaseModel | dict[str, Any]) -> dict[str, Any]:
+    return part.model_dump(mode="json") if isinstance(part, BaseModel) else part
 
 
 def finished(job: Job, results: Path) -> dict[str, Any] | None:
@@ -242,7 +265,7 @@ def measured_generation(
         ),
         num=chosen["num"],
         compare_at=compare_at,
-        held_in=0.0,
+        held_in=chosen.get("held_in", 0.0),
         features=chosen["features"],
         feature_weights=None,
         on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
@@ -261,7 +284,8 @@ def reconstruction_once(vae: Path, settings: dict[str, Any], recipe: Recipe | Ba
     path = vae.parent / f"reconstruction-{hash_values(settings)}.json"
     if not path.is_file():
         data = Data(source=settings["data"], enlarge=recipe.data.enlarge)
-        figures = evaluate_reconstruction(str(vae), data, recipe.resolution, settings["num"], 0.0)
+        held_out = settings.get("held_out", 0.0)
+        figures = evaluate_reconstruction(str(vae), data, recipe.resolution, settings["num"], held_out)
         atomic_text(path, json.dumps({**figures, "vae": OWN}) + "\n")
     return read_object(path)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
 
@@ -13,11 +13,16 @@ from davae.recipes.loading import suggestion
 from davae.recipes.sections import Section
 from davae.recipes.values import read_yaml
 
-ScaleName = Literal["micro", "gpu", "paper"]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+ScaleName = Literal["micro", "gpu", "clothing", "paper"]
 
 
 class Generation(Section):
-    """Settings of drawing samples and of comparing them with real images."""
+    """Settings of drawing samples and of comparing them with real images.
+
+    Attributes:
+        held_in: share that the trainings hold out; only the rest is compared with. 0 compares with all images.
+    """
 
     data: str
     num: PositiveInt
@@ -25,13 +30,19 @@ class Generation(Section):
     guidance: NonNegativeFloat
     features: Literal["lite0", "inception"]
     batch_size: PositiveInt = 32  # drawn at a time; no image depends on it
+    held_in: Share = 0.0
 
 
 class Reconstructed(Section):
-    """The images that are encoded and decoded."""
+    """The images that are encoded and decoded.
+
+    Attributes:
+        held_out: share that the trainings hold out, of which the images are taken. 0 takes any.
+    """
 
     data: str
     num: PositiveInt
+    held_out: Share = 0.0
 
 
 class Scale(Section):
@@ -83,12 +94,13 @@ class Table(Section):
     """Rows of a table at every scale.
 
     Attributes:
-        claim: the finding of the paper.
+        claim: the finding of the paper, or the question of a table of our own.
         set: changes of every upgrade's recipe.
         generation: replaces the scale's.
         throughput: whether images per second are measured, all rows alternating.
         compare_at: pixels at which images of drawn rows are measured.
-        rows, micro, paper: rows of every scale, of the small ones (micro and gpu), of the paper's.
+        rows, micro, paper: rows of every scale, of micro and gpu, of the paper's.
+        ours: not a table of the paper.
     """
 
     title: str
@@ -100,9 +112,15 @@ class Table(Section):
     rows: tuple[Row, ...] = ()
     micro: tuple[Row, ...] = ()
     paper: tuple[Row, ...] = ()
+    ours: bool = False
 
     def rows_at(self, scale: ScaleName) -> tuple[Row, ...]:
-        """Return every row of the table at a scale."""
+        """Return every row of the table at a scale.
+
+        There are none where the rows of small scales name other models than this scale's.
+        """
+        if scale == "clothing":
+            return () if self.micro else self.rows
         return (*self.rows, *(self.paper if scale == "paper" else self.micro))
 
 
