@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from davae.backbones.classes import goes_by_class
-from davae.data.images import ImageDataset, to_tensor
+from davae.data.images import ImageDataset
 from davae.dataset.look import as_data, batches, real_pictures
 from davae.dataset.opened import with_counts
 from davae.errors import DataError, ModelError
 from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST, stored_gaussian
+from davae.evaluate.drawn import drawn_batches
 from davae.evaluate.features import make_extractor
 from davae.evaluate.spectra import draw_spectra
-from davae.evaluate.upscale import Upscaler, make_upscaler
+from davae.evaluate.upscale import make_upscaler
 from davae.files.outputs import check_image
 from davae.pretrained.shapes import default_resolution
 from davae.pretrained.text_encoders import pipeline_limits
 from davae.recipes.sections import Data
-from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions, check_class_prompts, open_model
 
 
@@ -132,6 +130,7 @@ def evaluate_generation(
     patch_size: int = PATCH_SIZE,
     spectrum: Path | None = None,
     summary: Path | None = None,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Compare samples with real images of the same captions or classes.
 
@@ -145,6 +144,7 @@ def evaluate_generation(
         upscale: enlarger of the samples, as `make_upscaler` takes it.
         patch_size: side of the crops of the patch distance, in pixels; 0 leaves the distance out.
         spectrum, summary: files for a plot of both power spectra, and for the summary of the data.
+        keep: folder of the samples at the model's own size; a second call with another `upscale` draws none again.
 
     Returns:
         The figures of `davae evaluate generation`.
@@ -162,7 +162,8 @@ def evaluate_generation(
     extractor = make_extractor(features, feature_weights)
     enlarge = make_upscaler(upscale, size) if size != drawn_at else None
     real = real_images(images, as_data(data), held_in, features, feature_weights, patch_size)
-    samples = measure_images(_drawn(model, prompts, options, enlarge, on_batch), extractor, patch_size)
+    drawn = drawn_batches(pipeline, model, prompts, options, enlarge, on_batch, keep)
+    samples = measure_images(drawn, extractor, patch_size)
     figures = compare_sets(samples, real, extractor.name, patch_size)
     if spectrum is not None:
         draw_spectra(spectrum, samples.spectrum, real.spectrum)
@@ -192,19 +193,3 @@ def _chosen_prompts(images: ImageDataset, num: int, seed: int, model: Any) -> li
     prompts = [condition_of(images[(int(i), -1)], model) for i in order]
     check_class_prompts(model, prompts)
     return prompts
-
-
-def _drawn(
-    model: Any,
-    prompts: list[str],
-    options: SamplingOptions,
-    enlarge: Upscaler | None,
-    on_batch: Callable[[int, int], None],
-) -> Iterator[Tensor]:
-    """Yield batches of samples (B,3,H,W) in [-1,1], enlarged where an enlarger is given."""
-    part = 2 * options.batch_size
-    for start in range(0, len(prompts), part):
-        chosen = prompts[start : start + part]
-        samples = generate(model, chosen, options, first=start)
-        yield torch.stack([to_tensor(sample) for sample in (enlarge(samples, chosen) if enlarge else samples)])
-        on_batch(min(start + part, len(prompts)), len(prompts))

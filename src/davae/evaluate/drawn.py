@@ -1,0 +1,69 @@
+"""Samples that are measured: drawn, or read from an earlier evaluation of the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from davae.data.decoding import read_image
+from davae.data.images import to_tensor
+from davae.data.latent_cache.key import hash_values
+from davae.evaluate.upscale import Upscaler
+from davae.files.atomic import atomic_file
+from davae.files.outputs import is_drawn
+from davae.sample.fingerprint import model_fingerprint
+from davae.sample.generate import generate
+from davae.sample.open import SamplingOptions, model_places
+from davae.sample.resume import kept_images
+
+
+def drawn_batches(
+    pipeline: str,
+    model: Any,
+    prompts: list[str],
+    options: SamplingOptions,
+    enlarge: Upscaler | None,
+    on_batch: Callable[[int, int], None],
+    keep: Path | None = None,
+) -> Iterator[Tensor]:
+    """Yield batches of samples (B,3,H,W) in [-1,1], enlarged where an enlarger is given.
+
+    Args:
+        pipeline: name of the model, by which its weights are found.
+        model: the opened pipeline.
+        prompts: a prompt or class for each sample.
+        options: how the samples are drawn.
+        enlarge: applied to the samples as they are drawn.
+        on_batch: called with the samples that are done and their number.
+        keep: folder of the samples before they are enlarged; those of an earlier call are not drawn again.
+
+    Raises:
+        ModelError: `keep` holds samples of other weights, prompts or settings.
+    """
+    settings = {"prompts": hash_values(prompts), **options.settings}
+    if keep is not None:
+        settings["weights"] = model_fingerprint(model_places(pipeline))
+    part = 2 * options.batch_size
+    with nullcontext() if keep is None else kept_images(keep, settings, {"pipeline": pipeline}):
+        for start in range(0, len(prompts), part):
+            chosen = prompts[start : start + part]
+            samples = _part(model, chosen, options, start, keep)
+            yield torch.stack([to_tensor(sample) for sample in (enlarge(samples, chosen) if enlarge else samples)])
+            on_batch(min(start + part, len(prompts)), len(prompts))
+
+
+def _part(model: Any, prompts: list[str], options: SamplingOptions, first: int, keep: Path | None) -> list[Image]:
+    if keep is None:
+        return generate(model, prompts, options, first=first)
+    files = [keep / f"{number:06d}.png" for number in range(first, first + len(prompts))]
+    if not all(is_drawn(file) for file in files):
+        for file, image in zip(files, generate(model, prompts, options, first=first), strict=True):
+            with atomic_file(file) as partial:
+                image.save(partial, format="PNG")
+    return [read_image(file) for file in files]
