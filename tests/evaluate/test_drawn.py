@@ -39,7 +39,8 @@ def halves(images: list[Image.Image], prompts: list[str]) -> list[Image.Image]:
 def test_kept_samples_are_drawn_once_and_are_the_same(tmp_path: Path, drawn: list[int]):
     model, _ = open_model("micro")
     plain = torch.cat(list(drawn_batches("micro", model, PROMPTS, OPTIONS, None, lambda *_: None)))
-    assert plain.shape == (3, 3, 64, 64) and drawn == [0, 2]
+    assert plain.shape == (3, 3, 64, 64)
+    assert drawn == [0, 2]
     keep = tmp_path / "drawn"
     first = drawn_batches("micro", model, PROMPTS, OPTIONS, halves, lambda *_: None, keep)
     assert next(first).shape == (2, 3, 32, 32)

@@ -29,7 +29,7 @@ def test_every_method_has_the_same_figures(model: Path, picture_folder: Path, tm
     code, shown = run(model, picture_folder, "--num", "4", "--json", str(tmp_path / "figures.json"))
     assert code == 0, shown
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert list(figures["rows"]) == ["bicubic", "lanczos", "upgrade"]
+    assert list(figures["rows"]) == ["bicubic", "lanczos", "upgrade", "originals, decoded"]
     assert (figures["images"], figures["to"]) == (4, 2 * figures["from"])
     assert (figures["steps"], figures["guidance_scale"], figures["seed"]) == (1, 1.0, 0)
     names = {tuple(row) for row in figures["rows"].values()}

@@ -26,6 +26,10 @@ from davae.recipes.sections import Data
 from davae.sample.open import SamplingOptions, open_model
 from davae.sample.upscale import check_enlarging, upscale
 from davae.vae.blocks import downsample
+from davae.vae.detail_vae import DetailVAE
+from davae.vae.overflow import decode_in_range, encode_in_range
+
+CEILING = "originals, decoded"  # row of the upgrade's autoencoder alone
 
 
 def evaluate_enlarging(
@@ -58,7 +62,8 @@ def evaluate_enlarging(
         features, feature_weights, lpips, lpips_weights, patch_size: networks, their weights and the side of the crops.
 
     Returns:
-        Settings, and under `rows` for each method distances between the sets, `psnr`, mean perceptual distances,
+        Settings, and under `rows` for each method, and for the originals that the upgrade's autoencoder encodes and decodes
+        (`CEILING`, what no drawn detail can do better), distances between the sets, `psnr`, mean perceptual distances,
         `reduced_psnr` of the reduced result against the input, and `seconds` an image.
 
     Raises:
@@ -74,6 +79,7 @@ def evaluate_enlarging(
     extractor, distances = make_extractor(features, feature_weights), perceptual_distances(lpips, lpips_weights)
     ways = {name: make_upscaler(name, size) for name in methods}
     ways["upgrade"] = _by_upgrade(pipeline, options, strength, faithful)
+    rows = _measured_rows(ways, pairs, options.batch_size, distances, extractor, patch_size, pipeline.vae)
     return {
         "model": model,
         "data": as_data(data).source,
@@ -86,7 +92,7 @@ def evaluate_enlarging(
         **options.figures,
         "faithful": faithful,
         **options.placement.changes,
-        "rows": _measured_rows(ways, pairs, options.batch_size, distances, extractor, patch_size),
+        "rows": rows,
     }
 
 
@@ -115,12 +121,18 @@ def _measured_rows(
     distances: dict[str, nn.Module],
     extractor: Extractor,
     patch_size: int,
+    vae: DetailVAE,
 ) -> dict[str, dict[str, float]]:
     real, rows = measure_images(pairs.real.split(batch_size), extractor, patch_size), {}
-    for name, way in ways.items():
-        results, figures = _enlarged(way, pairs, batch_size, distances)
+
+    def row(results: Tensor, seconds: float) -> dict[str, float]:
         found = measure_images(results.split(batch_size), extractor, patch_size)
-        rows[name] = figures | compare_sets(found, real, extractor.name, patch_size)
+        figures = _means(results, pairs, batch_size, distances)
+        return {**figures, "seconds": seconds, **compare_sets(found, real, extractor.name, patch_size)}
+
+    for name, way in ways.items():
+        rows[name] = row(*_enlarged(way, pairs, batch_size))
+    rows[CEILING] = row(*_decoded(vae, pairs.real, batch_size))
     return rows
 
 
@@ -134,23 +146,33 @@ def _by_upgrade(pipeline: Any, options: SamplingOptions, strength: float, faithf
     return enlarge
 
 
-@torch.no_grad()
-def _enlarged(
-    way: Upscaler, pairs: _Pairs, batch_size: int, distances: dict[str, nn.Module]
-) -> tuple[Tensor, dict[str, float]]:
-    """Return all results (N,3,sH,sW) in [-1,1], and means over the images."""
+def _enlarged(way: Upscaler, pairs: _Pairs, batch_size: int) -> tuple[Tensor, float]:
+    """Return all results (N,3,sH,sW) in [-1,1], and the seconds of one."""
     results, start, inputs = [], time.perf_counter(), pairs.inputs
     for first in range(0, len(inputs), batch_size):
         part = slice(first, first + batch_size)
         results += [to_tensor(image) for image in way(inputs[part], pairs.prompts and pairs.prompts[part])]
-    seconds = (time.perf_counter() - start) / len(inputs)
-    drawn, reduced = torch.stack(results), torch.stack([to_tensor(image) for image in inputs])
-    again = downsample(drawn, pairs.scale)
+    return torch.stack(results), (time.perf_counter() - start) / len(inputs)
+
+
+@torch.no_grad()
+def _decoded(vae: DetailVAE, real: Tensor, batch_size: int) -> tuple[Tensor, float]:
+    """Return the originals (N,3,sH,sW), encoded and decoded, and the seconds of one."""
+    start = time.perf_counter()
+    found = [decode_in_range(vae, encode_in_range(vae, part)).float().clamp(-1, 1) for part in real.split(batch_size)]
+    return torch.cat(found).cpu(), (time.perf_counter() - start) / len(real)
+
+
+@torch.no_grad()
+def _means(results: Tensor, pairs: _Pairs, batch_size: int, distances: dict[str, nn.Module]) -> dict[str, float]:
+    """Return means over the images of distances to the originals, and from reduced results to the inputs."""
+    reduced = torch.stack([to_tensor(image) for image in pairs.inputs])
+    again = downsample(results, pairs.scale)
     figures = {
-        "psnr": float(psnr(to_uint8_range(drawn), to_uint8_range(pairs.real)).mean()),
+        "psnr": float(psnr(to_uint8_range(results), to_uint8_range(pairs.real)).mean()),
         "reduced_psnr": float(psnr(to_uint8_range(again), to_uint8_range(reduced)).mean()),
     }
     for name, distance in distances.items():
-        parts = zip(drawn.split(batch_size), pairs.real.split(batch_size), strict=True)
+        parts = zip(results.split(batch_size), pairs.real.split(batch_size), strict=True)
         figures[name] = float(torch.cat([distance(one, other) for one, other in parts]).mean())
-    return drawn, figures | {"seconds": seconds}
+    return figures
