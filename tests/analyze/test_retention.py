@@ -11,7 +11,7 @@ from conftest import picture
 from safetensors.torch import save_file
 from upgraded_tiny import assembled
 
-from davae.analyze.diffusability import alignment_r2, latent_measures, probe_loss
+from davae.analyze.diffusability import alignment_r2, base_leak, latent_measures, probe_loss
 from davae.analyze.retention import LEVELS, check_pair, lora_effects, prediction_errors, retention_figure
 from davae.backbones.expand import expand_transformer
 from davae.backbones.families import denoiser
@@ -123,3 +123,17 @@ def test_the_probe_learns_a_constant_detail_and_not_noise():
     hard = probe_loss(z, torch.randn(16, 4, 8, 8), layout, 60)
     assert easy["detail"] < 0.8 * hard["detail"]
     assert probe_loss(z, smooth, layout, 5) == probe_loss(z, smooth, layout, 5)  # the seed decides
+
+
+def test_a_detail_that_repeats_the_base_gives_it_away_and_less_where_it_is_smaller():
+    torch.manual_seed(0)
+    layout = LatentLayout(2, 6)
+    z = torch.randn(64, 2, 8, 8)
+    copies = z.repeat(1, 3, 1, 1) + 0.3 * torch.randn(64, 6, 8, 8)
+    found = base_leak(z, copies, layout)
+    # unit variance at level s alone leaves 1 / ((1-s)^2 + s^2); three near copies halve that and more at middle levels
+    assert 1.3 < found["alone"] < 1.8
+    assert found["c=1"] > 0.3
+    assert found["c=1"] > found["c=0.5"] > found["c=0.25"] > 0.01
+    apart = base_leak(z, torch.randn(64, 6, 8, 8), layout)
+    assert all(abs(value) < 0.01 for name, value in apart.items() if name != "alone")

@@ -20,6 +20,7 @@ from davae.backbones.linear_gaussian import (
     LinearGaussian,
     expected_velocity,
     expected_velocity_by_channel,
+    expected_velocity_error,
     velocity_gain,
 )
 from davae.backbones.trainable import choose_trainable
@@ -324,3 +325,16 @@ def test_other_classes_and_damaged_files_are_one_line(tmp_path: Path):
     stock = {**plain, "class": "SD3Transformer2DModel", "detail_head": json.dumps(SKIP.values())}
     with pytest.raises(ModelError, match="is a class of diffusers"):
         read_details(Path("x"), stock)
+
+
+def test_the_error_that_is_left_is_that_of_jointly_gaussian_variables():
+    torch.manual_seed(0)
+    mixing = torch.randn(5, 5, dtype=torch.float64)
+    covariance, one = mixing @ mixing.T, torch.eye(5, dtype=torch.float64)
+    levels = torch.tensor([0.05, 0.4, 1.0], dtype=torch.float64)
+    for s, found in zip(levels, expected_velocity_error(covariance, levels), strict=True):
+        cross = s * one - (1 - s) * covariance  # E[v y^T]
+        state = (1 - s) ** 2 * covariance + s**2 * one
+        left = one + covariance - cross @ torch.linalg.inv(state) @ cross.T
+        torch.testing.assert_close(found, left.diagonal(), rtol=1e-9, atol=1e-9)
+    assert torch.allclose(found, covariance.diagonal())  # all noise: v is known up to the data

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from davae.analyze.figure import check_figure, figure_settings, write_figure
 from davae.analyze.latents import raw_latents
 from davae.analyze.spectra import radial_power, spectra_plot
+from davae.backbones.linear_gaussian import expected_velocity_error
 from davae.dataset.look import as_data, real_pictures
 from davae.latent import LatentLayout
 from davae.losses.flow_matching import interpolate, velocity_target
@@ -20,6 +21,8 @@ from davae.sample.open import open_detail_vae
 from davae.vae.base_decoder import neighbourhoods, solve_ridge
 
 WIDTH, BATCH, RATE = 64, 32, 2e-3  # of the probe
+LEVELS = 41  # quantiles of the noise level
+SCALES = (1.0, 0.5, 0.25)  # of the detail, for the leak
 
 
 def diffusability_figure(
@@ -46,6 +49,7 @@ def diffusability_figure(
         "data": as_data(data).source,
         "settings": figure_settings(data, num, held_out) | {"probe_steps": probe_steps, "seed": seed},
         **latent_measures(z, z_d),
+        "base_leak": base_leak(z, z_d, model.layout),
     }
     if probe_steps:
         figures["probe"] = probe_loss(z, z_d, model.layout, probe_steps, seed)
@@ -89,6 +93,35 @@ def alignment_r2(z: Tensor, z_d: Tensor) -> float:
     rest = y[cut:] if len(z) > cut else y
     error = rest - mean_y - ((x[cut:] if len(z) > cut else x) - mean_x) @ weight
     return float(1 - error.square().sum() / (rest - mean_y).square().sum())
+
+
+def base_leak(z: Tensor, z_d: Tensor, layout: LatentLayout) -> dict[str, float]:
+    """Return by how much the noised detail helps a linear model to predict the base's velocity.
+
+    An aligned z_d holds z again, under noise of its own. A transformer that sees both at one level knows the base better
+    than its pretrained weights expect there: they have to be learned anew, the more the larger the leak is.
+    `stage2.detail_scale` c lowers it. The models are Gaussian, one for the channels of a position, fitted to all images.
+
+    Args:
+        z, z_d: raw latents (N,C,h,w), (N,D,h,w).
+        layout: of both.
+
+    Returns:
+        `alone`: the error from z_t alone, mean over a logit-normal level; `c=...`: the share of it that c z_d removes.
+    """
+    flat = layout.join(z, z_d).double().transpose(0, 1).flatten(1)  # (C+D,Nhw)
+    correlation = torch.corrcoef(flat).nan_to_num(0.0).fill_diagonal_(1.0)
+    share = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+    levels = torch.sigmoid(torch.special.ndtri(share))
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    base = layout.by_group(one, 0 * one).flatten().bool()  # (C+D,)
+    alone = expected_velocity_error(correlation[base][:, base], levels).mean()
+    found = {"alone": float(alone)}
+    for scale in SCALES:
+        size = layout.by_group(one, scale * one).flatten()
+        error = expected_velocity_error(correlation * size * size.unsqueeze(1), levels)[:, base].mean()
+        found[f"c={scale:g}"] = float(1 - error / alone)
+    return found
 
 
 def _channel_use(latents: Tensor) -> dict[str, float]:

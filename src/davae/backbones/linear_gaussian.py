@@ -99,6 +99,27 @@ def expected_velocity_by_channel(
     return found.to(x_t.dtype).view_as(x_t)
 
 
+def expected_velocity_error(covariance: Tensor, sigma: Tensor) -> Tensor:
+    """Return the mean squared error of `expected_velocity`, the least that a linear model of x_t can have.
+
+    For one coordinate of variance l, with a = 1 - s, the variance of v = n - x that y = a x + s n leaves is
+
+        (1 + l) - (s - a l)^2 / (a^2 l + s^2) = l (a + s)^2 / (a^2 l + s^2) = l / (a^2 l + s^2),
+
+    so that the covariance of the error is S (a^2 S + s^2 I)^-1, whose diagonal has the channels.
+
+    Args:
+        covariance: S (c,c) of the latents' channels.
+        sigma: s in (0,1], (n,).
+
+    Returns:
+        (n,c).
+    """
+    s = sigma.to(covariance).view(-1, 1, 1)
+    state = (1 - s).square() * covariance + s.square() * torch.eye(len(covariance)).to(covariance)  # (n,c,c)
+    return torch.linalg.solve(state, covariance.expand_as(state)).diagonal(dim1=1, dim2=2)
+
+
 class LinearGaussian(nn.Module):
     """Velocity noise - data that a linear Gaussian model of latents predicts from x_t.
 
