@@ -13,10 +13,11 @@ from davae.data.images import ImageDataset
 from davae.dataset.look import as_data, batches, real_pictures
 from davae.dataset.opened import with_counts
 from davae.errors import DataError, ModelError
-from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
+from davae.evaluate.detail import PATCH_SIZE, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST, stored_gaussian
 from davae.evaluate.drawn import drawn_batches
 from davae.evaluate.features import make_extractor
+from davae.evaluate.real_set import real_images
 from davae.evaluate.spectra import draw_spectra
 from davae.evaluate.upscale import make_upscaler
 from davae.files.outputs import check_image
@@ -93,28 +94,6 @@ def condition_of(image: dict[str, Any], pipeline: Any) -> str:
     return str(image["label"])
 
 
-_real: dict[tuple[str, int, float, str, Path | None, int], ImageSet] = {}
-
-
-def real_images(
-    images: ImageDataset, data: Data, held_in: float, features: str, weights: Path | None, patch_size: int = 0
-) -> ImageSet:
-    """Measure a set of real images once for all models that are compared with it.
-
-    Args:
-        images: the images.
-        data: the options that they were opened with, which identify them together with `held_in`.
-        held_in: share that a split holds out.
-        features: network of the distances, `lite0` or `inception`.
-        weights: file of the Inception weights.
-        patch_size: side of the crops of the patch distance, pixels.
-    """
-    key = data.model_dump_json(), images.resolution, held_in, features, weights, patch_size
-    if key not in _real:
-        _real[key] = measure_images(batches(images), make_extractor(features, weights), patch_size)
-    return _real[key]
-
-
 def evaluate_generation(
     pipeline: str,
     data: str | Data,
@@ -131,6 +110,7 @@ def evaluate_generation(
     spectrum: Path | None = None,
     summary: Path | None = None,
     keep: Path | None = None,
+    keep_real: Path | None = None,
 ) -> dict[str, Any]:
     """Compare samples with real images of the same captions or classes.
 
@@ -145,6 +125,7 @@ def evaluate_generation(
         patch_size: side of the crops of the patch distance, in pixels; 0 leaves the distance out.
         spectrum, summary: files for a plot of both power spectra, and for the summary of the data.
         keep: folder of the samples at the model's own size; a second call with another `upscale` draws none again.
+        keep_real: folder of the real images' measurements, for later calls.
 
     Returns:
         The figures of `davae evaluate generation`.
@@ -161,7 +142,7 @@ def evaluate_generation(
     prompts = _chosen_prompts(images, num, options.seed, model)
     extractor = make_extractor(features, feature_weights)
     enlarge = make_upscaler(upscale, size) if size != drawn_at else None
-    real = real_images(images, as_data(data), held_in, features, feature_weights, patch_size)
+    real = real_images(images, as_data(data), held_in, features, feature_weights, patch_size, keep_real)
     drawn = drawn_batches(pipeline, model, prompts, options, enlarge, on_batch, keep)
     samples = measure_images(drawn, extractor, patch_size)
     figures = compare_sets(samples, real, extractor.name, patch_size)

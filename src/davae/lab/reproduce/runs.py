@@ -105,7 +105,7 @@ def measured(job: Job, out: Path, observer: Observer) -> dict[str, Any]:
         case BaseJob():
             return base_figures(job, out, observer)
         case DrawnJob():
-            return drawn_figures(job, observer)
+            return drawn_figures(job, out, observer)
     raise RecipeError(f"the row '{job.row}' is a plan: run its commands")
 
 
@@ -183,6 +183,7 @@ def upgraded_figures(job: UpgradeJob, out: Path, observer: Observer) -> dict[str
     generation = measured_generation(
         str(folder),
         job.measures["generation"],
+        out,
         observer,
         job.recipe.resolution,
         enlarge=job.recipe.data.enlarge,
@@ -201,6 +202,7 @@ def enlarged_figures(job: EnlargedJob, out: Path, observer: Observer) -> dict[st
     figures = measured_generation(
         str(job.recipe.base.model),
         job.measures["generation"],
+        out,
         observer,
         job.recipe.resolution,
         upscale=method,
@@ -217,6 +219,7 @@ def base_figures(job: BaseJob, out: Path, observer: Observer) -> dict[str, Any]:
     generation = measured_generation(
         str(folder),
         job.measures["generation"],
+        out,
         observer,
         job.recipe.resolution,
         enlarge=job.recipe.data.enlarge,
@@ -232,11 +235,12 @@ def base_figures(job: BaseJob, out: Path, observer: Observer) -> dict[str, Any]:
     return figures
 
 
-def drawn_figures(job: DrawnJob, observer: Observer) -> dict[str, Any]:
+def drawn_figures(job: DrawnJob, out: Path, observer: Observer) -> dict[str, Any]:
     """Return the figures of an existing model."""
     generation = measured_generation(
         job.pipeline,
         job.generation,
+        out,
         observer,
         job.compare_at,
         resolution=job.resolution,
@@ -249,6 +253,7 @@ def drawn_figures(job: DrawnJob, observer: Observer) -> dict[str, Any]:
 def measured_generation(
     pipeline: str,
     chosen: dict[str, Any],
+    out: Path,
     observer: Observer,
     compare_at: int | None,
     *,
@@ -261,6 +266,7 @@ def measured_generation(
     """Return FD or FID of samples at `compare_at` pixels by the settings of a table.
 
     Args:
+        out: folder of the runs, which keeps the measurements of the real images.
         keep: folder of the samples before they are enlarged, which all enlargers of one base share.
     """
     return evaluate_generation(
@@ -277,6 +283,7 @@ def measured_generation(
         on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         upscale=upscale,
         keep=keep,
+        keep_real=out / "real",
     )
 
 
