@@ -6,6 +6,7 @@ import hashlib
 import logging
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def real_images(
 
 
 def _write(file: Path, found: ImageSet) -> None:
-    arrays = {"frequency": found.spectrum.frequency, "power": found.spectrum.power}
+    arrays: dict[str, Any] = {"frequency": found.spectrum.frequency, "power": found.spectrum.power}
     for name, part in (("whole", found.whole), ("patches", found.patches)):
         if part is not None:
             arrays[name] = part.features.numpy()
