@@ -100,7 +100,7 @@ def expected_velocity_by_channel(
 
 
 def expected_velocity_error(covariance: Tensor, sigma: Tensor) -> Tensor:
-    """Return the mean squared error of `expected_velocity`, the least that a linear model of x_t can have.
+    """Return the mean squared error of `expected_velocity`, the least of all linear models.
 
     For one coordinate of variance l, with a = 1 - s, the variance of v = n - x that y = a x + s n leaves is
 

@@ -29,7 +29,7 @@ from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.overflow import decode_in_range, encode_in_range
 
-CEILING = "originals, decoded"  # row of the upgrade's autoencoder alone
+CEILING = "originals, decoded"  # encoded and decoded by the upgrade's autoencoder: what drawn detail comes near to
 
 
 def evaluate_enlarging(
@@ -62,9 +62,8 @@ def evaluate_enlarging(
         features, feature_weights, lpips, lpips_weights, patch_size: networks, their weights and the side of the crops.
 
     Returns:
-        Settings, and under `rows` for each method, and for the originals that the upgrade's autoencoder encodes and decodes
-        (`CEILING`, what no drawn detail can do better), distances between the sets, `psnr`, mean perceptual distances,
-        `reduced_psnr` of the reduced result against the input, and `seconds` an image.
+        Settings, and under `rows` for each method and for `CEILING`: distances between the sets, `psnr`, mean perceptual
+        distances, `reduced_psnr` of the reduced result against the input, and `seconds` an image.
 
     Raises:
         ModelError: too few images, a model without a detail part, or a class model without prompts.
@@ -79,7 +78,6 @@ def evaluate_enlarging(
     extractor, distances = make_extractor(features, feature_weights), perceptual_distances(lpips, lpips_weights)
     ways = {name: make_upscaler(name, size) for name in methods}
     ways["upgrade"] = _by_upgrade(pipeline, options, strength, faithful)
-    rows = _measured_rows(ways, pairs, options.batch_size, distances, extractor, patch_size, pipeline.vae)
     return {
         "model": model,
         "data": as_data(data).source,
@@ -92,7 +90,7 @@ def evaluate_enlarging(
         **options.figures,
         "faithful": faithful,
         **options.placement.changes,
-        "rows": rows,
+        "rows": _measured_rows(ways, pairs, options.batch_size, distances, extractor, patch_size, pipeline.vae),
     }
 
 
@@ -165,7 +163,7 @@ def _decoded(vae: DetailVAE, real: Tensor, batch_size: int) -> tuple[Tensor, flo
 
 @torch.no_grad()
 def _means(results: Tensor, pairs: _Pairs, batch_size: int, distances: dict[str, nn.Module]) -> dict[str, float]:
-    """Return means over the images of distances to the originals, and from reduced results to the inputs."""
+    """Return mean distances to the originals, and of the reduced results to the inputs."""
     reduced = torch.stack([to_tensor(image) for image in pairs.inputs])
     again = downsample(results, pairs.scale)
     figures = {

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from davae.backbones.classes import goes_by_class
 from davae.data.images import ImageDataset
 from davae.dataset.look import as_data, batches, real_pictures
 from davae.dataset.opened import with_counts
 from davae.errors import DataError, ModelError
-from davae.evaluate.detail import PATCH_SIZE, compare_sets, measure_images
+from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST, stored_gaussian
 from davae.evaluate.drawn import drawn_batches
-from davae.evaluate.features import make_extractor
+from davae.evaluate.features import Extractor, make_extractor
 from davae.evaluate.real_set import real_images
 from davae.evaluate.spectra import draw_spectra
 from davae.evaluate.upscale import make_upscaler
@@ -124,8 +125,7 @@ def evaluate_generation(
         upscale: enlarger of the samples, as `make_upscaler` takes it.
         patch_size: side of the crops of the patch distance, in pixels; 0 leaves the distance out.
         spectrum, summary: files for a plot of both power spectra, and for the summary of the data.
-        keep: folder of the samples at the model's own size; a second call with another `upscale` draws none again.
-        keep_real: folder of the real images' measurements, for later calls.
+        keep, keep_real: folders of the samples before enlarging, and of the real images' measurements, for later calls.
 
     Returns:
         The figures of `davae evaluate generation`.
@@ -140,14 +140,10 @@ def evaluate_generation(
     limits = [] if goes_by_class(model) else with_counts(pipeline_limits(model))
     images = real_pictures(data, size, held_in, "train", summary=summary, limits=limits)
     prompts = _chosen_prompts(images, num, options.seed, model)
-    extractor = make_extractor(features, feature_weights)
     enlarge = make_upscaler(upscale, size) if size != drawn_at else None
     real = real_images(images, as_data(data), held_in, features, feature_weights, patch_size, keep_real)
     drawn = drawn_batches(pipeline, model, prompts, options, enlarge, on_batch, keep)
-    samples = measure_images(drawn, extractor, patch_size)
-    figures = compare_sets(samples, real, extractor.name, patch_size)
-    if spectrum is not None:
-        draw_spectra(spectrum, samples.spectrum, real.spectrum)
+    figures = _compared(drawn, real, make_extractor(features, feature_weights), patch_size, spectrum)
     return {
         "pipeline": pipeline,
         "data": as_data(data).source,
@@ -159,6 +155,15 @@ def evaluate_generation(
         "upscale": upscale if enlarge else None,
         **options.figures,
     }
+
+
+def _compared(
+    drawn: Iterator[Tensor], real: ImageSet, extractor: Extractor, patch_size: int, spectrum: Path | None
+) -> dict[str, float]:
+    samples = measure_images(drawn, extractor, patch_size)
+    if spectrum is not None:
+        draw_spectra(spectrum, samples.spectrum, real.spectrum)
+    return compare_sets(samples, real, extractor.name, patch_size)
 
 
 def _check_arguments(num: int, spectrum: Path | None) -> None:
