@@ -391,7 +391,7 @@ def test_settings_of_a_split_reach_both_measurements(
     monkeypatch.setattr(runs_module, "evaluate_generation", generation)
     monkeypatch.setattr(runs_module, "evaluate_reconstruction", reconstruction)
     chosen = {"data": "here", "num": 4, "steps": 1, "guidance": 1.0, "features": "lite0", "held_in": 0.25}
-    runs_module.measured_generation("model", chosen, lambda progress: None, None)
+    runs_module.measured_generation("model", chosen, tmp_path, lambda progress: None, None)
     recipe = jobs("table5", "clothing", 1, [])[0].recipe  # type: ignore[attr-defined]
     runs_module.reconstruction_once(tmp_path / "vae", {"data": "here", "num": 4, "held_out": 0.5}, recipe)
     assert seen == {"held_in": 0.25, "held_out": 0.5}
