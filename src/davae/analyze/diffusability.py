@@ -109,8 +109,7 @@ def base_leak(z: Tensor, z_d: Tensor, layout: LatentLayout) -> dict[str, float]:
     Returns:
         `alone`: the error from z_t alone, mean over a logit-normal level; `c=...`: the share of it that c z_d removes.
     """
-    flat = layout.join(z, z_d).double().transpose(0, 1).flatten(1)  # (C+D,Nhw)
-    correlation = torch.corrcoef(flat).nan_to_num(0.0).fill_diagonal_(1.0)
+    correlation = _correlation(layout.join(z, z_d))
     share = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
     levels = torch.sigmoid(torch.special.ndtri(share))
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
@@ -124,10 +123,14 @@ def base_leak(z: Tensor, z_d: Tensor, layout: LatentLayout) -> dict[str, float]:
     return found
 
 
-def _channel_use(latents: Tensor) -> dict[str, float]:
+def _correlation(latents: Tensor) -> Tensor:
+    """Return correlations (c,c) of the channels of latents (N,c,h,w), 0 with a constant one."""
     flat = latents.double().transpose(0, 1).flatten(1)  # (c,Nhw)
-    correlation = torch.corrcoef(flat).nan_to_num(0.0)
-    correlation.fill_diagonal_(1.0)
+    return torch.corrcoef(flat).nan_to_num(0.0).fill_diagonal_(1.0)
+
+
+def _channel_use(latents: Tensor) -> dict[str, float]:
+    correlation = _correlation(latents)
     count = len(correlation)
     pairs = correlation[~torch.eye(count, dtype=torch.bool)]
     eigenvalues = torch.linalg.eigvalsh(correlation).clamp(min=0)
