@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -91,27 +92,55 @@ def check_statistics(name: str, values: Sequence[float]) -> None:
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and standard deviation that turn raw latents into those of a transformer.
+    """Mean, standard deviation and prediction that turn raw latents into those of a transformer.
 
     Attributes:
         mean, std: (1,c,1,1), or (1,c,k,k) of the positions of a k x k cell.
+        kernel: (D,C,k,k) of `predict_detail`; the detail is then what z does not predict.
     """
 
     mean: Tensor
     std: Tensor
+    kernel: Tensor | None = None
 
     def to(self, *place: torch.device | torch.dtype | Tensor) -> LatentStatistics:
         """Return the statistics on another device or in another precision, as `Tensor.to`."""
         mean, std = (values.to(*place) for values in (self.mean, self.std))  # type: ignore[arg-type]
-        return LatentStatistics(mean, std)
+        return LatentStatistics(mean, std, None if self.kernel is None else self.kernel.to(*place))  # type: ignore[arg-type]
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Return what the transformer takes for raw latents (B,c,h,w)."""
-        return (latents - over_grid(self.mean, latents)) / over_grid(self.std, latents)
+        x = (latents - over_grid(self.mean, latents)) / over_grid(self.std, latents)
+        return x if self.kernel is None else self._shifted(x, self.kernel, -1)
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Return the raw latents of what the transformer takes, (B,c,h,w)."""
-        return latents * over_grid(self.std, latents) + over_grid(self.mean, latents)
+        x = latents if self.kernel is None else self._shifted(latents, self.kernel, 1)
+        return x * over_grid(self.std, latents) + over_grid(self.mean, latents)
+
+    def _shifted(self, x: Tensor, kernel: Tensor, sign: int) -> Tensor:
+        """Return normalised [z, z_d] with `sign` times the prediction of z_d added to it."""
+        base = kernel.shape[1]
+        z, z_d = x[:, :base], x[:, base:]
+        predicted = predict_detail(z, kernel) / over_grid(self.std, x)[:, base:]  # (B,D,h,w)
+        return torch.cat([z, z_d + sign * predicted], dim=1)
+
+
+def predict_detail(z: Tensor, kernel: Tensor) -> Tensor:
+    """Return K * z, the part of the raw detail latent that its neighbourhood in z predicts linearly.
+
+    It is the predict step of a lifting scheme (Sweldens, 1996): z stays as it is, and z_d - K * z takes the place of z_d. The
+    step is undone exactly by adding K * z again, whatever K is.
+
+    Args:
+        z: normalised (B,C,h,w).
+        kernel: K (D,C,k,k) with an odd k, in the units of the raw detail. Beyond the border z is repeated.
+
+    Returns:
+        (B,D,h,w).
+    """
+    margin = kernel.shape[-1] // 2
+    return F.conv2d(F.pad(z, [margin] * 4, mode="replicate"), kernel)
 
 
 def over_grid(statistics: Tensor, latents: Tensor) -> Tensor:

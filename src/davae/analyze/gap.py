@@ -141,6 +141,7 @@ def autoencoder_like(vae: DetailVAE, folder: Path) -> DetailVAE:
         folder: of the DetailVAE.
     """
     found = load_detail_vae(folder, vae.dtype)
+    found.set_detail_kernel(vae.detail_kernel)
     found.set_detail_statistics(*(torch.tensor(vae.config[f"detail_{name}"]) for name in ("mean", "std")))
     return found
 

@@ -218,6 +218,10 @@ class Stage2(FlowOptim):
     detail_offset_range: tuple[Fraction, Fraction] = Field(
         default=(0.0, 0.6), description="Least and greatest offset of a training step with detail_offset; GRACE's."
     )
+    detail_residual: bool = Field(
+        default=False,
+        description="Learn the part of the detail that the base latent does not predict linearly, by a fit to the cache.",
+    )
     clean_base: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
         default=0.0, description="Share of samples with a clean base latent, for `davae upscale`."
     )

@@ -45,7 +45,11 @@ PREPARED_BY = {
 }
 LATER = {"enlarge"}  # options that caches of earlier versions do not list: no part of a key while they are off
 # entries of the autoencoder's config that change no raw latent
-NO_PART = {"resolution", "detail_mean", "detail_std", "latents_mean", "latents_std", "scaling_factor", "shift_factor"}
+NO_PART = {
+    *("resolution", "detail_mean", "detail_std", "detail_kernel_size"),
+    *("latents_mean", "latents_std", "scaling_factor", "shift_factor"),
+}
+KERNEL = "detail_kernel"  # weights that normalise latents
 PREVIEW = "base_decoder"  # part of an autoencoder that encodes nothing; earlier versions had none
 
 
@@ -85,7 +89,8 @@ def cache_key(
     """
     config: dict[str, Any] = dict(vae.config)  # type: ignore[arg-type]
     fixed = {name: v for name, v in config.items() if name not in NO_PART and not name.startswith(("_", PREVIEW))}
-    weights = [(name, tensor) for name, tensor in vae.state_dict().items() if not name.startswith(f"{PREVIEW}.")]
+    encoding = vae.state_dict().items()
+    weights = [(name, tensor) for name, tensor in encoding if name != KERNEL and not name.startswith(f"{PREVIEW}.")]
     key: dict[str, Any] = {"autoencoder": hash_weights(weights, fixed)}
     if cache.shards is not None:
         files = sorted([*Path(cache.shards).glob(PATTERN), *Path(cache.shards).glob(STATISTICS)])

@@ -178,11 +178,12 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
     """
     if recipe.init is None:
         return
-    if recipe.stage2.detail_scale != 1.0:
-        raise RecipeError(
-            f"stage2.detail_scale: {recipe.stage2.detail_scale} with init; the statistics of {recipe.init} have the scale "
-            "it was trained with, leave detail_scale out"
-        )
+    for name in ("detail_scale", "detail_residual"):
+        if (value := getattr(recipe.stage2, name)) != Stage2.model_fields[name].default:
+            raise RecipeError(
+                f"stage2.{name}: {value} with init; the statistics of {recipe.init} are those it was trained with, leave "
+                f"{name} out"
+            )
     folder = resolve_upgrade(recipe.init)
     file = folder / UPGRADE_FILE
     details = read_details(file, read_metadata(file))

@@ -145,7 +145,7 @@ def export_run(run: UpgradeParts, trained: dict[str, Tensor]) -> None:
     """
     run.check_inputs(run.stage2_vae())
     vae = run.exported_vae()
-    run.keep_scale(vae)
+    run.keep_statistics(vae)
     export_upgraded(run.base.name, vae, trained, run.recipe, run.out / UPGRADE_FILE, run.out / "pipeline")
 
 

@@ -18,6 +18,7 @@ from davae.data.latent_cache.key import Key, hash_values
 from davae.data.latent_cache.meta import CacheMeta, read_meta
 from davae.data.latent_cache.moments import latent_moments
 from davae.data.latent_cache.read import CachedLatents
+from davae.data.latent_cache.residual import DetailFit, fit_detail
 from davae.dataset.encoding import coding_bytes, images_at_a_time, report_precision, run_precision
 from davae.dataset.opened import OpenedData
 from davae.dataset.stages import StageData
@@ -29,10 +30,11 @@ from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.prompting import embed_captions
 from davae.publish.assemble import POLISHED, UPGRADE_FILE, load_trained
 from davae.recipes import Recipe, load_recipe
-from davae.recipes.stages import POLISH
+from davae.recipes.stages import POLISH, Stage2
 from davae.runs.cache import cache_images, cache_key, cache_shards, show_cache
 from davae.runs.checks import check_init, check_objective, check_recipe, check_shared
 from davae.runs.frozen_features import frozen_features
+from davae.runs.statistics import hash_statistics, set_residual, set_statistics
 from davae.runs.validation import GRID_IMAGES
 from davae.tasks.base_model import BaseModel
 from davae.tasks.conditioning import conditioning, embed_in_step
@@ -52,17 +54,6 @@ def save_model(model: Any, folder: Path) -> None:
     """Write a diffusers model into a folder that appears whole or not at all."""
     with model_folder(folder) as partial:
         model.eval().save_pretrained(partial)
-
-
-def set_statistics(vae: DetailVAE, meta: CacheMeta, scale: float = 1.0) -> None:
-    """Normalise by the statistics of the cached detail, to a std of `scale`."""
-    mean, std = torch.tensor(meta.mean).view(1, -1, 1, 1), torch.tensor(meta.std).view(1, -1, 1, 1)
-    vae.set_detail_statistics(vae.layout.split(mean)[1].flatten(), vae.layout.split(std)[1].flatten() / scale)
-
-
-def hash_statistics(vae: DetailVAE) -> str:
-    """Return a hash of the statistics that a DetailVAE normalises by."""
-    return hash_values([hash_values(getattr(vae, name).flatten().tolist()) for name in ("mean", "std")])
 
 
 class UpgradeParts:
@@ -162,39 +153,53 @@ class UpgradeParts:
         """Return the trained DetailVAE, in eval mode."""
         return load_detail_vae(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
 
-    def measured_vae(self, scale: float = 1.0) -> DetailVAE:
-        """Return the trained DetailVAE, which normalises its detail to a std of `scale`.
+    def measured_vae(self, stage2: Stage2 | None = None) -> DetailVAE:
+        """Return the trained DetailVAE, which normalises its detail as a stage 2 takes it, or to a std of 1.
 
-        The statistics are the cache's. `init` brings its own. Those of the DetailVAE on disk may have the scale of another
-        stage 2 on the same cache.
+        The statistics are the cache's. `init` brings its own. Those of the DetailVAE on disk may be those of another stage 2
+        on the same cache.
         """
-        return self._measured(self.vae(), scale)
+        return self._measured(self.vae(), stage2)
 
-    def _measured(self, vae: DetailVAE, scale: float) -> DetailVAE:
+    def _measured(self, vae: DetailVAE, stage2: Stage2 | None) -> DetailVAE:
         if self.init is None:
+            scale = 1.0 if stage2 is None else stage2.detail_scale
             set_statistics(vae, read_meta(self.first / "cache"), scale)
+            if stage2 is not None and stage2.detail_residual:
+                set_residual(vae, self.detail_fit, scale)
         return vae
 
-    def stage2_vae(self) -> DetailVAE:
-        """Return the trained DetailVAE with the scale of the detail that stage 2 takes.
+    @cached_property
+    def detail_fit(self) -> DetailFit:
+        """The part of the cached detail that the base latent predicts, and what is left. Collective."""
 
-        The scale, `stage2.detail_scale`, is in the detail's std, by which latents are normalised.
-        """
-        return self.measured_vae(self.recipe.stage2.detail_scale)
+        def fit() -> DetailFit:
+            vae = load_detail_vae(self.first / "vae")
+            set_statistics(vae, read_meta(self.first / "cache"))
+            return fit_detail(
+                CachedLatents(self.first / "cache", self.base.family.condition), vae.statistics, vae.layout
+            )
+
+        return from_main(fit() if is_main() else None)
+
+    def stage2_vae(self) -> DetailVAE:
+        """Return the trained DetailVAE with the scale and the residual of the detail that stage 2 takes."""
+        return self.measured_vae(self.recipe.stage2)
 
     def exported_vae(self) -> DetailVAE:
         """Return the DetailVAE of the pipeline, with the polished decoder where there is one."""
         if self.recipe.stage1.polish is None:
             return self.stage2_vae()
         polished: Any = load_detail_vae(self.out / POLISHED).to(self.accelerator.device)
-        return self._measured(polished.eval(), self.recipe.stage2.detail_scale)
+        return self._measured(polished.eval(), self.recipe.stage2)
 
-    def keep_scale(self, vae: DetailVAE) -> None:
-        """Write the exported DetailVAE where the one in the run folder has another scale."""
-        folder = "vae" if self.recipe.stage1.polish is None else POLISHED
+    def keep_statistics(self, vae: DetailVAE) -> None:
+        """Write the exported DetailVAE where the one in the run folder has other statistics."""
+        folder, settings = "vae" if self.recipe.stage1.polish is None else POLISHED, self.recipe.stage2
         file = self.out / folder / "config.json"
         there = read_object(file).get("detail_std") if file.is_file() else None
-        if there != list(vae.config["detail_std"] or []) and (there or self.recipe.stage2.detail_scale != 1.0):
+        own = settings.detail_scale != 1.0 or settings.detail_residual
+        if there != list(vae.config["detail_std"] or []) and (there or own):
             save_model(vae, self.out / folder)
 
     def save_vae(self, vae: DetailVAE, folder: str = "vae") -> None:

@@ -20,7 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from davae.latent import LatentLayout, LatentStatistics, check_statistics, over_grid
+from davae.latent import LatentLayout, over_grid
 from davae.vae.base import (
     autoencoder_class,
     autoencoder_family,
@@ -33,6 +33,7 @@ from davae.vae.base_decoder import BaseDecoder
 from davae.vae.base_part import BasePart
 from davae.vae.blocks import DetailDown, Downsample, downsample, replace_ends
 from davae.vae.frames import frames_of, only_frame
+from davae.vae.normalisation import Normalisation
 from davae.vae.pipeline_contract import pipeline_entries
 from davae.vae.posterior import RawLatents, StructuredPosterior
 from davae.vae.strips import decode_by_rows, encode_by_rows
@@ -43,7 +44,7 @@ from davae.vae.whole_layers import decode_in_tiles, encode_in_tiles
 Encode = Callable[[Tensor], Tensor]
 
 
-class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
+class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart, Normalisation):
     """A detail-aligned VAE whose latents are normalised (`scaling_factor` 1, `shift_factor` 0).
 
     Make one from a pretrained autoencoder with `from_base`. The arguments are stored in its config.
@@ -56,6 +57,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
         base_mean, base_std: per channel, or per channel and position of a 2x2 cell, (c,2,2); z is normalised as the
             pretrained transformer expects it.
         detail_mean, detail_std: per channel, measured over the training set.
+        detail_kernel_size: k, where z_d is what z does not predict (`set_detail_kernel`).
         resolution: pixels of the images it was made for, which its pipeline draws by default.
         learned_shortcuts: the new blocks' shortcuts have weights of their own even where channels divide.
         base_decoder_config: arguments of the optional BaseDecoder, which `attach_base_decoder` fills in.
@@ -79,6 +81,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
         base_std: list[float] | None = None,
         detail_mean: list[float] | None = None,
         detail_std: list[float] | None = None,
+        detail_kernel_size: int | None = None,
         learned_shortcuts: bool = False,
         resolution: int | None = None,
         block_out_channels: list[int] | None = None,
@@ -129,26 +132,6 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
         self.tiling = Tiling(tile=self.config["sample_size"], overlap=0.25)
         self.train(False)
 
-    def _register_statistics(self, side: int) -> None:
-        """Make the buffers (1,C+D,side,side), whose values are saved in the config alone."""
-        cell = (1, self.layout.channels, side, side)
-        self.register_buffer("mean", torch.zeros(cell), persistent=False)
-        self.register_buffer("std", torch.ones(cell), persistent=False)
-        self._fill_statistics()
-
-    def _fill_statistics(self) -> None:
-        """Put the config's per-channel statistics into the buffers, at their precision."""
-        for buffer, group, default in ((self.mean, "mean", 0.0), (self.std, "std", 1.0)):
-            for part, name in zip(self.layout.split(cast(Tensor, buffer)), ("base", "detail"), strict=True):
-                values = self.config[f"{name}_{group}"]
-                if values is None:
-                    values = [default] * part.shape[1]
-                if len(values) not in (part.shape[1], part[0].numel()):
-                    raise ValueError(f"{name}_{group} has {len(values)} values for {part.shape[1]} channels")
-                check_statistics(f"{name}_{group}", values)
-                side = math.isqrt(len(values) // part.shape[1])
-                part.copy_(torch.tensor(values, dtype=torch.float64).view(1, -1, side, side))
-
     @classmethod
     def from_base(
         cls,
@@ -193,27 +176,6 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart):
             model._fill_statistics()
         load_base_weights(model, source, start)
         return model
-
-    def set_detail_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Store the measured mean and std (D,) of raw z_d in the config, and use them from now on."""
-        self.register_to_config(
-            detail_mean=[float(value) for value in mean],
-            detail_std=[max(float(value), 1e-4) for value in std],  # a dead channel must not divide by zero
-        )
-        self._fill_statistics()
-
-    @property
-    def statistics(self) -> LatentStatistics:
-        """Mean and std of raw [z, z_d]."""
-        return LatentStatistics(cast(Tensor, self.mean), cast(Tensor, self.std))
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        """Return what the transformer takes for raw [z, z_d]."""
-        return self.statistics.normalise(latents)
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """Return raw [z, z_d] of what the transformer takes."""
-        return self.statistics.denormalise(latents)
 
     def encode_raw(self, images: Tensor) -> RawLatents:
         """Return raw latents of both encoders, as stage 1 trains on them (Eq. 1-3).
