@@ -127,7 +127,7 @@ class LatentStatistics:
 
 
 def predict_detail(z: Tensor, kernel: Tensor) -> Tensor:
-    """Return K * z, the part of the raw detail latent that its neighbourhood in z predicts linearly.
+    """Return K * z, what the neighbourhood in z linearly predicts of raw z_d.
 
     It is the predict step of a lifting scheme (Sweldens, 1996): z stays as it is, and z_d - K * z takes the place of z_d. The
     step is undone exactly by adding K * z again, whatever K is.

@@ -18,7 +18,7 @@ from davae.data.latent_cache.key import Key, hash_values
 from davae.data.latent_cache.meta import CacheMeta, read_meta
 from davae.data.latent_cache.moments import latent_moments
 from davae.data.latent_cache.read import CachedLatents
-from davae.data.latent_cache.residual import DetailFit, fit_detail
+from davae.data.latent_cache.residual import DetailFit
 from davae.dataset.encoding import coding_bytes, images_at_a_time, report_precision, run_precision
 from davae.dataset.opened import OpenedData
 from davae.dataset.stages import StageData
@@ -34,7 +34,7 @@ from davae.recipes.stages import POLISH, Stage2
 from davae.runs.cache import cache_images, cache_key, cache_shards, show_cache
 from davae.runs.checks import check_init, check_objective, check_recipe, check_shared
 from davae.runs.frozen_features import frozen_features
-from davae.runs.statistics import hash_statistics, set_residual, set_statistics
+from davae.runs.statistics import fit_residual, hash_statistics, set_residual, set_statistics
 from davae.runs.validation import GRID_IMAGES
 from davae.tasks.base_model import BaseModel
 from davae.tasks.conditioning import conditioning, embed_in_step
@@ -154,7 +154,7 @@ class UpgradeParts:
         return load_detail_vae(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
 
     def measured_vae(self, stage2: Stage2 | None = None) -> DetailVAE:
-        """Return the trained DetailVAE, which normalises its detail as a stage 2 takes it, or to a std of 1.
+        """Return the trained DetailVAE, normalising as a stage 2 takes it, or to a std of 1.
 
         The statistics are the cache's. `init` brings its own. Those of the DetailVAE on disk may be those of another stage 2
         on the same cache.
@@ -174,16 +174,14 @@ class UpgradeParts:
         """The part of the cached detail that the base latent predicts, and what is left. Collective."""
 
         def fit() -> DetailFit:
-            vae = load_detail_vae(self.first / "vae")
-            set_statistics(vae, read_meta(self.first / "cache"))
-            return fit_detail(
-                CachedLatents(self.first / "cache", self.base.family.condition), vae.statistics, vae.layout
-            )
+            folder = self.first / "cache"
+            cached = CachedLatents(folder, self.base.family.condition)
+            return fit_residual(load_detail_vae(self.first / "vae"), cached, read_meta(folder))
 
         return from_main(fit() if is_main() else None)
 
     def stage2_vae(self) -> DetailVAE:
-        """Return the trained DetailVAE with the scale and the residual of the detail that stage 2 takes."""
+        """Return the trained DetailVAE with the normalisation that stage 2 takes."""
         return self.measured_vae(self.recipe.stage2)
 
     def exported_vae(self) -> DetailVAE:

@@ -108,11 +108,14 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart, Normalisati
         self.layout = LatentLayout(base_channels(base.config, base_class), detail_channels, scale)
         self.frames = frames_of(base_class, base.config)
         widths = list(base.config[family.widths])
+        longer = [
+            *widths,
+            *widths[-1:] * int(math.log2(scale)),
+        ]  # pipelines take the factor from the length of either
         self.spatial_factor = spatial_factor(base.config, base_class) * scale  # pixels per latent position, each way
         self.register_to_config(
-            # pipelines take the spatial factor from the length of either list
-            block_out_channels=[*widths, *widths[-1:] * int(math.log2(scale))],
-            encoder_block_out_channels=[*widths, *widths[-1:] * int(math.log2(scale))],
+            block_out_channels=longer,
+            encoder_block_out_channels=list(longer),
             latent_channels=self.layout.channels,
             sample_size=int(base.config.get("sample_size") or 32 * self.spatial_factor // scale) * scale,
             **pipeline_entries(self, family, base.config, self.layout.channels, self.spatial_factor),
@@ -122,9 +125,8 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart, Normalisati
         self.detail_encoder = copy.deepcopy(base.encoder)
         self.decoder = base.decoder
         self.base_decoder = None if base_decoder_config is None else BaseDecoder(**base_decoder_config)
-        self._last, self._first = replace_ends(
-            self.detail_encoder, self.decoder, family, self.layout, learned_shortcuts
-        )
+        ends = replace_ends(self.detail_encoder, self.decoder, family, self.layout, learned_shortcuts)
+        self._last, self._first = ends
         self._register_statistics(family.cell)
         self.base_encoder.requires_grad_(False)
         self.base_quant_conv.requires_grad_(False)

@@ -25,15 +25,20 @@ class Normalisation:
     detail_kernel: Tensor | None
 
     def _register_statistics(self, side: int) -> None:
-        """Make the buffers (1,C+D,side,side), saved in the config alone, and that of the kernel, with the weights."""
+        """Make the buffers of the statistics, (1,C+D,side,side), and of the kernel.
+
+        The statistics are saved in the config alone, the kernel with the weights.
+        """
         cell = (1, self.layout.channels, side, side)
         self.register_buffer("mean", torch.zeros(cell), persistent=False)
         self.register_buffer("std", torch.ones(cell), persistent=False)
         size = self.config["detail_kernel_size"]
         if size not in (None, *KERNEL_SIZES):
             raise ValueError(f"detail_kernel_size must be one of {KERNEL_SIZES}, or None; found {size}")
-        kernel = (self.layout.detail_channels, self.layout.base_channels, size, size)
-        self.register_buffer("detail_kernel", None if size is None else torch.zeros(kernel))
+        kernel = None
+        if size is not None:
+            kernel = torch.zeros(self.layout.detail_channels, self.layout.base_channels, size, size)
+        self.register_buffer("detail_kernel", kernel)
         self._fill_statistics()
 
     def _fill_statistics(self) -> None:

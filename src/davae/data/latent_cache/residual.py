@@ -35,7 +35,7 @@ class DetailFit:
 
 
 def fit_detail(cache: CachedLatents, statistics: LatentStatistics, layout: LatentLayout) -> DetailFit:
-    """Return the linear prediction of z_d from the neighbourhood of z, by least squares over a cache.
+    """Return the least-squares prediction of z_d from the neighbourhood of z.
 
     With u the k x k neighbourhood of a position of z, both normalised, and S their covariances over images and positions,
 
