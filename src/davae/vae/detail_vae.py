@@ -108,10 +108,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart, Normalisati
         self.layout = LatentLayout(base_channels(base.config, base_class), detail_channels, scale)
         self.frames = frames_of(base_class, base.config)
         widths = list(base.config[family.widths])
-        longer = [
-            *widths,
-            *widths[-1:] * int(math.log2(scale)),
-        ]  # pipelines take the factor from the length of either
+        longer = [*widths, *widths[-1:] * int(math.log2(scale))]  # by its length pipelines know the factor
         self.spatial_factor = spatial_factor(base.config, base_class) * scale  # pixels per latent position, each way
         self.register_to_config(
             block_out_channels=longer,
