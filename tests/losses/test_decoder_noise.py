@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from davae.losses.decoder_noise import noise_latents
+from davae.losses.decoder_noise import noise_latents, replace_detail
 from davae.train.random import SampleRandom
 
 F64 = torch.float64
@@ -36,6 +36,20 @@ def test_the_error_is_tau_u_n_exactly():
     assert torch.equal(noise_latents(z, noise, strength, 0.0), z), "tau 0 is the identity"
     half = noise_latents(z.half(), noise.float(), strength.float(), 0.5)
     assert half.dtype == torch.float16
+
+
+def test_a_replaced_detail_keeps_its_variance_and_has_the_correlation_of_its_share():
+    z_d, noise = (torch.randn(4000, 2, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    for strength, most in ((0.5, 0.8), (1.0, 1.0), (1.0, 0.6)):
+        share = strength * most
+        found = replace_detail(z_d, noise, torch.full((4000,), strength, dtype=F64), most)
+        assert found.var().item() == pytest.approx(1.0, abs=0.01)
+        assert (found * z_d).mean().item() == pytest.approx((1 - share**2) ** 0.5, abs=0.01)
+        torch.testing.assert_close(found, (1 - share**2) ** 0.5 * z_d + share * noise)
+    assert torch.equal(replace_detail(z_d, noise, torch.ones(4000, dtype=F64), 0.0), z_d), "0 is the identity"
+    each = replace_detail(z_d[:3], noise[:3], torch.tensor([0.0, 0.5, 1.0], dtype=F64), 1.0)
+    assert torch.equal(each[0], z_d[0]), "a share for each sample"
+    assert torch.equal(each[2], noise[2])
 
 
 def test_a_batch_over_several_processes_has_the_same_noise():

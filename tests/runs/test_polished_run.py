@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from davae.analyze.gap import decoder_before_polish
 from davae.errors import DataError, Interrupted, RunError
+from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.open import load_pipeline
 from davae.publish.upgrade_file import find_upgrade
 from davae.recipes import Recipe, validate
@@ -186,6 +187,10 @@ def test_a_shared_stage_1_takes_its_polish_along(start: Start, whole: Path, fold
     config = json.loads((folders / "other" / "pipeline" / "vae" / "config.json").read_text())
     kept = json.loads((folders / "other" / "polished" / "config.json").read_text())
     assert config["detail_std"] == kept["detail_std"], "with the scale of its own stage 2, for exports"
+    seen.clear()
+    finish(start(folders / "residual", seen, first, stage2__detail_residual=True, **POLISH))
+    assert set(seen) == {"stage1.polish", "stage2"}, "a polish on latents that are normalised otherwise"
+    assert load_detail_vae(folders / "residual" / "pipeline" / "vae").detail_kernel is not None
     measured = json.loads((first / "polished" / "config.json").read_text())["detail_std"]
     assert config["detail_std"] == pytest.approx([2 * value for value in measured])
     with pytest.raises(

@@ -12,7 +12,7 @@ from davae import DetailVAE
 from davae.cost.flops import meta_detail_vae
 from davae.cost.memory import polish_memory, stage1_memory
 from davae.errors import RecipeError
-from davae.losses.decoder_noise import noise_latents
+from davae.losses.decoder_noise import noise_latents, replace_detail
 from davae.plan.expected import expect
 from davae.pretrained.shapes import read_shapes
 from davae.recipes import Recipe, load_recipe
@@ -24,10 +24,11 @@ from davae.train.random import SampleRandom
 from davae.zoo import resolve
 
 CPU = torch.device("cpu")
+POLISH_KEYS = ("noise", "detail_noise", "gan_start")
 
 
 def settings(**changes: Any) -> Stage1:
-    polish = {"max_steps": 3, **{name: changes.pop(name) for name in ("noise", "gan_start") if name in changes}}
+    polish = {"max_steps": 3, **{name: changes.pop(name) for name in POLISH_KEYS if name in changes}}
     values = {"max_steps": 9, "batch_size": 4, "lambda_lpips": 0.0, "gan_channels": 8, "gan_layers": 1, **changes}
     return Stage1(**values, polish=Polish(**polish)).polishing
 
@@ -78,6 +79,28 @@ def test_the_decoder_sees_the_mean_latents_with_noise_in_units_of_each_channel()
     torch.testing.assert_close(plain, decode(task.vae.layout.join(raw.z, raw.mean)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_noise_takes_the_place_of_a_share_of_the_detail_alone(residual: bool):
+    task, images = task_of(noise=0.0, detail_noise=0.8), torch.rand(3, 3, 32, 32) * 2 - 1
+    if residual:  # of what stage 2 learns
+        task.vae.set_detail_kernel(torch.randn(8, 4, 3, 3) * 0.1)
+    seen: list[torch.Tensor] = []
+    decode = task.vae.decode_raw
+    task.vae.decode_raw = lambda latents: (seen.append(latents), decode(latents))[1]  # type: ignore[method-assign]
+    loss_of(task, images)
+    raw = task.vae.encode_raw(images)
+    z, z_d = task.vae.layout.split(task.vae.normalise(task.vae.layout.join(raw.z, raw.mean)))
+    draws = SampleRandom(0, "stage1.polish", 0, 0, 3)
+    draws.normal(12, 8, 8), draws.uniform()
+    found, found_d = task.vae.layout.split(task.vae.normalise(seen[0]))
+    torch.testing.assert_close(found, z, rtol=1e-4, atol=1e-4)
+    expected = replace_detail(z_d, draws.normal(8, 8, 8), draws.uniform(), 0.8)
+    torch.testing.assert_close(found_d, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found_d, z_d, atol=1e-2)
+    plain = task.reconstruct(images)
+    torch.testing.assert_close(plain, decode(task.vae.layout.join(raw.z, raw.mean)), rtol=1e-4, atol=1e-4)
+
+
 def test_the_noise_of_a_batch_does_not_depend_on_its_split():
     task, images = task_of(lambda_adv=0.0), torch.rand(4, 3, 32, 32) * 2 - 1
     whole = loss_of(task, images)[0]
@@ -112,7 +135,9 @@ def test_a_polish_may_be_added_lengthened_and_nothing_else():
     assert differences(plain, short) == differences(plain, strong) == differences(short, long) == []
     assert differences(short, strong) == ["stage1.polish.noise: 0.4 -> 0.8"]
     (left_out,) = differences(short, plain)
-    assert left_out == "stage1.polish: max_steps=3, noise=0.4, lr_warmup_steps=0, gan_start=0 -> None"
+    assert (
+        left_out == "stage1.polish: max_steps=3, noise=0.4, detail_noise=0.0, lr_warmup_steps=0, gan_start=0 -> None"
+    )
 
 
 def test_plans_count_the_decoder_alone():

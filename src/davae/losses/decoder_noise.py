@@ -21,3 +21,19 @@ def noise_latents(latents: Tensor, noise: Tensor, strength: Tensor, tau: float) 
     """
     sigma = (tau * strength).to(latents).view(-1, 1, 1, 1)
     return latents + sigma * noise.to(latents)
+
+
+def replace_detail(z_d: Tensor, noise: Tensor, strength: Tensor, most: float) -> Tensor:
+    """Return sqrt(1 - s^2) z_d + s n, with a share s = most u of each sample's own.
+
+    A generator's z_d has the right variance, but agrees with z only in part. Here its correlation with the true z_d is
+    sqrt(1 - s^2), and its variance stays: at s = 1 nothing of it is true, and the best decoder is one of z alone.
+
+    Args:
+        z_d: normalised (B,D,h,w).
+        noise: n, standard normal, (B,D,h,w).
+        strength: u, uniform in [0,1), (B,).
+        most: the largest share, in [0,1]; 0 returns z_d.
+    """
+    share = (most * strength).to(z_d).view(-1, 1, 1, 1)
+    return (1 - share.square()).sqrt() * z_d + share * noise.to(z_d)

@@ -82,6 +82,11 @@ class Polish(Section):
         description="tau: largest deviation of the noise on latents, in units of a channel's own. Its strength is "
         "uniform below that. RAE (arXiv 2510.11690) trains its decoder so.",
     )
+    detail_noise: Fraction = Field(
+        default=0.0,
+        description="Largest share of z_d that noise takes the place of, at the same variance; uniform below that. The "
+        "decoder then draws what z holds even where z_d is wrong.",
+    )
     batch_size: Batch | None = Field(default=None, description="Images of one batch. Without it: as in stage 1.")
     lr: PositiveFloat | None = Field(default=None, description="Learning rate. Without it: as in stage 1.")
     lr_schedule: Literal["constant", "linear", "cosine"] | None = Field(

@@ -30,7 +30,7 @@ from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.prompting import embed_captions
 from davae.publish.assemble import POLISHED, UPGRADE_FILE, load_trained
 from davae.recipes import Recipe, load_recipe
-from davae.recipes.stages import POLISH, Stage2
+from davae.recipes.stages import POLISH
 from davae.runs.cache import cache_images, cache_key, cache_shards, show_cache
 from davae.runs.checks import check_init, check_objective, check_recipe, check_shared
 from davae.runs.frozen_features import frozen_features
@@ -54,6 +54,11 @@ def save_model(model: Any, folder: Path) -> None:
     """Write a diffusers model into a folder that appears whole or not at all."""
     with model_folder(folder) as partial:
         model.eval().save_pretrained(partial)
+
+
+    """Return whether two runs on one stage 1 polish it alike, on latents normalised alike."""
+    """Return whether two runs on one stage 1 have the same polish, on latents that are normalised alike."""
+    return (one.stage1.polish, one.stage2.detail_residual) == (other.stage1.polish, other.stage2.detail_residual)
 
 
 class UpgradeParts:
@@ -153,19 +158,18 @@ class UpgradeParts:
         """Return the trained DetailVAE, in eval mode."""
         return load_detail_vae(self.first / "vae").to(self.accelerator.device).eval()  # type: ignore[return-value]
 
-    def measured_vae(self, stage2: Stage2 | None = None) -> DetailVAE:
-        """Return the trained DetailVAE, normalising as a stage 2 takes it, or to a std of 1.
+    def measured_vae(self, scale: float = 1.0) -> DetailVAE:
+        """Return the trained DetailVAE, which normalises its detail to a std of `scale`.
 
         The statistics are the cache's. `init` brings its own. Those of the DetailVAE on disk may be those of another stage 2
         on the same cache.
         """
-        return self._measured(self.vae(), stage2)
+        return self._measured(self.vae(), scale)
 
-    def _measured(self, vae: DetailVAE, stage2: Stage2 | None) -> DetailVAE:
+    def _measured(self, vae: DetailVAE, scale: float) -> DetailVAE:
         if self.init is None:
-            scale = 1.0 if stage2 is None else stage2.detail_scale
             set_statistics(vae, read_meta(self.first / "cache"), scale)
-            if stage2 is not None and stage2.detail_residual:
+            if self.recipe.stage2.detail_residual:
                 set_residual(vae, self.detail_fit, scale)
         return vae
 
@@ -182,14 +186,14 @@ class UpgradeParts:
 
     def stage2_vae(self) -> DetailVAE:
         """Return the trained DetailVAE with the normalisation that stage 2 takes."""
-        return self.measured_vae(self.recipe.stage2)
+        return self.measured_vae(self.recipe.stage2.detail_scale)
 
     def exported_vae(self) -> DetailVAE:
         """Return the DetailVAE of the pipeline, with the polished decoder where there is one."""
         if self.recipe.stage1.polish is None:
             return self.stage2_vae()
         polished: Any = load_detail_vae(self.out / POLISHED).to(self.accelerator.device)
-        return self._measured(polished.eval(), self.recipe.stage2)
+        return self._measured(polished.eval(), self.recipe.stage2.detail_scale)
 
     def keep_statistics(self, vae: DetailVAE) -> None:
         """Write the exported DetailVAE where the one in the run folder has other statistics."""
@@ -232,7 +236,7 @@ class UpgradeParts:
         if self.first == self.out:
             return None
         other = load_recipe(str(self.first / "recipe.yaml"))
-        same = isinstance(other, Recipe) and other.stage1.polish == self.recipe.stage1.polish
+        same = isinstance(other, Recipe) and polished_alike(other, self.recipe)
         return self.first / POLISHED if from_main(same and is_done(self.first, self.recipe, POLISH)) else None
 
     # -- cache -------------------------------------------------------------------------------------------------
