@@ -56,8 +56,8 @@ def save_model(model: Any, folder: Path) -> None:
         model.eval().save_pretrained(partial)
 
 
+def polished_alike(one: Recipe, other: Recipe) -> bool:
     """Return whether two runs on one stage 1 polish it alike, on latents normalised alike."""
-    """Return whether two runs on one stage 1 have the same polish, on latents that are normalised alike."""
     return (one.stage1.polish, one.stage2.detail_residual) == (other.stage1.polish, other.stage2.detail_residual)
 
 
