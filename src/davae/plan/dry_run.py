@@ -124,10 +124,11 @@ def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: 
     frozen = torch.float32 if recipe.stage2.lora is None else base_dtype
     side = recipe.base.resolution // shapes.vae_factor
     encode, decode = autoencoder_flops(upgrade.detail_vae, recipe.resolution)
-    autoencoder = shapes, recipe.detail_channels, recipe.scale, recipe.stage1_pixels
-    polish = None
+    layers = shapes, recipe.detail_channels, recipe.scale
+    autoencoder, polish = (*layers, recipe.seen_pixels("stage1")), None
     if recipe.stage1.polish is not None:
-        polish = polish_memory(*autoencoder, own_settings(recipe.stage1.polishing, shares[POLISH]), mixed=mixed)
+        seen = recipe.seen_pixels(POLISH)
+        polish = polish_memory(*layers, seen, own_settings(recipe.stage1.polishing, shares[POLISH]), mixed=mixed)
     return PhaseSizes(
         recipe=recipe,
         shapes=shapes,

@@ -50,12 +50,11 @@ def expect(recipe: Recipe, shapes: BaseShapes, speed: float) -> Expected:
     with torch.device("meta"):
         trained = count(choose_trainable(transformer, recipe.stage2.lora))
     own = vae.num_parameters(only_trainable=True)
-    encode, decode = (flops.total for flops in autoencoder_flops(vae, recipe.stage1_pixels))
-    work = {
-        "stage1": 3 * (encode + decode),
-        POLISH: encode + 3 * decode,
-        "stage2": 3 * transformer_flops(transformer, side).total,
-    }
+    work = {"stage2": 3 * transformer_flops(transformer, side).total}
+    for name, passes in (("stage1", 3), (POLISH, 1)):  # of the encoder; a polish takes no gradient of it
+        if name in recipe.trainings:
+            encode, decode = (flops.total for flops in autoencoder_flops(vae, recipe.seen_pixels(name)))
+            work[name] = passes * encode + 3 * decode
     seconds = {name: training_seconds(one, work[name], speed) for name, one in recipe.trainings.items()}
     parameters = {"stage1": own, POLISH: count(vae.decoder.parameters()), "stage2": trained}
     autoencoders = 1 if recipe.stage1.polish is None else 2

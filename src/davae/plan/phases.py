@@ -109,7 +109,7 @@ def polish_phase(sizes: PhaseSizes) -> Phase:
 def _autoencoder_phase(name: str, sizes: PhaseSizes, read: int) -> Phase:
     """Return the phase of a training of the DetailVAE, of which `read` parameters are loaded."""
     settings, share, step = sizes.stage(name)
-    image = sizes.image_bytes(sizes.recipe.stage1_pixels)
+    image = sizes.image_bytes(sizes.recipe.seen_pixels(name))
     return training_phase(
         name,
         sizes,

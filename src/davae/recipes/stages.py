@@ -88,6 +88,9 @@ class Polish(Section):
         "decoder then draws what z holds even where z_d is wrong.",
     )
     batch_size: Batch | None = Field(default=None, description="Images of one batch. Without it: as in stage 1.")
+    crop: Pixels | None = Field(
+        default=None, description="Side of the squares. Without it: as in stage 1; the resolution is all of an image."
+    )
     lr: PositiveFloat | None = Field(default=None, description="Learning rate. Without it: as in stage 1.")
     lr_schedule: Literal["constant", "linear", "cosine"] | None = Field(
         default=None, description="Course of the learning rate. Without it: as in stage 1."
@@ -146,7 +149,7 @@ class Stage1(Reconstruction):
     def polishing(self) -> Stage1:
         """Settings of the polish: stage 1's, with the values that `polish` sets."""
         assert self.polish is not None
-        own = self.polish.model_dump(exclude={"noise"}, exclude_none=True)
+        own = self.polish.model_dump(exclude={"noise", "detail_noise"}, exclude_none=True)
         return self.model_copy(update=own)
 
     @model_validator(mode="after")

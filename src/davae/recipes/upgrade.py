@@ -109,7 +109,7 @@ class Recipe(Section):
         """Images of the latent cache and stage 2."""
         return self.stage2.data or self.data
 
-    @property
-    def stage1_pixels(self) -> int:
-        """Side of the part of a square image that a step of stage 1 sees."""
-        return min(self.resolution, self.stage1.crop or self.resolution)
+    def seen_pixels(self, training: str) -> int:
+        """Return the side of the part of a square image that a step of stage 1, or of its polish, sees."""
+        settings = self.stage1.polishing if training == POLISH else self.stage1
+        return min(self.resolution, settings.crop or self.resolution)

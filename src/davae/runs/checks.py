@@ -64,12 +64,14 @@ def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
                 f"{stage}.gradient_checkpointing: diffusers' {kind} has none that works; set it to false"
             )
     pixels = shapes.vae_factor * recipe.scale
-    if recipe.stage1.crop is not None and (recipe.stage1.crop % pixels or recipe.stage1.crop > recipe.resolution):
-        near = min(recipe.resolution, max(1, round(recipe.stage1.crop / pixels)) * pixels)
-        raise RecipeError(
-            f"stage1.crop: {recipe.stage1.crop} is not a multiple of {pixels}, the pixels of a latent position, up to the "
-            f"resolution {recipe.resolution}; use {near}"
-        )
+    for name, own in (("stage1", recipe.stage1), (POLISH, recipe.stage1.polish)):
+        crop = None if own is None else own.crop
+        if crop is not None and (crop % pixels or crop > recipe.resolution):
+            near = min(recipe.resolution, max(1, round(crop / pixels)) * pixels)
+            raise RecipeError(
+                f"{name}.crop: {crop} is not a multiple of {pixels}, the pixels of a latent position, up to the "
+                f"resolution {recipe.resolution}; use {near}"
+            )
     layout = LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
     if recipe.stage1.start == "unfolded":
         try:
