@@ -82,7 +82,7 @@ class Polish(Section):
         description="tau: largest deviation of the noise on latents, in units of a channel's own. Its strength is "
         "uniform below that. RAE (arXiv 2510.11690) trains its decoder so.",
     )
-    detail_noise: Fraction = Field(
+    detail_noise: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.0,
         description="Largest share of z_d that noise takes the place of, at the same variance; uniform below that. The "
         "decoder then draws what z holds even where z_d is wrong.",

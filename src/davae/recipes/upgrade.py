@@ -110,6 +110,6 @@ class Recipe(Section):
         return self.stage2.data or self.data
 
     def seen_pixels(self, training: str) -> int:
-        """Return the side of the part of a square image that a step of stage 1, or of its polish, sees."""
+        """Return the side of the square that a step of stage 1, or of its polish, sees."""
         settings = self.stage1.polishing if training == POLISH else self.stage1
         return min(self.resolution, settings.crop or self.resolution)

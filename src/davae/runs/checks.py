@@ -64,14 +64,7 @@ def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
                 f"{stage}.gradient_checkpointing: diffusers' {kind} has none that works; set it to false"
             )
     pixels = shapes.vae_factor * recipe.scale
-    for name, own in (("stage1", recipe.stage1), (POLISH, recipe.stage1.polish)):
-        crop = None if own is None else own.crop
-        if crop is not None and (crop % pixels or crop > recipe.resolution):
-            near = min(recipe.resolution, max(1, round(crop / pixels)) * pixels)
-            raise RecipeError(
-                f"{name}.crop: {crop} is not a multiple of {pixels}, the pixels of a latent position, up to the "
-                f"resolution {recipe.resolution}; use {near}"
-            )
+    check_crops(recipe, pixels)
     layout = LatentLayout(shapes.channels, recipe.detail_channels, recipe.scale)
     if recipe.stage1.start == "unfolded":
         try:
@@ -169,6 +162,26 @@ def check_head(recipe: Recipe, base: BaseModel) -> None:
         raise RecipeError(f"{key}: {error}; leave it out") from error
     if options and base.shapes.transformer_config.get("prediction_type", "velocity") != "velocity":
         raise RecipeError(f"{key}: {recipe.base.name} predicts epsilon, this option is for velocities; leave it out")
+
+
+def check_crops(recipe: Recipe, pixels: int) -> None:
+    """Check the squares on which stage 1 and its polish train.
+
+    Args:
+        recipe: of the upgrade.
+        pixels: of a latent position.
+
+    Raises:
+        RecipeError: a side that is not a multiple of it, or above the resolution.
+    """
+    for name, own in (("stage1", recipe.stage1), (POLISH, recipe.stage1.polish)):
+        crop = None if own is None else own.crop
+        if crop is not None and (crop % pixels or crop > recipe.resolution):
+            near = min(recipe.resolution, max(1, round(crop / pixels)) * pixels)
+            raise RecipeError(
+                f"{name}.crop: {crop} is not a multiple of {pixels}, the pixels of a latent position, up to the "
+                f"resolution {recipe.resolution}; use {near}"
+            )
 
 
 def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
