@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import tiny_upgrade_recipe
 
 from davae import DetailVAE, LatentLayout
+from davae.analyze.sensitivity import reconstructions
 from davae.data.latent_cache.meta import read_meta
 from davae.data.latent_cache.read import CachedLatents
 from davae.data.latent_cache.residual import RIDGE, fit_detail
@@ -215,3 +216,14 @@ def test_a_kernel_of_another_size_is_refused(finished: Path, size: int):
     config = dict(load_detail_vae(finished / "vae").config)
     with pytest.raises(ValueError, match=rf"detail_kernel_size must be one of .*found {size}"):
         DetailVAE.from_config({**config, "detail_kernel_size": size})
+
+
+def test_zero_detail_is_what_z_predicts(finished: Path):
+    vae = load_detail_vae(finished / "pipeline" / "vae")
+    vae.set_detail_statistics(torch.zeros(8), torch.tensor(vae.config["detail_std"]))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        z, z_d = vae.layout.split(vae.encode(images).latent_dist.mode())
+        raw, _ = vae.layout.split(vae.denormalise(vae.layout.join(z, z_d)))
+        expected = vae.decode_raw(vae.layout.join(raw, predict_detail(z, vae.detail_kernel)))
+    torch.testing.assert_close(reconstructions(vae, None)["zero detail"](images), expected, rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from davae.data.images import to_images
 from davae.dataset.look import as_data, batches, real_pictures
 from davae.evaluate.features import make_extractor
 from davae.evaluate.reconstruction import perceptual_distances, score_reconstructions
+from davae.latent import LatentStatistics
 from davae.recipes.sections import Data
 from davae.sample.open import open_autoencoder, open_detail_vae
 from davae.vae.blocks import downsample
@@ -25,18 +27,24 @@ Reconstruct = Callable[[Tensor], Tensor]
 UNIT_NORMAL = "random detail, N(0, I)"
 
 
+def raw_statistics(vae: DetailVAE) -> LatentStatistics:
+    """Return the statistics of raw z_d, or, with `detail_residual`, of what z leaves of it."""
+    return replace(vae.statistics, kernel=None)
+
+
 def reconstructions(
     vae: DetailVAE, base_vae: Any, seed: int = 0, *, unit_normal: bool = False
 ) -> dict[str, Reconstruct]:
     """Return functions from images I_hr (B,3,sH,sW) in [-1,1] to reconstructions, by name.
 
-    `base + bicubic`: the base autoencoder at its own resolution, enlarged. `zero detail`: z_d = 0.
+    `base + bicubic`: the base autoencoder at its own resolution, enlarged. `zero detail`: z_d = 0; with
+    `detail_residual` that is the detail that z predicts.
     `random detail`: z_d drawn from a normal with the channel means and deviations of the training set.
 
     Args:
         unit_normal: add `UNIT_NORMAL`, raw z_d drawn from N(0, I) as in the paper's Tab. S2a.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, raw = torch.Generator().manual_seed(seed), raw_statistics(vae)
 
     @torch.no_grad()
     def base_bicubic(images: Tensor) -> Tensor:
@@ -49,10 +57,10 @@ def reconstructions(
         def reconstruct(images: Tensor) -> Tensor:
             latents = encode_in_range(vae, images)  # (B,C+D,h,w), normalised
             if not normalised:
-                latents = vae.denormalise(latents)
+                latents = raw.denormalise(latents)
             z, z_d = vae.layout.split(latents)
             latents = vae.layout.join(z, change(z_d))
-            return decode_in_range(vae, latents if normalised else vae.normalise(latents))
+            return decode_in_range(vae, latents if normalised else raw.normalise(latents))
 
         return reconstruct
 
@@ -83,9 +91,10 @@ def decode_faded(vae: DetailVAE, latents: Tensor, weights: Tensor) -> Tensor:
 
     Weights of one give the reconstruction, weights of zero the `zero detail` of `reconstructions`.
     """
-    z, z_d = vae.layout.split(vae.denormalise(latents))
+    raw = raw_statistics(vae)
+    z, z_d = vae.layout.split(raw.denormalise(latents))
     faded = vae.layout.join(z, z_d * weights.to(z_d).view(1, -1, 1, 1))
-    return decode_in_range(vae, vae.normalise(faded))  # (B,3,sH,sW)
+    return decode_in_range(vae, raw.normalise(faded))  # (B,3,sH,sW)
 
 
 RANDOM = {
