@@ -28,12 +28,13 @@ from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_sett
 from davae.backbones.classes import goes_by_class
 from davae.backbones.packed_latents import latent_size, unpack_latents
 from davae.data.images import to_images, to_tensor
-from davae.dataset.look import as_data, images_and_prompts, numbered_batches, real_pictures
+from davae.dataset.look import as_data, images_and_prompts, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.detail import PATCH_SIZE, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST
 from davae.evaluate.features import make_extractor
 from davae.evaluate.plot import to_png
+from davae.evaluate.real_set import real_images
 from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.placement import own_device
 from davae.pretrained.shapes import default_resolution, pixel_factor
@@ -76,7 +77,7 @@ def gap_figure(
     Args:
         model: an upgraded model.
         data: images of at least the size that the model draws.
-        out: folder of the figure.
+        out: folder of the figure. Its `real` keeps the measurements of the training images for a later call.
         options: how images are drawn, at the model's own size; detail for a known base is drawn without guidance.
         num: images of each set, at most.
         held_out: share that was held out of the training.
@@ -104,7 +105,7 @@ def gap_figure(
     extractor = make_extractor(features, feature_weights)
     measure = partial(measure_images, extractor=extractor, patch_size=patch_size)
     others = real_pictures(data, size, held_out, "train")
-    trained = measure(images for _, images in numbered_batches(others, None, batch_size))
+    trained = real_images(others, as_data(data), held_out, features, feature_weights, patch_size, out / "real")
     sets = _sets(pipe, real, prompts, options, decoder_before_polish(Path(model), pipe.vae))
     rows = {
         name: compare_sets(measure(images.split(batch_size)), trained, extractor.name, patch_size)
