@@ -111,19 +111,19 @@ class LatentStatistics:
     def normalise(self, latents: Tensor) -> Tensor:
         """Return what the transformer takes for raw latents (B,c,h,w)."""
         x = (latents - over_grid(self.mean, latents)) / over_grid(self.std, latents)
-        return x if self.kernel is None else self._shifted(x, self.kernel, -1)
+        if self.kernel is None:
+            return x
+        z, z_d = x[:, : self.kernel.shape[1]], x[:, self.kernel.shape[1] :]
+        scale = over_grid(self.std, x)[:, self.kernel.shape[1] :]
+        return torch.cat([z, z_d - predict_detail(z, self.kernel) / scale], dim=1)
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Return the raw latents of what the transformer takes, (B,c,h,w)."""
-        x = latents if self.kernel is None else self._shifted(latents, self.kernel, 1)
-        return x * over_grid(self.std, latents) + over_grid(self.mean, latents)
-
-    def _shifted(self, x: Tensor, kernel: Tensor, sign: int) -> Tensor:
-        """Return normalised [z, z_d] with `sign` times the prediction of z_d added to it."""
-        base = kernel.shape[1]
-        z, z_d = x[:, :base], x[:, base:]
-        predicted = predict_detail(z, kernel) / over_grid(self.std, x)[:, base:]  # (B,D,h,w)
-        return torch.cat([z, z_d + sign * predicted], dim=1)
+        raw = latents * over_grid(self.std, latents) + over_grid(self.mean, latents)
+        if self.kernel is None:
+            return raw
+        base = self.kernel.shape[1]
+        return torch.cat([raw[:, :base], raw[:, base:] + predict_detail(latents[:, :base], self.kernel)], dim=1)
 
 
 def predict_detail(z: Tensor, kernel: Tensor) -> Tensor:
@@ -137,10 +137,10 @@ def predict_detail(z: Tensor, kernel: Tensor) -> Tensor:
         kernel: K (D,C,k,k) with an odd k, in the units of the raw detail. Beyond the border z is repeated.
 
     Returns:
-        (B,D,h,w).
+        (B,D,h,w), in the wider of both precisions.
     """
-    margin = kernel.shape[-1] // 2
-    return F.conv2d(F.pad(z, [margin] * 4, mode="replicate"), kernel)
+    margin, wide = kernel.shape[-1] // 2, torch.promote_types(z.dtype, kernel.dtype)
+    return F.conv2d(F.pad(z.to(wide), [margin] * 4, mode="replicate"), kernel.to(wide))
 
 
 def over_grid(statistics: Tensor, latents: Tensor) -> Tensor:

@@ -134,7 +134,9 @@ def test_a_polish_is_a_phase_of_its_own(tmp_path: Path, monkeypatch: pytest.Monk
     checkpoint = step.optimizer + step.gradients + step.ema
     assert own.disk == (2 + 2) * checkpoint + 4 * 400, "its checkpoints, and a second DetailVAE"
     large = check_phase(replace(own, device=10**15), chosen)
-    assert large.remedy == "lower stage1.polish.batch_size, or take a GPU with more memory"
+    assert (
+        large.remedy == "lower stage1.polish.batch_size, or set stage1.polish.crop=32, or take a GPU with more memory"
+    )
 
 
 def test_json_without_a_dry_run_is_one_line(tmp_path: Path):

@@ -22,7 +22,9 @@ from davae.publish.export import export
 from davae.publish.upgrade_file import find_upgrade
 from davae.recipes import Recipe, validate
 from davae.runs.checks import check_init
+from davae.runs.statistics import hash_statistics
 from davae.runs.upgrade import Upgrade
+from davae.train.loop import Progress
 
 LAYOUT = LatentLayout(2, 4)
 
@@ -72,6 +74,16 @@ def test_the_step_is_undone_and_leaves_z(size: int):
     assert torch.equal(z, base)
     _, std = LAYOUT.split(plain.std)
     torch.testing.assert_close(z_d, detail - predict_detail(base, kernel) / std)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_statistics_take_float32_latents(dtype: torch.dtype):
+    raw, kernel = drawn(5, 3, 6, 4, 4).float(), drawn(6, 4, 2, 3, 3)
+    exact = given(kernel).normalise(raw.double())
+    half = given(kernel).to(dtype)
+    tolerance = 60 * torch.finfo(dtype).eps
+    torch.testing.assert_close(half.normalise(raw).double(), exact, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(half.denormalise(half.normalise(raw)), raw, rtol=0, atol=1e-5)
 
 
 def test_statistics_of_a_cell_divide_each_position():
@@ -157,6 +169,30 @@ def test_a_run_and_what_it_leaves_normalise_alike(finished: Path, tmp_path: Path
     assert same_normalisation(DetailVAE.from_pretrained(finished / "pipeline", subfolder="vae"), vae)
 
 
+def test_what_shows_checkpoints_finds_the_normalisation(tiny_base: Path, picture_folder: Path, tmp_path: Path):
+    kinds: list[int | None] = []
+
+    def look(progress: Progress) -> None:
+        if progress.task == "stage2":
+            kinds.append(load_detail_vae(tmp_path / "run" / "vae").config["detail_kernel_size"])
+
+    run = Upgrade(recipe_of(tiny_base, picture_folder, **CHANGES), tmp_path / "run", look)
+    run.run()
+    run.folder.close()
+    assert kinds == [3, 3]
+
+
+def test_a_fit_that_rounds_otherwise_is_the_same(finished: Path):
+    """A kernel is fitted again at every start, perhaps on another machine."""
+    vae, meta = load_detail_vae(finished / "vae"), read_meta(finished / "cache")
+    first, alone = hash_statistics(vae, meta), hash_statistics(vae)
+    vae.detail_kernel += 1e-8
+    assert hash_statistics(vae, meta) == first
+    assert hash_statistics(vae) != alone
+    vae.set_detail_kernel(None)
+    assert hash_statistics(vae, meta) != first
+
+
 def test_stage_2_trains_on_standard_latents(finished: Path, tiny_base: Path, picture_folder: Path):
     vae = load_detail_vae(finished / "pipeline" / "vae")
     cache = CachedLatents(finished / "cache", "text")
@@ -220,10 +256,11 @@ def test_a_kernel_of_another_size_is_refused(finished: Path, size: int):
 
 def test_zero_detail_is_what_z_predicts(finished: Path):
     vae = load_detail_vae(finished / "pipeline" / "vae")
+    ways = reconstructions(vae, None)
     vae.set_detail_statistics(torch.zeros(8), torch.tensor(vae.config["detail_std"]))
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         z, z_d = vae.layout.split(vae.encode(images).latent_dist.mode())
         raw, _ = vae.layout.split(vae.denormalise(vae.layout.join(z, z_d)))
         expected = vae.decode_raw(vae.layout.join(raw, predict_detail(z, vae.detail_kernel)))
-    torch.testing.assert_close(reconstructions(vae, None)["zero detail"](images), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ways["zero detail"](images), expected, rtol=0, atol=1e-5)

@@ -30,6 +30,8 @@ def diffusability_figure(
 ) -> Path:
     """Measure a DetailVAE's latents and write `diffusability.png` (spectra) and `.json`.
 
+    With `stage2.detail_residual` z_d is what z leaves of it, as stage 2 learns it.
+
     Args:
         vae: a DetailVAE's folder, or a run's.
         num: images; three quarters fit what is fitted, the others measure.
@@ -44,6 +46,8 @@ def diffusability_figure(
         data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "diffusability.data.json"
     )
     z, z_d, _ = raw_latents(model, images, num)
+    if model.detail_kernel is not None:  # what stage 2 learns
+        z, z_d = model.layout.split(model.statistics.to(z).normalise(model.layout.join(z, z_d)))
     figures = {
         "vae": vae,
         "data": as_data(data).source,

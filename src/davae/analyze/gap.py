@@ -6,7 +6,7 @@ Five sets are compared with the training images, each one step further from the 
 - decoded: their latents [z, z_d], encoded and decoded by the DetailVAE;
 - detail drawn: their z, and the z_d that the model draws for it with their captions or classes;
 - base and detail drawn: samples of the same captions;
-- base drawn, no detail: the z of these samples with z_d at its mean.
+- base drawn, no detail: the z of these samples with z_d at its mean, or, with `detail_residual`, as z predicts it.
 
 A run with `stage1.polish` has two more: the latents of `decoded` and of the samples by the decoder before its polish.
 
@@ -16,7 +16,6 @@ All sets have the same number of images, so that the bias of a Frechet distance 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,20 +102,20 @@ def gap_figure(
     if len(real) < LEAST:
         raise ModelError(f"--held-out {held_out}: {len(real)} images, at least {LEAST} are needed; hold out more")
     extractor = make_extractor(features, feature_weights)
-    measure = partial(measure_images, extractor=extractor, patch_size=patch_size)
     others = real_pictures(data, size, held_out, "train")
-    trained = real_images(others, as_data(data), held_out, features, feature_weights, patch_size, out / "real")
+    network: Any = features, feature_weights, patch_size, out / "real", batch_size
+    trained = real_images(others, as_data(data), held_out, *network)
     sets = _sets(pipe, real, prompts, options, decoder_before_polish(Path(model), pipe.vae))
-    rows = {
-        name: compare_sets(measure(images.split(batch_size)), trained, extractor.name, patch_size)
-        for name, images in sets.items()
+    measured = {
+        name: measure_images(images.split(batch_size), extractor, patch_size) for name, images in sets.items()
     }
+    rows = {name: compare_sets(found, trained, extractor.name, patch_size) for name, found in measured.items()}
     distances = [key for key in (extractor.name, f"patch_{extractor.name}") if key in rows[REAL]]
     apart = {key: {name: row[key] for name, row in rows.items()} for key in distances}
     splits = {"parts": gap_parts, "polish_gain": polish_gain} if UNPOLISHED in sets else {"parts": gap_parts}
     found = {name: {key: split(values) for key, values in apart.items()} for name, split in splits.items()}
-    origin: dict[str, Any] = {"run": model, "data": as_data(data).source}
-    origin["settings"] = figure_settings(data, num, held_out) | options.settings
+    settings = figure_settings(data, num, held_out) | options.settings
+    origin: dict[str, Any] = {"run": model, "data": as_data(data).source, "settings": settings}
     shown = {name: to_images(images[:SHOWN]) for name, images in sets.items()}
     write_figure(out, "gap-images", contact_sheet(shown, size), origin)
     return write_figure(out, "gap", gap_plot(rows, distances), {**origin, "images": len(real), "rows": rows, **found})

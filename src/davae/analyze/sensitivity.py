@@ -39,12 +39,13 @@ def reconstructions(
 
     `base + bicubic`: the base autoencoder at its own resolution, enlarged. `zero detail`: z_d = 0; with
     `detail_residual` that is the detail that z predicts.
-    `random detail`: z_d drawn from a normal with the channel means and deviations of the training set.
+    `random detail`: z_d drawn from a normal with the channel means and deviations of the training set. With
+    `detail_residual` z_d is in all of them what z leaves of the detail.
 
     Args:
         unit_normal: add `UNIT_NORMAL`, raw z_d drawn from N(0, I) as in the paper's Tab. S2a.
     """
-    generator, raw = torch.Generator().manual_seed(seed), raw_statistics(vae)
+    generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
     def base_bicubic(images: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def reconstructions(
     def with_detail(change: Callable[[Tensor], Tensor], normalised: bool) -> Reconstruct:
         @torch.no_grad()
         def reconstruct(images: Tensor) -> Tensor:
-            latents = encode_in_range(vae, images)  # (B,C+D,h,w), normalised
+            latents, raw = encode_in_range(vae, images), raw_statistics(vae)  # (B,C+D,h,w), normalised
             if not normalised:
                 latents = raw.denormalise(latents)
             z, z_d = vae.layout.split(latents)

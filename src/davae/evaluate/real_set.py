@@ -32,6 +32,7 @@ def real_images(
     weights: Path | None,
     patch_size: int = 0,
     keep: Path | None = None,
+    batch_size: int = 16,
 ) -> ImageSet:
     """Measure a set of real images, once in a process, and once for all with `keep`.
 
@@ -43,6 +44,7 @@ def real_images(
         weights: file of the Inception weights.
         patch_size: side of the crops of the patch distance, pixels.
         keep: folder of the measurements. A set whose images, options or network changed is measured anew.
+        batch_size: images at a time.
     """
     network = features if weights is None else hashlib.sha256(weights.read_bytes()).hexdigest()
     prepared = data.model_dump_json(exclude={"source"}), images.resolution, held_in
@@ -52,7 +54,7 @@ def real_images(
     file = None if keep is None else keep / f"{key}.npz"
     found = None if file is None else _read(file)
     if found is None:
-        found = measure_images(batches(images), make_extractor(features, weights), patch_size)
+        found = measure_images(batches(images, size=batch_size), make_extractor(features, weights), patch_size)
         if file is not None:
             _write(file, found)
     _measured[key] = found

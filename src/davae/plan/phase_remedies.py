@@ -82,6 +82,9 @@ def disk_notes(phases: list[Phase], folder: Path) -> list[str]:
 def polish_remedy(sizes: PhaseSizes) -> str:
     """Return changes that make the polish smaller and leave a finished stage 1 as it is."""
     ways = [f"lower {POLISH}.batch_size"] if sizes.stage(POLISH)[1].images > 1 else []
+    half = sizes.recipe.resolution // 2
+    if sizes.recipe.seen_pixels(POLISH) > half:
+        ways.append(f"set {POLISH}.crop={half}")
     return ", or ".join([*ways, "take a GPU with more memory"])
 
 

@@ -338,3 +338,8 @@ def check_buckets(recipe: Recipe, base: BaseModel) -> None:
                 f"{path}.max_ratio: {buckets.max_ratio} gives {side} tokens in a row, {recipe.base.name} knows "
                 f"positions up to {longest}; lower it"
             )
+
+
+def polished_alike(one: Recipe, other: Recipe) -> bool:
+    """Return whether two runs on one stage 1 polish it alike, on latents normalised alike."""
+    return (one.stage1.polish, one.stage2.detail_residual) == (other.stage1.polish, other.stage2.detail_residual)

@@ -9,7 +9,7 @@ import torch
 from davae.data.latent_cache.key import hash_values
 from davae.data.latent_cache.meta import CacheMeta
 from davae.data.latent_cache.read import CachedLatents
-from davae.data.latent_cache.residual import DetailFit, fit_detail
+from davae.data.latent_cache.residual import KERNEL, RIDGE, DetailFit, fit_detail
 from davae.vae.detail_vae import DetailVAE
 
 logger = logging.getLogger(__name__)
@@ -22,8 +22,16 @@ def set_statistics(vae: DetailVAE, meta: CacheMeta, scale: float = 1.0) -> None:
     vae.set_detail_statistics(vae.layout.split(mean)[1].flatten(), vae.layout.split(std)[1].flatten() / scale)
 
 
-def hash_statistics(vae: DetailVAE) -> str:
-    """Return a hash of the statistics that a DetailVAE normalises by."""
+def hash_statistics(vae: DetailVAE, meta: CacheMeta | None = None) -> str:
+    """Return a hash of the statistics that a DetailVAE normalises by.
+
+    Args:
+        vae: the DetailVAE.
+        meta: of the cache from which its kernel was fitted. What the fit reads is then hashed in the kernel's place, as
+            another machine may round the fit otherwise. None where the kernel came with the weights.
+    """
+    if vae.detail_kernel is not None and meta is not None:
+        return hash_values("detail_residual", KERNEL, RIDGE, list(meta.mean), list(meta.std))
     values = [vae.mean, vae.std, *([] if vae.detail_kernel is None else [vae.detail_kernel])]
     return hash_values([hash_values(value.flatten().tolist()) for value in values])
 

@@ -125,7 +125,8 @@ def train_transformer(run: UpgradeParts) -> None:
     if run.only_export_is_due():
         on_main(lambda: export_run(run, read_upgrade(run.out / UPGRADE_FILE)[1]))
         return
-    task, recipe = run.stage2_task(), run.recipe
+    task, recipe, vae = run.stage2_task(), run.recipe, run.stage2_vae()
+    on_main(partial(run.keep_statistics, vae, "vae"))  # what shows checkpoints decodes with it
     trainer = Trainer(task, recipe.run, run.folder, run.accelerator, run.observer, stage2_progress(run, task))
     trainer.fit(recipe.stage2_data.num_workers)
     trainer.use_average()
@@ -145,7 +146,7 @@ def export_run(run: UpgradeParts, trained: dict[str, Tensor]) -> None:
     """
     run.check_inputs(run.stage2_vae())
     vae = run.exported_vae()
-    run.keep_statistics(vae)
+    run.keep_statistics(vae, "vae" if run.recipe.stage1.polish is None else POLISHED)
     export_upgraded(run.base.name, vae, trained, run.recipe, run.out / UPGRADE_FILE, run.out / "pipeline")
 
 

@@ -32,7 +32,7 @@ from davae.publish.assemble import POLISHED, UPGRADE_FILE, load_trained
 from davae.recipes import Recipe, load_recipe
 from davae.recipes.stages import POLISH
 from davae.runs.cache import cache_images, cache_key, cache_shards, show_cache
-from davae.runs.checks import check_init, check_objective, check_recipe, check_shared
+from davae.runs.checks import check_init, check_objective, check_recipe, check_shared, polished_alike
 from davae.runs.frozen_features import frozen_features
 from davae.runs.statistics import fit_residual, hash_statistics, set_residual, set_statistics
 from davae.runs.validation import GRID_IMAGES
@@ -54,11 +54,6 @@ def save_model(model: Any, folder: Path) -> None:
     """Write a diffusers model into a folder that appears whole or not at all."""
     with model_folder(folder) as partial:
         model.eval().save_pretrained(partial)
-
-
-def polished_alike(one: Recipe, other: Recipe) -> bool:
-    """Return whether two runs on one stage 1 polish it alike, on latents normalised alike."""
-    return (one.stage1.polish, one.stage2.detail_residual) == (other.stage1.polish, other.stage2.detail_residual)
 
 
 class UpgradeParts:
@@ -184,6 +179,10 @@ class UpgradeParts:
 
         return from_main(fit() if is_main() else None)
 
+    def _inputs(self, vae: DetailVAE, meta: CacheMeta) -> dict[str, str]:
+        fitted = meta if self.init is None else None
+        return {"the autoencoder": meta.key["autoencoder"], "its statistics": hash_statistics(vae, fitted)}
+
     def stage2_vae(self) -> DetailVAE:
         """Return the trained DetailVAE with the normalisation that stage 2 takes."""
         return self.measured_vae(self.recipe.stage2.detail_scale)
@@ -195,10 +194,9 @@ class UpgradeParts:
         polished: Any = load_detail_vae(self.out / POLISHED).to(self.accelerator.device)
         return self._measured(polished.eval(), self.recipe.stage2.detail_scale)
 
-    def keep_statistics(self, vae: DetailVAE) -> None:
-        """Write the exported DetailVAE where the one in the run folder has other statistics."""
-        folder, settings = "vae" if self.recipe.stage1.polish is None else POLISHED, self.recipe.stage2
-        file = self.out / folder / "config.json"
+    def keep_statistics(self, vae: DetailVAE, folder: str) -> None:
+        """Write a DetailVAE of stage 2 where that folder of the run has another or none."""
+        file, settings = self.out / folder / "config.json", self.recipe.stage2
         there = read_object(file).get("detail_std") if file.is_file() else None
         own = settings.detail_scale != 1.0 or settings.detail_residual
         if there != list(vae.config["detail_std"] or []) and (there or own):
@@ -225,7 +223,7 @@ class UpgradeParts:
             RunError: another run (`--stage1`) has made it anew since.
         """
         settings, vae, meta = self.recipe.stage1.polishing, self.measured_vae(), read_meta(self.first / "cache")
-        inputs = {"the autoencoder": meta.key["autoencoder"], "its statistics": hash_statistics(vae)}
+        inputs = self._inputs(vae, meta)
         if is_main():
             check_stage_inputs(self.folder, POLISH, inputs, self.first)
         seed_initial_weights(training_seed(settings, self.recipe.run))
@@ -367,7 +365,7 @@ class UpgradeParts:
             RunError: another run (`--stage1`) has made them anew since.
         """
         meta = read_meta(self.first / "cache", self.cache_key(vae))
-        inputs = {"the autoencoder": meta.key["autoencoder"], "its statistics": hash_statistics(vae)}
+        inputs = self._inputs(vae, meta)
         inputs["the cache"] = hash_values(meta.key, meta.items, meta.mean)
         if is_main():
             check_stage_inputs(self.folder, "stage2", inputs, self.first)
