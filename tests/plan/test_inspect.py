@@ -145,7 +145,12 @@ READ_VALUES = (
 )
 
 
-@pytest.mark.parametrize("name", READ_VALUES)
+READ_ALWAYS = ("ZImage", "HiDreamImage")  # lengths, and experts; the others take a minute together
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in READ_ALWAYS else pytest.param(n, marks=pytest.mark.slow) for n in READ_VALUES]
+)
 def test_models_that_read_lengths_or_experts_off_tensors_are_inspected(name: str, tmp_path: Path):
     """While memory is rehearsed, tensors hold no values."""
     next(build for kind, build in BUILDERS.items() if kind in (f"{name}Transformer2DModel", f"{name}Model"))(tmp_path)
@@ -346,7 +351,7 @@ def test_checkpointing_and_batches_show_in_the_estimate():
 @pytest.mark.parametrize(
     "stages",
     [
-        pytest.param(["stage2", "6", "stage1", "8"], id="micro"),
+        pytest.param(["stage2", "6", "stage1", "8"], id="micro", marks=pytest.mark.slow),
         pytest.param(
             ["cache", "16", "report", "16", "sampling", "8"], id="micro, without training", marks=pytest.mark.slow
         ),
