@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,11 @@ def contact_sheet(rows: dict[str, list[Image.Image]], cell: int) -> Image.Image:
         rows: name -> images.
         cell: side of an image on the sheet, pixels.
     """
-    label, gap = 120, 4
+    font, gap = ImageFont.load_default(13), 4
+    label = max(120, 16 + math.ceil(max(font.getlength(name) for name in rows)))
     columns = max(len(images) for images in rows.values())
     sheet = Image.new("RGB", (label + columns * (cell + gap), len(rows) * (cell + gap)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(sheet)
     for line, (name, images) in enumerate(rows.items()):
         top = line * (cell + gap)
         draw.text((6, top + cell // 2 - 8), name, fill="black", font=font)

@@ -188,14 +188,15 @@ def polish_gain(distances: dict[str, float]) -> dict[str, float]:
 
 def gap_plot(rows: dict[str, dict[str, float]], distances: list[str]) -> bytes:
     """Return a PNG with a bar for each set, a panel for each distance."""
-    figure, axes = plt.subplots(1, len(distances), figsize=(5.2 * len(distances), 3.2), squeeze=False)
+    size = 2.6 + 3.4 * len(distances), 1.2 + 0.32 * len(rows)  # names of the sets once, on the left
+    figure, axes = plt.subplots(1, len(distances), figsize=size, squeeze=False, sharey=True)
     for axis, key in zip(axes[0], distances, strict=True):
         values = [row[key] for row in rows.values()]
         bars = axis.barh(list(rows), values, color=[COLORS.get(name, "0.8") for name in rows])
         axis.bar_label(bars, [f"{value:.1f}" for value in values], padding=3)
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.set_xlabel(f"{key} to the training images, lower is better")
+        axis.set_xlim(0, 1.2 * max(values))
+        axis.set_xlabel(f"{key} to the training images,\nlower is better")
+    axes[0][0].invert_yaxis()
     return to_png(figure)
 
 
