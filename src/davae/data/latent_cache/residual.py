@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from davae.data.latent_cache.moments import MOST_LATENTS, spread_latents
 from davae.data.latent_cache.read import CachedLatents
 from davae.latent import LatentLayout, LatentStatistics
 
 KERNEL = 3  # positions each way of z that predict a position of z_d
 RIDGE = 1e-3  # in units of z's variance: keeps directions that the cache hardly has from large weights
-MOST_LATENTS, MOST_POSITIONS = 16_384, 2**21  # of a larger cache, evenly spread; a minute of one core
+MOST_POSITIONS = 2**21  # of a larger cache, evenly spread; a minute of one core
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def fit_detail(cache: CachedLatents, statistics: LatentStatistics, layout: Laten
     statistics = statistics.to(torch.device("cpu"), torch.float64)
     size = layout.base_channels * KERNEL**2 + layout.detail_channels
     total, products, count = torch.zeros(size).double(), torch.zeros(size, size).double(), 0
-    for index in _spread(cache):
-        raw = torch.from_numpy(np.asarray(cache[int(index), 0][0], np.float64))
-        z, z_d = layout.split(statistics.normalise(raw[None]))
+    positions = int(np.prod(np.asarray(cache[0, 0][0]).shape[1:]))
+    for raw in spread_latents(cache, min(MOST_LATENTS, max(1, MOST_POSITIONS // positions))):
+        z, z_d = layout.split(statistics.normalise(raw))
         margin = [KERNEL // 2] * 4
         near = F.unfold(F.pad(z, margin, mode="replicate"), KERNEL)[0]  # (C*k*k,h*w)
         rows = torch.cat([near, z_d[0].flatten(1)]).float()
@@ -62,12 +62,6 @@ def fit_detail(cache: CachedLatents, statistics: LatentStatistics, layout: Laten
         count += rows.shape[1]
     mean = total / count
     return _solve(mean, products / count - mean.outer(mean), statistics, layout)
-
-
-def _spread(cache: CachedLatents) -> Any:
-    positions = int(np.prod(np.asarray(cache[0, 0][0]).shape[1:]))
-    number = min(len(cache), MOST_LATENTS, max(1, MOST_POSITIONS // positions))
-    return np.linspace(0, len(cache) - 1, number).round().astype(int)
 
 
 def _solve(mean: Tensor, covariance: Tensor, statistics: LatentStatistics, layout: LatentLayout) -> DetailFit:
