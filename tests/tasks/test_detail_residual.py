@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import tiny_upgrade_recipe
 
 from davae import DetailVAE, LatentLayout
 from davae.analyze.sensitivity import reconstructions
+from davae.analyze.spectra import _learned_detail, spectra_figure
 from davae.data.latent_cache.meta import read_meta
 from davae.data.latent_cache.read import CachedLatents
 from davae.data.latent_cache.residual import RIDGE, fit_detail
@@ -167,6 +169,17 @@ def test_a_run_and_what_it_leaves_normalise_alike(finished: Path, tmp_path: Path
     for folder in (finished / "vae", tmp_path / "fused" / "vae", find_upgrade(str(tmp_path / "small")).vae):
         assert same_normalisation(load_detail_vae(folder), vae)
     assert same_normalisation(DetailVAE.from_pretrained(finished / "pipeline", subfolder="vae"), vae)
+
+
+def test_spectra_show_what_stage_2_learns(finished: Path, picture_folder: Path, tmp_path: Path):
+    vae = load_detail_vae(finished / "vae").double()
+    assert vae.detail_kernel is not None
+    z, z_d = vae.layout.split(torch.randn(2, vae.layout.channels, 8, 8, dtype=torch.float64))
+    mean, std = (vae.layout.split(values)[0] for values in (vae.statistics.mean, vae.statistics.std))
+    expected = z_d - predict_detail((z - mean) / std, vae.detail_kernel)
+    torch.testing.assert_close(_learned_detail(vae, z, z_d), expected)
+    figures = spectra_figure(str(finished / "vae"), str(picture_folder), tmp_path, num=4, held_out=0.0)
+    assert "z_d without what z predicts" in json.loads(figures.with_suffix(".json").read_text())["groups"]
 
 
 def test_what_shows_checkpoints_finds_the_normalisation(tiny_base: Path, picture_folder: Path, tmp_path: Path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,6 +18,7 @@ from davae.evaluate.plot import to_png
 from davae.losses.alignment import group_mean
 from davae.recipes.sections import Data
 from davae.sample.open import open_detail_vae
+from davae.vae.detail_vae import DetailVAE
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,16 @@ def _within(limits: tuple[float, float], value: float) -> bool:
     return limits[0] <= value <= limits[1]
 
 
+def _learned_detail(vae: DetailVAE, z: Tensor, z_d: Tensor) -> Tensor:
+    """Return z_d - K * z (N,D,h,w) in the units of z_d: what stage 2 of a run with `stage2.detail_residual` learns."""
+    statistics, latents = vae.statistics.to(z), vae.layout.join(z, z_d)
+    return vae.layout.split(replace(statistics, kernel=None).denormalise(statistics.normalise(latents)))[1]
+
+
 def spectra_figure(vae: str, data: str | Data, out: Path, *, num: int, held_out: float) -> Path:
     """Write radial spectra of z, z_d and the grouped mean of z_d (Fig. S5).
+
+    A DetailVAE with a kernel K adds z_d - K * z.
 
     Args:
         vae: a DetailVAE, by the names that `open_detail_vae` takes.
@@ -112,6 +121,8 @@ def spectra_figure(vae: str, data: str | Data, out: Path, *, num: int, held_out:
     )
     z, z_d, _ = raw_latents(model, images, num)
     groups = {"z": z, "z_d": z_d, "group mean of z_d": group_mean(z_d, z.shape[1])}
+    if model.detail_kernel is not None:
+        groups["z_d without what z predicts"] = _learned_detail(model, z, z_d)
     found = {name: radial_power(latents) for name, latents in groups.items()}
     figures = {
         name: {
