@@ -61,6 +61,16 @@ def test_exactly_the_decoder_is_trained():
     assert task_of(lambda_adv=0.0).trainables_at(9) == ["vae"]
 
 
+def test_a_polish_may_weigh_its_discriminator_otherwise_than_stage_1():
+    stage1 = {"max_steps": 9, "batch_size": 4, "lambda_adv": 0.0, "gan_lr": 1e-4}
+    own = Stage1(**stage1, polish=Polish(max_steps=3, lambda_adv=0.5, gan_lr=4e-4)).polishing
+    assert (own.lambda_adv, own.gan_lr, own.gan_start) == (0.5, 4e-4, 0)
+    as_stage1 = Stage1(**stage1, polish=Polish(max_steps=3)).polishing
+    assert (as_stage1.lambda_adv, as_stage1.gan_lr) == (0.0, 1e-4)
+    off = Stage1(**{**stage1, "lambda_adv": 0.1}, polish=Polish(max_steps=3, lambda_adv=0.0)).polishing
+    assert off.lambda_adv == 0.0
+
+
 def test_the_decoder_sees_the_mean_latents_with_noise_in_units_of_each_channel():
     task, images = task_of(noise=0.4), torch.rand(3, 3, 32, 32) * 2 - 1
     seen: list[torch.Tensor] = []

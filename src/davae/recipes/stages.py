@@ -96,6 +96,12 @@ class Polish(Section):
         default=None, description="Course of the learning rate. Without it: as in stage 1."
     )
     lr_warmup_steps: NonNegativeInt = Field(default=0, description="Steps over which the learning rate rises from 0.")
+    lambda_adv: NonNegativeFloat | None = Field(
+        default=None, description="Weight of the adversarial loss. Without it: as in stage 1."
+    )
+    gan_lr: PositiveFloat | None = Field(
+        default=None, description="Learning rate of the discriminator. Without it: as in stage 1."
+    )
     gan_start: NonNegativeInt = Field(
         default=0, description="Step of this training from which a new discriminator takes part."
     )
