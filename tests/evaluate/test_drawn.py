@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import davae.evaluate.drawn
-from davae.errors import ModelError
 from davae.evaluate.drawn import drawn_batches
 from davae.sample.open import SamplingOptions, open_model
 
@@ -56,8 +55,14 @@ def test_kept_samples_are_drawn_once_and_are_the_same(tmp_path: Path, drawn: lis
     [(PROMPTS[::-1], OPTIONS), (PROMPTS, SamplingOptions(steps=1, guidance=1.0, seed=4, batch_size=1))],
     ids=["prompts", "seed"],
 )
-def test_kept_samples_of_other_settings_are_refused(tmp_path: Path, prompts: list[str], options: SamplingOptions):
+def test_samples_of_other_settings_are_kept_apart(tmp_path: Path, prompts: list[str], options: SamplingOptions):
     model, _ = open_model("micro")
-    list(drawn_batches("micro", model, PROMPTS, OPTIONS, None, lambda *_: None, tmp_path / "drawn"))
-    with pytest.raises(ModelError, match="other settings"):
-        list(drawn_batches("micro", model, prompts, options, None, lambda *_: None, tmp_path / "drawn"))
+
+    def kept(prompts: list[str], options: SamplingOptions) -> torch.Tensor:
+        return torch.cat(list(drawn_batches("micro", model, prompts, options, None, lambda *_: None, tmp_path)))
+
+    first, other = kept(PROMPTS, OPTIONS), kept(prompts, options)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert torch.equal(kept(PROMPTS, OPTIONS), first)
+    plain = torch.cat(list(drawn_batches("micro", model, prompts, options, None, lambda *_: None)))
+    assert torch.equal(other, plain)

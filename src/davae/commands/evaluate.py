@@ -55,6 +55,19 @@ SpectrumFile = Annotated[Path | None, typer.Option(help="PNG of the power spectr
 Weights = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Inception weights of torch-fidelity, without a network.")
 ]
+HeldIn = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=0.99, metavar="SHARE", help="Only the training side of a split that holds out this share."
+    ),
+]
+Keep = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keep samples before enlarging and measurements of the real images there, for further calls.",
+    ),
+]
 CompareAt = Annotated[
     int | None, typer.Option(help="Pixels to compare at; samples of another size are brought to it.")
 ]
@@ -134,12 +147,7 @@ def generation(
     steps: Steps = STEPS,
     guidance: Guidance = GUIDANCE,
     seed: Seed = 0,
-    held_in: Annotated[
-        float,
-        typer.Option(
-            min=0.0, max=0.99, metavar="SHARE", help="Only the training side of a split that holds out this share."
-        ),
-    ] = 0.0,
+    held_in: HeldIn = 0.0,
     features: FeatureNetwork = "lite0",
     feature_weights: Weights = None,
     dtype: Precision = "float32",
@@ -148,6 +156,7 @@ def generation(
     batch_size: BatchSize = 32,
     patch_size: PatchSize = 64,
     spectrum: SpectrumFile = None,
+    keep: Keep = None,
     caption_key: CaptionKey = None,
     caption_column: CaptionColumn = None,
     label_key: LabelKey = None,
@@ -180,6 +189,7 @@ def generation(
             patch_size=patch_size,
             spectrum=spectrum,
             summary=summary_path(json),
+            keep=keep,
         )
     show_figures(json, figures)
 

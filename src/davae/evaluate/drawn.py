@@ -41,14 +41,13 @@ def drawn_batches(
         options: how the samples are drawn.
         enlarge: applied to the samples as they are drawn.
         on_batch: called with the samples that are done and their number.
-        keep: folder of the samples before they are enlarged; those of an earlier call are not drawn again.
-
-    Raises:
-        ModelError: `keep` holds samples of other weights, prompts or settings.
+        keep: folder of the samples before they are enlarged, in a folder for each set of weights, prompts and settings;
+            those of an earlier call are not drawn again.
     """
     settings = {"prompts": hash_values(prompts), **options.settings}
     if keep is not None:
         settings["weights"] = model_fingerprint(model_places(pipeline))
+        keep = keep / hash_values(settings)
     part = 2 * options.batch_size
     with nullcontext() if keep is None else kept_images(keep, settings, {"pipeline": pipeline}):
         for start in range(0, len(prompts), part):

@@ -111,7 +111,6 @@ def evaluate_generation(
     spectrum: Path | None = None,
     summary: Path | None = None,
     keep: Path | None = None,
-    keep_real: Path | None = None,
 ) -> dict[str, Any]:
     """Compare samples with real images of the same captions or classes.
 
@@ -125,7 +124,7 @@ def evaluate_generation(
         upscale: enlarger of the samples, as `make_upscaler` takes it.
         patch_size: side of the crops of the patch distance, in pixels; 0 leaves the distance out.
         spectrum, summary: files for a plot of both power spectra, and for the summary of the data.
-        keep, keep_real: folders of the samples before enlarging, and of the real images' measurements, for later calls.
+        keep: folder of the samples before enlarging and of the real images' measurements, for later calls.
 
     Returns:
         The figures of `davae evaluate generation`.
@@ -141,8 +140,9 @@ def evaluate_generation(
     images = real_pictures(data, size, held_in, "train", summary=summary, limits=limits)
     prompts = _chosen_prompts(images, num, options.seed, model)
     enlarge = make_upscaler(upscale, size) if size != drawn_at else None
-    real = real_images(images, as_data(data), held_in, features, feature_weights, patch_size, keep_real)
-    drawn = drawn_batches(pipeline, model, prompts, options, enlarge, on_batch, keep)
+    kept_drawn, kept_real = (None, None) if keep is None else (keep / "drawn", keep / "real")
+    real = real_images(images, as_data(data), held_in, features, feature_weights, patch_size, kept_real)
+    drawn = drawn_batches(pipeline, model, prompts, options, enlarge, on_batch, kept_drawn)
     figures = _compared(drawn, real, make_extractor(features, feature_weights), patch_size, spectrum)
     return {
         "pipeline": pipeline,

@@ -19,7 +19,7 @@ from davae.evaluate.throughput import Candidate, time_pictures
 from davae.files.atomic import atomic_text, saving
 from davae.files.reading import read_object
 from davae.lab.bench.clock import machine
-from davae.lab.reproduce.job import BaseJob, DrawnJob, EnlargedJob, Job, UpgradeJob, model_digest
+from davae.lab.reproduce.job import BaseJob, DrawnJob, EnlargedJob, Job, UpgradeJob
 from davae.lab.super_resolution import train_super_resolution
 from davae.publish.assemble import POLISHED, VAE_FOLDER
 from davae.recipes import BaseRecipe, Recipe
@@ -207,7 +207,6 @@ def enlarged_figures(job: EnlargedJob, out: Path, observer: Observer) -> dict[st
         job.recipe.resolution,
         upscale=method,
         enlarge=job.recipe.data.enlarge,
-        keep=out / "drawn" / hash_values(model_digest(job.recipe.base.model), job.measures["generation"]),
     )
     return {"generation": figures | {"upscale": job.upscale}}
 
@@ -261,13 +260,12 @@ def measured_generation(
     resolution: int | None = None,
     upscale: str = "bilinear",
     seed: int = 0,
-    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Return FD or FID of samples at `compare_at` pixels by the settings of a table.
 
     Args:
-        out: folder of the runs, which keeps the measurements of the real images.
-        keep: folder of the samples before they are enlarged, which all enlargers of one base share.
+        out: folder of the runs, which keeps the measurements of the real images, and the samples before they are
+            enlarged: all enlargers of one base share them.
     """
     return evaluate_generation(
         pipeline,
@@ -282,8 +280,7 @@ def measured_generation(
         feature_weights=None,
         on_batch=lambda done, total: observer(Progress("sampling", done, total, 0.0)),
         upscale=upscale,
-        keep=keep,
-        keep_real=out / "real",
+        keep=out,
     )
 
 
