@@ -97,7 +97,7 @@ def _within(limits: tuple[float, float], value: float) -> bool:
 
 
 def _learned_detail(vae: DetailVAE, z: Tensor, z_d: Tensor) -> Tensor:
-    """Return z_d - K * z (N,D,h,w) in the units of z_d: what stage 2 of a run with `stage2.detail_residual` learns."""
+    """Return z_d - K * z (N,D,h,w) in the units of z_d, which `stage2.detail_residual` learns."""
     statistics, latents = vae.statistics.to(z), vae.layout.join(z, z_d)
     return vae.layout.split(replace(statistics, kernel=None).denormalise(statistics.normalise(latents)))[1]
 
