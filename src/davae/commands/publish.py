@@ -39,6 +39,12 @@ def export_verb(
     self_contained: SelfContained = False,
     base: Annotated[str | None, typer.Option(help="The pretrained model, where the recipe's place is gone.")] = None,
     base_decoder: BaseDecoder = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Store the changes of a full fine-tuning at this rank: a smaller upgrade, an approximation."
+        ),
+    ] = None,
 ) -> None:
     """Write a finished run to a folder of its own, with a model card: as a pipeline, or without its base.
 
@@ -56,7 +62,8 @@ def export_verb(
 
     chosen = kind or ("fused" if self_contained or base_decoder else "upgrade")
     precision = getattr(torch, dtype)
-    done = export(run, out, chosen, precision, base=base, self_contained=self_contained, base_decoder=base_decoder)
+    whole = {"self_contained": self_contained, "base_decoder": base_decoder}
+    done = export(run, out, chosen, precision, base=base, rank=rank, **whole)
     show_place(done)
 
 

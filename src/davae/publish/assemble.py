@@ -29,6 +29,7 @@ from davae.files.reading import parse_json
 from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.stored import planned
+from davae.publish.low_rank import Shapes, add_changes, stored_shapes
 from davae.recipes import Recipe
 from davae.recipes.sections import Lora
 from davae.vae.detail_vae import DetailVAE
@@ -108,6 +109,7 @@ class Details:
         class_name: class of the transformer.
         base_channels, channels: C and C+D.
         lora: its rank and alpha; None where every weight was trained.
+        rank: of the changes of a full training, where the file stores them as factors; None where it stores the weights.
         vae_id, vae_path: content and folder of its DetailVAE, where the file names one.
         clean_base: share of its training with a clean base.
         detail_offset: how far the base is ahead of the detail in sampling; 0 where they share one time.
@@ -123,6 +125,7 @@ class Details:
     clean_base: float = 0.0
     detail_offset: float = 0.0
     head: HeadOptions = field(default_factory=HeadOptions)
+    rank: int | None = None
 
     @property
     def detail_channels(self) -> int:
@@ -153,7 +156,7 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
     """
     values = {
         key: parse_json(metadata[key], f"upgrade file {path}, {key}") if key in metadata else None
-        for key in ("channels", "lora", "vae", "clean_base", "detail_offset", "detail_head")
+        for key in ("channels", "lora", "vae", "clean_base", "detail_offset", "detail_head", "low_rank")
     }
     channels, lora, vae = values["channels"], values["lora"], values["vae"]
     numbers = channels if isinstance(channels, list) and all(type(one) is int for one in channels) else []
@@ -184,9 +187,13 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
         raise ModelError(
             f"upgrade file {path}: detail_offset of a {family.class_name} is {str(offset)[:80]}; it is damaged"
         )
+    reduced = values["low_rank"]
+    low_rank = reduced.get("rank") if isinstance(reduced, dict) else reduced
+    if reduced is not None and (type(low_rank) is not int or low_rank < 1 or rank is not None):
+        raise ModelError(f"upgrade file {path}: low_rank is {str(reduced)[:80]}, expected a rank; it is damaged")
     named = vae or {"id": None, "path": None}
     own = named.get("id"), named["path"]
-    return Details(metadata["class"], numbers[0], numbers[1], rank, *own, clean, offset, head)
+    return Details(metadata["class"], numbers[0], numbers[1], rank, *own, clean, offset, head, low_rank)
 
 
 def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -227,7 +234,13 @@ def check_fit(path: Path, transformer: nn.Module) -> None:
         expanded = expand_transformer(empty, details.detail_channels, detail_offset=details.detail_offset)
         attach_head(expanded, details.head)
         choose_trainable(expanded, details.lora)
-        _compare(path, shapes, {name: tuple(tensor.shape) for name, tensor in upgrade_tensors(expanded).items()})
+        _compare(path, shapes, _needed(expanded, details))
+
+
+def _needed(transformer: nn.Module, details: Details) -> Shapes:
+    """Return names and shapes of the tensors of an upgrade file for an expanded transformer."""
+    trained = {name: tuple(tensor.shape) for name, tensor in upgrade_tensors(transformer).items()}
+    return stored_shapes(trained, details.rank, family_of(transformer))
 
 
 def _compare(path: Path, found: dict[str, tuple[int, ...]], needed: dict[str, tuple[int, ...]]) -> None:
@@ -267,13 +280,18 @@ def trained_transformer(transformer: nn.Module, path: Path) -> nn.Module:
 def load_trained(transformer: nn.Module, path: Path) -> None:
     """Copy an upgrade file into an expanded transformer: what is trained, and its detail head.
 
+    The transformer still has its pretrained values, to which changes of a low rank are added.
+
     Raises:
         ModelError: not an upgrade file, or one whose parameters are not these (another model, D, or LoRA rank).
     """
-    _, tensors = read_upgrade(path)
+    metadata, tensors = read_upgrade(path)
     own = upgrade_tensors(transformer)
-    _compare(path, {n: tuple(t.shape) for n, t in tensors.items()}, {n: tuple(p.shape) for n, p in own.items()})
+    _compare(
+        path, {n: tuple(t.shape) for n, t in tensors.items()}, _needed(transformer, read_details(path, metadata))
+    )
     with torch.no_grad():
+        tensors = add_changes(tensors, own)
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
 

@@ -90,6 +90,7 @@ def export(
     base: str | None = None,
     self_contained: bool = False,
     base_decoder: bool = False,
+    rank: int | None = None,
 ) -> Path:
     """Write a finished run to `out`, weights in `dtype`, with a model card, and return `out`.
 
@@ -99,9 +100,10 @@ def export(
         base: the pretrained model, where it is not at the place in the recipe; `lora` reads its weights.
         self_contained: bring along the code of davae's classes, so that the pipeline loads without davae.
         base_decoder: bring along the base's own decoder, for previews (`davae.preview`).
+        rank: of an `upgrade` whose run trained every weight: store the changes of matrices at this rank.
 
     Raises:
-        ModelError: an unfinished run, or a kind that this model cannot have.
+        ModelError: an unfinished run, a kind that this model cannot have, or a rank for a LoRA.
         RunError: `out` holds anything but an earlier export.
     """
     run = open_run(folder)
@@ -113,13 +115,16 @@ def export(
         raise ModelError(
             "--base-decoder is for whole pipelines; use it with --as fused or --as lora, or with `davae apply`"
         )
+    if rank is not None:
+        _check_rank(run, kind)
     origin = Origin(base, kind, self_contained, run.recipe, _report(run.folder, run.recipe))
     if kind == "upgrade":
+        pretrained = None if rank is None else denoiser(load_pipeline(base))
         with model_folder(out) as partial:
             vae = load_detail_vae(run.pipeline / "vae", dtype)
             vae.register_to_config(_name_or_path="")  # the run's path means nothing elsewhere
             vae.save_pretrained(partial / VAE_FOLDER)
-            write_upgrade(run.folder / UPGRADE_FILE, partial, dtype)
+            write_upgrade(run.folder / UPGRADE_FILE, partial, dtype, pretrained, rank)
             write_card(partial, origin, read_config(str(run.pipeline), "", "model_index.json"))
         return out
     lora: dict[str, Any] = {}
@@ -183,6 +188,16 @@ def _report(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         )
         return None
     return read_report(folder)
+
+
+def _check_rank(run: FinishedRun, kind: Kind) -> None:
+    """ModelError unless the changes of a full training are to be stored at a rank."""
+    if kind != "upgrade":
+        raise ModelError(f"--rank is for an upgrade without its base; use it with --as upgrade, not with --as {kind}")
+    if (lora := run.recipe.stage2.lora) is not None:
+        raise ModelError(
+            f"run {run.folder} trained a LoRA of rank {lora.rank}, which is stored as it is; leave --rank out"
+        )
 
 
 def _check_lora(run: FinishedRun) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from davae.backbones.families import family_of
 from davae.backbones.head_options import in_precision
 from davae.errors import ModelError
 from davae.files.atomic import save_tensors
@@ -17,10 +19,13 @@ from davae.files.reading import read_object
 from davae.pretrained.open import HUB_ID, fetch_file
 from davae.pretrained.stored import check_component
 from davae.publish.assemble import UPGRADE_FILE, VAE_FOLDER, read_details, read_metadata, read_upgrade
+from davae.publish.low_rank import factor
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.frames import encode_mode
 from davae.zoo import resolve_upgrade
+
+logger = logging.getLogger(__name__)
 
 NEAR = 0.05  # relative distance of two base latents that still are the same autoencoder's, in other precisions
 
@@ -61,10 +66,22 @@ def vae_id(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def write_upgrade(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write a run's upgrade file in `dtype` next to the DetailVAE of a folder, with its id."""
+def write_upgrade(
+    source: Path, folder: Path, dtype: torch.dtype, base: torch.nn.Module | None = None, rank: int | None = None
+) -> None:
+    """Write a run's upgrade file in `dtype` next to the DetailVAE of a folder, with its id.
+
+    Args:
+        base: the pretrained transformer, where the changes are stored at a rank.
+        rank: of the changes; None stores the weights as they are.
+    """
     metadata, tensors = read_upgrade(source)
     own = {"vae": json.dumps({"id": vae_id(folder / VAE_FOLDER), "path": VAE_FOLDER})}
+    if rank is not None:
+        assert base is not None
+        tensors, kept = factor(tensors, dict(base.named_parameters()), rank, family_of(base))
+        own["low_rank"] = json.dumps({"rank": rank, "kept": round(kept, 4)})
+        logger.info("rank %d keeps %.1f %% of the squared change of the weights that it stores", rank, 100 * kept)
     save_tensors(folder / UPGRADE_FILE, in_precision(tensors, dtype), {**metadata, **own})
 
 
