@@ -57,7 +57,7 @@ CEILINGS = {
     "losses": Ceiling(900),
     "plan": Ceiling(1850),
     "pretrained": Ceiling(1750),
-    "publish": Ceiling(1400),
+    "publish": Ceiling(1520),
     "recipes": Ceiling(1550),
     "root": Ceiling(750),
     "runs": Ceiling(2950),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from test_training import run_cli
 
 import davae.evaluate.drawn
-from davae.evaluate.drawn import drawn_batches
+import davae.evaluate.real_set
+from davae.errors import RunError
+from davae.evaluate.drawn import check_keep, drawn_batches
 from davae.sample.open import SamplingOptions, open_model
 
 OPTIONS = SamplingOptions(steps=1, guidance=1.0, seed=3, batch_size=1)
@@ -66,3 +70,37 @@ def test_samples_of_other_settings_are_kept_apart(tmp_path: Path, prompts: list[
     assert torch.equal(kept(PROMPTS, OPTIONS), first)
     plain = torch.cat(list(drawn_batches("micro", model, prompts, options, None, lambda *_: None)))
     assert torch.equal(other, plain)
+
+
+def test_a_folder_that_is_read_keeps_nothing(tmp_path: Path):
+    for name in ("model", "images", "free"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").touch()
+    model, images = str(tmp_path / "model"), str(tmp_path / "images")
+    for keep, why in (("model/kept", "lies in"), ("images", "lies in"), ("file", "is a file")):
+        with pytest.raises(RunError, match=f"--keep .*{why}"):
+            check_keep(tmp_path / keep, model, images)
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    with pytest.raises(RunError, match="lies in"):
+        check_keep(tmp_path / "link" / "kept", model, images)
+    check_keep(tmp_path / "free", model, images)
+    check_keep(tmp_path / "new", "micro", "openmoji")
+
+
+def test_the_command_keeps_what_further_calls_need(tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch):
+    """Another enlargement draws nothing, and the real images are measured once; figures are those without `--keep`."""
+    words = ["evaluate", "generation", "--pipeline", "micro", "--data", "openmoji", "--num", "8", "--steps", "1"]
+    words += ["--compare-at", "96", "--patch-size", "0"]
+    run_cli(*words, "--json", str(tmp_path / "plain.json"))
+    drawn.clear()
+    for method in ("bilinear", "lanczos", "bilinear"):
+        monkeypatch.setattr(davae.evaluate.real_set, "_measured", {})
+        kept = ["--keep", str(tmp_path / "kept"), "--json", str(tmp_path / f"{method}.json")]
+        run_cli(*words, "--upscale", method, *kept)
+    assert drawn == [0]
+    assert len(list((tmp_path / "kept" / "real").iterdir())) == 1
+    plain, again, other = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("plain", "bilinear", "lanczos")
+    )
+    assert again == plain
+    assert other["fd_lite0"] != plain["fd_lite0"]

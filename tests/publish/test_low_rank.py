@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_upgrade_recipe
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_training import fails, finished, recipe_file, recipe_values, run_cli
 
 from davae.backbones.families import family_by_class
 from davae.errors import ModelError
 from davae.pretrained.open import load_pipeline
 from davae.publish.assemble import UPGRADE_FILE, read_details, read_metadata
-from davae.publish.low_rank import DOWN, UP, add_changes, factor, is_factored, stored_shapes
+from davae.publish.low_rank import DOWN, UP, factor, is_factored, projections, stored_shapes, trained_value
 from davae.recipes import Recipe, validate
 from davae.runs.upgrade import Upgrade
 
@@ -32,13 +33,13 @@ def test_the_factors_are_the_nearest_matrix_of_their_rank(rank: int, kept: float
     """A change of singular values 4, 2 and 1: the rest of the best approximation is known in closed form."""
     left, right = (torch.linalg.qr(drawn(n, 3))[0] for n in (40, 30))
     start, change = drawn(40, 30), left @ torch.diag(torch.tensor([4.0, 2.0, 1.0])) @ right.T
-    stored, share = factor({"a.weight": start + change}, {"a.weight": start}, rank, SD3)
+    stored, note = factor({"a.weight": start + change}, {"a.weight": start}, rank, SD3)
     assert {name: tuple(t.shape) for name, t in stored.items()} == {
         f"a.weight{UP}": (40, rank),
         f"a.weight{DOWN}": (rank, 30),
     }
-    assert share == pytest.approx(kept, abs=1e-5)
-    rest = add_changes(stored, {"a.weight": start})["a.weight"] - (start + change)
+    assert note.kept == pytest.approx(kept, abs=1e-5)
+    rest = trained_value("a.weight", stored, start) - (start + change)
     assert float(rest.square().sum()) == pytest.approx(21 * (1 - kept), abs=1e-3)
 
 
@@ -47,26 +48,55 @@ def test_what_the_pretrained_model_lacks_and_what_gets_no_smaller_stays_whole():
         "blocks.0.weight": (40, 30),
         "blocks.0.bias": (40,),
         "small.weight": (4, 4),
-        "conv.weight": (40, 30, 1, 1),
+        "conv.weight": (8, 4, 3, 3),
+        "experts": (2, 40, 30),
         f"{SD3.embedder}.weight": (40, 30),
         f"{SD3.head}.weight": (40, 30),
         "detail_head.linear.directions": (40, 40),
     }
-    assert [name for name, shape in rows.items() if is_factored(name, shape, 2, SD3)] == ["blocks.0.weight"]
+    assert [name for name, shape in rows.items() if is_factored(name, shape, 2, SD3)] == [
+        "blocks.0.weight",
+        "conv.weight",
+    ]
     lightning = family_by_class("LightningDiT")
     assert lightning.detail_time is not None
     assert not is_factored(f"{lightning.detail_time}.weight", (40, 30), 2, lightning)
     assert stored_shapes(rows, None, SD3) == rows
     stored = stored_shapes(rows, 2, SD3)
-    assert stored.keys() == rows.keys() - {"blocks.0.weight"} | {f"blocks.0.weight{end}" for end in (UP, DOWN)}
+    factored = {"blocks.0.weight", "conv.weight"}
+    assert stored.keys() == rows.keys() - factored | {name + end for name in factored for end in (UP, DOWN)}
+    assert (stored[f"conv.weight{UP}"], stored[f"conv.weight{DOWN}"]) == ((8, 2), (2, 36))
     assert not is_factored("a", (40, 30), 18, SD3), "two factors would be larger"
 
 
 def test_an_unchanged_weight_has_factors_of_zero():
     start = drawn(20, 20)
-    stored, share = factor({"a": start}, {"a": start}, 2, SD3)
-    assert share == 1.0
-    assert torch.equal(add_changes(stored, {"a": start})["a"], start)
+    stored, note = factor({"a": start}, {"a": start}, 2, SD3)
+    assert note.kept == 1.0
+    assert torch.equal(trained_value("a", stored, start), start)
+
+
+def test_a_convolution_counts_as_the_matrix_of_its_rows():
+    start, change = drawn(8, 4, 3, 3), (drawn(8, 1) @ drawn(1, 36)).view(8, 4, 3, 3)
+    stored, note = factor({"a": start + change}, {"a": start}, 1, SD3)
+    assert note.kept == pytest.approx(1.0)
+    torch.testing.assert_close(trained_value("a", stored, start), start + change)
+
+
+def test_projections_survive_half_precision_and_no_other_training():
+    weights = [drawn(64, 48), drawn(32, 64)]
+    mine, half = projections(weights), projections([weight.half() for weight in weights])
+    assert max(abs(a - b) for a, b in zip(mine, half, strict=True)) < 1e-3
+    other = projections([weight + 0.3 * drawn(*weight.shape).roll(1) for weight in weights])
+    assert max(abs(a - b) for a, b in zip(mine, other, strict=True)) > 0.01
+
+
+def test_a_rank_that_saves_nothing_and_a_change_that_overflows_are_refused():
+    with pytest.raises(ModelError, match="--rank 20 makes no weight smaller"):
+        factor({"a": drawn(20, 20)}, {"a": drawn(20, 20)}, 20, SD3)
+    huge = {f"a{end}": torch.full((2, 2), 1e25) for end in (UP, DOWN)}
+    with pytest.raises(ModelError, match="the change of a is not finite"):
+        trained_value("a", huge, torch.zeros(2, 2))
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------
@@ -102,8 +132,12 @@ def test_apply_adds_the_changes(full_run: Path, tiny_base: Path, tmp_path: Path)
     whole = weights(full_run / "pipeline")
     near = weights(exported(full_run, tiny_base, tmp_path, 4) / "on")
     metadata = read_metadata(tmp_path / "small" / UPGRADE_FILE)
-    assert read_details(tmp_path, metadata).rank == 4
-    assert 0 < json.loads(metadata["low_rank"])["kept"] < 1
+    note = read_details(tmp_path, metadata).low_rank
+    assert note is not None
+    assert note.rank == 4
+    assert 0 < note.kept < 1
+    card = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
+    assert f"at rank 4, which keeps {100 * note.kept:.1f} %" in card
     base = weights(tiny_base)
     with safe_open(tmp_path / "small" / UPGRADE_FILE, framework="pt") as stream:
         factored = [name.removesuffix(UP) for name in stream.keys() if name.endswith(UP)]  # noqa: SIM118
@@ -136,7 +170,39 @@ def test_ranks_that_cannot_be_are_one_line(full_run: Path, finished: Path, tmp_p
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("entry", ['{"rank": 0}', '{"rank": "4"}', "[4]", "{}"])
+def test_another_base_is_noticed(full_run: Path, tiny_base: Path, tmp_path: Path, capsys):
+    """One of other shapes is refused by `--rank`; one of other weights is put on with a warning."""
+    line = fails(capsys, "export", str(full_run), "--rank", "4", "--base", "clothing", "--out", str(tmp_path / "no"))
+    assert "clothing has another model" in line or "has another model; give the run's base" in line
+    line = fails(capsys, "export", str(full_run), "--rank", "4", "--base", "micro", "--out", str(tmp_path / "no"))
+    assert "does not fit this transformer" in line or "upgrades a" in line
+    run_cli("export", str(full_run), "--rank", "4", "--out", str(tmp_path / "small"))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    (weights_file,) = (other / "transformer").glob("*.safetensors")
+    mixed = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in load_file(weights_file).items()}
+    save_file(mixed, weights_file, {"format": "pt"})
+    capsys.readouterr()
+    run_cli("apply", str(tmp_path / "small"), "--base", str(tiny_base), "--out", str(tmp_path / "right"))
+    assert "another base" not in capsys.readouterr().err
+    run_cli("apply", str(tmp_path / "small"), "--base", str(other), "--out", str(tmp_path / "wrong"))
+    assert "another base's weights" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_missing_factor_is_found(full_run: Path, tiny_base: Path, tmp_path: Path, capsys):
+    run_cli("export", str(full_run), "--rank", "4", "--out", str(tmp_path / "small"))
+    file = tmp_path / "small" / UPGRADE_FILE
+    tensors, metadata = load_file(file), read_metadata(file)
+    name = next(name for name in tensors if name.endswith(DOWN))
+    cut = {key: tensor for key, tensor in tensors.items() if key != name}
+    save_file(cut, file, {key: value for key, value in metadata.items() if "sum" not in key})
+    line = fails(capsys, "apply", str(tmp_path / "small"), "--base", str(tiny_base), "--out", str(tmp_path / "no"))
+    assert name in line or "damaged" in line
+
+
+@pytest.mark.parametrize(
+    "entry", ['{"rank": 0}', '{"rank": "4"}', "[4]", "{}", '{"rank": 4, "kept": 0.9, "base": [0.1]}']
+)
 def test_a_damaged_rank_is_found(full_run: Path, entry: str):
     metadata = read_metadata(full_run / UPGRADE_FILE)
     with pytest.raises(ModelError, match="low_rank"):

@@ -256,7 +256,9 @@ def test_an_upgrade_to_go_on_from_has_its_own(tiny_base: Path, picture_folder: P
         load_detail_vae(tmp_path / "on" / "pipeline" / "vae"), load_detail_vae(finished / "vae")
     )
     both = recipe_of(tiny_base, picture_folder, **CHANGES).model_copy(update={"init": "micro"})
-    with pytest.raises(RecipeError, match=r"stage2.detail_residual: True with init; .*leave detail_residual out"):
+    with pytest.raises(
+        RecipeError, match=r"stage2.detail_residual: True with init; .*set stage2.detail_residual=false"
+    ):
         check_init(both, None)  # type: ignore[arg-type]
 
 

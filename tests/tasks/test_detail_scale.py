@@ -75,5 +75,5 @@ def test_a_run_and_what_it_leaves_have_the_scale(tiny_base: Path, picture_folder
 
 def test_an_upgrade_to_go_on_from_has_its_own_scale(tiny_base: Path, picture_folder: Path):
     recipe = recipe_of(tiny_base, picture_folder, stage2__detail_scale=0.5).model_copy(update={"init": "micro"})
-    with pytest.raises(RecipeError, match=r"stage2.detail_scale: 0.5 with init; .*leave detail_scale out"):
+    with pytest.raises(RecipeError, match=r"stage2.detail_scale: 0.5 with init; .*set stage2.detail_scale=1.0"):
         check_init(recipe, None)  # type: ignore[arg-type]

@@ -138,7 +138,7 @@ def compare(
 @analyze_app.command()
 def retention(
     base: Annotated[str, typer.Argument(help="The pretrained model: a folder, a hub id, or `micro`.")],
-    upgrade: Annotated[str, typer.Argument(help="Its upgrade: a run or pipeline folder, or `micro-upgraded`.")],
+    upgrade: Annotated[str, typer.Argument(help="Its upgrade: a run or pipeline folder, or `NAME-upgraded`.")],
     data: Data,
     out: Folder = Path("figures"),
     num: Num = 32,
@@ -203,7 +203,7 @@ def diffusability(
 
 @analyze_app.command()
 def gap(
-    model: Annotated[str, typer.Argument(help="An upgrade: a run or pipeline folder, or `micro-upgraded`.")],
+    model: Annotated[str, typer.Argument(help="An upgrade: a run or pipeline folder, or `NAME-upgraded`.")],
     data: Data,
     held_out: HeldOut,
     out: Folder = Path("figures"),

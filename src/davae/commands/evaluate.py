@@ -137,7 +137,7 @@ def reconstruction(
 @evaluate_app.command()
 def generation(
     pipeline: Annotated[
-        str, typer.Option(help="A run or pipeline folder, `micro`, `clothing`, `micro-upgraded`, or a hub id.")
+        str, typer.Option(help="A run or pipeline folder, `micro`, `clothing`, `NAME-upgraded`, or a hub id.")
     ],
     data: Annotated[str, typer.Option(help="Real images with captions.")],
     num: Annotated[int, typer.Option(min=2, help="Generated images.")] = 1000,

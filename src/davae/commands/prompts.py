@@ -23,7 +23,7 @@ from davae.commands.options import (
 from davae.commands.progress import counted_progress, show_figures
 
 Pipeline = Annotated[
-    str, typer.Option(help="A run or pipeline folder, `micro`, `clothing`, `micro-upgraded`, or a hub id.")
+    str, typer.Option(help="A run or pipeline folder, `micro`, `clothing`, `NAME-upgraded`, or a hub id.")
 ]
 Folder = Annotated[Path, typer.Option(help="Folder for the images; those already there are kept.")]
 Resolution = Annotated[int | None, typer.Option(min=1, help="Pixels; the pipeline's own size by default.")]

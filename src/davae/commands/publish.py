@@ -69,7 +69,7 @@ def export_verb(
 
 def apply_verb(
     upgrade: Annotated[
-        str, typer.Argument(help="An exported upgrade: its folder, its file, a hub id, or `micro-upgraded`.")
+        str, typer.Argument(help="An exported upgrade: its folder, its file, a hub id, or `NAME-upgraded`.")
     ],
     base: Annotated[str, typer.Option(help="The pretrained model: a diffusers folder, a hub id, or `micro`.")],
     out: Annotated[Path, typer.Option(help="Folder for the upgraded pipeline.")],

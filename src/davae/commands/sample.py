@@ -25,7 +25,8 @@ from davae.errors import RecipeError
 
 def sample(
     run: Annotated[
-        str, typer.Argument(help="A run or pipeline folder, `micro`, `clothing`, `micro-upgraded`, or a hub id.")
+        str,
+        typer.Argument(help="A run or pipeline folder, `micro`, `clothing`, `NAME-upgraded`, or a hub id."),
     ],
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more prompts; classes of a class model.")] = None,
     num: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,13 +15,37 @@ from torch import Tensor
 from davae.data.decoding import read_image
 from davae.data.images import to_tensor
 from davae.data.latent_cache.key import hash_values
+from davae.errors import RunError
 from davae.evaluate.upscale import Upscaler
 from davae.files.atomic import atomic_file
 from davae.files.outputs import is_drawn
+from davae.files.ownership import check_no_part
 from davae.sample.fingerprint import model_fingerprint
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions, model_places
 from davae.sample.resume import kept_images
+
+
+def check_keep(keep: Path | None, pipeline: str, source: str) -> None:
+    """Refuse a folder for samples and measurements that is not free to take them.
+
+    Args:
+        keep: the folder; None keeps nothing.
+        pipeline: name of the model; files inside its folder would change its fingerprint.
+        source: of the real images, among which samples would be taken for real ones.
+
+    Raises:
+        RunError: a file, a part of a run, or a place inside the model's or the data's folder.
+    """
+    if keep is None:
+        return
+    if keep.is_file():
+        raise RunError(f"--keep {keep} is a file; give a folder")
+    check_no_part(keep)
+    real = Path(os.path.realpath(keep))
+    for place in (*model_places(pipeline), source):
+        if os.path.isdir(place) and real.is_relative_to(os.path.realpath(place)):
+            raise RunError(f"--keep {keep} lies in {place}, which is read; give a folder elsewhere")
 
 
 def drawn_batches(

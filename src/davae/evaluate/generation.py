@@ -16,7 +16,7 @@ from davae.dataset.opened import with_counts
 from davae.errors import DataError, ModelError
 from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST, stored_gaussian
-from davae.evaluate.drawn import drawn_batches
+from davae.evaluate.drawn import check_keep, drawn_batches
 from davae.evaluate.features import Extractor, make_extractor
 from davae.evaluate.real_set import real_images
 from davae.evaluate.spectra import draw_spectra
@@ -120,7 +120,7 @@ def evaluate_generation(
         options: how `num` samples are drawn.
         compare_at: pixels at which both sets are compared; None is the size of the samples.
         features, feature_weights: `lite0` or `inception`, and the file of Inception's weights.
-        on_batch: called with the samples that are drawn and their number.
+        on_batch: called with the drawn samples and their number.
         upscale: enlarger of the samples, as `make_upscaler` takes it.
         patch_size: side of the crops of the patch distance, in pixels; 0 leaves the distance out.
         spectrum, summary: files for a plot of both power spectra, and for the summary of the data.
@@ -132,7 +132,7 @@ def evaluate_generation(
     Raises:
         ModelError: too few samples, or a class that the model lacks.
     """
-    _check_arguments(num, spectrum)
+    _check_arguments(num, spectrum, keep, pipeline, data)
     model, _ = open_model(pipeline, options.placement)
     drawn_at = options.side or default_resolution(model)
     size = compare_at or drawn_at
@@ -140,9 +140,9 @@ def evaluate_generation(
     images = real_pictures(data, size, held_in, "train", summary=summary, limits=limits)
     prompts = _chosen_prompts(images, num, options.seed, model)
     enlarge = make_upscaler(upscale, size) if size != drawn_at else None
-    kept_drawn, kept_real = (None, None) if keep is None else (keep / "drawn", keep / "real")
+    drawn_in, kept_real = (None, None) if keep is None else (keep / "drawn", keep / "real")
     real = real_images(images, as_data(data), held_in, features, feature_weights, patch_size, kept_real)
-    drawn = drawn_batches(pipeline, model, prompts, options, enlarge, on_batch, kept_drawn)
+    drawn = drawn_batches(pipeline, model, prompts, options, enlarge, on_batch, drawn_in)
     figures = _compared(drawn, real, make_extractor(features, feature_weights), patch_size, spectrum)
     return {
         "pipeline": pipeline,
@@ -166,7 +166,8 @@ def _compared(
     return compare_sets(samples, real, extractor.name, patch_size)
 
 
-def _check_arguments(num: int, spectrum: Path | None) -> None:
+def _check_arguments(num: int, spectrum: Path | None, keep: Path | None, pipeline: str, data: str | Data) -> None:
+    check_keep(keep, pipeline, as_data(data).source)
     if spectrum is not None:
         check_image(spectrum)
     if num < LEAST:

@@ -29,7 +29,7 @@ from davae.files.reading import parse_json
 from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.stored import planned
-from davae.publish.low_rank import Shapes, add_changes, stored_shapes
+from davae.publish.low_rank import LowRank, Shapes, compare_base, read_low_rank, stored_shapes, trained_value
 from davae.recipes import Recipe
 from davae.recipes.sections import Lora
 from davae.vae.detail_vae import DetailVAE
@@ -109,7 +109,7 @@ class Details:
         class_name: class of the transformer.
         base_channels, channels: C and C+D.
         lora: its rank and alpha; None where every weight was trained.
-        rank: of the changes of a full training, where the file stores them as factors; None where it stores the weights.
+        low_rank: of a full training whose changes are stored as factors; None where the file has the weights.
         vae_id, vae_path: content and folder of its DetailVAE, where the file names one.
         clean_base: share of its training with a clean base.
         detail_offset: how far the base is ahead of the detail in sampling; 0 where they share one time.
@@ -125,7 +125,12 @@ class Details:
     clean_base: float = 0.0
     detail_offset: float = 0.0
     head: HeadOptions = field(default_factory=HeadOptions)
-    rank: int | None = None
+    low_rank: LowRank | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of the factors, None where the file has the weights themselves."""
+        return None if self.low_rank is None else self.low_rank.rank
 
     @property
     def detail_channels(self) -> int:
@@ -187,10 +192,12 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
         raise ModelError(
             f"upgrade file {path}: detail_offset of a {family.class_name} is {str(offset)[:80]}; it is damaged"
         )
-    reduced = values["low_rank"]
-    low_rank = reduced.get("rank") if isinstance(reduced, dict) else reduced
-    if reduced is not None and (type(low_rank) is not int or low_rank < 1 or rank is not None):
-        raise ModelError(f"upgrade file {path}: low_rank is {str(reduced)[:80]}, expected a rank; it is damaged")
+    try:
+        low_rank = None if values["low_rank"] is None else read_low_rank(values["low_rank"])
+    except ValueError as error:
+        raise ModelError(f"upgrade file {path}: {error}; it is damaged") from error
+    if low_rank is not None and rank is not None:
+        raise ModelError(f"upgrade file {path}: it has a LoRA and changes of a low rank; it is damaged")
     named = vae or {"id": None, "path": None}
     own = named.get("id"), named["path"]
     return Details(metadata["class"], numbers[0], numbers[1], rank, *own, clean, offset, head, low_rank)
@@ -287,13 +294,13 @@ def load_trained(transformer: nn.Module, path: Path) -> None:
     """
     metadata, tensors = read_upgrade(path)
     own = upgrade_tensors(transformer)
-    _compare(
-        path, {n: tuple(t.shape) for n, t in tensors.items()}, _needed(transformer, read_details(path, metadata))
-    )
+    details = read_details(path, metadata)
+    _compare(path, {n: tuple(t.shape) for n, t in tensors.items()}, _needed(transformer, details))
+    if details.low_rank is not None:
+        compare_base(path, details.low_rank, own, family_of(transformer))
     with torch.no_grad():
-        tensors = add_changes(tensors, own)
         for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(trained_value(name, tensors, parameter))
 
 
 def fuse(transformer: nn.Module) -> nn.Module:

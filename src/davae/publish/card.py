@@ -22,6 +22,7 @@ from davae.data.openmoji import CREDIT
 from davae.errors import ModelError
 from davae.pretrained.open import HUB_ID, MissingPart, fetch_file, read_config
 from davae.publish.escape import as_code, as_prose, encodable, fence, one_line
+from davae.publish.low_rank import LowRank
 from davae.recipes import Recipe
 from davae.zoo import MODELS
 
@@ -37,6 +38,7 @@ class Origin:
         kind: `fused`, `lora` or `upgrade`.
         self_contained: whether the folder brings davae's code along.
         recipe, report: the run's own; None for a pipeline that was put together from an upgrade file.
+        low_rank: of an upgrade whose changes are stored as factors.
     """
 
     base: str
@@ -44,6 +46,7 @@ class Origin:
     self_contained: bool
     recipe: Recipe | None = None
     report: dict[str, Any] | None = None
+    low_rank: LowRank | None = None
 
     @property
     def base_name(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +21,14 @@ from davae.files.atomic import model_folder
 from davae.files.ownership import check_out
 from davae.files.reading import load_json, recipe_file
 from davae.pretrained.autoencoders import load_autoencoder, load_detail_vae
-from davae.pretrained.open import load_pipeline, read_config
+from davae.pretrained.open import load_part, load_pipeline, read_config
 from davae.pretrained.shapes import read_shapes
 from davae.publish.assemble import (
     UPGRADE_FILE,
     VAE_FOLDER,
     apply_upgrade,
     assemble,
+    check_fit,
     read_metadata,
     trained_transformer,
     without_lora,
@@ -119,13 +120,15 @@ def export(
         _check_rank(run, kind)
     origin = Origin(base, kind, self_contained, run.recipe, _report(run.folder, run.recipe))
     if kind == "upgrade":
-        pretrained = None if rank is None else denoiser(load_pipeline(base))
+        pretrained = None if rank is None else _pretrained(run, base)
         with model_folder(out) as partial:
             vae = load_detail_vae(run.pipeline / "vae", dtype)
             vae.register_to_config(_name_or_path="")  # the run's path means nothing elsewhere
             vae.save_pretrained(partial / VAE_FOLDER)
-            write_upgrade(run.folder / UPGRADE_FILE, partial, dtype, pretrained, rank)
-            write_card(partial, origin, read_config(str(run.pipeline), "", "model_index.json"))
+            low_rank = write_upgrade(run.folder / UPGRADE_FILE, partial, dtype, pretrained, rank)
+            write_card(
+                partial, replace(origin, low_rank=low_rank), read_config(str(run.pipeline), "", "model_index.json")
+            )
         return out
     lora: dict[str, Any] = {}
     if kind == "fused":
@@ -198,6 +201,21 @@ def _check_rank(run: FinishedRun, kind: Kind) -> None:
         raise ModelError(
             f"run {run.folder} trained a LoRA of rank {lora.rank}, which is stored as it is; leave --rank out"
         )
+
+
+def _pretrained(run: FinishedRun, base: str) -> torch.nn.Module:
+    """Return the base's transformer alone.
+
+    Raises:
+        ModelError: another model than the run's base.
+    """
+    file = run.folder / UPGRADE_FILE
+    name = read_metadata(file)["class"]
+    if read_shapes(base).transformer_class != name:
+        raise ModelError(f"{file} upgrades a {name}, and {base} has another model; give the run's base")
+    transformer = load_part(base, family_by_class(name).component, name)
+    check_fit(file, transformer)
+    return transformer
 
 
 def _check_lora(run: FinishedRun) -> None:

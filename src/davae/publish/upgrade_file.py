@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,9 +17,10 @@ from davae.errors import ModelError
 from davae.files.atomic import save_tensors
 from davae.files.reading import read_object
 from davae.pretrained.open import HUB_ID, fetch_file
+from davae.pretrained.placement import own_device
 from davae.pretrained.stored import check_component
 from davae.publish.assemble import UPGRADE_FILE, VAE_FOLDER, read_details, read_metadata, read_upgrade
-from davae.publish.low_rank import factor
+from davae.publish.low_rank import LowRank, factor
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.frames import encode_mode
@@ -68,8 +69,10 @@ def vae_id(folder: Path) -> str:
 
 def write_upgrade(
     source: Path, folder: Path, dtype: torch.dtype, base: torch.nn.Module | None = None, rank: int | None = None
-) -> None:
+) -> LowRank | None:
     """Write a run's upgrade file in `dtype` next to the DetailVAE of a folder, with its id.
+
+    Returns what changes of a low rank keep, None where the weights are stored as they are.
 
     Args:
         base: the pretrained transformer, where the changes are stored at a rank.
@@ -77,12 +80,14 @@ def write_upgrade(
     """
     metadata, tensors = read_upgrade(source)
     own = {"vae": json.dumps({"id": vae_id(folder / VAE_FOLDER), "path": VAE_FOLDER})}
+    low_rank = None
     if rank is not None:
         assert base is not None
-        tensors, kept = factor(tensors, dict(base.named_parameters()), rank, family_of(base))
-        own["low_rank"] = json.dumps({"rank": rank, "kept": round(kept, 4)})
-        logger.info("rank %d keeps %.1f %% of the squared change of the weights that it stores", rank, 100 * kept)
+        tensors, low_rank = factor(tensors, dict(base.named_parameters()), rank, family_of(base), own_device())
+        own["low_rank"] = json.dumps(asdict(low_rank))
+        logger.info("rank %d keeps %.1f %% of the squared change of the weights", rank, 100 * low_rank.kept)
     save_tensors(folder / UPGRADE_FILE, in_precision(tensors, dtype), {**metadata, **own})
+    return low_rank
 
 
 def find_upgrade(name: str, vae: Path | None = None) -> UpgradeFile:

@@ -196,8 +196,8 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
     for name in ("detail_scale", "detail_residual"):
         if (value := getattr(recipe.stage2, name)) != Stage2.model_fields[name].default:
             raise RecipeError(
-                f"stage2.{name}: {value} with init; the statistics of {recipe.init} are those it was trained with, leave "
-                f"{name} out"
+                f"stage2.{name}: {value} with init; the statistics of {recipe.init} are those it was trained with, set "
+                f"stage2.{name}={str(Stage2.model_fields[name].default).lower()}"
             )
     folder = resolve_upgrade(recipe.init)
     file = folder / UPGRADE_FILE

@@ -155,7 +155,7 @@ def lead(run: Upgrade, shipped: bool) -> str:
     if shipped:
         text += (
             f" 'This run' is the model that this run trained. 'Shipped' is {recipe.base.name}-upgraded, another upgrade of "
-            "the same base, which comes with davae and was trained longer: compare with it, but it is not this run's result."
+            "the same base, which comes with davae: compare with it, but it is not this run's result."
         )
     return text
 

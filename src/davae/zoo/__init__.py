@@ -1,7 +1,7 @@
 """The embedded models, which are inside the package.
 
-`micro` is a small Stable Diffusion 3 that draws artwork, with an upgrade. `clothing` is a small class-conditional
-LightningDiT that draws photos of clothes.
+`micro` is a small Stable Diffusion 3 that draws artwork. `clothing` is a small class-conditional LightningDiT that draws
+photos of clothes. Each has an upgrade.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 MODELS = {name: FOLDER / name / "base" for name in ("micro", "clothing")}
-UPGRADES = {"micro": FOLDER / "micro" / "upgrade"}
+UPGRADES = {name: FOLDER / name / "upgrade" for name in MODELS}
 SHIPPED = {f"{name}-upgraded": name for name in UPGRADES}  # names of embedded models with their upgrade applied
 
 
@@ -23,7 +23,7 @@ def resolve(model: str) -> str:
 
 
 def resolve_upgrade(name: str) -> Path:
-    """Return the embedded upgrade's folder of `micro-upgraded`.
+    """Return the embedded upgrade's folder of `micro-upgraded` or `clothing-upgraded`.
 
     Every other name is a folder.
     """

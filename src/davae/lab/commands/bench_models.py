@@ -210,7 +210,8 @@ def whole_pipelines(
 @bench_app.command()
 def throughput(
     model: Annotated[
-        str, typer.Argument(help="A run or pipeline folder, `micro`, `clothing`, `micro-upgraded`, or a hub id.")
+        str,
+        typer.Argument(help="A run or pipeline folder, `micro`, `clothing`, `NAME-upgraded`, or a hub id."),
     ],
     prompt: Annotated[str, typer.Option(help="A prompt, or a class.")] = "a red rose",
     resolution: Annotated[int | None, typer.Option(min=1, help="Pixels; the pipeline's own size by default.")] = None,
