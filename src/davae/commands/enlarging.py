@@ -23,9 +23,7 @@ from davae.commands.options import (
 def enlarging(
     model: Annotated[
         str,
-        typer.Option(
-            help="An upgrade: a run or pipeline folder, `micro-upgraded`, `clothing-upgraded`, or a hub id."
-        ),
+        typer.Option(help="An upgrade: a run or pipeline folder, `NAME-upgraded`, or a hub id."),
     ],
     data: Annotated[str, typer.Option(help="Images of at least the size that the model draws.")],
     num: Annotated[int, typer.Option(min=4, help="Images.")] = 100,
