@@ -21,10 +21,7 @@ from davae.commands.options import (
 
 
 def enlarging(
-    model: Annotated[
-        str,
-        typer.Option(help="An upgrade: a run or pipeline folder, `NAME-upgraded`, or a hub id."),
-    ],
+    model: Annotated[str, typer.Option(help="An upgrade: a run or pipeline folder, `NAME-upgraded`, or a hub id.")],
     data: Annotated[str, typer.Option(help="Images of at least the size that the model draws.")],
     num: Annotated[int, typer.Option(min=4, help="Images.")] = 100,
     held_out: Annotated[float, typer.Option(min=0.0, max=0.99, help="Only this held-out share; 0 takes all.")] = 0.1,

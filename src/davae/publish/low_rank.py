@@ -22,7 +22,7 @@ from davae.errors import ModelError
 logger = logging.getLogger(__name__)
 
 UP, DOWN = ".change_up", ".change_down"  # after a weight's name: (m,r) and (r,n)
-PROJECTIONS = 4
+PROJECTIONS, PROJECTED = 4, 4096  # numbers of a base, from as many values of each weight
 NEAR = 0.01  # of the weights' norm: rounding to half precision moves a projection by a thousandth of it
 Shapes = dict[str, tuple[int, ...]]
 
@@ -110,7 +110,7 @@ def factor(
         ModelError: a rank at which no weight gets smaller.
     """
     found: dict[str, Tensor] = {}
-    factored = [name for name, tensor in trained.items() if is_factored(name, tuple(tensor.shape), rank, family)]
+    factored = dict.fromkeys(name for name, t in trained.items() if is_factored(name, tuple(t.shape), rank, family))
     if not factored:
         raise ModelError(f"--rank {rank} makes no weight smaller; use a lower rank, or leave it out")
     kept = whole = 0.0
@@ -148,11 +148,12 @@ def trained_value(name: str, stored: Mapping[str, Tensor], pretrained: Tensor) -
 def projections(weights: Iterable[Tensor]) -> tuple[float, ...]:
     """Return projections of weights relative to their norm, which differ in another training.
 
-    Rounding to another precision hardly changes them, as it would a hash.
+    Rounding to another precision hardly changes them, as it would a hash. The first values of each weight are enough, so that
+    a large model is not read once more when it is loaded.
     """
     sums, norm = torch.zeros(PROJECTIONS, dtype=torch.float64), 0.0
     for weight in weights:
-        values = weight.detach().flatten().cpu().double()  # (n,)
+        values = weight.detach().flatten()[:PROJECTED].cpu().double()  # (n,)
         places = torch.arange(1, len(values) + 1, dtype=torch.float64)
         sums += torch.stack([values @ torch.cos((number + 1) * places) for number in range(PROJECTIONS)])
         norm += float(values.square().sum())
