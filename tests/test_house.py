@@ -58,7 +58,7 @@ CEILINGS = {
     "plan": Ceiling(1850),
     "pretrained": Ceiling(1750),
     "publish": Ceiling(1520),
-    "recipes": Ceiling(1550),
+    "recipes": Ceiling(1560),
     "root": Ceiling(750),
     "runs": Ceiling(2950),
     "sample": Ceiling(3000),

@@ -36,6 +36,7 @@ from davae.train.run_folder import RunFolder, read_metrics
 from davae.vae.blocks import downsample
 from davae.vae.codec import Codec
 from davae.vae.frames import encode_mode
+from davae.zoo import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"family": "lightningdit", "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 2}
@@ -308,7 +309,7 @@ def test_a_recipe_that_cannot_align_is_one_line(
 
 def test_text_models_are_refused(values: dict[str, Any]) -> None:
     text: Any = load_recipe("micro-base")
-    with pytest.raises(RecipeError, match="align moves class-conditional models"):
+    with pytest.raises(RecipeError, match="init and align need a class-conditional model"):
         recipe_of(values, architecture=text.architecture.model_dump())
 
 
@@ -326,7 +327,7 @@ def test_other_grids_are_told_before_anything_is_trained(
         check_grids(odd)
 
 
-def test_grids_of_every_kind_of_autoencoder(values: dict[str, Any], tmp_path: Path, tiny_base: Path) -> None:
+def test_grids_of_every_kind_of_autoencoder(values: dict[str, Any], tmp_path: Path) -> None:
     section = {"channels": [8, 8, 8], "norm_groups": 4, "latent_channels": 6}
     check_grids(recipe_of(values, autoencoder=section, vae={"max_steps": 1, "batch_size": 1}))
     base = {"block_out_channels": [8, 8], "latent_channels": 2}
@@ -338,8 +339,6 @@ def test_grids_of_every_kind_of_autoencoder(values: dict[str, Any], tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderOfTomorrow"}))
     with pytest.raises(ModelError, match="autoencoder class AutoencoderOfTomorrow is not supported"):
         check_grids(recipe_of(values, autoencoder=str(tmp_path)))
-    with pytest.raises(ModelError, match="is a SD3Transformer2DModel; align moves a LightningDiT"):
-        check_grids(recipe_of(values, init=str(tiny_base)))
 
 
 def test_the_base_s_own_autoencoder_is_refused(
@@ -357,6 +356,38 @@ def test_the_base_s_own_autoencoder_is_refused(
 def test_a_wrong_body_is_still_refused(values: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has depth 2, the recipe has 3"):
         train_base(recipe_of(values, architecture={**SIZES, "depth": 3}), tmp_path, quiet)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": {**SIZES, "depth": 3}}, "has depth 2, the recipe has 3"),
+        ({"init": "clothing"}, "init clothing has hidden_size 192, the recipe has"),
+        ({"init": "micro"}, "init micro is a SD3Transformer2DModel; set init to a LightningDiT"),
+        ({"init": "nowhere"}, "model 'nowhere' is not a folder here, a preset or a hub id"),
+        ({"autoencoder": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_init_cannot_be_shows_before_an_image_is_read(
+    values: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    plain = {**values, "align": None, "data": {"source": str(tmp_path / "no images")}}
+    with pytest.raises(ModelError, match=message):
+        train_base(recipe_of(plain, **changes), tmp_path / "run", quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_embedded_model_is_a_start_by_its_name() -> None:
+    recipe = load_recipe("clothing-base", ["init=clothing", "autoencoder=clothing"])
+    assert isinstance(recipe, BaseRecipe)
+    start = build_class_transformer(recipe, 32, 8)
+    shipped = load_pipeline(resolve("clothing")).transformer
+    assert all(torch.equal(a, b) for a, b in zip(start.parameters(), shipped.parameters(), strict=True))
+
+
+def test_a_text_to_image_base_refuses_init() -> None:
+    with pytest.raises(RecipeError, match="init and align need a class-conditional model"):
+        load_recipe("micro-base", ["init=clothing"])
 
 
 def test_old_recipes_hash_as_before() -> None:

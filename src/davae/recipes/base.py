@@ -107,12 +107,14 @@ class BaseRecipe(Section):
     name: RecipeName = Field(description="Name; the run folder is runs/NAME by default.")
     resolution: Pixels = Field(description="Side of the images in pixels.")
     autoencoder: AutoencoderChoice = Field(
-        description="Sizes of one to train in `vae`, or a pretrained one: a folder or hub id."
+        description="Sizes of one to train in `vae`, or a pretrained one: a folder, an embedded model or a hub id."
     )
     architecture: Annotated[TextArchitecture | ClassArchitecture, Field(discriminator="family")] = Field(
         description="Sizes of the transformer."
     )
-    init: str | None = Field(default=None, description="A LightningDiT to start from: a pipeline's folder or hub id.")
+    init: str | None = Field(
+        default=None, description="LightningDiT to start from: folder, embedded model or hub id."
+    )
     data: Data = Field(default=Data(), description="Images.")
     vae: Reconstruction | None = Field(
         default=None, description="Training of the autoencoder, where `autoencoder` gives sizes."
@@ -126,13 +128,13 @@ class BaseRecipe(Section):
     run: Run = Field(default=Run(), description="Settings of the whole run.")
 
     @model_validator(mode="after")
-    def _can_align(self) -> BaseRecipe:
+    def _can_start(self) -> BaseRecipe:
+        if self.init is not None and not isinstance(self.architecture, ClassArchitecture):
+            raise ValueError("init and align need a class-conditional model; set architecture.family to lightningdit")
         if self.align is None:
             return self
         if self.init is None:
             raise ValueError("align needs init, the pretrained model that is moved to the autoencoder's latents")
-        if not isinstance(self.architecture, ClassArchitecture):
-            raise ValueError("align moves class-conditional models; set architecture.family to lightningdit")
         if self.cache.shards is not None:
             raise ValueError("align encodes every image with both autoencoders; leave out cache.shards")
         if self.resolution % self.align.base_resolution:

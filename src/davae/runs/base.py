@@ -27,7 +27,7 @@ from davae.recipes.base import BaseRecipe, ClassArchitecture, TextArchitecture
 from davae.runs.cache import cache_images, cache_key, cache_shards, show_cache, write_skipped
 from davae.tasks.autoencoder import AutoencoderTask, build_autoencoder
 from davae.tasks.base_model import planned_shapes
-from davae.tasks.class_conditional import ClassFlowTask, build_class_transformer
+from davae.tasks.class_conditional import ClassFlowTask, build_class_transformer, check_start
 from davae.tasks.text_to_image import (
     BaseFlowTask,
     TextToImage,
@@ -42,6 +42,7 @@ from davae.train.distributed import from_main, is_main, on_main
 from davae.train.loop import Observer, Trainer, training_seed
 from davae.train.run_folder import RunFolder, was_done
 from davae.vae.codec import Codec
+from davae.zoo import resolve
 
 
 class BaseRun:
@@ -68,7 +69,9 @@ class BaseRun:
     # -- what another way to a base model changes ----------------------------------------------------------------
 
     def check_recipe(self) -> None:
-        """Check what configs alone show, before an autoencoder is trained for hours."""
+        """Check what configs alone show, before an autoencoder is trained and images are encoded."""
+        if self.recipe.init is not None:
+            check_start(self.recipe, planned_shapes(self.recipe).channels)
 
     def check_autoencoder(self, vae: Any) -> None:
         """Check the autoencoder before its cache is written."""
@@ -154,7 +157,7 @@ class BaseRun:
         if self.first != self.out:
             return load_autoencoder(str(self.first / "vae")).to(self.accelerator.device)
         if isinstance(recipe.autoencoder, str):
-            return load_autoencoder(recipe.autoencoder).to(self.accelerator.device)
+            return load_autoencoder(resolve(recipe.autoencoder)).to(self.accelerator.device)
         assert recipe.vae is not None
         seed_initial_weights(training_seed(recipe.vae, recipe.run))
         vae: Any = build_autoencoder(recipe).to(self.accelerator.device)

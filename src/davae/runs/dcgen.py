@@ -54,6 +54,7 @@ from davae.train.distributed import from_main
 from davae.train.random import SampleRandom
 from davae.train.task import Task, Trainable
 from davae.vae.codec import Codec, latent_shape
+from davae.zoo import resolve
 
 FAMILY = "LightningDiT"
 BASE_CACHE = "cache-base"  # the images of `cache` under the pretrained model's autoencoder
@@ -64,7 +65,7 @@ BASE_CACHE = "cache-base"  # the images of `cache` under the pretrained model's 
 def new_factor(recipe: BaseRecipe) -> int:
     """Pixels per latent position of the recipe's autoencoder, without a weight."""
     if isinstance(recipe.autoencoder, str):
-        config = autoencoder_config(recipe.autoencoder)[1]
+        config = autoencoder_config(resolve(recipe.autoencoder))[1]
         try:
             return latent_shape(config, str(config.get("_class_name")))[0]
         except ValueError as error:
@@ -79,13 +80,10 @@ def check_grids(recipe: BaseRecipe) -> None:
 
     Raises:
         RecipeError: they do not, with the base_resolution that would do.
-        ModelError: `init` is not a pretrained LightningDiT.
     """
     assert recipe.align is not None
     assert recipe.init is not None
-    shapes = read_shapes(recipe.init)
-    if shapes.transformer_class != FAMILY:
-        raise ModelError(f"init {recipe.init} is a {shapes.transformer_class}; align moves a {FAMILY}")
+    shapes = read_shapes(resolve(recipe.init))
     step, base_step = new_factor(recipe) * recipe.architecture.patch_size, shapes.vae_factor * shapes.patch_size
     grid, odd = divmod(recipe.resolution, step)
     if odd:
@@ -101,7 +99,7 @@ def check_grids(recipe: BaseRecipe) -> None:
 def check_other_space(recipe: BaseRecipe, vae: nn.Module) -> None:
     """Refuse an autoencoder that encodes as the pretrained model's own does."""
     assert recipe.init is not None
-    own, base = encoding_weights(vae), encoding_weights(load_autoencoder(recipe.init))
+    own, base = encoding_weights(vae), encoding_weights(load_autoencoder(resolve(recipe.init)))
     if own.keys() == base.keys() and all(torch.equal(own[name].cpu(), base[name]) for name in own):
         raise RecipeError(
             f"autoencoder: it encodes as the autoencoder of init {recipe.init} does, so the latents are the same and there "
@@ -182,7 +180,8 @@ class DCGenRun(BaseRun):
     """Run that moves a pretrained body into another autoencoder's latents and fine-tunes it."""
 
     def check_recipe(self) -> None:
-        """Check that both models have the same grid of tokens."""
+        """Check sizes, and that both models have the same grid of tokens."""
+        super().check_recipe()
         check_grids(self.recipe)
 
     def check_autoencoder(self, vae: Any) -> None:
@@ -204,10 +203,10 @@ class DCGenRun(BaseRun):
         assert recipe.align is not None
         assert recipe.init is not None
         statistics = Codec(vae).statistics
-        base_vae = load_autoencoder(recipe.init).to(device)
+        base_vae = load_autoencoder(resolve(recipe.init)).to(device)
         self.cache_base(base_vae)
         pairs = PairedLatents(self.first / "cache", self.out / BASE_CACHE)
-        base_embedder = load_part(recipe.init, "transformer", FAMILY).x_embedder
+        base_embedder = load_part(resolve(recipe.init), "transformer", FAMILY).x_embedder
         # copies are trained: an engine may wrap what it trains, and wraps nothing twice
         embedder = copy.deepcopy(transformer.x_embedder)
         task = EmbedderTask(

@@ -154,7 +154,7 @@ class BaseModel:
 def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
     """Return the shapes of the model that a recipe would train, without a weight."""
     if isinstance(recipe.autoencoder, str):
-        config = autoencoder_config(recipe.autoencoder)[1]
+        config = autoencoder_config(resolve(recipe.autoencoder))[1]
         vae_class = str(config["_class_name"])
     else:
         with torch.device("meta"):

@@ -17,12 +17,14 @@ from davae.latent import LatentStatistics
 from davae.losses.velocity import direction_loss
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import send
+from davae.pretrained.shapes import read_shapes
 from davae.recipes.base import BaseRecipe, ClassArchitecture
 from davae.recipes.sections import FlowOptim
 from davae.tasks.conditioning import conditioning
 from davae.tasks.noising import drop_conditions, flow_matching, noise_batch
 from davae.train.random import SampleRandom
 from davae.train.task import Task, Trainable
+from davae.zoo import resolve
 
 
 def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int) -> LightningDiT:
@@ -37,24 +39,41 @@ def build_class_transformer(recipe: BaseRecipe, channels: int, latent_side: int)
     Raises:
         ModelError: `init` has another width, depth, number of channels or classes than the recipe.
     """
-    a = recipe.architecture
-    assert isinstance(a, ClassArchitecture)
-    sizes = a.model_dump(exclude={"family", "patch_size"})
+    a, sizes = recipe.architecture, own_sizes(recipe)
     if recipe.init is None:
         return LightningDiT(input_size=latent_side, patch_size=a.patch_size, in_channels=channels, **sizes)
-    start = load_pipeline(recipe.init).transformer
-    wanted = {**sizes, "prediction_type": "velocity"}  # it goes on by flow matching
-    if recipe.align is None:
-        wanted["in_channels"] = channels
-    for name, value in wanted.items():
-        if start.config[name] != value:
-            raise ModelError(
-                f"init {recipe.init} has {name} {start.config[name]}, the recipe has {value}; "
-                "set the recipe's architecture to the pretrained one's"
-            )
+    check_start(recipe, channels)
+    start = load_pipeline(resolve(recipe.init)).transformer
     if recipe.align is not None:
         return change_latents(start, channels, a.patch_size, latent_side)
     return change_patch(start, a.patch_size, latent_side)
+
+
+def check_start(recipe: BaseRecipe, channels: int) -> None:
+    """Check by its configs that `init` can be the start of a recipe.
+
+    Raises:
+        ModelError: another family, width, depth, objective, number of channels or of classes.
+    """
+    assert recipe.init is not None
+    shapes = read_shapes(resolve(recipe.init))
+    if shapes.transformer_class != LightningDiT.__name__:
+        raise ModelError(f"init {recipe.init} is a {shapes.transformer_class}; set init to a LightningDiT")
+    wanted = {**own_sizes(recipe), "prediction_type": "velocity"}  # it goes on by flow matching
+    if recipe.align is None:
+        wanted["in_channels"] = channels
+    for name, value in wanted.items():
+        if (found := shapes.transformer_config[name]) != value:
+            raise ModelError(
+                f"init {recipe.init} has {name} {found}, the recipe has {value}; "
+                "set the recipe's architecture to the pretrained one's"
+            )
+
+
+def own_sizes(recipe: BaseRecipe) -> dict[str, Any]:
+    """Return the sizes that another latent space or patch size leaves as they are."""
+    assert isinstance(recipe.architecture, ClassArchitecture)
+    return recipe.architecture.model_dump(exclude={"family", "patch_size"})
 
 
 class ClassFlowTask(Task[FlowOptim]):
