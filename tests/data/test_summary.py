@@ -12,10 +12,10 @@ from conftest import picture, tiny_upgrade_recipe
 from PIL import Image
 from test_training import run_cli
 
+from davae.data.conditions import check_captions
 from davae.data.sizes import keep_sizes, load_sizes, measure_sizes
 from davae.data.summary import (
     TokenLimit,
-    check_captions,
     count_words,
     read_captions,
     size_facts,

@@ -5,6 +5,7 @@ These are LightningDiT's pipeline and that of DiT in diffusers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from davae.backbones.families import denoiser, family_of
@@ -29,6 +30,13 @@ def class_names(pipeline: Any) -> dict[str, int]:
     if hasattr(pipeline, "labels"):
         return pipeline.labels
     return {name: number for number, name in enumerate(pipeline.class_names)}
+
+
+def named_classes(index: Mapping[str, Any]) -> dict[str, int]:
+    """Return name -> number of the classes that a pipeline's `model_index.json` lists."""
+    if labels := index.get("id2label"):  # several names of a number, as diffusers' DiT pipeline reads them
+        return {name.strip(): int(number) for number, names in labels.items() for name in names.split(",")}
+    return {name: number for number, name in enumerate(index.get("class_names") or [])}
 
 
 def class_number(pipeline: Any, label: int | str) -> int:

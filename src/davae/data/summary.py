@@ -14,7 +14,7 @@ import numpy as np
 
 from davae.data.findings import Findings, Tally, add_to
 from davae.data.images import ImageSource, by_kind, spread_indices
-from davae.errors import DataError, UnreadableImage
+from davae.errors import UnreadableImage
 
 READ = 100_000  # captions and classes that a summary reads; of a larger set it reads this many, spread over all
 NAMED = 3  # names shown of each reason
@@ -114,6 +114,7 @@ class Summary:
         found: images in the source, or the part that data.limit chooses.
         images: those that can be used; captions, classes and sizes are theirs.
         read: images whose caption and class were read: all, or a part spread over a very large set.
+        labels: different class numbers, rising; -1 where an image has none.
         sizes: smallest, median, largest -> (width, height).
         buckets: `1024x1024` -> images.
         left_out: reason -> names.
@@ -128,6 +129,7 @@ class Summary:
     read: int
     captions: CaptionFacts
     classes: dict[str, int]
+    labels: list[int]
     sizes: dict[str, tuple[int, int]]
     buckets: dict[str, int]
     left_out: dict[str, list[str]]
@@ -248,8 +250,7 @@ def summarise(
 
     Args:
         source, name: the source and what `data.source` calls it.
-        usable: images that can be used.
-        found: images that were looked at.
+        usable, found: images that can be used; images that were looked at.
         pixels: (N,2) width and height of the usable ones.
         left_out: name of every other image -> why.
         buckets: bucket -> images.
@@ -263,11 +264,11 @@ def summarise(
     label_of, damaged = read_labels(source, [usable[place] for place in spread_indices(len(usable), READ)])
     captions = read_captions(source, list(label_of), limits)
     damaged |= captions.damaged
-    labels = (label for index, label in label_of.items() if index not in damaged)
+    labels = [label for index, label in label_of.items() if index not in damaged]
     left_out = {**left_out, **{source.key(index): why for index, why in damaged.items()}}
     kept = [place for place, index in enumerate(usable) if index not in damaged]
     usable, pixels = [usable[place] for place in kept], pixels[kept]
-    findings = source.findings
+    findings, numbers = source.findings, {-1 if label is None else label for label in labels}
     return Summary(
         source=name,
         layout=findings.layout,
@@ -277,6 +278,7 @@ def summarise(
         read=len(label_of) - len(captions.damaged),
         captions=captions,
         classes=_class_counts(source, labels),
+        labels=sorted(numbers),
         sizes=size_facts(pixels),
         buckets=buckets,
         left_out=by_kind(left_out),
@@ -357,23 +359,3 @@ def size_facts(pixels: np.ndarray) -> dict[str, tuple[int, int]]:
     order = np.argsort(pixels[:, 0].astype(np.int64) * pixels[:, 1], kind="stable")
     places = {"smallest": order[0], "median": order[(len(order) - 1) // 2], "largest": order[-1]}
     return {name: (int(pixels[place, 0]), int(pixels[place, 1])) for name, place in places.items()}
-
-
-def check_captions(summary: Summary) -> None:
-    """Refuse a text-to-image run in which most captions are empty or the same.
-
-    Raises:
-        DataError: naming what was found and how to give the caption.
-    """
-    facts, read = summary.captions, summary.read
-    found = ""
-    if 2 * facts.empty > read:
-        found = f"{facts.empty:,} of {read:,} images have no caption"
-    elif read > 1 and 2 * facts.commonest_count > read:
-        found = f"{facts.commonest_count:,} of {read:,} captions are the same, {facts.commonest[:60]!r}"
-    if found:
-        raise DataError(
-            f"data.source {summary.source}: {found} (captions from: {summary.captions_from}); put a .txt with the name of "
-            "the image next to each, or name the caption by data.caption_key (a key of the .json) or data.caption_column "
-            "(a column of the table); data.require_captions=false trains as it is"
-        )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+from davae.data.conditions import check_captions, check_classes
 from davae.data.images import ImageDataset
-from davae.data.summary import Summary, TokenLimit, check_captions
+from davae.data.summary import Summary, TokenLimit
 from davae.dataset.opened import (
     SUMMARY,
     OpenedData,
@@ -69,14 +70,18 @@ class StageData:
         """Return the limits of the base's text encoders, none for a class-conditional model."""
         return model_limits(self.base) if self.reads_text else []
 
-    def check_captions(self) -> None:
-        """Refuse captions that stage 2 cannot learn from, before anything is trained.
+    def check_conditions(self) -> None:
+        """Refuse captions or classes that stage 2 cannot learn from, before anything is trained.
 
         Raises:
-            DataError: most are empty or the same, and `data.require_captions` is on.
+            DataError: images without a class of the model; captions that are mostly empty or the same, where
+                `data.require_captions` is on.
         """
-        if self.reads_text and self.recipe.cache.shards is None and self.recipe.stage2_data.require_captions:
-            check_captions(self.summary)
+        summary = self.summary  # `stage2.data` is opened here first
+        if (number := self.base.num_classes) is not None:
+            check_classes(summary, number)
+        elif self.recipe.stage2_data.require_captions:
+            check_captions(summary)
 
     @cached_property
     def skipped(self) -> dict[str, str]:

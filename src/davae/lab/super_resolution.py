@@ -72,6 +72,9 @@ class SuperResolutionTask(Task[SuperResolution]):
 
 def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: Observer) -> Path:
     """Train the recipe's network, or resume it, and return its weights file for `--upscale`."""
+    s = recipe.network
+    if s.lambda_lpips and s.perceptual_weights is not None:
+        perceptual_distance(s.perceptual, s.perceptual_weights)  # a wrong file is found before the folder is made
     accelerator = make_accelerator(recipe.run, out)
     check_base_engine(accelerator)
     folder = RunFolder(out, recipe)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from davae.errors import ModelError
+
 LITE0_TAPS = (0, 2, 4)  # blocks whose outputs are compared: strides 2, 4 and 8
 
 
@@ -116,7 +118,7 @@ class Lpips(nn.Module):
         random: leave random weights, where nothing is measured but time and memory.
 
     Raises:
-        ValueError: the file is missing or holds another network, or torchvision's weights cannot be downloaded.
+        ModelError: the file is missing or holds another network, or torchvision's weights cannot be downloaded.
     """
 
     def __init__(self, network: str, weights: str | None = None, random: bool = False):
@@ -129,14 +131,14 @@ class Lpips(nn.Module):
             try:
                 self.model = lpips.LPIPS(net=network, verbose=False)
             except OSError as error:  # no cache, no network
-                raise ValueError(
+                raise ModelError(
                     f"torchvision's weights of LPIPS {network} cannot be had ({error}); give a file of them"
                 ) from error
         else:
             from safetensors.torch import load_file
 
             if not Path(weights).is_file():
-                raise ValueError(f"perceptual weights {weights} do not exist")
+                raise ModelError(f"perceptual weights {weights} do not exist")
             self.model = _without_weights(network)
             given = load_file(weights)
             state = {}
@@ -145,7 +147,7 @@ class Lpips(nn.Module):
                     continue
                 tensor = given.get(_file_name(name))
                 if tensor is None or tensor.shape != own.shape:
-                    raise ValueError(f"perceptual weights {weights} lack '{_file_name(name)}' of LPIPS {network}")
+                    raise ModelError(f"perceptual weights {weights} lack '{_file_name(name)}' of LPIPS {network}")
                 state[name] = tensor
             self.model.load_state_dict(state, strict=False)
         self.requires_grad_(False)

@@ -18,8 +18,12 @@ from davae.pretrained.hub_errors import brief
 UP = re.compile(r"lora_B\.|(?:lora|lora_linear_layer)[._]up\.")  # B of a LoRA under diffusers' and kohya's names
 
 
-def read_lora(file: Path, pipeline: Any, part: str, config: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return a LoRA file's tensors under diffusers' names, and its peft settings if any."""
+def check_lora_file(file: Path) -> None:
+    """Check a LoRA file by its header, before a model is loaded.
+
+    Raises:
+        ModelError: no such file, not a safetensors file, or a DoRA.
+    """
     if not file.is_file():
         raise ModelError(f"LoRA file {file} does not exist")
     if file.suffix != ".safetensors":
@@ -27,8 +31,16 @@ def read_lora(file: Path, pipeline: Any, part: str, config: Any) -> tuple[dict[s
     try:
         with safe_open(file, framework="pt") as stream:
             names = list(stream.keys())
-        if any("dora_scale" in name or "lora_magnitude_vector" in name for name in names):
-            raise ModelError(f"LoRA file {file} is a DoRA; only plain LoRA can be converted")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"LoRA file {file} cannot be read: {brief(error)}") from error
+    if any("dora_scale" in name or "lora_magnitude_vector" in name for name in names):
+        raise ModelError(f"LoRA file {file} is a DoRA; only plain LoRA can be converted")
+
+
+def read_lora(file: Path, pipeline: Any, part: str, config: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Return a LoRA file's tensors under diffusers' names, and its peft settings if any."""
+    check_lora_file(file)
+    try:
         if not issubclass(pipeline, LoraBaseMixin):
             return load_file(file), None
         read: Any = pipeline.lora_state_dict

@@ -12,11 +12,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from davae.backbones.classes_by_name import model_class
+from davae.data.conditions import check_captions, check_classes
 from davae.data.images import ImageDataset
 from davae.data.latent_cache.meta import CacheMeta, is_whole, read_meta
 from davae.data.latent_cache.read import CachedLatents
 from davae.data.latent_cache.write import Watch
-from davae.data.summary import check_captions
 from davae.dataset.encoding import run_precision
 from davae.dataset.opened import SUMMARY, OpenedData, announce, architecture_limits, bucket_notes, open_pictures
 from davae.errors import DataError, RecipeError
@@ -24,10 +24,11 @@ from davae.files.ownership import check_run
 from davae.pretrained.autoencoders import load_autoencoder
 from davae.publish.assemble import save_pipeline
 from davae.recipes.base import BaseRecipe, ClassArchitecture, TextArchitecture
-from davae.runs.cache import cache_images, cache_key, cache_shards, show_cache, write_skipped
+from davae.runs.cache import cache_images, cache_key, cache_shards, check_shards, show_cache, write_skipped
 from davae.tasks.autoencoder import AutoencoderTask, build_autoencoder
 from davae.tasks.base_model import planned_shapes
 from davae.tasks.class_conditional import ClassFlowTask, build_class_transformer, check_start
+from davae.tasks.reconstruction import check_perceptual
 from davae.tasks.text_to_image import (
     BaseFlowTask,
     TextToImage,
@@ -69,9 +70,13 @@ class BaseRun:
     # -- what another way to a base model changes ----------------------------------------------------------------
 
     def check_recipe(self) -> None:
-        """Check what configs alone show, before an autoencoder is trained and images are encoded."""
-        if self.recipe.init is not None:
-            check_start(self.recipe, planned_shapes(self.recipe).channels)
+        """Check what configs and headers show, before anything is trained or encoded."""
+        recipe, shapes = self.recipe, planned_shapes(self.recipe)
+        check_perceptual(recipe.vae)
+        if recipe.init is not None:
+            check_start(recipe, shapes.channels)
+        if recipe.cache.shards is not None:
+            check_shards(recipe.cache, shapes.channels, getattr(recipe.architecture, "num_classes", None))
 
     def check_autoencoder(self, vae: Any) -> None:
         """Check the autoencoder before its cache is written."""
@@ -83,11 +88,11 @@ class BaseRun:
 
     @cached_property
     def opened(self) -> OpenedData:
-        """Return the images of the recipe, summarised. After an error a corrected recipe may follow."""
+        """Return the images of the recipe, summarised."""
         try:
             return self._opened()
         except DataError:
-            self.folder.forget()
+            self.folder.close()  # for a corrected recipe
             raise
 
     def _opened(self) -> OpenedData:
@@ -100,9 +105,11 @@ class BaseRun:
             architecture_limits(recipe), bucket_notes(opened, "dit", stage, recipe.cache.variants)
         )
         announce(summary, self.out / SUMMARY)
-        reads_text = isinstance(recipe.architecture, TextArchitecture) and recipe.cache.shards is None
-        if reads_text and recipe.data.require_captions and not from_main(is_whole(self.first / "cache")):
-            check_captions(summary)
+        if recipe.cache.shards is None and not from_main(is_whole(self.first / "cache")):
+            if isinstance(recipe.architecture, ClassArchitecture):
+                check_classes(summary, recipe.architecture.num_classes)
+            elif recipe.data.require_captions:
+                check_captions(summary)
         return opened
 
     @cached_property

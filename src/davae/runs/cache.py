@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from davae.data.images import ImageDataset, by_kind, summarise_skipped
-from davae.data.latent_cache.import_shards import PATTERN, STATISTICS, import_shards
+from davae.data.latent_cache.import_shards import PATTERN, STATISTICS, import_shards, open_shards
 from davae.data.latent_cache.key import (
     FORMER_DATA,
     Key,
@@ -183,6 +183,17 @@ def cache_images(
         return seal(folder, meta, together)
 
 
+def check_shards(cache: Cache, channels: int, num_classes: int | None) -> None:
+    """Check latent shards by their headers, before anything is trained.
+
+    Raises:
+        DataError: the model is not class-conditional, or there are no shards of its latents.
+    """
+    if num_classes is None:
+        raise DataError("cache.shards: latent shards hold class labels; they train class-conditional models")
+    open_shards(Path(str(cache.shards)), channels)
+
+
 def cache_shards(
     folder: Path,
     cache: Cache,
@@ -205,11 +216,11 @@ def cache_shards(
         watch: see `show_cache`.
 
     Raises:
-        DataError: the model is not class-conditional.
+        DataError: as `check_shards`.
     """
     assert cache.shards is not None
-    if num_classes is None:
-        raise DataError("cache.shards: latent shards hold class labels; they train class-conditional models")
+    check_shards(cache, channels, num_classes)
+    assert num_classes is not None
     check_same_key(key)
     if accelerator.is_main_process:
         with saving(folder):

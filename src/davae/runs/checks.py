@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from davae.backbones.classes import find_class, named_classes
 from davae.backbones.classes_by_name import model_class
 from davae.backbones.families import supported
 from davae.backbones.family import Family
@@ -46,6 +47,7 @@ def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
     check_detail_time(recipe.stage2, base.family)
     check_head(recipe, base)
     check_dit_alignment(recipe, base)
+    check_report_prompts(recipe, base)
     shapes = base.shapes
     if recipe.detail_channels % shapes.channels:
         raise RecipeError(
@@ -119,6 +121,21 @@ def check_detail_time(settings: Stage2, family: Family) -> None:
             f"stage2.detail_offset: all channels of a {family.class_name} share one time; set stage2.detail_scale instead, "
             "which puts the base ahead in every family"
         )
+
+
+def check_report_prompts(recipe: Recipe, base: BaseModel) -> None:
+    """Refuse prompts of the report that are no classes of a class-conditional base.
+
+    Raises:
+        RecipeError: names the prompt, and the classes that the model has.
+    """
+    if base.num_classes is None or base.planned is not None:  # of a base that a recipe trains the data have the names
+        return
+    for prompt in recipe.sampling.prompts:
+        try:
+            find_class(prompt, named_classes(base.configs.index), base.num_classes)
+        except ValueError as error:
+            raise RecipeError(f"sampling.prompts: {error}") from error
 
 
 def check_dit_alignment(recipe: Recipe, base: BaseModel) -> None:

@@ -31,7 +31,7 @@ from davae.pretrained.prompting import embed_captions
 from davae.publish.assemble import POLISHED, UPGRADE_FILE, load_trained
 from davae.recipes import Recipe, load_recipe
 from davae.recipes.stages import POLISH
-from davae.runs.cache import cache_images, cache_key, cache_shards, show_cache
+from davae.runs.cache import cache_images, cache_key, cache_shards, check_shards, show_cache
 from davae.runs.checks import check_init, check_objective, check_recipe, check_shared, polished_alike
 from davae.runs.frozen_features import frozen_features
 from davae.runs.statistics import fit_residual, hash_statistics, set_residual, set_statistics
@@ -39,6 +39,7 @@ from davae.runs.validation import GRID_IMAGES
 from davae.tasks.base_model import BaseModel
 from davae.tasks.conditioning import conditioning, embed_in_step
 from davae.tasks.polish import PolishTask
+from davae.tasks.reconstruction import check_perceptual
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
 from davae.train.accelerator import make_accelerator, seed_initial_weights
@@ -78,6 +79,7 @@ class UpgradeParts:
         self.layout = check_recipe(recipe, self.base)
         self.objective = check_objective(recipe, self.base)
         check_init(recipe, self.base.shapes)  # before any work
+        check_perceptual(recipe.stage1, None if recipe.base.train is None else recipe.base.train.vae)
         self.recipe, self.out = recipe, out
         self.data = StageData(recipe, self.base, out)
         if recipe.stage2.data is None:
@@ -121,17 +123,16 @@ class UpgradeParts:
         return changing(self.out) if is_main() else nullcontext()
 
     def check_data(self) -> None:
-        """Refuse images from which the steps ahead cannot learn, before anything is trained.
-
-        Raises:
-            DataError: captions that are mostly empty or the same; the folder then takes a corrected recipe.
-        """
+        """Refuse images or latent shards from which stage 2 cannot learn."""
         if from_main(self.folder.done("cache")):
             return
         try:
-            self.data.check_captions()
+            if self.recipe.cache.shards is None:
+                self.data.check_conditions()
+            else:
+                check_shards(self.recipe.cache, self.layout.channels, self.base.num_classes)
         except DataError:
-            self.folder.forget()
+            self.folder.close()
             raise
 
     # -- stage 1 -----------------------------------------------------------------------------------------------
@@ -265,11 +266,12 @@ class UpgradeParts:
             folder: of the cache.
             key: from `cache_key`.
         """
-        recipe, classes, watch = self.recipe, self.base.family.classes_key, show_cache(self.observer)
+        recipe, watch = self.recipe, show_cache(self.observer)
         options: dict[str, Any] = {"key": key, "accelerator": self.accelerator, "watch": watch}
         if recipe.cache.shards is not None:
-            number = None if classes is None else int(self.base.shapes.transformer_config[classes])
-            cache_shards(folder, recipe.cache, channels=self.layout.channels, num_classes=number, **options)
+            cache_shards(
+                folder, recipe.cache, channels=self.layout.channels, num_classes=self.base.num_classes, **options
+            )
             return
         embeds = self.base.family.condition == "text" and recipe.cache.text == "stored"
         cache_images(

@@ -12,6 +12,7 @@ from PIL import Image
 from davae.data.images import grid
 from davae.data.prompts import read_prompts
 from davae.files.outputs import check_image, save_image
+from davae.pretrained.lora_files import check_lora_file
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions, add_lora, check_class_prompts, open_model
 from davae.sample.preview import Preview
@@ -48,6 +49,8 @@ def draw_samples(
         DataError: a prompt file that cannot be read.
         ModelError: a model or LoRA that cannot be opened, and as `sample_to_folder`.
     """
+    if lora is not None:
+        check_lora_file(lora)
     texts = [*prompts, *(read_prompt_texts(prompt_file) if prompt_file is not None else [])]
 
     def prepare(pipeline: Any) -> None:

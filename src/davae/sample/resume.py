@@ -47,11 +47,12 @@ def kept_images(
     with only_writer(folder) if first else nullcontext():
         path = folder / SETTINGS
         folder.mkdir(parents=True, exist_ok=True)
-        strange = [e.name for e in folder.iterdir() if e.name not in LITTER and not MADE_HERE.fullmatch(e.name)]
+        ours = {SETTINGS, *LITTER}
+        others = [e.name for e in folder.iterdir() if e.name not in ours and not MADE_HERE.fullmatch(e.name)]
         if path.is_file():
-            _compare(path, settings, set(about), former, check_former)
-        elif strange:
-            raise RunError(f"{folder}: it holds {min(strange)!r} and no {SETTINGS}; use another --out")
+            _compare(path, settings, set(about), former, check_former, drawn=bool(others))
+        elif others:
+            raise RunError(f"{folder}: it holds {min(others)!r} and no {SETTINGS}; use another --out")
         text = json.dumps({**settings, **about}, indent=2) + "\n"
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             atomic_text(path, text)
@@ -64,7 +65,9 @@ def _compare(
     about: set[str],
     former: dict[str, Any] | None,
     check_former: Callable[[], None],
+    drawn: bool,
 ) -> None:
+    """Refuse other settings where images were drawn, and a file that is none of davae's."""
     try:
         old = load_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -77,7 +80,7 @@ def _compare(
         logger.warning("%s: images of an earlier davae, which kept no fingerprint of the weights", path.parent)
         return
     differing = [name for name in {**new, **old} if name not in about and old.get(name) != new.get(name)]
-    if differing:
+    if differing and (drawn or not set(new) <= set(old)):
         raise ModelError(
             f"{path.parent} holds images of other settings ({_words(differing[0], old, new)}); use another --out"
         )

@@ -10,7 +10,7 @@ import torch
 
 from davae.backbones.families import family_by_class
 from davae.backbones.family import Family
-from davae.errors import ModelError
+from davae.errors import ModelError, RecipeError
 from davae.pretrained.autoencoders import autoencoder_config
 from davae.pretrained.distilled import Distilled, distilled
 from davae.pretrained.open import Configs, load_part, load_pipeline, load_scheduler
@@ -76,6 +76,12 @@ class BaseModel:
         if self.planned is not None:
             return planned_shapes(self.planned)
         return read_shapes(self.configs, to_train=self.to_train)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, None of a model that reads text."""
+        key = self.family.classes_key
+        return None if key is None else int(self.shapes.transformer_config[key])
 
     @property
     def pipeline_class(self) -> str:
@@ -152,7 +158,12 @@ class BaseModel:
 
 
 def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
-    """Return the shapes of the model that a recipe would train, without a weight."""
+    """Return the shapes of the model that a recipe would train, without a weight.
+
+    Raises:
+        ModelError: an autoencoder that cannot be read.
+        RecipeError: sizes of which no transformer can be built.
+    """
     if isinstance(recipe.autoencoder, str):
         config = autoencoder_config(resolve(recipe.autoencoder))[1]
         vae_class = str(config["_class_name"])
@@ -161,8 +172,11 @@ def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
             own = build_autoencoder(recipe)
         config, vae_class = dict(own.config), type(own).__name__
     factor, channels = latent_shape(config, vae_class)
-    with torch.device("meta"):
-        transformer = new_transformer(recipe, channels, recipe.resolution // factor)
+    try:
+        with torch.device("meta"):
+            transformer = new_transformer(recipe, channels, recipe.resolution // factor)
+    except ValueError as error:
+        raise RecipeError(f"architecture: {error}") from error
     kind = type(transformer).__name__
     return BaseShapes(
         pipeline_class=family_by_class(kind).pipeline,

@@ -89,7 +89,7 @@ class RunFolder:
     def _open(self) -> None:
         recipe = self.recipe
         saved = self.path / "recipe.yaml"
-        if saved.is_file():
+        if saved.is_file() and self.begun:
             try:
                 previous = validate(read_yaml_file(saved, f"recipe {saved}"), str(saved))
             except RecipeError as error:
@@ -118,11 +118,11 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
-    def forget(self) -> None:
-        """Close the folder, without its recipe where nothing was trained, for a corrected one."""
-        if is_main() and not (self.path / "metrics.jsonl").is_file() and not any(self.path.glob("checkpoints/*")):
-            (self.path / "recipe.yaml").unlink(missing_ok=True)
-        self.close()
+    @property
+    def begun(self) -> bool:
+        """True after a training or a cache began; until then the folder takes another recipe."""
+        made = ("metrics.jsonl", "checkpoints/*", "cache*/*", "base/*")
+        return any(any(self.path.glob(pattern)) for pattern in made)
 
     def done(self, step: str) -> bool:
         """Return whether a step of the run finished with the recipe's step counts."""

@@ -62,7 +62,7 @@ class _Shard:
             raise DataError(f"shard {path} is not a whole safetensors file: {error}") from error
 
 
-def _open_shards(source: Path, channels: int) -> list[_Shard]:
+def open_shards(source: Path, channels: int) -> list[_Shard]:
     """Open a folder's shards, or raise a DataError for one that fits neither model nor others."""
     shards = [_Shard(path) for path in sorted(source.glob(PATTERN))]
     if not shards:
@@ -96,7 +96,7 @@ def import_shards(
     Raises:
         DataError: no shards, shapes that differ, channels or labels that do not fit the model.
     """
-    shards = _open_shards(source, channels)
+    shards = open_shards(source, channels)
     given = source / STATISTICS
     statistics = read_statistics(given, channels) if given.is_file() else None
 

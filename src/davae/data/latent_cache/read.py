@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from davae.data.conditions import NEEDS_CLASSES
 from davae.data.latent_cache.caption_table import CaptionTable
 from davae.data.latent_cache.meta import LABELS, NO_LABEL, check_sums, read_meta
 from davae.data.latent_cache.shard_files import CacheShard, open_array
@@ -109,10 +110,7 @@ class CachedLatents(Dataset):
         if condition == "class":
             self.conditions = open_array(folder / LABELS)
             if (self.conditions == NO_LABEL).any():
-                raise DataError(
-                    "a class-conditional model needs a class for every image: one sub-folder a class, `.cls` files in "
-                    "the shards, or data.label_key or data.label_column"
-                )
+                raise DataError(NEEDS_CLASSES)
 
     def __len__(self) -> int:
         return self.meta.items

@@ -1,0 +1,47 @@
+"""Checks of captions and classes before anything is trained."""
+
+from __future__ import annotations
+
+from davae.data.summary import Summary
+from davae.errors import DataError
+
+NEEDS_CLASSES = (
+    "a class-conditional model needs a class for every image: one sub-folder a class, `.cls` files in the shards, or "
+    "data.label_key or data.label_column"
+)
+
+
+def check_captions(summary: Summary) -> None:
+    """Refuse a text-to-image run in which most captions are empty or the same.
+
+    Raises:
+        DataError: naming what was found and how to give the caption.
+    """
+    facts, read = summary.captions, summary.read
+    found = ""
+    if 2 * facts.empty > read:
+        found = f"{facts.empty:,} of {read:,} images have no caption"
+    elif read > 1 and 2 * facts.commonest_count > read:
+        found = f"{facts.commonest_count:,} of {read:,} captions are the same, {facts.commonest[:60]!r}"
+    if found:
+        raise DataError(
+            f"data.source {summary.source}: {found} (captions from: {summary.captions_from}); put a .txt with the name of "
+            "the image next to each, or name the caption by data.caption_key (a key of the .json) or data.caption_column "
+            "(a column of the table); data.require_captions=false trains as it is"
+        )
+
+
+def check_classes(summary: Summary, num_classes: int) -> None:
+    """Refuse images that a class-conditional model cannot be trained on.
+
+    Raises:
+        DataError: images without a class, or with a number that is none of the model's classes.
+    """
+    where = f"data.source {summary.source}"
+    if -1 in summary.labels:
+        raise DataError(f"{where}: {NEEDS_CLASSES}")
+    if summary.labels and summary.labels[-1] >= num_classes:
+        raise DataError(
+            f"{where} has class label {summary.labels[-1]}, the model has classes 0 to {num_classes - 1}; use images of its "
+            "classes, or a model with more"
+        )

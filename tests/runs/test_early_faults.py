@@ -1,0 +1,199 @@
+"""Faults that configs, headers and names show: found before anything is trained, and the folder takes a corrected recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import picture
+from safetensors.torch import save_file
+
+from davae.errors import DataError, DavaeError, ModelError, RecipeError
+from davae.lab.super_resolution import train_super_resolution
+from davae.recipes import BaseRecipe, Recipe, load_recipe
+from davae.recipes.super_resolution import SuperResolutionRecipe
+from davae.runs.train_base import train_base
+from davae.runs.upgrade import Upgrade
+from davae.sample import image_folder
+from davae.sample.image_folder import draw_samples
+from davae.sample.open import SamplingOptions
+from davae.sample.resume import kept_images
+from davae.train.loop import Progress
+
+
+def quiet(progress: Progress) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images without classes."""
+    folder = tmp_path_factory.mktemp("flat")
+    for number in range(6):
+        picture(number).resize((128, 128)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of 18 classes; the embedded model has 17."""
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(18):
+        (folder / f"class{number:02d}").mkdir()
+        picture(number).resize((128, 128)).save(folder / f"class{number:02d}" / "0.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of two classes."""
+    folder = tmp_path_factory.mktemp("few")
+    for number in range(6):
+        (folder / "ab"[number % 2]).mkdir(exist_ok=True)
+        picture(number).resize((128, 128)).save(folder / "ab"[number % 2] / f"{number}.png")
+    return folder
+
+
+def upgrade(name: str, source: Path, out: Path, *overrides: str) -> Upgrade:
+    """Return the run of a shipped recipe, with its data checked."""
+    recipe = load_recipe(name, [f"data.source={source}", "data.holdout=0", "stage1.perceptual=lite0", *overrides])
+    assert isinstance(recipe, Recipe)
+    run = Upgrade(recipe.model_copy(update={"stage1": plain(recipe)}), out, quiet)
+    run.check_data()
+    return run
+
+
+def plain(recipe: Recipe) -> Any:
+    """Stage 1 without a file of perceptual weights, unless the test names one."""
+    shipped = "../shared" in (recipe.stage1.perceptual_weights or "")
+    return recipe.stage1.model_copy(update={"perceptual_weights": None}) if shipped else recipe.stage1
+
+
+def begun(out: Path) -> bool:
+    return any((out / name).exists() for name in ("metrics.jsonl", "vae", "cache")) or any(out.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("data", "overrides", "message"),
+    [
+        ("flat", [], "a class-conditional model needs a class for every image"),
+        ("many", [], "has class label 17, the model has classes 0 to 16"),
+        ("few", ["cache.shards=/nowhere"], "/nowhere has no latent shards"),
+        ("few", ["stage2.data={source: /nowhere}"], "/nowhere"),
+    ],
+)
+def test_what_stage_2_cannot_learn_from_is_found_before_stage_1(
+    request: pytest.FixtureRequest, few: Path, tmp_path: Path, data: str, overrides: list[str], message: str
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(DataError, match=message):
+        upgrade("clothing", request.getfixturevalue(data), out, *overrides)
+    assert not begun(out)
+    corrected = upgrade("clothing", few, out)
+    corrected.folder.close()
+
+
+def test_latent_shards_of_another_number_of_channels_and_of_a_text_model(few: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    tensors = {"latents": torch.zeros(2, 5, 8, 8), "labels": torch.zeros(2, dtype=torch.int64)}
+    save_file(tensors, shards / "latents_rank00_shard000.safetensors")
+    for name, message in (
+        ("clothing", "latents of 5 channels, the model takes 128"),
+        ("micro", "they train class-conditional models"),
+    ):
+        with pytest.raises(DataError, match=message):
+            upgrade(name, few, tmp_path / name, f"cache.shards={shards}")
+        assert not begun(tmp_path / name)
+    with pytest.raises(DataError, match="latents of 5 channels, the model takes 32"):
+        base("clothing-base", few, tmp_path / "base", f"cache.shards={shards}")
+
+
+def base(name: str, source: Path, out: Path, *overrides: str) -> Path:
+    recipe = load_recipe(name, [f"data.source={source}", "data.holdout=0", *overrides])
+    assert isinstance(recipe, BaseRecipe)
+    return train_base(recipe, out, quiet)
+
+
+@pytest.mark.parametrize(
+    ("data", "overrides", "message"),
+    [
+        ("flat", [], "a class-conditional model needs a class for every image"),
+        ("many", [], "has class label 17, the model has classes 0 to 16"),
+        ("few", ["architecture.num_heads=7"], "hidden_size 192 over 7 heads"),
+        ("few", ["autoencoder=nothing"], "nothing"),
+    ],
+)
+def test_what_a_base_cannot_learn_from_is_found_before_its_cache(
+    request: pytest.FixtureRequest, tmp_path: Path, data: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(DavaeError, match=message):
+        base("clothing-base", request.getfixturevalue(data), tmp_path, *overrides)
+    assert not begun(tmp_path)
+
+
+def test_a_file_of_perceptual_weights_is_read_before_anything_else(few: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(1)}, other)
+    network = load_recipe("clothing-sr", [f"data.source={few}", "network.perceptual_weights=/nowhere"])
+    assert isinstance(network, SuperResolutionRecipe)
+    with pytest.raises(ModelError, match="perceptual weights /nowhere do not exist"):
+        train_super_resolution(network, tmp_path / "sr", quiet)
+    for weights, message in (("/nowhere", "do not exist"), (str(other), "lack 'features.0.weight' of LPIPS alex")):
+        with pytest.raises(ModelError, match=message):
+            upgrade(
+                "clothing",
+                few,
+                tmp_path / "up",
+                "stage1.perceptual=lpips-alex",
+                f"stage1.perceptual_weights={weights}",
+            )
+    assert not (tmp_path / "sr").exists()
+    assert not (tmp_path / "up").exists()
+
+
+@pytest.mark.parametrize("prompt", ["a red rose", "17", "shi"])
+def test_prompts_of_the_report_are_classes(few: Path, tmp_path: Path, prompt: str) -> None:
+    with pytest.raises(
+        RecipeError, match=r"sampling.prompts: .*(a class of this model|out of range|fits \d classes)"
+    ):
+        upgrade("clothing", few, tmp_path / "run", f"sampling.prompts=['{prompt}']")
+    upgrade("clothing", few, tmp_path / "run", "sampling.prompts=[Dress, '16', shoe]").folder.close()
+
+
+def test_a_lora_that_is_not_there_is_found_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_folder, "open_model", lambda *given: pytest.fail("the model was loaded"))
+    with pytest.raises(ModelError, match=r"LoRA file .*none.safetensors does not exist"):
+        draw_samples(
+            "micro", ["a red rose"], SamplingOptions(), folder=tmp_path, num=1, lora=tmp_path / "none.safetensors"
+        )
+
+
+def test_settings_without_an_image_give_way_to_others(tmp_path: Path) -> None:
+    def hold(folder: Path, **settings: Any) -> None:
+        with kept_images(folder, settings, {}):
+            pass
+
+    hold(tmp_path / "own", steps=2, seed=0)
+    hold(tmp_path / "own", steps=3, seed=0)
+    (tmp_path / "own" / "0.png").write_bytes(b"")
+    with pytest.raises(ModelError, match="images of other settings"):
+        hold(tmp_path / "own", steps=4, seed=0)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "settings.json").write_text('{"theme": "dark"}')
+    with pytest.raises(ModelError, match="images of other settings"):
+        hold(foreign, steps=4)
+    assert foreign.joinpath("settings.json").read_text() == '{"theme": "dark"}'
+
+
+def test_a_run_that_began_keeps_its_recipe(few: Path, tmp_path: Path) -> None:
+    upgrade("clothing", few, tmp_path).folder.close()
+    upgrade("clothing", few, tmp_path, "detail_channels=64").folder.close()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(DavaeError, match="holds a run of another recipe: detail_channels: 64 -> 96"):
+        upgrade("clothing", few, tmp_path)
