@@ -25,10 +25,10 @@ from davae.pretrained.autoencoders import load_autoencoder
 from davae.publish.assemble import save_pipeline
 from davae.recipes.base import BaseRecipe, ClassArchitecture, TextArchitecture
 from davae.runs.cache import cache_images, cache_key, cache_shards, check_shards, show_cache, write_skipped
+from davae.runs.checks import check_perceptual
 from davae.tasks.autoencoder import AutoencoderTask, build_autoencoder
 from davae.tasks.base_model import planned_shapes
 from davae.tasks.class_conditional import ClassFlowTask, build_class_transformer, check_start
-from davae.tasks.reconstruction import check_perceptual
 from davae.tasks.text_to_image import (
     BaseFlowTask,
     TextToImage,

@@ -18,12 +18,13 @@ from davae.data.latent_cache.meta import is_whole
 from davae.errors import DataError, ModelError, RecipeError
 from davae.files.reading import read_object
 from davae.latent import LatentLayout
+from davae.losses.perceptual import perceptual_distance
 from davae.pretrained.distilled import Distilled
 from davae.pretrained.shapes import BaseShapes
 from davae.pretrained.stored import check_component
 from davae.publish.assemble import UPGRADE_FILE, check_fit, read_details, read_metadata
 from davae.recipes import Recipe, differences, load_recipe
-from davae.recipes.sections import FlowOptim, Lora, Stage2
+from davae.recipes.sections import FlowOptim, Lora, Reconstruction, Stage2
 from davae.recipes.stages import POLISH
 from davae.tasks.base_model import BaseModel
 from davae.tasks.noising import Objective
@@ -121,6 +122,23 @@ def check_detail_time(settings: Stage2, family: Family) -> None:
             f"stage2.detail_offset: all channels of a {family.class_name} share one time; set stage2.detail_scale instead, "
             "which puts the base ahead in every family"
         )
+
+
+def check_named_files(recipe: Recipe, shapes: BaseShapes) -> None:
+    """Check the upgrade to go on from, and the files of perceptual weights."""
+    check_init(recipe, shapes)
+    check_perceptual(recipe.stage1, None if recipe.base.train is None else recipe.base.train.vae)
+
+
+def check_perceptual(*trainings: Reconstruction | None) -> None:
+    """Load the perceptual weights that trainings name, before anything is trained.
+
+    Raises:
+        ModelError: a file that cannot be used.
+    """
+    for settings in trainings:
+        if settings is not None and settings.lambda_lpips and settings.perceptual_weights is not None:
+            perceptual_distance(settings.perceptual, settings.perceptual_weights)
 
 
 def check_report_prompts(recipe: Recipe, base: BaseModel) -> None:

@@ -32,14 +32,13 @@ from davae.publish.assemble import POLISHED, UPGRADE_FILE, load_trained
 from davae.recipes import Recipe, load_recipe
 from davae.recipes.stages import POLISH
 from davae.runs.cache import cache_images, cache_key, cache_shards, check_shards, show_cache
-from davae.runs.checks import check_init, check_objective, check_recipe, check_shared, polished_alike
+from davae.runs.checks import check_named_files, check_objective, check_recipe, check_shared, polished_alike
 from davae.runs.frozen_features import frozen_features
 from davae.runs.statistics import fit_residual, hash_statistics, set_residual, set_statistics
 from davae.runs.validation import GRID_IMAGES
 from davae.tasks.base_model import BaseModel
 from davae.tasks.conditioning import conditioning, embed_in_step
 from davae.tasks.polish import PolishTask
-from davae.tasks.reconstruction import check_perceptual
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
 from davae.train.accelerator import make_accelerator, seed_initial_weights
@@ -78,8 +77,7 @@ class UpgradeParts:
         self.base = BaseModel.of(recipe, self.first)
         self.layout = check_recipe(recipe, self.base)
         self.objective = check_objective(recipe, self.base)
-        check_init(recipe, self.base.shapes)  # before any work
-        check_perceptual(recipe.stage1, None if recipe.base.train is None else recipe.base.train.vae)
+        check_named_files(recipe, self.base.shapes)  # before any work
         self.recipe, self.out = recipe, out
         self.data = StageData(recipe, self.base, out)
         if recipe.stage2.data is None:

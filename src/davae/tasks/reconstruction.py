@@ -133,13 +133,6 @@ class ReconstructionTrainer:
         return loss, {"discriminator": loss.detach()}
 
 
-def check_perceptual(*trainings: Reconstruction | None) -> None:
-    """Load the perceptual weights that trainings name, so that a wrong file is found before anything is trained."""
-    for settings in trainings:
-        if settings is not None and settings.lambda_lpips and settings.perceptual_weights is not None:
-            perceptual_distance(settings.perceptual, settings.perceptual_weights)
-
-
 def keep_channels_last(autoencoder: nn.Module) -> None:
     """Put residual blocks without dropout in eval mode, which changes their memory layout alone.
 

@@ -120,7 +120,7 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """True after a training or a cache began; until then the folder takes another recipe."""
+        """True after a training or a cache began. Until then the folder takes another recipe."""
         made = ("metrics.jsonl", "checkpoints/*", "cache*/*", "base/*")
         return any(any(self.path.glob(pattern)) for pattern in made)
 
