@@ -51,7 +51,7 @@ CEILINGS = {
     "cost": Ceiling(700),
     "data": Ceiling(7400),
     "dataset": Ceiling(950),
-    "evaluate": Ceiling(2500),
+    "evaluate": Ceiling(2520),
     "files": Ceiling(1200),
     "lab": Ceiling(3850),
     "losses": Ceiling(900),

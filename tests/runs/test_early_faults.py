@@ -11,6 +11,7 @@ from conftest import picture
 from safetensors.torch import save_file
 
 from davae.errors import DataError, DavaeError, ModelError, RecipeError
+from davae.evaluate import generation
 from davae.lab.super_resolution import train_super_resolution
 from davae.recipes import BaseRecipe, Recipe, load_recipe
 from davae.recipes.super_resolution import SuperResolutionRecipe
@@ -197,3 +198,43 @@ def test_a_run_that_began_keeps_its_recipe(few: Path, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(DavaeError, match="holds a run of another recipe: detail_channels: 64 -> 96"):
         upgrade("clothing", few, tmp_path)
+
+
+def test_what_a_measurement_lacks_is_found_before_the_model_is_loaded_or_an_image_measured(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("measure_images", "real_images", "drawn_batches"):
+        monkeypatch.setattr(generation, name, lambda *given, **more: pytest.fail("something was measured"))
+    options: dict[str, Any] = {
+        "num": 8,
+        "held_in": 0.0,
+        "features": "lite0",
+        "feature_weights": None,
+        "compare_at": 64,
+    }
+
+    def measure(source: Path, at: int | None = None, **changes: Any) -> None:
+        generation.evaluate_generation(
+            "clothing",
+            str(source),
+            SamplingOptions(resolution=at),
+            on_batch=lambda done, total: None,
+            **options | changes,
+        )
+
+    with pytest.raises(ModelError, match="100 pixels are not divisible by 8"):
+        measure(few, at=100)
+    with pytest.raises(DavaeError, match="/nowhere"):
+        measure(few, compare_at=128, upscale="/nowhere.safetensors")
+    (tmp_path / "a").mkdir()
+    for number in range(2):
+        picture(number).resize((128, 128)).save(tmp_path / "a" / f"{number}.png")
+    with pytest.raises(DataError, match="at least 4 images a side are needed, found 8 and 2"):
+        measure(tmp_path)
+    with pytest.raises(DavaeError, match="/nowhere"):
+        generation.evaluate_pictures(
+            str(few), "/nowhere", num=None, resolution=64, features="lite0", feature_weights=None
+        )
+    monkeypatch.setattr(generation, "open_model", lambda *given: pytest.fail("the model was loaded"))
+    with pytest.raises(DavaeError, match="/nowhere"):
+        measure(few, features="inception", feature_weights=Path("/nowhere.pth"))

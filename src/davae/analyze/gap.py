@@ -30,7 +30,7 @@ from davae.data.images import to_images, to_tensor
 from davae.dataset.look import as_data, images_and_prompts, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.detail import PATCH_SIZE, compare_sets, measure_images
-from davae.evaluate.distribution import LEAST
+from davae.evaluate.distribution import check_enough
 from davae.evaluate.features import make_extractor
 from davae.evaluate.plot import to_png
 from davae.evaluate.real_set import real_images
@@ -89,20 +89,20 @@ def gap_figure(
         `polish_gain`.
 
     Raises:
-        ModelError: a model without a detail part, or no or too few held-out images.
+        ModelError: a model without a detail part, or no or too few images.
     """
     if not held_out:
         raise ModelError("--held-out 0: the images of the training would be compared with themselves; give its share")
-    check_figure(out, "gap")
+    for name in ("gap", "gap-images"):
+        check_figure(out, name)
     pipe, batch_size = open_model(model, options.placement)[0], options.batch_size
     check_enlarging(pipe, strength=0.0, steps=options.steps, times=1, batch_size=batch_size)
     size = default_resolution(pipe)
     held = real_pictures(data, size, held_out, "held_out", summary=out / "gap.data.json")
     real, prompts = images_and_prompts(held, goes_by_class(pipe), num, batch_size)
-    if len(real) < LEAST:
-        raise ModelError(f"--held-out {held_out}: {len(real)} images, at least {LEAST} are needed; hold out more")
     extractor = make_extractor(features, feature_weights)
     others = real_pictures(data, size, held_out, "train")
+    check_enough(len(real), len(others))
     network: Any = features, feature_weights, patch_size, out / "real", batch_size
     trained = real_images(others, as_data(data), held_out, *network)
     sets = _sets(pipe, real, prompts, options, decoder_before_polish(Path(model), pipe.vae))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, write_figure
 from davae.backbones.classes import goes_by_class
@@ -18,6 +18,7 @@ from davae.data.images import to_tensor
 from davae.dataset.look import as_data, images_and_prompts, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.reconstruction import perceptual_distances
+from davae.pretrained.lora_files import check_lora_file
 from davae.pretrained.prompting import embed_captions
 from davae.pretrained.shapes import default_resolution, pixel_factor
 from davae.recipes.sections import Data
@@ -66,13 +67,16 @@ def retention_figure(
         ModelError: models that are not a base and its upgrade, or that cannot be compared; a LoRA that does not fit.
     """
     check_figure(out, "retention")
+    if lora is not None:
+        check_lora_file(lora)
+    measures = perceptual_distances(lpips, lpips_weights)
     first, second = open_model(base)[0], open_model(upgrade)[0]
     check_pair(first, second)
     held = real_pictures(data, default_resolution(second), held_out, "held_out", summary=out / "retention.data.json")
     images, captions = images_and_prompts(held, goes_by_class(second), num)
     levels = prediction_errors(first, second, images, captions, base, options.seed)
     rows = _images_of_both(first, second, captions[:drawn], options)
-    distances = _distances(rows, lpips, lpips_weights)
+    distances = _distances(rows, measures)
     figures: dict[str, Any] = {
         "base": base,
         "upgrade": upgrade,
@@ -106,6 +110,10 @@ def check_pair(base: Any, upgraded: Any) -> None:
     kinds = type(denoiser(base)).__name__, type(denoiser(upgraded)).__name__
     if kinds[0] != kinds[1]:
         raise ModelError(f"UPGRADE: a {kinds[1]}, the base is a {kinds[0]}; give an upgrade of that base")
+    if not takes_callback(upgraded):
+        raise ModelError(
+            f"a {type(upgraded).__name__} shows no latents while it draws; its images cannot be compared"
+        )
 
 
 @torch.no_grad()
@@ -217,19 +225,15 @@ def _predict(pipeline: Any, x_t: Tensor, t: Tensor, captions: Sequence[str]) -> 
 
 
 @torch.no_grad()
-def _distances(rows: dict[str, list[Any]], lpips: str | None, weights: str | None) -> dict[str, float]:
+def _distances(rows: dict[str, list[Any]], measures: dict[str, nn.Module]) -> dict[str, float]:
     """Return mean perceptual distances between the two rows of images."""
     pairs = [torch.stack([to_tensor(image) for image in row]) for row in rows.values()]
-    return {name: float(distance(*pairs).mean()) for name, distance in perceptual_distances(lpips, weights).items()}
+    return {name: float(distance(*pairs).mean()) for name, distance in measures.items()}
 
 
 @torch.no_grad()
 def _images_of_both(base: Any, upgraded: Any, prompts: list[str], options: SamplingOptions) -> dict[str, list[Any]]:
     """Draw images of both models from equal base noise, the upgrade's from its base channels."""
-    if not takes_callback(upgraded):
-        raise ModelError(
-            f"a {type(upgraded).__name__} shows no latents while it draws; its images cannot be compared"
-        )
     upgraded.vae.attach_base_decoder(base.vae)
     shown: list[Any] = []
     preview = Preview(upgraded, options.steps, decoder="base", on_preview=lambda step, images: shown.extend(images))

@@ -158,6 +158,17 @@ class DistributionScores:
         return figures
 
 
+def check_enough(generated: int, real: int) -> int:
+    """Return the smaller of two numbers of images.
+
+    Raises:
+        DataError: fewer than `LEAST` images on a side.
+    """
+    if (few := min(generated, real)) < LEAST:
+        raise DataError(f"at least {LEAST} images a side are needed, found {generated} and {real}")
+    return few
+
+
 def distribution_scores(
     generated: Features, real: Features, *, subset: int = 1000, subsets: int = 100, stored: Gaussian | None = None
 ) -> DistributionScores:
@@ -170,10 +181,7 @@ def distribution_scores(
     Raises:
         DataError: fewer than `LEAST` images on a side.
     """
-    few = min(len(generated), len(real))
-    if few < LEAST:
-        raise DataError(f"at least {LEAST} images a side are needed, found {len(generated)} and {len(real)}")
-    size = min(subset, few)
+    size = min(subset, check_enough(len(generated), len(real)))
     kid = kid_features_to_metric(
         generated.features, real.features, kid_subset_size=size, kid_subsets=subsets, verbose=False
     )

@@ -15,7 +15,7 @@ from davae.dataset.look import as_data, batches, real_pictures
 from davae.dataset.opened import with_counts
 from davae.errors import DataError, ModelError
 from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
-from davae.evaluate.distribution import LEAST, stored_gaussian
+from davae.evaluate.distribution import LEAST, check_enough, stored_gaussian
 from davae.evaluate.drawn import check_keep, drawn_batches
 from davae.evaluate.features import Extractor, make_extractor
 from davae.evaluate.real_set import real_images
@@ -25,6 +25,7 @@ from davae.files.outputs import check_image
 from davae.pretrained.shapes import default_resolution
 from davae.pretrained.text_encoders import pipeline_limits
 from davae.recipes.sections import Data
+from davae.sample.generate import checked_size
 from davae.sample.open import SamplingOptions, check_class_prompts, open_model
 
 
@@ -65,12 +66,12 @@ def evaluate_pictures(
     stored = stored_gaussian(Path(real.source)) if real.source.endswith(".npz") and extractor.name == "fid" else None
     # options of captions and tables are those of the real images
     drawn = Data(source=generated, enlarge=real.enlarge, background=real.background, max_pixels=real.max_pixels)
-    samples, originals = (
-        measure_images(
-            batches(real_pictures(source, resolution, 0.0, "train", summary=path), num), extractor, patch_size
-        )
+    both = [  # opened before either is measured
+        real_pictures(source, resolution, 0.0, "train", summary=path)
         for source, path in ((drawn, None), (real, summary))
-    )
+    ]
+    check_enough(*(len(images) if num is None else min(len(images), num) for images in both))
+    samples, originals = (measure_images(batches(images, num), extractor, patch_size) for images in both)
     reference = {} if stored is None else {"fid_reference": "mu and sigma stored in the data"}
     figures = compare_sets(samples, originals, extractor.name, patch_size, stored)
     if spectrum is not None:
@@ -130,20 +131,20 @@ def evaluate_generation(
         The figures of `davae evaluate generation`.
 
     Raises:
-        ModelError: too few samples, or a class that the model lacks.
+        ModelError: a size or a class that the model lacks, or too few images.
     """
     _check_arguments(num, spectrum, keep, pipeline, data)
-    model, _ = open_model(pipeline, options.placement)
-    drawn_at = options.side or default_resolution(model)
+    extractor = make_extractor(features, feature_weights)
+    model, drawn_at = _opened(pipeline, options)
     size = compare_at or drawn_at
     limits = [] if goes_by_class(model) else with_counts(pipeline_limits(model))
     images = real_pictures(data, size, held_in, "train", summary=summary, limits=limits)
-    prompts = _chosen_prompts(images, num, options.seed, model)
     enlarge = make_upscaler(upscale, size) if size != drawn_at else None
+    prompts = _chosen_prompts(images, num, options.seed, model)
     drawn_in, kept_real = (None, None) if keep is None else (keep / "drawn", keep / "real")
     real = real_images(images, as_data(data), held_in, features, feature_weights, patch_size, kept_real)
     drawn = drawn_batches(pipeline, model, prompts, options, enlarge, on_batch, drawn_in)
-    figures = _compared(drawn, real, make_extractor(features, feature_weights), patch_size, spectrum)
+    figures = _compared(drawn, real, extractor, patch_size, spectrum)
     return {
         "pipeline": pipeline,
         "data": as_data(data).source,
@@ -174,8 +175,16 @@ def _check_arguments(num: int, spectrum: Path | None, keep: Path | None, pipelin
         raise ModelError(f"--num {num}: at least {LEAST} images are needed to compare with")
 
 
+def _opened(name: str, options: SamplingOptions) -> tuple[Any, int]:
+    """Return a model, and the side at which it draws."""
+    model, _ = open_model(name, options.placement)
+    checked_size(model, options.resolution)
+    return model, options.side or default_resolution(model)
+
+
 def _chosen_prompts(images: ImageDataset, num: int, seed: int, model: Any) -> list[str]:
     """Return the prompts of `num` images in random order, repeated where there are fewer images."""
+    check_enough(num, len(images))
     order = np.random.default_rng(seed % 2**64).permutation(max(num, len(images)))[:num] % len(images)
     prompts = [condition_of(images[(int(i), -1)], model) for i in order]
     check_class_prompts(model, prompts)

@@ -75,6 +75,19 @@ def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+def checked_size(pipeline: Any, size: int | tuple[int, int] | None) -> int | tuple[int, int]:
+    """Return the size at which a pipeline draws: a square's side, or (height, width).
+
+    Raises:
+        ModelError: it does not divide into tokens.
+    """
+    size, step = size or default_resolution(pipeline), token_side(pipeline)
+    if wrong := [side for side in _height_width(size) if side % step]:
+        nearest = max(1, round(wrong[0] / step)) * step
+        raise ModelError(f"{wrong[0]} pixels are not divisible by {step}, a token's side; use {nearest}")
+    return size
+
+
 @torch.no_grad()
 def generate(
     pipeline: Any,
@@ -108,11 +121,7 @@ def generate(
     Raises:
         ModelError: a size that does not divide into tokens; a negative prompt that the pipeline would ignore.
     """
-    size = options.resolution or default_resolution(pipeline)
-    step = token_side(pipeline)
-    if wrong := [side for side in _height_width(size) if side % step]:
-        nearest = max(1, round(wrong[0] / step)) * step
-        raise ModelError(f"{wrong[0]} pixels are not divisible by {step}, a token's side; use {nearest}")
+    size = checked_size(pipeline, options.resolution)
     # a pipeline that takes no noise draws it, the base part first, from these; else only stochastic schedulers do
     purpose = STEPS if takes_noise(pipeline) else BASE
     images: list[Any] = []
