@@ -409,6 +409,12 @@ def test_new_weights_of_an_embedded_model_make_figures_due(monkeypatch: pytest.M
     model_digest.cache_clear()
 
 
+def test_images_that_measure_a_row_are_there_before_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"row 'full', \S+data: data/imagenet/val is not here; put the images"):
+        runs_module.check_files(jobs("table5", "paper", 1, []))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("words", "missing"),
     [

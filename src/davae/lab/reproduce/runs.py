@@ -23,7 +23,7 @@ from davae.lab.reproduce.job import BaseJob, DrawnJob, EnlargedJob, Job, Upgrade
 from davae.lab.super_resolution import train_super_resolution
 from davae.publish.assemble import POLISHED, VAE_FOLDER
 from davae.recipes import BaseRecipe, Recipe
-from davae.recipes.places import OURS, places
+from davae.recipes.places import OURS, YOURS, places
 from davae.recipes.sections import Data, Stage2
 from davae.runs.train_base import base_run
 from davae.runs.upgrade import Upgrade
@@ -36,7 +36,7 @@ OWN = "of this run"  # instead of a path that only this machine has
 
 
 def check_files(todo: Sequence[Job]) -> None:
-    """Refuse jobs that read files of davae's repository where these are not, before any work.
+    """Refuse jobs whose files, or images to measure with, are not here, before any work.
 
     Raises:
         RecipeError: names the row, the file and what to do.
@@ -48,6 +48,10 @@ def check_files(todo: Sequence[Job]) -> None:
                 raise RecipeError(
                     f"row '{job.row}', {path}: {text} is not here; it belongs to the project's own benchmarks, so run this "
                     "in davae's repository, next to the shared data"
+                )
+            if text.startswith(YOURS) and not path.startswith("recipe.") and not Path(text).exists():
+                raise RecipeError(
+                    f"row '{job.row}', {path}: {text} is not here; put the images that measure a row there"
                 )
 
 
