@@ -125,6 +125,7 @@ def base(name: str, source: Path, out: Path, *overrides: str) -> Path:
         ("many", [], "has class label 17, the model has classes 0 to 16"),
         ("few", ["architecture.num_heads=7"], "hidden_size 192 over 7 heads"),
         ("few", ["autoencoder=nothing"], "nothing"),
+        ("few", ["run.trackers=[trackio]"], "run.trackers: trackio is not installed"),
     ],
 )
 def test_what_a_base_cannot_learn_from_is_found_before_its_cache(

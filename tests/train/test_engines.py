@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ from davae.train import run_folder as state
 from davae.train.accelerator import make_accelerator
 from davae.train.ema import Average
 from davae.train.monitor import RunWarnings, StepTimer
-from davae.train.optimizers import build_optimizer
 from davae.train.random import SampleRandom
+from davae.train.ready import check_trainings
 from davae.train.run_folder import RunFolder, new_folder, newest_checkpoint, read_metrics
 from davae.train.shares import Share, share_of_step
 
@@ -220,11 +219,20 @@ def test_average_is_diffusers_average():
     assert torch.equal(weight.data, mine.shadow["w"])
 
 
-def test_eight_bits_need_their_library(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+def test_packages_of_trainings_are_looked_for_before_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     settings = Optim(max_steps=1, batch_size=1, optimizer="adamw-8bit")
-    with pytest.raises(RunError, match="adamw-8bit needs bitsandbytes; `pip install bitsandbytes`"):
-        build_optimizer(settings, [{"params": [torch.nn.Parameter(torch.ones(1))]}], 0.1)
+    with pytest.raises(RunError, match=r"stage2.optimizer: adamw-8bit needs bitsandbytes; `pip install bitsandbytes`"):
+        check_trainings({"stage1": settings.model_copy(update={"optimizer": "adamw"}), "stage2": settings}, Run())
+    with pytest.raises(RunError, match=r"run.trackers: wandb is not installed; `pip install wandb`"):
+        check_trainings({}, Run(trackers=("wandb",)))
+
+
+def test_batches_of_trainings_are_divided_before_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("davae.train.ready.ranks", lambda: 3)
+    settings = Optim(max_steps=1, batch_size=4)
+    with pytest.raises(RunError, match="stage2"):
+        check_trainings({"stage1": settings.model_copy(update={"batch_size": 3}), "stage2": settings}, Run())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-fused"])

@@ -20,6 +20,7 @@ from davae.train.accelerator import check_base_engine, make_accelerator, seed_in
 from davae.train.distributed import from_main, on_main
 from davae.train.loop import Observer, Trainer, training_seed
 from davae.train.random import SampleRandom
+from davae.train.ready import check_trainings
 from davae.train.run_folder import RunFolder
 from davae.train.task import Task, Trainable
 from davae.vae.blocks import downsample
@@ -75,6 +76,7 @@ def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: O
     s = recipe.network
     if s.lambda_lpips and s.perceptual_weights is not None:
         perceptual_distance(s.perceptual, s.perceptual_weights)  # a wrong file is found before the folder is made
+    check_trainings({"network": s}, recipe.run)
     accelerator = make_accelerator(recipe.run, out)
     check_base_engine(accelerator)
     folder = RunFolder(out, recipe)

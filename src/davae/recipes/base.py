@@ -127,6 +127,13 @@ class BaseRecipe(Section):
     sampling: Sampling = Field(default=Sampling(), description="Images that the run draws.")
     run: Run = Field(default=Run(), description="Settings of the whole run.")
 
+    @property
+    def trainings(self) -> dict[str, Optim]:
+        """Settings of each training by its path in the recipe, in order."""
+        vae: dict[str, Optim] = {} if self.vae is None else {"vae": self.vae}
+        align = {} if self.align is None else {"align.embedder": self.align.embedder, "align.head": self.align.head}
+        return {**vae, **align, "dit": self.dit}
+
     @model_validator(mode="after")
     def _can_start(self) -> BaseRecipe:
         if self.init is not None and not isinstance(self.architecture, ClassArchitecture):

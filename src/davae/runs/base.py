@@ -41,6 +41,7 @@ from davae.tasks.text_to_image import (
 from davae.train.accelerator import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.distributed import from_main, is_main, on_main
 from davae.train.loop import Observer, Trainer, training_seed
+from davae.train.ready import check_trainings
 from davae.train.run_folder import RunFolder, was_done
 from davae.vae.codec import Codec
 from davae.zoo import resolve
@@ -73,6 +74,7 @@ class BaseRun:
         """Check what configs and headers show, before anything is trained or encoded."""
         recipe, shapes = self.recipe, planned_shapes(self.recipe)
         check_perceptual(recipe.vae)
+        check_trainings(recipe.trainings, recipe.run)
         if recipe.init is not None:
             check_start(recipe, shapes.channels)
         if recipe.cache.shards is not None:

@@ -28,6 +28,7 @@ from davae.recipes.sections import FlowOptim, Lora, Reconstruction, Stage2
 from davae.recipes.stages import POLISH
 from davae.tasks.base_model import BaseModel
 from davae.tasks.noising import Objective
+from davae.train.ready import check_trainings
 from davae.vae.base import autoencoder_family
 from davae.vae.warm_start import filter_shares
 from davae.zoo import resolve_upgrade
@@ -125,9 +126,11 @@ def check_detail_time(settings: Stage2, family: Family) -> None:
 
 
 def check_named_files(recipe: Recipe, shapes: BaseShapes) -> None:
-    """Check the upgrade to go on from, and the files of perceptual weights."""
+    """Check the upgrade to go on from, files of perceptual weights, and what the trainings need."""
     check_init(recipe, shapes)
-    check_perceptual(recipe.stage1, None if recipe.base.train is None else recipe.base.train.vae)
+    base = recipe.base.train
+    check_perceptual(recipe.stage1, None if base is None else base.vae)
+    check_trainings({**({} if base is None else base.trainings), **recipe.trainings}, recipe.run, recipe.hardware)
 
 
 def check_perceptual(*trainings: Reconstruction | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import sys
@@ -17,7 +16,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from davae.errors import RunError
 from davae.files.atomic import saving
 from davae.recipes.sections import Run
 from davae.train.distributed import sum_over_ranks
@@ -182,18 +180,8 @@ class Timings:
             stream.write(json.dumps({"stage": self.stage, "step": step, **rounded}) + "\n")
 
 
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> package
-
-
 def open_trackers(accelerator: Accelerator, run: Run, folder: Path, config: dict[str, Any]) -> None:
-    """Start the recipe's trackers in the first process, once a launch.
-
-    Raises:
-        RunError: a tracker whose package is not installed; accelerate would leave it out silently.
-    """
-    for name in run.trackers:
-        if importlib.util.find_spec(TRACKERS[name]) is None:
-            raise RunError(f"run.trackers: {name} is not installed; `pip install {TRACKERS[name]}`, or leave it out")
+    """Start the recipe's trackers in the first process, once a launch."""
     if run.trackers and not accelerator.trackers:
         options = {"wandb": {"name": folder.name, "dir": str(folder), "id": folder.name, "resume": "allow"}}
         accelerator.init_trackers(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from davae.errors import RunError
 from davae.recipes.sections import Optim
 
 
@@ -18,19 +17,12 @@ def build_optimizer(settings: Optim, groups: list[dict[str, Any]], lr: float) ->
         settings: of the training.
         groups: of parameters; each may carry a `lr_multiplier`.
         lr: learning rate after warm-up.
-
-    Raises:
-        RunError: 8-bit without bitsandbytes.
     """
     groups = [{"lr_multiplier": 1.0, **group} for group in groups]
     options: dict[str, Any] = {"lr": lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw-8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
-        except ImportError as error:
-            raise RunError(
-                "optimizer: adamw-8bit needs bitsandbytes; `pip install bitsandbytes`, or set it to adamw"
-            ) from error
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+
         return AdamW8bit(groups, **options)
     return torch.optim.AdamW(groups, fused=settings.optimizer == "adamw-fused" or None, **options)
 
