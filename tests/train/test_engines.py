@@ -222,7 +222,9 @@ def test_average_is_diffusers_average():
 def test_packages_of_trainings_are_looked_for_before_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     settings = Optim(max_steps=1, batch_size=1, optimizer="adamw-8bit")
-    with pytest.raises(RunError, match=r"stage2.optimizer: adamw-8bit needs bitsandbytes; `pip install bitsandbytes`"):
+    with pytest.raises(
+        RunError, match=r"stage2.optimizer: adamw-8bit needs bitsandbytes; `pip install bitsandbytes`"
+    ):
         check_trainings({"stage1": settings.model_copy(update={"optimizer": "adamw"}), "stage2": settings}, Run())
     with pytest.raises(RunError, match=r"run.trackers: wandb is not installed; `pip install wandb`"):
         check_trainings({}, Run(trackers=("wandb",)))
