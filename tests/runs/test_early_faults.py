@@ -239,3 +239,13 @@ def test_what_a_measurement_lacks_is_found_before_the_model_is_loaded_or_an_imag
     monkeypatch.setattr(generation, "open_model", lambda *given: pytest.fail("the model was loaded"))
     with pytest.raises(DavaeError, match="/nowhere"):
         measure(few, features="inception", feature_weights=Path("/nowhere.pth"))
+
+
+def test_a_recipe_that_davae_did_not_put_there_is_kept(few: Path, tmp_path: Path) -> None:
+    upgrade("clothing", few, tmp_path / "other", "detail_channels=64").folder.close()
+    own = (tmp_path / "other" / "recipe.yaml").read_text()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.yaml").write_text(own)
+    with pytest.raises(DavaeError, match=r"mine: it holds|holds a run of another recipe"):
+        upgrade("clothing", few, tmp_path / "mine")
+    assert (tmp_path / "mine" / "recipe.yaml").read_text() == own

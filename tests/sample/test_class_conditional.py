@@ -177,7 +177,7 @@ def test_training_on_latent_shards(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("base.train.architecture.num_classes=1", "the training set has class label 1, the model has classes 0 to 0"),
+        ("base.train.architecture.num_classes=1", "has class label 1, the model has classes 0 to 0"),
         ("base.train.resolution=24", "resolution is 16, base.train.resolution 24"),
         ("base.model=micro", "give either model"),
         ("base.train.architecture.patch_size=3", "not divisible by 6"),

@@ -72,7 +72,10 @@ class BaseRun:
 
     def check_recipe(self) -> None:
         """Check what configs and headers show, before anything is trained or encoded."""
-        recipe, shapes = self.recipe, planned_shapes(self.recipe)
+        recipe = self.recipe
+        if self.first != self.out:
+            recipe = recipe.model_copy(update={"autoencoder": str(self.first / "vae"), "vae": None})
+        shapes = planned_shapes(recipe)
         check_perceptual(recipe.vae)
         check_trainings(recipe.trainings, recipe.run)
         if recipe.init is not None:

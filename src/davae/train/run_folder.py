@@ -26,7 +26,7 @@ from davae.recipes.loading import AnyRecipe
 from davae.recipes.stages import POLISH
 from davae.recipes.values import read_yaml_file
 from davae.train.distributed import barrier, from_main, is_main
-from davae.train.locking import RunLock
+from davae.train.locking import LOCK, RunLock
 
 logger = logging.getLogger(__name__)
 
@@ -89,17 +89,17 @@ class RunFolder:
     def _open(self) -> None:
         recipe = self.recipe
         saved = self.path / "recipe.yaml"
-        if saved.is_file() and self.begun:
+        if saved.is_file():
             try:
                 previous = validate(read_yaml_file(saved, f"recipe {saved}"), str(saved))
             except RecipeError as error:
                 raise RunError(
                     f"{saved} was written by another version of davae ({error}); use a new --out"
                 ) from error
-            if type(previous) is not type(recipe):
+            kept = self.begun or not (self.path / LOCK).is_file()  # else davae wrote it, and nothing follows from it
+            if kept and type(previous) is not type(recipe):
                 raise RunError(f"{self.path} holds a run of recipe '{previous.name}'; use another --out")
-            changed = differences(previous, recipe)
-            if changed:
+            if kept and (changed := differences(previous, recipe)):
                 more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
                 raise RunError(
                     f"{self.path} holds a run of another recipe: {changed[0]}{more}; use another --out, or the same values"
