@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import picture
 from PIL import Image
 from test_training import run_cli
 
@@ -89,7 +90,12 @@ def test_a_folder_that_is_read_keeps_nothing(tmp_path: Path):
 
 def test_the_command_keeps_what_further_calls_need(tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch):
     """Another enlargement draws nothing, and the real images are measured once; figures are those without `--keep`."""
-    words = ["evaluate", "generation", "--pipeline", "micro", "--data", "openmoji", "--num", "8", "--steps", "1"]
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(8):
+        picture(number).resize((96, 96)).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(f"image {number}")
+    words = ["evaluate", "generation", "--pipeline", "micro", "--data", str(data), "--num", "8", "--steps", "1"]
     words += ["--compare-at", "96", "--patch-size", "0"]
     run_cli(*words, "--json", str(tmp_path / "plain.json"))
     drawn.clear()
