@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from davae.errors import DataError, DavaeError, ModelError, RecipeError
 from davae.evaluate import generation
 from davae.lab.super_resolution import train_super_resolution
+from davae.losses.perceptual import random_lpips
 from davae.recipes import BaseRecipe, Recipe, load_recipe
 from davae.recipes.super_resolution import SuperResolutionRecipe
 from davae.runs.train_base import train_base
@@ -154,6 +155,12 @@ def test_a_file_of_perceptual_weights_is_read_before_anything_else(few: Path, tm
             )
     assert not (tmp_path / "sr").exists()
     assert not (tmp_path / "up").exists()
+    save_file(random_lpips("alex"), tmp_path / "alex.safetensors")
+    given = ["stage1.perceptual=lpips-alex", f"stage1.perceptual_weights={tmp_path / 'alex.safetensors'}"]
+    upgrade("clothing", few, tmp_path / "done", *given, "stage1.polish=null").folder.close()
+    (tmp_path / "alex.safetensors").unlink()
+    (tmp_path / "done" / "checkpoints" / "stage1.done").write_text("400")
+    upgrade("clothing", few, tmp_path / "done", *given, "stage1.polish=null").folder.close()  # it needs them no more
 
 
 @pytest.mark.parametrize("prompt", ["a red rose", "17", "shi"])

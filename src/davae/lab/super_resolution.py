@@ -21,7 +21,7 @@ from davae.train.distributed import from_main, on_main
 from davae.train.loop import Observer, Trainer, training_seed
 from davae.train.random import SampleRandom
 from davae.train.ready import check_trainings
-from davae.train.run_folder import RunFolder
+from davae.train.run_folder import RunFolder, was_done
 from davae.train.task import Task, Trainable
 from davae.vae.blocks import downsample
 
@@ -74,7 +74,7 @@ class SuperResolutionTask(Task[SuperResolution]):
 def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: Observer) -> Path:
     """Train the recipe's network, or resume it, and return its weights file for `--upscale`."""
     s = recipe.network
-    if s.lambda_lpips and s.perceptual_weights is not None:
+    if s.lambda_lpips and s.perceptual_weights is not None and not was_done(out, "network"):
         perceptual_distance(s.perceptual, s.perceptual_weights)  # a wrong file is found before the folder is made
     check_trainings({"network": s}, recipe.run)
     accelerator = make_accelerator(recipe.run, out)

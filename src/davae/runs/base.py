@@ -76,7 +76,8 @@ class BaseRun:
         if self.first != self.out:
             recipe = recipe.model_copy(update={"autoencoder": str(self.first / "vae"), "vae": None})
         shapes = planned_shapes(recipe)
-        check_perceptual(recipe.vae)
+        if not was_done(self.first, "vae"):
+            check_perceptual(recipe.vae)
         check_trainings(recipe.trainings, recipe.run)
         if recipe.init is not None:
             check_start(recipe, shapes.channels)

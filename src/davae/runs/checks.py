@@ -29,6 +29,7 @@ from davae.recipes.stages import POLISH
 from davae.tasks.base_model import BaseModel
 from davae.tasks.noising import Objective
 from davae.train.ready import check_trainings
+from davae.train.run_folder import was_done
 from davae.vae.base import autoencoder_family
 from davae.vae.warm_start import filter_shares
 from davae.zoo import resolve_upgrade
@@ -125,11 +126,16 @@ def check_detail_time(settings: Stage2, family: Family) -> None:
         )
 
 
-def check_named_files(recipe: Recipe, shapes: BaseShapes) -> None:
-    """Check the upgrade to go on from, files of perceptual weights, and what the trainings need."""
+def check_named_files(recipe: Recipe, shapes: BaseShapes, first: Path) -> None:
+    """Check the upgrade to go on from, files of perceptual weights, and what the trainings need.
+
+    Args:
+        first: run folder of stage 1; where that is done, its perceptual weights may be gone.
+    """
     check_init(recipe, shapes)
     base = recipe.base.train
-    check_perceptual(recipe.stage1, None if base is None else base.vae)
+    if recipe.stage1.polish is not None or not was_done(first, "stage1"):
+        check_perceptual(recipe.stage1, None if base is None else base.vae)
     check_trainings({**({} if base is None else base.trainings), **recipe.trainings}, recipe.run, recipe.hardware)
 
 

@@ -77,7 +77,7 @@ class UpgradeParts:
         self.base = BaseModel.of(recipe, self.first)
         self.layout = check_recipe(recipe, self.base)
         self.objective = check_objective(recipe, self.base)
-        check_named_files(recipe, self.base.shapes)  # before any work
+        check_named_files(recipe, self.base.shapes, self.first)  # before any work
         self.recipe, self.out = recipe, out
         self.data = StageData(recipe, self.base, out)
         if recipe.stage2.data is None:
