@@ -60,7 +60,7 @@ CEILINGS = {
     "publish": Ceiling(1520),
     "recipes": Ceiling(1560),
     "root": Ceiling(750),
-    "runs": Ceiling(3020),
+    "runs": Ceiling(3050),
     "sample": Ceiling(3000),
     "scripts": Ceiling(150),
     "tasks": Ceiling(1970),

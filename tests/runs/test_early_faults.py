@@ -16,12 +16,14 @@ from davae.lab.super_resolution import train_super_resolution
 from davae.losses.perceptual import random_lpips
 from davae.recipes import BaseRecipe, Recipe, load_recipe
 from davae.recipes.super_resolution import SuperResolutionRecipe
+from davae.runs.report import check_native
 from davae.runs.train_base import train_base
 from davae.runs.upgrade import Upgrade
 from davae.sample import image_folder
 from davae.sample.image_folder import draw_samples
 from davae.sample.open import SamplingOptions
 from davae.sample.resume import kept_images
+from davae.tasks.base_model import BaseModel
 from davae.train.loop import Progress
 
 
@@ -256,3 +258,19 @@ def test_a_recipe_that_davae_did_not_put_there_is_kept(few: Path, tmp_path: Path
     with pytest.raises(DavaeError, match=r"mine: it holds|holds a run of another recipe"):
         upgrade("clothing", few, tmp_path / "mine")
     assert (tmp_path / "mine" / "recipe.yaml").read_text() == own
+
+
+@pytest.mark.parametrize(("name", "side"), [("micro", 32), ("auraflow", 128)])
+def test_a_base_without_positions_for_its_native_image_has_no_report(
+    tmp_path: Path, name: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AuraFlow's table counts all positions: 9,216 are 96 in a row."""
+    size = ["scale=4"] if name == "micro" else ["base.resolution=1024", "base.model=auraflow", "detail_channels=4"]
+    recipe = load_recipe("micro", size)
+    assert isinstance(recipe, Recipe)
+    known = 16 if name == "micro" else 96
+    with pytest.raises(
+        RecipeError, match=rf"{side} tokens in a row, and it knows positions up to {known}; use davae"
+    ):
+        check_native(recipe, BaseModel.of(recipe, configs=name if name != "micro" else None))
+    check_native(load_recipe("micro"), BaseModel.of(load_recipe("micro")))  # type: ignore[arg-type]

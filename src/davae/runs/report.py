@@ -6,6 +6,7 @@ import logging
 import platform
 from dataclasses import replace
 from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from davae.data.images import spread_indices, to_images
 from davae.data.openmoji import CREDIT
 from davae.dataset.encoding import coding_bytes, images_at_a_time, report_precision
 from davae.dataset.opened import OpenedData
-from davae.errors import ModelError
+from davae.errors import ModelError, RecipeError
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.throughput import Timing, time_pipelines
 from davae.losses.perceptual import Lite0Distance
@@ -30,11 +31,13 @@ from davae.pretrained.memory_budget import Halving, OneOnDevice
 from davae.pretrained.open import load_pipeline
 from davae.publish.assemble import VAE_FOLDER, load_upgraded
 from davae.publish.report_file import read_report
+from davae.recipes import Recipe
 from davae.recipes.stages import POLISH
 from davae.runs.report_page import Column, ReportContent, best_rows, write_report
 from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions
+from davae.tasks.base_model import BaseModel
 from davae.train.distributed import from_main, on_main
 from davae.train.loop import Observer, Progress
 from davae.train.run_folder import read_metrics
@@ -61,6 +64,7 @@ def run_with_report(run: Upgrade, observer: Observer) -> Path:
         observer(progress)
         check_stop("the report")
 
+    check_native(run.recipe, run.base)
     with stop_on_signal(run.recipe.run.stop_signals):
         run.check_data()
         run.run()
@@ -72,6 +76,24 @@ def run_with_report(run: Upgrade, observer: Observer) -> Path:
             run.folder.mark_done("report")
         check_stop(str(run.out))
     return page
+
+
+def check_native(recipe: Recipe, base: BaseModel) -> None:
+    """Refuse a report of a base that has no positions for an image of the upgrade's size.
+
+    Raises:
+        RecipeError: names the size, and the verb that writes no report.
+    """
+    config = base.shapes.transformer_config
+    if (known := config.get("pos_embed_max_size")) is None:
+        return
+    longest = isqrt(known) if "num_mmdit_layers" in config else known  # AuraFlow counts all positions
+    side = recipe.resolution // (base.shapes.vae_factor * base.shapes.patch_size)
+    if side > longest:
+        raise RecipeError(
+            f"the report draws {recipe.base.name} at {recipe.resolution} pixels, {side} tokens in a row, and it knows "
+            f"positions up to {longest}; use davae train-dit, which trains the same upgrade and writes no report"
+        )
 
 
 def has_report(folder: Path) -> bool:
