@@ -30,7 +30,7 @@ from davae.data.images import to_images, to_tensor
 from davae.dataset.look import as_data, images_and_prompts, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.detail import PATCH_SIZE, compare_sets, measure_images
-from davae.evaluate.distribution import check_enough
+from davae.evaluate.distribution import LEAST, check_enough
 from davae.evaluate.features import make_extractor
 from davae.evaluate.plot import to_png
 from davae.evaluate.real_set import real_images
@@ -93,13 +93,13 @@ def gap_figure(
     """
     if not held_out:
         raise ModelError("--held-out 0: the images of the training would be compared with themselves; give its share")
-    for name in ("gap", "gap-images"):
-        check_figure(out, name)
+    _check_figures(out)
     pipe, batch_size = open_model(model, options.placement)[0], options.batch_size
     check_enlarging(pipe, strength=0.0, steps=options.steps, times=1, batch_size=batch_size)
     size = default_resolution(pipe)
     held = real_pictures(data, size, held_out, "held_out", summary=out / "gap.data.json")
     real, prompts = images_and_prompts(held, goes_by_class(pipe), num, batch_size)
+    _check_held_out(len(real), held_out)
     extractor = make_extractor(features, feature_weights)
     others = real_pictures(data, size, held_out, "train")
     check_enough(len(real), len(others))
@@ -119,6 +119,16 @@ def gap_figure(
     shown = {name: to_images(images[:SHOWN]) for name, images in sets.items()}
     write_figure(out, "gap-images", contact_sheet(shown, size), origin)
     return write_figure(out, "gap", gap_plot(rows, distances), {**origin, "images": len(real), "rows": rows, **found})
+
+
+def _check_figures(out: Path) -> None:
+    for name in ("gap", "gap-images"):
+        check_figure(out, name)
+
+
+def _check_held_out(count: int, share: float) -> None:
+    if count < LEAST:
+        raise ModelError(f"--held-out {share}: {count} images, at least {LEAST} are needed; hold out more")
 
 
 def decoder_before_polish(run: Path, vae: DetailVAE) -> DetailVAE | None:

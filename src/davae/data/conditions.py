@@ -40,8 +40,18 @@ def check_classes(summary: Summary, num_classes: int) -> None:
     where = f"data.source {summary.source}"
     if -1 in summary.labels:
         raise DataError(f"{where}: {NEEDS_CLASSES}")
-    if summary.labels and summary.labels[-1] >= num_classes:
+    check_class_numbers(summary.labels, num_classes, where)
+
+
+def check_class_numbers(labels: list[int], num_classes: int, where: str) -> None:
+    """Refuse labels that are not classes of the model.
+
+    Raises:
+        DataError: there is one.
+    """
+    unexpected = [label for label in labels if not 0 <= label < num_classes]
+    if unexpected:
         raise DataError(
-            f"{where} has class label {summary.labels[-1]}, the model has classes 0 to {num_classes - 1}; use images of its "
-            "classes, or a model with more"
+            f"{where} has class label {unexpected[0]}, the model has classes 0 to {num_classes - 1}; "
+            "use images of its classes, or a model with more"
         )

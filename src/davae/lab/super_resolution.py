@@ -16,6 +16,7 @@ from davae.errors import ModelError
 from davae.files.atomic import save_tensors
 from davae.losses.perceptual import perceptual_distance
 from davae.recipes.super_resolution import SuperResolution, SuperResolutionRecipe
+from davae.runs.checks import check_perceptual
 from davae.train.accelerator import check_base_engine, make_accelerator, seed_initial_weights
 from davae.train.distributed import from_main, on_main
 from davae.train.loop import Observer, Trainer, training_seed
@@ -73,10 +74,9 @@ class SuperResolutionTask(Task[SuperResolution]):
 
 def train_super_resolution(recipe: SuperResolutionRecipe, out: Path, observer: Observer) -> Path:
     """Train the recipe's network, or resume it, and return its weights file for `--upscale`."""
-    s = recipe.network
-    if s.lambda_lpips and s.perceptual_weights is not None and not was_done(out, "network"):
-        perceptual_distance(s.perceptual, s.perceptual_weights)  # a wrong file is found before the folder is made
-    check_trainings({"network": s}, recipe.run)
+    if not was_done(out, "network"):
+        check_perceptual(recipe.network)
+    check_trainings({"network": recipe.network}, recipe.run)
     accelerator = make_accelerator(recipe.run, out)
     check_base_engine(accelerator)
     folder = RunFolder(out, recipe)

@@ -189,9 +189,14 @@ def check_shards(cache: Cache, channels: int, num_classes: int | None) -> None:
     Raises:
         DataError: the model is not class-conditional, or there are no shards of its latents.
     """
+    _classes_of_shards(num_classes)
+    open_shards(Path(str(cache.shards)), channels)
+
+
+def _classes_of_shards(num_classes: int | None) -> int:
     if num_classes is None:
         raise DataError("cache.shards: latent shards hold class labels; they train class-conditional models")
-    open_shards(Path(str(cache.shards)), channels)
+    return num_classes
 
 
 def cache_shards(
@@ -219,8 +224,7 @@ def cache_shards(
         DataError: as `check_shards`.
     """
     assert cache.shards is not None
-    check_shards(cache, channels, num_classes)
-    assert num_classes is not None
+    classes = _classes_of_shards(num_classes)
     check_same_key(key)
     if accelerator.is_main_process:
         with saving(folder):
@@ -228,7 +232,7 @@ def cache_shards(
                 Path(cache.shards),
                 folder,
                 channels=channels,
-                num_classes=num_classes,
+                num_classes=classes,
                 key=key,
                 dtype=cache.dtype,
                 on_batch=watch("latents"),

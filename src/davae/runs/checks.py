@@ -26,6 +26,7 @@ from davae.publish.assemble import UPGRADE_FILE, check_fit, read_details, read_m
 from davae.recipes import Recipe, differences, load_recipe
 from davae.recipes.sections import FlowOptim, Lora, Reconstruction, Stage2
 from davae.recipes.stages import POLISH
+from davae.recipes.super_resolution import SuperResolution
 from davae.tasks.base_model import BaseModel
 from davae.tasks.noising import Objective
 from davae.train.ready import check_trainings
@@ -139,7 +140,7 @@ def check_named_files(recipe: Recipe, shapes: BaseShapes, first: Path) -> None:
     check_trainings({**({} if base is None else base.trainings), **recipe.trainings}, recipe.run, recipe.hardware)
 
 
-def check_perceptual(*trainings: Reconstruction | None) -> None:
+def check_perceptual(*trainings: Reconstruction | SuperResolution | None) -> None:
     """Load the perceptual weights that trainings name, before anything is trained.
 
     Raises:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from davae.backbones.families import family_of
 from davae.backbones.null_tokens import draw_count, repeat_last_token
+from davae.data.conditions import check_class_numbers
 from davae.data.latent_cache.not_finite import ALWAYS, EMBEDDING, NULL_NOT_FINITE, check_many
 from davae.data.latent_cache.read import CachedLatents
 from davae.errors import DataError
@@ -217,20 +218,6 @@ class ClassConditioning:
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[int]) -> Tensor:
         labels = send(torch.tensor(conditions), self.device)
         return self.call.predict(model, self.config, x_t, t, (labels,))
-
-
-def check_class_numbers(labels: list[int], num_classes: int, where: str) -> None:
-    """Refuse labels that are not classes of the model.
-
-    Raises:
-        DataError: there is one.
-    """
-    unexpected = [label for label in labels if not 0 <= label < num_classes]
-    if unexpected:
-        raise DataError(
-            f"{where} has class label {unexpected[0]}, the model has classes 0 to {num_classes - 1}; "
-            "use images of its classes, or a model with more"
-        )
 
 
 def conditioning(
