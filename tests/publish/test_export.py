@@ -405,7 +405,7 @@ def test_the_page_s_commands_and_code_run_in_order(
 ):
     """docs/export.md as written, on the tiny model.
 
-    The block that runs a folder's own code is tested above, that of a full fine-tuning in test_low_rank.py.
+    The block that runs a folder's own code is tested above, that of a full fine-tuning in test_changes.py.
     """
     page = (Path(__file__).resolve().parents[2] / "docs/export.md").read_text()
     monkeypatch.setattr("davae.publish.hub.HfApi", Api)

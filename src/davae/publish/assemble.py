@@ -29,7 +29,16 @@ from davae.files.reading import parse_json
 from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.stored import planned
-from davae.publish.low_rank import LowRank, Shapes, compare_base, read_low_rank, stored_shapes, trained_value
+from davae.publish.changes import (
+    KEYS,
+    ROUNDED,
+    Changes,
+    Shapes,
+    compare_base,
+    read_changes,
+    stored_shapes,
+    trained_value,
+)
 from davae.recipes import Recipe
 from davae.recipes.sections import Lora
 from davae.vae.detail_vae import DetailVAE
@@ -109,7 +118,7 @@ class Details:
         class_name: class of the transformer.
         base_channels, channels: C and C+D.
         lora: its rank and alpha; None where every weight was trained.
-        low_rank: of a full training whose changes are stored as factors; None where the file has the weights.
+        changes: how the changes of a full training are stored; None where the file has the weights.
         vae_id, vae_path: content and folder of its DetailVAE, where the file names one.
         clean_base: share of its training with a clean base.
         detail_offset: how far the base is ahead of the detail in sampling; 0 where they share one time.
@@ -125,12 +134,7 @@ class Details:
     clean_base: float = 0.0
     detail_offset: float = 0.0
     head: HeadOptions = field(default_factory=HeadOptions)
-    low_rank: LowRank | None = None
-
-    @property
-    def rank(self) -> int | None:
-        """Rank of the factors, None where the file has the weights themselves."""
-        return None if self.low_rank is None else self.low_rank.rank
+    changes: Changes | None = None
 
     @property
     def detail_channels(self) -> int:
@@ -161,7 +165,7 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
     """
     values = {
         key: parse_json(metadata[key], f"upgrade file {path}, {key}") if key in metadata else None
-        for key in ("channels", "lora", "vae", "clean_base", "detail_offset", "detail_head", "low_rank")
+        for key in ("channels", "lora", "vae", "clean_base", "detail_offset", "detail_head", *KEYS)
     }
     channels, lora, vae = values["channels"], values["lora"], values["vae"]
     numbers = channels if isinstance(channels, list) and all(type(one) is int for one in channels) else []
@@ -193,14 +197,14 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
             f"upgrade file {path}: detail_offset of a {family.class_name} is {str(offset)[:80]}; it is damaged"
         )
     try:
-        low_rank = None if values["low_rank"] is None else read_low_rank(values["low_rank"])
+        stored = [read_changes(key, values[key]) for key in KEYS if values[key] is not None]
     except ValueError as error:
         raise ModelError(f"upgrade file {path}: {error}; it is damaged") from error
-    if low_rank is not None and rank is not None:
-        raise ModelError(f"upgrade file {path}: it has a LoRA and changes of a low rank; it is damaged")
+    if len(stored) + (rank is not None) > 1:
+        raise ModelError(f"upgrade file {path}: its weights are stored in two ways; it is damaged")
     named = vae or {"id": None, "path": None}
     own = named.get("id"), named["path"]
-    return Details(metadata["class"], numbers[0], numbers[1], rank, *own, clean, offset, head, low_rank)
+    return Details(metadata["class"], numbers[0], numbers[1], rank, *own, clean, offset, head, *stored)
 
 
 def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -212,7 +216,8 @@ def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     metadata, tensors = read_metadata(path), load_file(path)
     check_tensor_sums(path, tensors, metadata, ModelError, REMEDY)
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        whole = tensor.dtype is torch.int8 and name.endswith(ROUNDED)
+        if not (whole or (tensor.is_floating_point() and bool(torch.isfinite(tensor).all()))):
             raise ModelError(
                 f"upgrade file {path}: {name} contains values that are not finite numbers; it is damaged"
             )
@@ -247,7 +252,7 @@ def check_fit(path: Path, transformer: nn.Module) -> None:
 def _needed(transformer: nn.Module, details: Details) -> Shapes:
     """Return names and shapes of the tensors of an upgrade file for an expanded transformer."""
     trained = {name: tuple(tensor.shape) for name, tensor in upgrade_tensors(transformer).items()}
-    return stored_shapes(trained, details.rank, family_of(transformer))
+    return stored_shapes(trained, details.changes, family_of(transformer))
 
 
 def _compare(path: Path, found: dict[str, tuple[int, ...]], needed: dict[str, tuple[int, ...]]) -> None:
@@ -287,7 +292,7 @@ def trained_transformer(transformer: nn.Module, path: Path) -> nn.Module:
 def load_trained(transformer: nn.Module, path: Path) -> None:
     """Copy an upgrade file into an expanded transformer: what is trained, and its detail head.
 
-    The transformer still has its pretrained values, to which changes of a low rank are added.
+    The transformer still has its pretrained values, to which stored changes are added.
 
     Raises:
         ModelError: not an upgrade file, or one whose parameters are not these (another model, D, or LoRA rank).
@@ -296,8 +301,8 @@ def load_trained(transformer: nn.Module, path: Path) -> None:
     own = upgrade_tensors(transformer)
     details = read_details(path, metadata)
     _compare(path, {n: tuple(t.shape) for n, t in tensors.items()}, _needed(transformer, details))
-    if details.low_rank is not None:
-        compare_base(path, details.low_rank, own, family_of(transformer))
+    if details.changes is not None:
+        compare_base(path, details.changes, own, family_of(transformer))
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(trained_value(name, tensors, parameter))

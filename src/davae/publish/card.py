@@ -21,8 +21,8 @@ from davae.backbones.families import component_in, family_by_class
 from davae.data.openmoji import CREDIT
 from davae.errors import ModelError
 from davae.pretrained.open import HUB_ID, MissingPart, fetch_file, read_config
+from davae.publish.changes import Changes
 from davae.publish.escape import as_code, as_prose, encodable, fence, one_line
-from davae.publish.low_rank import LowRank
 from davae.recipes import Recipe
 from davae.zoo import MODELS
 
@@ -38,7 +38,7 @@ class Origin:
         kind: `fused`, `lora` or `upgrade`.
         self_contained: whether the folder brings davae's code along.
         recipe, report: the run's own; None for a pipeline that was put together from an upgrade file.
-        low_rank: of an upgrade whose changes are stored as factors.
+        changes: how an upgrade stores changes, where it has no weights.
     """
 
     base: str
@@ -46,7 +46,7 @@ class Origin:
     self_contained: bool
     recipe: Recipe | None = None
     report: dict[str, Any] | None = None
-    low_rank: LowRank | None = None
+    changes: Changes | None = None
 
     @property
     def base_name(self) -> str:

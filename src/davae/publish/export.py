@@ -34,6 +34,7 @@ from davae.publish.assemble import (
     without_lora,
 )
 from davae.publish.card import Origin, write_card
+from davae.publish.changes import BITS
 from davae.publish.report_file import read_report
 from davae.publish.standalone import home_module, standalone_source
 from davae.publish.upgrade_file import UpgradeFile, check_base_autoencoder, write_upgrade
@@ -92,6 +93,7 @@ def export(
     self_contained: bool = False,
     base_decoder: bool = False,
     rank: int | None = None,
+    bits: int | None = None,
 ) -> Path:
     """Write a finished run to `out`, weights in `dtype`, with a model card, and return `out`.
 
@@ -102,9 +104,10 @@ def export(
         self_contained: bring along the code of davae's classes, so that the pipeline loads without davae.
         base_decoder: bring along the base's own decoder, for previews (`davae.preview`).
         rank: of an `upgrade` whose run trained every weight: store the changes of matrices at this rank.
+        bits: likewise, store each change in 8 bits.
 
     Raises:
-        ModelError: an unfinished run, a kind that this model cannot have, or a rank for a LoRA.
+        ModelError: an unfinished run, a kind that this model cannot have, or a rank or bits for a LoRA.
         RunError: `out` holds anything but an earlier export.
     """
     run = open_run(folder)
@@ -116,18 +119,17 @@ def export(
         raise ModelError(
             "--base-decoder is for whole pipelines; use it with --as fused or --as lora, or with `davae apply`"
         )
-    if rank is not None:
-        _check_rank(run, kind)
+    small = _checked_size(run, kind, rank, bits)
     origin = Origin(base, kind, self_contained, run.recipe, _report(run.folder, run.recipe))
     if kind == "upgrade":
-        pretrained = None if rank is None else _pretrained(run, base)
+        pretrained = _pretrained(run, base) if small else None
         with model_folder(out) as partial:
             vae = load_detail_vae(run.pipeline / "vae", dtype)
             vae.register_to_config(_name_or_path="")  # the run's path means nothing elsewhere
             vae.save_pretrained(partial / VAE_FOLDER)
-            low_rank = write_upgrade(run.folder / UPGRADE_FILE, partial, dtype, pretrained, rank)
+            changes = write_upgrade(run.folder / UPGRADE_FILE, partial, dtype, pretrained, rank)
             write_card(
-                partial, replace(origin, low_rank=low_rank), read_config(str(run.pipeline), "", "model_index.json")
+                partial, replace(origin, changes=changes), read_config(str(run.pipeline), "", "model_index.json")
             )
         return out
     lora: dict[str, Any] = {}
@@ -193,14 +195,29 @@ def _report(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     return read_report(folder)
 
 
-def _check_rank(run: FinishedRun, kind: Kind) -> None:
-    """ModelError unless the changes of a full training are to be stored at a rank."""
+def _checked_size(run: FinishedRun, kind: Kind, rank: int | None, bits: int | None) -> bool:
+    """Return whether the changes of a full training are to be stored, at a rank or in bits.
+
+    Raises:
+        ModelError: both, other bits than 8, or a run or a kind that cannot be stored so.
+    """
+    given = [("--rank", rank), ("--bits", bits)]
+    names = [name for name, value in given if value is not None]
+    if not names:
+        return False
+    if len(names) == 2:
+        raise ModelError("--rank and --bits are two ways to store the same changes; give one of them")
+    if bits not in (None, BITS):
+        raise ModelError(f"--bits {bits}: changes are stored in {BITS} bits; use --bits {BITS}, or a --rank for less")
     if kind != "upgrade":
-        raise ModelError(f"--rank is for an upgrade without its base; use it with --as upgrade, not with --as {kind}")
+        raise ModelError(
+            f"{names[0]} is for an upgrade without its base; use it with --as upgrade, not with --as {kind}"
+        )
     if (lora := run.recipe.stage2.lora) is not None:
         raise ModelError(
-            f"run {run.folder} trained a LoRA of rank {lora.rank}, which is stored as it is; leave --rank out"
+            f"run {run.folder} trained a LoRA of rank {lora.rank}, which is stored as it is; leave {names[0]} out"
         )
+    return True
 
 
 def _pretrained(run: FinishedRun, base: str) -> torch.nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from davae.pretrained.open import HUB_ID, fetch_file
 from davae.pretrained.placement import own_device
 from davae.pretrained.stored import check_component
 from davae.publish.assemble import UPGRADE_FILE, VAE_FOLDER, read_details, read_metadata, read_upgrade
-from davae.publish.low_rank import LowRank, factor
+from davae.publish.changes import Changes, as_changes, is_changed
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.frames import encode_mode
@@ -69,25 +69,29 @@ def vae_id(folder: Path) -> str:
 
 def write_upgrade(
     source: Path, folder: Path, dtype: torch.dtype, base: torch.nn.Module | None = None, rank: int | None = None
-) -> LowRank | None:
+) -> Changes | None:
     """Write a run's upgrade file in `dtype` next to the DetailVAE of a folder, with its id.
 
-    Returns what changes of a low rank keep, None where the weights are stored as they are.
+    Returns how changes are stored, None where the weights are stored as they are.
 
     Args:
-        base: the pretrained transformer, where the changes are stored at a rank.
-        rank: of the changes; None stores the weights as they are.
+        base: the pretrained transformer, where changes are stored in place of weights.
+        rank: of these changes; None stores them in 8 bits.
     """
     metadata, tensors = read_upgrade(source)
     own = {"vae": json.dumps({"id": vae_id(folder / VAE_FOLDER), "path": VAE_FOLDER})}
-    low_rank = None
-    if rank is not None:
-        assert base is not None
-        tensors, low_rank = factor(tensors, dict(base.named_parameters()), rank, family_of(base), own_device())
-        own["low_rank"] = json.dumps(asdict(low_rank))
-        logger.info("rank %d keeps %.1f %% of the squared change of the weights", rank, 100 * low_rank.kept)
-    save_tensors(folder / UPGRADE_FILE, in_precision(tensors, dtype), {**metadata, **own})
-    return low_rank
+    changes, stored = None, {}
+    if base is not None:
+        family = family_of(base)
+        stored, changes = as_changes(tensors, dict(base.named_parameters()), rank, family, dtype, own_device())
+        own[changes.key] = json.dumps(changes.note)
+        tensors = {name: t for name, t in tensors.items() if not is_changed(name, tuple(t.shape), rank, family)}
+        how = "changes in 8 bits keep" if rank is None else f"rank {rank} keeps"
+        logger.info(
+            "%s %.*f %% of the squared change of the weights", how, 3 if rank is None else 1, 100 * changes.kept
+        )
+    save_tensors(folder / UPGRADE_FILE, {**in_precision(tensors, dtype), **stored}, {**metadata, **own})
+    return changes
 
 
 def find_upgrade(name: str, vae: Path | None = None) -> UpgradeFile:
