@@ -57,7 +57,7 @@ CEILINGS = {
     "losses": Ceiling(900),
     "plan": Ceiling(1850),
     "pretrained": Ceiling(1770),
-    "publish": Ceiling(1520),
+    "publish": Ceiling(1620),
     "recipes": Ceiling(1560),
     "root": Ceiling(750),
     "runs": Ceiling(3050),

@@ -235,6 +235,8 @@ def test_ranks_that_cannot_be_are_one_line(full_run: Path, finished: Path, tmp_p
     assert "trained a LoRA of rank" in line
     line = fails(capsys, "export", str(finished), "--bits", "8", "--out", str(tmp_path / "no"))
     assert "leave --bits out" in line
+    line = fails(capsys, "export", str(full_run), "--rank", "400", "--base", "nothing", "--out", str(tmp_path / "no"))
+    assert "--rank 400 makes no weight smaller" in line, "found before the base is opened"
     line = fails(capsys, "export", str(full_run), "--bits", "4", "--out", str(tmp_path / "no"))
     assert "--bits 4: changes are stored in 8 bits" in line
     line = fails(capsys, "export", str(full_run), "--bits", "8", "--rank", "4", "--out", str(tmp_path / "no"))

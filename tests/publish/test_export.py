@@ -182,6 +182,10 @@ def test_apply_refuses_another_base_in_one_line(
     assert "upgraded already" in refused(exports["sd3"]["fused"])
     eight = changed(base, tmp_path / "8", transformer={"in_channels": 8}, vae={"latent_channels": 8})
     assert "has a SD3Transformer2DModel of 8" in refused(eight)
+    deeper = changed(base, tmp_path / "deeper", transformer={"num_layers": 9})
+    for weights in deeper.rglob("*.safetensors"):
+        weights.unlink()  # refused by its configs alone
+    assert "does not fit this transformer: 'transformer_blocks." in refused(deeper)
 
     deep = tmp_path / "deep"
     shutil.copytree(base, deep)

@@ -147,16 +147,6 @@ class Details:
         return self.vae_path or VAE_FOLDER
 
 
-def upgrade_vae(folder: Path) -> Path:
-    """Return the folder of the DetailVAE of an upgrade's folder.
-
-    Raises:
-        ModelError: no upgrade file.
-    """
-    file = folder / UPGRADE_FILE
-    return folder / read_details(file, read_metadata(file)).vae_folder
-
-
 def read_details(path: Path, metadata: dict[str, str]) -> Details:
     """Read the metadata of an upgrade file.
 
@@ -224,6 +214,12 @@ def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, tensors
 
 
+def file_shapes(path: Path) -> Shapes:
+    """Return names and shapes of an upgrade file's tensors, from its header."""
+    with safe_open(path, framework="pt") as stream:
+        return {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
+
+
 def check_fit(path: Path, transformer: nn.Module) -> None:
     """Compare an upgrade file's header with the expanded transformer, without its weights.
 
@@ -239,8 +235,7 @@ def check_fit(path: Path, transformer: nn.Module) -> None:
             f"{path} upgrades a {details.class_name} of {details.base_channels} channels, "
             f"this is a {type(transformer).__name__} of {latent_channels(transformer)}"
         )
-    with safe_open(path, framework="pt") as stream:
-        shapes = {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
+    shapes = file_shapes(path)
     with planned(f"the transformer of {path}"):
         empty = type(transformer).from_config(transformer.config)  # type: ignore[attr-defined]
         expanded = expand_transformer(empty, details.detail_channels, detail_offset=details.detail_offset)

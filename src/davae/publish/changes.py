@@ -1,4 +1,4 @@
-"""The change of a full fine-tuning, stored smaller than the weights: at a low rank, or in 8 bits.
+"""The change of a full fine-tuning, stored at a low rank or in 8 bits.
 
 An upgrade file of such changes holds only for the base whose weights it changes.
 """
@@ -31,7 +31,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Changes:
-    """How a file stores changes.
+    """Note of an upgrade file that stores changes.
 
     Attributes:
         rank: r of the factors of each change; None where the changes are in 8 bits.
@@ -113,6 +113,24 @@ def stored_shapes(shapes: Shapes, changes: Changes | None, family: Family) -> Sh
     return stored
 
 
+def check_changes(shapes: Shapes, rank: int | None, family: Family) -> None:
+    """Refuse a rank that makes no weight smaller, and an upgrade without matrices.
+
+    Args:
+        shapes: of an upgrade file's tensors, the weights themselves.
+        rank: r of each change, or None for changes in 8 bits.
+        family: of the transformer.
+
+    Raises:
+        ModelError: one of these.
+    """
+    if any(is_changed(name, shape, rank, family) for name, shape in shapes.items()):
+        return
+    if rank is None:
+        raise ModelError("no weight of this upgrade is the change of a matrix; leave --bits out")
+    raise ModelError(f"--rank {rank} makes no weight smaller; use a lower rank, or leave it out")
+
+
 def as_changes(
     trained: Mapping[str, Tensor],
     pretrained: Mapping[str, Tensor],
@@ -121,7 +139,7 @@ def as_changes(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> tuple[dict[str, Tensor], Changes]:
-    """Return the tensors that store the changes of weights, without other tensors, and what they keep.
+    """Return the tensors that store the changes of weights, and what they keep.
 
     Args:
         trained: tensors of the upgrade file by name.
@@ -134,13 +152,9 @@ def as_changes(
     Raises:
         ModelError: a rank at which no weight gets smaller, or a model without matrices.
     """
-    names = [name for name, t in trained.items() if is_changed(name, tuple(t.shape), rank, family)]
-    if not names:
-        raise ModelError(
-            "no weight of this upgrade has a change to round; leave --bits out"
-            if rank is None
-            else f"--rank {rank} makes no weight smaller; use a lower rank, or leave it out"
-        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in trained.items()}
+    check_changes(shapes, rank, family)
+    names = [name for name, shape in shapes.items() if is_changed(name, shape, rank, family)]
     found: dict[str, Tensor] = {}
     lost = whole = 0.0
     for name in names:
@@ -171,9 +185,10 @@ def factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def rounded(change: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a change (m,n) in steps of 1/127 of each row's largest value: int8 (m,n), and the steps (m,1).
+    """Return a change (m,n) rounded to int8, and the steps (m,1) of its rows.
 
-    Each value is off by half a step at most. Rows of normal values lose about 5e-5 of their squares.
+    A step is 1/127 of the largest value of a row, and each value is off by half a step at most. Rows of normal values lose
+    about 5e-5 of their squares.
     """
     steps = change.abs().amax(dim=1, keepdim=True) / MOST  # (m,1)
     return torch.round(change / steps.where(steps > 0, torch.ones_like(steps))).to(torch.int8), steps

@@ -22,19 +22,21 @@ from davae.files.ownership import check_out
 from davae.files.reading import load_json, recipe_file
 from davae.pretrained.autoencoders import load_autoencoder, load_detail_vae
 from davae.pretrained.open import load_part, load_pipeline, read_config
-from davae.pretrained.shapes import read_shapes
+from davae.pretrained.shapes import BaseShapes, read_shapes
+from davae.pretrained.stored import planned
 from davae.publish.assemble import (
     UPGRADE_FILE,
     VAE_FOLDER,
     apply_upgrade,
     assemble,
     check_fit,
+    file_shapes,
     read_metadata,
     trained_transformer,
     without_lora,
 )
 from davae.publish.card import Origin, write_card
-from davae.publish.changes import BITS
+from davae.publish.changes import BITS, check_changes
 from davae.publish.report_file import read_report
 from davae.publish.standalone import home_module, standalone_source
 from davae.publish.upgrade_file import UpgradeFile, check_base_autoencoder, write_upgrade
@@ -171,6 +173,7 @@ def apply(
             f"{upgrade.file} upgrades a {upgrade.class_name} of {channels} channels, {base} has a {shapes.transformer_class} "
             f"of {shapes.channels}"
         )
+    _check_fit(upgrade.file, shapes)
     pipeline = load_pipeline(base, dtype)
     full: Any = load_detail_vae(upgrade.vae)
     check_base_autoencoder(full, pipeline.vae.float(), base)
@@ -217,6 +220,8 @@ def _checked_size(run: FinishedRun, kind: Kind, rank: int | None, bits: int | No
         raise ModelError(
             f"run {run.folder} trained a LoRA of rank {lora.rank}, which is stored as it is; leave {names[0]} out"
         )
+    file = run.folder / UPGRADE_FILE
+    check_changes(file_shapes(file), rank, family_by_class(read_metadata(file)["class"]))
     return True
 
 
@@ -228,11 +233,18 @@ def _pretrained(run: FinishedRun, base: str) -> torch.nn.Module:
     """
     file = run.folder / UPGRADE_FILE
     name = read_metadata(file)["class"]
-    if read_shapes(base).transformer_class != name:
+    shapes = read_shapes(base)
+    if shapes.transformer_class != name:
         raise ModelError(f"{file} upgrades a {name}, and {base} has another model; give the run's base")
-    transformer = load_part(base, family_by_class(name).component, name)
-    check_fit(file, transformer)
-    return transformer
+    _check_fit(file, shapes)
+    return load_part(base, family_by_class(name).component, name)
+
+
+def _check_fit(file: Path, shapes: BaseShapes) -> None:
+    """Compare an upgrade file with a base by its configs, before any weight is read."""
+    with planned(f"the {shapes.transformer_class}"):
+        empty = model_class(shapes.transformer_class).from_config(shapes.transformer_config)
+    check_fit(file, empty)
 
 
 def _check_lora(run: FinishedRun) -> None:

@@ -122,6 +122,16 @@ def find_upgrade(name: str, vae: Path | None = None) -> UpgradeFile:
     return UpgradeFile(place, folder, metadata)
 
 
+def upgrade_vae(folder: Path) -> Path:
+    """Return the folder of the DetailVAE of an upgrade's folder.
+
+    Raises:
+        ModelError: no upgrade file.
+    """
+    file = folder / UPGRADE_FILE
+    return folder / read_details(file, read_metadata(file)).vae_folder
+
+
 def _download(name: str) -> Path:
     """`upgrade.safetensors` and `vae/` of a hub id."""
     place = fetch_file(name, "", UPGRADE_FILE)

@@ -22,7 +22,8 @@ from davae.dataset.encoding import Encoder, run_precision
 from davae.errors import RecipeError
 from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.memory_budget import Halving
-from davae.publish.assemble import POLISHED, UPGRADE_FILE, export_upgraded, read_upgrade, upgrade_vae
+from davae.publish.assemble import POLISHED, UPGRADE_FILE, export_upgraded, read_upgrade
+from davae.publish.upgrade_file import upgrade_vae
 from davae.recipes.stages import POLISH
 from davae.runs.cache import write_skipped
 from davae.runs.train_base import train_base
