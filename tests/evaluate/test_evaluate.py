@@ -371,3 +371,21 @@ def test_a_damaged_picture_is_left_out_not_its_neighbour_measured_twice(tmp_path
     assert len(found) == 3
     assert len({tuple(image.flatten().tolist()) for image in found}) == 3
     assert list(pictures.skipped) == ["2.png"]
+
+
+def test_prompts_of_samples_are_read_without_decoding_an_image(picture_folder: Path, tmp_path: Path, monkeypatch):
+    """Thousands of prompts of a large set must not cost thousands of decodings."""
+    module = davae.evaluate.generation
+    monkeypatch.setattr(module, "goes_by_class", lambda pipeline: pipeline == "by class")
+    images = module.real_pictures(str(picture_folder), 32, 0.0, "train")
+    expected = [images[(place, -1)]["caption"] for place in range(len(images))]
+    assert any(expected)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        picture(0, 32, 32).save(tmp_path / name / "0.png")
+    classes = module.real_pictures(str(tmp_path), 32, 0.0, "train")
+    monkeypatch.setattr(type(images.source), "load", lambda *_: pytest.fail("decoded"))
+    assert [module.condition_of(images, place, "by caption") for place in range(len(images))] == expected
+    assert [module.condition_of(classes, place, "by class") for place in (0, 1)] == ["0", "1"]
+    with pytest.raises(DataError, match="measured on images with classes"):
+        module.condition_of(images, 0, "by class")

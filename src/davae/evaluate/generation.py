@@ -13,7 +13,7 @@ from davae.backbones.classes import goes_by_class
 from davae.data.images import ImageDataset
 from davae.dataset.look import as_data, batches, real_pictures
 from davae.dataset.opened import with_counts
-from davae.errors import DataError, ModelError
+from davae.errors import DataError, ModelError, UnreadableImage
 from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST, check_enough, stored_gaussian
 from davae.evaluate.drawn import check_keep, drawn_batches
@@ -79,21 +79,28 @@ def evaluate_pictures(
     return {"pictures": generated, "data": real.source, "resolution": resolution, **figures, **reference}
 
 
-def condition_of(image: dict[str, Any], pipeline: Any) -> str:
+def condition_of(images: ImageDataset, place: int, pipeline: Any) -> str:
     """Return the prompt of an image: its caption, or its class for a class-conditional pipeline.
 
+    No pixels are decoded. Where the caption cannot be read, the next image's is taken, as training does.
+
     Args:
-        image: an item of an `ImageDataset`.
+        images: the images.
+        place: position among them.
         pipeline: the pipeline that will draw.
 
     Raises:
         DataError: a class-conditional pipeline, and an image without a class.
     """
+    index = images.indices[place]
     if not goes_by_class(pipeline):
-        return image["caption"]
-    if image["label"] is None:
+        try:
+            return images.source.caption(index)
+        except UnreadableImage:
+            return images[(place, -1)]["caption"]
+    if (label := images.source.label(index)) is None:
         raise DataError("a class-conditional model is measured on images with classes: sub-folders, or `.cls` files")
-    return str(image["label"])
+    return str(label)
 
 
 def evaluate_generation(
@@ -186,6 +193,6 @@ def _chosen_prompts(images: ImageDataset, num: int, seed: int, model: Any) -> li
     """Return the prompts of `num` images in random order, repeated where there are fewer images."""
     check_enough(num, len(images))
     order = np.random.default_rng(seed % 2**64).permutation(max(num, len(images)))[:num] % len(images)
-    prompts = [condition_of(images[(int(i), -1)], model) for i in order]
+    prompts = [condition_of(images, int(i), model) for i in order]
     check_class_prompts(model, prompts)
     return prompts

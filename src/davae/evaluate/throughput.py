@@ -168,7 +168,7 @@ def time_pictures(
         size = candidate.resolution or default_resolution(model)
         final = candidate.compare_at or size
         enlarge = make_upscaler(candidate.upscale, final) if size != final else None
-        prompt = prompt or condition_of(real_pictures(data, final, 0.0, "train")[(0, -1)], model)
+        prompt = prompt or condition_of(real_pictures(data, final, 0.0, "train"), 0, model)
         finish = partial(_enlarge_one, enlarge, prompt) if enlarge else lambda image: image
         entries.append((candidate.name, model, size, finish))
     timings = time_pipelines(entries, prompt, steps=steps, guidance_scale=guidance, repeats=repeats)
