@@ -28,6 +28,8 @@ from davae.analyze.spectra import radial_power, spectra_figure
 from davae.commands import analyze
 from davae.errors import DataError, ModelError
 from davae.evaluate.generation import real_pictures
+from davae.evaluate.reconstruction import evaluate_reconstruction
+from davae.pretrained.autoencoders import image_side
 from davae.recipes import validate
 from davae.runs.upgrade import Upgrade
 
@@ -205,3 +207,19 @@ def test_random_detail_of_the_paper_is_not_that_of_the_training_set():
     assert abs(float(seen[0].std()) - 0.1) < 0.02
     assert abs(float(seen[1].mean())) < 0.1
     assert abs(float(seen[1].std()) - 1) < 0.1
+
+
+def test_an_upgrade_from_another_size_is_measured_at_the_size_that_it_was_trained_on(tmp_path: Path):
+    """As SD3.5 from 512 to 1024 px: the config's default is twice the base's own 1024."""
+    vae = DetailVAE.from_base(tiny_autoencoder(), detail_channels=4)
+    default = image_side(vae)
+    assert default == vae.config["sample_size"]
+    vae.register_to_config(resolution=default // 2)
+    vae.save_pretrained(tmp_path / "vae")
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(20):
+        picture(number, default // 2, default // 2).save(images / f"{number}.png")
+    spectra_figure(str(tmp_path / "vae"), str(images), tmp_path / "figure", num=8, held_out=0.0)
+    found = evaluate_reconstruction(str(tmp_path / "vae"), str(images), None, 8, 0.0)
+    assert found["resolution"] == default // 2

@@ -295,8 +295,8 @@ def test_an_upgrade_enlarges_what_its_base_drew(tiny_scale: Path, monkeypatch: p
     assert both.upgrade.key == upgraded.key
     assert len({job.key for job in two}) == len(two)
     verb, drawing = both.command.split(" && ")
-    assert verb.endswith(" --out runs/upgrade")
-    assert "--compare-at 32 --upscale runs/upgrade --num 4" in drawing
+    assert verb.endswith(" --out runs/tiny/both")
+    assert "--compare-at 32 --upscale runs/tiny/both --num 4" in drawing
 
     told: list[str] = []
     figures = [

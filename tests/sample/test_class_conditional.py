@@ -156,7 +156,7 @@ def test_a_deep_compression_base_is_trained_and_upgraded(classes: Path, tmp_path
     assert all(
         "kl" not in r for r in read_metrics(tmp_path / "run" / "base" / "metrics.jsonl") if r["stage"] == "vae"
     )
-    with pytest.raises(ModelError, match="does not say its size; give --resolution"):
+    with pytest.raises(ModelError, match="has no size of its own; give --resolution"):
         evaluate_reconstruction(str(tmp_path / "run" / "base" / "pipeline"), str(classes), None, 2, 0.0)
 
 

@@ -16,6 +16,7 @@ from davae.backbones.linear_gaussian import expected_velocity_error
 from davae.dataset.look import as_data, real_pictures
 from davae.latent import LatentLayout
 from davae.losses.flow_matching import interpolate, velocity_target
+from davae.pretrained.autoencoders import image_side
 from davae.recipes.sections import Data
 from davae.sample.open import open_detail_vae
 from davae.vae.base_decoder import neighbourhoods, solve_ridge
@@ -42,9 +43,7 @@ def diffusability_figure(
     """
     check_figure(out, "diffusability")
     model = open_detail_vae(vae)
-    images = real_pictures(
-        data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "diffusability.data.json"
-    )
+    images = real_pictures(data, image_side(model), held_out, "held_out", summary=out / "diffusability.data.json")
     z, z_d, _ = raw_latents(model, images, num)
     if model.detail_kernel is not None:  # what stage 2 learns
         z, z_d = model.layout.split(model.statistics.to(z).normalise(model.layout.join(z, z_d)))

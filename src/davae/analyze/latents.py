@@ -24,6 +24,7 @@ from davae.dataset.look import as_data, batches, numbered_batches, real_pictures
 from davae.errors import DataError
 from davae.evaluate.plot import to_png
 from davae.losses.alignment import group_mean
+from davae.pretrained.autoencoders import image_side
 from davae.recipes.sections import Data
 from davae.sample.open import open_detail_vae
 from davae.vae.detail_vae import DetailVAE
@@ -184,9 +185,7 @@ def latents_figure(
     if unaligned is not None:
         models = {"aligned z_d": models["z_d"], "unaligned z_d": open_detail_vae(unaligned)}
     first = next(iter(models.values()))
-    images = real_pictures(
-        data, int(first.config["sample_size"]), held_out, "held_out", summary=out / "latents.data.json"
-    )
+    images = real_pictures(data, image_side(first), held_out, "held_out", summary=out / "latents.data.json")
     groups: dict[str, Tensor] = {}
     labels: list[int | None] = []
     for name, model in models.items():

@@ -17,6 +17,7 @@ from davae.dataset.look import as_data, batches, real_pictures
 from davae.evaluate.features import make_extractor
 from davae.evaluate.reconstruction import perceptual_distances, score_reconstructions
 from davae.latent import LatentStatistics
+from davae.pretrained.autoencoders import image_side
 from davae.recipes.sections import Data
 from davae.sample.open import open_autoencoder, open_detail_vae
 from davae.vae.blocks import downsample
@@ -134,9 +135,7 @@ def sensitivity_figure(
     """
     check_figure(out, "sensitivity")
     model, base_vae = open_detail_vae(vae), open_autoencoder(base)
-    images = real_pictures(
-        data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "sensitivity.data.json"
-    )
+    images = real_pictures(data, image_side(model), held_out, "held_out", summary=out / "sensitivity.data.json")
     perceptual, extractor = perceptual_distances(lpips, lpips_weights), make_extractor(features, feature_weights)
     shown = next(batches(images, SHOWN, SHOWN))
     rows, figures = {"original": to_images(shown)}, {}

@@ -16,6 +16,7 @@ from davae.analyze.latents import raw_latents
 from davae.dataset.look import as_data, real_pictures
 from davae.evaluate.plot import to_png
 from davae.losses.alignment import group_mean
+from davae.pretrained.autoencoders import image_side
 from davae.recipes.sections import Data
 from davae.sample.open import open_detail_vae
 from davae.vae.detail_vae import DetailVAE
@@ -116,9 +117,7 @@ def spectra_figure(vae: str, data: str | Data, out: Path, *, num: int, held_out:
     """
     check_figure(out, "spectra")
     model = open_detail_vae(vae)
-    images = real_pictures(
-        data, int(model.config["sample_size"]), held_out, "held_out", summary=out / "spectra.data.json"
-    )
+    images = real_pictures(data, image_side(model), held_out, "held_out", summary=out / "spectra.data.json")
     z, z_d, _ = raw_latents(model, images, num)
     groups = {"z": z, "z_d": z_d, "group mean of z_d": group_mean(z_d, z.shape[1])}
     if model.detail_kernel is not None:

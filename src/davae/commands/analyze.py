@@ -205,7 +205,9 @@ def diffusability(
 def gap(
     model: Annotated[str, typer.Argument(help="An upgrade: a run or pipeline folder, or `NAME-upgraded`.")],
     data: Data,
-    held_out: HeldOut,
+    held_out: Annotated[
+        float, typer.Option(min=0.0, max=0.99, metavar="SHARE", help="The share that training held out, above 0.")
+    ],
     out: Folder = Path("figures"),
     num: Num = 256,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,

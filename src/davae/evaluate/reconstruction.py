@@ -19,6 +19,7 @@ from davae.errors import ModelError
 from davae.evaluate.distribution import frechet_distance
 from davae.evaluate.features import Extractor, make_extractor
 from davae.losses.perceptual import Lite0Distance, Lpips
+from davae.pretrained.autoencoders import image_side
 from davae.pretrained.memory_budget import TILE, Halving
 from davae.pretrained.placement import Precision
 from davae.recipes.sections import Data
@@ -167,10 +168,7 @@ def evaluate_reconstruction(
     """
     dtype = getattr(torch, precision)
     model: Any = open_autoencoder(vae).to(dtype)
-    own = model.config.get("sample_size")  # some classes have none
-    if resolution is None and own is None:
-        raise ModelError(f"{vae}: an {type(model).__name__} does not say its size; give --resolution")
-    size = int(resolution or own)
+    size = resolution or image_side(model)
     distances = perceptual_distances(lpips, lpips_weights)
     extractor = None if features is None else make_extractor(features, feature_weights)
 

@@ -49,6 +49,20 @@ def load_autoencoder(name: str) -> Any:
     return load_component(name, part, model_class(kind), torch.float32, f"autoencoder {name}")
 
 
+def image_side(model: Any) -> int:
+    """Return the side of the images that an autoencoder was made for, in pixels.
+
+    A DetailVAE knows the size that it was trained on; the `sample_size` of its config is s times its base's own.
+
+    Raises:
+        ModelError: a class whose config has no size.
+    """
+    side = model.config.get("resolution") or model.config.get("sample_size")
+    if side is None:
+        raise ModelError(f"an {type(model).__name__} has no size of its own; give --resolution")
+    return int(side)
+
+
 def load_detail_vae(folder: Path, dtype: torch.dtype = torch.float32) -> DetailVAE:
     """Load a DetailVAE from its folder, in eval mode.
 

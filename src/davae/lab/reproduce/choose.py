@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -34,7 +35,6 @@ from davae.recipes import (
 from davae.recipes.loading import suggestion
 
 ONCE: tuple[RowKind, ...] = ("enlarged", "planned")  # kinds of rows that no seed changes
-DETAIL, ENLARGER = "runs/stage1", "runs/upgrade"  # where commands put a DetailVAE, and an upgrade that enlarges
 Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
 
 
@@ -58,7 +58,7 @@ def jobs(
         others = ", ".join(name for name in table_names() if load_table(name).rows_at(scale))
         raise RecipeError(f"{table} has no rows at the scale {scale}; these tables have: {others}")
     shown = named_rows(table, at_scale, rows or [])
-    factory = JobFactory(chosen, settings, overrides, recipe_kinds(shown))
+    factory = JobFactory(table, chosen, settings, overrides, recipe_kinds(shown))
     found = []
     for seed in range(seeds or settings.seeds):
         for row in shown:
@@ -101,11 +101,13 @@ class JobFactory:
     """Jobs of one table at one scale.
 
     Attributes:
+        name: of the table.
         overrides: `a.b=c` of the user.
         kinds: of the recipes that the rows change.
         used: overrides that some recipe took.
     """
 
+    name: str
     table: Table
     scale: Scale
     overrides: list[str]
@@ -123,11 +125,18 @@ class JobFactory:
             "reconstruction": self.scale.reconstruction.model_dump(exclude_defaults=True),
         }
 
+    def place(self, row: str, seed: int, part: str = "") -> str:
+        """Return the folder in which the printed command of a row trains."""
+        words = re.findall(r"[a-z0-9.]+", row.lower())
+        return f"runs/{self.name}/" + "-".join(
+            [*words, *([f"seed{seed}"] if seed else []), *([part] if part else [])]
+        )
+
     def job(self, row: Row, seed: int) -> Job:
         """Return one run of a row."""
         match row.kind:
             case "upgrade":
-                return self.upgrade(row.name, row.set, seed)
+                return self.upgrade(row.name, row.set, seed, self.place(row.name, seed))
             case "enlarged":
                 return self.enlarged(row)
             case "detailed":
@@ -153,17 +162,20 @@ class JobFactory:
         self.used.update(found)
         return found
 
-    def upgrade(self, name: str, changes: dict[str, Any], seed: int, verb: str = "train-dit") -> UpgradeJob:
-        """Return an upgrade by the scale's recipe, changed by the table, a row and the user."""
+    def upgrade(self, name: str, changes: dict[str, Any], seed: int, out: str, verb: str = "train-dit") -> UpgradeJob:
+        """Return an upgrade by the scale's recipe, changed by the table, a row and the user.
+
+        Its command trains in `out`.
+        """
         sets = upgrade_overrides(self.scale, self.table.set, changes, seed=seed)
         sets += self.own(Recipe, {**self.scale.set, **self.table.set, **changes})
         recipe = self.load(Recipe, self.scale.recipe, sets)
-        command = shlex.join(["davae", verb, self.scale.recipe, *setting(sets)])
+        command = shlex.join(["davae", verb, self.scale.recipe, *setting(sets), "--out", out])
         return UpgradeJob(row=name, seed=seed, command=command, recipe=recipe, measures=self.measures)
 
     def enlarged(self, row: Row) -> EnlargedJob:
         """Return the job of a row of enlarged images, equal for every seed of stage 2."""
-        recipe = self.upgrade(row.name, row.set, 0).recipe
+        recipe = self.upgrade(row.name, row.set, 0, "").recipe
         network, words = None, []
         method = str(row.upscale)
         if method == "network":
@@ -171,7 +183,7 @@ class JobFactory:
             network = self.load(SuperResolutionRecipe, name, [])
             words = ["davae", "train-sr", name, "--out", "runs/sr", "&&"]
             method = f"runs/sr/{WEIGHTS}"
-        words += generation_words(base_model(recipe), self.measures["generation"], recipe.resolution, method)
+        words += self.generation_words(recipe, method)
         return EnlargedJob(
             row=row.name,
             seed=0,
@@ -182,17 +194,21 @@ class JobFactory:
             super_resolution=network,
         )
 
+    def generation_words(self, recipe: Recipe, upscale: str) -> list[str]:
+        """Return the words that measure the base of an upgrade, enlarged."""
+        words = generation_words(base_model(recipe), self.measures["generation"], recipe.resolution, upscale)
+        return [*words, "--enlarge"] if recipe.data.enlarge else words
+
     def detailed(self, row: Row, seed: int) -> EnlargedJob:
         """Return the job of a row of base images that their upgrade enlarges."""
-        upgrade = self.upgrade(row.name, row.set, seed)
-        recipe = upgrade.recipe
-        words = [f"{upgrade.command} --out {ENLARGER}", "&&"]
-        words += generation_words(base_model(recipe), self.measures["generation"], recipe.resolution, ENLARGER)
+        enlarger = self.place(row.name, seed)
+        upgrade = self.upgrade(row.name, row.set, seed, enlarger)
+        words = [upgrade.command, "&&", *self.generation_words(upgrade.recipe, enlarger)]
         return EnlargedJob(
             row=row.name,
             seed=seed,
             command=" ".join(words),
-            recipe=recipe,
+            recipe=upgrade.recipe,
             measures=self.measures,
             upscale=str(row.upscale),
             upgrade=upgrade,
@@ -202,12 +218,14 @@ class JobFactory:
         """Return the training of a base recipe, on its own autoencoder or on a DetailVAE."""
         changes, words, detail = row.set, [], None
         if row.detail_vae is not None:
-            detail = self.upgrade(row.name, row.detail_vae, 0, "cache-latents")
-            words = [f"{detail.command} --out {DETAIL}", "&&"]
-            changes = {"autoencoder": f"{DETAIL}/vae", "vae": None, **changes}
+            first = self.place(row.name, 0, "stage1")
+            detail = self.upgrade(row.name, row.detail_vae, 0, first, "cache-latents")
+            words = [detail.command, "&&"]
+            changes = {"autoencoder": f"{first}/vae", "vae": None, **changes}
         sets = base_overrides(changes, seed) + self.own(BaseRecipe, changes)
         recipe = self.load(BaseRecipe, str(row.recipe), sets)
-        words.append(shlex.join(["davae", "train-base", str(row.recipe), *setting(sets)]))
+        out = ["--out", self.place(row.name, seed)]
+        words.append(shlex.join(["davae", "train-base", str(row.recipe), *setting(sets), *out]))
         return BaseJob(
             row=row.name,
             seed=seed,
