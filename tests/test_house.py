@@ -56,7 +56,7 @@ CEILINGS = {
     "lab": Ceiling(3850),
     "losses": Ceiling(900),
     "plan": Ceiling(1850),
-    "pretrained": Ceiling(1770),
+    "pretrained": Ceiling(1810),
     "publish": Ceiling(1620),
     "recipes": Ceiling(1560),
     "root": Ceiling(750),

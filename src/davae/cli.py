@@ -110,6 +110,13 @@ def main() -> None:
     except (OSError, MemoryError) as error:
         sys.stderr.write(f"davae: {explain(error)}\n")
         sys.exit(2)
+    except RuntimeError as error:  # a device without memory is one of torch's
+        from davae.pretrained.memory_budget import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"davae: {explain(MemoryError())}\n")
+        sys.exit(2)
 
 
 def explain(error: OSError | MemoryError) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from davae import DetailVAE
 from davae.analyze.curves import compared_runs_figure, curves_figure
+from davae.analyze.figure import contact_sheet
 from davae.analyze.latents import (
     class_knowledge,
     embed_points,
@@ -26,10 +27,12 @@ from davae.analyze.latents import (
 from davae.analyze.sensitivity import UNIT_NORMAL, reconstructions, sensitivity_figure
 from davae.analyze.spectra import radial_power, spectra_figure
 from davae.commands import analyze
+from davae.data.images import to_images
+from davae.dataset.look import batches
 from davae.errors import DataError, ModelError
 from davae.evaluate.generation import real_pictures
 from davae.evaluate.reconstruction import evaluate_reconstruction
-from davae.pretrained.autoencoders import image_side
+from davae.pretrained.autoencoders import image_side, load_detail_vae
 from davae.recipes import validate
 from davae.runs.upgrade import Upgrade
 
@@ -79,6 +82,8 @@ def test_a_probe_finds_classes_where_there_are_some():
         class_knowledge(torch.randn(4, 2, 4, 4), [1, 1, 1, 1])
     with pytest.raises(ValueError, match=r"3 images are too few .* --num"):
         class_knowledge(torch.randn(3, 2, 4, 4), [1, 2, 2])
+    with pytest.raises(DataError, match="each of the 8 images has a class of its own; take more with --num"):
+        class_knowledge(torch.randn(8, 2, 4, 4), list(range(8)))
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +139,20 @@ def test_every_figure_of_a_run(run: Path, tiny_base: Path, by_class: Path, pictu
         spectra_figure(str(tiny_base), data, tmp_path, num=8, held_out=0.0)
     with pytest.raises(ModelError, match="no two steps of stage 2"):
         curves_figure(tmp_path, tmp_path)
+
+
+def test_originals_are_those_of_the_latents_below_them(
+    run: Path, by_class: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of 12 images 10 are encoded: the first eight of these are shown, not another choice of eight."""
+    shown: dict[str, list] = {}
+    monkeypatch.setattr(
+        "davae.analyze.latents.contact_sheet", lambda rows, side: shown.update(rows) or contact_sheet(rows, side)
+    )
+    latents_figure(str(run / "vae"), None, str(by_class), tmp_path, num=10, held_out=0.0)
+    images = real_pictures(str(by_class), image_side(load_detail_vae(run / "vae")), 0.0, "train")
+    first = [image for batch in batches(images, 10, 4) for image in to_images(batch)][:8]
+    assert [image.tobytes() for image in shown["original"]] == [image.tobytes() for image in first]
 
 
 def test_runs_of_one_folder_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -131,6 +131,12 @@ def test_the_page_without_its_extra_is_one_line(monkeypatch: pytest.MonkeyPatch,
     [
         ("evaluate generation --pipeline micro --data openmoji --num 2", "--num 2: at least 4 images are needed"),
         ("sample micro cat --resolution 100", "100 pixels are not divisible by 8, a token's side; use 96"),
+        (
+            "sample micro cat --resolution 256",
+            "256 pixels are more than this model has positions for; use 128 at most",
+        ),
+        ("sample micro-upgraded cat --height 128 --width 512", "512 pixels are more than .* use 256 at most"),
+        ("sample clothing dress --height 64 --width 128", "draws squares, 128 x 64 is none; use --resolution"),
         ("evaluate geneval-score {results} --json {results}/x.json", "--json .* cannot be written: "),
     ],
 )

@@ -23,6 +23,14 @@ from davae.errors import DataError, ModelError
         (IsADirectoryError(21, "Is a directory", "a"), "davae: a: Is a directory\n"),
         (OSError("no\ndetails"), "davae: no details\n"),
         (MemoryError(), "davae: out of memory; use a smaller model, resolution or batch\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "davae: out of memory; use a smaller model, resolution or batch\n",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+            "davae: out of memory; use a smaller model, resolution or batch\n",
+        ),
     ],
 )
 def test_what_the_system_refuses_is_one_line(
@@ -39,13 +47,14 @@ def test_what_the_system_refuses_is_one_line(
     assert capsys.readouterr().err == line
 
 
-def test_a_fault_of_davae_stays_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [TypeError, RuntimeError])
+def test_a_fault_of_davae_stays_a_traceback(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
-        raise TypeError("a bug")
+        raise kind("a bug")
 
     monkeypatch.setattr(cli, "app", fail)
     monkeypatch.setattr(sys, "argv", ["davae", "recipes"])
-    with pytest.raises(TypeError):
+    with pytest.raises(kind, match="a bug"):
         cli.main()
 
 

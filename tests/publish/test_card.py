@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from davae.publish.export import _report as report_of
 from davae.recipes import validate
 from davae.recipes.sections import Sampling
 from davae.runs.report_page import Column, ReportContent, write_report
-from davae.train.run_folder import marker
+from davae.train.run_folder import marker, set_aside
 
 HOSTILE = [
     "```\n# Owned\n```",
@@ -123,6 +124,9 @@ def test_a_report_on_a_shorter_training_is_not_carried(tmp_path: Path):
     assert report_of(tmp_path, recipe) == {}
     marker(tmp_path, "report").write_text("1/20")
     assert report_of(tmp_path, recipe) is None
+    marker(tmp_path, "report").write_text("1/1")
+    set_aside(SimpleNamespace(path=tmp_path, checkpoints=lambda stage: []), "stage2")  # type: ignore[arg-type]
+    assert report_of(tmp_path, recipe) is None, "stage 2 begins again on another stage 1"
 
 
 def test_the_base_s_own_card_cannot_write_into_ours(tmp_path: Path):

@@ -32,6 +32,7 @@ from davae.publish.changes import (
 )
 from davae.recipes import Recipe, validate
 from davae.runs.upgrade import Upgrade
+from davae.train.run_folder import marker
 
 __all__ = ["finished", "recipe_file", "recipe_values"]  # fixtures
 SD3 = family_by_class("SD3Transformer2DModel")
@@ -313,3 +314,25 @@ def test_a_step_that_is_not_finite_or_a_wrong_kind_of_number_is_found(
             capsys, "apply", str(tmp_path / "small"), "--base", str(tiny_base), "--out", str(tmp_path / "no")
         )
         assert "not finite numbers; it is damaged" in line
+
+
+@pytest.mark.parametrize("size", [("--bits", "8"), ("--rank", "4"), ()])
+def test_an_upgrade_file_that_is_cut_off_is_one_line(full_run: Path, tmp_path: Path, capsys, size: tuple[str, ...]):
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    file = run / UPGRADE_FILE
+    file.write_bytes(file.read_bytes()[:-9])
+    line = fails(capsys, "export", str(run), *size, "--out", str(tmp_path / "no"))
+    assert "is damaged" in line
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_run_whose_stage_2_began_again_is_not_exported(full_run: Path, tmp_path: Path, capsys):
+    """Its upgrade file may be newer than its pipeline, and would be paired with another autoencoder."""
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    marker(run, "stage2").unlink()
+    line = fails(capsys, "export", str(run), "--out", str(tmp_path / "no"))
+    assert "is not finished" in line
+    shutil.rmtree(run / "checkpoints")  # a folder that was cleaned up
+    run_cli("export", str(run), "--out", str(tmp_path / "yes"))

@@ -359,6 +359,7 @@ def test_back_projection_brings_any_image_back_to_its_source():
         ({"overlap": 0.9}, "overlap: found 0.9"),
         ({"batch_size": 0}, "batch_size: found 0"),
         ({"window": 18}, "window: 18 pixels are not divisible by 8; use 16"),
+        ({"window": 4096}, "4096 pixels are more than this model has positions for"),
         ({"prompts": ["a", "b"]}, "prompts: found 2 for 1 images"),
         ({"times": 4, "images": Image.new("RGB", (1024, 600))}, "image 0: 1024x600 pixels would become 16384x9600"),
         ({"strength": float("nan")}, "strength: found nan"),

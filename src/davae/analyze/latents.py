@@ -122,10 +122,12 @@ def class_knowledge(latents: Tensor, labels: list[int], seed: int = 0) -> ClassK
         seed: seed of the split.
 
     Raises:
-        DataError: fewer than two classes, or too few images to find two in that half.
+        DataError: fewer than two classes, or too few images to find two in that half or two of one class.
     """
     if len(set(labels)) < 2:
         raise DataError("class separability needs images of at least two classes")
+    if len(set(labels)) == len(labels):
+        raise DataError(f"each of the {len(labels)} images has a class of its own; take more with --num")
     features = pooled(latents)
     targets = np.asarray(labels)
     order = np.random.default_rng(seed).permutation(len(targets))
@@ -196,7 +198,7 @@ def latents_figure(
         raise DataError(
             "class separability needs a class for every image: sub-folders, or `.cls` files in the shards"
         )
-    rows = {"original": to_images(next(batches(images, SHOWN, SHOWN)))}
+    rows = {"original": to_images(next(batches(images, num, SHOWN)))}  # the first of the same choice
     figures = {}
     for name, group in groups.items():
         rows[name] = pca_images(group, 128)[:SHOWN]

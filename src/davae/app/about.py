@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from PIL import Image
 
 from davae.app.pair import Pair
 from davae.app.roots import label
-from davae.backbones.classes import class_count, class_names, goes_by_class
+from davae.backbones.classes import class_count, example_classes, goes_by_class
 from davae.data.openmoji import render
 from davae.errors import RecipeError
 from davae.evaluate.throughput import image_tokens
@@ -41,8 +40,7 @@ def example_prompts(pair: Pair) -> list[str]:
     """Return a few prompts or classes that a model knows, at least one."""
     pipeline = pair.any
     if goes_by_class(pipeline):
-        names = list(itertools.islice(class_names(pipeline), FEW))
-        return names or [str(number) for number in range(min(FEW, class_count(pipeline)))]
+        return example_classes(pipeline, FEW)
     recipe = recipe_of(pair)
     known = [] if recipe is None else [prompt for prompt in recipe.sampling.prompts if prompt.strip()]
     return known[:FEW] or list(PROMPTS)

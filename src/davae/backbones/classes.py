@@ -39,6 +39,20 @@ def named_classes(index: Mapping[str, Any]) -> dict[str, int]:
     return {name: number for number, name in enumerate(index.get("class_names") or [])}
 
 
+def example_classes(pipeline: Any, most: int) -> list[str]:
+    """Return a few classes of a pipeline, as prompts that draw them.
+
+    A class whose name is a number goes by its own number: a prompt of digits is a number, and folders of numbers are sorted
+    as text.
+
+    Args:
+        pipeline: a class-conditional one.
+        most: classes to return, at most.
+    """
+    names = {number: name for name, number in class_names(pipeline).items() if not name.isdecimal()}
+    return [names.get(number, str(number)) for number in range(min(most, class_count(pipeline)))]
+
+
 def class_number(pipeline: Any, label: int | str) -> int:
     """Return the number of a class given by number, or by name or a part of it.
 

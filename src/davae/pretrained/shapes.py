@@ -111,6 +111,29 @@ def token_side(pipeline: Any) -> int:
     return pixel_factor(pipeline) * patch_size(model.config, family_of(model))
 
 
+def longest_side(config: Any) -> int | None:
+    """Return the tokens of a side for which a transformer has positions, None where it makes them for any.
+
+    Args:
+        config: of the transformer.
+    """
+    known = config.get("pos_embed_max_size")
+    return (
+        math.isqrt(known) if known is not None and "num_mmdit_layers" in config else known
+    )  # AuraFlow counts all positions
+
+
+def check_positions(pipeline: Any, side: int) -> None:
+    """Refuse a side in pixels for which a pipeline's transformer has no positions.
+
+    Raises:
+        ModelError: names the largest side.
+    """
+    longest, step = longest_side(denoiser(pipeline).config), token_side(pipeline)
+    if longest is not None and side > longest * step:
+        raise ModelError(f"{side} pixels are more than this model has positions for; use {longest * step} at most")
+
+
 def default_resolution(pipeline: Any) -> int:
     """Return the pixels of the image that a pipeline is made for, each way.
 

@@ -82,6 +82,10 @@ def open_run(folder: Path) -> FinishedRun:
         raise ModelError(
             f"run {folder} has no {UPGRADE_FILE} and pipeline/; run its `davae upgrade` command to the end"
         )
+    if (folder / "checkpoints").is_dir() and not was_done(folder, "stage2"):
+        raise ModelError(
+            f"run {folder} is not finished: its upgrade and its pipeline may be of two trainings; run its command to the end"
+        )
     return FinishedRun(folder, recipe)
 
 
@@ -221,7 +225,8 @@ def _checked_size(run: FinishedRun, kind: Kind, rank: int | None, bits: int | No
             f"run {run.folder} trained a LoRA of rank {lora.rank}, which is stored as it is; leave {names[0]} out"
         )
     file = run.folder / UPGRADE_FILE
-    check_changes(file_shapes(file), rank, family_by_class(read_metadata(file)["class"]))
+    family = family_by_class(read_metadata(file)["class"])  # a damaged file ends here
+    check_changes(file_shapes(file), rank, family)
     return True
 
 

@@ -20,7 +20,7 @@ from davae.files.reading import read_object
 from davae.latent import LatentLayout
 from davae.losses.perceptual import perceptual_distance
 from davae.pretrained.distilled import Distilled
-from davae.pretrained.shapes import BaseShapes
+from davae.pretrained.shapes import BaseShapes, longest_side
 from davae.pretrained.stored import check_component
 from davae.publish.assemble import UPGRADE_FILE, check_fit, read_details, read_metadata
 from davae.recipes import Recipe, differences, load_recipe
@@ -180,7 +180,7 @@ def check_dit_alignment(recipe: Recipe, base: BaseModel) -> None:
         raise RecipeError(
             f"{name}: davae reads no features of a {family.class_name}; leave it out, or use one of {known}"
         )
-    longest = base.shapes.transformer_config.get("pos_embed_max_size")
+    longest = longest_side(base.shapes.transformer_config)
     side = recipe.resolution // (base.shapes.vae_factor * base.shapes.patch_size)
     if longest is not None and side > longest:
         raise RecipeError(

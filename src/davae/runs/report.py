@@ -6,7 +6,6 @@ import logging
 import platform
 from dataclasses import replace
 from functools import partial
-from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from PIL import Image
 from davae.analyze.curves import loss_curves
 from davae.analyze.gap import autoencoder_like
 from davae.analyze.sensitivity import reconstructions
-from davae.backbones.classes import class_count, class_names, goes_by_class
+from davae.backbones.classes import example_classes, goes_by_class
 from davae.backbones.families import denoiser
 from davae.cost.flops import count
 from davae.data.images import spread_indices, to_images
@@ -29,6 +28,7 @@ from davae.evaluate.throughput import Timing, time_pipelines
 from davae.losses.perceptual import Lite0Distance
 from davae.pretrained.memory_budget import Halving, OneOnDevice
 from davae.pretrained.open import load_pipeline
+from davae.pretrained.shapes import longest_side
 from davae.publish.assemble import VAE_FOLDER, load_upgraded
 from davae.publish.report_file import read_report
 from davae.recipes import Recipe
@@ -84,12 +84,9 @@ def check_native(recipe: Recipe, base: BaseModel) -> None:
     Raises:
         RecipeError: names the size, and the verb that writes no report.
     """
-    config = base.shapes.transformer_config
-    if (known := config.get("pos_embed_max_size")) is None:
-        return
-    longest = isqrt(known) if "num_mmdit_layers" in config else known  # AuraFlow counts all positions
+    longest = longest_side(base.shapes.transformer_config)
     side = recipe.resolution // (base.shapes.vae_factor * base.shapes.patch_size)
-    if side > longest:
+    if longest is not None and side > longest:
         raise RecipeError(
             f"the report draws {recipe.base.name} at {recipe.resolution} pixels, {side} tokens in a row, and it knows "
             f"positions up to {longest}; use davae train-dit, which trains the same upgrade and writes no report"
@@ -114,8 +111,7 @@ def default_prompts(run: Upgrade) -> list[str]:
     if run.recipe.sampling.prompts:
         return list(run.recipe.sampling.prompts)
     if goes_by_class(run.base_pipeline):
-        names = {number: name for name, number in class_names(run.base_pipeline).items()}
-        return [names.get(number, str(number)) for number in range(min(8, class_count(run.base_pipeline)))]
+        return example_classes(run.base_pipeline, 8)
     images = run.data.for_cache()
     return [images[(i, -1)]["caption"] for i in spread_indices(len(images), 8)]
 

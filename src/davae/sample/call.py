@@ -87,7 +87,7 @@ def call_pipeline(
         options["negative_prompt"] = [negative_prompt] * len(prompts)
     height, width = (size, size) if isinstance(size, int) else size
     if "class_labels" in parameters:
-        _check_dit(pipeline, height, width, guidance_scale)
+        _check_dit(pipeline, guidance_scale)
         with _at_size(pipeline, height), checked_decoding(pipeline, prompts):
             return pipeline([class_number(pipeline, prompt) for prompt in prompts], **options)
     if "use_resolution_binning" in parameters:  # the size asked for, not the nearest one in a table
@@ -109,10 +109,8 @@ def _check_negative(pipeline: Any, guided: bool) -> None:
         )
 
 
-def _check_dit(pipeline: Any, height: int, width: int, guidance_scale: float) -> None:
-    """Refuse images that are not square, and guidance of a model whose null class is not DiT's."""
-    if height != width:
-        raise ModelError(f"a {type(pipeline).__name__} draws squares, {width} x {height} is none; use --resolution")
+def _check_dit(pipeline: Any, guidance_scale: float) -> None:
+    """Refuse guidance of a model whose null class is not DiT's."""
     count = class_count(pipeline)
     if guidance_scale > 1 and count != DIT_NULL:
         raise ModelError(

@@ -330,8 +330,9 @@ def set_aside(folder: RunFolder, stage: str) -> None:
     """Rename a stage's checkpoints, so that it begins again and they stay for inspection."""
     for path in folder.checkpoints(stage):
         path.rename(path.with_name(f"earlier-{path.name}"))
-    for step in (stage, "report"):  # the report is about the weights that are now set aside
-        marker(folder.path, step).unlink(missing_ok=True)
+    marker(folder.path, stage).unlink(missing_ok=True)
+    if was_done(folder.path, "report"):  # it is about the weights that are now set aside
+        atomic_text(marker(folder.path, "report"), "earlier weights")
 
 
 def check_stage_inputs(folder: RunFolder, stage: str, inputs: Mapping[str, str], first: Path) -> None:
