@@ -42,8 +42,8 @@ def named_classes(index: Mapping[str, Any]) -> dict[str, int]:
 def example_classes(pipeline: Any, most: int) -> list[str]:
     """Return a few classes of a pipeline, as prompts that draw them.
 
-    A class whose name is a number goes by its own number: a prompt of digits is a number, and folders of numbers are sorted
-    as text.
+    A class whose name is a number is given by its own number: a prompt of digits is a number, and folders of numbers are
+    sorted as text.
 
     Args:
         pipeline: a class-conditional one.

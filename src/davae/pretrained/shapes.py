@@ -112,7 +112,7 @@ def token_side(pipeline: Any) -> int:
 
 
 def longest_side(config: Any) -> int | None:
-    """Return the tokens of a side for which a transformer has positions, None where it makes them for any.
+    """Return the tokens of a side that a transformer has positions for, None for any.
 
     Args:
         config: of the transformer.
