@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import picture
 from safetensors.torch import save_file
-from upgraded_tiny import assembled
+from upgraded_tiny import assembled, upgraded
 
+from davae.analyze import retention
 from davae.analyze.diffusability import alignment_r2, base_leak, latent_measures, probe_loss
 from davae.analyze.retention import LEVELS, check_pair, lora_effects, prediction_errors, retention_figure
 from davae.backbones.expand import expand_transformer
@@ -85,6 +87,100 @@ def test_a_lora_of_the_base_moves_a_warm_start_equally_and_a_trained_upgrade_oth
         assert row["base_change"] > 1e-2
     changed = lora_effects(load_pipeline(str(tiny_base)), assembled(tiny_base), images, ["a", "b"], file)
     assert all(row["cosine"] < 0.9999 for row in changed)
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_parts_of_the_images_give_the_figures_of_the_whole(part: int, tiny_base: Path, tmp_path: Path):
+    images, captions = torch.stack([to_tensor(picture(number, 32, 32)) for number in range(3)]), ["a", "b", "c d"]
+    file = base_lora(denoiser(load_pipeline(str(tiny_base))), tmp_path / "lora.safetensors")
+    rows = []
+    for batch in (3, part):
+        torch.manual_seed(0)  # weights of the detail
+        pair = load_pipeline(str(tiny_base)), assembled(tiny_base)
+        seen = [size_of_batches(model) for model in (denoiser(pair[0]), denoiser(pair[1]), pair[1].vae.base_encoder)]
+        errors = prediction_errors(*pair, images, captions, batch=batch)
+        rows.append([errors, lora_effects(*pair, images, captions, file, batch=batch)])
+        assert [max(sizes) for sizes in seen] == [batch] * 3
+    for whole, parts in zip(*rows, strict=True):
+        for expected, found in zip(whole, parts, strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
+
+
+def size_of_batches(model: torch.nn.Module) -> list[int]:
+    """Return a list that grows by the batch of every tensor that a model is called with."""
+    sizes: list[int] = []
+
+    def note(module: torch.nn.Module, given: tuple, named: dict) -> None:
+        sizes.append(max(len(value) for value in (*given, *named.values()) if isinstance(value, torch.Tensor)))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return sizes
+
+
+@pytest.mark.parametrize("other", ["a layer", "a shape", "no LoRA"])
+def test_a_lora_that_does_not_fit_is_found_before_the_work(
+    other: str, tiny_base: Path, tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file, name = tmp_path / "other.safetensors", "transformer.transformer_blocks.0.attn.to_q"
+    wrong = {"a layer": name.replace("s.0", "s.99"), "a shape": name, "no LoRA": name}[other]
+    sides = ("lora_A", "lora_B") if other != "no LoRA" else ("first", "second")
+    shapes = (2, 7), (7, 2)
+    save_file({f"{wrong}.{side}.weight": torch.ones(shape) for side, shape in zip(sides, shapes, strict=True)}, file)
+    assembled(tiny_base).save_pretrained(tmp_path / "upgrade")
+    for work in ("real_pictures", "prediction_errors", "generate"):
+        monkeypatch.setattr(retention, work, lambda *given, **named: pytest.fail("it had begun"))
+    with pytest.raises(ModelError, match=r"--lora .*other\.safetensors: it does not fit this \w+: .+") as raised:
+        retention_figure(
+            str(tiny_base), str(tmp_path / "upgrade"), str(picture_folder), tmp_path / "figures",
+            SamplingOptions(steps=2, batch_size=4), num=2, held_out=0.0, lora=file,
+        )  # fmt: skip
+    assert "\n" not in str(raised.value)
+
+
+def test_a_pipeline_without_lora_files_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(retention, "takes_callback", lambda pipeline: True)
+    model = upgraded("HunyuanDiT2DModel", tmp_path)
+    with pytest.raises(ModelError, match=r"a \w+ loads no LoRA files; leave it out"):
+        check_pair(load_pipeline(str(tmp_path / "base")), model, tmp_path / "lora.safetensors")
+
+
+def test_the_check_of_a_lora_leaves_both_models_as_they_were(tiny_base: Path, tmp_path: Path):
+    pair = load_pipeline(str(tiny_base)), assembled(tiny_base)
+    file, images = base_lora(denoiser(pair[0]), tmp_path / "lora.safetensors"), torch.zeros(1, 3, 32, 32)
+    before = [{**denoiser(pipeline).state_dict()} for pipeline in pair], prediction_errors(*pair, images, ["a"])
+    check_pair(*pair, file)
+    for pipeline, state in zip(pair, before[0], strict=True):
+        found = denoiser(pipeline).state_dict()
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], state[name]) for name in state)
+    assert prediction_errors(*pair, images, ["a"]) == before[1]
+
+
+def test_calls_of_other_settings_keep_each_other_s_figures(
+    tiny_base: Path, tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    models = {"base": load_pipeline(str(tiny_base)), "upgrade": assembled(tiny_base)}
+    seen = [size_of_batches(denoiser(model)) for model in models.values()]
+    monkeypatch.setattr(retention, "open_model", lambda name: (models[name], tmp_path))
+    monkeypatch.setattr(retention, "lora_effects", lambda *given: [])
+    monkeypatch.setattr(retention, "perceptual_distances", lambda *given: {})
+    file = base_lora(denoiser(load_pipeline(str(tiny_base))), tmp_path / "lora.safetensors")
+
+    def drawn(**changes: Any) -> str:
+        return retention_figure(
+            "base", "upgrade", str(picture_folder), tmp_path / "figures", SamplingOptions(1, 1.0, batch_size=1),
+            num=2, held_out=0.0, **{"drawn": 1, **changes},
+        ).stem  # fmt: skip
+
+    assert drawn() == drawn() == "retention"
+    assert [max(sizes) for sizes in seen] == [1, 1]
+    assert drawn(lora=file) == "retention-2"
+    assert drawn(drawn=2) == "retention-3"
+    assert drawn(lpips="alex") == "retention-4"
+    assert drawn() == "retention"
+    assert drawn(lora=file) == "retention-2"
+    settings = json.loads((tmp_path / "figures" / "retention-2.json").read_text())["settings"]
+    assert (settings["lora"], settings["drawn"], settings["lpips"]) == (str(file), 1, None)
 
 
 def test_a_lora_without_effect_is_one_line(tiny_base: Path, tmp_path: Path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,86 @@ def test_a_file_of_somebody_else_is_refused(drawn: list, tmp_path: Path):
     with pytest.raises(RunError, match="not an image that davae wrote"):
         sample(tmp_path, "a rose")
     assert not drawn, "before any work"
+
+
+def test_calls_at_once_take_different_names(drawn: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    grids: list[Path] = []
+    draw = drawing.generate
+
+    def meanwhile(*given: Any, **options: Any) -> list[Image.Image]:
+        images = draw(*given, **options)
+        if len(drawn) == 1:  # others begin and end while the first draws
+            grids.extend([sample(tmp_path, "a rose"), sample(tmp_path, "a pizza")])
+        return images
+
+    monkeypatch.setattr(drawing, "generate", meanwhile)
+    grids.append(sample(tmp_path, "a rose"))
+    assert sorted(grid.name for grid in grids) == ["grid-seed1-set2.png", "grid-seed1-set3.png", "grid-seed1.png"]
+    assert len(contents(tmp_path)) == 9
+    pixels = {path: Image.open(path).getpixel((0, 0)) for path in tmp_path.iterdir()}
+    for grid, call in zip(grids, (2, 3, 1), strict=True):
+        own = [path for path in pixels if ("set2" in path.name, "set3" in path.name) == (call == 2, call == 3)]
+        assert grid in own
+        assert {pixels[path][0] for path in own} == {call}
+
+
+def test_names_are_taken_when_they_are_chosen(tmp_path: Path):
+    first, second = (drawing.free_places(tmp_path / "new", ["a rose"], 1) for _ in range(2))
+    assert not set(first) & set(second)
+    third = drawing.free_places(tmp_path / "new", ["a pizza"], 1)  # after a process that was killed
+    assert [places[-1].name for places in (first, second, third)] == [
+        "grid-seed1.png",
+        "grid-seed1-set2.png",
+        "grid-seed1-set3.png",
+    ]
+
+
+def test_a_drawing_that_fails_gives_its_names_back(drawn: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    draw = drawing.generate
+
+    def stopped(pipeline: Any, prompts: list[str], how: SamplingOptions, **options: Any) -> list[Image.Image]:
+        if options["first"] == 4 or "pizza" in prompts[0]:
+            raise KeyboardInterrupt
+        return draw(pipeline, prompts, how, **options)
+
+    monkeypatch.setattr(drawing, "generate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sample(tmp_path, "a pizza")
+    assert not contents(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        sample(tmp_path, "a rose", num=5)
+    assert sorted(contents(tmp_path)) == [f"a-rose-seed1-00{number}.png" for number in range(4)], "those are kept"
+    assert sample(tmp_path, "a rose").name == "grid-seed1-set2.png"
+
+
+def test_many_images_are_neither_kept_nor_on_the_sheet(drawn: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    alive: list[int] = []
+    made: list[weakref.ref[Image.Image]] = []
+
+    def draw(pipeline: Any, prompts: list[str], how: SamplingOptions, **options: Any) -> list[Image.Image]:
+        images = [Image.new("RGB", (4, 4)) for _ in prompts]
+        made.extend(weakref.ref(image) for image in images)
+        alive.append(sum(image() is not None for image in made))
+        return images
+
+    monkeypatch.setattr(drawing, "generate", draw)
+    for num, size in ((2, (2, 32)), (100, (64, 1))):
+        sheet = sample(tmp_path, *("a rose" for _ in range(200 // num)), num=num)
+        assert Image.open(sheet).size == tuple(8 * count - 4 for count in size)
+        assert len(list(tmp_path.glob("a-rose-*.png"))) == 200
+        assert max(alive) <= drawing.ON_SHEET + 2 * OPTIONS.batch_size
+        shutil.rmtree(tmp_path)
+
+
+def test_a_sheet_of_previews_grows_with_the_first_images_alone(tmp_path: Path):
+    strip, heights = drawing.Strip(tmp_path / "previews-grid-seed1.png"), []
+    for first in range(0, 200, 4):
+        strip.first = first
+        for step in (2, 4):
+            strip.add(step, [Image.new("RGB", (4, 4)) for _ in range(4)])
+        heights.append((Image.open(strip.path).height + 4) // 8)
+    assert heights == [*range(4, 65, 4), *[4] * 34], "all of the first 64, then those that are being drawn"
+    assert Image.open(strip.path).width == 2 * 8 - 4
 
 
 def test_what_is_typed_reaches_the_pipeline(drawn: list, tmp_path: Path):

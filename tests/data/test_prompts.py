@@ -30,6 +30,7 @@ from davae.evaluate.geneval import (
     judge_folder,
     read_results,
     relations,
+    request_fault,
     scores,
     write_request,
 )
@@ -418,3 +419,64 @@ def test_prompts_that_are_no_requests_are_one_line(entry: dict, tmp_path: Path):
     with pytest.raises(DataError, match="is not GenEval's metadata"):
         evaluate_geneval("micro", path, tmp_path / "out", **options, on_batch=lambda done, total: None)
     assert not (tmp_path / "out").exists()
+
+
+DOG, CAT = {"class": "dog", "count": 1}, {"class": "cat", "count": 1}
+WRONG_REQUESTS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"prompt": None, "caption": "a dog"}, "`prompt` is missing or null"),
+    ({"prompt": 5}, "`prompt` is 5; it has to be a text"),
+    ({"tag": None}, "`tag` is missing or null"),
+    ({"tag": ["colors"]}, r"`tag` is \['colors'\]"),
+    ({"include": None}, "`include` is missing or null"),
+    ({"include": {"class": "dog", "count": 1}}, "`include` is {.*a list"),
+    ({"include": 3}, "`include` is 3; it has to be a list"),
+    ({"include": ["dog"]}, r"`include\[0\]` is 'dog'"),
+    ({"include": [DOG, None]}, r"`include\[1\]` is missing or null"),
+    ({"exclude": None}, "`exclude` is missing or null"),
+    ({"exclude": "dog"}, "`exclude` is 'dog'; it has to be a list"),
+    ({"exclude": [{"class": "dog", "count": 1.5}]}, r"`exclude\[0\]\.count` is 1\.5"),
+    ({"exclude": [{"count": 3}]}, r"`exclude\[0\]\.class` is missing or null"),
+    *(
+        ({"include": [DOG, {**CAT, "count": n}]}, r"`include\[1\]\.count` is .*whole number")
+        for n in ("2", 0, -1, True, 2.0, None, [])
+    ),
+    *(({"include": [{**DOG, "class": name}]}, r"`include\[0\]\.class` is .*a text") for name in (3, None, ["dog"], {})),
+    *(({"include": [{**DOG, "color": c}]}, r"`include\[0\]\.color` is .*one of red") for c in ("gray", None, 3, ["red"])),
+    *(
+        ({"include": [DOG, {**CAT, "position": p}]}, r"`include\[1\]\.position` is .*one of left of, right of")
+        for p in (
+            ["left of", 5], ["left of", 1], ["left of", -1], ["left of", "0"], ["left of", True], ["near", 0], ["left of"],
+            ["left of", 0, 1], "left of", None, 0, [["left of"], 0],
+        )
+    ),
+    ({"include": [{**DOG, "position": ["left of", 0]}, CAT]}, r"`include\[0\]\.position`"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_REQUESTS)
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_a_fault_of_a_request_is_found_before_drawing_and_in_its_line(
+    change: dict[str, Any], message: str, ending: str, tmp_path: Path
+):
+    right = {"prompt": "a dog and a cat", "tag": "two_object", "include": [DOG, CAT]}
+    wrong = {key: value for key, value in {**right, **change}.items() if key != "prompt" or value is not None}
+    path = tmp_path / f"m{ending}"
+    lines = [json.dumps(entry) for entry in (right, wrong, right)]
+    path.write_text("\n\n".join(lines) if ending == ".jsonl" else f"[{','.join(lines)}]")
+    place = "line 3" if ending == ".jsonl" else "entry 1"
+    options = {"options": SamplingOptions(steps=1, guidance=1.0, seed=0), "num": 1, "detector": None, "clip": None}
+    with pytest.raises(DataError, match=f"{path} is not GenEval's metadata: {place}: {message}") as line:
+        evaluate_geneval("/nowhere", path, tmp_path / "out", **options, on_batch=lambda done, total: None)
+    assert "\n" not in str(line.value)
+    assert not (tmp_path / "out").exists()
+    folder = write_request(tmp_path / "judged", 0, wrong).parent
+    clip: Any = None
+    with pytest.raises(ModelError, match=f"not one of GenEval's requests: {message}.*; remove the folder {folder}"):
+        judge_folder(tmp_path / "judged", lambda image: [], clip)
+
+
+def test_the_official_requests_and_their_parts_are_right(shared: Path):
+    official = [p.record for p in read_prompts(shared / "prompts/geneval_evaluation_metadata.jsonl")]
+    place = {**CAT, "color": "red", "position": ["above", 0]}
+    own = [{"prompt": "", "tag": "own", "include": [DOG, place]}, {"prompt": "none", "tag": "own", "include": []}]
+    assert [request for request in official + own if request_fault(request)] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+from davae.commands.options import summary_path
 from davae.errors import RecipeError, RunError
 from davae.files.atomic import atomic_folder
 from davae.files.outputs import (
@@ -22,6 +24,7 @@ from davae.files.outputs import (
     check_image,
     check_place,
     check_tensor_file,
+    figures_text,
     save_image,
     write_figures,
 )
@@ -259,6 +262,45 @@ def test_every_json_option_is_the_checked_one(tmp_path: Path):
     for option in found:
         with pytest.raises(RecipeError, match=r"--json .* cannot be written: .* not a file of figures"):
             option.callback(None, option, tmp_path / "mine.json")
+
+
+WITH_SUMMARY = (
+    "reconstruction --vae /nowhere --data /nowhere",
+    "generation --pipeline /nowhere --data /nowhere",
+    "pictures --generated /nowhere --data /nowhere --resolution 32",
+    "enlarging --model /nowhere --data /nowhere",
+)
+
+
+@pytest.mark.parametrize("command", WITH_SUMMARY)
+@pytest.mark.parametrize("text", ["mine", '{"images": 3}', "[1]", '{"layout": "x"', figures_text({"psnr": 1.0})])
+def test_the_summary_next_to_json_is_checked_before_any_work(command: str, text: str, tmp_path: Path):
+    from davae.cli import app
+
+    path = tmp_path / "r.data.json"
+    path.write_text(text)
+    result = CliRunner().invoke(app, ["evaluate", *command.split(), "--json", str(tmp_path / "r.json")])
+    assert isinstance(result.exception, RecipeError)
+    assert re.search(r"--json \S+/r\.json: .*r\.data\.json: it exists and is not a summary", str(result.exception))
+    assert path.read_text() == text
+
+
+def test_a_summary_is_written_over_a_summary_alone(picture_folder: Path, tmp_path: Path):
+    from davae.cli import app
+
+    both = ["--generated", str(picture_folder), "--data", str(picture_folder)]
+    words = ["evaluate", "pictures", *both, "--resolution", "32", "--features", "lite0", "--patch-size", "0"]
+    for _ in range(2):
+        result = CliRunner().invoke(app, [*words, "--json", str(tmp_path / "r.json")])
+        assert result.exit_code == 0, result.exception
+    summary = tmp_path / "r.data.json"
+    assert summary_path(tmp_path / "r.json") == summary
+    assert json.loads(summary.read_text())["images"] == 12
+    summary.unlink()
+    summary.mkdir()
+    with pytest.raises(RecipeError, match="is a folder"):
+        summary_path(tmp_path / "r.json")
+    assert summary_path(Path("/dev/null")) is None, "nothing is put next to a device"
 
 
 def test_images_are_written_over_davae_s_alone(tmp_path: Path):

@@ -28,7 +28,7 @@ from davae.data.images import ImageDataset
 from davae.data.sources import open_source
 from davae.errors import ModelError
 from davae.evaluate.reconstruction import score_reconstructions
-from davae.pretrained.autoencoders import load_autoencoder
+from davae.pretrained.autoencoders import image_side, load_autoencoder
 from davae.vae.base import (
     AUTOENCODERS,
     autoencoder_family,
@@ -137,6 +137,29 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 
 def test_every_supported_class_has_a_case():
     assert {name.split(" ")[0] for name in BUILDERS} == set(AUTOENCODERS)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("upgraded", [False, True])
+def test_a_side_is_taken_where_the_reconstruction_has_it(name: str, upgraded: bool):
+    model = DetailVAE.from_base(BUILDERS[name](), 4) if upgraded else BUILDERS[name]()
+    factor = spatial_factor(model.config, type(model).__name__)
+    for side in range(14, 26):
+        images = torch.rand(1, 3, side, side) * 2 - 1
+        if side % factor == 0:
+            assert image_side(model, side) == side
+            with torch.no_grad():
+                assert decode_latents(model, encode_mode(model, images)).shape == images.shape
+            continue
+        with pytest.raises(
+            ModelError, match=rf"^{side} pixels: .* divisible by {factor}, at least {factor}; use"
+        ) as line:
+            image_side(model, side)
+        nearest = int(str(line.value).split()[-1])
+        assert image_side(model, nearest) == nearest
+        assert abs(nearest - side) <= factor / 2
+    with pytest.raises(ModelError, match="at least 16; use 16"):
+        image_side(model, 8, least=15)
 
 
 def normalised(base: Any, z: torch.Tensor) -> torch.Tensor:

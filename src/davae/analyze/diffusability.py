@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from davae.analyze.figure import check_figure, figure_settings, write_figure
+from davae.analyze.figure import figure_settings, summary_file, write_figure
 from davae.analyze.latents import raw_latents
 from davae.analyze.spectra import radial_power, spectra_plot
 from davae.backbones.linear_gaussian import expected_velocity_error
@@ -41,19 +41,15 @@ def diffusability_figure(
     Returns:
         The figure's path.
     """
-    check_figure(out, "diffusability")
+    settings = figure_settings(data, num, held_out, probe_steps=probe_steps, seed=seed)
+    origin = {"vae": vae, "data": as_data(data).source, "settings": settings}
+    summary = summary_file(out, "diffusability", origin)
     model = open_detail_vae(vae)
-    images = real_pictures(data, image_side(model), held_out, "held_out", summary=out / "diffusability.data.json")
+    images = real_pictures(data, image_side(model), held_out, "held_out", summary=summary)
     z, z_d, _ = raw_latents(model, images, num)
     if model.detail_kernel is not None:  # what stage 2 learns
         z, z_d = model.layout.split(model.statistics.to(z).normalise(model.layout.join(z, z_d)))
-    figures = {
-        "vae": vae,
-        "data": as_data(data).source,
-        "settings": figure_settings(data, num, held_out) | {"probe_steps": probe_steps, "seed": seed},
-        **latent_measures(z, z_d),
-        "base_leak": base_leak(z, z_d, model.layout),
-    }
+    figures = {**origin, **latent_measures(z, z_d), "base_leak": base_leak(z, z_d, model.layout)}
     if probe_steps:
         figures["probe"] = probe_loss(z, z_d, model.layout, probe_steps, seed)
     return write_figure(out, "diffusability", spectra_plot({"z": radial_power(z), "z_d": radial_power(z_d)}), figures)

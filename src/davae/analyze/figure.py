@@ -11,12 +11,12 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from davae.data.formats import open_image
-from davae.dataset.look import as_data
+from davae.dataset.look import as_data, check_summary
 from davae.files.outputs import check_figures, check_image, save_image, write_figures
 from davae.files.reading import load_json
 from davae.recipes.sections import Data
 
-ORIGIN = ("run", "vae", "unaligned", "base", "data", "settings")  # keys of what a figure was made of
+ORIGIN = ("run", "vae", "unaligned", "base", "data")  # keys of what a figure was made of: names, and not measures
 
 
 def check_figure(out: Path, name: str) -> None:
@@ -44,7 +44,8 @@ def free_name(out: Path, name: str, figures: dict[str, Any]) -> str:
         if not isinstance(values, dict):
             return {}
         compared = {name: row["run"] for name, row in values.items() if isinstance(row, dict) and "run" in row}
-        return {**{key: values.get(key) for key in ORIGIN}, "compared": compared}
+        names = {key: values[key] for key in ORIGIN if isinstance(values.get(key), str)}
+        return {**names, "settings": values.get("settings"), "compared": compared}
 
     again, chosen = 1, name
     while (out / f"{chosen}.png").exists() or (out / f"{chosen}.json").exists():
@@ -58,6 +59,22 @@ def free_name(out: Path, name: str, figures: dict[str, Any]) -> str:
         again += 1
         chosen = f"{name}-{again}"
     return chosen
+
+
+def summary_file(out: Path, name: str, figures: dict[str, Any]) -> Path:
+    """Check a figure's files, and return that of its data's summary, by the name it will get.
+
+    Args:
+        out, name: folder of the figure, and its name without a suffix.
+        figures: what it is made of, as `free_name` takes it.
+
+    Raises:
+        RunError: in one line, which file is not of davae.
+    """
+    check_figure(out, name)
+    path = out / f"{free_name(out, name, figures)}.data.json"
+    check_summary(path)
+    return path
 
 
 def write_figure(out: Path, name: str, image: bytes | Image.Image, figures: dict[str, Any]) -> Path:
@@ -78,16 +95,17 @@ def write_figure(out: Path, name: str, image: bytes | Image.Image, figures: dict
     return path
 
 
-def figure_settings(data: str | Data, num: int, held_out: float) -> dict[str, Any]:
+def figure_settings(data: str | Data, num: int, held_out: float, **more: Any) -> dict[str, Any]:
     """Return the settings that distinguish a figure from others of its name.
 
     Args:
         data: the images, with the options of their source.
-        num: number of images.
-        held_out: share that is held out.
+        num, held_out: number of images, and share that is held out.
+        more: settings of this figure; a file is a path.
     """
+    more = {name: str(value) if isinstance(value, Path) else value for name, value in more.items()}
     options = as_data(data).model_dump(mode="json", exclude_defaults=True, exclude={"source"})
-    return {"num": num, "held_out": held_out, **({"options": options} if options else {})}
+    return {"num": num, "held_out": held_out, **({"options": options} if options else {}), **more}
 
 
 def contact_sheet(rows: dict[str, list[Image.Image]], cell: int) -> Image.Image:

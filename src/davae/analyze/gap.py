@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, write_figure
+from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, summary_file, write_figure
 from davae.backbones.classes import goes_by_class
 from davae.backbones.packed_latents import latent_size, unpack_latents
 from davae.data.images import to_images, to_tensor
@@ -93,11 +93,15 @@ def gap_figure(
     """
     if not held_out:
         raise ModelError("--held-out 0: the images of the training would be compared with themselves; give its share")
-    _check_figures(out)
+    measure = {"features": features, "feature_weights": feature_weights, "patch_size": patch_size}
+    settings = figure_settings(data, num, held_out, **options.settings, **measure)
+    origin: dict[str, Any] = {"run": model, "data": as_data(data).source, "settings": settings}
+    check_figure(out, "gap-images")
+    summary = summary_file(out, "gap", origin)
     pipe, batch_size = open_model(model, options.placement)[0], options.batch_size
     check_enlarging(pipe, strength=0.0, steps=options.steps, times=1, batch_size=batch_size)
     size = default_resolution(pipe)
-    held = real_pictures(data, size, held_out, "held_out", summary=out / "gap.data.json")
+    held = real_pictures(data, size, held_out, "held_out", summary=summary)
     real, prompts = images_and_prompts(held, goes_by_class(pipe), num, batch_size)
     _check_held_out(len(real), held_out)
     extractor = make_extractor(features, feature_weights)
@@ -111,19 +115,17 @@ def gap_figure(
     }
     rows = {name: compare_sets(found, trained, extractor.name, patch_size) for name, found in measured.items()}
     distances = [key for key in (extractor.name, f"patch_{extractor.name}") if key in rows[REAL]]
-    apart = {key: {name: row[key] for name, row in rows.items()} for key in distances}
-    splits = {"parts": gap_parts, "polish_gain": polish_gain} if UNPOLISHED in sets else {"parts": gap_parts}
-    found = {name: {key: split(values) for key, values in apart.items()} for name, split in splits.items()}
-    settings = figure_settings(data, num, held_out) | options.settings
-    origin: dict[str, Any] = {"run": model, "data": as_data(data).source, "settings": settings}
+    found = _splits({key: {name: row[key] for name, row in rows.items()} for key in distances})
     shown = {name: to_images(images[:SHOWN]) for name, images in sets.items()}
     write_figure(out, "gap-images", contact_sheet(shown, size), origin)
     return write_figure(out, "gap", gap_plot(rows, distances), {**origin, "images": len(real), "rows": rows, **found})
 
 
-def _check_figures(out: Path) -> None:
-    for name in ("gap", "gap-images"):
-        check_figure(out, name)
+def _splits(distances: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Return the parts of each distance, and the gain of a polish where there was one."""
+    found = {"parts": {key: gap_parts(values) for key, values in distances.items()}}
+    polished = {key: polish_gain(values) for key, values in distances.items() if UNPOLISHED in values}
+    return found | ({"polish_gain": polished} if polished else {})
 
 
 def _check_held_out(count: int, share: float) -> None:

@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, write_figure
+from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, summary_file, write_figure
 from davae.data.images import ImageDataset, to_images
 from davae.dataset.look import as_data, batches, numbered_batches, real_pictures
 from davae.errors import DataError
@@ -181,13 +181,15 @@ def latents_figure(
         num: most images.
         held_out: share of the images that is held out and encoded; 0 takes all.
     """
-    check_figure(out, "latents")
+    origin: dict[str, Any] = {"vae": vae, "unaligned": unaligned, "data": as_data(data).source}
+    origin["settings"] = figure_settings(data, num, held_out)
+    summary = summary_file(out, "latents", origin)
     check_figure(out, "latents-points")
     models = {"z_d": open_detail_vae(vae)}
     if unaligned is not None:
         models = {"aligned z_d": models["z_d"], "unaligned z_d": open_detail_vae(unaligned)}
     first = next(iter(models.values()))
-    images = real_pictures(data, image_side(first), held_out, "held_out", summary=out / "latents.data.json")
+    images = real_pictures(data, image_side(first), held_out, "held_out", summary=summary)
     groups: dict[str, Tensor] = {}
     labels: list[int | None] = []
     for name, model in models.items():
@@ -207,8 +209,6 @@ def latents_figure(
         figures[name] = {**asdict(class_knowledge(group, known)), "alignment_error_over_variance": alignment}
     points = {name: embed_points(group) for name, group in groups.items()}
     places = {name: np.round(found, 3).tolist() for name, found in points.items()}
-    origin: dict[str, Any] = {"vae": vae, "unaligned": unaligned, "data": as_data(data).source}
-    origin["settings"] = figure_settings(data, num, held_out)
     write_figure(out, "latents-points", scatter_plot(points, known), {**origin, "labels": known, "points": places})
     return write_figure(
         out,

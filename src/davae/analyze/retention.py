@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, write_figure
+from davae.analyze.figure import SHOWN, contact_sheet, figure_settings, summary_file, write_figure
 from davae.backbones.classes import goes_by_class
 from davae.backbones.families import denoiser, family_of
 from davae.data.images import to_tensor
@@ -66,39 +66,37 @@ def retention_figure(
     Raises:
         ModelError: models that are not a base and its upgrade, or that cannot be compared; a LoRA that does not fit.
     """
-    check_figure(out, "retention")
+    origin: dict[str, Any] = {"base": base, "upgrade": upgrade, "vae": upgrade, "data": as_data(data).source}
+    origin["settings"] = {**figure_settings(data, num, held_out, drawn=drawn, lora=lora), **options.settings}
+    origin["settings"] |= {"lpips": lpips, "lpips_weights": lpips_weights and str(lpips_weights)}
+    summary = summary_file(out, "retention", origin)
     if lora is not None:
         check_lora_file(lora)
     measures = perceptual_distances(lpips, lpips_weights)
     first, second = open_model(base)[0], open_model(upgrade)[0]
-    check_pair(first, second)
-    held = real_pictures(data, default_resolution(second), held_out, "held_out", summary=out / "retention.data.json")
+    check_pair(first, second, lora)
+    held = real_pictures(data, default_resolution(second), held_out, "held_out", summary=summary)
     images, captions = images_and_prompts(held, goes_by_class(second), num)
-    levels = prediction_errors(first, second, images, captions, base, options.seed)
+    levels = prediction_errors(first, second, images, captions, base, options.seed, options.batch_size)
     rows = _images_of_both(first, second, captions[:drawn], options)
-    distances = _distances(rows, measures)
     figures: dict[str, Any] = {
-        "base": base,
-        "upgrade": upgrade,
-        "vae": upgrade,
-        "data": as_data(data).source,
-        "settings": figure_settings(data, num, held_out)
-        | {"steps": options.steps, "guidance": options.guidance, "seed": options.seed},
+        **origin,
         "levels": levels,
-        "images": {"drawn": len(rows["base"]), **distances},
+        "images": {"drawn": len(rows["base"]), **_distances(rows, measures)},
     }
     if lora is not None:
-        effect = lora_effects(first, second, images, captions, lora, base, options.seed)
+        effect = lora_effects(first, second, images, captions, lora, base, options.seed, options.batch_size)
         figures["lora"] = {"file": str(lora), "levels": effect}
     return write_figure(out, "retention", contact_sheet({n: r[:SHOWN] for n, r in rows.items()}, 128), figures)
 
 
-def check_pair(base: Any, upgraded: Any) -> None:
-    """Refuse two pipelines that are not a pretrained model and its upgrade.
+def check_pair(base: Any, upgraded: Any, lora: Path | None = None) -> None:
+    """Refuse two pipelines that are not a base and its upgrade, or a LoRA of another model.
 
     Args:
         base: the pretrained pipeline.
         upgraded: its upgrade.
+        lora: a LoRA of the base, loaded into both and taken out again.
 
     Raises:
         ModelError: in one line, what does not fit.
@@ -114,11 +112,15 @@ def check_pair(base: Any, upgraded: Any) -> None:
         raise ModelError(
             f"a {type(upgraded).__name__} shows no latents while it draws; its images cannot be compared"
         )
+    if lora is not None:
+        for pipeline in (upgraded, base):  # the upgrade first: its line names the layer that does not fit
+            add_lora(pipeline, lora)
+            pipeline.unload_lora_weights()
 
 
 @torch.no_grad()
 def prediction_errors(
-    base: Any, upgraded: Any, images: Tensor, captions: Sequence[str], name: str = "base", seed: int = 0
+    base: Any, upgraded: Any, images: Tensor, captions: list[str], name: str = "base", seed: int = 0, batch: int = 16
 ) -> list[dict[str, float]]:
     """Return the errors of the upgrade's base prediction by noise level.
 
@@ -128,6 +130,7 @@ def prediction_errors(
     Args:
         images: (N,3,sH,sW) in [-1,1].
         captions: prompts, or classes.
+        batch: images that the models see at a time; the errors do not depend on it.
     """
     return [
         {
@@ -135,7 +138,7 @@ def prediction_errors(
             "relative_error": float((found - known).square().sum() / known.square().sum()),
             "cosine": float(F.cosine_similarity(found.flatten(1), known.flatten(1)).mean()),
         }
-        for level, known, found in _predictions(base, upgraded, images, captions, name, seed)
+        for level, known, found in _predictions(base, upgraded, images, captions, name, seed, batch)
     ]
 
 
@@ -144,10 +147,11 @@ def lora_effects(
     base: Any,
     upgraded: Any,
     images: Tensor,
-    captions: Sequence[str],
+    captions: list[str],
     file: Path,
     name: str = "base",
     seed: int = 0,
+    batch: int = 16,
 ) -> list[dict[str, float]]:
     """Compare the effect of a LoRA of the base on both predictions, by noise level.
 
@@ -161,16 +165,17 @@ def lora_effects(
         captions: prompts, or classes.
         file: the LoRA, .safetensors.
         name: of the base, for messages.
+        batch: images that the models see at a time.
 
     Raises:
         ModelError: a LoRA that does not fit, or that changes nothing.
     """
-    before = list(_predictions(base, upgraded, images, captions, name, seed))
+    before = list(_predictions(base, upgraded, images, captions, name, seed, batch))
     add_lora(base, file)
     add_lora(upgraded, file)
     rows = []
     for (level, known, found), (_, known_with, found_with) in zip(
-        before, _predictions(base, upgraded, images, captions, name, seed), strict=True
+        before, _predictions(base, upgraded, images, captions, name, seed, batch), strict=True
     ):
         change, own = known_with - known, found_with - found
         if not change.any():
@@ -188,22 +193,24 @@ def lora_effects(
 
 
 def _predictions(
-    base: Any, upgraded: Any, images: Tensor, captions: Sequence[str], name: str, seed: int
+    base: Any, upgraded: Any, images: Tensor, captions: list[str], name: str, seed: int, batch: int
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """Yield each level and both models' predictions of the base channels (N,C,h,w)."""
+    """Yield each level and both models' predictions of the base channels (N,C,h,w) on the CPU."""
     vae: DetailVAE = upgraded.vae
-    family = family_of(base)
-    objective = choose_objective(base.scheduler, family, name)
-    generator = torch.Generator().manual_seed(seed)
-    latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()  # type: ignore[union-attr]
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    objective = choose_objective(base.scheduler, family_of(base), name)
+    parts = [slice(start, start + batch) for start in range(0, len(images), batch)]
+    encoded = (vae.encode(images[part].to(vae.device, vae.dtype)) for part in parts)
+    latents = torch.cat([each.latent_dist.mode().cpu() for each in encoded])  # type: ignore[union-attr]
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
     for level in LEVELS:
-        t = _times(objective, level, len(latents), latents)
-        x_t = objective.noised(latents, noise, t)
-        z_t, _ = vae.layout.split(x_t)
-        known = _predict(base, z_t, t, captions)
-        found, _ = vae.layout.split(_predict(upgraded, x_t, t, captions))
-        yield level, known, found
+        known, found = [], []
+        for part in parts:
+            z, n = latents[part].to(vae.device), noise[part].to(vae.device)
+            t = _times(objective, level, len(z), z)
+            x_t = objective.noised(z, n, t)
+            known.append(_predict(base, vae.layout.split(x_t)[0], t, captions[part]).cpu())
+            found.append(vae.layout.split(_predict(upgraded, x_t, t, captions[part]))[0].cpu())
+        yield level, torch.cat(known), torch.cat(found)
 
 
 def _times(objective: Objective, level: float, count: int, like: Tensor) -> Tensor:
@@ -213,12 +220,12 @@ def _times(objective: Objective, level: float, count: int, like: Tensor) -> Tens
     return torch.full((count,), int(level * (steps - 1)), device=like.device, dtype=torch.long)
 
 
-def _predict(pipeline: Any, x_t: Tensor, t: Tensor, captions: Sequence[str]) -> Tensor:
+def _predict(pipeline: Any, x_t: Tensor, t: Tensor, captions: list[str]) -> Tensor:
     model = denoiser(pipeline)
     family = family_of(model)
     call = family.require_call().for_pipeline(pixel_factor(pipeline), pipeline.scheduler)
     if family.condition == "text":
-        parts = embed_captions(pipeline, list(captions), family.class_name)
+        parts = embed_captions(pipeline, captions, family.class_name)
     else:
         parts = (torch.tensor([int(caption) for caption in captions], device=x_t.device),)
     return call.predict(model, model.config, x_t, t, parts).float()
@@ -227,8 +234,8 @@ def _predict(pipeline: Any, x_t: Tensor, t: Tensor, captions: Sequence[str]) -> 
 @torch.no_grad()
 def _distances(rows: dict[str, list[Any]], measures: dict[str, nn.Module]) -> dict[str, float]:
     """Return mean perceptual distances between the two rows of images."""
-    pairs = [torch.stack([to_tensor(image) for image in row]) for row in rows.values()]
-    return {name: float(distance(*pairs).mean()) for name, distance in measures.items()}
+    pairs = [[to_tensor(image)[None] for image in pair] for pair in zip(*rows.values(), strict=True)]
+    return {name: float(torch.cat([measure(*pair) for pair in pairs]).mean()) for name, measure in measures.items()}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from davae.analyze.figure import SHOWN, check_figure, contact_sheet, figure_settings, write_figure
+from davae.analyze.figure import SHOWN, contact_sheet, figure_settings, summary_file, write_figure
 from davae.data.images import to_images
 from davae.dataset.look import as_data, batches, real_pictures
 from davae.evaluate.features import make_extractor
@@ -133,9 +133,19 @@ def sensitivity_figure(
         lpips, lpips_weights: network of an LPIPS distance, and its weights; None leaves it out.
         features, feature_weights: network of the Frechet distance, and its weights.
     """
-    check_figure(out, "sensitivity")
+    networks = {
+        "features": features,
+        "feature_weights": feature_weights,
+        "lpips": lpips,
+        "lpips_weights": lpips_weights,
+    }
+    settings = figure_settings(data, num, held_out, **networks)
+    origin = {"vae": vae, "base": base, "data": as_data(data).source, "settings": settings}
+    summary = summary_file(out, "sensitivity", origin)
     model, base_vae = open_detail_vae(vae), open_autoencoder(base)
-    images = real_pictures(data, image_side(model), held_out, "held_out", summary=out / "sensitivity.data.json")
+    side = image_side(model)
+    image_side(base_vae, side // model.layout.scale)  # it encodes them reduced
+    images = real_pictures(data, side, held_out, "held_out", summary=summary)
     perceptual, extractor = perceptual_distances(lpips, lpips_weights), make_extractor(features, feature_weights)
     shown = next(batches(images, SHOWN, SHOWN))
     rows, figures = {"original": to_images(shown)}, {}
@@ -143,11 +153,4 @@ def sensitivity_figure(
         rows[name] = to_images(reconstruct(shown))
         scores = score_reconstructions(batches(images, num), reconstruct, perceptual, extractor)
         figures[name] = scores.as_dict() | ({"random": RANDOM[name]} if name in RANDOM else {})
-    source = as_data(data).source
-    settings = figure_settings(data, num, held_out) | {"features": features, "lpips": lpips}
-    return write_figure(
-        out,
-        "sensitivity",
-        contact_sheet(rows, 128),
-        {"vae": vae, "base": base, "data": source, "settings": settings, "rows": figures},
-    )
+    return write_figure(out, "sensitivity", contact_sheet(rows, 128), {**origin, "rows": figures})

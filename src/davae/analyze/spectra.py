@@ -11,7 +11,7 @@ import torch
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from torch import Tensor
 
-from davae.analyze.figure import check_figure, figure_settings, write_figure
+from davae.analyze.figure import figure_settings, summary_file, write_figure
 from davae.analyze.latents import raw_latents
 from davae.dataset.look import as_data, real_pictures
 from davae.evaluate.plot import to_png
@@ -115,31 +115,17 @@ def spectra_figure(vae: str, data: str | Data, out: Path, *, num: int, held_out:
         num: most images.
         held_out: share of the images that is held out and encoded; 0 takes all.
     """
-    check_figure(out, "spectra")
+    origin = {"vae": vae, "data": as_data(data).source, "settings": figure_settings(data, num, held_out)}
+    summary = summary_file(out, "spectra", origin)
     model = open_detail_vae(vae)
-    images = real_pictures(data, image_side(model), held_out, "held_out", summary=out / "spectra.data.json")
+    images = real_pictures(data, image_side(model), held_out, "held_out", summary=summary)
     z, z_d, _ = raw_latents(model, images, num)
     groups = {"z": z, "z_d": z_d, "group mean of z_d": group_mean(z_d, z.shape[1])}
     if model.detail_kernel is not None:
         groups["z_d without what z predicts"] = _learned_detail(model, z, z_d)
     found = {name: radial_power(latents) for name, latents in groups.items()}
     figures = {
-        name: {
-            "frequency": s.frequency.tolist(),
-            "power": s.power.tolist(),
-            "energy": s.energy.tolist(),
-            "high_share": s.high_share,
-        }
+        name: {key: values.tolist() for key, values in vars(s).items()} | {"high_share": s.high_share}
         for name, s in found.items()
     }
-    return write_figure(
-        out,
-        "spectra",
-        spectra_plot(found),
-        {
-            "vae": vae,
-            "data": as_data(data).source,
-            "settings": figure_settings(data, num, held_out),
-            "groups": figures,
-        },
-    )
+    return write_figure(out, "spectra", spectra_plot(found), {**origin, "groups": figures})

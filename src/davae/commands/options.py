@@ -176,8 +176,21 @@ def sampling_options(given: Mapping[str, Any]) -> SamplingOptions:
 
 
 def summary_path(json_path: Path | None) -> Path | None:
-    """Return where the summary of the data goes: next to the figures, `figures.data.json`."""
-    return None if json_path is None else json_path.with_suffix(".data.json")
+    """Return where the summary of the data goes: next to the figures, `figures.data.json`.
+
+    Raises:
+        RecipeError: another file is there.
+    """
+    if json_path is None or (json_path.exists() and not json_path.is_file()):  # next to a device lies nothing
+        return None
+    from davae.dataset.look import check_summary
+
+    path = json_path.with_suffix(".data.json")
+    try:
+        check_summary(path)
+    except (RunError, OSError) as error:
+        raise RecipeError(f"--json {json_path}: the summary of the data goes next to it: {error}") from error
+    return path
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:

@@ -52,10 +52,10 @@ def sample(
     batch_size: BatchSize = 4,
     preview: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps between two previews of the base, in a sheet that grows while it draws."),
+        typer.Option(min=1, help="Steps between two previews of the base, in a sheet that grows up to 64 images."),
     ] = None,
 ) -> None:
-    """Write images of prompts, and a grid of them. Nothing is written over.
+    """Write images of prompts, and a grid of the first 64. Nothing is written over.
 
     `davae sample micro-upgraded "a red rose" --num 8 --seed 1`
 

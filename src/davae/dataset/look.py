@@ -28,8 +28,10 @@ from davae.dataset.opened import (
     open_images,
     open_pictures,
 )
-from davae.errors import DataError, RunError, UnreadableImage
+from davae.errors import DataError, ModelError, RunError, UnreadableImage
 from davae.files.atomic import atomic_file, make_folder
+from davae.files.outputs import check_place, refuse
+from davae.files.reading import read_object
 from davae.pretrained.offline import readable
 from davae.recipes import AnyRecipe, BaseRecipe, Recipe
 from davae.recipes.base import TextArchitecture
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 GLIMPSE = 100  # rows of a remote table that a look copies
 SHEET = "contact-sheet.png"
 CELL = 160  # pixels of an image on the contact sheet
+SUMMARY_KEYS = {"layout", "images_found", "captions_from"}  # by which a summary is known
 
 
 def glimpse(data: Data) -> tuple[Data, str]:
@@ -224,6 +227,20 @@ def model_of(model: str | None, recipe: AnyRecipe | None) -> list[TokenLimit] | 
 def as_data(data: str | Data) -> Data:
     """Return a section `data`, whose source a text is."""
     return Data(source=data) if isinstance(data, str) else data
+
+
+def check_summary(path: Path) -> None:
+    """Refuse a file that does not hold a summary of a source, before any work.
+
+    Raises:
+        RunError: in one line, what is there.
+    """
+    try:
+        ours = not check_place(path) or read_object(path).keys() >= SUMMARY_KEYS
+    except ModelError:
+        ours = False
+    if not ours:
+        refuse(path, "a summary of images that davae wrote")
 
 
 def real_pictures(

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection's confidence, higher for counting
+RELATIONS = ("left of", "right of", "above", "below")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # a detector's names -> the official prompts': three of COCO's classes, and the names that older releases give to some
 RENAMED = {
@@ -207,9 +208,9 @@ def judge_folder(out: Path, detector: Callable[[Image.Image], list[Found]], clip
     records: list[dict[str, Any]] = []
     for folder in sorted(path for path in out.iterdir() if (path / "metadata.jsonl").is_file()):
         request = read_object(folder / "metadata.jsonl")
-        if not (is_request(request) and isinstance(request.get("prompt"), str)):
+        if fault := request_fault(request):
             raise ModelError(
-                f"{folder / 'metadata.jsonl'}: not one of GenEval's requests; remove the folder {folder}"
+                f"{folder / 'metadata.jsonl'}: not one of GenEval's requests: {fault}; remove the folder {folder}"
             )
         for path in sorted((folder / "samples").glob("*.png")):
             image = read_image(path)
@@ -245,11 +246,37 @@ def asked_classes(request: dict[str, Any]) -> set[str]:
     return {part["class"] for key in ("include", "exclude") for part in request.get(key, [])}
 
 
-def is_request(record: dict[str, Any]) -> bool:
-    """Return whether a prompt's entry is one of GenEval's: a task, and classes with counts."""
-    parts = [part for key in ("include", "exclude") for part in record.get(key, [None])]
-    whole = all(isinstance(part, dict) and {"class", "count"} <= part.keys() for part in parts if part is not None)
-    return isinstance(record.get("tag"), str) and isinstance(record.get("include"), list) and whole
+def request_fault(request: dict[str, Any]) -> str | None:
+    """Return what is wrong with a prompt's entry in GenEval's metadata, None where nothing is."""
+    for place, value, right, wanted in _checks(request):
+        if not right:
+            return f"`{place}` is {'missing or null' if value is None else repr(value)[:80]}; it has to be {wanted}"
+    return None
+
+
+def _checks(request: dict[str, Any]) -> Iterator[tuple[str, Any, bool, str]]:
+    """Yield the values of an entry: place, value, whether it is right, and what would be."""
+    for key in ("prompt", "tag"):
+        yield key, request.get(key), isinstance(request.get(key), str), "a text"
+    for key in ("include", "exclude"):
+        parts: Any = {"exclude": [], **request}.get(key)
+        yield key, parts, isinstance(parts, list), "a list of classes with counts"
+        for number, part in enumerate(parts):
+            place = f"{key}[{number}]"
+            yield place, part, isinstance(part, dict), "an object with `class` and `count`"
+            name, count = part.get("class"), part.get("count")
+            yield f"{place}.class", name, isinstance(name, str), "a text"
+            yield f"{place}.count", count, type(count) is int and count > 0, "a whole number from 1 on"
+            if key == "include" and "color" in part:
+                yield f"{place}.color", part["color"], part["color"] in COLOURS, f"one of {', '.join(COLOURS)}"
+            if key == "include" and "position" in part:
+                wanted = f"one of {', '.join(RELATIONS)}, and the number of an earlier class from 0 on"
+                yield f"{place}.position", part["position"], _is_position(part["position"], number), wanted
+
+
+def _is_position(value: Any, earlier: int) -> bool:
+    whole = isinstance(value, list) and len(value) == 2 and type(value[1]) is int
+    return whole and value[0] in RELATIONS and 0 <= value[1] < earlier
 
 
 def impossible(requests: list[dict[str, Any]], known: set[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from davae.data.latent_cache.key import hash_values
 from davae.data.prompts import Prompt, read_prompts
 from davae.errors import DataError, ModelError
 from davae.evaluate.clip import Clip
-from davae.evaluate.geneval import Detector, coverage, impossible, is_request, judge_folder, scores, write_request
+from davae.evaluate.geneval import Detector, coverage, impossible, judge_folder, request_fault, scores, write_request
 from davae.files.atomic import atomic_file, atomic_text
 from davae.files.outputs import is_drawn
 from davae.sample.fingerprint import model_fingerprint
@@ -168,11 +168,10 @@ def evaluate_geneval(
     if (detector is None) != (clip is None):
         raise ModelError("judging images needs both a detector and a CLIP model (for colours)")
     requests = read_prompts(prompts)
-    wrong = next((r for r in requests if not is_request(r.record)), None)
-    if wrong is not None:
-        raise DataError(
-            f"{prompts} is not GenEval's metadata: the prompt '{wrong.text}' has no `tag` and `include` of classes and counts"
-        )
+    for request in requests:
+        if fault := request_fault(request.record):
+            place = f"line {int(request.name) + 1}" if prompts.suffix.lower() == ".jsonl" else f"entry {request.name}"
+            raise DataError(f"{prompts} is not GenEval's metadata: {place}: {fault}")
     judge = None if detector is None or clip is None else (Detector(detector), Clip(clip))
     lacking = {} if judge is None else impossible([r.record for r in requests], judge[0].classes)
     with kept_drawings(

@@ -165,10 +165,13 @@ def evaluate_reconstruction(
     Args:
         batch_size: images at a time; None takes what the memory plan allows. Fewer when memory runs out.
         precision: of the autoencoder.
+
+    Raises:
+        ModelError: a resolution that the autoencoder or SSIM does not take.
     """
     dtype = getattr(torch, precision)
     model: Any = open_autoencoder(vae).to(dtype)
-    size = resolution or image_side(model)
+    size = image_side(model, resolution, least=WINDOW)
     distances = perceptual_distances(lpips, lpips_weights)
     extractor = None if features is None else make_extractor(features, feature_weights)
 

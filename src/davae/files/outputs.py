@@ -102,14 +102,14 @@ def write_figures(path: Path, figures: dict[str, Any]) -> None:
 
 
 def check_image(path: Path) -> None:
-    """Refuse a PNG that davae did not write.
+    """Refuse a PNG that davae did not write. An empty file is nobody's.
 
     Raises:
         RunError: in one line, what is there.
     """
     from PIL import Image
 
-    if not check_place(path):
+    if not check_place(path) or path.stat().st_size == 0:
         return
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -119,7 +119,11 @@ def check_image(path: Path) -> None:
     numbers = path.with_suffix(".json")
     if text.get("Software") == SOFTWARE:
         return
-    if DRAWN.fullmatch(path.name) and any(path.parent.glob("grid-seed*.png")) and not text:
+    if (
+        DRAWN.fullmatch(path.name)
+        and not text
+        and any(grid.stat().st_size for grid in path.parent.glob("grid-seed*.png"))
+    ):
         return  # of a davae that left no mark
     if not (numbers.is_file() and text.get("Software", "").startswith("Matplotlib")):
         refuse(path, "an image that davae wrote")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from PIL import Image
 
 from davae.data.images import grid
 from davae.data.prompts import read_prompts
+from davae.files.atomic import make_folder, saving
 from davae.files.outputs import check_image, save_image
 from davae.pretrained.lora_files import check_lora_file
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions, add_lora, check_class_prompts, open_model
 from davae.sample.preview import Preview
+
+ON_SHEET = 64  # most images on the grid; a sheet of previews grows until as many are drawn
 
 
 def draw_samples(
@@ -51,7 +55,7 @@ def draw_samples(
     """
     if lora is not None:
         check_lora_file(lora)
-    texts = [*prompts, *(read_prompt_texts(prompt_file) if prompt_file is not None else [])]
+    more = read_prompts(prompt_file) if prompt_file is not None else []
 
     def prepare(pipeline: Any) -> None:
         if lora is not None:
@@ -62,7 +66,7 @@ def draw_samples(
     shown = None if preview is None else Preview(pipeline, preview, height=high, width=wide)
     return sample_to_folder(
         pipeline,
-        texts,
+        [*prompts, *(prompt.text for prompt in more)],
         folder or own,
         options,
         num=num,
@@ -83,7 +87,7 @@ def sample_to_folder(
     negative_prompt: str | None = None,
     preview: Preview | None = None,
 ) -> Path:
-    """Write images of prompts and one grid of them, a row a prompt.
+    """Write images of prompts and one grid of the first `ON_SHEET` of them, a row a prompt.
 
     Images of an earlier call are kept: where one of the names is taken, all get the next free `set2`, `set3`, ...
 
@@ -95,7 +99,7 @@ def sample_to_folder(
         num: images a prompt.
         on_batch: called with the images that are done and their number.
         negative_prompt: text to guide away from; None is the pipeline's own.
-        preview: its images are written next to the grid, as `previews-<grid>`, while they are drawn: a row an image.
+        preview: its images are written next to the grid, as `previews-<grid>`, while they are drawn, see `Strip`.
 
     Returns:
         The grid's path.
@@ -107,25 +111,30 @@ def sample_to_folder(
     check_class_prompts(pipeline, prompts)
     repeated = [prompt for prompt in prompts for _ in range(num)]
     *places, sheet = free_places(folder, repeated, options.seed)
-    strip = Strip(sheet.with_name(f"previews-{sheet.name}"))
-    if preview is not None:
-        check_image(strip.path)
-        preview.on_preview = strip.add
-    images: list[Any] = []
-    for start in range(0, len(repeated), options.batch_size):
-        part = repeated[start : start + options.batch_size]
-        strip.first = start
-        drawn = generate(pipeline, part, options, first=start, negative_prompt=negative_prompt, preview=preview)
-        for place, image in zip(places[start:], drawn, strict=False):
-            save_image(image, place)
-        images += drawn
-        on_batch(len(images), len(repeated))
-    save_image(grid(images, num), sheet)
+    with ExitStack() as unfilled:
+        unfilled.callback(sheet.unlink, missing_ok=True)
+        strip = Strip(sheet.with_name(f"previews-{sheet.name}"))
+        if preview is not None:
+            check_image(strip.path)
+            preview.on_preview = strip.add
+        shown: list[Any] = []
+        for start in range(0, len(repeated), options.batch_size):
+            part = repeated[start : start + options.batch_size]
+            strip.first = start
+            drawn = generate(pipeline, part, options, first=start, negative_prompt=negative_prompt, preview=preview)
+            for place, image in zip(places[start:], drawn, strict=False):
+                save_image(image, place)
+            shown += drawn[: ON_SHEET - len(shown)]
+            on_batch(start + len(part), len(repeated))
+        save_image(grid(shown, min(num, len(shown))), sheet)
+        unfilled.pop_all()
     return sheet
 
 
 class Strip:
     """Sheet of previews, a row an image and a column a step, written with every preview.
+
+    After the first `ON_SHEET` images it holds those that are being drawn alone.
 
     Attributes:
         first: row of the first image of the batch that is drawn.
@@ -137,6 +146,8 @@ class Strip:
 
     def add(self, step: int, images: list[Any]) -> None:
         """Put the images of a step into their rows."""
+        if self.first >= ON_SHEET:
+            self._rows = {row: cells for row, cells in self._rows.items() if row >= self.first}
         for row, image in enumerate(images, self.first):
             self._rows.setdefault(row, {})[step] = image
         steps = sorted({step for row in self._rows.values() for step in row})
@@ -165,8 +176,10 @@ def _set(again: int) -> str:
 def free_places(folder: Path, prompts: list[str], seed: int) -> list[Path]:
     """Return free file names for the images of `davae sample` and, last, for their grid.
 
+    The grid is there at once, empty: no other call of this seed takes these names.
+
     Args:
-        folder: folder of the images.
+        folder: folder of the images, which is made.
         prompts: the prompt of each image.
         seed: seed of the images.
 
@@ -176,19 +189,15 @@ def free_places(folder: Path, prompts: list[str], seed: int) -> list[Path]:
     again = 1
     while True:
         names = [sample_name(prompt, seed, number, again) for number, prompt in enumerate(prompts)]
-        places = [folder / name for name in (*names, f"grid-seed{seed}{_set(again)}.png")]
+        *places, sheet = (folder / name for name in (*names, f"grid-seed{seed}{_set(again)}.png"))
         if again == 1:
-            for place in places:
+            for place in (*places, sheet):
                 check_image(place)
-        if not any(place.exists() for place in places):
-            return places
+        with saving(sheet):
+            make_folder(folder)
+            with suppress(FileExistsError):
+                sheet.touch(exist_ok=False)
+                if not any(place.exists() for place in places):
+                    return [*places, sheet]
+                sheet.unlink()
         again += 1
-
-
-def read_prompt_texts(path: Path) -> list[str]:
-    """Return the prompts of a file, in its order.
-
-    Raises:
-        DataError: no such file, another format, no prompts in it.
-    """
-    return [prompt.text for prompt in read_prompts(path)]

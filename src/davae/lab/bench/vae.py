@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from davae.lab.bench.clock import added_memory, gpu_rounds, machine, race, ratio
-from davae.pretrained.autoencoders import load_autoencoder
+from davae.pretrained.autoencoders import image_side, load_autoencoder
 from davae.pretrained.placement import own_device
 from davae.vae.frames import decode_latents, encode_mode
 
@@ -73,7 +73,7 @@ def bench_vae(
     Raises:
         ValueError: a size that the autoencoder cannot encode.
     """
-    picture = synthetic_picture(resolution)
+    picture = synthetic_picture(image_side(load_autoencoder(model), resolution))
     latents = encoding_work(model, picture, min(256, resolution), dtype)().float()
     figures: dict[str, Any] = {"vae": model, "resolution": resolution, "tile": tile}
     for way in ways:
