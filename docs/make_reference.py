@@ -125,6 +125,12 @@ def option_default(option: Any) -> str:
     return "" if value is None or value is False or callable(value) else f"`{value}`"
 
 
+def usage(argument: Any) -> str:
+    """Return an argument as the usage line shows it: in brackets where it can be left out, with dots where it repeats."""
+    name = str(argument.metavar or argument.name).upper().strip("[].") + ("..." if argument.nargs == -1 else "")
+    return name if argument.required else f"[{name}]"
+
+
 def commands_page() -> str:
     """Return the reference of every verb."""
     lines = [
@@ -137,7 +143,7 @@ def commands_page() -> str:
         options = [
             p for p in verb.params if p.param_type_name == "option" and p.name not in ("help", "verbose", "quiet")
         ]
-        named = " ".join(str(p.metavar or p.name).upper() for p in arguments)
+        named = " ".join(usage(p) for p in arguments)
         lines += ["", f"## davae {words}", "", f"`davae {words}{' ' + named if named else ''} [OPTIONS]`", ""]
         lines += [verb.help.strip()]
         if arguments or options:
