@@ -33,7 +33,7 @@ from davae.evaluate.reconstruction import psnr, score_reconstructions, ssim
 from davae.losses.perceptual import Lite0Distance, Lpips
 from davae.plan.dry_run import plan
 from davae.plan.figures import token_plan
-from davae.sample.generate import base_noise, structured_noise
+from davae.sample.generate import base_noise, step_generator, structured_noise
 
 
 def whitened(rows: int, seed: int) -> np.ndarray:
@@ -280,6 +280,18 @@ def test_base_and_upgraded_share_their_base_noise():
     assert torch.equal(layout.split(noise)[0], base_noise(3, 5, 4, 6, 6))
     assert not torch.equal(layout.split(noise)[1][:, :4], base_noise(3, 5, 4, 6, 6))
     assert not torch.equal(base_noise(3, 5, 4, 6, 6), base_noise(3, 6, 4, 6, 6))
+
+
+@pytest.mark.parametrize(("seed", "index"), [(0, 0), (3, 5), (2**40, 7), (-1, 0)])
+def test_the_noise_that_a_scheduler_adds_is_not_the_starting_noise(seed: int, index: int):
+    """torch's generator on the CPU keeps 32 bits of a seed: an offset above them is the same stream."""
+    added = torch.randn(1, 8, 4, 4, generator=step_generator(seed, index))
+    start = structured_noise(seed, index, LatentLayout(4, 4), 4, 4)
+    for part in added.split(4, 1):
+        for other in start.split(4, 1):
+            assert abs(float(torch.corrcoef(torch.stack([part.flatten(), other.flatten()]))[0, 1])) < 0.5
+    assert not torch.equal(added, torch.randn(1, 8, 4, 4, generator=step_generator(seed, index + 1)))
+    assert torch.equal(added, torch.randn(1, 8, 4, 4, generator=step_generator(seed, index)))
 
 
 def test_pictures_round_trip_through_tensors():

@@ -364,6 +364,27 @@ def test_a_run_leaves_a_pipeline_that_knows_its_offset(finished: Path, tmp_path:
     assert list((tmp_path / "drawn").glob("*.png"))
 
 
+@pytest.mark.parametrize(("clean", "guided"), [(True, [0.5, 0.75]), (False, [0.5, 0.75])])
+def test_the_guidance_interval_is_that_of_the_part_that_moves(finished: Path, clean: bool, guided: list[float]):
+    """A clean base is at time 1 throughout; the detail is guided from the interval's start on."""
+    pipeline = ClassConditionalPipeline.from_pretrained(finished / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    seen: list[tuple[int, float]] = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda model, args: seen.append((len(args[0]), float(args[1][0, 1] if clean else args[1].flatten()[0])))
+    )
+    pipeline(
+        "tench",
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        cfg_interval_start=0.5,
+        clean_base=clean,
+        detail_offset=0.0,
+    )
+    assert [time for rows, time in seen if rows == 2] == guided
+    assert len(seen) == 4
+
+
 def test_previews_and_enlarging_know_the_base_s_time(finished: Path):
     pipeline = ClassConditionalPipeline.from_pretrained(finished / "pipeline")
     pipeline.set_progress_bar_config(disable=True)

@@ -213,7 +213,7 @@ def gap_plot(rows: dict[str, dict[str, float]], distances: list[str]) -> bytes:
 
 
 def _detail_drawn(pipe: Any, real: Tensor, prompts: list[str], options: SamplingOptions) -> Tensor:
-    small = to_images(downsample(real, pipe.vae.layout.scale))
+    small = to_images(downsample(real, pipe.vae.layout.scale, pipe.vae.config["downsample"]))
     drawn = upscale(
         pipe,
         small,

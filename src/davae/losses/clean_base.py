@@ -21,6 +21,18 @@ def with_clean_base(x_t: Tensor, latents: Tensor, layout: LatentLayout, chosen: 
     return layout.join(torch.where(chosen.view(-1, 1, 1, 1), z.to(noised), noised), z_d)
 
 
+def mean_base_error(mean: Tensor, clean: Tensor | None) -> Tensor:
+    """Return the mean base error of the samples that have one, given the mean of all, 0 where none has.
+
+    Args:
+        mean: a scalar, in which chosen samples count as zero.
+        clean: (B,) booleans, the chosen samples; None for none.
+    """
+    if clean is None:
+        return mean
+    return mean * len(clean) / (~clean).sum().clamp(min=1)
+
+
 def without_base_error(target: Tensor, prediction: Tensor, layout: LatentLayout, chosen: Tensor) -> Tensor:
     """Return the target with the base of the chosen samples replaced by their prediction.
 

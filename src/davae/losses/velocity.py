@@ -64,16 +64,29 @@ def direction_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=1).mean()
 
 
-def detail_direction_loss(prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float) -> Tensor:
+def detail_direction_loss(
+    prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float, clean: Tensor | None = None
+) -> Tensor:
     """Return `direction_loss` with the detail channels weighed by `weight` in every product.
 
-    With w(n) of Eq. 12 as weight, 0 compares the base alone, 1 all channels alike.
-    prediction, target (B,C+D,h,w) -> scalar in [0,2].
+    With w(n) of Eq. 12 as weight, 0 compares the base alone, 1 all channels alike. Samples with a clean base are compared by
+    their detail alone: a longer base would lower the angle whatever it predicts.
+
+    Args:
+        prediction, target: velocities (B,C+D,h,w).
+        layout: which channels are base.
+        weight: w(n) in [0,1].
+        clean: (B,) booleans, the samples whose base has no loss; None for none.
+
+    Returns:
+        A scalar in [0,2].
     """
     root = math.sqrt(weight)
 
     def weighed(velocity: Tensor) -> Tensor:
         base, detail = layout.split(velocity.float())
+        if clean is not None:
+            base = base.masked_fill(clean.view(-1, 1, 1, 1), 0.0)
         return layout.join(base, root * detail)
 
     return direction_loss(weighed(prediction), weighed(target))

@@ -35,6 +35,10 @@ from davae.vae.base import autoencoder_family
 from davae.vae.warm_start import filter_shares
 from davae.zoo import resolve_upgrade
 
+logger = logging.getLogger(__name__)
+
+SHARED_STEPS = ("base", "scale", "detail_channels", "init", "downsample", "data", "stage1", "cache")
+
 
 def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
     """Check a recipe against the configs of its base model and return its latent layout.
@@ -190,7 +194,7 @@ def check_dit_alignment(recipe: Recipe, base: BaseModel) -> None:
 
 
 def check_head(recipe: Recipe, base: BaseModel) -> None:
-    """Refuse options of the detail's rows where a model has neither.
+    """Refuse options of the detail's rows where a model has neither, and warn of a pair that does not fit.
 
     Args:
         recipe: the upgrade's.
@@ -207,6 +211,12 @@ def check_head(recipe: Recipe, base: BaseModel) -> None:
         raise RecipeError(f"{key}: {error}; leave it out") from error
     if options and base.shapes.transformer_config.get("prediction_type", "velocity") != "velocity":
         raise RecipeError(f"{key}: {recipe.base.name} predicts epsilon, this option is for velocities; leave it out")
+    s = recipe.stage2
+    if s.linear_skip and s.clean_base and not (s.detail_offset or s.detail_residual):
+        logger.warning(
+            "stage2.linear_skip with clean_base: the skip takes a clean base for a noised one; set stage2.detail_residual or "
+            "detail_offset, with which it does not"
+        )
 
 
 def check_crops(recipe: Recipe, pixels: int) -> None:
@@ -288,10 +298,6 @@ def _lora_text(lora: Lora | None) -> tuple[Lora | None, str]:
     further = f", extra_targets: [{', '.join(lora.extra_targets)}]" if lora.extra_targets else ""
     further += ", train_norms: true" if lora.train_norms else ""
     return whole, f"{{rank: {lora.rank}, alpha: {whole.alpha:g}{further}}}"
-
-
-logger = logging.getLogger(__name__)
-SHARED_STEPS = ("base", "scale", "detail_channels", "init", "downsample", "data", "stage1", "cache")
 
 
 def check_shared(recipe: Recipe, folder: Path) -> None:

@@ -14,7 +14,7 @@ from davae.data.images import collate, grid, to_images
 from davae.dataset.opened import OpenedData
 from davae.errors import RecipeError
 from davae.files.atomic import atomic_file
-from davae.losses.clean_base import without_base_error
+from davae.losses.clean_base import mean_base_error, without_base_error
 from davae.losses.velocity import velocity_loss
 from davae.pretrained.memory_budget import Halving
 from davae.recipes.sections import Sampling
@@ -140,12 +140,14 @@ def validation_loss(
             draws = SampleRandom(seed, "validation", 0, first, len(part))
             given = drop_conditions(conditions[first : first + size], conditioning.null, 0.0, draws)
             noised = task.noise(part, draws)
+            conditioning.draw(None)
             prediction = conditioning.predict(task.modules["transformer"], noised.x_t, noised.t, given)
             target = noised.target
             if noised.clean is not None:
                 target = without_base_error(target, prediction, task.layout, noised.clean)
             loss = velocity_loss(prediction, target, task.layout, 1.0)
-            found = [float(value) for value in (loss.total, loss.base, loss.detail)]
+            base = mean_base_error(loss.base, noised.clean)
+            found = [float(value) for value in (loss.total, base, loss.detail)]
             sums += len(part) * torch.tensor(found, dtype=torch.float64)
         total, base, detail = (sums / len(latents)).tolist()
         return {BEST: total, "validation_base": base, "validation_detail": detail}
@@ -181,6 +183,7 @@ def show_samples(
     @torch.no_grad()
     def show(step: int) -> dict[str, float]:
         shown, scale = guided(conditioning, sampling.guidance_scale)
+        shown.draw(None)
         latents = solve(shown, task, noise, prompts, sampling.steps, scale)
         images = to_images(decode(lambda part: vae.decode(part, return_dict=False)[0], latents))
         write_grid([images], folder / f"stage2-{step:08d}.png")

@@ -152,8 +152,6 @@ class Canvas:
             return self.z
         before, after = (self.layout.split(state)[0] for state in (self._before, self.state))
         start, end = level_after(pipeline, self.calls - 1), level_after(pipeline, self.calls)
-        if self.clean:
-            return after
         if pipeline.scheduler is not None and adds_noise(pipeline.scheduler):
             return after / max(end.data, 0.1)
         return clean_from(before, after, start, end)
@@ -178,7 +176,7 @@ class Canvas:
             return latents
         _, z_d = self.layout.split(latents)
         n, _ = self.layout.split(self.noise)
-        return self.layout.join(self.z if self.clean else level.state(self.z, n), z_d)
+        return self.layout.join(level.clean(self.z) if self.clean else level.state(self.z, n), z_d)
 
 
 def step_count(pipeline: Any) -> int:

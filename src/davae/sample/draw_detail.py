@@ -128,10 +128,10 @@ def draw_detail(
 def _clean_base(config: Any, free: int) -> tuple[bool, bool]:
     """Return whether the base stays clean, and whether the model gets the time of such a base.
 
-    A base at that time would not move in the last `free` steps: it then follows its noisy path instead.
+    Where the base is free in the last `free` steps it follows its noisy path instead: a clean one has no noise to move, and
+    no model was trained to predict its velocity.
     """
-    knows = bool(config.get("detail_channels"))
-    return bool(config.get(CLEAN_BASE)) and not (knows and free), knows
+    return bool(config.get(CLEAN_BASE)) and not free, bool(config.get("detail_channels"))
 
 
 def _finished(canvas: Canvas) -> Tensor:

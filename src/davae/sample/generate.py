@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from davae.pretrained.shapes import check_positions, default_resolution, pixel_f
 from davae.sample.call import call_pipeline, prompts_at_a_time, takes_noise
 from davae.sample.open import DEFAULT_OPTIONS, SamplingOptions
 from davae.sample.preview import Preview, watching
+from davae.train.random import named_generator
 from davae.vae.base import base_channels
 from davae.vae.detail_vae import DetailVAE
 
-BASE, DETAIL, STEPS = 0, 1, 1 << 62  # purposes of noise
+BASE, DETAIL = 0, 1  # purposes of starting noise
 
 
 def base_noise(seed: int, index: int, channels: int, height: int, width: int) -> Tensor:
@@ -48,6 +50,15 @@ def structured_noise(seed: int, index: int, layout: LatentLayout, height: int, w
 
 def _generator(seed: int, index: int, purpose: int) -> torch.Generator:
     return seeded_generator((seed * 1_000_003 + index) * 2 + purpose)
+
+
+def step_generator(seed: int, index: int) -> torch.Generator:
+    """Return the generator of the noise that a stochastic scheduler adds to an image while it is drawn.
+
+    Its seed is a hash: the CPU's generator keeps the low 32 bits of a seed alone, so that a large offset would give the
+    starting noise again.
+    """
+    return named_generator("steps", seed, index)
 
 
 def seeded_generator(seed: int) -> torch.Generator:
@@ -129,7 +140,7 @@ def generate(
     """
     size = checked_size(pipeline, options.resolution)
     # a pipeline that takes no noise draws it, the base part first, from these; else only stochastic schedulers do
-    purpose = STEPS if takes_noise(pipeline) else BASE
+    own = step_generator if takes_noise(pipeline) else partial(_generator, purpose=BASE)
     images: list[Any] = []
     batch_size = prompts_at_a_time(pipeline, options.batch_size, options.guidance)
     for start in range(0, len(prompts), batch_size):
@@ -144,7 +155,7 @@ def generate(
                 guidance_scale=options.guidance,
                 negative_prompt=negative_prompt,
                 latents=torch.cat([start_noise(pipeline, options.seed, number, size) for number in numbers]),
-                generator=[_generator(options.seed, number, purpose) for number in numbers],
+                generator=[own(options.seed, number) for number in numbers],
                 output_type=output_type,
                 callback_on_step_end=callback,
             )

@@ -38,6 +38,13 @@ class Level:
         """
         return self.data * z + self.noise * noise
 
+    def clean(self, z: Tensor) -> Tensor:
+        """Return the state whose data a model sees as z itself, without noise.
+
+        Schedulers of x = z + sigma n divide what the model sees by sqrt(1 + sigma^2); all others leave it as it is.
+        """
+        return z * (1.0 + self.noise**2) ** 0.5 if self.data == 1.0 else z
+
 
 def level_after(pipeline: Any, calls: int) -> Level:
     """Return the level of a pipeline's latents after `calls` steps of the drawing that runs.

@@ -92,7 +92,8 @@ class GuidedModel:
             t: its time, or that of its base.
             detail_t: the time of its detail where that is another one.
         """
-        if self.scale == 1.0 or t < self.start:
+        moving = t if detail_t is None or t < 1.0 else detail_t  # a clean base has arrived, and the detail goes on
+        if self.scale == 1.0 or moving < self.start:
             return self._output(x, t, detail_t, self.labels)
         null = torch.full_like(self.labels, self.num_classes)
         both = self._output(torch.cat([x, x]), t, detail_t, torch.cat([self.labels, null]))  # (2B,c,h,w)

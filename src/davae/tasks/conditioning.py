@@ -34,8 +34,8 @@ class Conditioning(Protocol):
         """Return this conditioning with another guidance input, None where the model has none."""
         ...
 
-    def draw(self, generator: torch.Generator) -> None:
-        """Draw the other random values of a training step."""
+    def draw(self, generator: torch.Generator | None) -> None:
+        """Draw the other random values of a training step, or take those of sampling for None."""
         ...
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, conditions: list[Any]) -> Tensor:
@@ -162,9 +162,9 @@ class TextConditioning:
         self.processor = repeat_last_token(transformer) if null_text else None
         self._null: tuple[Tensor, ...] | None = None  # of the empty caption, (1,...)
 
-    def draw(self, generator: torch.Generator) -> None:
+    def draw(self, generator: torch.Generator | None) -> None:
         if self.processor is not None:
-            self.processor.count = draw_count(generator)
+            self.processor.count = 1 if generator is None else draw_count(generator)
 
     def _set_guidance(self, guidance: float) -> None:
         if self.distilled:
@@ -209,7 +209,7 @@ class ClassConditioning:
         self.null, self.device = num_classes, device
         self.call, self.config = family_of(transformer).require_call(), transformer.config
 
-    def draw(self, generator: torch.Generator) -> None:
+    def draw(self, generator: torch.Generator | None) -> None:
         """Nothing else is random."""
 
     def guided_by(self, guidance: float) -> None:

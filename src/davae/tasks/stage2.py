@@ -13,7 +13,7 @@ from davae.backbones.families import family_of
 from davae.backbones.trainable import choose_trainable, in_full_precision
 from davae.data.latent_cache.read import CachedLatents, collate_latents
 from davae.latent import LatentLayout, LatentStatistics
-from davae.losses.clean_base import with_clean_base, without_base_error
+from davae.losses.clean_base import mean_base_error, with_clean_base, without_base_error
 from davae.losses.flow_matching import FlowMatching
 from davae.losses.velocity import detail_direction_loss, detail_weight, velocity_loss
 from davae.pretrained.placement import send
@@ -109,12 +109,12 @@ class Stage2Task(Task[Stage2]):
         total, direction = loss.total, {}
         if s.cosine_loss != "off":
             shared = weight if s.cosine_loss == "faded" else 1.0
-            term = detail_direction_loss(prediction, target, layout, shared)
+            term = detail_direction_loss(prediction, target, layout, shared, noised.clean)
             total, direction = total + term, {"loss_direction": term.detach()}
         return total, {
             "loss": total.detach(),
             **direction,
-            "loss_base": loss.base.detach(),
+            "loss_base": mean_base_error(loss.base.detach(), noised.clean),
             "loss_detail": loss.detail.detach(),
             "detail_weight": weight,
         }
