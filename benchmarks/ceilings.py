@@ -1,4 +1,4 @@
-"""Measure how near to real photos each row of Table S2 can come, whatever its generator draws.
+"""Measure how near to real photos each row of Table S2 can come at best.
 
     .venv/bin/python benchmarks/ceilings.py --run RUN --network benchmarks/weights/clothing-sr.safetensors --json FILE
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
 from contextlib import nullcontext
+from itertools import dropwhile
 
 from davae.commands import verbosity
 from davae.commands.analyze import analyze_app
@@ -92,7 +94,7 @@ def main() -> None:
     except DavaeError as error:
         if verbosity.state.level > 0:
             traceback.print_exc()
-        sys.stderr.write(f"davae: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"davae: {' '.join(own_words(str(error)).split())}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -124,7 +126,16 @@ def explain(error: OSError | MemoryError) -> str:
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller model, resolution or batch"
     place = f"{error.filename}: " if error.filename is not None else ""
-    return " ".join(f"{place}{error.strerror or error}".split())[:500]
+    return " ".join(f"{place}{error.strerror or own_words(str(error))}".split())[:500]
+
+
+def own_words(message: str) -> str:
+    """Return a message without the traceback that torch adds to one of a data loader's worker."""
+    if not re.match(r"Caught \w+ in .*\nOriginal ", message):
+        return message
+    lines = message.rpartition("Traceback (most recent call last):\n")[2].splitlines()
+    raised = "\n".join(dropwhile(lambda line: not line.strip() or line.startswith(" "), lines))
+    return re.sub(r"^[\w.]+: ", "", raised) or message
 
 
 def _quiet_libraries() -> None:

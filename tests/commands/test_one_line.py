@@ -47,6 +47,51 @@ def test_what_the_system_refuses_is_one_line(
     assert capsys.readouterr().err == line
 
 
+class Failing(torch.utils.data.Dataset):
+    """Fails in the process that reads it."""
+
+    def __init__(self, error: Exception, first: Exception | None = None):
+        self.error, self.first = error, first
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise self.error from self.first
+
+
+@pytest.mark.parametrize(
+    ("error", "first", "line"),
+    [
+        (DataError("set: no image\nis left: try others"), None, "set: no image is left: try others"),
+        (OSError(5, "Input/output error", "a/b.tar"), None, "[Errno 5] Input/output error: 'a/b.tar'"),
+        (DataError("set: cut off"), KeyError("offset"), "set: cut off"),
+        (PermissionError("closed"), None, "closed"),
+    ],
+)
+def test_what_a_worker_of_a_data_loader_raises_is_its_own_line(
+    error: Exception,
+    first: Exception | None,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "app", lambda: list(torch.utils.data.DataLoader(Failing(error, first), num_workers=1)))
+    monkeypatch.setattr(sys, "argv", ["davae", "recipes"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"davae: {line}\n"
+
+
+def test_messages_without_a_worker_stay_whole() -> None:
+    begin = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+    assert cli.own_words(f"{begin}  File x\n    y\ndavae.errors.DataError\n") == "davae.errors.DataError"
+    assert cli.own_words(f"{begin}  File x\nOSError: a.tar: b\n") == "a.tar: b"
+    for message in ("Caught a cold: b", "a.tar: b", begin, ""):
+        assert cli.own_words(message) == message
+
+
 @pytest.mark.parametrize("kind", [TypeError, RuntimeError])
 def test_a_fault_of_davae_stays_a_traceback(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:

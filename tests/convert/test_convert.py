@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,11 +21,14 @@ from davae.convert.davae import official_davae
 from davae.convert.lightningdit import lightningdit, sit
 from davae.convert.vavae import vavae
 from davae.data.latent_cache.import_shards import import_shards
+from davae.data.latent_cache.key import changes, hash_values
 from davae.data.latent_cache.meta import seal
 from davae.data.latent_cache.read import CachedLatents
 from davae.errors import DataError, ModelError
 from davae.pretrained.autoencoders import load_autoencoder
 from davae.pretrained.open import load_pipeline
+from davae.recipes.sections import Cache, Data
+from davae.runs.cache import cache_key, check_shards
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +230,11 @@ def test_weights_that_miss_or_add_keys_are_named() -> None:
 # -- latent shards ---------------------------------------------------------------------------------------------
 
 
-def write_shards(folder: Path, channels: int = 4, stats: int | None = 4, labels: int = 5) -> dict[str, torch.Tensor]:
+def write_shards(
+    folder: Path, channels: int = 4, stats: int | None = 4, labels: int = 5, flat: bool = False
+) -> dict[str, torch.Tensor]:
     folder.mkdir(exist_ok=True)
-    whole = {name: torch.randn(7, channels, 8, 8) for name in ("latents", "latents_flip")}
+    whole = {name: torch.randn(7, *(() if flat else (channels, 8, 8))) for name in ("latents", "latents_flip")}
     whole["labels"] = torch.arange(7) % labels
     for rank, rows in enumerate((slice(0, 4), slice(4, 7))):
         save_file(
@@ -263,6 +269,7 @@ def test_shards_become_a_cache(tmp_path: Path) -> None:
         ({"stats": 8}, 4, "has statistics of 8 channels, the latents have 4"),
         ({"channels": 8, "stats": 8}, 4, "holds latents of 8 channels, the model takes 4"),
         ({"labels": 7}, 4, "has class label 5, the model has 5 classes"),
+        ({"flat": True}, 4, r"holds latents of shape \(4,\); expected \(images, channels, side, side\)"),
         (None, 4, "has no latent shards"),
     ],
 )
@@ -271,3 +278,29 @@ def test_shards_that_do_not_fit(tmp_path: Path, shards: dict | None, channels: i
         write_shards(tmp_path, **shards)
     with pytest.raises(DataError, match=message):
         import_shards(tmp_path, tmp_path / "c", channels=channels, num_classes=5, key={}, dtype="float32")
+    assert not (tmp_path / "c").exists(), "found before the copy"
+
+
+def test_shards_of_another_size_or_class_are_found_before_a_training(tmp_path: Path) -> None:
+    write_shards(tmp_path, stats=None)
+    cache = Cache(shards=str(tmp_path))
+    check_shards(cache, 4, 8, 5)
+    with pytest.raises(DataError, match="holds latents of 8x8, the model takes 16x16"):
+        check_shards(cache, 4, 16, 5)
+    with pytest.raises(DataError, match="has class label 4, the model has 4 classes"):
+        check_shards(cache, 4, 8, 4)
+
+
+def test_the_key_of_shards_changes_with_their_content(tmp_path: Path) -> None:
+    vae, opened, found = small_autoencoder(), SimpleNamespace(source=None, train=[]), []
+    data, cache = Data(source="x"), Cache(shards=str(tmp_path))
+    for seed, mean in ((0, 0.0), (1, 0.0), (1, 1.0)):
+        torch.manual_seed(seed)
+        write_shards(tmp_path)
+        torch.save({"mean": torch.full((4,), mean), "std": torch.ones(4)}, tmp_path / "latents_stats.pt")
+        found.append(cache_key(vae, opened, data, cache, resolution=16, seed=0))  # type: ignore[arg-type]
+    assert len({key["data"] for key in found}) == 3
+    former = {"data": hash_values([(f.name, f.stat().st_size) for f in sorted(tmp_path.iterdir())])}
+    for key in found:
+        assert not changes({**key, **former}, key), "a cache of an earlier version opens"
+    assert changes(found[0], found[1]) == ["the images or their captions"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from davae.data import decoding
 from davae.data.images import ImageDataset
 from davae.data.latent_cache.import_shards import import_shards
 from davae.data.latent_cache.meta import seal
 from davae.data.latent_cache.not_finite import stored
 from davae.data.latent_cache.read import CachedLatents
 from davae.data.latent_cache.write import write_latents, write_text
+from davae.data.sizes import measure_sizes
 from davae.data.sources import open_source
 from davae.errors import DataError
 
@@ -36,7 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cache(
-    target: Path, folder: Path, values: dict[int, float], bad_captions: dict[str, float] | None = None
+    target: Path,
+    folder: Path,
+    values: dict[int, float],
+    bad_captions: dict[str, float] | None = None,
+    num_workers: int = 0,
+    embed: Any = None,
 ) -> CachedLatents:
     """A cache of latents in which some images' have one odd value, and of embeddings in which some captions' have."""
     pictures = ImageDataset(open_source(str(folder), 16), range(40), 16)
@@ -48,12 +59,12 @@ def cache(
             latent[1, 2, 3] = values.get(number, float(latent[1, 2, 3]))
         return latents
 
-    def embed(captions: list[str]) -> tuple[torch.Tensor, ...]:
+    def embed_odd(captions: list[str]) -> tuple[torch.Tensor, ...]:
         odd = [(bad_captions or {}).get(caption, 0.5) for caption in captions]
         return torch.ones(len(captions), 3, 2), torch.tensor(odd)[:, None]
 
-    meta = write_latents(target, pictures, encode, key={"data": "d"}, variants=2, **OPTIONS)
-    meta = write_text(target, embed, meta, name_of=pictures.source.key, **OPTIONS)
+    meta = write_latents(target, pictures, encode, key={"data": "d"}, variants=2, num_workers=num_workers, **OPTIONS)
+    meta = write_text(target, embed or embed_odd, meta, name_of=pictures.source.key, **OPTIONS)
     seal(target, meta)
     return CachedLatents(target)
 
@@ -94,6 +105,75 @@ def test_many_of_them_end_the_step_and_a_mended_model_goes_on(tmp_path: Path, fo
     with pytest.raises(DataError, match=r"cache: of 40 images 5 left out: 5 caption embedding not finite"):
         cache(tmp_path / "cache", folder, {}, {f"number {n}": float("nan") for n in range(5)})
     assert len(cache(tmp_path / "cache", folder, {})) == 80, "the shards that had them were made again"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "number", "workers"),
+    [("png", errno.EIO, 0), ("png", errno.EACCES, 1), ("png", errno.ENOENT, 0), ("txt", errno.EIO, 0)],
+)
+def test_a_disk_that_fails_for_a_while_ends_the_step_and_loses_no_image(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, number: int, workers: int
+) -> None:
+    """Of the 40 files all from the twentieth on fail, as those of one folder on another disk would."""
+    path_open, open_image = Path.open, decoding.open_image
+
+    def fail(path: Path) -> None:
+        if path.suffix == f".{suffix}" and path.parent == folder and int(path.stem) >= 20:
+            raise OSError(number, os.strerror(number))
+
+    def opens(path: Path, *args: Any, **options: Any) -> Any:
+        fail(path)
+        return path_open(path, *args, **options)
+
+    def opens_image(path: Path) -> Image.Image:
+        fail(path)
+        return open_image(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opens)
+        patch.setattr(decoding, "open_image", opens_image)
+        with pytest.raises(DataError) as caught:
+            cache(tmp_path / "cache", folder, {}, num_workers=workers)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.endswith("run the same command again")
+    assert "20." in line
+    assert (tmp_path / "cache" / "latents-000-00000.safetensors").is_file()
+    assert len(cache(tmp_path / "cache", folder, {})) == 80
+
+
+def test_a_disk_that_fails_is_no_fault_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    (tmp_path / "loose").mkdir()
+    Image.effect_noise((300, 300), 50).save(tmp_path / "loose" / "0.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "loose" / "0.png", "0.png")
+    shard, loose = (open_source(str(tmp_path / name), 16) for name in ("a.tar", "loose"))
+    monkeypatch.setattr(os, "pread", fails)
+    monkeypatch.setattr(decoding, "open_image", fails)
+    for source, name in ((shard, "a.tar/0"), (loose, "0.png")):
+        with pytest.raises(DataError, match=rf"{name} cannot be read: Stale .*; see to its disk"):
+            measure_sizes(source, [0])
+
+
+def test_rows_of_captions_follow_a_caption_that_comes_back(tmp_path: Path, folder: Path) -> None:
+    """An image that fails and is mended adds a caption, and the step is done again without its meta."""
+
+    def embed(captions: list[str]) -> tuple[torch.Tensor, ...]:
+        return (torch.tensor([[float(caption.removeprefix("number ") or -1)] for caption in captions]),)
+
+    for bad in (7, 31, None):
+        values = {} if bad is None else {bad: float("nan")}
+        found = cache(tmp_path / "cache", folder, values, embed=embed)
+        captions = [found[(item, 0)][1] for item in range(len(found))]
+        assert [f"number {int(row)}" for row in found.embed(captions)[0]] == captions, bad
+    for path in sorted((tmp_path / "cache").glob("text-*"))[1:]:  # as an earlier version wrote it, of other captions
+        tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("captions")}
+        save_file({name: tensor + 1 if name == "part_0" else tensor for name, tensor in tensors.items()}, path)
+    found = cache(tmp_path / "cache", folder, {}, embed=embed)
+    assert [f"number {int(row)}" for row in found.embed(captions)[0]] == captions
 
 
 def test_the_empty_caption_must_have_an_embedding(tmp_path: Path, folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import zipfile
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,48 @@ def test_splits_in_the_names_of_tables(tmp_path: Path) -> None:
     assert list(captions(str(tmp_path)).values()) == ["a cat"]
     assert list(captions(str(tmp_path), split="test").values()) == ["a dog"]
     assert counts(open_source(str(tmp_path), 8).findings.unused) == {"file of the split test": 1}
+
+
+def test_a_stream_of_a_folder_keeps_to_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache"))
+    table(tmp_path / "t" / "test-00000-of-00001.parquet", [row("a dog")])
+    table(tmp_path / "t" / "train-00000-of-00001.parquet", [row("a cat")])
+    for split, caption in (("train", "a cat"), ("test", "a dog")):
+        options = {"split": split, "streaming": True, "limit": 1}
+        assert list(captions(str(tmp_path / "t"), **options).values()) == [caption]
+
+
+def test_a_copy_serves_its_own_project_and_content_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache"))
+    options = {"streaming": True, "limit": 1}
+    for project in ("one", "two"):
+        table(tmp_path / project / "t.parquet", [row(project)])
+        tar(tmp_path / project / "a.tar", {"0.jpg": "", "0.txt": project})
+        monkeypatch.chdir(tmp_path / project)
+        assert list(captions("t.parquet", **options).values()) == [project]
+        assert list(captions("pipe:cat a.tar").values()) == [project]
+    address = (tmp_path / "two" / "a.tar").as_uri()
+    assert list(captions(address).values()) == ["two"]
+    table(tmp_path / "two" / "t.parquet", [row("new")])
+    tar(tmp_path / "two" / "a.tar", {"0.jpg": "", "0.txt": "new"})
+    assert list(captions("t.parquet", **options).values()) == ["new"]
+    assert list(captions(address).values()) == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("a \xe9".encode("latin-1"), "a \xe9"), (Decimal("1.50"), "1.50"), (date(2024, 2, 29), "2024-02-29")],
+)
+def test_captions_of_columns_that_hold_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any, text: str
+) -> None:
+    monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache"))
+    lay(tmp_path / "images", {"0.jpg": ""})
+    table(tmp_path / "images" / "metadata.parquet", [{"file_name": "0.jpg", "text": value}])
+    assert list(captions(str(tmp_path / "images")).values()) == [text]
+    table(tmp_path / "t.parquet", [{**row(""), "text": value}])
+    for options in ({}, {"streaming": True, "limit": 1}):
+        assert list(captions(str(tmp_path / "t.parquet"), **options).values()) == [text]
 
 
 def test_files_that_are_no_source(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_shards_behind_commands_and_urls(tmp_path: Path, monkeypatch: pytest.Mon
     for name in (f"pipe:cat {tmp_path}/s-{{0..1}}.tar", "memory://davae/s-{0..1}.tar", "memory://davae/s-*.tar"):
         source = open_source(name, 8)
         assert [source.load(i)[1] for i in range(2)] == ["text 0", "text 1"], name
-    copies = sorted((tmp_path / "cache" / "shards").glob("*.tar"))
+    copies = sorted((tmp_path / "cache" / "shards").rglob("*.tar"))
     assert len(copies) == 4, "each address once"
     (tmp_path / "s-0.tar").unlink()
     assert len(open_source(f"pipe:cat {tmp_path}/s-0.tar", 8)) == 1, "the copy serves"
@@ -186,7 +186,7 @@ def test_shards_behind_commands_and_urls(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         with pytest.raises(DataError, match=message):
             open_source(name, 8)
-    assert sorted((tmp_path / "cache" / "shards").glob("*.tar")) == copies, "nothing half is kept"
+    assert sorted((tmp_path / "cache" / "shards").rglob("*.tar")) == copies, "nothing half is kept"
 
 
 def test_a_folder_of_shards(tmp_path: Path) -> None:

@@ -209,6 +209,30 @@ def test_the_second_start_reads_no_header(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(calls) == 2, "a file of another size in bytes"
 
 
+def test_sizes_are_kept_before_other_processes_are_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that ends while the others wait does not measure again."""
+    folder, run = folder_of(tmp_path / "set", {"0": "x"}), tmp_path / "run"
+    run.mkdir()
+    data = Data(source=str(folder), holdout=0.0)
+
+    def killed(value: object, *, patient: bool = False) -> None:
+        assert patient, "measuring may take longer than the time limit of collectives"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(opened_module, "from_main", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_pictures(data, 8, folder=run)
+    assert not list(run.iterdir()), "the folder of no run"
+    (run / "recipe.yaml").touch()
+    with pytest.raises(KeyboardInterrupt):
+        open_pictures(data, 8, folder=run)
+    assert len(list(run.glob("survey-*.npz"))) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(opened_module, "measure_sizes", lambda *given: pytest.fail("measured again"))
+    open_pictures(data, 8, folder=run).keep(run)
+    assert len(list(run.glob("survey-*.npz"))) == 1
+
+
 def test_damaged_or_unwritable_sizes_cost_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = folder_of(tmp_path / "set", {"0": "x"})
     source = open_pictures(Data(source=str(folder)), 8).source

@@ -55,3 +55,28 @@ def test_a_checkpoint_is_mapped_and_what_is_loaded_outlives_it(tmp_path: Path, m
     del state
     (folder / "state.pt").write_bytes(b"gone")
     assert torch.equal(moments, expected)
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])
+def test_the_step_of_a_fused_optimizer_is_where_its_parameter_is(
+    monkeypatch: pytest.MonkeyPatch, fused: bool, device: str
+) -> None:
+    """Of FSDP2, whose parameters lie in pieces; `meta` takes the place of a GPU."""
+    weight = torch.nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    optimizer.param_groups[0]["fused"] = fused
+    monkeypatch.setattr(state_dict, "DTensor", torch.nn.Parameter)
+    monkeypatch.setattr(state_dict, "like", lambda value, parameter: value.to(parameter.device))
+    stored = {"step": torch.tensor(7.0), "exp_avg": torch.zeros(3), "note": 1}
+    groups = [{"params": [0], "lr": 0.2}]
+    load_optimizer_state(optimizer, {"state": {0: stored}, "param_groups": groups})
+    found = optimizer.state[weight]
+    assert found["step"].device.type == device
+    assert found["exp_avg"].device.type == "meta"
+    assert found["note"] == 1
+    assert optimizer.param_groups[0]["lr"] == 0.2
+    if not fused:
+        assert found["step"] == 7
+        assert found["step"].data_ptr() != stored["step"].data_ptr(), (
+            "the checkpoint's mapped file is deleted one day"
+        )

@@ -18,6 +18,7 @@ from davae.pretrained.autoencoders import load_autoencoder
 from davae.pretrained.open import load_part, load_pipeline, load_scheduler, read_config
 from davae.pretrained.shapes import read_shapes
 from davae.pretrained.stored import Bound, bounded, check_config, check_whole, loading, planned, weight_files
+from davae.pretrained.text_encoders import reads_silent_t5
 from davae.publish.assemble import UPGRADE_FILE, check_fit, load_trained, read_details, read_metadata
 from davae.publish.upgrade_file import find_upgrade
 from davae.recipes import load_recipe
@@ -285,3 +286,12 @@ def test_a_tokenizer_longer_than_its_encoder_is_refused(length: Any, model: Path
     wrong = read + 1 if length == 21 else length
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": wrong}))
     refused("tokenizer of model .*(model_max_length is|cannot be loaded)|cannot be loaded", load_pipeline, str(model))
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", b"\x08", b""]
+)
+def test_a_text_encoder_that_is_cut_off_is_named(model: Path, content: bytes) -> None:
+    (model / "text_encoder_3" / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=r"model: text_encoder_3/model\.safetensors cannot be loaded: "):
+        reads_silent_t5(str(model))

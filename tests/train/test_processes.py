@@ -100,6 +100,20 @@ def test_waiting_for_the_first_process_outlives_the_time_out_of_collectives(
         assert options[0]["backend"] == "gloo", "on a GPU no kernel waits"
 
 
+def test_a_patient_value_is_awaited_before_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls: list[str] = []
+    send = dist.broadcast_object_list
+    monkeypatch.setattr(ranks, "patient_barrier", lambda: calls.append("wait"))
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda box: calls.append("send") or send(box))
+
+    def work(rank: int) -> Any:
+        values = [ranks.from_main(rank + 5, patient=True), ranks.from_main(rank)]
+        return [*values, *calls]
+
+    assert in_processes(work, tmp_path) == [[5, 0, "wait", "send", "send"]] * 2
+    assert ranks.from_main(3, patient=True) == 3
+
+
 def test_other_data_in_one_process_is_found_when_it_is_opened(tmp_path: Path):
     whole = images(tmp_path / "whole", 8)
     assert in_processes(partial(opened, [whole, images(tmp_path / "copy", 8)]), tmp_path) == [8, 8]

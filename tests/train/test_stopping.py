@@ -21,7 +21,16 @@ from davae.errors import Interrupted, RecipeError, RunError
 from davae.recipes import dump_recipe
 from davae.train.locking import PROCESS, RunLock, changing, hold_for_reading, running_process
 from davae.train.monitor import peak_memory_gib
-from davae.train.run_folder import Best, RunFolder, changed_inputs, newest_checkpoint, read_metrics, set_aside
+from davae.train.run_folder import (
+    Best,
+    RunFolder,
+    changed_inputs,
+    load_checkpoint,
+    newest_checkpoint,
+    read_metrics,
+    save_checkpoint,
+    set_aside,
+)
 from davae.train.signals import check_stop, stop_on_signal
 
 # -- signals -----------------------------------------------------------------------------------------------------------
@@ -190,6 +199,24 @@ def test_inputs_that_changed_since_a_stage_began_are_named(tmp_path: Path):
     (tmp_path / "checkpoints" / "stage2-00000001").mkdir()
     (tmp_path / "checkpoints" / "stage2-inputs.json").write_text("{")
     assert changed_inputs(folder, "stage2", inputs) == []
+
+
+def test_a_stage_begins_again_any_number_of_times(tmp_path: Path):
+    """Names of earlier and of broken checkpoints may be taken already, by folders with files."""
+    folder = RunFolder(tmp_path, tiny_recipe())
+    for number in range(3):
+        for step in (1, 2):
+            save_checkpoint(folder, "stage2", step, {"x": torch.tensor(number)}, 9, lambda _: False)
+        (tmp_path / "checkpoints" / "stage2-00000002" / "state.pt").write_bytes(b"cut off")
+        state = newest_checkpoint(folder, "stage2")
+        assert state is not None
+        assert state["x"] == number
+        set_aside(folder, "stage2")
+        assert folder.checkpoints("stage2") == []
+    for number, word in enumerate(("earlier", "earlier-2", "earlier-3")):
+        assert load_checkpoint(tmp_path / "checkpoints" / f"{word}-stage2-00000001")["x"] == number
+    assert len(list((tmp_path / "checkpoints").glob("broken*-stage2-00000002"))) == 3
+    assert (tmp_path / "checkpoints" / "broken-2-stage2-00000002").is_dir()
 
 
 def test_a_recipe_that_was_edited_in_a_run_folder_is_noticed(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import stat
@@ -37,11 +38,28 @@ DAMAGE = (  # what Pillow's decoders raise on damaged bytes
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, MemoryError),
     *(RuntimeError, struct.error, zlib.error),
 )
+# Faults of one file, which another try meets again; decoders raise EINVAL where damaged bytes lead outside the file.
+OF_THE_FILE = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL}
+
+
+def of_the_disk(error: OSError) -> bool:
+    """Return whether a file may be read later, unlike a missing or damaged one."""
+    return error.errno is not None and error.errno not in OF_THE_FILE
+
+
+def disk_fault(name: object, error: OSError) -> DataError:
+    """Return the error of a file that its disk does not give now."""
+    return DataError(
+        f"{name} cannot be read: {error.strerror or error}; see to its disk and rights, then run the same command again"
+    )
 
 
 @contextmanager
-def naming_damage() -> Iterator[list[warnings.WarningMessage]]:
-    """Turn what an image's bytes provoke into an UnreadableImage, and yield Pillow's warnings."""
+def naming_damage(source: object = None) -> Iterator[list[warnings.WarningMessage]]:
+    """Turn what an image's bytes provoke into an UnreadableImage, and yield warnings.
+
+    A fault of the disk is a DataError where `source` is a path, else it stays an OSError.
+    """
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -54,7 +72,11 @@ def naming_damage() -> Iterator[list[warnings.WarningMessage]]:
         raise UnreadableImage("too many pixels", str(error)) from error
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:  # the file system's, not a decoder's
-            raise UnreadableImage("cannot be opened", f"{error.strerror or error}") from error
+            if not of_the_disk(error):
+                raise UnreadableImage("cannot be opened", f"{error.strerror or error}") from error
+            if isinstance(source, (str, Path)) and str(source):
+                raise disk_fault(source, error) from error
+            raise
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         cut = isinstance(error, EOFError) or "truncat" in reason.lower()
         raise UnreadableImage("truncated" if cut else "damaged", reason) from error
@@ -161,8 +183,9 @@ def header_size(stream: IO[bytes] | Path, max_pixels: int = MAX_PIXELS, floats: 
 
     Raises:
         UnreadableImage: the header already shows that the image cannot be used.
+        DataError, OSError: as `naming_damage` raises them.
     """
-    with naming_damage() as caught, open_image(checked_stream(stream)) as image:
+    with naming_damage(stream) as caught, open_image(checked_stream(stream)) as image:
         check_header(image, max_pixels, floats)
         width, height = stored_size(image)
         if image.format == "PNG":
@@ -205,7 +228,7 @@ def loaded_image(
     Raises:
         UnreadableImage: an image that cannot be used, with its kind; also for damage that the block finds.
     """
-    with naming_damage() as caught, open_image(checked_stream(stream)) as image:
+    with naming_damage(stream) as caught, open_image(checked_stream(stream)) as image:
         check_header(image, max_pixels, floats)
         raw_mode = _raw_mode(image)
         image.load()
@@ -220,7 +243,7 @@ def converted_image(image: Image.Image) -> Image.Image:
     Raises:
         UnreadableImage: an animation, pixels of an unknown range, or damage that Pillow finds when it loads them.
     """
-    with naming_damage() as caught:
+    with naming_damage(getattr(image, "filename", None)) as caught:
         check_header(image, MAX_PIXELS)
         raw_mode = _raw_mode(image)
         image.load()

@@ -21,7 +21,7 @@ from davae.data.captions.parallel_folders import Owner, assign_parallel, part_fo
 from davae.data.captions.sidecars import Sidecars
 from davae.data.captions.texts import UnreadableCaption, as_label, as_texts, choose, clean, usual_keys
 from davae.data.class_folders import captions_of_classes, classes_of_folders, order_note
-from davae.data.decoding import decode_image, header_size
+from davae.data.decoding import decode_image, disk_fault, header_size, of_the_disk
 from davae.data.findings import Findings, Tally, add_to, printable
 from davae.data.formats import image_endings, is_image_name
 from davae.data.options import TABLE_OPTIONS, SourceOptions
@@ -211,6 +211,8 @@ class FolderSource:
             with (self.folder / name).open("rb") as stream:
                 return stream.read(limit)
         except OSError as error:
+            if of_the_disk(error):
+                raise disk_fault(self.folder / name, error) from error
             raise UnreadableCaption(
                 "damaged caption", f"{printable(name)} cannot be read: {error.strerror or error}"
             ) from error

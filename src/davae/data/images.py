@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from davae.data.decoding import disk_fault
 from davae.data.findings import Findings
 from davae.errors import DataError, UnreadableImage
 
@@ -234,10 +235,15 @@ class ImageDataset(Dataset):
 
         Raises:
             UnreadableImage: it cannot be used.
+            DataError: a fault of the disk, which names the image.
         """
         index = self.indices[position]
         rng = None if draw < 0 else np.random.default_rng((self.seed, draw))
-        image, caption = self.source.load(index, rng)
+        try:
+            image, caption = self.source.load(index, rng)
+            label = self.source.label(index)
+        except OSError as error:
+            raise disk_fault(self.source.key(index), error) from error
         width, height = self.sizes[self.groups[position]]
         small = image.width < width or image.height < height
         if small and not self.enlarge:
@@ -249,14 +255,15 @@ class ImageDataset(Dataset):
         if rng is not None and self.flip:
             mirrored = draw // len(self) % 2 == 1 if self.enumerates else rng.random() < 0.5
             pixels = pixels.flip(-1) if mirrored else pixels
-        return {"image": pixels, "caption": caption, "index": index, "label": self.source.label(index)}
+        return {"image": pixels, "caption": caption, "index": index, "label": label}
 
-    def skip(self, position: int, error: UnreadableImage) -> None:
-        """Keep and log, once, why an image is not used."""
+    def skip(self, position: int, error: UnreadableImage) -> str:
+        """Keep and log, once, why an image is not used, and return its name."""
         name = self.source.key(self.indices[position])
         if name not in self.skipped:
             self.skipped[name] = str(error)
             logger.warning("skipped %s: %s (%d so far)", name, error, len(self.skipped))
+        return name
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         """Return an item with `skipped`, the images that this call left out."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from davae.data.decoding import disk_fault
 from davae.data.equal_files import FileImages, equal_images
 from davae.data.images import ImageSource
 from davae.errors import RunError, UnreadableImage
@@ -44,6 +45,9 @@ def measure_sizes(source: ImageSource, indices: Sequence[int]) -> ImageSizes:
     Args:
         source: the images.
         indices: the chosen ones.
+
+    Raises:
+        DataError: a fault of the disk, which names the image.
     """
     pixels = np.zeros((len(indices), 2), np.int32)
     reasons: dict[int, str] = {}
@@ -52,6 +56,8 @@ def measure_sizes(source: ImageSource, indices: Sequence[int]) -> ImageSizes:
             pixels[place] = source.size(index)
         except UnreadableImage as error:
             reasons[place] = str(error)
+        except OSError as error:
+            raise disk_fault(source.key(index), error) from error
     return ImageSizes(
         pixels, reasons, equal_images(source, indices, reasons) if isinstance(source, FileImages) else {}
     )

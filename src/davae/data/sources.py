@@ -134,7 +134,7 @@ def tables_in(folder: Path) -> list[Path]:
 
 def open_table(name: str, options: SourceOptions, files: Sequence[Path] | None = None) -> ImageSource:
     """Open a table, or the first data.limit rows of a stream."""
-    return open_stream(name, options) if options.streaming else TableSource(name, options, files)
+    return (open_stream if options.streaming else TableSource)(name, options, files)
 
 
 def _count_others(folder: Path, read: set[Path], unused: dict[str, Tally], deep: bool) -> None:

@@ -114,7 +114,7 @@ class OpenedData:
             partial: what of a remote source was looked at.
         """
         if not is_main():
-            return from_main(None)
+            return from_main(None, patient=True)
         started = time.perf_counter()
         if self.equal_held:
             notes = [
@@ -137,7 +137,8 @@ class OpenedData:
             seconds=self.seconds,
             partial=partial,
         )
-        return from_main(replace(found, seconds=self.seconds + time.perf_counter() - started))
+        found = replace(found, seconds=self.seconds + time.perf_counter() - started)
+        return from_main(found, patient=True)
 
 
 def source_options(data: Data) -> SourceOptions:
@@ -228,14 +229,16 @@ def measured_sizes(source: ImageSource, chosen: Sequence[int], data: Data, folde
         source: the images.
         chosen: those that are measured.
         data: the recipe's section, which may change their sizes.
-        folder: run folder that may keep the sizes of an earlier start.
+        folder: run folder that may keep the sizes of an earlier start, and takes new ones.
     """
     measured = None
     if is_main():
-        if folder is not None and any(folder.glob("survey-*.npz")):
-            measured = load_sizes(folder, sizes_key(source, chosen, repr(source_options(data))), len(chosen))
-        measured = measured or measure_sizes(source, chosen)
-    measured = from_main(measured)
+        place = folder if folder is not None and folder.is_dir() else None
+        key = sizes_key(source, chosen, repr(source_options(data))) if place else ""
+        measured = (load_sizes(place, key, len(chosen)) if place else None) or measure_sizes(source, chosen)
+        if place and (place / "recipe.yaml").is_file():  # a run's folder
+            keep_sizes(place, key, measured)  # at once: the headers of a large set take hours
+    measured = from_main(measured, patient=True)
     # a process that found other files measures its own, and check_same_data names them
     return measured if len(measured.pixels) == len(chosen) else measure_sizes(source, chosen)
 
@@ -274,7 +277,7 @@ def apart_from(source: ImageSource, chosen: Sequence[int], parts: Split) -> list
     equal: dict[int, int] = {}
     if is_main() and isinstance(source, FileImages) and parts.held_out:
         equal = {chosen[place]: chosen[first] for place, first in equal_images(source, chosen).items()}
-    equal = from_main(equal)
+    equal = from_main(equal, patient=True)
     trained = {equal.get(index, index) for index in parts.train}
     apart = [index for index in parts.held_out if equal.get(index, index) not in trained]
     if len(apart) < len(parts.held_out):
@@ -296,8 +299,7 @@ def check_same_data(opened: OpenedData, name: str) -> None:
     digest = hash_values(
         hash_images(opened.source, indices), len(opened.train), opened.groups.tolist(), sorted(opened.left_out)
     )
-    differing = differing_values(digest)
-    if not differing:
+    if not (differing := differing_values(digest)):
         return
     keys = differing_values([opened.source.key(index) for index in indices])
     (_, first_host, _), (other, host, _) = differing[:2]
@@ -369,11 +371,9 @@ def announce(summary: Summary, path: Path | None) -> None:
 
 def same_facts(path: Path, summary: Summary) -> bool:
     """Return whether a file holds this summary already, but for the time that it took."""
-    if not path.is_file():
-        return False
     try:
         written = load_json(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):
         return False
     return isinstance(written, dict) and {**written, "seconds": 0} == {**summary.as_dict(), "seconds": 0}
 
@@ -387,8 +387,7 @@ def bucket_notes(opened: OpenedData, stage: str, settings: Optim, variants: int 
     order = Batches(len(groups), size, seed=0, start=0, stop=steps, groups=groups)
     notes = []
     for group, batches in order.of_buckets().items():
-        count = int((groups == group).sum())
-        if count >= size:
+        if (count := int((groups == group).sum())) >= size:
             continue
         width, height = opened.sizes[group]
         drawn = f"{batches:,} of {steps:,} batches are of it, its images repeated within each"

@@ -22,15 +22,12 @@ def with_clean_base(x_t: Tensor, latents: Tensor, layout: LatentLayout, chosen: 
 
 
 def mean_base_error(mean: Tensor, clean: Tensor | None) -> Tensor:
-    """Return the mean base error of the samples that have one, given the mean of all, 0 where none has.
+    """Return the mean base error of the samples that have one.
 
     Args:
-        mean: a scalar, in which chosen samples count as zero.
-        clean: (B,) booleans, the chosen samples; None for none.
+        mean: that of all samples, in which the clean ones (B,) count as zero.
     """
-    if clean is None:
-        return mean
-    return mean * len(clean) / (~clean).sum().clamp(min=1)
+    return mean if clean is None else mean * len(clean) / (~clean).sum().clamp(min=1)
 
 
 def without_base_error(target: Tensor, prediction: Tensor, layout: LatentLayout, chosen: Tensor) -> Tensor:

@@ -69,17 +69,9 @@ def detail_direction_loss(
 ) -> Tensor:
     """Return `direction_loss` with the detail channels weighed by `weight` in every product.
 
-    With w(n) of Eq. 12 as weight, 0 compares the base alone, 1 all channels alike. Samples with a clean base are compared by
-    their detail alone: a longer base would lower the angle whatever it predicts.
-
-    Args:
-        prediction, target: velocities (B,C+D,h,w).
-        layout: which channels are base.
-        weight: w(n) in [0,1].
-        clean: (B,) booleans, the samples whose base has no loss; None for none.
-
-    Returns:
-        A scalar in [0,2].
+    With w(n) of Eq. 12 as weight, 0 compares the base alone, 1 all channels alike. Of `clean` samples (B,), whose base has no
+    loss, the detail alone is compared: a longer base would lower the angle whatever it predicts.
+    prediction, target (B,C+D,h,w) -> scalar in [0,2].
     """
     root = math.sqrt(weight)
 

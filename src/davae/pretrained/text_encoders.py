@@ -21,7 +21,7 @@ from davae.backbones.families import component_in, denoiser, family_by_class
 from davae.pretrained.open import Configs, MissingPart, load_pipeline
 from davae.pretrained.processors import load_processor
 from davae.pretrained.prompting import silent_t5
-from davae.pretrained.stored import check_config, planned
+from davae.pretrained.stored import check_config, loading, planned
 
 TokenCount = Callable[[list[str]], list[int]]
 
@@ -182,6 +182,7 @@ def reads_silent_t5(model: str | Configs) -> bool:
 
     Raises:
         MissingPart: the tensor is in none of the encoder's files.
+        ModelError: a file that is cut off, or a pointer of Git LFS.
     """
     configs = Configs.of(model)
     model, index = configs.model, configs.index
@@ -197,7 +198,7 @@ def reads_silent_t5(model: str | Configs) -> bool:
         folder = Path(snapshot_download(model, allow_patterns="text_encoder_3/*.safetensors")) / "text_encoder_3"
     name = "encoder.final_layer_norm.weight"
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stream:
+        with loading(f"model {model}: text_encoder_3/{file.name}"), safe_open(file, framework="pt") as stream:
             if name in set(stream.keys()):
                 return not bool(stream.get_tensor(name).any())
     raise MissingPart(f"model {model}: no file of text_encoder_3 holds {name}")

@@ -82,7 +82,8 @@ class BaseRun:
         if recipe.init is not None:
             check_start(recipe, shapes.channels)
         if recipe.cache.shards is not None:
-            check_shards(recipe.cache, shapes.channels, getattr(recipe.architecture, "num_classes", None))
+            side, classes = recipe.resolution // shapes.vae_factor, getattr(recipe.architecture, "num_classes", None)
+            check_shards(recipe.cache, shapes.channels, side, classes)
 
     def check_autoencoder(self, vae: Any) -> None:
         """Check the autoencoder before its cache is written."""

@@ -20,6 +20,7 @@ from davae.data.latent_cache.key import (
     changes,
     hash_former,
     hash_images,
+    hash_shards,
     hash_values,
     hash_weights,
     plain_key,
@@ -94,7 +95,8 @@ def cache_key(
     key: dict[str, Any] = {"autoencoder": hash_weights(weights, fixed)}
     if cache.shards is not None:
         files = sorted([*Path(cache.shards).glob(PATTERN), *Path(cache.shards).glob(STATISTICS)])
-        key["data"] = hash_values([(file.name, file.stat().st_size) for file in files])
+        key["data"] = hash_shards(files)
+        key[FORMER_DATA] = hash_values([(file.name, file.stat().st_size) for file in files])
         key["preprocessing"] = {"cache.dtype": cache.dtype}
     else:
         key["data"] = hash_images(opened.source, opened.train)
@@ -183,14 +185,18 @@ def cache_images(
         return seal(folder, meta, together)
 
 
-def check_shards(cache: Cache, channels: int, num_classes: int | None) -> None:
-    """Check latent shards by their headers, before anything is trained.
+def check_shards(cache: Cache, channels: int, side: int, num_classes: int | None) -> None:
+    """Check latent shards by their headers and classes, before anything is trained.
+
+    Args:
+        cache: section of the recipe, with `shards`.
+        channels, side: of the model's latents, (channels, side, side).
+        num_classes: of the model; None where it is not class-conditional.
 
     Raises:
         DataError: the model is not class-conditional, or there are no shards of its latents.
     """
-    _classes_of_shards(num_classes)
-    open_shards(Path(str(cache.shards)), channels)
+    open_shards(Path(str(cache.shards)), channels, _classes_of_shards(num_classes), side)
 
 
 def _classes_of_shards(num_classes: int | None) -> int:

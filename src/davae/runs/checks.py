@@ -194,7 +194,7 @@ def check_dit_alignment(recipe: Recipe, base: BaseModel) -> None:
 
 
 def check_head(recipe: Recipe, base: BaseModel) -> None:
-    """Refuse options of the detail's rows where a model has neither, and warn of a pair that does not fit.
+    """Refuse options of the detail's rows that a model lacks, and warn of a bad pair.
 
     Args:
         recipe: the upgrade's.

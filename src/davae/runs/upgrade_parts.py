@@ -128,7 +128,8 @@ class UpgradeParts:
             if self.recipe.cache.shards is None:
                 self.data.check_conditions()
             else:
-                check_shards(self.recipe.cache, self.layout.channels, self.base.num_classes)
+                side = self.recipe.base.resolution // self.base.shapes.vae_factor
+                check_shards(self.recipe.cache, self.layout.channels, side, self.base.num_classes)
         except DataError:
             self.folder.close()
             raise

@@ -53,7 +53,7 @@ def _generator(seed: int, index: int, purpose: int) -> torch.Generator:
 
 
 def step_generator(seed: int, index: int) -> torch.Generator:
-    """Return the generator of the noise that a stochastic scheduler adds to an image while it is drawn.
+    """Return the generator of the noise that a stochastic scheduler adds to an image.
 
     Its seed is a hash: the CPU's generator keeps the low 32 bits of a seed alone, so that a large offset would give the
     starting noise again.

@@ -89,10 +89,17 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return flag if ranks() == 1 else bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
 
 
-def from_main(value: Any) -> Any:
-    """Return the first process's value of a plain object. Collective."""
+def from_main(value: Any, *, patient: bool = False) -> Any:
+    """Return the first process's value of a plain object. Collective.
+
+    Args:
+        value: of this process.
+        patient: wait for the first process however long it takes, not just until the time limit of collectives.
+    """
     if ranks() == 1:
         return value
+    if patient:
+        patient_barrier()
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]

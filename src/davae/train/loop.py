@@ -34,6 +34,7 @@ from davae.train.monitor import (
     StepTimer,
     Timings,
     gradient_norms,
+    log_to_trackers,
     open_trackers,
     peak_memory_gib,
 )
@@ -119,7 +120,7 @@ class Trainer:
         self.step = 0
         passes = settings.model_copy(update={"accumulation": self.share.passes})
         check_engine(accelerator, task.name, len(task.trainables), passes)
-        open_trackers(accelerator, run, folder.path, settings.model_dump())
+        open_trackers(accelerator, run, folder.path, task.name, settings.model_dump())
         state = newest_checkpoint(folder, task.name)
         if state is not None:
             for name, trainable in task.trainables.items():
@@ -350,9 +351,7 @@ class Trainer:
             return
         metrics.write(self.step, {**plain, "images_per_second": round(images, 3)})
         timings.write(self.step, {**figures, "images_per_second": images})
-        accelerator.log(
-            {f"{self.task.name}/{key}": value for key, value in {**plain, **figures}.items()}, step=self.step
-        )
+        log_to_trackers(accelerator, self.task.name, self.step, {**plain, **figures})
         self.watch.times(figures)
         self.watch.gradients(plain)
         self.watch.skipped(plain["skipped"], self.step)

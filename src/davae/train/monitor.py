@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from davae.files.atomic import saving
 from davae.recipes.sections import Run
-from davae.train.distributed import sum_over_ranks
+from davae.train.distributed import is_main, sum_over_ranks
 from davae.train.state_dict import like, local
 
 logger = logging.getLogger(__name__)
@@ -180,12 +181,37 @@ class Timings:
             stream.write(json.dumps({"stage": self.stage, "step": step, **rounded}) + "\n")
 
 
-def open_trackers(accelerator: Accelerator, run: Run, folder: Path, config: dict[str, Any]) -> None:
-    """Start the recipe's trackers in the first process, once a launch."""
+def open_trackers(accelerator: Accelerator, run: Run, folder: Path, task: str, config: dict[str, Any]) -> None:
+    """Start the recipe's trackers in the first process, once a launch, and name a task to them."""
     if run.trackers and not accelerator.trackers:
-        options = {"wandb": {"name": folder.name, "dir": str(folder), "id": folder.name, "resume": "allow"}}
+        place = folder.resolve()
+        unique = f"{place.name}-{hashlib.sha256(bytes(place)).hexdigest()[:8]}"  # folders may have equal names
+        options = {"wandb": {"name": place.name, "dir": str(folder), "id": unique, "resume": "allow"}}
         accelerator.init_trackers(
             "davae",
             config={key: value for key, value in config.items() if isinstance(value, (int, float, str, bool))},
             init_kwargs={name: options[name] for name in run.trackers if name in options},
         )
+    for tracker in accelerator.trackers if is_main() else ():
+        if tracker.name == "wandb":
+            prefix = wandb_prefix(task)
+            tracker.tracker.define_metric(f"{prefix}/step")
+            tracker.tracker.define_metric(f"{prefix}/*", step_metric=f"{prefix}/step")
+
+
+def wandb_prefix(task: str) -> str:
+    """Return a task's name in wandb, which takes a dot for a level of nested values."""
+    return task.replace(".", "-")
+
+
+def log_to_trackers(accelerator: Accelerator, task: str, step: int, values: Mapping[str, float]) -> None:
+    """Log a task's values to all trackers.
+
+    The steps of each task begin at 1. wandb drops what is logged below its own step, so the task's step is a value there.
+    """
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            prefix = wandb_prefix(task)
+            tracker.log({**{f"{prefix}/{key}": value for key, value in values.items()}, f"{prefix}/step": step})
+        else:
+            tracker.log({f"{task}/{key}": value for key, value in values.items()}, step=step)

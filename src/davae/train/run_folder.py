@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -225,6 +226,13 @@ def check_same_recipe(path: Path, recipe: AnyRecipe) -> None:
         )
 
 
+def rename_aside(path: Path, word: str) -> None:
+    """Rename a checkpoint to `<word>-NAME`, or to the first free of `<word>-2-NAME` and so on."""
+    words = itertools.chain([word], (f"{word}-{number}" for number in itertools.count(2)))
+    places = (path.with_name(f"{name}-{path.name}") for name in words)
+    path.rename(next(place for place in places if not os.path.lexists(place)))
+
+
 def newest_checkpoint(folder: RunFolder, stage: str) -> dict[str, Any] | None:
     """Return the newest checkpoint that can be read, and rename broken ones to `broken-...`.
 
@@ -249,7 +257,7 @@ def newest_checkpoint(folder: RunFolder, stage: str) -> dict[str, Any] | None:
     if chosen is not None and failure:
         for path in folder.checkpoints(stage):
             if path > chosen:
-                path.rename(path.with_name(f"broken-{path.name}"))
+                rename_aside(path, "broken")
     if chosen is not None:
         check_same_recipe(chosen, folder.recipe)
     chosen = from_main(chosen)
@@ -329,7 +337,7 @@ def changed_inputs(folder: RunFolder, stage: str, inputs: Mapping[str, str]) -> 
 def set_aside(folder: RunFolder, stage: str) -> None:
     """Rename a stage's checkpoints, so that it begins again and they stay for inspection."""
     for path in folder.checkpoints(stage):
-        path.rename(path.with_name(f"earlier-{path.name}"))
+        rename_aside(path, "earlier")
     marker(folder.path, stage).unlink(missing_ok=True)
     if was_done(folder.path, "report"):  # it is about the weights that are now set aside
         atomic_text(marker(folder.path, "report"), "earlier weights")

@@ -71,12 +71,17 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         for entry in optimizer.state.values():
             entry.update({k: v.clone() for k, v in entry.items() if isinstance(v, Tensor) and v.device.type == "cpu"})
         return
+    fused = {parameter for group in optimizer.param_groups if group.get("fused") for parameter in group["params"]}
     for number, entry in state["state"].items():
         parameter = parameters[number]
+        # a fused step counts on the parameter's device; tested on the CPU alone, not on a GPU
+        device = parameter.device if parameter in fused else torch.device("cpu")
         optimizer.state[parameter] = {
-            key: like(value, parameter.detach())
-            if isinstance(value, Tensor) and value.shape == parameter.shape
-            else value
+            key: value
+            if not isinstance(value, Tensor)
+            else like(value, parameter.detach())
+            if value.shape == parameter.shape
+            else value.to(device, copy=True)
             for key, value in entry.items()
         }
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):

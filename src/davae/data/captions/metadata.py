@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from davae.data.captions.image_names import ImageNames
-from davae.data.captions.texts import MAX_CAPTION, as_texts, decode_text, usual_keys
+from davae.data.captions.texts import MAX_CAPTION, as_json, as_texts, decode_text, usual_keys
 from davae.data.findings import Findings, Tally, add_to
 from davae.errors import DataError
 from davae.files.reading import load_json
@@ -34,7 +34,7 @@ class Metadata:
     """
 
     def __init__(self, rows: Mapping[int, dict[str, Any]], count: int, seen: Collection[str]):
-        parts = [json.dumps(rows[i]).encode() if i in rows else b"" for i in range(count)]
+        parts = [json.dumps(rows[i], default=as_json).encode() if i in rows else b"" for i in range(count)]
         self.ends = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
         self.packed = b"".join(parts)
         self.columns = {column for record in rows.values() for column in record}

@@ -177,6 +177,11 @@ def as_texts(value: Any) -> list[str]:
     return [text] if text else []
 
 
+def as_json(value: Any) -> str:
+    """Return a value of a table that JSON has no form for, such as bytes or a date, as text."""
+    return decode_text(value, "a caption")[0] if isinstance(value, bytes) else str(value)
+
+
 def as_label(value: Any, name: str) -> int | None:
     """Return a class number, None where there is none.
 

@@ -58,12 +58,35 @@ class _Shard:
                     raise DataError(f"shard {path} has no tensors named latents and labels; it has {sorted(names)}")
                 self.shape = tuple(stream.get_slice("latents").get_shape())
                 self.flipped = "latents_flip" in names
+                twins = tuple(stream.get_slice("latents_flip").get_shape()) if self.flipped else self.shape
         except SafetensorError as error:
             raise DataError(f"shard {path} is not a whole safetensors file: {error}") from error
+        if len(self.shape) != 4 or twins != self.shape:
+            odd = self.shape if len(self.shape) != 4 else twins
+            raise DataError(f"shard {path} holds latents of shape {odd}; expected (images, channels, side, side)")
+
+    def labels(self, num_classes: int) -> list[int]:
+        """Return the classes, or raise a DataError for too few or unknown ones."""
+        with safe_open(self.path, framework="pt") as stream:
+            own = stream.get_tensor("labels").flatten().long()
+        if len(own) != self.shape[0]:
+            raise DataError(f"shard {self.path} has {len(own)} labels for {self.shape[0]} latents")
+        if len(own) and not 0 <= int(own.min()) <= int(own.max()) < num_classes:
+            odd = own[(own < 0) | (own >= num_classes)][0]
+            raise DataError(f"shard {self.path} has class label {int(odd)}, the model has {num_classes} classes")
+        return own.tolist()
 
 
-def open_shards(source: Path, channels: int) -> list[_Shard]:
-    """Open a folder's shards, or raise a DataError for one that fits neither model nor others."""
+def open_shards(source: Path, channels: int, num_classes: int, side: int | None = None) -> list[_Shard]:
+    """Open a folder's shards, or raise a DataError for one that fits neither model nor others.
+
+    Headers and classes are read.
+
+    Args:
+        source: the folder.
+        channels, num_classes: what the model takes.
+        side: of the model's latents, (channels, side, side); None takes any.
+    """
     shards = [_Shard(path) for path in sorted(source.glob(PATTERN))]
     if not shards:
         raise DataError(f"{source} has no latent shards ({PATTERN})")
@@ -73,6 +96,10 @@ def open_shards(source: Path, channels: int) -> list[_Shard]:
             raise DataError(f"shard {shard.path} holds latents {shard.shape[1:]}, the first shard {shape}")
     if shape[0] != channels:
         raise DataError(f"{source} holds latents of {shape[0]} channels, the model takes {channels}")
+    if side is not None and shape[1:] != (side, side):
+        raise DataError(f"{source} holds latents of {shape[1]}x{shape[2]}, the model takes {side}x{side}")
+    for shard in shards:
+        shard.labels(num_classes)
     return shards
 
 
@@ -96,7 +123,7 @@ def import_shards(
     Raises:
         DataError: no shards, shapes that differ, channels or labels that do not fit the model.
     """
-    shards = open_shards(source, channels)
+    shards = open_shards(source, channels, num_classes)
     given = source / STATISTICS
     statistics = read_statistics(given, channels) if given.is_file() else None
 
@@ -106,7 +133,7 @@ def import_shards(
     for name in names:
         for shard in shards:
             with safe_open(shard.path, framework="pt") as stream:
-                labels = _labels(stream.get_tensor("labels"), shard, num_classes)
+                labels = shard.labels(num_classes)
                 rows = stream.get_slice(name)
                 for start in range(0, shard.shape[0], BLOCK):
                     block: Tensor = rows[start : start + BLOCK]
@@ -129,14 +156,3 @@ def import_shards(
     meta = merged_meta(target, key, given=statistics)
     check_many(meta.skipped, total)
     return meta
-
-
-def _labels(found: Tensor, shard: _Shard, num_classes: int) -> list[int]:
-    """Return a shard's classes, or raise a DataError for too few or unknown ones."""
-    own = found.flatten().long()
-    if len(own) != shard.shape[0]:
-        raise DataError(f"shard {shard.path} has {len(own)} labels for {shard.shape[0]} latents")
-    if len(own) and not 0 <= int(own.min()) <= int(own.max()) < num_classes:
-        odd = own[(own < 0) | (own >= num_classes)][0]
-        raise DataError(f"shard {shard.path} has class label {int(odd)}, the model has {num_classes} classes")
-    return own.tolist()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from davae.data.images import ImageSource
-from davae.data.tables import TableSource
+from davae.data.tables import TableSource, table_content
 
 PARTS = {
     "autoencoder": "the autoencoder's weights or config",
@@ -46,6 +47,12 @@ def hash_images(source: ImageSource, indices: Sequence[int]) -> str:
 def hash_former(source: TableSource, indices: Sequence[int]) -> str:
     """Return the hash of a table as earlier versions made it, whose caches still open."""
     return _hash_parts(part for index in indices for part in source.former(index))
+
+
+def hash_shards(files: Sequence[Path]) -> str:
+    """Return a hash of files: both ends of shards, and all of the statistics."""
+    small = [file.read_bytes() for file in files if file.suffix != ".safetensors"]
+    return _hash_parts([table_content("", files) or b"", *small])
 
 
 def _hash_parts(parts: Iterable[bytes]) -> str:

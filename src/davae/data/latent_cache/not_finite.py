@@ -18,10 +18,19 @@ logger = logging.getLogger(__name__)
 
 LATENT, EMBEDDING = "latent not finite", "caption embedding not finite"
 NOT_FINITE = "not_finite"  # metadata of a text shard: its rows that no training can use
-ALLOWED = 0.1  # share of the images; above it the model is at fault, not the images
+GONE = ("missing file", "cannot be opened")  # kinds of files that were there when the run began
+ALLOWED = 0.1  # share of the images; above it the model or the disk is at fault, not the images
 NULL_NOT_FINITE = (
     "cache: the embedding of the empty caption, which replaces dropped ones, is not finite; a text encoder overflows: set "
     "cache.dtype and base.dtype to float32, or use another base.model"
+)
+COUNTED = (  # how reasons begin, and the remedy where they are many
+    (
+        (LATENT, EMBEDDING),
+        "the autoencoder or a text encoder overflows: set run.mixed_precision to bf16 or no and cache.dtype to float32, or "
+        "use another base.model",
+    ),
+    (GONE, "see to their disk, then run the same command again"),
 )
 ALWAYS = 2  # images that are no reason to stop, however few there are
 
@@ -44,7 +53,9 @@ def stored(values: np.ndarray, dtype: str) -> tuple[np.ndarray, list[str | None]
 
 
 def check_many(skipped: Mapping[str, str], images: int, least: int = ALWAYS) -> None:
-    """Stop where too many images have no finite latent or embedding: the model is at fault.
+    """Stop where too many images have no finite latent or embedding, or lost their file.
+
+    The model or the disk is at fault then.
 
     Args:
         skipped: why images are left out, by name; other reasons are not counted.
@@ -54,23 +65,21 @@ def check_many(skipped: Mapping[str, str], images: int, least: int = ALWAYS) -> 
     Raises:
         DataError: too many; the line names some.
     """
-    lost = {name: why for name, why in skipped.items() if why.startswith((LATENT, EMBEDDING))}
-    if len(lost) > max(least, ALLOWED * images):
-        first = next(iter(lost.values()))
-        raise DataError(
-            f"cache: of {images} images {summarise_skipped(lost)}: {first}; the autoencoder or a text encoder overflows: set "
-            "run.mixed_precision to bf16 or no and cache.dtype to float32, or use another base.model"
-        )
+    for kinds, remedy in COUNTED:
+        lost = {name: why for name, why in skipped.items() if why.startswith(kinds)}
+        if len(lost) > max(least, ALLOWED * images):
+            first = next(iter(lost.values()))
+            raise DataError(f"cache: of {images} images {summarise_skipped(lost)}: {first}; {remedy}")
 
 
 def is_finished(path: Path) -> bool:
-    """Return whether a shard of an interrupted cache is whole and finite, so that it can stay."""
+    """Return whether a shard of an interrupted cache is whole and finite, without lost files."""
     if not is_sound_shard(path):
         return False
     metadata = CacheShard(path).metadata
     skipped = load_json(metadata.get("skipped", "{}"))
     return not load_json(metadata.get(NOT_FINITE, "[]")) and not any(
-        why.startswith(LATENT) for why in skipped.values()
+        why.startswith((LATENT, *GONE)) for why in skipped.values()
     )
 
 

@@ -7,6 +7,7 @@ hidden states of language models have, are kept as bfloat16 bits.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from davae.data.latent_cache.not_finite import ALLOWED, stored
+from davae.data.latent_cache.not_finite import ALLOWED, is_finished, stored
 from davae.data.latent_cache.shard_files import CacheShard
 from davae.files.checksums import SUFFIX, array_sum
 
 ENDS, SHAPE = ".ends", ".shape"  # of the tensors that hold where each row ends, and the shape of a whole one
 WORTH = 0.95  # rows are stored without padding where that leaves less than this share
+CAPTIONS = "captions"  # tensor of a hash of the captions that the rows belong to; earlier versions had none
 BEYOND = float(np.finfo(np.float16).max)
 
 
@@ -82,9 +84,31 @@ def packed(parts: Sequence[np.ndarray], dtype: str) -> tuple[dict[str, np.ndarra
     return tensors, bad
 
 
+def captions_hash(digests: np.ndarray) -> np.ndarray:
+    """Return a hash of a stretch of a caption table, (16,) uint8.
+
+    A caption more or less shifts all rows behind it.
+    """
+    return np.frombuffer(hashlib.sha256(np.ascontiguousarray(digests).tobytes()).digest()[:16], np.uint8)
+
+
+def is_finished_text(path: Path, captions: np.ndarray) -> bool:
+    """Return whether a shard can stay: whole, finite, and made from these captions.
+
+    A shard of earlier versions does not show its captions and is made again; a whole cache of them is read as it is.
+
+    Args:
+        captions: of `captions_hash`.
+    """
+    if not is_finished(path):
+        return False
+    shard = CacheShard(path)
+    return CAPTIONS in shard.names and np.array_equal(shard.tensor(CAPTIONS), captions)
+
+
 def part_names(shard: CacheShard) -> list[str]:
     """Return the tensors that hold embeddings, in the encoder's order."""
-    names = [name for name in shard.names if not name.endswith((ENDS, SHAPE))]
+    names = [name for name in shard.names if name != CAPTIONS and not name.endswith((ENDS, SHAPE))]
     return sorted(names, key=lambda name: int(name.removeprefix("part_")))
 
 

@@ -20,6 +20,7 @@ from davae.data.latent_cache.key import Key, plain_key
 from davae.data.latent_cache.meta import LABELS, NO_LABEL, CacheMeta, Team, prepare_cache
 from davae.data.latent_cache.not_finite import (
     ALWAYS,
+    GONE,
     LATENT,
     NOT_FINITE,
     check_many,
@@ -37,7 +38,7 @@ from davae.data.latent_cache.shard_files import (
     shard_key,
 )
 from davae.data.latent_cache.shard_plan import begun_with, planned_shards
-from davae.data.latent_cache.text_rows import packed
+from davae.data.latent_cache.text_rows import CAPTIONS, captions_hash, is_finished_text, packed
 from davae.errors import DataError, UnreadableImage
 from davae.files.atomic import require_space
 from davae.files.reading import load_json
@@ -135,16 +136,19 @@ def _asking_for_space(
 
 
 class Readable(Dataset):
-    """Images, or the fault of one that cannot be read, without a replacement."""
+    """Images, or the fault of one that cannot be read, without a replacement.
+
+    A fault of the disk is returned as well: a worker process would raise it in many lines.
+    """
 
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[int, dict[str, Any] | UnreadableImage]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, dict[str, Any] | UnreadableImage | DataError]:
         position, draw = item
         try:
             return position, self.dataset.read(position, draw)
-        except UnreadableImage as error:
+        except (UnreadableImage, DataError) as error:
             return position, error
 
 
@@ -241,17 +245,19 @@ def _write_shard(
     for found in loader:
         for position, item in found:
             if isinstance(item, UnreadableImage):
-                dataset.skip(position, item)
-                skipped[dataset.source.key(dataset.indices[position])] = str(item)
-        good = [(position, item) for position, item in found if not isinstance(item, UnreadableImage)]
+                name = dataset.skip(position, item)
+                skipped[name] = str(item)
+                lost |= {name: str(item)} if item.kind in GONE else {}
+            elif isinstance(item, DataError):
+                raise item
+        good = [(position, item) for position, item in found if isinstance(item, dict)]
         over += len(found)
         if good:
             encoded = encode(collate([item for _, item in good])["images"]).float().cpu()
             values, faults = stored(encoded.numpy(), dtype)
             for (position, _), fault in zip(good, faults, strict=True):
                 if fault is not None:
-                    dataset.skip(position, UnreadableImage(LATENT, fault))
-                    name = dataset.source.key(dataset.indices[position])
+                    name = dataset.skip(position, UnreadableImage(LATENT, fault))
                     lost[name] = skipped[name] = f"{LATENT}: {fault}"
             kept = [row for row, fault in enumerate(faults) if fault is None]
             statistics = statistics or ChannelStatistics(encoded.shape[1])
@@ -362,14 +368,15 @@ def write_text(
         stop = min(start + rows, table.count)
         path = folder / f"text-{number:05d}.safetensors"
         shards.append((path.name, stop - start))
-        if number % team.ranks == team.rank and not is_finished(path):
+        made_of = captions_hash(table.digests[start:stop])
+        if number % team.ranks == team.rank and not is_finished_text(path, made_of):
             captions = [table.distinct(row) for row in range(start, stop)]
             batches = [encode(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size)]
             whole = [
                 np.concatenate([part.float().cpu().numpy() for part in parts]) for parts in zip(*batches, strict=True)
             ]
             tensors, bad = packed(whole, dtype)
-            save_shard(path, tensors, {NOT_FINITE: json.dumps(sorted(bad))})
+            save_shard(path, {**tensors, CAPTIONS: made_of}, {NOT_FINITE: json.dumps(sorted(bad))})
         on_batch(stop, table.count)
     team.wait()
     unusable, lost = lost_captions(folder, shards, table, name_of)

@@ -11,10 +11,11 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import fsspec
 
+from davae.data.captions.texts import as_json
 from davae.data.decoding import naming_damage
 from davae.data.formats import open_image
 from davae.data.options import SourceOptions
@@ -29,7 +31,7 @@ from davae.data.shards.commands import PIPE, open_command
 from davae.data.shards.copies import cache_folder, once, unpack_in_place
 from davae.data.shards.tar_index import index_tar
 from davae.data.shards.tar_source import TarSource
-from davae.data.tables import cell_bytes, column_weights, load_rows
+from davae.data.tables import cell_bytes, column_weights, load_rows, table_content
 from davae.errors import DataError, UnreadableImage
 from davae.files.atomic import atomic_text
 from davae.files.reading import read_object
@@ -37,11 +39,36 @@ from davae.files.reading import read_object
 logger = logging.getLogger(__name__)
 
 REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://")
+LOCAL = re.compile(r"(?:file|local)://")
 SHARD_SIZE = 1000  # images of a streamed dataset in one local shard
 
 
 def is_remote(name: str) -> bool:
     return REMOTE.match(name) is not None
+
+
+def local_stamp(name: str, files: Sequence[Path] | None = None) -> tuple[str, ...]:
+    """Return place and content of local files, () for an address elsewhere.
+
+    Another project may have other files under the same relative name, and a file may be written again.
+
+    Args:
+        name: a command behind `pipe:`, an address, a path or a pattern.
+        files: the files, where they are not all that the name matches.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
+    if name.startswith(PIPE):
+        return (os.getcwd(),)
+    path = LOCAL.sub("", name, count=1)
+    if is_remote(path):
+        return ()
+    try:
+        content = table_content(path, files)
+    except OSError as error:
+        raise DataError(f"data.source: cannot read {name}: {error.strerror or error}") from error
+    return () if content is None else (*map(os.path.abspath, files or [path]), content.decode())
 
 
 def fetch_shard(url: str) -> Path:
@@ -52,7 +79,12 @@ def fetch_shard(url: str) -> Path:
     """
     name = re.sub(r"[^\w.-]+", "-", url.rpartition("/")[2])[-60:]
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
-    target = cache_folder() / "shards" / f"{digest}-{name.removesuffix('.tar')}.tar"
+    folder = cache_folder() / "shards"
+    if stamp := local_stamp(url, [Path(LOCAL.sub("", url))] if LOCAL.match(url) else None):
+        folder /= hashlib.sha256(repr(stamp).encode()).hexdigest()[
+            :12
+        ]  # the file's name is part of the images' names
+    target = folder / f"{digest}-{name.removesuffix('.tar')}.tar"
 
     def copy(partial: Path) -> None:
         logger.info("copying %s to %s", url, target)
@@ -91,8 +123,13 @@ def glob_url(url: str) -> list[str]:
     return sorted(found)
 
 
-def open_stream(name: str, options: SourceOptions) -> TarSource:
+def open_stream(name: str, options: SourceOptions, files: Sequence[Path] | None = None) -> TarSource:
     """Open the first `limit` rows of a streamed dataset, copied into local shards.
+
+    Args:
+        name: what `data.source` calls it.
+        options: the recipe's section `data`.
+        files: the parquet files, where they are not all that the name matches.
 
     Raises:
         DataError: without a limit.
@@ -101,14 +138,15 @@ def open_stream(name: str, options: SourceOptions) -> TarSource:
     if options.limit is None:
         raise DataError("data.streaming needs data.limit: how many images to take from the stream")
     parts = (name, options.config, options.split, options.image_column, options.caption_column, options.label_column)
-    kind = hashlib.sha256(repr((*parts, sorted(options.caption_weights))).encode()).hexdigest()[:12]
+    parts = (*parts, sorted(options.caption_weights), *local_stamp(name, files))
+    kind = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
     folder = cache_folder() / "streams" / kind
     starts = range(0, options.limit, SHARD_SIZE)
     targets = [folder / f"{s:09d}-{min(SHARD_SIZE, options.limit - s):04d}.tar" for s in starts]
     missing = [n for n, target in enumerate(targets) if not target.is_file()]
     weights_file = folder / "columns.json"
     if missing or not weights_file.is_file():
-        rows = load_rows(name, options, streaming=True)
+        rows = load_rows(name, options, streaming=True, files=files)
         columns = rows.column_names or list(next(iter(rows)))
         atomic_text(weights_file, json.dumps(column_weights(columns, options)))
         stream: Iterator[Any] = iter(rows.skip(missing[0] * SHARD_SIZE)) if missing else iter(())
@@ -147,7 +185,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], first: int, options: Sour
             cell = row.pop(options.image_column)
             data = b"" if cell is None else cell_bytes(cell)
             add_member(archive, f"{number:09d}.{image_suffix(data)}", data)
-            add_member(archive, f"{number:09d}.json", json.dumps(row, default=str).encode())
+            add_member(archive, f"{number:09d}.json", json.dumps(row, default=as_json).encode())
 
 
 def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:

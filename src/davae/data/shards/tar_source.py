@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,7 @@ from davae.errors import DataError
 
 MEMBER = 1 << 31  # bytes of a member that are read at most
 PREFIX = 1 << 15  # bytes that are read at a time while a header is looked for
+OPEN_SHARDS = 256  # that a process keeps open at most; many systems allow 1,024 files
 SMALL = 2 * PREFIX  # bytes of a file that is read whole: a PNG's metadata at both ends takes two reads
 
 
@@ -57,7 +59,7 @@ class TarSource:
         notes = self._choose_split(_shard_names(shards), unused)
         if not self.names:
             raise DataError(f"{name}: no images inside{_kinds(unused)}")
-        self._open: dict[int, Any] = {}
+        self._token = object()  # open files of this source are its own: a shard may be replaced before the next
         copies = sum(plain != shard for plain, shard in zip(self.shards, shards, strict=True))
         self.findings = Findings(
             "shards",
@@ -98,10 +100,8 @@ class TarSource:
             )
         return notes
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            self._open[shard] = self.shards[shard].open("rb")
-        return self._open[shard].fileno()
+    def _file(self, shard: int) -> _File:
+        return _open_shard(self._token, self.shards[shard])
 
     def sidecar(self, index: int, kind: Kind | str, limit: int = MEMBER) -> bytes | None:
         """Return at most `limit` bytes of a member, None where the sample has none of the kind."""
@@ -110,7 +110,8 @@ class TarSource:
             return None
         shard = int(self.shard_of[index])
         # forked workers share an open file's position, so none is used
-        return read_place(self._descriptor(shard), offset, size, self._sparse.get((shard, offset)), limit)
+        file = self._file(shard)
+        return read_place(file.descriptor, offset, size, self._sparse.get((shard, offset)), limit)
 
     def sidecar_name(self, index: int, kind: Kind) -> str:
         return f"{self.names[index]}.{kind}"
@@ -121,10 +122,7 @@ class TarSource:
         shard = int(self.shard_of[index])
         if (shard, offset) in self._sparse or size <= SMALL:
             return io.BytesIO(self.sidecar(index, "picture") or b"")
-        return io.BufferedReader(_Part(self._descriptor(shard), offset, size), PREFIX)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # file handles do not travel to workers
+        return io.BufferedReader(_Part(partial(self._file, shard), offset, size), PREFIX)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -147,7 +145,8 @@ class TarSource:
         whole = (self.sidecar(index, "picture") or b"") if (shard, begin) in self._sparse else None
         for offset, size in stretches:
             if whole is None:
-                yield os.pread(self._descriptor(shard), max(0, min(size, length - offset)), begin + offset)
+                file = self._file(shard)
+                yield os.pread(file.descriptor, max(0, min(size, length - offset)), begin + offset)
             else:
                 yield whole[offset : offset + size]
 
@@ -169,17 +168,35 @@ class TarSource:
         return decode_image(stream, self.options.background, self.options.max_pixels, self.options.float_pixels), text
 
 
+class _File:
+    """An open file, closed when nothing refers to it. Readers keep it through an eviction."""
+
+    def __init__(self, path: Path):
+        self._stream = path.open("rb", buffering=0)
+        self.descriptor = self._stream.fileno()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_stream"):
+            self._stream.close()
+
+
+@lru_cache(OPEN_SHARDS)
+def _open_shard(token: object, path: Path) -> _File:
+    """Return a source's open shard, one of the latest of this process."""
+    return _File(path)
+
+
 class _Part(io.RawIOBase):
     """A stretch of an open file, read by place: forked workers share the file's own position.
 
     Args:
-        descriptor: the open file.
+        file: returns the open file, which others may have closed meanwhile.
         offset: first byte.
         size: bytes.
     """
 
-    def __init__(self, descriptor: int, offset: int, size: int):
-        self.descriptor, self.offset, self.size, self.position = descriptor, offset, size, 0
+    def __init__(self, file: Callable[[], _File], offset: int, size: int):
+        self.file, self.offset, self.size, self.position = file, offset, size, 0
 
     def readable(self) -> bool:
         return True
@@ -193,7 +210,8 @@ class _Part(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         wanted = max(0, min(len(buffer), self.size - self.position))
-        data = os.pread(self.descriptor, wanted, self.offset + self.position) if wanted else b""
+        file = self.file()
+        data = os.pread(file.descriptor, wanted, self.offset + self.position) if wanted else b""
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)
