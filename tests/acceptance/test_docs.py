@@ -230,7 +230,9 @@ def test_the_table_of_gpus_has_the_planned_figures():
         plan, (*figures, hours, disk) = planned[name], cells.split(" | ")
         assert (int(gpus), f"{gpu.lower()}-{memory}gb") == (plan["gpus"], plan["gpu"])
         phases = {phase["name"]: phase for phase in plan["phases"]}
-        expected = [f"{phases[phase]['device_gib']:.1f}" for phase in ("stage1", "cache", "stage2", "report", "sampling")]
+        expected = [
+            f"{phases[phase]['device_gib']:.1f}" for phase in ("stage1", "cache", "stage2", "report", "sampling")
+        ]
         assert figures == expected, name
         total = sum(phase["hours"] for phase in plan["phases"] if phase["name"] != "sampling")
         assert hours == (f"{total:.0f}" if total >= 1 else "under 1"), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -401,3 +402,20 @@ def test_prompts_of_samples_are_read_without_decoding_an_image(picture_folder: P
     assert [module.condition_of(classes, place, "by class") for place in (0, 1)] == ["0", "1"]
     with pytest.raises(DataError, match="measured on images with classes"):
         module.condition_of(images, 0, "by class")
+
+
+def test_a_disk_that_fails_once_costs_one_draw_and_no_image(picture_folder: Path, monkeypatch, caplog):
+    images = davae.evaluate.generation.real_pictures(str(picture_folder), 32, 0.0, "train")
+    read, first = type(images.source).load, []
+
+    def failing(source, index, rng=None):
+        if not first:
+            first.append(index)
+            raise OSError(errno.EIO, "Input/output error")
+        return read(source, index, rng)
+
+    monkeypatch.setattr(type(images.source), "load", failing)
+    assert images[(0, -1)]["index"] == images.indices[1]
+    assert "another image takes its place" in caplog.text
+    assert not images.skipped
+    assert images[(0, -1)]["index"] == images.indices[0]

@@ -40,6 +40,11 @@ DAMAGE = (  # what Pillow's decoders raise on damaged bytes
 )
 # Faults of one file, which another try meets again; decoders raise EINVAL where damaged bytes lead outside the file.
 OF_THE_FILE = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL}
+OF_THE_FILE |= {errno.EACCES, errno.EPERM}  # rights of one file; the cache refuses many of them
+
+
+class DiskFault(DataError):
+    """A file that its disk does not give now, and perhaps later."""
 
 
 def of_the_disk(error: OSError) -> bool:
@@ -47,9 +52,9 @@ def of_the_disk(error: OSError) -> bool:
     return error.errno is not None and error.errno not in OF_THE_FILE
 
 
-def disk_fault(name: object, error: OSError) -> DataError:
+def disk_fault(name: object, error: OSError) -> DiskFault:
     """Return the error of a file that its disk does not give now."""
-    return DataError(
+    return DiskFault(
         f"{name} cannot be read: {error.strerror or error}; see to its disk and rights, then run the same command again"
     )
 

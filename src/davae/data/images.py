@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from davae.data.decoding import disk_fault
+from davae.data.decoding import DiskFault, disk_fault
 from davae.data.findings import Findings
 from davae.errors import DataError, UnreadableImage
 
@@ -281,6 +281,8 @@ class ImageDataset(Dataset):
             except UnreadableImage as error:
                 self.skip(place, error)
                 met[name] = self.skipped[name]
+            except DiskFault as error:  # the next draw tries it again
+                logger.warning("%s; another image takes its place", error)
         raise DataError(f"none of the {len(self.indices)} images can be read; the log names each")
 
 

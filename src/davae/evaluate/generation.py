@@ -82,7 +82,7 @@ def evaluate_pictures(
 def condition_of(images: ImageDataset, place: int, pipeline: Any) -> str:
     """Return the prompt of an image: its caption, or its class for a class-conditional pipeline.
 
-    No pixels are decoded. Where the caption cannot be read, the next image's is taken, as training does.
+    No pixels are decoded. Where it cannot be read, the next image's is taken, as training does.
 
     Args:
         images: the images.
@@ -98,7 +98,11 @@ def condition_of(images: ImageDataset, place: int, pipeline: Any) -> str:
             return images.source.caption(index)
         except UnreadableImage:
             return images[(place, -1)]["caption"]
-    if (label := images.source.label(index)) is None:
+    try:
+        label = images.source.label(index)
+    except UnreadableImage:
+        label = images[(place, -1)]["label"]
+    if label is None:
         raise DataError("a class-conditional model is measured on images with classes: sub-folders, or `.cls` files")
     return str(label)
 

@@ -117,7 +117,7 @@ def longest_side(config: Any) -> int | None:
     Args:
         config: of the transformer.
     """
-    known = config.get("pos_embed_max_size")
+    known = None if "rope_axes_dim" in config else config.get("pos_embed_max_size")  # CogView4's is never read
     return (
         math.isqrt(known) if known is not None and "num_mmdit_layers" in config else known
     )  # AuraFlow counts all positions

@@ -82,7 +82,7 @@ def open_run(folder: Path) -> FinishedRun:
         raise ModelError(
             f"run {folder} has no {UPGRADE_FILE} and pipeline/; run its `davae upgrade` command to the end"
         )
-    if (folder / "checkpoints").is_dir() and not was_done(folder, "stage2"):
+    if any((folder / "checkpoints").glob("*stage2-*")) and not was_done(folder, "stage2"):
         raise ModelError(
             f"run {folder} is not finished: its upgrade and its pipeline may be of two trainings; run its command to the end"
         )
@@ -196,7 +196,7 @@ def _report(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         return None
     if was_done(folder, "report") and not is_done(folder, recipe, "report"):
         logger.warning(
-            "%s is about a shorter training; the card carries no figures until `davae upgrade` is run again", file
+            "%s is about other weights; the card carries no figures until `davae upgrade` is run again", file
         )
         return None
     return read_report(folder)

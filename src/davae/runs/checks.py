@@ -372,7 +372,7 @@ def check_buckets(recipe: Recipe, base: BaseModel) -> None:
     Raises:
         RecipeError: buckets of a model of squares, or one of stage 2 longer than the transformer's table of positions.
     """
-    step, longest = base.bucket_step(recipe.scale), base.shapes.transformer_config.get("pos_embed_max_size")
+    step, longest = base.bucket_step(recipe.scale), longest_side(base.shapes.transformer_config)
     for stage, data, own in (
         ("stage1", recipe.stage1_data, recipe.stage1.data),
         ("stage2", recipe.stage2_data, recipe.stage2.data),

@@ -14,7 +14,7 @@ from davae.data.images import collate, grid, to_images
 from davae.dataset.opened import OpenedData
 from davae.errors import RecipeError
 from davae.files.atomic import atomic_file
-from davae.losses.clean_base import mean_base_error, without_base_error
+from davae.losses.clean_base import without_base_error
 from davae.losses.velocity import velocity_loss
 from davae.pretrained.memory_budget import Halving
 from davae.recipes.sections import Sampling
@@ -134,7 +134,7 @@ def validation_loss(
 
     @torch.no_grad()
     def validate(step: int) -> dict[str, float]:
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         for first in range(0, len(latents), size):
             part = latents[first : first + size]
             draws = SampleRandom(seed, "validation", 0, first, len(part))
@@ -146,11 +146,11 @@ def validation_loss(
             if noised.clean is not None:
                 target = without_base_error(target, prediction, task.layout, noised.clean)
             loss = velocity_loss(prediction, target, task.layout, 1.0)
-            base = mean_base_error(loss.base, noised.clean)
-            found = [float(value) for value in (loss.total, base, loss.detail)]
+            known = 1.0 if noised.clean is None else float((~noised.clean).float().mean())  # share with a base error
+            found = [float(value) for value in (loss.total, loss.base, loss.detail, known)]
             sums += len(part) * torch.tensor(found, dtype=torch.float64)
-        total, base, detail = (sums / len(latents)).tolist()
-        return {BEST: total, "validation_base": base, "validation_detail": detail}
+        total, base, detail, known = (sums / len(latents)).tolist()
+        return {BEST: total, "validation_base": base / max(known, 1e-9), "validation_detail": detail}
 
     return validate
 

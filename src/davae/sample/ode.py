@@ -16,6 +16,7 @@ from davae.losses.flow_matching import shift_timestep
 
 Field = Callable[[Tensor, Any], Tensor]
 OnStep = Callable[[int, Tensor], Tensor | None]  # may replace the state
+CLEAN = 1.0 - 1e-6  # times of data, as shifted float32 times have them
 
 
 def time_grid(num_steps: int, timestep_shift: float, detail_offset: float = 0.0) -> Tensor:
@@ -62,9 +63,9 @@ def check_labels(class_labels: Tensor, num_classes: int) -> None:
 class GuidedModel:
     """A class-conditional model under classifier-free guidance.
 
-    v = v_null + scale (v_class - v_null) where t >= interval_start, v_class elsewhere; there the null half of the batch is
-    not computed. `cfg_channels` guides only the first k channels, as the official LightningDiT and DiT do with 3.
-    A learned variance is never guided.
+    v = v_null + scale (v_class - v_null) where t >= interval_start, v_class elsewhere; t is the base's time, or the detail's
+    once the base has arrived. Elsewhere the null half of the batch is not computed. `cfg_channels` guides only the first k
+    channels, as the official LightningDiT and DiT do with 3. A learned variance is never guided.
 
     Raises:
         ValueError: a label that is not a class of the model.
@@ -92,7 +93,7 @@ class GuidedModel:
             t: its time, or that of its base.
             detail_t: the time of its detail where that is another one.
         """
-        moving = t if detail_t is None or t < 1.0 else detail_t  # a clean base has arrived, and the detail goes on
+        moving = t if detail_t is None or t < CLEAN else detail_t  # a clean base has arrived, and the detail goes on
         if self.scale == 1.0 or moving < self.start:
             return self._output(x, t, detail_t, self.labels)
         null = torch.full_like(self.labels, self.num_classes)
