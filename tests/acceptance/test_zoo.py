@@ -105,8 +105,12 @@ def test_clothing_draws_clothes_by_name_at_64_px():
 
 
 def test_clothing_upgraded_draws_the_same_classes_at_128_px():
-    """Its changes are stored at a rank; the class and the noise decide what it draws."""
-    assert read_details(UPGRADES["clothing"], find_upgrade("clothing-upgraded").metadata).rank is not None
+    """Its changes are stored in 8 bits, and the base is ahead; the class and the noise decide what it draws."""
+    details = read_details(UPGRADES["clothing"], find_upgrade("clothing-upgraded").metadata)
+    assert details.changes is not None
+    assert details.changes.rank is None
+    assert details.changes.kept > 0.9999
+    assert details.detail_offset == 0.6
     pipeline, _ = open_model("clothing-upgraded")
     assert pipeline.class_names == open_model("clothing")[0].class_names
     options = SamplingOptions(steps=2, guidance=4.0, seed=0)

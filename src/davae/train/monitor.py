@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -184,7 +185,7 @@ class Timings:
 def open_trackers(accelerator: Accelerator, run: Run, folder: Path, task: str, config: dict[str, Any]) -> None:
     """Start the recipe's trackers in the first process, once a launch, and name a task to them."""
     if run.trackers and not accelerator.trackers:
-        place = folder.resolve()
+        place = Path(os.path.realpath(folder))
         unique = f"{place.name}-{hashlib.sha256(bytes(place)).hexdigest()[:8]}"  # folders may have equal names
         options = {"wandb": {"name": place.name, "dir": str(folder), "id": unique, "resume": "allow"}}
         accelerator.init_trackers(
