@@ -68,7 +68,7 @@ def local_stamp(name: str, files: Sequence[Path] | None = None) -> tuple[str, ..
         content = table_content(path, files)
     except OSError as error:
         raise DataError(f"data.source: cannot read {name}: {error.strerror or error}") from error
-    return () if content is None else (*map(os.path.abspath, files or [path]), content.decode())
+    return () if content is None else (*(os.path.abspath(one) for one in files or [path]), content.decode())
 
 
 def fetch_shard(url: str) -> Path:
