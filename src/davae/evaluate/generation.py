@@ -93,18 +93,14 @@ def condition_of(images: ImageDataset, place: int, pipeline: Any) -> str:
         DataError: a class-conditional pipeline, and an image without a class.
     """
     index = images.indices[place]
-    if not goes_by_class(pipeline):
-        try:
-            return images.source.caption(index)
-        except UnreadableImage:
-            return images[(place, -1)]["caption"]
+    kind, read = ("label", images.source.label) if goes_by_class(pipeline) else ("caption", images.source.caption)
     try:
-        label = images.source.label(index)
+        condition: Any = read(index)
     except UnreadableImage:
-        label = images[(place, -1)]["label"]
-    if label is None:
+        condition = images[(place, -1)][kind]
+    if condition is None:
         raise DataError("a class-conditional model is measured on images with classes: sub-folders, or `.cls` files")
-    return str(label)
+    return str(condition)
 
 
 def evaluate_generation(

@@ -118,9 +118,9 @@ def longest_side(config: Any) -> int | None:
         config: of the transformer.
     """
     known = None if "rope_axes_dim" in config else config.get("pos_embed_max_size")  # CogView4's is never read
-    return (
-        math.isqrt(known) if known is not None and "num_mmdit_layers" in config else known
-    )  # AuraFlow counts all positions
+    if known is not None and "num_mmdit_layers" in config:
+        return math.isqrt(known)  # AuraFlow counts the positions of a square
+    return known
 
 
 def check_positions(pipeline: Any, side: int) -> None:
