@@ -12,6 +12,7 @@ from torch import Tensor
 from davae.lab.bench.clock import added_memory, gpu_rounds, machine, race, ratio
 from davae.pretrained.autoencoders import image_side, load_autoencoder
 from davae.pretrained.placement import own_device
+from davae.vae.detail_vae import DetailVAE
 from davae.vae.frames import decode_latents, encode_mode
 
 Way = Literal["encode", "decode"]
@@ -71,9 +72,16 @@ def bench_vae(
     """Whole against tiled.
 
     Raises:
-        ValueError: a size that the autoencoder cannot encode.
+        ValueError: a size that the autoencoder cannot encode, or an autoencoder that is not a DetailVAE: only its tiles have
+            a side that a caller chooses.
     """
-    picture = synthetic_picture(image_side(load_autoencoder(model), resolution))
+    vae = load_autoencoder(model)
+    if not isinstance(vae, DetailVAE):
+        raise ValueError(
+            f"{model} holds an {type(vae).__name__}; `davae bench vae` times the tiles of a DetailVAE: give the folder of an "
+            "upgrade's run, or micro-upgraded"
+        )
+    picture = synthetic_picture(image_side(vae, resolution))
     latents = encoding_work(model, picture, min(256, resolution), dtype)().float()
     figures: dict[str, Any] = {"vae": model, "resolution": resolution, "tile": tile}
     for way in ways:
