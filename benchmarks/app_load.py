@@ -6,6 +6,7 @@ Starts `davae app` with the embedded model on this machine alone, as a user woul
 another, hostile ones mixed in; a visitor opens the page once a second. Then images are drawn, some to warm up and
 the rest between two readings of the resident memory. An attack gets through where its answer is 200 or holds the
 victim's words.
+A record of a file lies among as many arguments as its handler takes, so that it is refused as a file and not by count.
 Writes docs/results/security/app.json.
 """
 
@@ -31,6 +32,8 @@ import httpx
 SECRET = "the victim's words, 81c0"
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "security" / "app.json"
 API = "/gradio_api"
+RECORDS = "file record in an argument"
+REASONS = {RECORDS: "names a file that was not uploaded"}  # kind of attack -> words of its refusal
 
 
 class Page:
@@ -45,6 +48,17 @@ class Page:
         with httpx.Client(base_url=self.origin, follow_redirects=True, timeout=300) as client:
             client.get("/", params={"token": self.token}).raise_for_status()
             yield client
+
+    def handlers(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return the number of each handler that takes arguments, and their first values by name."""
+        with self.owner() as client:
+            config = client.get("/config").json()
+        parts = {part["id"]: part["props"] for part in config["components"]}
+
+        def named(ids: list[int]) -> dict[str, Any]:
+            return {str(parts[i].get("elem_id") or parts[i].get("label") or i): parts[i].get("value") for i in ids}
+
+        return [(d["id"], named(d["inputs"])) for d in config["dependencies"] if d["inputs"]]
 
     def resident(self) -> float:
         """Return the resident memory of the page's process in MiB."""
@@ -110,7 +124,11 @@ def attacks(served: Page) -> dict[str, list[Callable[[httpx.Client], httpx.Respo
         "http://127.0.0.1:1/x",
         "file:///etc/passwd",
     )
-    places = (lambda r: [r], lambda r: [None, r], lambda r: [[r]], lambda r: {"data": [r]})
+    wraps = (lambda r: r, lambda r: [r], lambda r: {"data": [r]})
+    forged = [
+        {"fn_index": number, "session_hash": "evil", "data": [w(record(f)) if n == name else v for n, v in values.items()]}
+        for number, values in served.handlers() for name in values for f in files for w in wraps
+    ]
     closed = (
         "run/predict",
         "call/predict",
@@ -141,9 +159,7 @@ def attacks(served: Page) -> dict[str, list[Callable[[httpx.Client], httpx.Respo
             for t in ("", "x" * 43)
         ],
         "path outside the folder of uploads": [lambda c, f=f: c.get(f"{API}/file={f}") for f in files],
-        "file record in an argument": [
-            lambda c, f=f, w=w: c.post(join, json={**call, "data": w(record(f))}) for f in files for w in places
-        ],
+        RECORDS: [lambda c, f=f: c.post(join, json=f) for f in forged],
         "closed route": [
             lambda c, r=r, m=m: c.request(m, f"{API}/{r}") for r in closed for m in ("GET", "POST")
         ],
@@ -180,6 +196,7 @@ def work(
                 try:
                     answer = attack(client)
                     good = answer.status_code >= 400 and SECRET not in answer.text and "root:" not in answer.text
+                    good = good and REASONS.get(kind, "") in answer.text
                 except httpx.TransportError:  # the door was shut before all was sent
                     good = True
             with lock:
@@ -188,11 +205,12 @@ def work(
                 counts[kind]["failed" if kind == "honest" else "got_through"] += not good
 
 
-def draw(client: httpx.Client, index: int, steps: int, seed: int) -> None:
+def draw(client: httpx.Client, index: int, values: dict[str, Any], steps: int, seed: int) -> None:
     """Draw one image with the upgraded model, as the button does, and fetch it."""
     session = f"draw{seed}"
-    data = ["a red rose", seed, steps, 4.0, ["upgraded"], "base, enlarged", "upgraded", 4]
-    call = {"data": data, "fn_index": index, "session_hash": session}
+    chosen = {"prompt": "a red rose", "Seed": seed, "steps": steps, "Guidance": 4.0, "ways": ["upgraded"], "previews": False}
+    assert chosen.keys() <= values.keys(), f"the page has no {chosen.keys() - values.keys()}"
+    call = {"data": list({**values, **chosen}.values()), "fn_index": index, "session_hash": session}
     client.post(f"{API}/queue/join", json=call).raise_for_status()
     text = client.get(f"{API}/queue/data", params={"session_hash": session}).text
     assert '"Done."' in text, text[-500:]
@@ -238,15 +256,13 @@ def load(served: Page, clients: int, requests: int) -> tuple[dict[str, Any], dic
 
 def memory(served: Page, images: int, warm: int, steps: int) -> dict[str, Any]:
     """Resident memory of the page before and after drawing, one reading a quarter."""
+    index, values = next((number, found) for number, found in served.handlers() if "prompt" in found)
     with served.owner() as client:
-        config = client.get("/config").json()
-        buttons = {part["id"] for part in config["components"] if part["props"].get("elem_id") == "draw"}
-        index = next(d["id"] for d in config["dependencies"] if {target[0] for target in d["targets"]} & buttons)
         for number in range(warm):
-            draw(client, index, steps, number)
+            draw(client, index, values, steps, number)
         readings = [round(served.resident(), 1)]
         for number in range(images):
-            draw(client, index, steps, warm + number)
+            draw(client, index, values, steps, warm + number)
             if (number + 1) % max(1, images // 4) == 0:
                 readings.append(round(served.resident(), 1))
     return {"images": images, "before_first_reading": warm, "steps": steps, "rss_mib": readings}
