@@ -19,12 +19,14 @@ from conftest import picture
 from test_app import pair  # noqa: F401 - a fixture
 from test_app_attacks import handlers_of
 
-from davae.app import about, drawing, enlarging
+from davae.app import about, checkpoint_images, drawing, enlarging
 from davae.app.forms import FormError, flag
+from davae.app.generate_tab import HINT, GenerateTab
 from davae.app.page import build, upload_folder
 from davae.app.pair import Pair, Stopped
 from davae.app.streaming import streamed
 from davae.app.training import Trainings
+from davae.app.turns import Turns
 from davae.app.uploads import named, unused_captions
 from davae.recipes import dump_recipe, load_recipe
 
@@ -243,6 +245,59 @@ def test_the_first_drawing_is_made_once_and_gives_way(pair: Pair, monkeypatch: p
     assert other.images(1.0) == []
 
 
+def test_a_model_too_slow_for_the_first_drawing_is_tried_once(pair: Pair, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    passes: list[int] = []
+
+    def slow(*_: Any, stop: threading.Event, on_step: Any, **options: Any) -> Iterator[Any]:
+        for done in range(16):
+            on_step("upgraded", done, 16)
+            passes.append(done)
+            if stop.is_set():
+                raise Stopped
+            time.sleep(0.05)
+        yield
+
+    monkeypatch.setattr(drawing, "draw", slow)
+    monkeypatch.setattr(drawing.ExampleDrawing, "SECONDS", 0.1)
+    example = drawing.ExampleDrawing(pair, "x")
+    assert example.images(1.0) == []
+    tried = len(passes)
+    assert 1 < tried < 16
+    assert example.images(1.0) == []
+    assert len(passes) == tried
+
+
+def test_a_visit_that_waits_does_not_begin_again_what_gave_way(pair: Pair, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    begun, drawings = threading.Event(), []
+
+    def wait(*_: Any, stop: threading.Event, **options: Any) -> Iterator[Any]:
+        drawings.append(stop)
+        begun.set()
+        assert stop.wait(20)
+        raise Stopped
+        yield
+
+    monkeypatch.setattr(drawing, "draw", wait)
+    example = drawing.ExampleDrawing(pair, "x")
+    visits = [threading.Thread(target=example.images, args=(1.0,)) for _ in range(3)]
+    for visit in visits:
+        visit.start()
+    assert begun.wait(10)
+    while len(example._visits) < 3:
+        time.sleep(0.01)
+    example.give_way()  # another visitor draws
+    for visit in visits:
+        visit.join(10)
+    assert len(drawings) == 1
+    assert not example._visits
+
+
+def test_no_first_drawing_begins_while_a_visitor_draws(pair: Pair):  # noqa: F811
+    tab = SimpleNamespace(turns=Turns(), status="status", example=None)
+    tab.turns.begin("one", 1)
+    assert GenerateTab.show_example(tab) == {"status": HINT}  # type: ignore[arg-type]
+
+
 def test_an_example_is_reconstructed_while_no_image_is_dropped(page: Any):
     encode = next(fn for fn in page.fns.values() if fn.inputs and fn.inputs[0].elem_id == "photo")
     values = [part.value for part in encode.inputs]
@@ -268,6 +323,62 @@ def test_captions_without_an_image_are_named(page: Any, monkeypatch: pytest.Monk
     assert begin.fn("first", *values[1:3], [str(path) for path in sent], *values[4:]) == ("first", line)
     assert begin.fn("first", *values[1:]) == ("first", "")
     assert named([str(number) for number in range(7)], 7) == "0, 1, 2, 3, 4 and 2 more"
+
+
+@pytest.fixture
+def training(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A training with a checkpoint, and the handler that shows it; `drawn` has what was drawn, `take` how long it takes."""
+    look = next(fn for fn in page.fns.values() if fn.outputs and fn.outputs[0].elem_id == "checkpoint")
+    monkeypatch.setattr(look.fn.__wrapped__.__self__.trainings, "root", tmp_path)
+    found = SimpleNamespace(folder=tmp_path / "first", look=look.fn, drawn=[], handler=look)
+    found.take = lambda: None
+
+    def draw(folder: Path, recipe: Any, state: str, base: Any, check: Any) -> list[Any]:
+        found.take()
+        check()
+        found.drawn.append(state)
+        return [(picture(0, 8, 8), state)]
+
+    (found.folder / "checkpoints" / "stage1-00000010").mkdir(parents=True)
+    (found.folder / "recipe.yaml").write_text(dump_recipe(load_recipe("micro")))
+    monkeypatch.setattr(checkpoint_images, "load_checkpoint", lambda path: path.name)
+    monkeypatch.setattr(checkpoint_images, "_load_base", lambda model: found.drawn.append("loaded"))
+    monkeypatch.setattr(checkpoint_images, "_reconstructions", draw)
+    return found
+
+
+def test_images_of_a_checkpoint_are_made_once_for_all_visitors(training: SimpleNamespace):
+    for _ in range(3):
+        shown, seen = training.look("first", "")
+        assert shown["value"][0][1] == seen == "stage1-00000010"
+    assert training.drawn == ["loaded", "stage1-00000010"]
+    assert training.handler.concurrency_id != "compute"  # drawings do not wait for those who watch
+    (training.folder / "progress").mkdir()
+    picture(0, 40, 20).save(training.folder / "progress" / "stage1-00000010.png")
+    shown, seen = training.look("first", "stage1-00000010")
+    assert (shown["value"][0][0].size, seen) == ((40, 20), "stage1-00000010.png")
+    assert len(training.drawn) == 2
+
+
+def test_the_page_loads_no_large_model_to_watch_a_training(
+    training: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checkpoint_images, "LARGEST", 1000)
+    shown, seen = training.look("first", "")
+    assert (shown["value"], training.drawn, seen) == ([], [], "stage1-00000010")
+    assert "too large or too slow" in shown["label"]
+    assert "run.sample_every" in shown["label"]
+
+
+def test_images_that_take_too_long_are_not_tried_again(training: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint_images, "SECONDS", 0.05)
+    training.take = lambda: time.sleep(0.1)
+    shown, _ = training.look("first", "")
+    assert "take over" in shown["label"]
+    (training.folder / "checkpoints" / "stage1-00000020").mkdir()
+    shown, seen = training.look("first", "stage1-00000010")
+    assert (training.drawn, seen) == (["loaded"], "stage1-00000020")
+    assert "too slow" in shown["label"]
 
 
 def test_images_that_a_training_leaves_out_are_named_on_the_page(page: Any, tmp_path: Path):

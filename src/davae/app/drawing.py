@@ -216,7 +216,8 @@ class ExampleDrawing:
     def __init__(self, pair: Pair, prompt: str):
         self.pair, self.prompt = pair, prompt
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._visits: set[threading.Event] = set()  # the end of each visit's drawing
+        self._slow = False
         self._drawn: list[DrawnImage] = []
 
     def images(self, guidance: float) -> list[DrawnImage]:
@@ -228,24 +229,37 @@ class ExampleDrawing:
         Raises:
             ModelError: the model cannot draw them.
         """
-        with self._lock:
-            if not self._drawn:
-                self._stop.clear()
-                timer = threading.Timer(self.SECONDS, self._stop.set)
-                timer.start()
-                ways = [way for way in ways_of(self.pair) if way != NATIVE]
-                try:
-                    options = {"seed": 0, "steps": self.STEPS, "guidance": guidance, "stop": self._stop}
-                    self._drawn = list(draw(self.pair, self.prompt, ways, **options))
-                except Stopped:
-                    return []
-                finally:
-                    timer.cancel()
-            return self._drawn
+        stop = threading.Event()
+        self._visits.add(stop)
+        try:
+            with self._lock:
+                if not (self._drawn or self._slow or stop.is_set()):
+                    self._drawn = self._draw(guidance, stop)
+                return self._drawn
+        except Stopped:
+            return []
+        finally:
+            self._visits.discard(stop)
+
+    def _draw(self, guidance: float, stop: threading.Event) -> list[DrawnImage]:
+        left, before = self.SECONDS, 0.0
+
+        def bound(way: str, done: int, steps: int) -> None:
+            nonlocal left, before
+            now = time.monotonic()
+            left -= now - before if done else 0.0  # the wait for the model before a way's first pass is not counted
+            before = now
+            if left < 0:
+                self._slow = True
+                stop.set()
+
+        options = {"seed": 0, "steps": self.STEPS, "guidance": guidance, "stop": stop, "on_step": bound}
+        return list(draw(self.pair, self.prompt, [way for way in ways_of(self.pair) if way != NATIVE], **options))
 
     def give_way(self) -> None:
-        """End the drawing, so that a visitor does not wait for it."""
-        self._stop.set()
+        """End the drawings of all visits so far, so that a visitor does not wait for them."""
+        for stop in list(self._visits):
+            stop.set()
 
 
 def most_different_place(first: Image.Image, second: Image.Image, zoom: int) -> tuple[float, float]:

@@ -203,7 +203,7 @@ class GenerateTab:
     def show_example(self) -> dict[Any, Any]:
         """Return the example drawing, nothing where a visitor draws already."""
         try:
-            results = self.example.images(Sampling().guidance_scale)
+            results = [] if self.turns.busy else self.example.images(Sampling().guidance_scale)
         except USERS as error:
             return {self.status: status_of(error)}
         if not results:

@@ -20,6 +20,7 @@ from starlette.types import Message, Receive, Scope
 
 SESSION = re.compile(r"[\w-]{1,64}")
 HALF = re.compile("[\ud800-\udfff]")  # of a pair of surrogates: no answer that repeats it can be encoded
+LOCK = ".in-use"  # file in the folder of uploads, locked by its page
 DEEPEST = 24  # levels of lists and objects in a request
 
 
@@ -139,12 +140,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def is_below(path: str, folder: Path) -> bool:
-    """Return whether a path leads to a regular file below a folder, links resolved.
-
-    Args:
-        path: absolute.
-        folder: that may be read.
-    """
+    """Return whether an absolute path leads to a regular file below a folder, links resolved."""
     if "\0" in path or not os.path.isabs(path):
         return False
     try:
@@ -167,12 +163,7 @@ def occupied(folder: Path) -> int:
 
 
 def make_room(folder: Path, limit: int) -> None:
-    """Remove the oldest files below a folder until they occupy at most `limit` bytes.
-
-    Args:
-        folder: of files that may be removed.
-        limit: bytes.
-    """
+    """Remove the oldest files below a folder, but its lock, until at most `limit` bytes stay."""
     found = []
     for place, _, names in os.walk(folder):
         for name in names:
@@ -180,6 +171,8 @@ def make_room(folder: Path, limit: int) -> None:
             try:
                 status = os.lstat(path)
             except FileNotFoundError:
+                continue
+            if path == os.path.join(folder, LOCK):  # by which the next page knows whose folder it is
                 continue
             found.append((status.st_mtime, status.st_size, path))
     total = sum(size for _, size, _ in found)
@@ -219,12 +212,7 @@ def bounded_body(receive: Receive, most: int, seconds: float) -> Receive:
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives a body that was read already, then the client's messages.
-
-    Args:
-        body: of the request.
-        receive: of the request.
-    """
+    """Return a `receive` that gives a body that was read already, then the client's messages."""
     given = False
 
     async def receiving() -> Message:

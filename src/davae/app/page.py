@@ -26,7 +26,7 @@ from davae.app.forms import escape_markup
 from davae.app.generate_tab import GenerateTab
 from davae.app.guard import Guard
 from davae.app.inspect_tab import InspectTab
-from davae.app.limits import Bounds
+from davae.app.limits import LOCK, Bounds
 from davae.app.pair import Pair
 from davae.app.reconstruct_tab import ReconstructTab
 from davae.app.roots import Roots, label
@@ -39,7 +39,7 @@ from davae.errors import RunError
 QUEUE = 32  # events that may wait; the next is refused
 SESSIONS = 64  # visitors whose images are kept in memory
 CONNECTIONS = 256
-FOLDER, LOCK = "davae-app-", ".in-use"
+FOLDER = "davae-app-"
 
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }

@@ -31,20 +31,23 @@ def arrival_of(request: Any) -> int:
 
 
 class Turns:
-    """The drawings of all visitors, and the arrival until which each visitor stopped them."""
+    """The drawings of all visitors, and the arrival until which each visitor stopped them.
+
+    A visitor is a session, an arrival the place of a request in the order of all.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stopped: dict[str, int] = {}
         self._begun: dict[str, dict[int, threading.Event]] = {}
 
-    def begin(self, visitor: str, arrival: int) -> threading.Event:
-        """Return the event that ends a drawing, set already where a Stop arrived while it waited.
+    @property
+    def busy(self) -> bool:
+        """True while a visitor draws."""
+        return bool(self._begun)
 
-        Args:
-            visitor: session.
-            arrival: of the request to draw.
-        """
+    def begin(self, visitor: str, arrival: int) -> threading.Event:
+        """Return the event that ends a drawing, set already where a Stop arrived while it waited."""
         stop = threading.Event()
         with self._lock:
             self._begun.setdefault(visitor, {})[arrival] = stop
@@ -53,12 +56,7 @@ class Turns:
         return stop
 
     def end(self, visitor: str, arrival: int) -> None:
-        """Forget a drawing that has ended.
-
-        Args:
-            visitor: session.
-            arrival: of the request to draw.
-        """
+        """Forget a drawing that has ended."""
         with self._lock:
             begun = self._begun.get(visitor, {})
             begun.pop(arrival, None)
@@ -66,12 +64,7 @@ class Turns:
                 self._begun.pop(visitor, None)
 
     def stop(self, visitor: str, arrival: int) -> bool:
-        """Stop earlier drawings of a visitor, and return whether the visitor has no newer one.
-
-        Args:
-            visitor: session.
-            arrival: of the request to stop.
-        """
+        """Stop earlier drawings of a visitor, and return whether the visitor has no newer one."""
         with self._lock:
             before = self._stopped.pop(visitor, 0)  # the newest lie last
             self._stopped[visitor] = max(before, arrival)
