@@ -19,7 +19,7 @@ from PIL import Image
 
 from davae.analyze.sensitivity import decode_faded, reconstructions
 from davae.app import drawing, reconstructing
-from davae.app.checkpoint_images import checkpoint_images
+from davae.app.checkpoint_images import checkpoint_images, newest_images_of
 from davae.app.inspection import inspection
 from davae.app.pair import Pair, Stopped, open_pair
 from davae.app.training import Trainings
@@ -248,7 +248,7 @@ def test_a_training_starts_pauses_and_resumes(tiny_base: Path, picture_folder: P
         assert saved["data"]["source"] == str(tmp_path / "runs/first/pictures")
         with pytest.raises(RunError, match="'first' runs"):
             trainings.start("second", str(recipe))
-        wait_for(lambda: trainings.newest_checkpoint("first") != "", "a first checkpoint")
+        wait_for(lambda: newest_images_of(tmp_path / "runs/first") is not None, "a first checkpoint")
         assert trainings.state("first").line.startswith("running: stage 1, detail VAE: step")
         trainings.pause("first")
         wait_for(lambda: not trainings.running("first"), "the pause")
@@ -256,7 +256,9 @@ def test_a_training_starts_pauses_and_resumes(tiny_base: Path, picture_folder: P
         assert state.line.startswith("paused: stage 1, detail VAE: step")
         assert not state.finished
         assert {row["curve"] for row in trainings.curves("first")["stage1"]} == {"L1", "alignment"}
-        shown = checkpoint_images(tmp_path / "runs/first")
+        newest = newest_images_of(tmp_path / "runs/first")
+        assert newest is not None
+        shown = checkpoint_images(tmp_path / "runs/first", newest)
         assert shown[0][0].size == (32, 32)
         assert shown[1][1] == f"stage 1, step {trainings.curves('first')['stage1'][-1]['step']}"
         with pytest.raises(RunError, match="resume it"):

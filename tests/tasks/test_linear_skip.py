@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_lightning_dit import random_model, small_autoencoder
 
 from davae import ClassConditionalPipeline, LightningDiT
-from davae.app.checkpoint_images import checkpoint_images
+from davae.app.checkpoint_images import checkpoint_images, newest_images_of
 from davae.data.latent_cache.moments import latent_moments
 from davae.data.latent_cache.read import CachedLatents
 from davae.errors import Interrupted, RecipeError
@@ -106,7 +106,9 @@ def test_resuming_is_exact_to_the_bit(finished: Path, base: Path, classes: Path,
     recipe = recipe_of(base, classes)
     run(recipe, tmp_path / "out", stop_at=2)
     assert not (tmp_path / "out" / "pipeline").exists()
-    assert len(checkpoint_images(tmp_path / "out")) == 2
+    newest = newest_images_of(tmp_path / "out")
+    assert newest is not None
+    assert len(checkpoint_images(tmp_path / "out", newest)) == 2
     run(recipe, tmp_path / "out")
     for name in (UPGRADE_FILE, "pipeline/transformer/diffusion_pytorch_model.safetensors"):
         mine, theirs = load_file(tmp_path / "out" / name), load_file(finished / name)

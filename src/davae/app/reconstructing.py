@@ -75,13 +75,7 @@ def weights_of(channels: int, strength: float, first: int, last: int) -> Tensor:
 
 
 def decode_weighted(pair: Pair, encoded: Encoded, weights: Tensor) -> Image.Image:
-    """Decode an image with raw z_d multiplied by weights.
-
-    Args:
-        pair: the models.
-        encoded: the image's latents.
-        weights: (D,).
-    """
+    """Decode an image with raw z_d multiplied by weights (D,)."""
     with LOCK:
         return to_images(check_reconstruction(decode_faded(_vae(pair), encoded.latents, weights)))[0]
 
@@ -93,23 +87,13 @@ def _vae(pair: Pair) -> DetailVAE:
 
 
 def error_map(original: Image.Image, image: Image.Image) -> Image.Image:
-    """Return a map of each pixel's mean absolute error, brightest at ERROR_SHOWN or more.
-
-    Args:
-        original: to compare with.
-        image: of the same size.
-    """
+    """Return a map of each pixel's mean absolute error, brightest at ERROR_SHOWN or more."""
     error = np.abs(_pixels(original) - _pixels(image)).mean(-1) / ERROR_SHOWN
     return Image.fromarray((matplotlib.colormaps["inferno"](error.clip(0, 1))[..., :3] * 255).astype(np.uint8))
 
 
 def psnr_of(original: Image.Image, image: Image.Image) -> float:
-    """Return the PSNR in dB of one image against another of the same size, at most 100.
-
-    Args:
-        original: to compare with.
-        image: to judge.
-    """
+    """Return the PSNR in dB of one image against another of the same size, at most 100."""
     both = [torch.from_numpy(_pixels(one)).movedim(-1, 0)[None] for one in (image, original)]  # (1,3,H,W)
     return float(psnr(*both))
 

@@ -65,13 +65,7 @@ def _lock(stream: IO[str]) -> None:
 
 
 def write(stream: IO[str], name: str, pid: int) -> None:
-    """Write the training that holds the slot into its file.
-
-    Args:
-        stream: the open file.
-        name: of the training.
-        pid: of its process.
-    """
+    """Write the name and process of the training that holds the slot into its open file."""
     stream.seek(0)
     stream.truncate()
     stream.write(json.dumps({"name": name, "pid": pid}))
@@ -100,12 +94,7 @@ def holder(root: Path) -> Holder | None:
 
 
 def asks_to_stop(pid: int, folder: Path) -> bool:
-    """Send SIGTERM to the training of a folder, and return whether the process is that training.
-
-    Args:
-        pid: of the process.
-        folder: of the training.
-    """
+    """Send SIGTERM to the training of a folder, and return whether the process is that training."""
     try:
         command = Path(f"/proc/{pid}/cmdline")
         if Path("/proc/self").is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,12 @@ import gradio as gr
 import pandas as pd
 
 from davae.app import forms
-from davae.app.checkpoint_images import checkpoint_images
+from davae.app.checkpoint_images import checkpoint_images, newest_images_of
 from davae.app.forms import escape_markup
 from davae.app.roots import RECIPES_OWN, Roots
 from davae.app.training import Trainings, upgrade_recipes
 from davae.app.uploads import MAX_IMAGES, MAX_TRAINING_STEPS, named, unused_captions, uploaded
-from davae.app.widgets import COMPUTE, PRIVATE, QUIET, as_user_error
+from davae.app.widgets import PRIVATE, QUIET, USERS, as_user_error
 from davae.recipes import Recipe, load_recipe
 
 COLOURS = "#4c78a8", "#f58518"  # blue, orange
@@ -27,6 +28,7 @@ VALUES: dict[str, tuple[str, bool, float, float]] = {  # recipe field -> label, 
     "stage2.lr": ("Learning rate of stage 2", False, 1e-8, 0.1),
     "run.seed": ("Seed", True, 0, 2**31 - 1),
     "run.checkpoint_every": ("Steps between checkpoints", True, 1, MAX_TRAINING_STEPS),
+    "run.sample_every": ("Steps between images that it draws itself", True, 0, MAX_TRAINING_STEPS),
 }
 
 
@@ -60,6 +62,7 @@ CURVES = (
     ("Stage 1: L1 (blue), alignment (orange)", ("L1", "alignment")),
     ("Stage 2: velocity error of base (blue) and detail (orange)", ("base", "detail")),
 )
+NEWEST = "Newest checkpoint"
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "training", "concurrency_limit": 1}
 
 
@@ -75,6 +78,7 @@ class TrainTab:
     def __init__(self, trainings: Trainings, roots: Roots, uploads: Path):
         self.trainings, self.roots, self.uploads = trainings, roots, uploads
         self.choices = upgrade_recipes()
+        self._looking = threading.Lock()  # held by the visitor for whom images of a checkpoint are made
         gr.Markdown(
             "Runs `davae upgrade` on this machine, in a folder of its own. Without images of yours it trains on the "
             "recipe's. With `micro`, 100 steps of each stage take minutes; its full recipe takes hours."
@@ -149,7 +153,7 @@ class TrainTab:
                     for number, (label, curves) in enumerate(CURVES)
                 ]
             self.gallery = gr.Gallery(
-                label="Newest checkpoint",
+                label=NEWEST,
                 columns=4,
                 height="auto",
                 format="png",
@@ -179,7 +183,6 @@ class TrainTab:
             [watched, self.checkpoint],
             [self.gallery, self.checkpoint],
             **QUIET,
-            **COMPUTE,
         )
 
     def _view(self) -> list[Any]:
@@ -236,8 +239,14 @@ class TrainTab:
         return [title, line, left_out, report, *curves, names, gr.update(visible=True)]
 
     def newest_images(self, title: str, seen: str) -> list[Any]:
-        """Return images of the newest checkpoint and its name, unless it is shown already."""
-        newest = self.trainings.newest_checkpoint(title) if title else ""
-        if newest == seen or not newest:
+        """Return newer images than those seen and their name, to one visitor at a time."""
+        newest = newest_images_of(self.trainings.folder(title)) if title else None
+        if newest is None or newest.name == seen or not self._looking.acquire(blocking=False):
             return [gr.skip(), seen]
-        return [checkpoint_images(self.trainings.folder(title)), newest]
+        try:
+            shown, line = checkpoint_images(self.trainings.folder(title), newest), NEWEST
+        except USERS as error:
+            shown, line = [], f"{NEWEST}: {forms.line_of(error)}"
+        finally:
+            self._looking.release()
+        return [gr.update(value=shown, label=line), newest.name]

@@ -198,14 +198,16 @@ class Trainings:
             raise RunError(f"training '{name}' cannot be asked to pause yet; try again in a moment")
 
     def close(self, timeout: float = 60.0) -> None:
-        """Pause what runs and wait for its checkpoint: the server is about to end."""
-        name, end = self.current(), time.monotonic() + timeout
-        while name and self.running(name) and time.monotonic() < end:
+        """Pause the training that this page started and wait for its checkpoint, as the page ends."""
+        end = time.monotonic() + timeout
+        self._reap()
+        while self.process is not None and time.monotonic() < end:
             with contextlib.suppress(RunError):  # it ended by itself, or cannot be asked yet
-                self.pause(name)
+                self.pause(Path(self.process.args[-1]).name)  # type: ignore[index]
             again = time.monotonic() + 10
-            while self.running(name) and time.monotonic() < min(again, end):
+            while self.process is not None and time.monotonic() < min(again, end):
                 time.sleep(0.1)
+                self._reap()
 
     def state(self, name: str) -> State:
         """Return whether a training runs or is done, and a line on how far it came."""
@@ -254,11 +256,6 @@ class Trainings:
         """Return the report's page of a training, None before it is written."""
         page = self.folder(name) / "report.html"
         return page if page.is_file() and is_below(str(page.absolute()), self.root) else None
-
-    def newest_checkpoint(self, name: str) -> str:
-        """Return the folder name of the newest checkpoint, '' before the first."""
-        found = (self.folder(name) / "checkpoints").glob("stage[12]-[0-9]*")
-        return max((path.name for path in found), default="")
 
     def left_out(self, name: str) -> list[str]:
         """Return a line for each reason to leave images out, with the names of the first ones."""

@@ -146,10 +146,5 @@ def updates_of(
 
 
 def is_shown_step(done: int, total: int) -> bool:
-    """Return whether the status line names a step: about SHOWN_STEPS of a drawing.
-
-    Args:
-        done: steps.
-        total: steps.
-    """
+    """Return whether the status line names a step: about SHOWN_STEPS of a drawing."""
     return done % -(-total // SHOWN_STEPS) == 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from davae.backbones.families import family_of
+from davae.backbones.head_options import BUFFERS
 from davae.errors import RecipeError
 
 NORM_CLASS = re.compile("Norm|Modulation")
@@ -141,3 +142,23 @@ def check_target(transformer: nn.Module, end: str, pattern: str, in_full: Contai
         f"stage2.lora.extra_targets: no layer of {type(transformer).__name__} has a name that ends in '{end}'; name linear "
         "layers, as norm1.linear"
     )
+
+
+@torch.no_grad()
+def restore_trained(module: nn.Module, state: dict[str, Any], player: str) -> None:
+    """Copy the trained parameters of a checkpoint, or their kept average, into a module.
+
+    Args:
+        module: whose trained parameters are marked.
+        state: of the checkpoint.
+        player: name of the module there.
+    """
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    values = [state["players"][player][name] for name in trained]
+    if player in state["ema"]:
+        values = [state["ema"][player]["shadow"][name] for name in trained]
+    for parameter, value in zip(trained.values(), values, strict=True):
+        parameter.copy_(value)
+    for name, buffer in module.named_buffers():
+        if name.startswith(BUFFERS):
+            buffer.copy_(state["players"][player][name])
