@@ -66,7 +66,8 @@ def test_hostile_text_stays_inside_the_card_s_blocks(text: str, tmp_path: Path):
     (tmp_path / "vae" / "config.json").write_text(json.dumps(VAE))
     row = {"name": text, "psnr": 1.0, "ssim": 1.0, "lite0": 1.0}
     speed = {"name": text, "tokens": 1, "transformer_seconds": 1.0, "whole_seconds": 1.0, "speedup_over_native": 1.0}
-    report = {"reconstruction": [row], "speed": [speed], "facts": {"machine": text}}
+    rows = [speed, {**speed, "speedup_over_native": None}]  # of a base that cannot draw the upgrade's size
+    report = {"reconstruction": [row], "speed": rows, "facts": {"machine": text}}
     base = text.replace("\udcff", "?")
     for kind, languages in (("fused", ["python", "yaml"]), ("upgrade", ["sh", "yaml"])):
         write_card(tmp_path, Origin(base, kind, False, recipe_with(text), report), INDEX)
@@ -86,7 +87,9 @@ def test_hostile_text_stays_inside_the_card_s_blocks(text: str, tmp_path: Path):
         assert "<h1>Owned" not in shown
         assert 'href="javascript' not in shown
         assert shown.count("<table>") == 2
-        assert shown.count("<td") == 9, "a name is one cell"
+        assert shown.count("<td") == 14, "a name is one cell"
+        assert "<td>1.00x</td>" in shown
+        assert "<td>-</td>" in shown
 
 
 def test_a_card_is_about_its_own_model(tmp_path: Path):

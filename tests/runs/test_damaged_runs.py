@@ -162,6 +162,7 @@ REPORT = {
     "change",
     [
         {"facts": []}, {"facts": {}}, {"facts": {"machine": 5}}, {"speed": {}}, {"speed": [1]}, {"speed": [{"name": "a"}]},
+        {"speed": [{**REPORT["speed"][0], "tokens": None}]}, {"speed": [{**REPORT["speed"][0], "speedup_over_native": "1"}]},
         {"reconstruction": None}, {"reconstruction": [{**REPORT["reconstruction"][0], "psnr": "1"}]},
         {"reconstruction": [{**REPORT["reconstruction"][0], "name": None}]},
     ],

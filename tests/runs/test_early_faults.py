@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import picture
+from conftest import picture, tiny_upgrade_recipe
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 
+from davae.commands.upgrade import _show_report
 from davae.errors import DataError, DavaeError, ModelError, RecipeError
 from davae.evaluate import generation
 from davae.lab.super_resolution import train_super_resolution
 from davae.losses.perceptual import random_lpips
+from davae.publish.report_file import read_report
 from davae.recipes import BaseRecipe, Recipe, load_recipe
+from davae.recipes.loading import validate
 from davae.recipes.super_resolution import SuperResolutionRecipe
-from davae.runs.report import check_native
+from davae.runs.report import run_with_report
 from davae.runs.train_base import train_base
 from davae.runs.upgrade import Upgrade
 from davae.sample import image_folder
@@ -261,16 +266,36 @@ def test_a_recipe_that_davae_did_not_put_there_is_kept(few: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("name", "side"), [("micro", 32), ("auraflow", 128)])
-def test_a_base_without_positions_for_its_native_image_has_no_report(
-    tmp_path: Path, name: str, side: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_without_positions_is_known_from_configs(name: str, side: int) -> None:
     """AuraFlow's table counts all positions: 9,216 are 96 in a row."""
     size = ["scale=4"] if name == "micro" else ["base.resolution=1024", "base.model=auraflow", "detail_channels=4"]
     recipe = load_recipe("micro", size)
     assert isinstance(recipe, Recipe)
-    known = 16 if name == "micro" else 96
-    with pytest.raises(
-        RecipeError, match=rf"{side} tokens in a row, and it knows positions up to {known}; use davae"
-    ):
-        check_native(recipe, BaseModel.of(recipe, configs=name if name != "micro" else None))
-    check_native(load_recipe("micro"), BaseModel.of(load_recipe("micro")))  # type: ignore[arg-type]
+    base, known = BaseModel.of(recipe, configs=name if name != "micro" else None), 16 if name == "micro" else 96
+    line = f"{recipe.resolution} pixels are {side} tokens in a row, and {name} knows positions up to {known}"
+    assert base.beyond_positions(recipe.resolution) == line
+    assert base.beyond_positions(recipe.base.resolution) == ""
+
+
+def test_a_base_without_positions_for_the_upgrades_size_gets_a_report_without_it(
+    tiny_base: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    stock = SD3Transformer2DModel.from_pretrained(tiny_base / "transformer")
+    own = SD3Transformer2DModel.from_config({**stock.config, "pos_embed_max_size": 6})
+    weights = stock.state_dict()
+    weights["pos_embed.pos_embed"] = own.state_dict()["pos_embed.pos_embed"]
+    own.load_state_dict(weights)
+    own.save_pretrained(tmp_path / "base" / "transformer")
+    recipe = validate({"kind": "upgrade", **tiny_upgrade_recipe(tmp_path / "base", picture_folder)}, "tiny")
+    assert isinstance(recipe, Recipe)
+    page = run_with_report(Upgrade(recipe, tmp_path / "run", quiet), quiet).read_text()
+    assert "32 pixels are 8 tokens in a row" in page
+    assert "knows positions up to 6. So nothing here is compared with it" in page
+    assert "base, native" not in page
+    rows = read_report(tmp_path / "run")["speed"]
+    assert [(row["name"], row["speedup_over_native"]) for row in rows] == [
+        ("base at 16, enlarged", None),
+        ("upgraded", None),
+    ]
+    _show_report(tmp_path / "run")  # the table that the command prints

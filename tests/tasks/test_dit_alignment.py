@@ -242,7 +242,9 @@ def test_mistakes_are_one_line(tiny_base: Path, picture_folder: Path, monkeypatc
     base = BaseModel.of(recipe)
     check_recipe(recipe, base)
     monkeypatch.setitem(base.shapes.transformer_config, "pos_embed_max_size", 6)
-    with pytest.raises(RecipeError, match=r"the base would see 32 pixels, 8 tokens in a row, .* positions up to 6"):
+    with pytest.raises(
+        RecipeError, match=r"whole image; 32 pixels are 8 tokens in a row, .* positions up to 6; leave"
+    ):
         check_recipe(recipe, base)
     other = BaseModel.of(recipe)
     vars(other)["family"] = replace(other.family, blocks=None)

@@ -133,7 +133,7 @@ def _show_report(folder: Path) -> None:
         ["model", "image tokens", "transformer, s", "whole, s", "against native"],
         [
             [row["name"], row["tokens"], f"{row['transformer_seconds']:.3f}", f"{row['whole_seconds']:.3f}",
-             f"{row['speedup_over_native']:.2f}x"]
+             f"{row['speedup_over_native']:.2f}x" if row["speedup_over_native"] is not None else "-"]
             for row in figures["speed"]
         ],
     )  # fmt: skip

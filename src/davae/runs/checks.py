@@ -184,13 +184,8 @@ def check_dit_alignment(recipe: Recipe, base: BaseModel) -> None:
         raise RecipeError(
             f"{name}: davae reads no features of a {family.class_name}; leave it out, or use one of {known}"
         )
-    longest = longest_side(base.shapes.transformer_config)
-    side = recipe.resolution // (base.shapes.vae_factor * base.shapes.patch_size)
-    if longest is not None and side > longest:
-        raise RecipeError(
-            f"{name}: the base would see {recipe.resolution} pixels, {side} tokens in a row, and {recipe.base.name} knows "
-            f"positions up to {longest}; leave it out"
-        )
+    if why := base.beyond_positions(recipe.resolution):
+        raise RecipeError(f"{name}: the base would see the whole image; {why}; leave it out")
 
 
 def check_head(recipe: Recipe, base: BaseModel) -> None:

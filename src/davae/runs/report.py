@@ -22,22 +22,19 @@ from davae.data.images import spread_indices, to_images
 from davae.data.openmoji import CREDIT
 from davae.dataset.encoding import coding_bytes, images_at_a_time, report_precision
 from davae.dataset.opened import OpenedData
-from davae.errors import ModelError, RecipeError
+from davae.errors import ModelError
 from davae.evaluate.reconstruction import score_reconstructions
 from davae.evaluate.throughput import Timing, time_pipelines
 from davae.losses.perceptual import Lite0Distance
 from davae.pretrained.memory_budget import Halving, OneOnDevice
 from davae.pretrained.open import load_pipeline
-from davae.pretrained.shapes import longest_side
 from davae.publish.assemble import VAE_FOLDER, load_upgraded
 from davae.publish.report_file import read_report
-from davae.recipes import Recipe
 from davae.recipes.stages import POLISH
 from davae.runs.report_page import Column, ReportContent, best_rows, write_report
 from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions
-from davae.tasks.base_model import BaseModel
 from davae.train.distributed import from_main, on_main
 from davae.train.loop import Observer, Progress
 from davae.train.run_folder import read_metrics
@@ -64,7 +61,6 @@ def run_with_report(run: Upgrade, observer: Observer) -> Path:
         observer(progress)
         check_stop("the report")
 
-    check_native(run.recipe, run.base)
     with stop_on_signal(run.recipe.run.stop_signals):
         run.check_data()
         run.run()
@@ -76,21 +72,6 @@ def run_with_report(run: Upgrade, observer: Observer) -> Path:
             run.folder.mark_done("report")
         check_stop(str(run.out))
     return page
-
-
-def check_native(recipe: Recipe, base: BaseModel) -> None:
-    """Refuse a report of a base that has no positions for an image of the upgrade's size.
-
-    Raises:
-        RecipeError: names the size, and the verb that writes no report.
-    """
-    longest = longest_side(base.shapes.transformer_config)
-    side = recipe.resolution // (base.shapes.vae_factor * base.shapes.patch_size)
-    if longest is not None and side > longest:
-        raise RecipeError(
-            f"the report draws {recipe.base.name} at {recipe.resolution} pixels, {side} tokens in a row, and it knows "
-            f"positions up to {longest}; use davae train-dit, which trains the same upgrade and writes no report"
-        )
 
 
 def has_report(folder: Path) -> bool:
@@ -170,6 +151,8 @@ def lead(run: Upgrade, shipped: bool) -> str:
         f"{run.layout.base_channels} base channels. Stage 1 ran {recipe.stage1.max_steps} steps of "
         f"{recipe.stage1.batch_size}, {polish}stage 2 {recipe.stage2.max_steps} steps of {recipe.stage2.batch_size}, here."
     )
+    if why := run.base.beyond_positions(recipe.resolution):
+        text += f" The base cannot draw this size itself: {why}. So nothing here is compared with it at this size."
     if shipped:
         text += (
             f" 'This run' is the model that this run trained. 'Shipped' is {recipe.base.name}-upgraded, another upgrade of "
@@ -245,20 +228,11 @@ def sample_columns(run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any,
         return [image for part in halving.parts(draw, len(prompts)) for image in part]
 
     base = [resize_to(image, high) for image in drawn(run.base_pipeline, low)]
-    columns = [
-        Column("base, enlarged", base, f"{low} px, bilinear to {high}"),
-        Column(
-            "base, native",
-            drawn(run.base_pipeline, high),
-            f"{high} px, {recipe.scale**2}x the tokens",
-        ),
-        Column(
-            "this run",
-            drawn(upgraded, high),
-            f"{high} px, same tokens as {low}",
-            "own",
-        ),
-    ]
+    columns = [Column("base, enlarged", base, f"{low} px, bilinear to {high}")]
+    if not run.base.beyond_positions(high):
+        note = f"{high} px, {recipe.scale**2}x the tokens"
+        columns.append(Column("base, native", drawn(run.base_pipeline, high), note))
+    columns.append(Column("this run", drawn(upgraded, high), f"{high} px, same tokens as {low}", "own"))
     if shipped is not None:
         columns.append(
             Column("shipped", drawn(shipped, high), f"{recipe.base.name}-upgraded, not this run", "shipped")
@@ -299,19 +273,18 @@ def reconstruction_section(
 def speed_section(run: Upgrade, turn: OneOnDevice, upgraded: Any, prompt: str) -> list[dict[str, Any]]:
     recipe = run.recipe
     high, low = recipe.resolution, recipe.base.resolution
+    enlarged = f"base at {low}, enlarged", run.base_pipeline, low, partial(resize_to, size=high)
+    native = f"base native at {high}", run.base_pipeline, high, lambda image: image
+    own = "upgraded", upgraded, high, lambda image: image
     rows: list[Timing] = time_pipelines(
-        [
-            (f"base at {low}, enlarged", run.base_pipeline, low, partial(resize_to, size=high)),
-            (f"base native at {high}", run.base_pipeline, high, lambda image: image),
-            ("upgraded", upgraded, high, lambda image: image),
-        ],
+        [enlarged, own] if run.base.beyond_positions(high) else [enlarged, native, own],
         prompt,
         steps=recipe.sampling.steps,
         guidance_scale=recipe.sampling.guidance_scale,
         repeats=recipe.report.timing_repeats,
         turn=turn,
     )
-    native = rows[1].whole
+    seconds = next((row.whole for row in rows if row.name == native[0]), None)
     return [
         {
             "name": row.name,
@@ -319,7 +292,7 @@ def speed_section(run: Upgrade, turn: OneOnDevice, upgraded: Any, prompt: str) -
             "tokens": row.tokens,
             "transformer_seconds": row.transformer,
             "whole_seconds": row.whole,
-            "speedup_over_native": native / row.whole,
+            "speedup_over_native": None if seconds is None else seconds / row.whole,
             "upgraded": row.name == "upgraded",
         }
         for row in rows

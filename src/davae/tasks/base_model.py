@@ -14,7 +14,7 @@ from davae.errors import ModelError, RecipeError
 from davae.pretrained.autoencoders import autoencoder_config
 from davae.pretrained.distilled import Distilled, distilled
 from davae.pretrained.open import Configs, load_part, load_pipeline, load_scheduler
-from davae.pretrained.shapes import BaseShapes, read_shapes
+from davae.pretrained.shapes import BaseShapes, longest_side, read_shapes
 from davae.pretrained.text_encoders import TextEncoder, load_text_encoders, reads_silent_t5, text_encoders
 from davae.recipes import Recipe
 from davae.recipes.base import BaseRecipe, ClassArchitecture
@@ -139,6 +139,14 @@ class BaseModel:
         if self.family.condition == "class":
             return None
         return self.shapes.vae_factor * scale * self.shapes.patch_size
+
+    def beyond_positions(self, pixels: int) -> str:
+        """Return why the transformer cannot see an image of a size, '' where it has the positions."""
+        longest = longest_side(self.shapes.transformer_config)
+        side = pixels // (self.shapes.vae_factor * self.shapes.patch_size)
+        if longest is None or side <= longest:
+            return ""
+        return f"{pixels} pixels are {side} tokens in a row, and {self.title} knows positions up to {longest}"
 
     def load_vae(self) -> Any:
         """Load the autoencoder, in float32."""
