@@ -106,7 +106,7 @@ def _reconstructions(
 ) -> CheckpointImages:
     vae = DetailVAE.from_base(base.vae, recipe.detail_channels, recipe.scale, recipe.downsample)
     restore_trained(vae, state, "vae")
-    vae.to(own_device())
+    vae.to(own_device())  # type: ignore[arg-type]
     opened = open_pictures(recipe.stage1_data, recipe.resolution, BaseModel.of(recipe).bucket_step(recipe.scale))
     dataset = opened.squares(opened.shown(MOST))
     kind = "held out" if opened.held_out else "training"
