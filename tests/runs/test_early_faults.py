@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import BUILDERS
 from conftest import picture
 from safetensors.torch import save_file
 
@@ -16,6 +17,7 @@ from davae.lab.super_resolution import train_super_resolution
 from davae.losses.perceptual import random_lpips
 from davae.recipes import BaseRecipe, Recipe, load_recipe
 from davae.recipes.super_resolution import SuperResolutionRecipe
+from davae.runs.checks import check_recipe
 from davae.runs.report import check_native
 from davae.runs.train_base import train_base
 from davae.runs.upgrade import Upgrade
@@ -274,3 +276,23 @@ def test_a_base_without_positions_for_its_native_image_has_no_report(
     ):
         check_native(recipe, BaseModel.of(recipe, configs=name if name != "micro" else None))
     check_native(load_recipe("micro"), BaseModel.of(load_recipe("micro")))  # type: ignore[arg-type]
+
+
+def test_a_base_of_one_area_is_upgraded_from_it_and_has_no_report(tmp_path: Path) -> None:
+    """The pipeline of HiDream-I1 rescales every size to 128 x 128 latent positions, here of one pixel."""
+    BUILDERS["HiDreamImageTransformer2DModel"](tmp_path)
+    for side in (128, 192):
+        recipe = load_recipe("micro", [f"base.resolution={side}", f"base.model={tmp_path}", "detail_channels=4"])
+        assert isinstance(recipe, Recipe)
+        base = BaseModel.of(recipe)
+        if side == 192:
+            with pytest.raises(
+                RecipeError, match=r"base.resolution: .* draws 128 pixels and no other size; use 128$"
+            ):
+                check_recipe(recipe, base)
+            continue
+        check_recipe(recipe, base)
+        with pytest.raises(
+            RecipeError, match=r"256 pixels, and a HiDreamImagePipeline draws one area alone; use davae"
+        ):
+            check_native(recipe, base)

@@ -79,18 +79,22 @@ def run_with_report(run: Upgrade, observer: Observer) -> Path:
 
 
 def check_native(recipe: Recipe, base: BaseModel) -> None:
-    """Refuse a report of a base that has no positions for an image of the upgrade's size.
+    """Refuse a report of a base that cannot draw an image of the upgrade's size.
 
     Raises:
         RecipeError: names the size, and the verb that writes no report.
     """
     longest = longest_side(base.shapes.transformer_config)
     side = recipe.resolution // (base.shapes.vae_factor * base.shapes.patch_size)
-    if longest is not None and side > longest:
-        raise RecipeError(
-            f"the report draws {recipe.base.name} at {recipe.resolution} pixels, {side} tokens in a row, and it knows "
-            f"positions up to {longest}; use davae train-dit, which trains the same upgrade and writes no report"
-        )
+    fault = f"{side} tokens in a row, and it knows positions up to {longest}"
+    if base.family.fixed_side is not None:
+        fault = f"and a {base.pipeline_class} draws one area alone"
+    elif longest is None or side <= longest:
+        return
+    raise RecipeError(
+        f"the report draws {recipe.base.name} at {recipe.resolution} pixels, {fault}; use davae train-dit, which trains "
+        "the same upgrade and writes no report"
+    )
 
 
 def has_report(folder: Path) -> bool:

@@ -84,6 +84,14 @@ class BaseModel:
         return None if key is None else int(self.shapes.transformer_config[key])
 
     @property
+    def only_side(self) -> int | None:
+        """Side in pixels of the one square that the pipeline draws, None where it draws others."""
+        config, factor = self.shapes.transformer_config, self.shapes.vae_factor
+        if self.family.condition == "class":  # LightningDiT's own configs have input_size alone
+            return (config.get("sample_size") or config["input_size"]) * factor
+        return None if self.family.fixed_side is None else self.family.fixed_side * factor
+
+    @property
     def pipeline_class(self) -> str:
         """Name of the pipeline's class."""
         return self.shapes.pipeline_class
