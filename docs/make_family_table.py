@@ -102,8 +102,9 @@ def page(outcomes: Outcomes) -> str:
         f"An upgraded folder of {stock} classes runs in the unmodified pipeline of diffusers. Those of the other "
         f"{len(trained) - stock} name a",
         "class of davae. diffusers has no pipeline for LightningDiT; the rest are small subclasses, because diffusers' own",
-        "has a size or a number of channels in its code ([reasons](families.md)). You load all folders in the same way,",
-        "after `import davae`.",
+        "has a size or a number of channels in its code ([reasons](families.md)). After `import davae` a folder opens by the",
+        "class in the table: `FluxPipeline.from_pretrained` of diffusers, `davae.DetailZImagePipeline.from_pretrained`.",
+        "`DiffusionPipeline.from_pretrained` finds the classes of diffusers alone.",
         "",
         f"| transformer | pipeline of an upgraded folder | drawn from | {' | '.join(headings)} | presets |",
         f"|---|---|---|{'---|' * len(labels)}---|",

@@ -137,8 +137,7 @@ def test_a_lora_that_does_not_fit_is_found_before_the_work(
     assert "\n" not in str(raised.value)
 
 
-def test_a_pipeline_without_lora_files_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(retention, "takes_callback", lambda pipeline: True)
+def test_a_pipeline_without_lora_files_is_found_before_the_work(tmp_path: Path):
     model = upgraded("HunyuanDiT2DModel", tmp_path)
     with pytest.raises(ModelError, match=r"a \w+ loads no LoRA files; leave it out"):
         check_pair(load_pipeline(str(tmp_path / "base")), model, tmp_path / "lora.safetensors")

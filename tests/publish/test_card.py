@@ -43,6 +43,12 @@ INDEX = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers",
 VAE = {"scale": 2, "detail_channels": 8}
 
 
+def write_configs(folder: Path, transformer: dict[str, Any] | None = None) -> None:
+    for part, config in (("vae", VAE), ("transformer", transformer or {})):
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps(config))
+
+
 def recipe_with(prompt: str) -> Any:
     values = {
         "name": "tiny", "base": {"model": "micro", "resolution": 64}, "detail_channels": 8,
@@ -62,8 +68,7 @@ def read_markdown(card: str) -> tuple[dict[str, str], str]:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_stays_inside_the_card_s_blocks(text: str, tmp_path: Path):
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(VAE))
+    write_configs(tmp_path)
     row = {"name": text, "psnr": 1.0, "ssim": 1.0, "lite0": 1.0}
     speed = {"name": text, "tokens": 1, "transformer_seconds": 1.0, "whole_seconds": 1.0, "speedup_over_native": 1.0}
     rows = [speed, {**speed, "speedup_over_native": None}]  # of a base that cannot draw the upgrade's size
@@ -93,8 +98,7 @@ def test_hostile_text_stays_inside_the_card_s_blocks(text: str, tmp_path: Path):
 
 
 def test_a_card_is_about_its_own_model(tmp_path: Path):
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(VAE))
+    write_configs(tmp_path)
     rows = [
         {"name": name, "psnr": psnr, "ssim": 0.5, "lite0": 0.5}
         for name, psnr in (("base + bicubic", 23.46), ("full", 19.21), ("full, shipped", 29.03))
@@ -116,6 +120,25 @@ def test_a_card_is_about_its_own_model(tmp_path: Path):
         assert "23.46" in card
         assert "29.03" not in card
         assert "31.50" not in card
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "transformer", "embeds", "call"),
+    [
+        ("StableDiffusion3Pipeline", "SD3Transformer2DModel", None, "guidance_scale=2.5)"),
+        ("DetailZImagePipeline", "ZImageTransformer2DModel", None, "guidance_scale=1.5)"),
+        ("FluxPipeline", "FluxTransformer2DModel", True, "guidance_scale=2.5, true_cfg_scale=1.0)"),
+        ("FluxPipeline", "FluxTransformer2DModel", False, "true_cfg_scale=2.5, negative_prompt=[''])"),
+        ("DetailLumina2Pipeline", "Lumina2Transformer2DModel", None, "height=128, width=128, num_inference_steps=30"),
+    ],
+)
+def test_a_card_calls_the_pipeline_as_davae_does(
+    pipeline: str, transformer: str, embeds: bool | None, call: str, tmp_path: Path
+):
+    write_configs(tmp_path, None if embeds is None else {"guidance_embeds": embeds})
+    index = {"_class_name": pipeline, "transformer": ["diffusers", transformer]}
+    write_card(tmp_path, Origin("micro", "fused", False, recipe_with("x"), {}), index)
+    assert call in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_report_on_a_shorter_training_is_not_carried(tmp_path: Path):

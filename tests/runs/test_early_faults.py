@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import BUILDERS
 from conftest import picture, tiny_upgrade_recipe
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from davae.publish.report_file import read_report
 from davae.recipes import BaseRecipe, Recipe, load_recipe
 from davae.recipes.loading import validate
 from davae.recipes.super_resolution import SuperResolutionRecipe
+from davae.runs.checks import check_recipe
 from davae.runs.report import run_with_report
 from davae.runs.train_base import train_base
 from davae.runs.upgrade import Upgrade
@@ -273,8 +275,8 @@ def test_an_image_without_positions_is_known_from_configs(name: str, side: int) 
     assert isinstance(recipe, Recipe)
     base, known = BaseModel.of(recipe, configs=name if name != "micro" else None), 16 if name == "micro" else 96
     line = f"{recipe.resolution} pixels are {side} tokens in a row, and {name} knows positions up to {known}"
-    assert base.beyond_positions(recipe.resolution) == line
-    assert base.beyond_positions(recipe.base.resolution) == ""
+    assert base.cannot_draw(recipe.resolution) == line
+    assert base.cannot_draw(recipe.base.resolution) == ""
 
 
 def test_a_base_without_positions_for_the_upgrades_size_gets_a_report_without_it(
@@ -299,3 +301,21 @@ def test_a_base_without_positions_for_the_upgrades_size_gets_a_report_without_it
         ("upgraded", None),
     ]
     _show_report(tmp_path / "run")  # the table that the command prints
+
+
+def test_a_base_of_one_area_is_upgraded_from_it(tmp_path: Path) -> None:
+    """The pipeline of HiDream-I1 rescales every size to 128 x 128 latent positions, here of one pixel."""
+    BUILDERS["HiDreamImageTransformer2DModel"](tmp_path)
+    for side in (128, 192):
+        recipe = load_recipe("micro", [f"base.resolution={side}", f"base.model={tmp_path}", "detail_channels=4"])
+        assert isinstance(recipe, Recipe)
+        base = BaseModel.of(recipe)
+        if side == 192:
+            with pytest.raises(
+                RecipeError, match=r"base.resolution: .* draws 128 pixels and no other size; use 128$"
+            ):
+                check_recipe(recipe, base)
+            continue
+        check_recipe(recipe, base)
+        assert base.cannot_draw(256).endswith("draws 128 pixels and no other size")
+        assert base.cannot_draw(128) == ""

@@ -6,7 +6,7 @@ It holds where latent channels enter and leave the transformer, and how the tran
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from davae.backbones.call import Call
 from davae.errors import ModelError
@@ -40,8 +40,10 @@ class Family:
         classes_key: config key of the number of classes, where `condition` is class.
         patch_key: config key of p; None where only the pipeline packs positions, or positions are tokens.
         grid: positions per side that the model groups in addition to p, so that latents divide by it too.
-        guidance: argument by which the pipeline takes a guidance scale.
+        guidance: argument by which the pipeline takes a guidance scale; `true_cfg_scale` where `guidance_scale` is an input.
+        no_guidance: least scale that the pipeline takes, which turns guidance off; None where it takes any, and 1 does so.
         negative_prompts: whether the pipeline guides only, or only several prompts, with a negative prompt for each.
+        fixed_side: latent positions of the square to whose area the pipeline rescales all sizes; None where it draws any.
         default_pixels: side of the images that the stock pipeline draws by default, where its code has a literal.
         upgraded_pipelines: davae's subclasses of stock pipelines that cannot draw an upgrade, or not by default.
         scaled_config: entries of the transformer's config from which the pipeline reads sizes in pixels of the base; an
@@ -73,7 +75,9 @@ class Family:
     patch_key: str | None = "patch_size"
     grid: int = 1
     guidance: Literal["guidance_scale", "true_cfg_scale"] = "guidance_scale"
+    no_guidance: float | None = None
     negative_prompts: bool = False
+    fixed_side: int | None = None
     default_pixels: int | None = None
     upgraded_pipelines: tuple[str, ...] = ()
     scaled_config: tuple[str, ...] = ()
@@ -89,6 +93,23 @@ class Family:
         The other families can only be expanded.
         """
         return self.call is not None
+
+    def guide(self, config: Any, scale: float, prompts: int) -> dict[str, Any]:
+        """Return a pipeline's arguments that guide prompts away from the empty prompt.
+
+        A guidance-distilled model takes the scale as an input instead.
+
+        Args:
+            config: of the model.
+            scale: guidance scale; 1 turns guidance off.
+            prompts: number of prompts in the call.
+        """
+        if self.guidance == "true_cfg_scale" and config.get("guidance_embeds"):
+            return {"guidance_scale": scale, "true_cfg_scale": 1.0}
+        negative = {"negative_prompt": [""] * prompts} if self.negative_prompts and scale > 1 else {}
+        if self.no_guidance is not None:  # Z-Image and Krea 2 count from 0, where others count from 1
+            scale = max(scale - (1 - self.no_guidance), self.no_guidance)
+        return {self.guidance: scale, **negative}
 
     def require_call(self) -> Call:
         """Return how the model is called.

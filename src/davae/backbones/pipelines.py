@@ -28,10 +28,12 @@ from diffusers import (
 )
 from diffusers.image_processor import PixArtImageProcessor, VaeImageProcessor
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import SUPPORTED_SHAPE, map_to_standard_shapes
+from torch import Tensor
 
 from davae.backbones.families.pixart import rotary_table
 
 SIZES = ("height", "width")
+TINY = 1e-7  # next to a velocity of unit variance: float16 holds it
 SHIFT_LENGTHS = {"base_image_seq_len": 256, "max_image_seq_len": 4096}  # Lumina2Pipeline's defaults
 
 # -- a default size in pixels ------------------------------------------------------------------------------------------
@@ -116,61 +118,73 @@ class DetailQwenImage21Pipeline(QwenImage21Pipeline):
 # -- 8 pixels per latent position --------------------------------------------------------------------------------------
 
 
-class BasePixels:
-    """Counts sizes in pixels of the base image, which are what the stock code needs.
+def in_base_pixels(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a pipeline's `__call__` that runs for the base image, 1/s as high and wide.
 
     The stock pipeline has 8 pixels per latent position in its code, for latents and for all it works out from sizes
-    (positions, attention scale, allowed sizes). An upgraded autoencoder has s times as many; so the stock code is called for
-    the base image, 1/s as high and wide: the same tokens, which the autoencoder decodes to the size that was given.
+    (positions, attention scale, allowed sizes). An upgraded autoencoder has s times as many, and decodes the base's tokens to
+    the size that was given. By default it is s times the base's. A size that is not a multiple of s is a ValueError.
+
+    Args:
+        call: the stock `__call__`.
     """
 
-    vae: Any
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """Run the stock pipeline with `height` and `width` in pixels of the upgraded image.
-
-        By default they are s times the base's.
-
-        Raises:
-            ValueError: a size that is not a multiple of s.
-        """
-        stock = super().__call__  # type: ignore[misc]
-        arguments = inspect.signature(stock).bind(*args, **options).arguments
+    @functools.wraps(call)
+    def wrapped(self: Any, *args: Any, **options: Any) -> Any:
+        given = inspect.signature(call).bind(self, *args, **options).arguments
         scale = self.vae.layout.scale
         for name in SIZES:
-            pixels = arguments.get(name)
+            pixels = given.get(name)
             if pixels is not None and pixels % scale:
                 raise ValueError(f"{name} is {pixels}; it must be divisible by {scale}")
-            arguments[name] = None if pixels is None else pixels // scale
-        return stock(**arguments)
+            given[name] = None if pixels is None else pixels // scale
+        return call(**given)
+
+    return wrapped
 
 
-class DetailLuminaPipeline(BasePixels, LuminaPipeline):
+class DetailLuminaPipeline(LuminaPipeline):
     """Lumina-Next for an upgraded model.
 
-    The stock pipeline has a factor of 8 in its code (see BasePixels). Like the stock pipeline, this one guides only the
+    The stock pipeline has a factor of 8 in its code (see in_base_pixels). Like the stock pipeline, this one guides only the
     first three channels, which are the base's.
     """
 
+    __call__ = in_base_pixels(LuminaPipeline.__call__)
 
-class DetailLumina2Pipeline(BasePixels, Lumina2Pipeline):
+
+class DetailLumina2Pipeline(Lumina2Pipeline):
     """Lumina-Image 2.0 for an upgraded model.
 
-    The stock pipeline has a factor of 8 in its code (see BasePixels). It also takes the timestep shift from the number of
+    The stock pipeline has a factor of 8 in its code (see in_base_pixels). It also takes the timestep shift from the number of
     latent *channels*, where the number of tokens was meant. An upgraded model has D channels more and the same tokens;
-    here it keeps the shift that the base pipeline gives those tokens.
+    here it keeps the shift that the base pipeline gives those tokens. Its guidance divides by the norms of rows, which are
+    zero in the detail before training (see without_zero_rows).
     """
 
+    @functools.wraps(Lumina2Pipeline.__call__)
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Run the stock pipeline, with sizes as in BasePixels."""
         own = {key: self.scheduler.config.get(key, default) for key, default in SHIFT_LENGTHS.items()}
         detail = self.vae.layout.detail_channels
         # the shift is linear in channels between these two: moved by D, it is the same at C+D as it was at C
         self.scheduler.register_to_config(**{key: length + detail for key, length in own.items()})
+        handle = self.transformer.register_forward_hook(without_zero_rows)
         try:
-            return super().__call__(*args, **options)
+            return in_base_pixels(Lumina2Pipeline.__call__)(self, *args, **options)
         finally:
+            handle.remove()
             self.scheduler.register_to_config(**own)
+
+
+def without_zero_rows(
+    model: torch.nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Fill rows of a prediction (B,c,h,w) that are exactly zero, so that no norm is zero.
+
+    This is a hook that runs after the pass; `args` and `output` are those of the pass.
+    """
+    prediction = output[0]
+    return (prediction.masked_fill((prediction == 0).all(-1, keepdim=True), TINY), *output[1:])
 
 
 # -- a number of channels ----------------------------------------------------------------------------------------------
@@ -237,36 +251,19 @@ class DetailHunyuanDiTPipeline(HunyuanDiTPipeline):
     base's size, as in training.
     """
 
-    def __call__(
-        self,
-        prompt: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        *args: Any,
-        target_size: tuple[int, int] | None = None,
-        use_resolution_binning: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the stock pipeline, with `target_size` in pixels of the base.
-
-        `target_size` and `use_resolution_binning` are given by name.
-        """
+    @functools.wraps(HunyuanDiTPipeline.__call__)
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        given = inspect.signature(HunyuanDiTPipeline.__call__).bind(self, *args, **options).arguments
         scale = self.vae.layout.scale
         default = self.default_sample_size * self.vae_scale_factor
-        rows, columns = (height or default) // scale // 16 * 16, (width or default) // scale // 16 * 16  # the base's
-        if use_resolution_binning and (rows, columns) not in SUPPORTED_SHAPE:
+        rows, columns = ((given.get(name) or default) // scale // 16 * 16 for name in SIZES)  # the base's
+        if given.get("use_resolution_binning", True) and (rows, columns) not in SUPPORTED_SHAPE:
             columns, rows = map_to_standard_shapes(columns, rows)
+        given |= {"height": rows * scale, "width": columns * scale, "use_resolution_binning": False}
+        given["target_size"] = given.get("target_size") or (rows, columns)  # in pixels of the base
         handle = self.transformer.register_forward_pre_hook(follow_latents, with_kwargs=True)
         try:
-            return super().__call__(
-                prompt,
-                rows * scale,
-                columns * scale,
-                *args,
-                target_size=target_size or (rows, columns),
-                use_resolution_binning=False,
-                **kwargs,
-            )
+            return HunyuanDiTPipeline.__call__(**given)
         finally:
             handle.remove()
 
@@ -286,7 +283,8 @@ def follow_latents(
     return args, {**kwargs, "image_rotary_emb": rotary_table(model.config, height, width, args[0].device)}
 
 
-# a pipeline's model_index.json names its class; diffusers finds it among the names of a library that is imported
+# their public place: a folder is opened by its class, `davae.DetailZImagePipeline.from_pretrained`, because
+# `DiffusionPipeline.from_pretrained` looks for the class that model_index.json names in diffusers alone
 for _pipeline in (
     DetailAuraFlowPipeline,
     DetailErnieImagePipeline,

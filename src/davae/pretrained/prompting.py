@@ -34,21 +34,15 @@ def literal_prompts(pipeline: Any) -> dict[str, Any]:
 
 
 def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, Any]:
-    """Return arguments that guide prompts away from the empty prompt.
-
-    A guidance-distilled model takes the scale as an input instead.
+    """Return arguments that guide a pipeline's prompts, as `Family.guide` makes them.
 
     Args:
         pipeline: the pipeline that is called.
-        scale: guidance scale, as the pipeline counts it.
+        scale: guidance scale; 1 turns guidance off.
         prompts: number of prompts in the call.
     """
     transformer = denoiser(pipeline)
-    family = family_of(transformer)
-    if family.guidance == "true_cfg_scale" and transformer.config.get("guidance_embeds"):
-        return {"guidance_scale": scale, "true_cfg_scale": 1.0}
-    negative = {"negative_prompt": [""] * prompts} if family.negative_prompts and scale > 1 else {}
-    return {family.guidance: scale, **negative}
+    return family_of(transformer).guide(transformer.config, scale, prompts)
 
 
 @torch.no_grad()

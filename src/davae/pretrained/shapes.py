@@ -123,15 +123,21 @@ def longest_side(config: Any) -> int | None:
     return known
 
 
-def check_positions(pipeline: Any, side: int) -> None:
-    """Refuse a side in pixels for which a pipeline's transformer has no positions.
+def check_drawable(pipeline: Any, height: int, width: int) -> None:
+    """Refuse a size in pixels that a model has no positions for, or that its pipeline rescales.
 
     Raises:
-        ModelError: names the largest side.
+        ModelError: names the size to use.
     """
-    longest, step = longest_side(denoiser(pipeline).config), token_side(pipeline)
+    side, longest, step = max(height, width), longest_side(denoiser(pipeline).config), token_side(pipeline)
     if longest is not None and side > longest * step:
         raise ModelError(f"{side} pixels are more than this model has positions for; use {longest * step} at most")
+    if family_of(pipeline).fixed_side is not None:
+        own = pipeline.default_sample_size * pixel_factor(pipeline)
+        scale = math.sqrt(own**2 / (width * height))  # as its pipeline does
+        if any(int(pixels * scale // step * step) != pixels for pixels in (height, width)):
+            kind = type(pipeline).__name__
+            raise ModelError(f"a {kind} draws the area of {own} x {own} pixels, not {width} x {height}; use {own}")
 
 
 def default_resolution(pipeline: Any) -> int:

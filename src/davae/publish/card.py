@@ -146,6 +146,10 @@ def write_card(folder: Path, origin: Origin, index: dict[str, Any]) -> Path:
     sizes = None if recipe is None else (recipe.base.resolution, recipe.resolution)
     asked, base = _asked(name, recipe), shlex.quote(encodable(origin.base_argument))
     shown = None if recipe is None else public_recipe(recipe)
+    guidance: dict[str, Any] = {}
+    if recipe is not None and origin.kind != "upgrade":  # which has no transformer, and no call on its card
+        config = read_config(str(folder), str(component_in(index)))
+        guidance = _family(index).guide(config, recipe.sampling.guidance_scale, 1)
     body = template.render(
         o=origin,
         pipeline=name,
@@ -157,6 +161,7 @@ def write_card(folder: Path, origin: Origin, index: dict[str, Any]) -> Path:
         fence=fence(asked, base, shown),
         pixels=_pixels(name, recipe),
         guided=recipe.sampling if recipe is not None else None,
+        guidance=guidance,
         vae=read_config(str(folder), "vae"),
         licence=licence,
         credit=CREDIT if origin.openmoji else None,

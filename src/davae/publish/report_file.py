@@ -8,8 +8,8 @@ from typing import Any
 from davae.errors import ModelError
 from davae.files.reading import read_object
 
-AGAINST_NATIVE = "speedup_over_native"  # None of a base that cannot draw the upgrade's size
-SPEEDS = ("transformer_seconds", "whole_seconds", AGAINST_NATIVE, "tokens")
+SPEEDS = ("transformer_seconds", "whole_seconds", "speedup_over_native", "tokens")
+KINDS = {"speedup_over_native": (int, float, type(None))}  # None where the base cannot draw the upgrade's size
 SCORES = ("psnr", "ssim", "lite0")
 
 
@@ -37,10 +37,6 @@ def _rows(rows: Any, numbers: tuple[str, ...]) -> bool:
     return isinstance(rows, list) and all(
         isinstance(row, dict)
         and isinstance(row.get("name"), str)
-        and all(_is_number(name, row.get(name, "")) for name in numbers)
+        and all(isinstance(row.get(name, ""), KINDS.get(name, (int, float))) for name in numbers)
         for row in rows
     )
-
-
-def _is_number(name: str, value: Any) -> bool:
-    return isinstance(value, (int, float)) or (value is None and name == AGAINST_NATIVE)

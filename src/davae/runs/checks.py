@@ -90,11 +90,8 @@ def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
             f"{shapes.vae_factor} x patch {cell}); use {below or step} or {below + step}"
         )
     check_buckets(recipe, base)
-    if base.family.condition == "class":
-        config = shapes.transformer_config  # LightningDiT's own configs have input_size alone
-        own = (config.get("sample_size") or config["input_size"]) * shapes.vae_factor
-        if recipe.base.resolution != own:
-            raise RecipeError(f"base.resolution: {recipe.base.name} draws {own} pixels and no other size; use {own}")
+    if (own := base.only_side) not in (None, recipe.base.resolution):
+        raise RecipeError(f"base.resolution: {recipe.base.name} draws {own} pixels and no other size; use {own}")
     return layout
 
 
@@ -184,7 +181,7 @@ def check_dit_alignment(recipe: Recipe, base: BaseModel) -> None:
         raise RecipeError(
             f"{name}: davae reads no features of a {family.class_name}; leave it out, or use one of {known}"
         )
-    if why := base.beyond_positions(recipe.resolution):
+    if why := base.cannot_draw(recipe.resolution):
         raise RecipeError(f"{name}: the base would see the whole image; {why}; leave it out")
 
 

@@ -151,7 +151,7 @@ def lead(run: Upgrade, shipped: bool) -> str:
         f"{run.layout.base_channels} base channels. Stage 1 ran {recipe.stage1.max_steps} steps of "
         f"{recipe.stage1.batch_size}, {polish}stage 2 {recipe.stage2.max_steps} steps of {recipe.stage2.batch_size}, here."
     )
-    if why := run.base.beyond_positions(recipe.resolution):
+    if why := run.base.cannot_draw(recipe.resolution):
         text += f" The base cannot draw this size itself: {why}. So nothing here is compared with it at this size."
     if shipped:
         text += (
@@ -229,7 +229,7 @@ def sample_columns(run: Upgrade, turn: OneOnDevice, upgraded: Any, shipped: Any,
 
     base = [resize_to(image, high) for image in drawn(run.base_pipeline, low)]
     columns = [Column("base, enlarged", base, f"{low} px, bilinear to {high}")]
-    if not run.base.beyond_positions(high):
+    if not run.base.cannot_draw(high):
         note = f"{high} px, {recipe.scale**2}x the tokens"
         columns.append(Column("base, native", drawn(run.base_pipeline, high), note))
     columns.append(Column("this run", drawn(upgraded, high), f"{high} px, same tokens as {low}", "own"))
@@ -277,7 +277,7 @@ def speed_section(run: Upgrade, turn: OneOnDevice, upgraded: Any, prompt: str) -
     native = f"base native at {high}", run.base_pipeline, high, lambda image: image
     own = "upgraded", upgraded, high, lambda image: image
     rows: list[Timing] = time_pipelines(
-        [enlarged, own] if run.base.beyond_positions(high) else [enlarged, native, own],
+        [enlarged, own] if run.base.cannot_draw(high) else [enlarged, native, own],
         prompt,
         steps=recipe.sampling.steps,
         guidance_scale=recipe.sampling.guidance_scale,

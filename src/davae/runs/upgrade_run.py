@@ -76,7 +76,9 @@ def load(folder: str | PathLike[str], *, progress: Observer | None = None) -> Up
     Raises:
         ModelError: the folder holds no run of an upgrade.
     """
-    recipe = recipe_file(Path(folder), "open an exported pipeline with diffusers, DiffusionPipeline.from_pretrained")
+    recipe = recipe_file(
+        Path(folder), "open a pipeline by the class in its model_index.json, from davae or diffusers"
+    )
     return UpgradeRun(load_recipe(str(recipe)), out=folder, progress=progress)  # type: ignore[arg-type]
 
 

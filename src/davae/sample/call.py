@@ -83,7 +83,7 @@ def call_pipeline(
         options["clean_base"] = True
     parameters = inspect.signature(pipeline.__call__).parameters
     if negative_prompt is not None:
-        _check_negative(pipeline, guidance_scale > 1 and options.get("true_cfg_scale") != 1)
+        _check_negative(pipeline, guidance_scale > 1, {"guidance_scale", "true_cfg_scale"} <= options.keys())
         options["negative_prompt"] = [negative_prompt] * len(prompts)
     height, width = (size, size) if isinstance(size, int) else size
     if "class_labels" in parameters:
@@ -100,13 +100,12 @@ def call_pipeline(
         return pipeline(prompt=prompts, height=height, width=width, **options)
 
 
-def _check_negative(pipeline: Any, guided: bool) -> None:
+def _check_negative(pipeline: Any, guided: bool, distilled: bool) -> None:
     if "negative_prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise ModelError(f"--negative-prompt: a {type(pipeline).__name__} takes none; leave it out")
-    if not guided:
-        raise ModelError(
-            "--negative-prompt: this model is not guided away from anything here; use --guidance above 1, or leave it out"
-        )
+    if not guided or distilled:
+        remedy = "leave it out" if distilled else "use --guidance above 1, or leave it out"
+        raise ModelError(f"--negative-prompt: this model is not guided away from anything here; {remedy}")
 
 
 def _check_dit(pipeline: Any, guidance_scale: float) -> None:

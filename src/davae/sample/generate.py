@@ -12,7 +12,7 @@ from torch import Tensor
 from davae.backbones.classes import goes_by_class
 from davae.errors import ModelError
 from davae.latent import LatentLayout
-from davae.pretrained.shapes import check_positions, default_resolution, pixel_factor, token_side
+from davae.pretrained.shapes import check_drawable, default_resolution, pixel_factor, token_side
 from davae.sample.call import call_pipeline, prompts_at_a_time, takes_noise
 from davae.sample.open import DEFAULT_OPTIONS, SamplingOptions
 from davae.sample.preview import Preview, watching
@@ -91,15 +91,15 @@ def checked_size(pipeline: Any, size: int | tuple[int, int] | None) -> int | tup
     """Return the size at which a pipeline draws: a square's side, or (height, width).
 
     Raises:
-        ModelError: it does not divide into tokens, has more of them than the model has positions for, or is a rectangle of a
-            model that draws squares.
+        ModelError: it does not divide into tokens, has more of them than the model has positions for or an area that the
+            pipeline would rescale, or is a rectangle of a model that draws squares.
     """
     size, step = size or default_resolution(pipeline), token_side(pipeline)
     if wrong := [side for side in _height_width(size) if side % step]:
         nearest = max(1, round(wrong[0] / step)) * step
         raise ModelError(f"{wrong[0]} pixels are not divisible by {step}, a token's side; use {nearest}")
     height, width = _height_width(size)
-    check_positions(pipeline, max(height, width))
+    check_drawable(pipeline, height, width)
     if height != width and goes_by_class(pipeline):
         raise ModelError(f"a {type(pipeline).__name__} draws squares, {width} x {height} is none; use --resolution")
     return size

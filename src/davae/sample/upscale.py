@@ -23,7 +23,7 @@ from davae.data.decoding import converted_image, fault_of_one
 from davae.data.images import to_images, to_tensor
 from davae.errors import ModelError, UnreadableImage
 from davae.pretrained.memory_budget import TILE
-from davae.pretrained.shapes import check_positions, default_resolution, pixel_factor, token_side
+from davae.pretrained.shapes import check_drawable, default_resolution, pixel_factor, token_side
 from davae.sample.canvas import Enlargement, WindowGrid
 from davae.sample.draw_detail import OnBase, draw_detail
 from davae.sample.finite import finite_images, remedy
@@ -298,7 +298,7 @@ def _window(pipe: Any, pixels: int | None) -> int:
         raise ModelError(
             f"window: {size} pixels are not divisible by {step}; use {max(1, round(size / step)) * step}"
         )
-    check_positions(pipe, size)
+    check_drawable(pipe, size, size)
     return size // pixel_factor(pipe)
 
 

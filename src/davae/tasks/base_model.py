@@ -84,6 +84,14 @@ class BaseModel:
         return None if key is None else int(self.shapes.transformer_config[key])
 
     @property
+    def only_side(self) -> int | None:
+        """Side in pixels of the one square that the pipeline draws, None where it draws others."""
+        config, factor = self.shapes.transformer_config, self.shapes.vae_factor
+        if self.family.condition == "class":  # LightningDiT's own configs have input_size alone
+            return (config.get("sample_size") or config["input_size"]) * factor
+        return None if self.family.fixed_side is None else self.family.fixed_side * factor
+
+    @property
     def pipeline_class(self) -> str:
         """Name of the pipeline's class."""
         return self.shapes.pipeline_class
@@ -140,8 +148,10 @@ class BaseModel:
             return None
         return self.shapes.vae_factor * scale * self.shapes.patch_size
 
-    def beyond_positions(self, pixels: int) -> str:
-        """Return why the transformer cannot see an image of a size, '' where it has the positions."""
+    def cannot_draw(self, pixels: int) -> str:
+        """Return why the base cannot draw an image of a size, '' where it can."""
+        if self.family.fixed_side is not None and self.only_side != pixels:
+            return f"{self.title} draws {self.only_side} pixels and no other size"
         longest = longest_side(self.shapes.transformer_config)
         side = pixels // (self.shapes.vae_factor * self.shapes.patch_size)
         if longest is None or side <= longest:

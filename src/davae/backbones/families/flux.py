@@ -195,6 +195,8 @@ FLUX = (
         lora_targets=FLUX_LAYERS,
         packed=4,
         attributes=OUT,
+        guidance="true_cfg_scale",
+        negative_prompts=True,
         call=FluxCall(),
     ),
     Family(

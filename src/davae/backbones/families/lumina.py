@@ -234,6 +234,7 @@ LUMINA = (
         embedder_order=PC,
         attributes=BOTH,
         patch_key="all_patch_size",
+        no_guidance=0.0,
         default_pixels=1024,
         upgraded_pipelines=("DetailZImagePipeline",),
         call=ZImageCall(),

@@ -130,6 +130,7 @@ OTHERS = (
         lora_targets=("to_q", "to_k", "to_v", "to_out", "to_q_t", "to_k_t", "to_v_t", "to_out_t", "w1", "w2", "w3"),
         embedder_order=PC,
         attributes=OUT,
+        fixed_side=128,
         call=HiDreamCall(),
     ),
     Family(
@@ -140,6 +141,7 @@ OTHERS = (
         head_order=CP,
         lora_targets=("img_qkv_proj", "txt_kv_proj", "to_out.0", "gate_proj", "up_proj", "down_proj"),
         attributes=BOTH,
+        no_guidance=1.0,
         scaled_options=("default_sample_size",),
         call=PRXCall(),
     ),

@@ -211,6 +211,7 @@ QWEN = (
         packed=4,
         attributes=BOTH,
         patch_key=None,
+        no_guidance=0.0,
         default_pixels=1024,
         upgraded_pipelines=("DetailKrea2Pipeline",),
         call=Krea2Call(),
