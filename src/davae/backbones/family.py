@@ -5,8 +5,9 @@ It holds where latent channels enter and leave the transformer, and how the tran
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from davae.backbones.call import Call
 from davae.errors import ModelError
@@ -99,6 +100,25 @@ class Family:
         if self.call is None:
             raise ModelError(f"expand_transformer widens a {self.class_name}, but davae cannot call or train one yet")
         return self.call
+
+
+def patch_size(config: Any, family: Family) -> int:
+    """Return p, the latent positions per token each way, packed by the model or its pipeline."""
+    own = 1 if family.patch_key is None else config[family.patch_key]
+    side = own if isinstance(own, int) else own[0]  # some list one per axis, or per size that they know
+    return side * math.isqrt(family.packed)
+
+
+def longest_side(config: Any) -> int | None:
+    """Return the tokens of a side that a transformer has positions for, None for any.
+
+    Args:
+        config: of the transformer.
+    """
+    known = None if "rope_axes_dim" in config else config.get("pos_embed_max_size")  # CogView4's is never read
+    if known is not None and "num_mmdit_layers" in config:
+        return math.isqrt(known)  # AuraFlow counts the positions of a square
+    return known
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

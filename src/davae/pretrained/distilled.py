@@ -97,11 +97,7 @@ Config = dict[str, Any]
 
 
 def _same(value: Any, expected: float) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isclose(value, expected, abs_tol=1e-3)
-    )
+    return type(value) in (int, float) and math.isclose(value, expected, abs_tol=1e-3)
 
 
 # transformer class -> (what it is, its sign, whether config, scheduler and index are those of the distilled model)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from davae.backbones.expand import MARK
 from davae.backbones.families import component_in, denoiser, family_by_class, family_of, supported
-from davae.backbones.family import Family
+from davae.backbones.family import longest_side, patch_size
 from davae.errors import ModelError
 from davae.pretrained.open import Configs
 from davae.pretrained.stored import check_config, loading
@@ -93,13 +92,6 @@ def _read_shapes(configs: Configs, to_train: bool) -> BaseShapes:
     )
 
 
-def patch_size(config: Any, family: Family) -> int:
-    """Return p, the latent positions per token each way, packed by the model or its pipeline."""
-    own = 1 if family.patch_key is None else config[family.patch_key]
-    side = own if isinstance(own, int) else own[0]  # some list one per axis, or per size that they know
-    return side * math.isqrt(family.packed)
-
-
 def pixel_factor(pipeline: Any) -> int:
     """Return the pixels per latent position of a pipeline's autoencoder, each way."""
     return spatial_factor(pipeline.vae.config, type(pipeline.vae).__name__)
@@ -109,18 +101,6 @@ def token_side(pipeline: Any) -> int:
     """Return the pixels of an image token of a pipeline's denoiser, each way."""
     model = denoiser(pipeline)
     return pixel_factor(pipeline) * patch_size(model.config, family_of(model))
-
-
-def longest_side(config: Any) -> int | None:
-    """Return the tokens of a side that a transformer has positions for, None for any.
-
-    Args:
-        config: of the transformer.
-    """
-    known = None if "rope_axes_dim" in config else config.get("pos_embed_max_size")  # CogView4's is never read
-    if known is not None and "num_mmdit_layers" in config:
-        return math.isqrt(known)  # AuraFlow counts the positions of a square
-    return known
 
 
 def check_positions(pipeline: Any, side: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from davae.backbones.classes import find_class, named_classes
 from davae.backbones.classes_by_name import model_class
 from davae.backbones.families import supported
-from davae.backbones.family import Family
+from davae.backbones.family import Family, longest_side
 from davae.backbones.head_options import HeadOptions, check_family
 from davae.cost.flops import meta_transformer
 from davae.data.buckets import bucket_sizes
@@ -20,7 +20,7 @@ from davae.files.reading import read_object
 from davae.latent import LatentLayout
 from davae.losses.perceptual import perceptual_distance
 from davae.pretrained.distilled import Distilled
-from davae.pretrained.shapes import BaseShapes, longest_side
+from davae.pretrained.shapes import BaseShapes
 from davae.pretrained.stored import check_component
 from davae.publish.assemble import UPGRADE_FILE, check_fit, read_details, read_metadata
 from davae.recipes import Recipe, differences, load_recipe

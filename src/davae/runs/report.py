@@ -17,6 +17,7 @@ from davae.analyze.gap import autoencoder_like
 from davae.analyze.sensitivity import reconstructions
 from davae.backbones.classes import example_classes, goes_by_class
 from davae.backbones.families import denoiser
+from davae.backbones.family import longest_side
 from davae.cost.flops import count
 from davae.data.images import spread_indices, to_images
 from davae.data.openmoji import CREDIT
@@ -28,7 +29,6 @@ from davae.evaluate.throughput import Timing, time_pipelines
 from davae.losses.perceptual import Lite0Distance
 from davae.pretrained.memory_budget import Halving, OneOnDevice
 from davae.pretrained.open import load_pipeline
-from davae.pretrained.shapes import longest_side
 from davae.publish.assemble import VAE_FOLDER, load_upgraded
 from davae.publish.report_file import read_report
 from davae.recipes import Recipe
