@@ -23,13 +23,7 @@ from davae.files.reading import read_object
 from davae.homes import HOMES
 from davae.pretrained.hub_errors import hub_reason
 from davae.pretrained.processors import check_tokenizers
-from davae.pretrained.stored import (
-    check_config,
-    load_component,
-    load_components,
-    loading,
-    stored_variant,
-)
+from davae.pretrained.stored import check_config, load_component, load_components, loading, stored_variant
 from davae.zoo import SHIPPED
 from davae.zoo.presets import nearest_presets, presets
 
