@@ -257,7 +257,7 @@ def test_tensors_of_strange_upgrade_files(upgrade: Path) -> None:
         (lambda t: t, {"lora": '{"rank": 64}', "channels": "[8, 60000]"}, "has shape"),
     ):
         file = rewrite(upgrade, change, **metadata)
-        refused(message, check_fit, file, transformer)
+        refused(message, check_fit, file, type(transformer).__name__, transformer.config)
     file = rewrite(upgrade, lambda t: {k: v * float("inf") for k, v in t.items()}, channels="[8, 24]")
     refused("not finite numbers", load_trained, transformer, file)
     assert read_details(file, read_metadata(file)).channels == 24

@@ -37,7 +37,7 @@ def load_state(path: Path) -> State:
         raise ModelError(f"checkpoint {path}: it is {kind}; give a .safetensors, .pt, .pth or .ckpt file of weights")
     state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
     for name, value in state.items():
-        numbers = value.float() if value.element_size() == 1 else value  # there is no isfinite for float8
+        numbers = value.float() if value.element_size() == 1 else value  # float8 has no isfinite
         if value.is_floating_point() and not bool(torch.isfinite(numbers).all()):
             raise ModelError(f"checkpoint {path}: {name} contains NaN or infinite values; the file is damaged")
     return strip_prefixes(state)
