@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_autoencoder
+from diffusers import DiffusionPipeline
 
+from davae.backbones.classes_by_name import model_class
+from davae.backbones.families import supported
 from davae.errors import ModelError
 from davae.pretrained.autoencoders import load_autoencoder
 from davae.pretrained.open import load_pipeline, read_config
+from davae.pretrained.shapes import read_shapes
 from davae.pretrained.text_encoders import load_text_encoders, reads_silent_t5
 
 
@@ -68,3 +72,17 @@ def test_a_single_file_is_named_as_one(tmp_path: Path):
     for load in (load_pipeline, load_autoencoder):
         with pytest.raises(ModelError, match=r"sd35\.safetensors is a single file, .*from_single_file\("):
             load(str(file))
+
+
+@pytest.mark.parametrize("pipeline", ["StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", "Popen"])
+def test_a_model_that_draws_from_images_is_refused_before_any_work(model: Path, pipeline: str):
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": pipeline}))
+    assert read_shapes(str(model), to_train=False).pipeline_class == pipeline
+    with pytest.raises(ModelError, match=rf"is a {pipeline}, .*\(StableDiffusion3Pipeline\); .*correct _class_name"):
+        read_shapes(str(model))
+
+
+def test_pipelines_of_the_families_exist():
+    for name in (name for family in supported() for name in (family.pipeline, *family.variants)):
+        assert issubclass(model_class(name), DiffusionPipeline)

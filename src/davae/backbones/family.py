@@ -24,6 +24,7 @@ class Family:
     Attributes:
         class_name: class of the model, in diffusers or davae.
         pipeline: the stock pipeline that runs the model.
+        variants: other stock pipelines of the class that draw from a prompt alone.
         embedder: module path of P, a convolution or linear over the input channels.
         head: module path of O, a linear or convolution over the output channels.
         head_order: order of a token's outputs: `patch_channel` (p,p,c), channels innermost, or `channel_patch` (c,p,p).
@@ -77,6 +78,7 @@ class Family:
     negative_prompts: bool = False
     default_pixels: int | None = None
     upgraded_pipelines: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     scaled_config: tuple[str, ...] = ()
     scaled_options: tuple[str, ...] = ()
     blocks: str | None = None
@@ -90,6 +92,19 @@ class Family:
         The other families can only be expanded.
         """
         return self.call is not None
+
+    def check_pipeline(self, name: str, what: str) -> None:
+        """Refuse a base whose pipeline draws from more than a prompt or a class.
+
+        Raises:
+            ModelError: names `what`, and the pipelines whose models can be upgraded.
+        """
+        known = (self.pipeline, *self.variants)
+        if name not in (*known, *self.upgraded_pipelines):
+            raise ModelError(
+                f"{what} is a {name}, and davae upgrades models that draw from a prompt or a class alone "
+                f"({', '.join(known)}); give such a model, or, where it is one, correct _class_name in its model_index.json"
+            )
 
     def require_call(self) -> Call:
         """Return how the model is called.

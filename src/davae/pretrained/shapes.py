@@ -9,7 +9,7 @@ from davae.backbones.expand import MARK
 from davae.backbones.families import component_in, denoiser, family_by_class, family_of, supported
 from davae.backbones.family import longest_side, patch_size
 from davae.errors import ModelError
-from davae.pretrained.open import Configs
+from davae.pretrained.open import Configs, class_name
 from davae.pretrained.stored import check_config, loading
 from davae.vae.base import autoencoder_family, base_channels, spatial_factor
 from davae.vae.detail_vae import DetailVAE
@@ -39,7 +39,7 @@ def read_shapes(model: str | Configs, *, to_train: bool = True) -> BaseShapes:
 
     Args:
         model: a folder, hub id or preset, or its configs.
-        to_train: refuse a family that can only be expanded.
+        to_train: refuse a family that can only be expanded, and a pipeline that does not draw from a prompt alone.
 
     Raises:
         ModelError: not a diffusers pipeline, an unsupported class, or a model that was upgraded already.
@@ -73,6 +73,9 @@ def _read_shapes(configs: Configs, to_train: bool) -> BaseShapes:
             f"model {model}: expand_transformer widens a {transformer_class}, but davae cannot train one yet; "
             f"it can train {', '.join(row.class_name for row in supported() if row.trains)}"
         )
+    pipeline = class_name(index.get("_class_name", "DiffusionPipeline"))
+    if to_train:
+        family.check_pipeline(pipeline, f"model {model}")
     channels = base_channels(vae, vae_class)
     taken = int(transformer[family.in_key]) // family.packed
     if taken != channels:
@@ -81,7 +84,7 @@ def _read_shapes(configs: Configs, to_train: bool) -> BaseShapes:
             "it was expanded already, or the parts do not belong together"
         )
     return BaseShapes(
-        pipeline_class=index["_class_name"],
+        pipeline_class=pipeline,
         transformer_class=transformer_class,
         vae_class=vae_class,
         channels=channels,
