@@ -224,8 +224,8 @@ def weight_files(folder: Path, what: str) -> list[Path]:
 
 def stored_variant(folder: Path) -> str | None:
     """Return the variant of a component, such as fp16, where its folder has no other weights."""
-    found = {match and match[1] for match in (VARIANT.match(file.name) for file in folder.glob("*.safetensors"))}
-    return None if None in found else min(found, default=None)
+    matches = [VARIANT.match(file.name) for file in folder.glob("*.safetensors")]
+    return min((match[1] for match in matches if match), default=None) if all(matches) else None
 
 
 def stored_bound(files: list[Path], what: str) -> Bound:
