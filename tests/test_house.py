@@ -5,7 +5,8 @@ Numbers are ceilings that may only fall, lists of exceptions may only get shorte
 whole library; it has grown to about 43,000 lines of features since. Each package therefore has the size it had when this
 test was written, rounded up to the next 50, as its ceiling. The method itself (`CORE`) keeps the ceiling of the plan.
 
-A new capability may raise its package's ceiling in the commit that adds it; nothing else may.
+A new capability may raise its package's ceiling in the commit that adds it, and code that moves takes its lines along;
+nothing else may.
 
 Docstrings of verbs are help texts, which stay as they are: they are not counted.
 """
@@ -44,7 +45,7 @@ class Ceiling:
 CEILINGS = {
     "analyze": Ceiling(1500),
     "app": Ceiling(3900),
-    "backbones": Ceiling(4000),
+    "backbones": Ceiling(4035),
     "benchmarks": Ceiling(2400),
     "commands": Ceiling(2650),
     "convert": Ceiling(750),
@@ -60,7 +61,7 @@ CEILINGS = {
     "publish": Ceiling(1620),
     "recipes": Ceiling(1560),
     "root": Ceiling(750),
-    "runs": Ceiling(3060),
+    "runs": Ceiling(3025),
     "sample": Ceiling(3020),
     "scripts": Ceiling(150),
     "tasks": Ceiling(1970),

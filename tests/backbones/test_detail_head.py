@@ -280,7 +280,7 @@ def test_an_upgrade_file_brings_the_head(tmp_path: Path, options: HeadOptions, l
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
     save_upgrade(trained, file, lora, torch.float32)
-    check_fit(file, base)
+    check_fit(file, type(base).__name__, base.config)
     applied = apply_upgrade(base, file)
     assert applied.config["head_options"] == {"base_channels": 4, **options.values()}
     x, t, label = torch.randn(2, 12, 8, 8), torch.rand(2), torch.tensor([0, 5])

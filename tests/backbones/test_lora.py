@@ -197,6 +197,8 @@ def test_convert_lora_from_file_to_pipeline(tmp_path: Path, capsys: pytest.Captu
     assert "does not fit" in line
     assert "another model's LoRA" in line
     assert "does not exist" in fails(capsys, *convert, str(tmp_path / "none.safetensors"))
+    save_file({name: t * float("nan") for name, t in before.items()}, tmp_path / "nan.safetensors")
+    assert "contains NaN" in fails(capsys, *convert, str(tmp_path / "nan.safetensors"))
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
     assert "cannot be read" in fails(capsys, *convert, str(tmp_path / "broken.safetensors"))
 

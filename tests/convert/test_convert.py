@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKLWan
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_lightning_dit import random_model, small_autoencoder
 from test_training import run_cli
 
-from davae import alignment_loss, group_mean
+from davae import DetailVAE, alignment_loss, group_mean
 from davae.convert.checkpoints import load_state
 from davae.convert.davae import official_davae
-from davae.convert.lightningdit import lightningdit, sit
+from davae.convert.lightningdit import convert_transformer, lightningdit, sit
 from davae.convert.vavae import vavae
 from davae.data.latent_cache.import_shards import import_shards
 from davae.data.latent_cache.key import changes, hash_values
@@ -159,6 +161,20 @@ def test_convert_makes_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert len(list((tmp_path / "samples").glob("*.png"))) == 5
 
 
+@pytest.mark.parametrize("kind", ["AutoencoderKLWan", "DetailVAE"])
+def test_convert_takes_autoencoders_of_every_class(kind: str, tmp_path: Path) -> None:
+    vae: Any = DetailVAE.from_base(small_autoencoder(), 12)
+    if kind == "AutoencoderKLWan":  # its channels are called z_dim
+        vae = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
+    vae.save_pretrained(tmp_path / "vae")
+    for channels in (16, 4):
+        torch.save(random_model(torch.float32, in_channels=channels).state_dict(), tmp_path / f"{channels}.pt")
+    out = convert_transformer("lightningdit", tmp_path / "16.pt", tmp_path / "pipe", str(tmp_path / "vae"), {})
+    assert type(load_pipeline(str(out)).vae).__name__ == kind
+    with pytest.raises(ModelError, match=r"takes 4 channels, the autoencoder .* gives 16"):
+        convert_transformer("lightningdit", tmp_path / "4.pt", tmp_path / "other", str(tmp_path / "vae"), {})
+
+
 def test_sit_and_repa(tmp_path: Path) -> None:
     plain = {"use_swiglu": False, "use_rope": False, "use_rmsnorm": False, "learn_sigma": True, "patch_size": 2}
     state = random_model(torch.float32, **plain).state_dict()
@@ -215,6 +231,16 @@ def test_a_text_file_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes.pt").write_text("hello\n")
     with pytest.raises(ModelError, match=r"notes\.pt cannot be read"):
         load_state(tmp_path / "notes.pt")
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_numbers_that_are_not_finite_are_named(name: str, tmp_path: Path) -> None:
+    save = torch.save if name.endswith(".pt") else save_file
+    save({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}, tmp_path / name)
+    with pytest.raises(ModelError, match=f"{name}: b contains NaN"):
+        load_state(tmp_path / name)
+    save({"a": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / name)
+    assert load_state(tmp_path / name)["a"].float().tolist() == [1, 1]
 
 
 def test_weights_that_miss_or_add_keys_are_named() -> None:

@@ -139,5 +139,5 @@ def test_a_pipeline_of_one_area_draws_no_other(tmp_path: Path):
     assert checked_size(pipeline, None) == checked_size(pipeline, 256) == 256
     assert checked_size(pipeline, (128, 512)) == (128, 512)
     for size in (128, 512, (256, 512)):
-        with pytest.raises(ModelError, match=r"draws the area of 256 x 256 pixels, not \d+ x \d+; use 256$"):
+        with pytest.raises(ModelError, match=r"draws 256 x 256 pixels in all, not \d+ x \d+; use 256$"):
             checked_size(pipeline, size)

@@ -109,10 +109,22 @@ def test_distilled_to_a_few_steps(
         ("Qwen/Qwen-Image", "QwenImageTransformer2DModel", {"guidance_embeds": False}, {"base_shift": 0.5}),
         ("stabilityai/stable-diffusion-xl-base-1.0", UNET, {}, {"timestep_spacing": "leading"}),
         ("runs/x/base/pipeline", SD3, {}, {}),
+        ("models/lightning-dit", "LightningDiT", {}, {}),
+        ("models/lightning_dit_xl", "LightningDiT", {}, {}),
+        ("/models/sd15-finetuned-20000-steps", UNET, {}, {}),
+        ("/models/sd15-epoch-20-step-4000", UNET, {}, {}),
     ],
 )
 def test_not_distilled(name: str, kind: str, model: dict[str, Any], scheduler: dict[str, Any]) -> None:
     assert find_distilled(name, {"_class_name": "P"}, kind, model, scheduler) is None
+
+
+def test_the_parent_of_a_local_folder_is_not_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_distilled("turbo/sd35", {"_class_name": "P"}, SD3, {}, {}) is not None
+    Path("turbo/sd35").mkdir(parents=True)
+    assert find_distilled("turbo/sd35", {"_class_name": "P"}, SD3, {}, {}) is None
+    assert find_distilled("x/sd35-8-steps", {"_class_name": "P"}, SD3, {}, {}) is not None
 
 
 def test_guidance_distilled_models_are_noted() -> None:

@@ -5,6 +5,7 @@ It holds where latent channels enter and leave the transformer, and how the tran
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ class Family:
     Attributes:
         class_name: class of the model, in diffusers or davae.
         pipeline: the stock pipeline that runs the model.
+        variants: other stock pipelines of the class that draw from a prompt alone.
         embedder: module path of P, a convolution or linear over the input channels.
         head: module path of O, a linear or convolution over the output channels.
         head_order: order of a token's outputs: `patch_channel` (p,p,c), channels innermost, or `channel_patch` (c,p,p).
@@ -80,6 +82,7 @@ class Family:
     fixed_side: int | None = None
     default_pixels: int | None = None
     upgraded_pipelines: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
     scaled_config: tuple[str, ...] = ()
     scaled_options: tuple[str, ...] = ()
     blocks: str | None = None
@@ -111,6 +114,19 @@ class Family:
             scale = max(scale - (1 - self.no_guidance), self.no_guidance)
         return {self.guidance: scale, **negative}
 
+    def check_pipeline(self, name: str, what: str) -> None:
+        """Refuse a base whose pipeline draws from more than a prompt or a class.
+
+        Raises:
+            ModelError: names `what`, and the pipelines whose models can be upgraded.
+        """
+        known = (self.pipeline, *self.variants)
+        if name not in (*known, *self.upgraded_pipelines):
+            raise ModelError(
+                f"{what} is a {name}, and davae upgrades models that draw from a prompt or a class alone "
+                f"({', '.join(known)}); give such a model, or, where it is one, correct _class_name in its model_index.json"
+            )
+
     def require_call(self) -> Call:
         """Return how the model is called.
 
@@ -120,6 +136,25 @@ class Family:
         if self.call is None:
             raise ModelError(f"expand_transformer widens a {self.class_name}, but davae cannot call or train one yet")
         return self.call
+
+
+def patch_size(config: Any, family: Family) -> int:
+    """Return p, the latent positions per token each way, packed by the model or its pipeline."""
+    own = 1 if family.patch_key is None else config[family.patch_key]
+    side = own if isinstance(own, int) else own[0]  # some list one per axis, or per size that they know
+    return side * math.isqrt(family.packed)
+
+
+def longest_side(config: Any) -> int | None:
+    """Return the tokens of a side that a transformer has positions for, None for any.
+
+    Args:
+        config: of the transformer.
+    """
+    known = None if "rope_axes_dim" in config else config.get("pos_embed_max_size")  # CogView4's is never read
+    if known is not None and "num_mmdit_layers" in config:
+        return math.isqrt(known)  # AuraFlow counts the positions of a square
+    return known
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

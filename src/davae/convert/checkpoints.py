@@ -29,17 +29,28 @@ def load_state(path: Path) -> State:
         path: a `.safetensors`, `.pt`, `.pth` or `.ckpt` file.
 
     Raises:
-        ModelError: no such file, not readable without running code, or no tensors inside.
+        ModelError: no such file, not readable without running code, no tensors inside, or numbers that are not finite.
     """
     if not path.is_file():
         raise ModelError(f"checkpoint {path} does not exist")
     if (kind := kind_of_file(path)) is not None:
         raise ModelError(f"checkpoint {path}: it is {kind}; give a .safetensors, .pt, .pth or .ckpt file of weights")
-    if path.suffix == ".safetensors":
-        try:
-            return strip_prefixes(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
+    state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    for name, value in state.items():
+        numbers = value.float() if value.element_size() == 1 else value  # float8 has no isfinite
+        if value.is_floating_point() and not bool(torch.isfinite(numbers).all()):
+            raise ModelError(f"checkpoint {path}: {name} contains NaN or infinite values; the file is damaged")
+    return strip_prefixes(state)
+
+
+def _safetensors(path: Path) -> State:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"checkpoint {path} is not a whole safetensors file: {error}") from error
+
+
+def _pickled(path: Path) -> State:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -56,11 +67,7 @@ def load_state(path: Path) -> State:
             break
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"checkpoint {path} holds no state dict")
-    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ModelError(f"checkpoint {path}: {name} contains NaN or infinite values; the file is damaged")
-    return strip_prefixes(state)
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 # first bytes of files that are taken for checkpoints by mistake; a pickle begins with b"\x80" or, in a zip, with b"PK"

@@ -15,6 +15,7 @@ from davae.files.atomic import model_folder
 from davae.files.ownership import check_out
 from davae.pretrained.autoencoders import load_autoencoder
 from davae.sample.class_conditional import ClassConditionalPipeline
+from davae.vae.codec import latent_shape
 
 PLAIN = {"use_qknorm": False, "use_swiglu": False, "use_rope": False, "use_rmsnorm": False, "learn_sigma": True}
 
@@ -140,7 +141,7 @@ def convert_transformer(kind: str, checkpoint: Path, out: Path, vae: str | None,
             model.save_pretrained(partial)
         return out
     autoencoder = load_autoencoder(vae)
-    channels = int(autoencoder.config["latent_channels"])
+    _, channels = latent_shape(autoencoder.config, type(autoencoder).__name__)
     if channels != model.config["in_channels"]:
         raise ModelError(
             f"the transformer takes {model.config['in_channels']} channels, the autoencoder {vae} gives {channels}"

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from davae.backbones.classes_by_name import model_class
 from davae.errors import ModelError
@@ -25,8 +27,11 @@ def autoencoder_config(name: str) -> tuple[str, dict[str, Any]]:
     """
     try:
         return "", read_config(name, "")
-    except MissingPart:
-        return "vae", read_config(name, "vae")
+    except ModelError as error:
+        unreached = isinstance(error.__cause__, LocalEntryNotFoundError)  # a pipeline may be in the hub's cache
+        if not isinstance(error, MissingPart) and not (unreached and try_to_load_from_cache(name, "vae/config.json")):
+            raise
+    return "vae", read_config(name, "vae")
 
 
 def load_autoencoder(name: str) -> Any:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from davae.backbones.families import component_in
@@ -97,11 +98,7 @@ Config = dict[str, Any]
 
 
 def _same(value: Any, expected: float) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isclose(value, expected, abs_tol=1e-3)
-    )
+    return type(value) in (int, float) and math.isclose(value, expected, abs_tol=1e-3)
 
 
 # transformer class -> (what it is, its sign, whether config, scheduler and index are those of the distilled model)
@@ -187,16 +184,20 @@ def find_distilled(
 def _short(place: str) -> str:
     """Return a hub id as it is, and the last part of a path."""
     plain = place.rstrip("/")
-    return plain if plain.count("/") == 1 and not plain.startswith((".", "/", "~")) else plain.rpartition("/")[2]
+    hub = plain.count("/") == 1 and not plain.startswith((".", "/", "~")) and not Path(place).is_dir()
+    return plain if hub else plain.rpartition("/")[2]
 
 
 def _named(place: str, transformer_class: str, index: Config) -> str | None:
     """Return the kind of distillation in a model's name."""
     words = SEPARATORS.split(_short(place).lower())
-    for before, word in zip(("", *words), words, strict=False):
+    for before, word, after in zip(("", *words), words, (*words[1:], ""), strict=False):
+        if (word, after) == ("lightning", "dit"):  # the architecture LightningDiT
+            continue
         if word in WORDS and before not in UNDONE:
             return WORDS[word]
-        if STEPS.match(word) or (word in ("step", "steps") and before.isdigit()):
+        counts = word in ("step", "steps") and before.isdigit() and len(before) < 3 and not after.isdigit()
+        if STEPS.match(word) or counts:  # more steps are those of a training
             return f"distilled to {before if before.isdigit() else word} steps"
         if transformer_class.startswith("HiDream") and word in ("fast", "dev"):
             return f"HiDream {word}"

@@ -19,24 +19,19 @@ def hub_reason(error: BaseException, model: str) -> str:
     Args:
         model: its hub id.
     """
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
     page = f"https://huggingface.co/{model}"
     login = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, GatedRepoError):
+        if isinstance(cause, errors.GatedRepoError):
             return f"it is gated: accept its licence at {page}, then {login}"
-        if isinstance(cause, RepositoryNotFoundError):
+        if isinstance(cause, errors.RepositoryNotFoundError):
             return f"there is no such model at {page}, or it is private: check the name, or {login}"
-        if isinstance(cause, LocalEntryNotFoundError):
+        if isinstance(cause, errors.LocalEntryNotFoundError):
             return "the hub cannot be reached from here; give the folder of a copy, or try again with a network"
-        if isinstance(cause, EntryNotFoundError):
+        if isinstance(cause, errors.EntryNotFoundError):
             return brief(cause)
         cause = cause.__cause__ or cause.__context__
     return brief(error)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
@@ -49,6 +50,9 @@ def read_lora(file: Path, pipeline: Any, part: str, config: Any) -> tuple[dict[s
         raise ModelError(f"LoRA file {file} cannot be read: {brief(error)}") from error
     alphas = dict(more[0] or {}) if len(more) > 1 else {}
     scaled = {name: _scaled(name, tensor, alphas) for name, tensor in state.items()}
+    damaged = [name for name, tensor in scaled.items() if not bool(torch.isfinite(tensor.float()).all())]
+    if damaged:
+        raise ModelError(f"LoRA file {file}: {damaged[0]} contains NaN or infinite values; the file is damaged")
     if alphas:
         raise ModelError(f"LoRA file {file}: '{min(alphas)}' belongs to no weight")
     inside = {name.removeprefix(f"{part}."): t for name, t in scaled.items() if name.startswith(f"{part}.")}

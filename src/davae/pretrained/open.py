@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from davae.backbones.classes_by_name import model_class
@@ -21,10 +23,11 @@ from davae.files.reading import read_object
 from davae.homes import HOMES
 from davae.pretrained.hub_errors import hub_reason
 from davae.pretrained.processors import check_tokenizers
-from davae.pretrained.stored import check_config, check_index, load_component, load_components, loading
+from davae.pretrained.stored import check_config, load_component, load_components, loading, stored_variant
 from davae.zoo import SHIPPED
 from davae.zoo.presets import nearest_presets, presets
 
+LIBRARIES = ("diffusers", "transformers", "davae")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -49,6 +52,11 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
         if not path.is_file():
             raise MissingPart(f"model {model} has no {Path(part) / filename}: not a diffusers folder")
         return path
+    if local.is_file():
+        raise ModelError(
+            f"model {model} is a single file, and davae reads diffusers folders; make one in Python with the class it is "
+            f"for, such as StableDiffusion3Pipeline: CLASS.from_single_file({model!r}).save_pretrained(FOLDER)"
+        )
     if model in SHIPPED:
         raise ModelError(
             f"model '{model}' is an upgraded model without a folder of its own; give its base, {SHIPPED[model]}, or make a "
@@ -60,18 +68,14 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
             f"model '{model}' is not a folder here, a preset or a hub id (ORGANISATION/NAME)"
             f"{'; the nearest presets are ' + ', '.join(near) if near else ''}; `davae inspect` lists the presets"
         )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub import errors, hf_hub_download
 
     try:
         return Path(hf_hub_download(model, filename, subfolder=part or None))
-    except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
-        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.EntryNotFoundError, OSError) as error:
+        absent = isinstance(error, errors.EntryNotFoundError) and not isinstance(
+            error, errors.LocalEntryNotFoundError
+        )
         raise (MissingPart if absent else ModelError)(
             f"model '{model}' is not a folder here, and the hub did not give it: {hub_reason(error, model)}"
         ) from error
@@ -97,6 +101,43 @@ def read_config(model: str, part: str, filename: str = "config.json") -> dict[st
     if filename == "model_index.json":
         check_index(config, model)
     return config
+
+
+def check_index(index: dict[str, Any], model: str) -> None:
+    """Refuse a model_index.json that names places outside its folder or unknown code.
+
+    Raises:
+        ModelError: names the entry.
+    """
+    where = f"model {model}: model_index.json"
+    own = index.get("_class_name", "DiffusionPipeline")
+    name = own[-1] if isinstance(own, list) and own else own
+    if not isinstance(name, str):
+        raise ModelError(f"{where}, _class_name: found {str(own)[:80]}, expected the name of a pipeline class")
+    for part, entry in index.items():
+        if not isinstance(entry, list) or part == "_class_name" or part in _options(name):
+            continue
+        if not part.isidentifier():
+            raise ModelError(f"{where}: {part[:80]!r} is not the name of a component")
+        if len(entry) != 2 or not all(one is None or isinstance(one, str) for one in entry):
+            raise ModelError(f"{where}, {part}: found {str(entry)[:80]}, expected a library and a class")
+        library, kind = entry
+        known = library in LIBRARIES or kind in HOMES or hasattr(diffusers.pipelines, str(library))
+        if library is not None and not known:
+            raise ModelError(
+                f"{where}, {part}: found the library {library[:80]!r}; davae loads classes of {', '.join(LIBRARIES)}"
+            )
+
+
+def _options(pipeline: str) -> set[str]:
+    """Return the names of a pipeline's plain options, which are not components."""
+    try:
+        kind = model_class(pipeline)
+    except ValueError:
+        return set()
+    arguments = inspect.signature(kind.__init__).parameters.values()
+    optional = set(getattr(kind, "_optional_components", ()))
+    return {one.name for one in arguments if one.default is not inspect.Parameter.empty and one.name not in optional}
 
 
 class Configs:
@@ -176,6 +217,8 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
     index = read_config(model, "", "model_index.json")
     name = class_name(index.get("_class_name", "DiffusionPipeline"))
     check_folder(Path(model), without=without)
+    # diffusers takes a part that the index has as null for forgotten, unless it is passed as None
+    without = (*without, *(part for part, entry in index.items() if entry == [None, None]))
     what = f"model {model}"
     with loading(what), without_own_code(model, index) as folder, warnings.catch_warnings():
         # `dtype`, its new name, is unknown to the oldest diffusers that davae takes
@@ -184,7 +227,9 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
         if not Path(folder).is_dir():
             folder = str(kind.download(model, use_safetensors=True, **dict.fromkeys(without)))
         parts = dict.fromkeys(without) | load_components(Path(folder), model, dtype, without)
-        pipeline = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **parts)
+        others = (stored_variant(Path(folder) / part) for part in index if part not in parts)
+        variant = next(filter(None, others), None)  # of a safety checker, say, which diffusers loads
+        pipeline = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, variant=variant, **parts)
     check_tokenizers(pipeline, what)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -13,10 +13,7 @@ from davae.files.reading import read_object
 from davae.pretrained.stored import check_config, loading
 
 CONFIGS = ("preprocessor_config.json", "processor_config.json")
-CLIP_ENCODERS = (
-    "CLIPTextModel",
-    "CLIPTextModelWithProjection",
-)  # pipelines pad their prompts to the tokenizer's length
+CLIP_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")  # their prompts are padded to the tokenizer's length
 
 
 def load_processor(model: str, kind: Any, what: str, part: str = "") -> Any:

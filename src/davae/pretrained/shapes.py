@@ -8,9 +8,9 @@ from typing import Any
 
 from davae.backbones.expand import MARK
 from davae.backbones.families import component_in, denoiser, family_by_class, family_of, supported
-from davae.backbones.family import Family
+from davae.backbones.family import longest_side, patch_size
 from davae.errors import ModelError
-from davae.pretrained.open import Configs
+from davae.pretrained.open import Configs, class_name
 from davae.pretrained.stored import check_config, loading
 from davae.vae.base import autoencoder_family, base_channels, spatial_factor
 from davae.vae.detail_vae import DetailVAE
@@ -40,7 +40,7 @@ def read_shapes(model: str | Configs, *, to_train: bool = True) -> BaseShapes:
 
     Args:
         model: a folder, hub id or preset, or its configs.
-        to_train: refuse a family that can only be expanded.
+        to_train: refuse a family that can only be expanded, and a pipeline that does not draw from a prompt alone.
 
     Raises:
         ModelError: not a diffusers pipeline, an unsupported class, or a model that was upgraded already.
@@ -74,6 +74,9 @@ def _read_shapes(configs: Configs, to_train: bool) -> BaseShapes:
             f"model {model}: expand_transformer widens a {transformer_class}, but davae cannot train one yet; "
             f"it can train {', '.join(row.class_name for row in supported() if row.trains)}"
         )
+    pipeline = class_name(index.get("_class_name", "DiffusionPipeline"))
+    if to_train:
+        family.check_pipeline(pipeline, f"model {model}")
     channels = base_channels(vae, vae_class)
     taken = int(transformer[family.in_key]) // family.packed
     if taken != channels:
@@ -82,7 +85,7 @@ def _read_shapes(configs: Configs, to_train: bool) -> BaseShapes:
             "it was expanded already, or the parts do not belong together"
         )
     return BaseShapes(
-        pipeline_class=index["_class_name"],
+        pipeline_class=pipeline,
         transformer_class=transformer_class,
         vae_class=vae_class,
         channels=channels,
@@ -91,13 +94,6 @@ def _read_shapes(configs: Configs, to_train: bool) -> BaseShapes:
         transformer_config=transformer,
         vae_config=vae,
     )
-
-
-def patch_size(config: Any, family: Family) -> int:
-    """Return p, the latent positions per token each way, packed by the model or its pipeline."""
-    own = 1 if family.patch_key is None else config[family.patch_key]
-    side = own if isinstance(own, int) else own[0]  # some list one per axis, or per size that they know
-    return side * math.isqrt(family.packed)
 
 
 def pixel_factor(pipeline: Any) -> int:
@@ -109,18 +105,6 @@ def token_side(pipeline: Any) -> int:
     """Return the pixels of an image token of a pipeline's denoiser, each way."""
     model = denoiser(pipeline)
     return pixel_factor(pipeline) * patch_size(model.config, family_of(model))
-
-
-def longest_side(config: Any) -> int | None:
-    """Return the tokens of a side that a transformer has positions for, None for any.
-
-    Args:
-        config: of the transformer.
-    """
-    known = None if "rope_axes_dim" in config else config.get("pos_embed_max_size")  # CogView4's is never read
-    if known is not None and "num_mmdit_layers" in config:
-        return math.isqrt(known)  # AuraFlow counts the positions of a square
-    return known
 
 
 def check_drawable(pipeline: Any, height: int, width: int) -> None:
@@ -136,8 +120,7 @@ def check_drawable(pipeline: Any, height: int, width: int) -> None:
         own = pipeline.default_sample_size * pixel_factor(pipeline)
         scale = math.sqrt(own**2 / (width * height))  # as its pipeline does
         if any(int(pixels * scale // step * step) != pixels for pixels in (height, width)):
-            kind = type(pipeline).__name__
-            raise ModelError(f"a {kind} draws the area of {own} x {own} pixels, not {width} x {height}; use {own}")
+            raise ModelError(f"this model draws {own} x {own} pixels in all, not {width} x {height}; use {own}")
 
 
 def default_resolution(pipeline: Any) -> int:

@@ -6,7 +6,6 @@ than the weights do, and weights and config must belong together: nothing missin
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -25,7 +24,6 @@ from torch.nn.modules import module as hooks
 from davae.backbones.classes_by_name import model_class
 from davae.errors import DavaeError, ModelError
 from davae.files.reading import read_object
-from davae.homes import HOMES
 from davae.pretrained.hub_errors import brief
 
 MOST_PARAMETERS = 200 * 10**9  # of a model that is only planned; the largest known has 20e9
@@ -41,8 +39,11 @@ STATISTICS = (
     *("scaling_factor", "shift_factor", "latents_mean", "latents_std"),
     *("base_mean", "base_std", "detail_mean", "detail_std"),
 )
-OLD_BUFFERS = re.compile(r"(position_ids|inv_freq|num_batches_tracked|masked_bias)$|^lm_head\.")
-LIBRARIES = ("diffusers", "transformers", "davae")
+# tensors of earlier versions of a class, which its official weights still hold; the last is PixArt's
+OLD_BUFFERS = re.compile(
+    r"(position_ids|inv_freq|num_batches_tracked|masked_bias)$|^lm_head\.|^caption_projection\.y_embedding$"
+)
+VARIANT = re.compile(r"\w+(?:-\d+-of-\d+)?\.(\w+)(?:-\d+-of-\d+)?\.safetensors")  # model.fp16.safetensors
 # what library code raises when a config or a file does not hold what it expects
 LIBRARY_ERRORS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError,
@@ -72,43 +73,6 @@ def loading(what: str) -> Iterator[None]:
 
 
 # -- what JSON files may contain ---------------------------------------------------------------------------------------
-
-
-def check_index(index: dict[str, Any], model: str) -> None:
-    """Refuse a model_index.json that names places outside its folder or unknown code.
-
-    Raises:
-        ModelError: names the entry.
-    """
-    where = f"model {model}: model_index.json"
-    own = index.get("_class_name", "DiffusionPipeline")
-    name = own[-1] if isinstance(own, list) and own else own
-    if not isinstance(name, str):
-        raise ModelError(f"{where}, _class_name: found {str(own)[:80]}, expected the name of a pipeline class")
-    for part, entry in index.items():
-        if not isinstance(entry, list) or part == "_class_name" or part in _options(name):
-            continue
-        if not part.isidentifier():
-            raise ModelError(f"{where}: {part[:80]!r} is not the name of a component")
-        if len(entry) != 2 or not all(one is None or isinstance(one, str) for one in entry):
-            raise ModelError(f"{where}, {part}: found {str(entry)[:80]}, expected a library and a class")
-        library, kind = entry
-        known = library in LIBRARIES or kind in HOMES or hasattr(diffusers.pipelines, str(library))
-        if library is not None and not known:
-            raise ModelError(
-                f"{where}, {part}: found the library {library[:80]!r}; davae loads classes of {', '.join(LIBRARIES)}"
-            )
-
-
-def _options(pipeline: str) -> set[str]:
-    """Return the names of a pipeline's plain options, which are not components."""
-    try:
-        kind = model_class(pipeline)
-    except ValueError:
-        return set()
-    arguments = inspect.signature(kind.__init__).parameters.values()
-    optional = set(getattr(kind, "_optional_components", ()))
-    return {one.name for one in arguments if one.default is not inspect.Parameter.empty and one.name not in optional}
 
 
 def check_config(config: Any, what: str) -> None:
@@ -258,6 +222,12 @@ def weight_files(folder: Path, what: str) -> list[Path]:
     return found
 
 
+def stored_variant(folder: Path) -> str | None:
+    """Return the variant of a component, such as fp16, where its folder has no other weights."""
+    matches = [VARIANT.match(file.name) for file in folder.glob("*.safetensors")]
+    return min((match[1] for match in matches if match), default=None) if all(matches) else None
+
+
 def stored_bound(files: list[Path], what: str) -> Bound:
     """Return the most that a model for these safetensors files may hold, from their headers.
 
@@ -355,7 +325,7 @@ def load_component(model: str, part: str, kind: Any, dtype: torch.dtype, what: s
     what = what or f"{f'{part} of ' if part else ''}model {model}"
     folder = Path(model) / part
     bound = check_component(folder, what) if folder.is_dir() else Bound()
-    options: dict[str, Any] = {"subfolder": part} if part else {}
+    options: dict[str, Any] = {"variant": stored_variant(folder)} | ({"subfolder": part} if part else {})
     if kind.__module__.startswith("transformers."):
         options |= {"dtype": dtype, "trust_remote_code": False}
     else:

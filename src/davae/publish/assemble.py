@@ -220,24 +220,26 @@ def file_shapes(path: Path) -> Shapes:
         return {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
 
 
-def check_fit(path: Path, transformer: nn.Module) -> None:
+def check_fit(path: Path, class_name: str, config: Any) -> None:
     """Compare an upgrade file's header with the expanded transformer, without its weights.
 
     Args:
-        transformer: on any device; only its class and config are used.
+        class_name, config: of the transformer.
 
     Raises:
         ModelError: not an upgrade file, or one for another transformer, D or LoRA rank.
     """
     details = read_details(path, read_metadata(path))
-    if details.class_name != type(transformer).__name__ or latent_channels(transformer) != details.base_channels:
+    family = family_by_class(class_name)
+    channels = int(config[family.in_key]) // family.packed
+    if (details.class_name, details.base_channels) != (class_name, channels):
         raise ModelError(
             f"{path} upgrades a {details.class_name} of {details.base_channels} channels, "
-            f"this is a {type(transformer).__name__} of {latent_channels(transformer)}"
+            f"this is a {class_name} of {channels}"
         )
     shapes = file_shapes(path)
     with planned(f"the transformer of {path}"):
-        empty = type(transformer).from_config(transformer.config)  # type: ignore[attr-defined]
+        empty = model_class(class_name).from_config(config)
         expanded = expand_transformer(empty, details.detail_channels, detail_offset=details.detail_offset)
         attach_head(expanded, details.head)
         choose_trainable(expanded, details.lora)
@@ -273,7 +275,7 @@ def trained_transformer(transformer: nn.Module, path: Path) -> nn.Module:
     Raises:
         ModelError: not an upgrade file, or one for another transformer.
     """
-    check_fit(path, transformer)
+    check_fit(path, type(transformer).__name__, transformer.config)
     details = read_details(path, read_metadata(path))
     expanded = expand_transformer(transformer, details.detail_channels, detail_offset=details.detail_offset)
     if details.clean_base:

@@ -22,8 +22,7 @@ from davae.files.ownership import check_out
 from davae.files.reading import load_json, recipe_file
 from davae.pretrained.autoencoders import load_autoencoder, load_detail_vae
 from davae.pretrained.open import load_part, load_pipeline, read_config
-from davae.pretrained.shapes import BaseShapes, read_shapes
-from davae.pretrained.stored import planned
+from davae.pretrained.shapes import read_shapes
 from davae.publish.assemble import (
     UPGRADE_FILE,
     VAE_FOLDER,
@@ -177,7 +176,7 @@ def apply(
             f"{upgrade.file} upgrades a {upgrade.class_name} of {channels} channels, {base} has a {shapes.transformer_class} "
             f"of {shapes.channels}"
         )
-    _check_fit(upgrade.file, shapes)
+    check_fit(upgrade.file, shapes.transformer_class, shapes.transformer_config)
     pipeline = load_pipeline(base, dtype)
     full: Any = load_detail_vae(upgrade.vae)
     check_base_autoencoder(full, pipeline.vae.float(), base)
@@ -241,15 +240,8 @@ def _pretrained(run: FinishedRun, base: str) -> torch.nn.Module:
     shapes = read_shapes(base)
     if shapes.transformer_class != name:
         raise ModelError(f"{file} upgrades a {name}, and {base} has another model; give the run's base")
-    _check_fit(file, shapes)
+    check_fit(file, name, shapes.transformer_config)
     return load_part(base, family_by_class(name).component, name)
-
-
-def _check_fit(file: Path, shapes: BaseShapes) -> None:
-    """Compare an upgrade file with a base by its configs, before any weight is read."""
-    with planned(f"the {shapes.transformer_class}"):
-        empty = model_class(shapes.transformer_class).from_config(shapes.transformer_config)
-    check_fit(file, empty)
 
 
 def _check_lora(run: FinishedRun) -> None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
-
 from davae.backbones.classes import find_class, named_classes
 from davae.backbones.classes_by_name import model_class
 from davae.backbones.families import supported
-from davae.backbones.family import Family
+from davae.backbones.family import Family, longest_side
 from davae.backbones.head_options import HeadOptions, check_family
-from davae.cost.flops import meta_transformer
 from davae.data.buckets import bucket_sizes
 from davae.data.latent_cache.meta import is_whole
 from davae.errors import DataError, ModelError, RecipeError
@@ -20,7 +17,7 @@ from davae.files.reading import read_object
 from davae.latent import LatentLayout
 from davae.losses.perceptual import perceptual_distance
 from davae.pretrained.distilled import Distilled
-from davae.pretrained.shapes import BaseShapes, longest_side
+from davae.pretrained.shapes import BaseShapes
 from davae.pretrained.stored import check_component
 from davae.publish.assemble import UPGRADE_FILE, check_fit, read_details, read_metadata
 from davae.recipes import Recipe, differences, load_recipe
@@ -278,8 +275,7 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
     for key, wanted in (("base_class", shapes.vae_class), ("scale", recipe.scale), ("downsample", recipe.downsample)):
         if vae.get(key, {"scale": 2, "downsample": "antialias"}.get(key)) != wanted:
             raise RecipeError(f"init: the DetailVAE of {recipe.init} has {key} {vae.get(key)}, this recipe {wanted}")
-    with torch.device("meta"):
-        check_fit(file, meta_transformer(shapes))
+    check_fit(file, shapes.transformer_class, shapes.transformer_config)
 
 
 def _lora_text(lora: Lora | None) -> tuple[Lora | None, str]:

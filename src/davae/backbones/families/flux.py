@@ -202,6 +202,7 @@ FLUX = (
     Family(
         "Flux2Transformer2DModel",
         pipeline="Flux2Pipeline",
+        variants=("Flux2KleinPipeline",),
         embedder="x_embedder",
         head="proj_out",
         head_order=CP,

@@ -176,6 +176,7 @@ PIXART = (
         attributes=OUT,
         objectives=DDPM,
         upgraded_pipelines=("DetailPixArtAlphaPipeline", "DetailPixArtSigmaPipeline"),
+        variants=("PixArtSigmaPipeline",),
         call=PixArtCall(),
     ),
     Family(
@@ -199,6 +200,7 @@ PIXART = (
         lora_targets=(*ATTENTION, "ff.conv_inverted", "ff.conv_point"),
         # the pipeline picks its table of sizes by sample_size; positions are sample_size / interpolation_scale apart
         scaled_config=("sample_size", "interpolation_scale"),
+        variants=("SanaSprintPipeline",),
         call=SanaCall(),
     ),
 )

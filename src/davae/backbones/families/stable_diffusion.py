@@ -89,6 +89,7 @@ STABLE_DIFFUSION = (
         head_order=PC,
         lora_targets=(*ATTENTION, *MLP, "proj_in"),
         component="unet",
+        variants=("StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"),
         objectives=DDPM,
         patch_key=None,
         call=UNetCall(),

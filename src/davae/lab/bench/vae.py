@@ -76,12 +76,12 @@ def bench_vae(
             a side that a caller chooses.
     """
     vae = load_autoencoder(model)
+    picture = synthetic_picture(image_side(vae, resolution))
     if not isinstance(vae, DetailVAE):
         raise ValueError(
             f"{model} holds an {type(vae).__name__}; `davae bench vae` times the tiles of a DetailVAE: give the folder of an "
             "upgrade's run, or micro-upgraded"
         )
-    picture = synthetic_picture(image_side(vae, resolution))
     latents = encoding_work(model, picture, min(256, resolution), dtype)().float()
     figures: dict[str, Any] = {"vae": model, "resolution": resolution, "tile": tile}
     for way in ways:

@@ -1,0 +1,88 @@
+"""Folders as others write them: without a text encoder, in half precision alone, in the hub's cache, a single file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_autoencoder
+from diffusers import DiffusionPipeline
+
+from davae.backbones.classes_by_name import model_class
+from davae.backbones.families import supported
+from davae.errors import ModelError
+from davae.pretrained.autoencoders import load_autoencoder
+from davae.pretrained.open import load_pipeline, read_config
+from davae.pretrained.shapes import read_shapes
+from davae.pretrained.text_encoders import load_text_encoders, reads_silent_t5
+
+
+@pytest.fixture
+def model(tiny_base: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_base, tmp_path / "model")
+
+
+def test_stable_diffusion_3_without_its_third_text_encoder(model: Path):
+    index = json.loads((model / "model_index.json").read_text())
+    for part in ("text_encoder_3", "tokenizer_3"):
+        index[part] = [None, None]
+        shutil.rmtree(model / part)
+    (model / "model_index.json").write_text(json.dumps(index))
+    assert reads_silent_t5(str(model))
+    assert load_pipeline(str(model)).text_encoder_3 is None
+    encoders = load_text_encoders(str(model), "transformer", read_config(str(model), "transformer"))
+    assert encoders.tokenizer_3 is None
+    assert encoders.encode_prompt("a red square", None, None)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("shards", "files"), [("1GB", 0), ("20KB", 4)])
+def test_weights_in_half_precision_alone(model: Path, shards: str, files: int):
+    expected = load_pipeline(str(model)).to(torch.float16)
+    for file in model.glob("*/*.safetensors"):
+        file.unlink()
+    expected.save_pretrained(model, variant="fp16", max_shard_size=shards)
+    assert len(list(model.glob("*/*.index.fp16.json"))) == files
+    found = load_pipeline(str(model))
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_3"):
+        first, second = (getattr(pipeline, part).float().state_dict() for pipeline in (found, expected))
+        assert all(torch.equal(first[name], second[name]) for name in second)
+    assert load_autoencoder(str(model)).dtype == torch.float32
+
+
+def test_an_autoencoder_of_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, part in (("pipeline", "vae"), ("plain", "")):
+        home = tmp_path / f"models--a--{name}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text("5" * 40)
+        tiny_autoencoder().save_pretrained(home / "snapshots" / ("5" * 40) / part)
+        assert read_config(f"a/{name}", part)["latent_channels"] == 4
+        assert load_autoencoder(f"a/{name}").config.latent_channels == 4
+    with pytest.raises(ModelError, match="the hub cannot be reached"):
+        load_autoencoder("a/none")
+
+
+def test_a_single_file_is_named_as_one(tmp_path: Path):
+    file = tmp_path / "sd35.safetensors"
+    file.write_bytes(b"x")
+    for load in (load_pipeline, load_autoencoder):
+        with pytest.raises(ModelError, match=r"sd35\.safetensors is a single file, .*from_single_file\("):
+            load(str(file))
+
+
+@pytest.mark.parametrize("pipeline", ["StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", "Popen"])
+def test_a_model_that_draws_from_images_is_refused_before_any_work(model: Path, pipeline: str):
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": pipeline}))
+    assert read_shapes(str(model), to_train=False).pipeline_class == pipeline
+    with pytest.raises(ModelError, match=rf"is a {pipeline}, .*\(StableDiffusion3Pipeline\); .*correct _class_name"):
+        read_shapes(str(model))
+
+
+def test_pipelines_of_the_families_exist():
+    for name in (name for family in supported() for name in (family.pipeline, *family.variants)):
+        assert issubclass(model_class(name), DiffusionPipeline)
