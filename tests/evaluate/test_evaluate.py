@@ -400,7 +400,7 @@ def test_prompts_of_samples_are_read_without_decoding_an_image(picture_folder: P
     monkeypatch.setattr(type(images.source), "load", lambda *_: pytest.fail("decoded"))
     assert [module.condition_of(images, place, "by caption") for place in range(len(images))] == expected
     assert [module.condition_of(classes, place, "by class") for place in (0, 1)] == ["0", "1"]
-    with pytest.raises(DataError, match="measured on images with classes"):
+    with pytest.raises(DataError, match="needs a class for every image"):
         module.condition_of(images, 0, "by class")
 
 
