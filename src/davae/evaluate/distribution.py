@@ -194,7 +194,7 @@ def distribution_scores(
         distance = frechet_distance(generated.features, real.features)
     else:
         distance = gaussian_distance(Gaussian.of(generated.features), stored)
-    kernel = [kid[f"kernel_inception_distance_{part}"] for part in ("mean", "std")]
+    kernel, spread = (kid[f"kernel_inception_distance_{part}"] for part in ("mean", "std"))
     return DistributionScores(
-        distance, *kernel, size, near["precision"], near["recall"], score, len(generated), len(real)
+        distance, kernel, spread, size, near["precision"], near["recall"], score, len(generated), len(real)
     )
