@@ -58,7 +58,7 @@ def test_the_report_compares_images_of_the_same_noise(base, tiny_base: Path, tmp
 
 
 def test_the_base_of_a_warm_start_is_compared_at_the_end_of_pndm(tmp_path: Path):
-    """Which calls its model once more than it has steps."""
+    """Equal to the end: PNDM calls its model once more than it has steps."""
     upgraded("UNet2DConditionModel", tmp_path)
     base = load_pipeline(str(tmp_path / "base"))
     base.scheduler = PNDMScheduler.from_config(base.scheduler.config, skip_prk_steps=True)
