@@ -72,7 +72,8 @@ def main() -> None:
         )
         for name, images in sets.items()
     }
-    given.json.write_text(json.dumps({"num": len(photos), "run": given.run, "sets": figures}, indent=2) + "\n")
+    named = {"run": given.run, "network": given.network, "data": given.data, "held_out": HELD_OUT}
+    given.json.write_text(json.dumps({"num": len(photos), **named, "sets": figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

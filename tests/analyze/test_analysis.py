@@ -32,6 +32,7 @@ from davae.dataset.look import batches
 from davae.errors import DataError, ModelError
 from davae.evaluate.generation import real_pictures
 from davae.evaluate.reconstruction import evaluate_reconstruction
+from davae.latent import LatentLayout
 from davae.pretrained.autoencoders import image_side, load_detail_vae
 from davae.recipes import validate
 from davae.runs.upgrade import Upgrade
@@ -189,7 +190,7 @@ def test_points_of_one_class_lie_together():
 class Encoder:
     """Latents that hold the brightness of each image."""
 
-    device = "cpu"
+    device, layout = torch.device("cpu"), LatentLayout(1, 1)
 
     def encode_raw(self, images: torch.Tensor) -> Any:
         mean = images.mean((1, 2, 3)).view(-1, 1, 1, 1)

@@ -18,6 +18,7 @@ from davae.analyze.diffusability import diffusability_figure
 from davae.analyze.gap import gap_figure
 from davae.analyze.sensitivity import sensitivity_figure
 from davae.analyze.spectra import spectra_figure
+from davae.dataset import encoding
 from davae.errors import RunError
 from davae.evaluate.features import Lite0Features
 from davae.sample.open import SamplingOptions
@@ -110,6 +111,18 @@ def test_a_summary_has_the_name_of_its_figure(name: str, places: dict[str, str],
     assert of_figure(second) == kept
     check_pairs(tmp_path)
     assert summarised(first) == places["first"]
+
+
+@pytest.mark.parametrize("name", ["spectra", "sensitivity"])
+def test_autoencoders_code_as_many_images_as_fit(
+    name: str, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[int] = []
+    moments = DetailVAE._moments
+    monkeypatch.setattr(encoding, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(DetailVAE, "_moments", lambda vae, x, *more: seen.append(len(x)) or moments(vae, x, *more))
+    FIGURES[name](places, "first", tmp_path, num=4)
+    assert set(seen) == {1}
 
 
 def test_every_setting_of_a_figure_belongs_to_its_name(places: dict[str, str], tmp_path: Path):

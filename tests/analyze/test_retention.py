@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import picture
+from diffusers import PNDMScheduler
 from safetensors.torch import save_file
 from upgraded_tiny import assembled, upgraded
 
@@ -53,6 +55,18 @@ def test_the_report_compares_images_of_the_same_noise(base, tiny_base: Path, tmp
     assert figures["images"]["drawn"] == 2
     assert figures["images"]["lite0"] < 1e-3  # step 0: its base channels are the pretrained model's own
     assert len(figures["levels"]) == len(figures["lora"]["levels"]) == len(LEVELS)
+
+
+def test_the_base_of_a_warm_start_is_compared_at_the_end_of_pndm(tmp_path: Path):
+    """Equal to the end: PNDM calls its model once more than it has steps."""
+    upgraded("UNet2DConditionModel", tmp_path)
+    base = load_pipeline(str(tmp_path / "base"))
+    base.scheduler = PNDMScheduler.from_config(base.scheduler.config, skip_prk_steps=True)
+    fresh = assemble(base, DetailVAE.from_base(base.vae, 8), expand_transformer(denoiser(base), 8))
+    rows = retention._images_of_both(base, fresh, ["a", "b"], SamplingOptions(4, 1.0))
+    first, second = (np.stack([np.asarray(image, int) for image in row]) for row in rows.values())
+    assert np.abs(first - second).max() <= 1
+    assert first.std() > 1
 
 
 def base_lora(model, file: Path, scale: float = 0.5) -> Path:

@@ -15,6 +15,7 @@ from conftest import picture
 from safetensors.torch import load_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_training import run_cli
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 import davae.evaluate.generation
 from davae import LatentLayout
@@ -97,6 +98,11 @@ def test_fid_to_adm_s_reference_is_taken_to_its_stored_statistics(
     own = Gaussian.of(torch.stack([real[(i, -1)]["image"][:, 0, 0] for i in range(len(real))]))
     assert found["fid"] == pytest.approx(gaussian_distance(own, Gaussian(mean, covariance)))
     assert found["fid_reference"] == "mu and sigma stored in the data"
+    smaller = {**options, "resolution": 16}
+    with pytest.raises(
+        DataError, match=r"--resolution 16: mu and sigma in \S+ belong to images of 32 x 32 pixels; give"
+    ):
+        davae.evaluate.generation.evaluate_pictures(str(picture_folder), f"{tmp_path}/reference.npz", **smaller)
     plain = davae.evaluate.generation.evaluate_pictures(str(picture_folder), f"{tmp_path}/plain.npz", **options)
     assert "fid_reference" not in plain
     assert plain["fid"] != found["fid"]
@@ -106,6 +112,16 @@ def test_fid_to_adm_s_reference_is_taken_to_its_stored_statistics(
     (tmp_path / "broken.npz").write_bytes((tmp_path / "plain.npz").read_bytes()[:300])
     with pytest.raises(ValueError, match=r"broken\.npz is not an \.npz that can be read"):
         stored_gaussian(tmp_path / "broken.npz")
+
+
+def test_precision_and_recall_hold_rows_of_their_distances(monkeypatch: pytest.MonkeyPatch):
+    one, other = torch.randn(1100, 3), torch.randn(1200, 3) + 0.5
+    expected = prc_features_to_metric(one, other, verbose=False)
+    cdist, held = torch.cdist, []
+    monkeypatch.setattr(torch, "cdist", lambda a, b: held.append(len(a) * len(b)) or cdist(a, b))
+    found = distribution_scores(Features(one), Features(other), subset=10, subsets=1)
+    assert (found.precision, found.recall) == (expected["precision"], expected["recall"])
+    assert max(held) <= 1000 * 1000
 
 
 def test_set_distances_tell_near_from_far():
@@ -237,8 +253,9 @@ def test_measuring_sets_on_disk(shared: Path, picture_folder: Path, tmp_path: Pa
         assert np.array_equal(np.asarray(open_source(f"{tmp_path}/{name}.npz", 32).load(3)[0]), pictures[3])
     assert open_source(f"{tmp_path}/stored.npz", 32).label(5) == 5
     run_cli("evaluate", "pictures", "--generated", f"{tmp_path}/stored.npz", "--data", str(picture_folder), "--resolution",
-            "32", "--features", "lite0", "--json", f"{tmp_path}/p.json")  # fmt: skip
+            "32", "--features", "lite0", "--set", "data.background=black", "--json", f"{tmp_path}/p.json")  # fmt: skip
     figures = json.loads((tmp_path / "p.json").read_text())
+    assert (figures["data"], figures["options"]) == (str(picture_folder), {"background": "black"})
     assert figures["fd_lite0"] == pytest.approx(0, abs=1e-6)
     assert figures["precision_lite0"] == figures["recall_lite0"] == 1.0
     np.savez(tmp_path / "wrong.npz", arr_0=np.zeros((3, 4)))
@@ -400,7 +417,7 @@ def test_prompts_of_samples_are_read_without_decoding_an_image(picture_folder: P
     monkeypatch.setattr(type(images.source), "load", lambda *_: pytest.fail("decoded"))
     assert [module.condition_of(images, place, "by caption") for place in range(len(images))] == expected
     assert [module.condition_of(classes, place, "by class") for place in (0, 1)] == ["0", "1"]
-    with pytest.raises(DataError, match="measured on images with classes"):
+    with pytest.raises(DataError, match="needs a class for every image"):
         module.condition_of(images, 0, "by class")
 
 

@@ -67,6 +67,16 @@ def test_a_later_process_reads_what_an_earlier_one_measured(picture_folder: Path
     assert corners.calls > 2 * calls, "other crops are measured"
 
 
+def test_features_of_another_network_are_not_those_of_its_weights(
+    picture_folder: Path, tmp_path: Path, corners: Corners
+):
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    images, data = real_pictures(str(picture_folder), 32, 0.0, "train"), as_data(str(picture_folder))
+    for number, name in enumerate(("lite0", "inception"), 1):
+        real_images(images, data, 0.0, name, tmp_path / "weights.pth", keep=tmp_path / "real")
+        assert len(list((tmp_path / "real").iterdir())) == number
+
+
 def test_other_images_and_damaged_files_are_measured_anew(
     picture_folder: Path, tmp_path: Path, corners: Corners, caplog: pytest.LogCaptureFixture
 ):

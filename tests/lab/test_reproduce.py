@@ -17,6 +17,7 @@ from test_docs import parse
 from test_training import run_cli
 
 from davae.errors import RecipeError
+from davae.lab.reproduce import figures as figures_module
 from davae.lab.reproduce import job as job_module
 from davae.lab.reproduce import runs as runs_module
 from davae.lab.reproduce.choose import ONCE, jobs
@@ -25,6 +26,7 @@ from davae.lab.reproduce.runs import finished, measure_speed, run_job, timed_job
 from davae.lab.reproduce.tables import Scale, ScaleName, Table, load_table, overrides_for, table_names
 from davae.lab.reproduce.tabulate import markdown, table_rows
 from davae.recipes import BaseRecipe, Recipe
+from davae.recipes.sections import Data
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs/results/reproduce"
@@ -100,6 +102,15 @@ def test_hashes_of_runs_that_were_begun_stay(monkeypatch: pytest.MonkeyPatch):
 def test_figures_of_finished_runs_are_found():
     """The files in the repository are those of the tables as they are, on the weights in the repository."""
     assert all(finished(job, RESULTS) for job in jobs("table5", "micro", 1, []))
+
+
+@pytest.mark.parametrize("changes", [["scale=4", "detail_channels=96"], ["data.enlarge=true"]])
+def test_rows_compared_at_another_size_are_measured_anew(changes: list[str]):
+    def keys(*overrides: str) -> list[str]:
+        return [job.key for job in jobs("tableS2", "micro", 1, list(overrides))]
+
+    assert keys("stage2.lr=0.1")[:4] == keys()[:4]  # enlarged images know no training
+    assert not set(keys(*changes)) & set(keys())
 
 
 @pytest.fixture
@@ -214,6 +225,13 @@ def test_overrides_go_to_the_recipes_that_have_their_section():
         ("table3", "dit.max_steps=3", None, "--set dit.max_steps=3: no row of table3 trains what it changes"),
         ("table2", "vae.max_steps=3", ["VA-VAE-like f8, p = 2"], "no row of table2 trains what it changes"),
         ("table2", "vae.lambda_kl=0.1", ["DC-AE-like f16, p = 1"], "vae.lambda_kl is 0.1, and a dc autoencoder"),
+        (
+            "table4",
+            "sampling.steps=50",
+            None,
+            "--set sampling.steps=50: changes no figure; the scale decides how images",
+        ),
+        ("table2", "report.dtype=float16", None, "--set report.dtype=float16: changes no figure"),
         ("table1", "dit.max_steps=3", ["DA-VEA"], "table1 has no row 'DA-VEA'; did you mean 'DA-VAE'?"),
     ],
 )
@@ -373,6 +391,24 @@ def test_clothing_compares_with_the_images_of_its_trainings():
     assert "--held-in 0.1" in job.command
     measures = jobs("table5", "clothing", 1, [])[0].measures  # type: ignore[attr-defined]
     assert measures["reconstruction"]["held_out"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["fig3", "figS5", "tableS2a"])
+def test_figures_of_clothing_are_drawn_from_images_that_were_held_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[tuple[float, bool]] = []
+
+    def drawn(*given: object, num: int, held_out: float) -> Path:
+        seen.append((held_out, next(part.enlarge for part in given if isinstance(part, Data))))
+        return tmp_path
+
+    for part in ("latents_figure", "sensitivity_figure", "spectra_figure"):
+        monkeypatch.setattr(figures_module, part, drawn)
+    monkeypatch.setattr(figures_module, "trained_stage1", lambda job, out, observer: out)
+    for scale in ("clothing", "micro"):
+        figures_module.figure(name, scale, ["data.enlarge=true"], tmp_path, tmp_path, lambda progress: None)
+    assert seen == [(0.1, True), (0.0, True)]
 
 
 def test_settings_of_a_split_reach_both_measurements(

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from davae.data.formats import open_image
-from davae.dataset.look import as_data, check_summary
+from davae.dataset.look import check_summary, data_figures
 from davae.files.outputs import check_figures, check_image, save_image, write_figures
 from davae.files.reading import load_json
 from davae.recipes.sections import Data
@@ -104,8 +104,8 @@ def figure_settings(data: str | Data, num: int, held_out: float, **more: Any) ->
         more: settings of this figure; a file is a path.
     """
     more = {name: str(value) if isinstance(value, Path) else value for name, value in more.items()}
-    options = as_data(data).model_dump(mode="json", exclude_defaults=True, exclude={"source"})
-    return {"num": num, "held_out": held_out, **({"options": options} if options else {}), **more}
+    options = {key: value for key, value in data_figures(data).items() if key == "options"}
+    return {"num": num, "held_out": held_out, **options, **more}
 
 
 def contact_sheet(rows: dict[str, list[Image.Image]], cell: int) -> Image.Image:

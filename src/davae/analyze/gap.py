@@ -40,19 +40,14 @@ from davae.pretrained.shapes import default_resolution, pixel_factor
 from davae.publish.assemble import POLISHED, VAE_FOLDER
 from davae.recipes.sections import Data
 from davae.sample.generate import generate
-from davae.sample.open import SamplingOptions, open_model
+from davae.sample.open import SamplingOptions, check_class_prompts, open_model
 from davae.sample.upscale import check_enlarging, upscale
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.overflow import decode_in_range, encode_in_range
 
-REAL, DECODER, DETAIL, SAMPLES, NO_DETAIL = (
-    "held-out images",
-    "decoded",
-    "detail drawn",
-    "base and detail drawn",
-    "base drawn, no detail",
-)
+REAL, DECODER, DETAIL = "held-out images", "decoded", "detail drawn"
+SAMPLES, NO_DETAIL = "base and detail drawn", "base drawn, no detail"
 UNPOLISHED, SAMPLES_UNPOLISHED = f"{DECODER}, before polish", f"{SAMPLES}, before polish"
 POLISHES = {DECODER: UNPOLISHED, SAMPLES: SAMPLES_UNPOLISHED}
 COLORS = {REAL: "0.6", DECODER: "tab:orange", DETAIL: "tab:blue", SAMPLES: "tab:green"}
@@ -80,8 +75,7 @@ def gap_figure(
         options: how images are drawn, at the model's own size; detail for a known base is drawn without guidance.
         num: images of each set, at most.
         held_out: share that was held out of the training.
-        features: network of the distances.
-        feature_weights: file of its weights.
+        features, feature_weights: network of the distances, and the file of its weights.
         patch_size: side of the crops of the patch distance, pixels.
 
     Returns:
@@ -98,13 +92,14 @@ def gap_figure(
     origin: dict[str, Any] = {"run": model, "data": as_data(data).source, "settings": settings}
     check_figure(out, "gap-images")
     summary = summary_file(out, "gap", origin)
+    extractor = make_extractor(features, feature_weights)
     pipe, batch_size = open_model(model, options.placement)[0], options.batch_size
     check_enlarging(pipe, strength=0.0, steps=options.steps, times=1, batch_size=batch_size)
     size = default_resolution(pipe)
     held = real_pictures(data, size, held_out, "held_out", summary=summary)
     real, prompts = images_and_prompts(held, goes_by_class(pipe), num, batch_size)
+    check_class_prompts(pipe, prompts)
     _check_held_out(len(real), held_out)
-    extractor = make_extractor(features, feature_weights)
     others = real_pictures(data, size, held_out, "train")
     check_enough(len(real), len(others))
     network: Any = features, feature_weights, patch_size, out / "real", batch_size
@@ -237,7 +232,7 @@ def _samples(
 ) -> list[Tensor]:
     """Return samples (N,3,H,W), then without detail, then by the decoder `before` its polish."""
     parts: list[list[Tensor]] = []
-    for latents in _latents(pipe, prompts, options):
+    for latents in drawn_latents(pipe, prompts, options):
         z, z_d = pipe.vae.layout.split(latents)
         parts.append(
             [_decoded(pipe.vae, latents), _decoded(pipe.vae, pipe.vae.layout.join(z, torch.zeros_like(z_d)))]
@@ -247,8 +242,8 @@ def _samples(
     return [torch.cat(images) for images in zip(*parts, strict=True)]
 
 
-def _latents(pipe: Any, prompts: list[str], options: SamplingOptions) -> Iterator[Tensor]:
-    """Yield normalised latents, (B,C+D,h,w), of samples."""
+def drawn_latents(pipe: Any, prompts: list[str], options: SamplingOptions) -> Iterator[Tensor]:
+    """Yield normalised latents, (B,C+D,h,w), of samples of the model's own size."""
     side = default_resolution(pipe) // pixel_factor(pipe)
     for start in range(0, len(prompts), options.batch_size):
         part = prompts[start : start + options.batch_size]

@@ -23,6 +23,7 @@ from davae.data.images import ImageDataset, to_images
 from davae.dataset.look import as_data, batches, numbered_batches, real_pictures
 from davae.errors import DataError
 from davae.evaluate.plot import to_png
+from davae.evaluate.reconstruction import coding_parts
 from davae.losses.alignment import group_mean
 from davae.pretrained.autoencoders import image_side
 from davae.recipes.sections import Data
@@ -157,11 +158,17 @@ def raw_latents(vae: DetailVAE, images: ImageDataset, num: int) -> tuple[Tensor,
     Returns:
         z (N,C,h,w), z_d (N,D,h,w) and the N labels.
     """
-    parts, labels = [], []
-    for positions, batch in numbered_batches(images, num):
-        parts.append(vae.encode_raw(batch.to(vae.device)))
+    halving, parts, labels = coding_parts("latents", vae, images.resolution), [], []
+
+    def encode(batch: Tensor) -> Tensor:
+        raw = vae.encode_raw(batch.to(vae.device))
+        return torch.cat([raw.z, raw.mean], dim=1).cpu()  # (B,C+D,h,w)
+
+    for positions, batch in numbered_batches(images, num, halving.size):
+        parts.append(halving(encode, batch))
         labels += [images.source.label(images.indices[i]) for i in positions]
-    return torch.cat([part.z.cpu() for part in parts]), torch.cat([part.mean.cpu() for part in parts]), labels
+    z, z_d = (part.contiguous() for part in vae.layout.split(torch.cat(parts)))
+    return z, z_d, labels
 
 
 def latents_figure(
@@ -210,9 +217,4 @@ def latents_figure(
     points = {name: embed_points(group) for name, group in groups.items()}
     places = {name: np.round(found, 3).tolist() for name, found in points.items()}
     write_figure(out, "latents-points", scatter_plot(points, known), {**origin, "labels": known, "points": places})
-    return write_figure(
-        out,
-        "latents",
-        contact_sheet(rows, 128),
-        {**origin, "pictures": len(known), "rows": figures},
-    )
+    return write_figure(out, "latents", contact_sheet(rows, 128), {**origin, "pictures": len(known), "rows": figures})

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from davae.analyze.figure import SHOWN, contact_sheet, figure_settings, summary_file, write_figure
+from davae.analyze.gap import drawn_latents
 from davae.backbones.classes import goes_by_class
 from davae.backbones.families import denoiser, family_of
-from davae.data.images import to_tensor
+from davae.data.images import to_images, to_tensor
 from davae.dataset.look import as_data, images_and_prompts, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.reconstruction import perceptual_distances
@@ -23,8 +24,8 @@ from davae.pretrained.prompting import embed_captions
 from davae.pretrained.shapes import default_resolution, pixel_factor
 from davae.recipes.sections import Data
 from davae.sample.generate import generate
-from davae.sample.open import SamplingOptions, add_lora, open_model
-from davae.sample.preview import Preview, takes_callback
+from davae.sample.open import SamplingOptions, add_lora, check_class_prompts, open_model
+from davae.sample.preview import takes_callback
 from davae.tasks.noising import Objective, choose_objective
 from davae.vae.detail_vae import DetailVAE
 
@@ -77,6 +78,7 @@ def retention_figure(
     check_pair(first, second, lora)
     held = real_pictures(data, default_resolution(second), held_out, "held_out", summary=summary)
     images, captions = images_and_prompts(held, goes_by_class(second), num)
+    check_class_prompts(second, captions)
     levels = prediction_errors(first, second, images, captions, base, options.seed, options.batch_size)
     rows = _images_of_both(first, second, captions[:drawn], options)
     figures: dict[str, Any] = {
@@ -243,7 +245,8 @@ def _images_of_both(base: Any, upgraded: Any, prompts: list[str], options: Sampl
     """Draw images of both models from equal base noise, the upgrade's from its base channels."""
     upgraded.vae.attach_base_decoder(base.vae)
     shown: list[Any] = []
-    preview = Preview(upgraded, options.steps, decoder="base", on_preview=lambda step, images: shown.extend(images))
-    generate(upgraded, prompts, options, preview=preview)
+    for latents in drawn_latents(upgraded, prompts, options):
+        pixels = upgraded.vae.decode_base(latents.to(upgraded.vae.dtype))  # (B,3,H,W)
+        shown += to_images(pixels.float().clamp(-1, 1))
     size = default_resolution(upgraded) // upgraded.vae.layout.scale
     return {"base": generate(base, prompts, replace(options, resolution=size)), "upgrade's base": shown}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from davae.analyze.figure import SHOWN, contact_sheet, figure_settings, summary_
 from davae.data.images import to_images
 from davae.dataset.look import as_data, batches, real_pictures
 from davae.evaluate.features import make_extractor
-from davae.evaluate.reconstruction import perceptual_distances, score_reconstructions
+from davae.evaluate.reconstruction import coding_parts, perceptual_distances, score_reconstructions
 from davae.latent import LatentStatistics
 from davae.pretrained.autoencoders import image_side
 from davae.recipes.sections import Data
@@ -142,15 +143,17 @@ def sensitivity_figure(
     settings = figure_settings(data, num, held_out, **networks)
     origin = {"vae": vae, "base": base, "data": as_data(data).source, "settings": settings}
     summary = summary_file(out, "sensitivity", origin)
+    perceptual, extractor = perceptual_distances(lpips, lpips_weights), make_extractor(features, feature_weights)
     model, base_vae = open_detail_vae(vae), open_autoencoder(base)
     side = image_side(model)
     image_side(base_vae, side // model.layout.scale)  # it encodes them reduced
     images = real_pictures(data, side, held_out, "held_out", summary=summary)
-    perceptual, extractor = perceptual_distances(lpips, lpips_weights), make_extractor(features, feature_weights)
+    halving = coding_parts("sensitivity", model, side)
     shown = next(batches(images, SHOWN, SHOWN))
     rows, figures = {"original": to_images(shown)}, {}
     for name, reconstruct in reconstructions(model, base_vae, unit_normal=True).items():
-        rows[name] = to_images(reconstruct(shown))
-        scores = score_reconstructions(batches(images, num), reconstruct, perceptual, extractor)
+        few = partial(halving, reconstruct)
+        rows[name] = to_images(few(shown))
+        scores = score_reconstructions(batches(images, num, halving.size), few, perceptual, extractor)
         figures[name] = scores.as_dict() | ({"random": RANDOM[name]} if name in RANDOM else {})
     return write_figure(out, "sensitivity", contact_sheet(rows, 128), {**origin, "rows": figures})

@@ -15,19 +15,13 @@ from accelerate import PartialState
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from davae.data.conditions import NEEDS_CLASSES
 from davae.data.images import ImageDataset, grid, spread_indices, to_images
 from davae.data.shards.names import expand_braces
 from davae.data.shards.remote import glob_url, is_remote
 from davae.data.sources import check_name
 from davae.data.summary import CLIP_AT_LEAST, EXAMPLES, Summary, TokenLimit, example
-from davae.dataset.opened import (
-    OpenedData,
-    announce,
-    architecture_limits,
-    model_limits,
-    open_images,
-    open_pictures,
-)
+from davae.dataset.opened import OpenedData, announce, architecture_limits, model_limits, open_images, open_pictures
 from davae.errors import DataError, ModelError, RunError, UnreadableImage
 from davae.files.atomic import atomic_file, make_folder
 from davae.files.outputs import check_place, refuse
@@ -229,6 +223,13 @@ def as_data(data: str | Data) -> Data:
     return Data(source=data) if isinstance(data, str) else data
 
 
+def data_figures(data: str | Data) -> dict[str, Any]:
+    """Return the source of images and its options without defaults, as figures record them."""
+    chosen = as_data(data)
+    options = chosen.model_dump(mode="json", exclude_defaults=True, exclude={"source"})
+    return {"data": chosen.source, **({"options": options} if options else {})}
+
+
 def check_summary(path: Path) -> None:
     """Refuse a file that does not hold a summary of a source, before any work.
 
@@ -276,9 +277,16 @@ def batches(
 
 
 def prompts_of(pictures: ImageDataset, positions: Sequence[int], by_class: bool) -> list[str]:
-    """Return the prompts of images by position, without decoding: captions or classes."""
+    """Return the prompts of images by position, without decoding: captions or classes.
+
+    Raises:
+        DataError: an image without a class.
+    """
     source, indices = pictures.source, [pictures.indices[position] for position in positions]
-    return [str(source.label(index)) if by_class else source.caption(index) for index in indices]
+    prompts = [source.label(index) if by_class else source.caption(index) for index in indices]
+    if None in prompts:
+        raise DataError(NEEDS_CLASSES)
+    return [str(prompt) for prompt in prompts]
 
 
 def numbered_batches(

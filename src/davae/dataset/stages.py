@@ -8,14 +8,7 @@ from pathlib import Path
 from davae.data.conditions import check_captions, check_classes
 from davae.data.images import ImageDataset
 from davae.data.summary import Summary, TokenLimit
-from davae.dataset.opened import (
-    SUMMARY,
-    OpenedData,
-    announce,
-    bucket_notes,
-    model_limits,
-    open_pictures,
-)
+from davae.dataset.opened import SUMMARY, OpenedData, announce, bucket_notes, model_limits, open_pictures
 from davae.recipes import Recipe
 from davae.recipes.sections import Data
 from davae.tasks.base_model import BaseModel

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -141,8 +140,7 @@ class DistributionScores:
 
     def as_dict(self, frechet_name: str) -> dict[str, float]:
         """Return plain numbers, under names with the suffix of features other than Inception's."""
-        suffix = frechet_name.removeprefix("fd")  # '_lite0', or 'fid'
-        own = "" if frechet_name == "fid" else suffix
+        own = "" if frechet_name == "fid" else frechet_name.removeprefix("fd")  # '_lite0'
         figures = {
             frechet_name: self.frechet,
             f"kid{own}": self.kernel,
@@ -185,7 +183,9 @@ def distribution_scores(
     kid = kid_features_to_metric(
         generated.features, real.features, kid_subset_size=size, kid_subsets=subsets, verbose=False
     )
-    near = prc_features_to_metric(generated.features, real.features, verbose=False)
+    near = prc_features_to_metric(  # rows of the distances at a time: whole matrices of 50,000 images take 38 GiB
+        generated.features, real.features, verbose=False, save_cpu_ram=True, prc_batch_size=1000
+    )
     score = None
     if generated.logits is not None and len(generated) >= 10:
         found = isc_features_to_metric(generated.logits)
@@ -194,14 +194,7 @@ def distribution_scores(
         distance = frechet_distance(generated.features, real.features)
     else:
         distance = gaussian_distance(Gaussian.of(generated.features), stored)
+    kernel, spread = (kid[f"kernel_inception_distance_{part}"] for part in ("mean", "std"))
     return DistributionScores(
-        distance,
-        kid["kernel_inception_distance_mean"],
-        kid["kernel_inception_distance_std"],
-        size,
-        float(torch.as_tensor(near["precision"])),
-        float(torch.as_tensor(near["recall"])),
-        score,
-        len(generated),
-        len(real),
+        distance, kernel, spread, size, near["precision"], near["recall"], score, len(generated), len(real)
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from davae.backbones.classes import goes_by_class
 from davae.data.images import ImageDataset, to_images, to_tensor
-from davae.dataset.look import as_data, images_and_prompts, real_pictures
+from davae.dataset.look import data_figures, images_and_prompts, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.detail import PATCH_SIZE, compare_sets, measure_images
 from davae.evaluate.distribution import LEAST
@@ -23,7 +23,7 @@ from davae.evaluate.reconstruction import perceptual_distances, psnr, to_uint8_r
 from davae.evaluate.upscale import Upscaler, make_upscaler
 from davae.pretrained.shapes import default_resolution
 from davae.recipes.sections import Data
-from davae.sample.open import SamplingOptions, open_model
+from davae.sample.open import SamplingOptions, check_class_prompts, open_model
 from davae.sample.upscale import check_enlarging, upscale
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
@@ -70,17 +70,17 @@ def evaluate_enlarging(
     """
     if num < LEAST:
         raise ModelError(f"--num {num}: at least {LEAST} images are needed to compare with")
+    extractor, distances = make_extractor(features, feature_weights), perceptual_distances(lpips, lpips_weights)
     pipeline, _ = open_model(model, options.placement)
     check_enlarging(pipeline, strength=strength, steps=options.steps, times=1, batch_size=options.batch_size)
     size = default_resolution(pipeline)
     images = real_pictures(data, size, held_out, "held_out", summary=summary)
     pairs = _reduced(images, num, options.batch_size, pipeline, captions)
-    extractor, distances = make_extractor(features, feature_weights), perceptual_distances(lpips, lpips_weights)
     ways = {name: make_upscaler(name, size) for name in methods}
     ways["upgrade"] = _by_upgrade(pipeline, options, strength, faithful)
     return {
         "model": model,
-        "data": as_data(data).source,
+        **data_figures(data),
         "held_out": held_out,
         "images": len(pairs.real),
         "from": size // pairs.scale,
@@ -106,9 +106,10 @@ class _Pairs:
 
 def _reduced(images: ImageDataset, num: int, batch_size: int, pipeline: Any, captions: bool) -> _Pairs:
     by_class, scale = goes_by_class(pipeline), pipeline.vae.layout.scale
-    real, prompts = images_and_prompts(images, by_class, num, batch_size)
     if by_class and not captions:
         raise ModelError("captions: a class-conditional model needs the classes of the images")
+    real, prompts = images_and_prompts(images, by_class, num, batch_size)
+    check_class_prompts(pipeline, prompts)
     return _Pairs(real, to_images(downsample(real, scale)), prompts if captions else None, scale)
 
 

@@ -109,7 +109,12 @@ def make_extractor(name: str, weights: Path | None = None) -> Extractor:
     Args:
         name: name of the network.
         weights: file of Inception's weights.
+
+    Raises:
+        ModelError: weights that the network does not read.
     """
+    if weights is not None and name != "inception":
+        raise ModelError(f"--feature-weights {weights}: read by --features inception; give both, or neither")
     network = InceptionFeatures(weights) if name == "inception" else Lite0Features()
     return network.to(own_device())
 

@@ -10,8 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from davae.backbones.classes import goes_by_class
+from davae.data.conditions import NEEDS_CLASSES
 from davae.data.images import ImageDataset
-from davae.dataset.look import as_data, batches, real_pictures
+from davae.dataset.look import as_data, batches, data_figures, real_pictures
 from davae.dataset.opened import with_counts
 from davae.errors import DataError, ModelError, UnreadableImage
 from davae.evaluate.detail import PATCH_SIZE, ImageSet, compare_sets, measure_images
@@ -72,11 +73,16 @@ def evaluate_pictures(
     ]
     check_enough(*(len(images) if num is None else min(len(images), num) for images in both))
     samples, originals = (measure_images(batches(images, num), extractor, patch_size) for images in both)
+    if stored is not None and (size := both[1].source.size(0)) != (resolution, resolution):
+        raise DataError(
+            f"--resolution {resolution}: mu and sigma in {real.source} belong to images of {size[0]} x {size[1]} pixels; "
+            "give that size, or a file without mu and sigma"
+        )
     reference = {} if stored is None else {"fid_reference": "mu and sigma stored in the data"}
     figures = compare_sets(samples, originals, extractor.name, patch_size, stored)
     if spectrum is not None:
         draw_spectra(spectrum, samples.spectrum, originals.spectrum)
-    return {"pictures": generated, "data": real.source, "resolution": resolution, **figures, **reference}
+    return {"pictures": generated, **data_figures(real), "resolution": resolution, **figures, **reference}
 
 
 def condition_of(images: ImageDataset, place: int, pipeline: Any) -> str:
@@ -99,7 +105,7 @@ def condition_of(images: ImageDataset, place: int, pipeline: Any) -> str:
     except UnreadableImage:
         condition = images[(place, -1)][kind]
     if condition is None:
-        raise DataError("a class-conditional model is measured on images with classes: sub-folders, or `.cls` files")
+        raise DataError(NEEDS_CLASSES)
     return str(condition)
 
 
@@ -154,7 +160,7 @@ def evaluate_generation(
     figures = _compared(drawn, real, extractor, patch_size, spectrum)
     return {
         "pipeline": pipeline,
-        "data": as_data(data).source,
+        **data_figures(data),
         "held_in": held_in,
         "dtype": options.placement.precision,
         **figures,

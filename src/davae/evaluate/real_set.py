@@ -46,7 +46,7 @@ def real_images(
         keep: folder of the measurements. A set whose images, options or network changed is measured anew.
         batch_size: images at a time.
     """
-    network = features if weights is None else hashlib.sha256(weights.read_bytes()).hexdigest()
+    network = features if weights is None else [features, hashlib.sha256(weights.read_bytes()).hexdigest()]
     prepared = data.model_dump_json(exclude={"source"}), images.resolution, held_in
     key = hash_values(hash_images(images.source, images.indices), *prepared, network, patch_size)
     if key in _measured:

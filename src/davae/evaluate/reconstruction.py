@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from davae.dataset.encoding import coding_bytes, images_at_a_time
-from davae.dataset.look import as_data, batches, real_pictures
+from davae.dataset.look import batches, data_figures, real_pictures
 from davae.errors import ModelError
 from davae.evaluate.distribution import frechet_distance
 from davae.evaluate.features import Extractor, make_extractor
@@ -85,8 +85,10 @@ def perceptual_distances(lpips: str | None, weights: str | None) -> dict[str, nn
         weights: file of its weights.
 
     Raises:
-        ModelError: weights that are not LPIPS's, or that cannot be had.
+        ModelError: weights that are not LPIPS's, that cannot be had, or that no network reads.
     """
+    if lpips is None and weights is not None:
+        raise ModelError(f"--lpips-weights {weights}: read by --lpips alex or vgg; give both, or neither")
     found: dict[str, nn.Module] = {"lite0": Lite0Distance()}
     if lpips is not None:
         try:
@@ -145,6 +147,19 @@ def score_reconstructions(
     return ReconstructionScores(means[0], means[1], len(table), dict(zip(distances, means[2:], strict=True)), frechet)
 
 
+def coding_parts(what: str, vae: Any, pixels: int, given: int | None = None) -> Halving:
+    """Return how many images an autoencoder codes at a time, fewer when memory runs out.
+
+    Args:
+        what: the work, for the log.
+        vae: the autoencoder, on its device; a DetailVAE takes tiles where one image does not fit.
+        pixels: side of the images.
+        given: the user's own number.
+    """
+    chosen = images_at_a_time(given, 16, vae.device, lambda: coding_bytes(vae, pixels, vae.dtype))
+    return Halving(what, chosen, (lambda: vae.enable_tiling(TILE)) if isinstance(vae, DetailVAE) else None)
+
+
 def evaluate_reconstruction(
     vae: str,
     data: str | Data,
@@ -169,26 +184,23 @@ def evaluate_reconstruction(
     Raises:
         ModelError: a resolution that the autoencoder or SSIM does not take.
     """
-    dtype = getattr(torch, precision)
-    model: Any = open_autoencoder(vae).to(dtype)
-    size = image_side(model, resolution, least=WINDOW)
     distances = perceptual_distances(lpips, lpips_weights)
-    extractor = None if features is None else make_extractor(features, feature_weights)
+    extractor = make_extractor(features or "lite0", feature_weights) if features or feature_weights else None
+    model: Any = open_autoencoder(vae).to(getattr(torch, precision))
+    size = image_side(model, resolution, least=WINDOW)
 
     @torch.no_grad()
     def reconstruct(images: Tensor) -> Tensor:
         return decode_in_range(model, encode_in_range(model, images))  # (B,3,H,W)
 
     dataset = real_pictures(data, size, held_out, "held_out", summary=summary)
-    chosen = images_at_a_time(batch_size, 16, model.device, lambda: coding_bytes(model, size, dtype))
-    tiles = (lambda: model.enable_tiling(TILE)) if isinstance(model, DetailVAE) else None
-    parts = batches(dataset, num, chosen, shared=True)
-    halved = partial(Halving("reconstruction", chosen, tiles), reconstruct)
-    scores = score_reconstructions(parts, halved, distances, extractor, shared=True)
+    halving = coding_parts("reconstruction", model, size, batch_size)
+    parts = batches(dataset, num, halving.size, shared=True)
+    scores = score_reconstructions(parts, partial(halving, reconstruct), distances, extractor, shared=True)
     settings = {} if precision == "float32" else {"dtype": precision}
     return {
         "vae": vae,
-        "data": as_data(data).source,
+        **data_figures(data),
         "held_out": held_out,
         "resolution": size,
         **settings,

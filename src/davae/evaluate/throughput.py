@@ -52,10 +52,7 @@ class _Stopwatch:
 
     def __init__(self, module: torch.nn.Module):
         self.seconds, self._started = 0.0, 0.0
-        self._handles = [
-            module.register_forward_pre_hook(self._start),
-            module.register_forward_hook(self._stop),
-        ]
+        self._handles = [module.register_forward_pre_hook(self._start), module.register_forward_hook(self._stop)]
 
     def _start(self, *_: Any) -> None:
         synchronise()
@@ -111,12 +108,7 @@ def time_pipelines(
             if number:
                 rounds[name].append((watch.seconds, whole))
     return [
-        Timing(
-            name,
-            image_tokens(pipeline, resolution),
-            statistics.median(t for t, _ in rounds[name]),
-            statistics.median(w for _, w in rounds[name]),
-        )
+        Timing(name, image_tokens(pipeline, resolution), *map(statistics.median, zip(*rounds[name], strict=True)))
         for name, pipeline, resolution, _ in candidates
     ]
 

@@ -34,6 +34,7 @@ from davae.recipes import (
 )
 from davae.recipes.loading import suggestion
 
+UNREAD = re.compile(r"\s*(sampling|hardware|report(?!\.batch_size))\b")  # overrides that change no figure
 ONCE: tuple[RowKind, ...] = ("enlarged", "planned")  # kinds of rows that no seed changes
 Kind = TypeVar("Kind", Recipe, BaseRecipe, SuperResolutionRecipe)
 
@@ -50,8 +51,13 @@ def jobs(
         rows: names of rows; all by default.
 
     Raises:
-        RecipeError: unknown table or row, a table without rows at this scale, or an override that does not fit the recipe.
+        RecipeError: unknown table or row, a table without rows at this scale, or an override that fits no recipe or
+            changes no figure.
     """
+    if unread := [override for override in overrides if UNREAD.match(override)]:
+        raise RecipeError(
+            f"--set {unread[0]}: changes no figure; the scale decides how images are drawn, so leave it out"
+        )
     chosen, settings = load_table(table), load_scale(scale)
     at_scale = chosen.rows_at(scale)
     if not at_scale:
@@ -191,6 +197,7 @@ class JobFactory:
             recipe=recipe,
             measures=self.measures,
             upscale=str(row.upscale),
+            usual=self.load(Recipe, self.scale.recipe, upgrade_overrides(self.scale, self.table.set, row.set)),
             super_resolution=network,
         )
 
@@ -211,6 +218,7 @@ class JobFactory:
             recipe=upgrade.recipe,
             measures=self.measures,
             upscale=str(row.upscale),
+            usual=upgrade.recipe,
             upgrade=upgrade,
         )
 

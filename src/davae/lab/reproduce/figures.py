@@ -12,6 +12,7 @@ from davae.lab.reproduce.choose import jobs
 from davae.lab.reproduce.job import UpgradeJob
 from davae.lab.reproduce.runs import trained_run, trained_stage1
 from davae.lab.reproduce.tables import ScaleName
+from davae.recipes.sections import Data
 from davae.train.loop import Observer
 
 FIGURES = {  # rows of Table 5 that each figure needs
@@ -46,7 +47,9 @@ def figure(name: str, scale: ScaleName, overrides: list[str], out: Path, target:
         target: path of the figure.
     """
     full, *others = figure_jobs(name, scale, overrides)
-    data = full.measures["reconstruction"]["data"]
+    measured = full.measures["reconstruction"]
+    data = Data(source=measured["data"], enlarge=full.recipe.data.enlarge)
+    held_out = measured.get("held_out", 0.0)  # the rest is what the runs were trained on
     base = str(full.recipe.base.model)
     if name == "figS3":
         return curves_figure(trained_run(full, out, observer), target)
@@ -55,8 +58,8 @@ def figure(name: str, scale: ScaleName, overrides: list[str], out: Path, target:
         return compared_runs_figure(runs, target)
     vae = str(trained_stage1(full, out, observer) / "vae")
     if name == "figS5":
-        return spectra_figure(vae, data, target, num=1000, held_out=0.0)
+        return spectra_figure(vae, data, target, num=1000, held_out=held_out)
     if name == "tableS2a":
-        return sensitivity_figure(vae, base, data, target, num=500, held_out=0.0)
+        return sensitivity_figure(vae, base, data, target, num=500, held_out=held_out)
     other = str(trained_stage1(others[0], out, observer) / "vae")
-    return latents_figure(vae, other, data, target, num=2000, held_out=0.0)
+    return latents_figure(vae, other, data, target, num=2000, held_out=held_out)

@@ -94,6 +94,7 @@ class EnlargedJob(Job):
 
     Attributes:
         recipe: the upgrade; not trained.
+        usual: the upgrade without the user's changes; figures of its size keep the hashes they have.
         super_resolution: the network that enlarges them, where one is trained.
         upgrade: the training of the upgrade that enlarges them, where it does.
     """
@@ -101,6 +102,7 @@ class EnlargedJob(Job):
     recipe: Recipe
     measures: dict[str, Any]
     upscale: str
+    usual: Recipe
     super_resolution: SuperResolutionRecipe | None = None
     upgrade: UpgradeJob | None = None
 
@@ -116,7 +118,9 @@ class EnlargedJob(Job):
         if network is not None and network["data"]["num_workers"] is None:
             network["data"]["num_workers"] = 0  # the default when the first figures were made
         base = model_digest(self.recipe.base.model)
-        return hash_values(self.upscale, base, network, self.measures["generation"])
+        compared, known = ((recipe.resolution, recipe.data.enlarge) for recipe in (self.recipe, self.usual))
+        changed = [] if compared == known else [compared]
+        return hash_values(self.upscale, base, network, self.measures["generation"], *changed)
 
 
 @dataclass(frozen=True, kw_only=True)

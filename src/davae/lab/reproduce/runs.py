@@ -185,12 +185,7 @@ def upgraded_figures(job: UpgradeJob, out: Path, observer: Observer) -> dict[str
     folder, first = trained_run(job, out, observer), out / "stage1" / job.stage1_key
     vae = first / VAE_FOLDER if job.recipe.stage1.polish is None else folder / POLISHED
     generation = measured_generation(
-        str(folder),
-        job.measures["generation"],
-        out,
-        observer,
-        job.recipe.resolution,
-        enlarge=job.recipe.data.enlarge,
+        str(folder), job.measures["generation"], out, observer, job.recipe.resolution, enlarge=job.recipe.data.enlarge
     )
     return {
         "generation": generation | {"pipeline": OWN},
@@ -220,12 +215,7 @@ def base_figures(job: BaseJob, out: Path, observer: Observer) -> dict[str, Any]:
     first = trained_autoencoder(job, out, observer)
     folder = trained_base(job, first, out, observer)
     generation = measured_generation(
-        str(folder),
-        job.measures["generation"],
-        out,
-        observer,
-        job.recipe.resolution,
-        enlarge=job.recipe.data.enlarge,
+        str(folder), job.measures["generation"], out, observer, job.recipe.resolution, enlarge=job.recipe.data.enlarge
     )
     figures = {
         "generation": generation | {"pipeline": OWN},
