@@ -57,11 +57,13 @@ def test_the_report_compares_images_of_the_same_noise(base, tiny_base: Path, tmp
     assert len(figures["levels"]) == len(figures["lora"]["levels"]) == len(LEVELS)
 
 
-def test_the_base_of_a_warm_start_is_compared_at_the_end_of_pndm(tmp_path: Path):
-    """Equal to the end: PNDM calls its model once more than it has steps."""
-    upgraded("UNet2DConditionModel", tmp_path)
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "FluxTransformer2DModel", "Flux2Transformer2DModel"])
+def test_the_base_of_a_warm_start_is_compared_at_the_end(name: str, tmp_path: Path):
+    """Equal to the end, also of packed latents and of PNDM, which calls its model once more than it has steps."""
+    upgraded(name, tmp_path)
     base = load_pipeline(str(tmp_path / "base"))
-    base.scheduler = PNDMScheduler.from_config(base.scheduler.config, skip_prk_steps=True)
+    if name == "UNet2DConditionModel":
+        base.scheduler = PNDMScheduler.from_config(base.scheduler.config, skip_prk_steps=True)
     fresh = assemble(base, DetailVAE.from_base(base.vae, 8), expand_transformer(denoiser(base), 8))
     rows = retention._images_of_both(base, fresh, ["a", "b"], SamplingOptions(4, 1.0))
     first, second = (np.stack([np.asarray(image, int) for image in row]) for row in rows.values())
