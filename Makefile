@@ -20,9 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 # little from step 0, which is the pretrained model. The polish lets the decoder do with the detail of so short a training.
 demo: $(STAMP)
 	$(BIN)/davae upgrade micro --out $(OUT) \
-		--set stage1.start=unfolded --set stage1.max_steps=120 \
-		--set stage1.polish.max_steps=100 --set stage1.polish.noise=0.15 --set stage1.polish.detail_noise=1.0 \
-		--set stage2.max_steps=80 --set stage2.lr=1e-4 --set stage2.warmup_steps=20 --set stage2.lr_cycles=1 \
+		--set stage1.start=unfolded --set stage1.max_steps=130 \
+		--set stage1.polish.max_steps=90 --set stage1.polish.lr=1e-3 --set stage1.polish.noise=0.15 --set stage1.polish.detail_noise=1.0 \
+		--set stage2.max_steps=60 --set stage2.lr=1e-4 --set stage2.warmup_steps=15 --set stage2.lr_cycles=1 \
 		--set stage2.detail_residual=true --set cache.variants=2 --set report.holdout_pictures=48
 
 # Both at once: pyright alone keeps one core for more than a minute.
