@@ -66,7 +66,7 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
         near = nearest_presets(model)
         raise ModelError(
             f"model '{model}' is not a folder here, a preset or a hub id (ORGANISATION/NAME)"
-            f"{'; the nearest presets are ' + ', '.join(near) if near else ''}; `davae inspect` lists the presets"
+            f"{'; did you mean ' + ' or '.join(near) + '?' if near else ''}; `davae inspect` lists the presets"
         )
     from huggingface_hub import errors, hf_hub_download
 
