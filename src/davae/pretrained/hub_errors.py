@@ -42,7 +42,7 @@ def hub_reason(error: BaseException, model: str) -> str:
 
 
 def hub_answers() -> bool:
-    """Return whether the hub or a proxy listens; without one, the local cache alone is read."""
+    """Return whether the hub or a proxy listens, so that it may be asked."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or getproxies():
