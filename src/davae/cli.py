@@ -83,6 +83,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads that spin starve a second process
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "info" if {"-v", "--verbose"} & set(sys.argv) else "error")
     try:
         if len(sys.argv) > 1 and not {"--help", "-h", "--version", "recipes"} & set(sys.argv):
             _quiet_libraries()

@@ -144,11 +144,12 @@ def parts_display(title: str) -> Iterator[Callable[[str], None]]:
     yield show
 
 
-def show_phases(values: dict[str, Any]) -> None:
+def show_phases(values: dict[str, Any], condition: str = "") -> None:
     """Print phases as one table, and what to change where one does not fit.
 
     Args:
         values: the JSON of a plan.
+        condition: added to the title.
     """
     stated = f"{values['gpus']} x {values['gpu']} of {values['gpu_gib']:.0f} GiB"
     rows = [
@@ -165,7 +166,7 @@ def show_phases(values: dict[str, Any]) -> None:
         for phase in values["phases"]
     ]
     table(
-        f"Phases on {stated}",
+        f"Phases on {stated}{condition}",
         ["", "GPU GiB", "process GiB", "machine GiB", "disk GiB", "hours", "at a time", "fits"],
         rows,
     )

@@ -118,6 +118,7 @@ def test_an_unknown_option_is_a_hint(word: str):
 def test_a_slip_of_the_keyboard_is_named_and_nothing_else():
     known = list(options_of("sample"))
     assert hint("--gudance", known) == "did you mean --guidance?"
+    assert "--times 2" in hint("--scale", known)
     assert hint("--batch_size", known) == "did you mean --batch-size?"
     assert "--compile" not in hint("--resume", known) + hint("--resize", known)
     assert hint("--seed=4", ["--out"]) == HINTS["--seed"]

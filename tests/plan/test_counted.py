@@ -126,4 +126,5 @@ def test_figures_that_ship_load_no_torch(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Phases on 1 x h100-80gb" in done.stdout
+    assert "one image a pass, prompt embeddings stored" in " ".join(done.stdout.split())
     assert json.loads((tmp_path / "f.json").read_text())["upgraded_tokens"] == 1024

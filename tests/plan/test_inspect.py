@@ -261,9 +261,11 @@ def test_inspect_lists_presets_and_suggests_the_nearest():
     listed = runner.invoke(app, ["inspect"]).output
     assert all(name in listed for name in presets())
     with pytest.raises(
-        ModelError, match=r"'sd3.5-medium' is not a folder here, a preset or .*nearest presets are sd35-medium"
+        ModelError, match=r"'sd3.5-medium' is not a folder here, a preset or .*did you mean sd35-medium"
     ):
         inspect_model("sd3.5-medium", 1024)
+    with pytest.raises(ModelError, match="did you mean micro-upgraded"):
+        inspect_model("micro-upgrade", 1024)
 
 
 def test_a_family_that_only_expands_says_so():

@@ -267,7 +267,19 @@ def test_what_does_not_fit_names_the_remedy():
     assert "FSDP2" in named("stage2", tuned).remedy
     assert "base.dtype" not in named("stage2", tuned).remedy
     assert "stage1.crop=32" in named("stage1", sizes(step1=step)).remedy
+    heavy = named("stage2", sizes(step2=replace(step, weights=90 * GIB))).remedy
+    assert "base.dtype=bfloat16" in heavy
+    assert not any(way in heavy for way in ("lower stage2.batch_size", "gradient_checkpointing"))
     assert "base.dtype=bfloat16" in named("cache", sizes(text=TextFacts(10**11, 1.0, 1, 1, 1))).remedy
+
+
+def test_prompts_that_are_embedded_in_the_step_can_be_stored_where_the_disk_has_room():
+    text = TextFacts(3 * 10**10, 1.0, 1, 400, 10**8)  # 10 images: 2 to 4 GB
+    assert "set cache.text=stored (" in named("stage2", sizes("cache.text=step", text=text)).remedy
+    assert "lower stage2.batch_size" not in named("stage2", sizes("cache.text=step", text=text)).remedy
+    small = sizes("cache.text=step", text=text)
+    small = replace(small, recipe=small.recipe.model_copy(update={"hardware": hardware(1, disk_gib=1)}))
+    assert "cache.text=stored" not in named("stage2", small).remedy
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,27 @@ def test_the_hub_s_answer_says_what_to_type(
     assert all(word in str(caught.value) for word in ("the hub did not give it", *words))
 
 
+@pytest.mark.parametrize("name", ["models/lightningdit-xl", "runs/none"])
+def test_a_missing_folder_is_not_asked_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: pytest.fail("asked the hub"))
+    with pytest.raises(ModelError, match="is not a folder here"):
+        pipeline.fetch_file(name, "", "model_index.json")
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_without_the_hub_the_cache_alone_is_read(answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found: dict[str, object] = {}
+
+    def download(*args: object, **options: object) -> str:
+        found.update(options)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(pipeline, "hub_answers", lambda: answers)
+    assert pipeline.fetch_file("a/b", "", "model_index.json") == tmp_path
+    assert found["local_files_only"] is not answers
+
+
 def test_long_messages_are_cut_between_words():
     text = brief(ValueError("word " * 100))
     assert text.endswith("word ...")

@@ -69,6 +69,13 @@ def test_mistakes_about_an_autoencoder_are_named(overrides: list[str], message: 
 def test_unknown_recipe_suggests_the_nearest():
     with pytest.raises(RecipeError, match=r"unknown recipe 'mikro'; did you mean 'micro'\?"):
         load_recipe("mikro")
+    with pytest.raises(RecipeError, match=r"unknown recipe 'sd35'; did you mean 'sd35-"):
+        load_recipe("sd35")
+
+
+def test_a_number_for_a_section_names_its_first_value():
+    with pytest.raises(RecipeError, match=r"stage2\.lora: a section, .* such as stage2\.lora\.rank=64"):
+        load_recipe("micro", ["stage2.lora=64"])
 
 
 def test_a_word_that_yaml_reads_as_false_is_a_word():

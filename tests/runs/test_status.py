@@ -53,6 +53,9 @@ def test_the_state_of_a_run(tmp_path: Path):
     assert found.process is None
     assert found.seconds_left == 150
     assert found.phases[2].losses["loss_detail"][-1] == 1.0
+    (folder / "checkpoints" / "stage2-00000115").mkdir()
+    (folder / "checkpoints" / "broken-stage2-00000200").mkdir()
+    assert read_status(folder).phases[2].step == 115, "saved by a stop, after the last logged step"
     longer = run_folder(tmp_path / "longer", micro("stage2.max_steps=800"))
     marker(longer, "stage2").write_text(goal(micro(), "stage2"))
     assert not read_status(longer).phases[2].done, "a shorter training's marker"

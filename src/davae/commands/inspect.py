@@ -59,7 +59,7 @@ def inspect(
     write_json(json, values)
     _show(values)
     if "phases" in values:
-        show_phases(values)
+        show_phases(values, ", one image a pass, prompt embeddings stored")
         console.print(PHASES, markup=False, highlight=False)
     for note in values["notes"]:
         console.print(f"Note: {note}.", markup=False)

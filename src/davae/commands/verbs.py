@@ -60,6 +60,7 @@ HINTS = {
     "--prompt": "give the prompt as an argument, in quotes",
     "--num-images": "use --num",
     "--num-images-per-prompt": "use --num",
+    "--scale": "use --times 2 of `davae upscale` for four times the size, or --set scale=N of a recipe",
     "--cfg": "use --guidance",
     "--cfg-scale": "use --set sampling.guidance_scale=X",
     "--device": "set CUDA_VISIBLE_DEVICES; davae takes the GPU that it finds",

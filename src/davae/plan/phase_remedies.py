@@ -20,21 +20,33 @@ def train_remedy(name: str) -> Callable[[PhaseSizes], str]:
     def remedy(sizes: PhaseSizes) -> str:
         recipe = sizes.recipe
         settings: Any = getattr(recipe, name)
-        ways = []
+        ways, step = [], sizes.stage(name)[2]
+        embeds = name == "stage2" and recipe.cache.text == "step" and sizes.text.parameters > 0
+        fixed = step.weights + step.optimizer + step.ema + (sizes.text_device(0) if embeds else 0)
+        held = fixed <= sizes.budget  # smaller activations help only where the weights fit
         if name == "stage2" and settings.lora is not None and recipe.base.dtype == "float32":
             ways.append("set base.dtype=bfloat16")
-        if not settings.gradient_checkpointing:
+        if embeds and _stores_text(sizes):
+            ways.append(f"set cache.text=stored ({sizes.text_disk / GIB:,.1f} GiB of disk)")
+        if held and not settings.gradient_checkpointing:
             ways.append(f"set {name}.gradient_checkpointing=true")
         share = sizes.share1 if name == "stage1" else sizes.share2
-        if share.images > 1:
+        if held and share.images > 1:
             ways.append(f"lower {name}.batch_size and raise {name}.accumulation")
-        if name == "stage1" and recipe.stage1.crop is None:
+        if held and name == "stage1" and recipe.stage1.crop is None:
             ways.append(f"set stage1.crop={recipe.resolution // 2}")
         if name == "stage2" and settings.lora is None:
             ways.append("start it with FSDP2, which divides weights and moments")
         return ", or ".join([*ways, "take a GPU with more memory"])
 
     return remedy
+
+
+def _stores_text(sizes: PhaseSizes) -> bool:
+    """Return whether the stated disk has room for the cache with all prompt embeddings."""
+    recipe, disk = sizes.recipe, sizes.hardware.disk_gib
+    needed = sizes.text_disk + sizes.images.count * recipe.cache.variants * sizes.latent_bytes
+    return recipe.cache.shards is None and (disk is None or needed <= disk * GIB)
 
 
 def half_remedy(sizes: PhaseSizes) -> str:

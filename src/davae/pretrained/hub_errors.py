@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from textwrap import shorten
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 LONGEST = 200  # characters of a library's own message
+REACH_SECONDS = 5.0  # the client's own retries take half a minute
 
 
 def brief(error: BaseException | str, longest: int = LONGEST) -> str:
@@ -35,3 +39,17 @@ def hub_reason(error: BaseException, model: str) -> str:
             return brief(cause)
         cause = cause.__cause__ or cause.__context__
     return brief(error)
+
+
+def hub_answers() -> bool:
+    """Return whether the hub or a proxy listens, so that it may be asked."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return not constants.HF_HUB_OFFLINE
+    parts = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((parts.hostname, parts.port or 443), REACH_SECONDS).close()
+    except OSError:
+        return False
+    return True

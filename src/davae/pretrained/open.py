@@ -21,7 +21,7 @@ from davae.errors import ModelError
 from davae.files.checksums import check_folder
 from davae.files.reading import read_object
 from davae.homes import HOMES
-from davae.pretrained.hub_errors import hub_reason
+from davae.pretrained.hub_errors import hub_answers, hub_reason
 from davae.pretrained.processors import check_tokenizers
 from davae.pretrained.stored import check_config, load_component, load_components, loading, stored_variant
 from davae.zoo import SHIPPED
@@ -62,16 +62,16 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
             f"model '{model}' is an upgraded model without a folder of its own; give its base, {SHIPPED[model]}, or make a "
             f"folder with `davae apply {model} --base {SHIPPED[model]} --out FOLDER`"
         )
-    if not HUB_ID.fullmatch(model):
+    if not HUB_ID.fullmatch(model) or model.startswith(("models/", "runs/")):  # folders of the pages
         near = nearest_presets(model)
         raise ModelError(
             f"model '{model}' is not a folder here, a preset or a hub id (ORGANISATION/NAME)"
-            f"{'; the nearest presets are ' + ', '.join(near) if near else ''}; `davae inspect` lists the presets"
+            f"{'; did you mean ' + ' or '.join(near) + '?' if near else ''}; `davae inspect` lists the presets"
         )
     from huggingface_hub import errors, hf_hub_download
 
     try:
-        return Path(hf_hub_download(model, filename, subfolder=part or None))
+        return Path(hf_hub_download(model, filename, subfolder=part or None, local_files_only=not hub_answers()))
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.EntryNotFoundError, OSError) as error:
         absent = isinstance(error, errors.EntryNotFoundError) and not isinstance(
             error, errors.LocalEntryNotFoundError

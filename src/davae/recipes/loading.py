@@ -139,8 +139,9 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     path = ".".join(part for part in parts if part not in TAGS) or "recipe"
     if first["type"] == "extra_forbidden":
         return f"{path}: unknown key{suggestion(parts[-1], _fields_at(model, parts[:-1]))}"
-    message = first["msg"].removeprefix("Value error, ")
-    found = first.get("input")
+    message, found = first["msg"].removeprefix("Value error, "), first.get("input")
+    if first["type"] == "model_type" and type(found) in (int, float) and (keys := _fields_at(model, parts)):
+        message = f"a section, whose values are set one by one, such as {path}.{keys[0]}={found}"
     shown = "" if isinstance(found, (dict, list, BaseModel)) else f" (found {found!r})"
     more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
     return f"{path}: {message}{shown}{more}"
@@ -170,9 +171,10 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return the question after the known word that is nearest, '' where none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    """Return the question after known words that are near or begin alike, '' without one."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1) or [n for n in names if word and n.startswith(word)][:3]
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

@@ -87,7 +87,7 @@ def read_status(folder: Path) -> RunStatus:
         done = is_done(folder, recipe, name)
         found = PhaseStatus(name, done, seconds=times.get(name))
         if stage is not None:
-            found = _training(found, recipe, stage, metrics, timing)
+            found = _training(found, recipe, stage, folder, metrics, timing)
         phases.append(found)
     following = next((phase.name for phase in phases if not phase.done), None)
     return RunStatus(recipe.name, str(folder), phases, following, running_process(folder))
@@ -109,6 +109,7 @@ def _training(
     phase: PhaseStatus,
     recipe: AnyRecipe,
     stage: str,
+    folder: Path,
     metrics: list[dict[str, Any]],
     timing: list[dict[str, Any]],
 ) -> PhaseStatus:
@@ -117,7 +118,8 @@ def _training(
         settings = getattr(settings, part)
     records = [record for record in metrics if record["stage"] == stage]
     speeds = [record["seconds_step"] for record in timing if record["stage"] == stage and "seconds_step" in record]
-    step = records[-1]["step"] if records else 0
+    saved = [p.name.rpartition("-")[2] for p in (folder / "checkpoints").glob(f"{stage}-[0-9]*") if p.is_dir()]
+    step = max(records[-1]["step"] if records else 0, *map(int, filter(str.isdecimal, saved)), 0)
     step = settings.max_steps if phase.done else min(step, settings.max_steps)
     recent = speeds[-10:]
     left = (settings.max_steps - step) * sum(recent) / len(recent) if recent else None

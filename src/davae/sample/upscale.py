@@ -105,8 +105,8 @@ def upscale(
 
 @lru_cache(1)
 def _note_noisy_base() -> None:
-    """Warn once of a model that was not trained for enlarging."""
-    logger.warning("this model was trained without stage2.clean_base: its base follows the noise level of each step")
+    """Note once that a model was not trained for enlarging."""
+    logger.info("this model can enlarge; one trained with stage2.clean_base sees the base without noise at each step")
 
 
 def window_count(pipe: Any, size: tuple[int, int]) -> int:

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from davae.zoo import MODELS, SHIPPED
+
 SHARED = "parts.yaml"
 
 
@@ -81,5 +83,6 @@ def find_preset(model: str) -> Preset | None:
 
 
 def nearest_presets(model: str) -> list[str]:
-    """Up to three names of presets that look like `model`."""
-    return difflib.get_close_matches(model.rpartition("/")[2].lower(), presets(), n=3, cutoff=0.4)
+    """Up to three names of presets and embedded models that look like `model`."""
+    known = [*presets(), *MODELS, *SHIPPED]
+    return difflib.get_close_matches(model.rpartition("/")[2].lower(), known, n=3, cutoff=0.4)
