@@ -214,6 +214,13 @@ def test_yaml_of_the_documentation_is_a_recipe():
         validate(yaml.safe_load(block), "documentation")
 
 
+def test_shipped_recipes_use_the_words_of_the_pages():
+    """*image*, not *picture*, in comments and values; keys that have it are promises. All large recipes have one fate."""
+    for name, text in shipped_recipes().items():
+        assert not re.findall(r".*\b(?:pictures?|says?|said|told)\b.*", text, flags=re.IGNORECASE), name
+        assert ("Needs GPUs." in text) == ("This recipe was never run to its end." in text), name
+
+
 def test_the_recipes_page_names_every_recipe():
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     for name in shipped_recipes():

@@ -89,7 +89,7 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path, pictures:
     assert all(other == first for other in others)
     cache = CachedLatents(folders[0])
     assert len(cache) == 39 * 3
-    assert cache.meta.skipped == {"20.png": "not a picture: no format that Pillow knows"}
+    assert cache.meta.skipped == {"20.png": "not an image: no format that Pillow knows"}
     # statistics equal those of all latents in one pass
     latents = (
         torch.tensor(np.stack([cache[(i, 0)][0] for i in range(len(cache))])).double().transpose(0, 1).flatten(1)

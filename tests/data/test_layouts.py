@@ -821,7 +821,7 @@ def test_a_messy_download_folder(tmp_path: Path) -> None:
             source.size(index)
         except UnreadableImage as error:
             faults[source.key(index)] = error.kind
-    assert faults == {"f.png": "not a picture", "j.png": "not an image that davae reads", "n.png": "missing file"}
+    assert faults == {"f.png": "not an image", "j.png": "not an image that davae reads", "n.png": "missing file"}
 
 
 def test_a_touched_or_copied_table_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def break_pictures(folder: Path, each: int) -> dict[str, int]:
     kinds: dict[str, tuple[str, bytes]] = {
         "empty file": ("jpg", b""),
         "truncated": ("jpg", jpeg(picture(2, 64, 64).convert("CMYK"))[:700]),
-        "not a picture": ("png", b"<html>404 not found</html>"),
+        "not an image": ("png", b"<html>404 not found</html>"),
         "damaged": ("png", bytes(corrupt)),
         "too many pixels": ("png", bomb.getvalue()),
         "damaged metadata": ("jpg", jpeg(picture(3), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01")),

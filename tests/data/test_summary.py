@@ -481,7 +481,7 @@ def test_a_messy_download_folder(tmp_path: Path) -> None:
         "captions_cut": 1,
         "captions_from": ".txt",
         "classes": {},
-        "left_out": {"empty file": 1, "missing file": 1, "not a picture": 1, "too small": 1},
+        "left_out": {"empty file": 1, "missing file": 1, "not an image": 1, "too small": 1},
         "duplicates": 0,
         "encodings_first": {"cp1252": ["d.txt"]},
         "unused": {

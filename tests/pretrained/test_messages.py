@@ -179,7 +179,7 @@ def test_every_way_to_run_a_shipped_recipe_names_what_is_not_here(tmp_path: Path
         "page": lambda: Trainings(tmp_path / "runs").start("mine", "sd35-medium-1k"),
     }
     for run in ways.values():
-        with pytest.raises(RecipeError, match=r"data.source: ./pictures is not here; give your images with --data"):
+        with pytest.raises(RecipeError, match=r"data.source: ./images is not here; give your images with --data"):
             run()
     assert not list(tmp_path.iterdir())
 

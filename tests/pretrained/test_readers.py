@@ -236,8 +236,8 @@ def test_floats_are_refused_by_name_or_read_where_the_option_says_how() -> None:
         (b"#define x_width 3\n#define x_height 3\n", r"\(XBM\)"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC; `pip install pillow-heif` reads it"),
         (b"\xff\x0a" + b"\0" * 20, "JPEG XL; `pip install pillow-jxl-plugin` reads it"),
-        (b"II", "not a picture"),
-        (b"%!", "not a picture"),
+        (b"II", "not an image"),
+        (b"%!", "not an image"),
     ],
 )
 def test_what_davae_does_not_read_is_named(data: bytes, message: str) -> None:
@@ -329,5 +329,5 @@ def test_damaged_avif_is_left_out_by_name() -> None:
     data = saved(Image.fromarray(CORNERS), "AVIF", quality=95)
     body, items = data.rindex(b"mdat") + 4, data.index(b"iloc")
     for broken in (data[:body] + b"\xff" * (len(data) - body), data[:items] + b"free" + data[items + 4 :]):
-        with pytest.raises(UnreadableImage, match=r"damaged|not a picture"):
+        with pytest.raises(UnreadableImage, match=r"damaged|not an image"):
             decode_image(io.BytesIO(broken))

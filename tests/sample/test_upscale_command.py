@@ -146,7 +146,7 @@ def test_what_cannot_be_enlarged_is_one_line_before_the_model_is_loaded(tmp_path
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
     refused(DataError, "bad.png: ", [tmp_path / "bad.png"], out)
-    refused(DataError, "text.jpg: not a picture", [tmp_path / "text.jpg"], out)
+    refused(DataError, "text.jpg: not an image", [tmp_path / "text.jpg"], out)
     refused(DataError, "missing file", [tmp_path / "none.png"], out)
     Image.new("F", (8, 8)).save(tmp_path / "float.tiff")
     refused(

@@ -18,7 +18,7 @@ def inspection(model: str, resolution: int, scale: int) -> tuple[list[list[str]]
     """
     figures = inspected_figures(model, resolution, scale)
     rows = [
-        [key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"]
+        [key.replace("_", " ").replace("picture", "image"), f"{value:{',.4g' if isinstance(value, float) else ','}}"]
         for key, value in figures.items()
         if isinstance(value, (int, float))
     ]

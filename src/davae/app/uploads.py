@@ -50,7 +50,7 @@ def read_upload(path: Path) -> Image.Image:
         raise DataError(f"{name} is {size_found[1]}, more pixels than the page takes: {_BOUND}")
     if found.startswith("too many pixels"):
         raise DataError(f"{name} has more pixels than the page takes: {_BOUND}")
-    if found.startswith(("not a picture", "empty file")):
+    if found.startswith(("not an image:", "empty file")):
         raise DataError(f"{name} is not an image that can be read; use PNG, JPEG, WebP, BMP, TIFF or GIF")
     raise DataError(f"{name}: {fault}")
 

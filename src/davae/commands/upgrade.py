@@ -116,7 +116,7 @@ def _show_plan(recipe: Recipe, folder: Path, json_file: Path | None) -> None:
     console.print(dump_recipe(recipe), markup=False, highlight=False)
     found = plan(recipe, folder)
     write_json(json_file, found.as_dict())
-    rows = [[key.replace("_", " "), value] for key, value in found.figures.items()]
+    rows = [[key.replace("_", " ").replace("pictures", "images"), value] for key, value in found.figures.items()]
     table("What it takes", ["", recipe.name], rows)
     show_phases(found.as_dict())
     for note in found.notes:
@@ -172,7 +172,7 @@ def upgrade_verb(
 
     `davae upgrade micro --out runs/micro`
 
-    `davae upgrade micro --data my_pictures/ --out runs/mine --set stage2.max_steps=300`
+    `davae upgrade micro --data my_images/ --out runs/mine --set stage2.max_steps=300`
     """
     _run_upgrade(recipe, out, data, set, dry_run, "upgrade", json_file=json)
 

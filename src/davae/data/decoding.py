@@ -72,7 +72,7 @@ def naming_damage(source: object = None) -> Iterator[list[warnings.WarningMessag
     except FileNotFoundError as error:
         raise UnreadableImage("missing file", f"{error.strerror or error}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage("not a picture", "no format that Pillow knows") from error
+        raise UnreadableImage("not an image", "no format that Pillow knows") from error
     except Image.DecompressionBombError as error:
         raise UnreadableImage("too many pixels", str(error)) from error
     except DAMAGE as error:
