@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -225,3 +227,16 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target.parent.mkdir(exist_ok=True)
         picture(number).save(target)
     return folder
+
+
+def step_inputs(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Return a list that gets what the model gave to each step of a pipeline's scheduler."""
+    seen: list[Tensor] = []
+    stock_step = pipeline.scheduler.step
+
+    def step(model_output: Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(model_output.clone())
+        return stock_step(model_output, *args, **options)
+
+    monkeypatch.setattr(pipeline.scheduler, "step", step)
+    return seen

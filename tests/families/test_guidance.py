@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BUILDERS
-from torch import Tensor
+from conftest import step_inputs
 from upgraded_tiny import upgraded
 
 import davae
@@ -48,14 +48,7 @@ def test_a_scale_is_the_share_of_the_prompt_in_every_family(
     name: str, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pipeline = tiny(name, tmp_path)
-    seen: list[Tensor] = []
-    stock_step = pipeline.scheduler.step
-
-    def step(model_output: Tensor, *args: Any, **options: Any) -> Any:
-        seen.append(model_output.clone())
-        return stock_step(model_output, *args, **options)
-
-    monkeypatch.setattr(pipeline.scheduler, "step", step)
+    seen = step_inputs(pipeline, monkeypatch)
     model, factor = pipeline.transformer, pixel_factor(pipeline)
     side = 2 * token_side(pipeline) // factor
     x = torch.randn(1, pipeline.vae.config.get("latent_channels") or pipeline.vae.config.z_dim, side, side)
@@ -117,14 +110,7 @@ def test_the_guidance_of_an_untrained_lumina2_is_the_base_s(
     large = assemble(base, DetailVAE.from_base(base.vae, 4), expand_transformer(base.transformer, 4))
     rows = torch.cat([torch.randn(1, 4, 4, 4), torch.zeros(1, 4, 4, 4)], dim=1).to(dtype)
     monkeypatch.setattr(large.transformer, "forward", lambda *args, **options: (rows,))
-    seen: list[Tensor] = []
-    stock_step = large.scheduler.step
-
-    def step(model_output: Tensor, *args: Any, **options: Any) -> Any:
-        seen.append(model_output)
-        return stock_step(model_output, *args, **options)
-
-    monkeypatch.setattr(large.scheduler, "step", step)
+    seen = step_inputs(large, monkeypatch)
     large(PROMPT, height=64, width=64, num_inference_steps=1, guidance_scale=3.0, output_type="latent")
     assert torch.equal(seen[0][:, :4], -rows[:, :4])
     assert float(seen[0][:, 4:].abs().max()) < 1e-6

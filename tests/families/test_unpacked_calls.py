@@ -11,9 +11,8 @@ from cases import BUILDERS, CASES
 from cases.lumina import lumina2, lumina_next
 from cases.others import aura_flow
 from cases.pixart import sana, sana_sprint
-from conftest import tiny_upgrade_recipe, write_pictures
+from conftest import step_inputs, tiny_upgrade_recipe, write_pictures
 from diffusers import AuraFlowPipeline, Lumina2Pipeline, SanaPipeline, SanaSprintPipeline
-from torch import Tensor
 
 from davae import DetailVAE, expand_transformer
 from davae.backbones.classes_by_name import model_class
@@ -67,14 +66,7 @@ def test_the_empty_caption_is_what_the_pipeline_guides_away_from(
 ):
     """One guided step: the pipeline's own mixture of both predictions is the call's."""
     pipeline = tiny(BUILDERS[name], tmp_path)
-    seen: list[Tensor] = []
-    stock_step = pipeline.scheduler.step
-
-    def step(model_output: Tensor, *args: Any, **options: Any) -> Any:
-        seen.append(model_output.clone())
-        return stock_step(model_output, *args, **options)
-
-    monkeypatch.setattr(pipeline.scheduler, "step", step)
+    seen = step_inputs(pipeline, monkeypatch)
     factor = pixel_factor(pipeline)
     side = 128 if name == HIDREAM else 4 * pipeline.transformer.config["patch_size"]  # HiDream draws one size
     x = torch.randn(1, latent_channels(pipeline.transformer), side, side)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from davae.errors import ModelError
-from davae.pretrained.hub_errors import hub_answers
 from davae.pretrained.open import read_config
 from davae.zoo.presets import Preset, find_preset
 
@@ -23,12 +22,6 @@ def readable(model: str) -> tuple[str, str]:
 
 def _hub_gives(model: str) -> bool:
     """Return whether the model's index is in the local cache or on the hub."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(model, "model_index.json"), str):
-        return True
-    if not hub_answers():
-        return False
     try:
         read_config(model, "", "model_index.json")
     except ModelError:
