@@ -173,7 +173,7 @@ def test_a_run_in_buckets(tiny_base: Path, bucket_folder: Path, tmp_path: Path) 
     cache = CachedLatents(run.out / "cache")
     shapes = {int(g): {cache[(int(i), 0)][0].shape for i in np.flatnonzero(cache.groups == g)} for g in range(3)}
     assert shapes == {0: {(12, 8, 8)}, 1: {(12, 16, 4)}, 2: {(12, 4, 16)}}
-    assert all(min(run.opened.source.size(i)) >= 32 for i in run.held_out), "what is measured is square"
+    assert all(min(run.opened.source.size(i)) >= 32 for i in run.opened.held_out), "what is measured is square"
     batches = Batches(len(cache), 2, seed=0, start=0, stop=20, groups=cache.groups)
     for batch in training_loader(cache, batches, num_workers=0, collate_fn=run.stage2_task().collate):
         assert batch["latents"][0, 0].numel() == 8 * 8

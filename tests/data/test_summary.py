@@ -21,9 +21,9 @@ from davae.data.summary import (
     size_facts,
 )
 from davae.dataset import opened as opened_module
-from davae.dataset.look import check_show, glimpse, look_at
+from davae.dataset.look import check_show, glimpse, look_at, recipe_step
 from davae.dataset.opened import announce, bucket_notes, open_pictures
-from davae.errors import DataError, RecipeError, RunError
+from davae.errors import DataError, ModelError, RecipeError, RunError
 from davae.recipes import load_data, load_recipe, validate
 from davae.recipes.sections import Data, Optim
 from davae.runs.report import run_with_report
@@ -343,6 +343,30 @@ def test_davae_data_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     values = json.loads(file.read_text())
     assert (values["images"], values["captions"], values["captions_empty"]) == (2, 1, 1)
     assert all(Path(entry["file"]).is_file() for entry in values["examples"])
+
+
+def test_davae_data_of_a_recipe_does_without_its_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("davae.pretrained.open.hub_answers", lambda: False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = folder_of(tmp_path / "set", {"0": "word " * 90, "1": ""})
+    tiny = ("--resolution", "8")
+    (tmp_path / "own.yaml").write_text(
+        "{name: own, base: {model: some/gated-model, resolution: 8}, detail_channels: 16, "
+        "stage1: {max_steps: 1, batch_size: 1}, stage2: {max_steps: 1, batch_size: 1}}"
+    )
+    own = ("--recipe", str(tmp_path / "own.yaml"))
+    run_cli("data", str(folder), *own, *tiny)
+    shown, log = (" ".join(text.split()) for text in capsys.readouterr())
+    assert "2 images, 1 captions (1 distinct, 1 cut at 77 tokens)" in shown
+    assert "captions are counted by their words, at least: model 'some/gated-model'" in log
+    for name in ("imagenet512-lightningdit-xl", "sdxl-2k"):  # of a folder to be made, and of a preset
+        run_cli("data", str(folder), "--recipe", name, *tiny)
+    buckets = load_recipe("sd35-medium-1k", ["data.buckets.max_ratio=2"])
+    assert recipe_step(buckets) == 32  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"some/gated-model' is not a folder here"):
+        recipe_step(load_recipe(own[1]))  # type: ignore[arg-type]
 
 
 def test_a_run_writes_its_summary_and_stops_at_poor_captions(tiny_base: Path, tmp_path: Path) -> None:

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from davae.cli import app
 from davae.cost.flops import meta_detail_vae
 from davae.cost.memory import TrainingStep, encode_bytes
 from davae.dataset.encoding import report_precision
-from davae.errors import RecipeError
+from davae.errors import DataError, RecipeError
 from davae.latent import LatentLayout
-from davae.plan.dry_run import on_hardware
+from davae.plan.dry_run import on_hardware, plan
 from davae.plan.phase_remedies import check_phase, disk_notes, text_notes
 from davae.plan.phase_sizes import RESERVED, ImageFacts, Phase, PhaseSizes, TextFacts, count_images
 from davae.plan.phases import (
@@ -324,11 +325,47 @@ def test_a_base_in_half_precision_needs_a_run_in_half_precision():
 def test_images_are_counted_where_they_are(tmp_path: Path):
     assert count_images(recipe("data.source=nowhere").data, 64) == ImageFacts(500_000, False)
     assert count_images(recipe("data.source=nowhere", "data.limit=100").data, 64) == ImageFacts(90, True)
-    from PIL import Image
-
     for number in range(4):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
     assert count_images(recipe(f"data.source={tmp_path}", "data.holdout=0").data, 64) == ImageFacts(4, True)
+
+
+class Looked(Exception):
+    """Raised after the checks of a dry run."""
+
+
+def test_data_that_is_here_is_refused_as_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def looked(*_: object) -> None:
+        raise Looked
+
+    monkeypatch.setattr("davae.plan.dry_run.recipe_sizes", looked)
+    square, flat, empty = (tmp_path / name for name in ("square", "flat", "empty"))
+    for folder, size in ((square, (150, 150)), (flat, (300, 120))):
+        folder.mkdir()
+        for number in range(2):
+            Image.new("RGB", size, (number, 0, 0)).save(folder / f"{number}.png")
+    empty.mkdir()
+    own, shown = f"data.source={square}", ("data.require_captions=false", "data.buckets.max_ratio=4")
+    for name, changes, verb, error, message in (
+        ("micro", (own,), "upgrade", DataError, "2 of 2 images have no caption"),
+        ("micro", (own,), "train-vae", Looked, None),  # which reads none
+        ("micro", (own, f"stage2.data.source={tmp_path / 'not-here'}"), "upgrade", Looked, None),
+        ("clothing", (own,), "upgrade", DataError, "a class-conditional model needs a class for every image"),
+        ("micro", (own, "base.resolution=96"), "train-vae", DataError, "smaller than the target of 192 pixels"),
+        ("micro", (f"data.source={empty}",), "train-vae", DataError, "holds no images"),
+        ("micro", (f"cache.shards={square}",), "upgrade", DataError, "they train class-conditional models"),
+        ("micro", (f"data.source={flat}", *shown), "upgrade", Looked, None),
+        (
+            "micro",
+            (f"data.source={flat}", *shown, "run.sample_every=1"),
+            "upgrade",
+            RecipeError,
+            "none fills 128 x 128",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            plan(recipe(*changes, name=name), tmp_path / "run", verb)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_still_to_be_made_is_read_from_what_makes_it():

@@ -17,7 +17,8 @@ from conftest import tiny_upgrade_recipe
 from safetensors.torch import load_file
 
 from davae.analyze.gap import decoder_before_polish
-from davae.errors import DataError, Interrupted, RunError
+from davae.data.latent_cache.meta import read_meta
+from davae.errors import Interrupted, RunError
 from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.open import load_pipeline
 from davae.publish.upgrade_file import find_upgrade
@@ -173,7 +174,9 @@ def test_added_to_a_finished_run_it_alone_is_trained(
     assert "stage1.polish begins again, its checkpoints are now named earlier-*" in caplog.text
 
 
-def test_a_shared_stage_1_takes_its_polish_along(start: Start, whole: Path, folders: Path):
+def test_a_shared_stage_1_takes_its_polish_along(
+    start: Start, whole: Path, folders: Path, caplog: pytest.LogCaptureFixture
+):
     first, seen = whole, list[str]()
     finish(start(folders / "same", seen, first, stage2__lr=0.01, run__sample_every=2, **POLISH))
     assert set(seen) == {"stage2"}
@@ -193,10 +196,17 @@ def test_a_shared_stage_1_takes_its_polish_along(start: Start, whole: Path, fold
     assert load_detail_vae(folders / "residual" / "pipeline" / "vae").detail_kernel is not None
     measured = json.loads((first / "polished" / "config.json").read_text())["detail_std"]
     assert config["detail_std"] == pytest.approx([2 * value for value in measured])
-    with pytest.raises(
-        DataError, match=r"has a polished decoder, and this recipe has no stage1.polish; .*max_steps=4"
-    ):
-        start(folders / "none", stage1=first)
+    with caplog.at_level(logging.WARNING, "davae"):
+        run = start(folders / "none", stage1=first)
+    assert f"{first}: its polished decoder is left, as this recipe has no stage1.polish" in caplog.text
+    assert run.first == first
+    run.folder.close()
+    # with a cache of its own, a polish of equal values is taken along too
+    seen.clear()
+    finish(start(folders / "variants", seen, first, cache__variants=3, **POLISH))
+    assert not any(name.startswith("stage1") for name in seen)
+    assert same(weights(folders / "variants" / "polished"), weights(first / "polished"))
+    assert read_meta(folders / "variants" / "cache").items == 3 * read_meta(first / "cache").items // 2
 
 
 def test_an_upgrade_to_go_on_from_is_polished_and_gone_on_from(start: Start, tmp_path: Path):

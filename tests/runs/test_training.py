@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
+import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -25,11 +28,13 @@ from warm import start
 
 from davae import DetailVAE
 from davae.cli import main
+from davae.data.latent_cache.meta import read_meta
 from davae.device import record_passes
-from davae.errors import RunError
+from davae.errors import DataError, RunError
 from davae.pretrained.open import load_pipeline
 from davae.publish.assemble import load_upgraded
-from davae.recipes import validate
+from davae.recipes import Recipe, set_values, validate
+from davae.runs.checks import check_shared
 from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions
@@ -298,6 +303,66 @@ def test_another_stage_2_on_the_same_detail_vae(
         capsys, "train-dit", str(recipe_file), *other[:2], "--set", "stage1.lr=0.5", "--out", str(tmp_path / "x")
     )
     assert "was made from another autoencoder or data" in line
+
+
+def test_another_cache_on_the_same_detail_vae(recipe_values: dict, finished: Path, tmp_path: Path, caplog: Any):
+    """Another cache is encoded anew in the new run, which then needs the first one no more."""
+    first, out = tmp_path / "first", tmp_path / "other"
+    shutil.copytree(finished, first)
+    values = {**recipe_values, "cache": {**recipe_values.get("cache", {}), "variants": 3}}
+    recipe = validate(values, "tiny")
+    assert isinstance(recipe, Recipe)
+    kept = {path: path.read_bytes() for path in first.rglob("*") if path.is_file() and ".readers" not in path.parts}
+    with caplog.at_level(logging.INFO, "davae"):
+        run = Upgrade(recipe, out, quiet, stage1=first)
+        run.train_dit()
+        run.folder.close()
+    assert (
+        f"--stage1 {first}: its autoencoder is taken along, and the cache is encoded anew (cache.variants: 2 -> 3)"
+        in (caplog.text)
+    )
+    assert read_meta(out / "cache").items == 3 * read_meta(first / "cache").items // 2
+    assert {record["stage"] for record in read_metrics(out / "metrics.jsonl")} == {"stage2"}
+    before, after = (load_file(folder / "vae/diffusion_pytorch_model.safetensors") for folder in (first, out))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert kept == {path: path.read_bytes() for path in kept}
+    shutil.rmtree(first / "cache")
+    again = Upgrade(recipe, out, quiet, stage1=first)  # begun, it keeps its own
+    assert again.first == out
+    again.folder.close()
+    plain = validate(recipe_values, "tiny")
+    without = Upgrade(plain, tmp_path / "third", quiet, stage1=first)  # type: ignore[arg-type]
+    assert (without.first, without.why_anew) == (tmp_path / "third", "it has no whole one")
+    without.folder.close()
+    (first / "checkpoints" / "stage1.done").unlink()
+    with pytest.raises(DataError, match="holds no run whose stage 1 is done; run `davae train-vae` there first"):
+        check_shared(recipe, first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, ""),
+        ({"data.num_workers": 0, "cache.batch_size": 2, "stage2.lr": 0.5}, ""),
+        ({"cache.dtype": "float32"}, "cache.dtype: float16 -> float32"),
+        ({"data.caption_key": "title"}, "data.caption_key: None -> title"),
+        ({"stage2.data": {"source": "other"}}, "data.source: "),
+        ({"data.flip": True}, None),
+        ({"run.seed": 5}, None),
+        ({"base.dtype": "bfloat16", "run.mixed_precision": "bf16"}, None),
+    ],
+)
+def test_only_what_changes_stage_1_refuses(recipe_values: dict, finished: Path, changes: dict, message: str | None):
+    values = copy.deepcopy(recipe_values)
+    set_values(values, changes)
+    recipe = validate(values, "tiny")
+    assert isinstance(recipe, Recipe)
+    if message is None:
+        with pytest.raises(DataError, match=f"another autoencoder or data: {next(iter(changes))}: "):
+            check_shared(recipe, finished)
+    else:
+        found = check_shared(recipe, finished)
+        assert found.startswith(message) if message else not found
 
 
 def test_full_fine_tuning_leaves_the_pretrained_model_alone(recipe_values: dict, tiny_base: Path, tmp_path: Path):

@@ -247,19 +247,30 @@ def test_another_stage_2_on_the_same_cache_has_its_own(
 
 def test_an_upgrade_to_go_on_from_has_its_own(tiny_base: Path, picture_folder: Path, finished: Path, tmp_path: Path):
     export(finished, tmp_path / "small", "upgrade", torch.float32)
-    plain = {**CHANGES, "stage2__detail_residual": False}
-    recipe = recipe_of(tiny_base, picture_folder, **plain).model_copy(update={"init": str(tmp_path / "small")})
+    recipe = recipe_of(tiny_base, picture_folder, **CHANGES).model_copy(update={"init": str(tmp_path / "small")})
     run = started(recipe, tmp_path / "on")
     run.run()
     run.folder.close()
     assert same_normalisation(
         load_detail_vae(tmp_path / "on" / "pipeline" / "vae"), load_detail_vae(finished / "vae")
     )
-    both = recipe_of(tiny_base, picture_folder, **CHANGES).model_copy(update={"init": "micro"})
-    with pytest.raises(
-        RecipeError, match=r"stage2.detail_residual: True with init; .*set stage2.detail_residual=false"
+    config = tmp_path / "small" / "vae" / "config.json"
+    for own, change, message in (
+        (
+            False,
+            {},
+            r"detail_residual: False, and init goes on .*small, which was trained with True; set .*residual=true",
+        ),
+        (
+            True,
+            {"detail_kernel_size": None},
+            r"detail_residual: True, .* with False; set stage2.detail_residual=false",
+        ),
     ):
-        check_init(both, None)  # type: ignore[arg-type]
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        changed = {"init": recipe.init, "stage2": recipe.stage2.model_copy(update={"detail_residual": own})}
+        with pytest.raises(RecipeError, match=message):
+            check_init(recipe.model_copy(update=changed), run.base.shapes)
 
 
 @pytest.mark.parametrize("size", [0, 2, 9, 10**6])

@@ -14,6 +14,7 @@ from davae.data.latent_cache.meta import read_meta
 from davae.errors import RecipeError
 from davae.losses.detail_scale import detail_scale_weight
 from davae.losses.flow_matching import FlowMatching
+from davae.publish.export import export
 from davae.publish.upgrade_file import find_upgrade
 from davae.recipes import Recipe, validate
 from davae.runs.checks import check_init
@@ -72,8 +73,14 @@ def test_a_run_and_what_it_leaves_have_the_scale(tiny_base: Path, picture_folder
     plain = Upgrade(recipe_of(tiny_base, picture_folder, **changes), tmp_path / "third", lambda _: None, stage1=first)
     torch.testing.assert_close(plain.stage2_vae().statistics.std.flatten()[-8:].double(), measured, rtol=1e-5, atol=0)
 
-
-def test_an_upgrade_to_go_on_from_has_its_own_scale(tiny_base: Path, picture_folder: Path):
-    recipe = recipe_of(tiny_base, picture_folder, stage2__detail_scale=0.5).model_copy(update={"init": "micro"})
-    with pytest.raises(RecipeError, match=r"stage2.detail_scale: 0.5 with init; .*set stage2.detail_scale=1.0"):
-        check_init(recipe, None)  # type: ignore[arg-type]
+    # an upgrade to go on from has its own scale, which its file names
+    small = export(first, tmp_path / "small", "upgrade", torch.float16)
+    for name, scale, known in ((first, 0.5, 0.5), (small, 1.0, 0.5), (second, 0.5, 0.25)):
+        changes["stage2__detail_scale"] = scale
+        recipe = recipe_of(tiny_base, picture_folder, **changes).model_copy(update={"init": str(name)})
+        if scale == known:
+            check_init(recipe, other.base.shapes)
+            continue
+        message = rf"stage2.detail_scale: {scale}, and init goes on from {name}, .* with {known}; .*_scale={known}"
+        with pytest.raises(RecipeError, match=message):
+            check_init(recipe, other.base.shapes)

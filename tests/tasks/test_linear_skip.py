@@ -150,7 +150,7 @@ def test_to_go_on_from_an_upgrade_takes_its_head_and_moments(
     finished: Path, base: Path, classes: Path, tmp_path: Path
 ):
     small = export(finished, tmp_path / "small", "upgrade", torch.float32)
-    changes = {"stage2__detail_scale": 1.0, "stage2__max_steps": 1}
+    changes = {"stage2__max_steps": 1}
     recipe = recipe_of(base, classes, **changes).model_copy(update={"init": str(small)})
     upgrade = run(recipe, tmp_path / "on")
     first, second = (

@@ -74,7 +74,7 @@ def data(
         known["resolution"] = resolution or resolved.resolution
     options = chosen_data(source, set, locals(), start)
     check_show(show, out)
-    if isinstance(resolved, (Recipe, BaseRecipe)):
+    if options.buckets is not None and isinstance(resolved, (Recipe, BaseRecipe)):
         known["step"] = recipe_step(resolved)
     if options.buckets is not None and known["resolution"] is None:
         raise RecipeError("data.buckets: the resolution is missing; give --resolution")

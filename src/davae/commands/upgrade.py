@@ -78,7 +78,7 @@ def _run_upgrade(
 
     folder = out or Path("runs") / recipe.name
     if dry:
-        _show_plan(recipe, folder, json_file)
+        _show_plan(recipe, folder, json_file, verb, stage1)
         return
     with ExitStack() as stack:
         log = stack.enter_context(run_log())
@@ -108,13 +108,13 @@ def _run_upgrade(
     show_place(done)
 
 
-def _show_plan(recipe: Recipe, folder: Path, json_file: Path | None) -> None:
+def _show_plan(recipe: Recipe, folder: Path, json_file: Path | None, verb: str, stage1: Path | None) -> None:
     from davae.console import console, show_phases, table
     from davae.plan.dry_run import plan
     from davae.recipes import dump_recipe
 
     console.print(dump_recipe(recipe), markup=False, highlight=False)
-    found = plan(recipe, folder)
+    found = plan(recipe, folder, verb, stage1)
     write_json(json_file, found.as_dict())
     rows = [[key.replace("_", " ").replace("pictures", "images"), value] for key, value in found.figures.items()]
     table("What it takes", ["", recipe.name], rows)
@@ -215,7 +215,8 @@ def train_dit(
     dry_run: DryRun = False,
     allow_commands: AllowCommands = False,
     stage1: Annotated[
-        Path | None, typer.Option(help="Another run's folder: its detail VAE and cache serve here too.")
+        Path | None,
+        typer.Option(help="Another run's folder, whose detail VAE, and cache where that is equal, serve here."),
     ] = None,
 ) -> None:
     """Up to the exported pipeline, without the report.

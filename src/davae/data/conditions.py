@@ -11,6 +11,14 @@ NEEDS_CLASSES = (
 )
 
 
+def check_conditions(summary: Summary, num_classes: int | None, require_captions: bool) -> None:
+    """Refuse classes that a model lacks, or required captions that are mostly empty or equal."""
+    if num_classes is not None:
+        check_classes(summary, num_classes)
+    elif require_captions:
+        check_captions(summary)
+
+
 def check_captions(summary: Summary) -> None:
     """Refuse a text-to-image run in which most captions are empty or the same.
 
@@ -32,11 +40,7 @@ def check_captions(summary: Summary) -> None:
 
 
 def check_classes(summary: Summary, num_classes: int) -> None:
-    """Refuse images that a class-conditional model cannot be trained on.
-
-    Raises:
-        DataError: images without a class, or with a number that is none of the model's classes.
-    """
+    """Refuse images without a class, or with a number that is none of the model's classes."""
     where = f"data.source {summary.source}"
     if -1 in summary.labels:
         raise DataError(f"{where}: {NEEDS_CLASSES}")
@@ -44,11 +48,7 @@ def check_classes(summary: Summary, num_classes: int) -> None:
 
 
 def check_class_numbers(labels: list[int], num_classes: int, where: str) -> None:
-    """Refuse labels that are not classes of the model.
-
-    Raises:
-        DataError: there is one.
-    """
+    """Refuse labels that are not classes of the model."""
     unexpected = [label for label in labels if not 0 <= label < num_classes]
     if unexpected:
         raise DataError(

@@ -30,7 +30,7 @@ from davae.pretrained.offline import readable
 from davae.recipes import AnyRecipe, BaseRecipe, Recipe
 from davae.recipes.base import TextArchitecture
 from davae.recipes.sections import Data
-from davae.tasks.base_model import BaseModel, planned_shapes
+from davae.tasks.base_model import BaseModel, planned_shapes, with_known_base
 from davae.zoo import resolve
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,9 @@ def check_show(show: int | None, out: Path | None) -> None:
 def recipe_step(recipe: Recipe | BaseRecipe) -> int | None:
     """Return the pixels of a token in a recipe's model, None where it takes squares alone."""
     if isinstance(recipe, Recipe):
-        return BaseModel.of(recipe).bucket_step(recipe.scale)
+        known, _ = with_known_base(recipe)
+        configs = None if known.base.model is None else readable(resolve(known.base.model))[0]
+        return BaseModel.of(known, configs=configs).bucket_step(recipe.scale)
     if isinstance(recipe.architecture, TextArchitecture):
         return planned_shapes(recipe).vae_factor * recipe.architecture.patch_size
     return None
@@ -203,15 +205,21 @@ def recipe_step(recipe: Recipe | BaseRecipe) -> int | None:
 def model_of(model: str | None, recipe: AnyRecipe | None) -> list[TokenLimit] | None:
     """Return the limits of a model's or a recipe's text encoders, None where neither is known.
 
+    A recipe's model that cannot be read is named in the log: its data can be looked at without it.
+
     Raises:
-        ModelError: a model that cannot be read.
+        ModelError: a model that was named cannot be read.
     """
     if model is None and isinstance(recipe, BaseRecipe):
         return architecture_limits(recipe)
     if model is None and isinstance(recipe, Recipe):
+        recipe, _ = with_known_base(recipe)
         if recipe.base.train is not None:
             return architecture_limits(recipe.base.train)
-        model = recipe.base.model
+        try:
+            return model_of(recipe.base.model, None)
+        except ModelError as error:
+            logger.warning("captions are counted by their words, at least: %s", error)
     if model is None:
         return None
     base = BaseModel(readable(resolve(model))[0], to_train=False)

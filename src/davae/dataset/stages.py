@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from davae.data.conditions import check_captions, check_classes
+from davae.data.conditions import check_conditions
 from davae.data.images import ImageDataset
 from davae.data.summary import Summary, TokenLimit
 from davae.dataset.opened import SUMMARY, OpenedData, announce, bucket_notes, model_limits, open_pictures
@@ -70,11 +70,8 @@ class StageData:
             DataError: images without a class of the model; captions that are mostly empty or the same, where
                 `data.require_captions` is on.
         """
-        summary = self.summary  # `stage2.data` is opened here first
-        if (number := self.base.num_classes) is not None:
-            check_classes(summary, number)
-        elif self.recipe.stage2_data.require_captions:
-            check_captions(summary)
+        # `stage2.data` is opened here first
+        check_conditions(self.summary, self.base.num_classes, self.recipe.stage2_data.require_captions)
 
     @cached_property
     def skipped(self) -> dict[str, str]:

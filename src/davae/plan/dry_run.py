@@ -10,24 +10,27 @@ import torch
 
 from davae.cost.flops import autoencoder_flops
 from davae.cost.memory import polish_memory, stage1_memory, stage2_memory
+from davae.data.conditions import check_conditions
+from davae.dataset.opened import open_pictures
 from davae.plan.figures import MetaUpgrade, TokenPlan
 from davae.plan.phase_remedies import REMEDIES, disk_notes, text_notes
-from davae.plan.phase_sizes import Phase, PhaseSizes, count_images, text_facts
+from davae.plan.phase_sizes import Phase, PhaseSizes, count_images, is_here, text_facts
 from davae.plan.phases import plan_phases
 from davae.pretrained.offline import readable
-from davae.recipes import load_recipe, shipped_recipes
-from davae.recipes.base import BaseRecipe
 from davae.recipes.hardware import GIB, GPUS, UTILISATION
 from davae.recipes.sections import Hardware, Optim
 from davae.recipes.stages import POLISH
 from davae.recipes.upgrade import Recipe
-from davae.runs.checks import check_distilled, check_init, check_objective, check_recipe
-from davae.tasks.base_model import BaseModel
+from davae.runs.cache import check_shards
+from davae.runs.checks import check_distilled, check_init, check_objective, check_recipe, check_shared
+from davae.runs.validation import plain_images
+from davae.tasks.base_model import BaseModel, with_known_base
+from davae.train.run_folder import is_done
 from davae.train.shares import Share, share_of_step
 from davae.zoo import resolve
-from davae.zoo.presets import presets
 
 DAY = 86400
+LOOKED_AT = 5_000  # images of a source, spread over it
 Stage = TypeVar("Stage", bound=Optim)
 
 
@@ -57,14 +60,16 @@ class Plan:
         }
 
 
-def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
-    """Return the figures of a dry run from configs alone.
+def plan(recipe: Recipe, folder: Path | None = None, verb: str = "upgrade", stage1: Path | None = None) -> Plan:
+    """Return the figures of a dry run from configs alone, and check the data that is here.
 
     A hub model that cannot be reached is read from its preset.
 
     Args:
         recipe: of the run.
         folder: of the run, whose free disk is compared with the disk that the run takes.
+        verb: of the run.
+        stage1: folder of another run, whose DetailVAE serves.
     """
     recipe, missing = with_known_base(recipe)
     model, note = (None, "") if recipe.base.model is None else readable(resolve(recipe.base.model))
@@ -72,6 +77,9 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
     shapes, layout = base.shapes, check_recipe(recipe, base)
     check_init(recipe, shapes)
     objective = check_objective(recipe, base)
+    if stage1 is not None:
+        check_shared(recipe, stage1)
+    check_data(recipe, base, verb != "train-vae" and not (folder and is_done(folder, recipe, "cache")))
     upgrade = MetaUpgrade(shapes, layout, recipe.stage2.detail_offset)
     tokens = upgrade.tokens(recipe.resolution)
     sizes = recipe_sizes(recipe, upgrade, tokens, base)
@@ -106,13 +114,34 @@ def plan(recipe: Recipe, folder: Path | None = None) -> Plan:
     return Plan(figures | text_figures, notes, phases, sizes.hardware)
 
 
-def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: BaseModel) -> PhaseSizes:
-    """Return the sizes that the phases of a recipe are computed from.
+def check_data(recipe: Recipe, base: BaseModel, reads: bool) -> None:
+    """Refuse data that is here and that the run refuses, by at most `LOOKED_AT` images.
 
     Args:
-        tokens: of the recipe's resolution.
-        base: model that is upgraded.
+        recipe, base: of the run.
+        reads: whether the run is to read captions, classes or latent shards.
     """
+    train, scale, shows = recipe.base.train, recipe.scale, recipe.run.sample_every
+    if reads and recipe.cache.shards is not None and Path(recipe.cache.shards).exists():
+        side, channels = recipe.base.resolution // base.shapes.vae_factor, base.shapes.channels
+        check_shards(recipe.cache, channels + recipe.detail_channels, side, base.num_classes)
+    own = [] if recipe.stage1_data == recipe.stage2_data else [(recipe.stage1_data, scale, False, shows)]
+    second = recipe.stage2_data, scale, reads and recipe.cache.shards is None, shows or recipe.stage2.validate_every
+    parts = [*own, second] if reads or not own else own
+    parts += [] if train is None else [(train.data, 1, train.cache.shards is None, 0)]
+    for data, times, conditions, shown in parts:
+        if not is_here(data.source):
+            continue
+        few = data.model_copy(update={"limit": min(data.limit or LOOKED_AT, LOOKED_AT)})
+        opened = open_pictures(few, recipe.base.resolution * times, base.bucket_step(times))
+        if conditions:
+            check_conditions(opened.summary((), examples=0), base.num_classes, data.require_captions)
+        if shown:
+            plain_images(opened, 1, recipe.resolution, recipe.run.seed)
+
+
+def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: BaseModel) -> PhaseSizes:
+    """Return the sizes that the phases of a recipe are computed from."""
     shapes, layout = upgrade.shapes, upgrade.layout
     processes = 1 if recipe.hardware is None else recipe.hardware.count
     shares = {
@@ -194,25 +223,6 @@ def step_notes(recipe: Recipe) -> list[str]:
     return notes
 
 
-def with_known_base(recipe: Recipe) -> tuple[Recipe, str]:
-    """Return a recipe whose base can be read from configs, and a note on where it is read.
-
-    A folder that does not exist yet is read from its origin: `runs/NAME/pipeline` from the shipped base recipe NAME,
-    `models/NAME` from the preset NAME.
-    """
-    model = recipe.base.model
-    if model is None or Path(model).exists() or len(parts := Path(model).parts) < 2:
-        return recipe, ""
-    shipped = load_recipe(parts[-2]) if parts[-1] == "pipeline" and parts[-2] in shipped_recipes() else None
-    if isinstance(shipped, BaseRecipe):
-        base = recipe.base.model_copy(update={"model": None, "train": shipped})
-        return recipe.model_copy(update={"base": base}), f"{model} is not here: read from the recipe {shipped.name}"
-    if parts[0] == "models" and parts[-1] in presets():
-        base = recipe.base.model_copy(update={"model": parts[-1]})
-        return recipe.model_copy(update={"base": base}), f"{model} is not here: read from the preset {parts[-1]}"
-    return recipe, ""
-
-
 def training_figures(name: str, sizes: PhaseSizes, device: int) -> dict[str, Any]:
     """Return the memory of one process, its part in the step, and the work of the whole stage.
 
@@ -233,12 +243,7 @@ def training_figures(name: str, sizes: PhaseSizes, device: int) -> dict[str, Any
 
 
 def on_hardware(name: str, sizes: PhaseSizes, device: int) -> dict[str, Any]:
-    """Return whether a stage fits the stated GPUs and how long it takes.
-
-    Args:
-        name: of the training.
-        device: bytes of the phase on one GPU.
-    """
+    """Return whether a stage of `device` bytes fits the stated GPUs and how long it takes."""
     hardware, gpu = sizes.hardware, sizes.gpu
     settings, share, step = sizes.stage(name)
     fits = f"{hardware.gpu} ({gpu.memory / GIB:.0f} GiB)"

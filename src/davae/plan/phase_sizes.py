@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import nn
 
 from davae.cost.flops import count, meta_detail_vae
 from davae.cost.memory import TrainingStep
+from davae.data.shards.names import expand_braces
 from davae.data.sources import open_source
 from davae.dataset.opened import source_options
-from davae.errors import DataError
 from davae.latent import LatentLayout
 from davae.pretrained.shapes import BaseShapes
 from davae.pretrained.text_encoders import TextEncoder
@@ -214,6 +215,11 @@ class PhaseSizes:
 # -- facts from configs and data -------------------------------------------------------------------------------------
 
 
+def is_here(source: str) -> bool:
+    """Return whether images are on this machine."""
+    return source.startswith("openmoji") or any(map(glob, expand_braces(source)))
+
+
 def count_images(data: Data, resolution: int) -> ImageFacts:
     """Return the number of training images, counted, limited by `data.limit`, or assumed.
 
@@ -222,14 +228,9 @@ def count_images(data: Data, resolution: int) -> ImageFacts:
         resolution: pixels at which the images are read.
     """
     kept = 1.0 - data.holdout
-    here = data.source == "openmoji" or Path(data.source).exists()
-    if here:
-        try:
-            found = len(open_source(data.source, resolution, source_options(data)))
-        except DataError:
-            found = 0
-        if found:
-            return ImageFacts(max(1, round(kept * min(found, data.limit or found))), True)
+    if is_here(data.source):
+        found = len(open_source(data.source, resolution, source_options(data)))
+        return ImageFacts(max(1, round(kept * min(found, data.limit or found))), True)
     return ImageFacts(max(1, round(kept * data.limit)) if data.limit else ASSUMED_IMAGES, data.limit is not None)
 
 

@@ -49,6 +49,7 @@ POLISHED = "polished"  # instead of it in a run folder: the DetailVAE after stag
 FORMAT = "davae-upgrade-1"
 REMEDY = "copy or export it again"
 MOST_CHANNELS = 65_536
+SHARES = ("clean_base", "detail_scale")  # numbers below 1 in the metadata, left out at their defaults
 
 
 def save_upgrade(
@@ -58,12 +59,14 @@ def save_upgrade(
     dtype: torch.dtype,
     tensors: dict[str, Tensor] | None = None,
     vae_folder: str = VAE_FOLDER,
+    detail_scale: float = 1.0,
 ) -> None:
     """Write everything that stage 2 trained as one safetensors file, atomically.
 
     Args:
         tensors: `upgrade_tensors` by name where `transformer` does not hold them itself.
         vae_folder: of the DetailVAE, next to the file.
+        detail_scale: std to which that DetailVAE normalises the detail.
     """
     tensors = in_precision(upgrade_tensors(transformer) if tensors is None else tensors, dtype)
     config: Any = transformer.config
@@ -77,6 +80,8 @@ def save_upgrade(
         metadata["vae"] = json.dumps({"id": None, "path": vae_folder})
     if config.get(CLEAN_BASE):
         metadata["clean_base"] = json.dumps(config[CLEAN_BASE])
+    if detail_scale != 1.0:
+        metadata["detail_scale"] = json.dumps(detail_scale)
     if config.get(OFFSET):
         metadata["detail_offset"] = json.dumps(config[OFFSET])
     if head := config.get("head_options"):
@@ -121,6 +126,7 @@ class Details:
         changes: how the changes of a full training are stored; None where the file has the weights.
         vae_id, vae_path: content and folder of its DetailVAE, where the file names one.
         clean_base: share of its training with a clean base.
+        detail_scale: std of the normalised detail.
         detail_offset: how far the base is ahead of the detail in sampling; 0 where they share one time.
         head: options of its detail head.
     """
@@ -132,6 +138,7 @@ class Details:
     vae_id: str | None
     vae_path: str | None
     clean_base: float = 0.0
+    detail_scale: float = 1.0
     detail_offset: float = 0.0
     head: HeadOptions = field(default_factory=HeadOptions)
     changes: Changes | None = None
@@ -155,7 +162,7 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
     """
     values = {
         key: parse_json(metadata[key], f"upgrade file {path}, {key}") if key in metadata else None
-        for key in ("channels", "lora", "vae", "clean_base", "detail_offset", "detail_head", *KEYS)
+        for key in ("channels", "lora", "vae", *SHARES, "detail_offset", "detail_head", *KEYS)
     }
     channels, lora, vae = values["channels"], values["lora"], values["vae"]
     numbers = channels if isinstance(channels, list) and all(type(one) is int for one in channels) else []
@@ -178,9 +185,9 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
         check_family(family, head)
     except ValueError as error:
         raise ModelError(f"upgrade file {path}: {error}; it is damaged") from error
-    clean = values["clean_base"] or 0.0
-    if not (isinstance(clean, float) and 0.0 <= clean < 1.0):
-        raise ModelError(f"upgrade file {path}: clean_base is {str(clean)[:80]}, expected a share; it is damaged")
+    for key in SHARES:
+        if not (isinstance(share := values[key] or 0.0, float) and 0.0 <= share < 1.0):
+            raise ModelError(f"upgrade file {path}: {key} is {str(share)[:80]}, expected a share; it is damaged")
     offset = values["detail_offset"] or 0.0
     if not (isinstance(offset, float) and 0.0 <= offset < 1.0) or (offset and family.detail_time is None):
         raise ModelError(
@@ -193,8 +200,8 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
     if len(stored) + (rank is not None) > 1:
         raise ModelError(f"upgrade file {path}: its weights are stored in two ways; it is damaged")
     named = vae or {"id": None, "path": None}
-    own = named.get("id"), named["path"]
-    return Details(metadata["class"], numbers[0], numbers[1], rank, *own, clean, offset, head, *stored)
+    own = named.get("id"), named["path"], values["clean_base"] or 0.0, values["detail_scale"] or 1.0
+    return Details(metadata["class"], numbers[0], numbers[1], rank, *own, offset, head, *stored)
 
 
 def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -379,8 +386,8 @@ def export_upgraded(
     if recipe.stage2.clean_base:
         expanded.register_to_config(**{CLEAN_BASE: recipe.stage2.clean_base})
     attach_head(expanded, HeadOptions.of(recipe.stage2))
-    vae_folder = VAE_FOLDER if recipe.stage1.polish is None else POLISHED
-    save_upgrade(expanded, file, recipe.stage2.lora, torch.float32, trained, vae_folder)
+    own = VAE_FOLDER if recipe.stage1.polish is None else POLISHED, recipe.stage2.detail_scale
+    save_upgrade(expanded, file, recipe.stage2.lora, torch.float32, trained, *own)
     upgraded = assemble(base, vae, apply_upgrade(pretrained, file))
     if recipe.export.dtype != "float32":
         upgraded.to(dtype=getattr(torch, recipe.export.dtype))

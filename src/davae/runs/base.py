@@ -12,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from davae.backbones.classes_by_name import model_class
-from davae.data.conditions import check_captions, check_classes
+from davae.data.conditions import check_conditions
 from davae.data.images import ImageDataset
 from davae.data.latent_cache.meta import CacheMeta, is_whole, read_meta
 from davae.data.latent_cache.read import CachedLatents
@@ -113,10 +113,7 @@ class BaseRun:
         )
         announce(summary, self.out / SUMMARY)
         if recipe.cache.shards is None and not from_main(is_whole(self.first / "cache")):
-            if isinstance(recipe.architecture, ClassArchitecture):
-                check_classes(summary, recipe.architecture.num_classes)
-            elif recipe.data.require_captions:
-                check_captions(summary)
+            check_conditions(summary, getattr(recipe.architecture, "num_classes", None), recipe.data.require_captions)
         return opened
 
     @cached_property

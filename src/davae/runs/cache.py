@@ -190,8 +190,7 @@ def check_shards(cache: Cache, channels: int, side: int, num_classes: int | None
 
     Args:
         cache: section of the recipe, with `shards`.
-        channels, side: of the model's latents, (channels, side, side).
-        num_classes: of the model; None where it is not class-conditional.
+        channels, side, num_classes: of the model; its latents are (channels, side, side).
 
     Raises:
         DataError: the model is not class-conditional, or there are no shards of its latents.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from davae.backbones.classes import find_class, named_classes
@@ -21,20 +22,22 @@ from davae.pretrained.shapes import BaseShapes
 from davae.pretrained.stored import check_component
 from davae.publish.assemble import UPGRADE_FILE, check_fit, read_details, read_metadata
 from davae.recipes import Recipe, differences, load_recipe
-from davae.recipes.sections import FlowOptim, Lora, Reconstruction, Stage2
+from davae.recipes.sections import Data, FlowOptim, Lora, Reconstruction, Stage2
 from davae.recipes.stages import POLISH
 from davae.recipes.super_resolution import SuperResolution
 from davae.tasks.base_model import BaseModel
 from davae.tasks.noising import Objective
 from davae.train.ready import check_trainings
-from davae.train.run_folder import was_done
+from davae.train.run_folder import is_done, was_done
 from davae.vae.base import autoencoder_family
 from davae.vae.warm_start import filter_shares
 from davae.zoo import resolve_upgrade
 
 logger = logging.getLogger(__name__)
 
-SHARED_STEPS = ("base", "scale", "detail_channels", "init", "downsample", "data", "stage1", "cache")
+GIVEN, TRAINED = ("base", "scale", "detail_channels", "init", "downsample"), ("data", "stage1", "run.seed")
+# options of `data` that stage 1 does not read
+UNREAD = {"caption_weights": {}, **dict.fromkeys(("caption_key", "caption_column", "label_key", "label_column"))}
 
 
 def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
@@ -232,17 +235,11 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
     """Check that an upgrade to go on from fits the recipe, by its metadata, headers and configs.
 
     Raises:
-        RecipeError: another LoRA, D, scale or base than the recipe's, with the dotted path.
+        RecipeError: another LoRA, D, scale, base or normalised detail than the recipe's, with the dotted path.
         ModelError: nothing there, or what is there is damaged.
     """
     if recipe.init is None:
         return
-    for name in ("detail_scale", "detail_residual"):
-        if (value := getattr(recipe.stage2, name)) != Stage2.model_fields[name].default:
-            raise RecipeError(
-                f"stage2.{name}: {value} with init; the statistics of {recipe.init} are those it was trained with, set "
-                f"stage2.{name}={str(Stage2.model_fields[name].default).lower()}"
-            )
     folder = resolve_upgrade(recipe.init)
     file = folder / UPGRADE_FILE
     details = read_details(file, read_metadata(file))
@@ -272,6 +269,12 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
     place = folder / details.vae_folder
     vae = read_object(place / "config.json")
     check_component(place, f"DetailVAE {place}")
+    for key, found in (("scale", details.detail_scale), ("residual", vae.get("detail_kernel_size") is not None)):
+        if (value := getattr(recipe.stage2, f"detail_{key}")) != found:
+            raise RecipeError(
+                f"stage2.detail_{key}: {value}, and init goes on from {recipe.init}, which was trained with {found}; set "
+                f"stage2.detail_{key}={str(found).lower()}"
+            )
     for key, wanted in (("base_class", shapes.vae_class), ("scale", recipe.scale), ("downsample", recipe.downsample)):
         if vae.get(key, {"scale": 2, "downsample": "antialias"}.get(key)) != wanted:
             raise RecipeError(f"init: the DetailVAE of {recipe.init} has {key} {vae.get(key)}, this recipe {wanted}")
@@ -288,29 +291,35 @@ def _lora_text(lora: Lora | None) -> tuple[Lora | None, str]:
     return whole, f"{{rank: {lora.rank}, alpha: {whole.alpha:g}{further}}}"
 
 
-def check_shared(recipe: Recipe, folder: Path) -> None:
-    """Check that another run's DetailVAE and cache are those that this recipe would make.
+def check_shared(recipe: Recipe, folder: Path) -> str:
+    """Check that another run's DetailVAE is the one that this recipe would make.
+
+    Returns:
+        Why its cache does not serve this recipe; "" where it does.
 
     Raises:
-        DataError: the run has not finished its cache, or its recipe differs before stage 2, with the place.
+        DataError: the run has not finished its stage 1, or its recipe makes another one, with the place.
     """
-    if not (folder / "recipe.yaml").is_file() or not is_whole(folder / "cache"):
-        raise DataError(f"--stage1 {folder} holds no run with a whole cache; run `davae cache-latents` there first")
-    other = load_recipe(str(folder / "recipe.yaml"))
-    if not isinstance(other, Recipe):
+    file = folder / "recipe.yaml"
+    other, whole = load_recipe(str(file)) if file.is_file() else None, is_whole(folder / "cache")
+    if other is not None and not isinstance(other, Recipe):
         raise DataError(f"--stage1 {folder} is a run of the base recipe '{other.name}', not of an upgrade")
-    if other.stage1.polish is not None and recipe.stage1.polish is None:
-        raise DataError(
-            f"--stage1 {folder} has a polished decoder, and this recipe has no stage1.polish; give the values of that run, "
-            f"--set stage1.polish.max_steps={other.stage1.polish.max_steps} first, to take it along"
-        )
-    changed = [  # a polish of other values is trained anew, on the same stage 1
-        change
-        for change in differences(other, recipe, free=("num_workers", POLISH))
-        if change.partition(":")[0].partition(".")[0] in SHARED_STEPS or change.startswith("stage2.data")
-    ]
-    if changed:
+    if other is None or not (whole or is_done(folder, other, "stage1")):
+        raise DataError(f"--stage1 {folder} holds no run whose stage 1 is done; run `davae train-vae` there first")
+    parts, read = GIVEN if recipe.init is not None else GIVEN + TRAINED, (one.stage1_data for one in (other, recipe))
+    if changed := _changed(other, recipe, parts, *(data.model_copy(update=UNREAD) for data in read)):
         raise DataError(f"--stage1 {folder} was made from another autoencoder or data: {changed[0]}")
+    if other.stage1.polish is not None and recipe.stage1.polish is None:
+        logger.warning("--stage1 %s: its polished decoder is left, as this recipe has no stage1.polish", folder)
+    changed = _changed(other, recipe, ("data", "cache", "run.seed"), other.stage2_data, recipe.stage2_data)
+    return "" if whole and not changed else changed[0] if changed else "it has no whole one"
+
+
+def _changed(one: Recipe, other: Recipe, parts: tuple[str, ...], mine: Data, theirs: Data) -> list[str]:
+    """Return the differences of two recipes in some parts, with a stage's own images as `data`."""
+    own = one.model_copy(update={"data": mine}), other.model_copy(update={"data": theirs})
+    free = ("num_workers", "require_captions", "cache.batch_size", "stage1.data", POLISH)
+    return [change for change in differences(*own, free=free) if re.match(rf"({'|'.join(parts)})[.:]", change)]
 
 
 def check_objective(recipe: Recipe, base: BaseModel) -> Objective:
@@ -381,4 +390,5 @@ def check_buckets(recipe: Recipe, base: BaseModel) -> None:
 
 def polished_alike(one: Recipe, other: Recipe) -> bool:
     """Return whether two runs on one stage 1 polish it alike, on latents normalised alike."""
-    return (one.stage1.polish, one.stage2.detail_residual) == (other.stage1.polish, other.stage2.detail_residual)
+    own, theirs = ((run.stage1.polish, run.stage2.detail_residual, run.stage2_data.source) for run in (one, other))
+    return own == theirs

@@ -56,12 +56,17 @@ def pretrain_base(run: UpgradeParts) -> None:
 
 
 def train_detail_vae(run: UpgradeParts) -> None:
-    """Train the DetailVAE (Eq. 3-6), or take that of the recipe's `init` as it is."""
+    """Train the DetailVAE (Eq. 3-6), or take that of `init` or of another run as it is."""
     with run.changing():
-        if run.init is not None:
-            vae = load_detail_vae(upgrade_vae(run.init))
+        given = None if run.init is None else upgrade_vae(run.init)
+        if run.origin != run.out:
+            text = "--stage1 %s: its autoencoder is taken along, and the cache is encoded anew (%s)"
+            logger.info(text, run.origin, run.why_anew)
+            given = run.origin / "vae"
+        if given is not None:
+            vae = load_detail_vae(given)
             if vae.layout != run.layout:
-                raise RecipeError(f"init: {run.init} has {vae.layout}, this recipe {run.layout}")
+                raise RecipeError(f"init: {given} has {vae.layout}, this recipe {run.layout}")
             on_main(partial(run.save_vae, vae))
             return
         train_autoencoder(run, run.stage1_task(), run.new_vae, "vae")
@@ -208,7 +213,7 @@ class Upgrade(UpgradeParts):
 
     def due(self, step: str) -> bool:
         """Return whether a step is still to be done, as the first process sees it. Collective."""
-        if step == "base" and self.recipe.base.train is None:
+        if step == "base" and (self.recipe.base.train is None or self.origin != self.out):
             return False
         if step == POLISH and self.recipe.stage1.polish is None:
             return False

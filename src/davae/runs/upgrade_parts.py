@@ -63,7 +63,7 @@ class UpgradeParts:
         recipe: of the upgrade.
         out: the run folder.
         observer: called after every step of a training.
-        stage1: the folder of another run, equal up to the cache, whose DetailVAE and cache to use.
+        stage1: the folder of another run, equal up to stage 1, whose DetailVAE to use, and its cache where that is equal.
 
     Raises:
         RecipeError, DataError, ModelError, RunError: the recipe does not fit its base, images or the folder; found before a
@@ -72,20 +72,21 @@ class UpgradeParts:
 
     def __init__(self, recipe: Recipe, out: Path, observer: Observer, *, stage1: Path | None = None):
         check_run(out, partial(was_done, out))  # before any work
-        self.first = out if stage1 is None else stage1  # where vae/ and cache/ lie
+        self.origin = out if stage1 is None else stage1  # where the base and stage 1 are trained
         self.accelerator = make_accelerator(recipe.run, out)
-        self.base = BaseModel.of(recipe, self.first)
+        self.base = BaseModel.of(recipe, self.origin)
         self.layout = check_recipe(recipe, self.base)
         self.objective = check_objective(recipe, self.base)
-        check_named_files(recipe, self.base.shapes, self.first)  # before any work
+        check_named_files(recipe, self.base.shapes, self.origin)  # before any work
         self.recipe, self.out = recipe, out
         self.data = StageData(recipe, self.base, out)
         if recipe.stage2.data is None:
             self.opened  # noqa: B018  # a fault in it is found before the folder is made
         self.init = None if recipe.init is None else resolve_upgrade(recipe.init)
         self.observer: Observer = observer if is_main() else lambda progress: None
-        if stage1 is not None:
-            check_shared(recipe, stage1)
+        self.why_anew = "" if stage1 is None else check_shared(recipe, stage1)  # why it does not share the cache
+        # where vae/ and cache/ lie; a run that has taken the autoencoder along keeps it
+        self.first = out if from_main(self.why_anew or was_done(out, "stage1")) else self.origin
         self.shared = hold_for_reading(stage1) if stage1 is not None and is_main() else None
         self.folder = RunFolder(out, recipe)
         if recipe.stage2.data is None:
@@ -100,11 +101,6 @@ class UpgradeParts:
     def train(self) -> list[int]:
         """Return the places of the images on which stage 2 trains."""
         return self.opened.train
-
-    @property
-    def held_out(self) -> list[int]:
-        """Return the places of held-out images that fill the square."""
-        return self.opened.held_out
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -231,11 +227,11 @@ class UpgradeParts:
 
     def shared_polish(self) -> Path | None:
         """Return the folder of an equal polish that the shared run has finished, else None."""
-        if self.first == self.out:
+        if self.origin == self.out:
             return None
-        other = load_recipe(str(self.first / "recipe.yaml"))
+        other = load_recipe(str(self.origin / "recipe.yaml"))
         same = isinstance(other, Recipe) and polished_alike(other, self.recipe)
-        return self.first / POLISHED if from_main(same and is_done(self.first, self.recipe, POLISH)) else None
+        return self.origin / POLISHED if from_main(same and is_done(self.origin, self.recipe, POLISH)) else None
 
     # -- cache -------------------------------------------------------------------------------------------------
 
@@ -258,13 +254,7 @@ class UpgradeParts:
         return [index for index in self.train if self.opened.source.key(index) not in meta.skipped]
 
     def write_cache(self, vae: DetailVAE, folder: Path, key: Key) -> None:
-        """Write the whole cache, from images or another extraction's shards of [z, z_d].
-
-        Args:
-            vae: encodes the images.
-            folder: of the cache.
-            key: from `cache_key`.
-        """
+        """Write the whole cache, from images or another extraction's shards of [z, z_d]."""
         recipe, watch = self.recipe, show_cache(self.observer)
         options: dict[str, Any] = {"key": key, "accelerator": self.accelerator, "watch": watch}
         if recipe.cache.shards is not None:

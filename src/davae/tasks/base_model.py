@@ -16,7 +16,7 @@ from davae.pretrained.distilled import Distilled, distilled
 from davae.pretrained.open import Configs, load_part, load_pipeline, load_scheduler
 from davae.pretrained.shapes import BaseShapes, longest_side, read_shapes
 from davae.pretrained.text_encoders import TextEncoder, load_text_encoders, reads_silent_t5, text_encoders
-from davae.recipes import Recipe
+from davae.recipes import Recipe, load_recipe, shipped_recipes
 from davae.recipes.base import BaseRecipe, ClassArchitecture
 from davae.recipes.sections import FlowOptim
 from davae.tasks.autoencoder import build_autoencoder
@@ -25,6 +25,7 @@ from davae.tasks.noising import Objective, choose_objective, flow_matching
 from davae.tasks.text_to_image import build_transformer
 from davae.vae.codec import latent_shape
 from davae.zoo import resolve
+from davae.zoo.presets import presets
 
 
 class BaseModel:
@@ -175,6 +176,26 @@ class BaseModel:
         return load_text_encoders(self.name, self.family.component, self.shapes.transformer_config, dtype)
 
 
+def with_known_base(recipe: Recipe) -> tuple[Recipe, str]:
+    """Return a recipe whose base can be read from configs, and a note on where it is read.
+
+    A folder that does not exist yet is read from its origin: `runs/NAME/pipeline` from the shipped base recipe NAME,
+    `models/NAME` from the preset NAME.
+    """
+    model = recipe.base.model
+    if model is None or Path(model).exists() or len(parts := Path(model).parts) < 2:
+        return recipe, ""
+    shipped = load_recipe(parts[-2]) if parts[-1] == "pipeline" and parts[-2] in shipped_recipes() else None
+    if isinstance(shipped, BaseRecipe):
+        change, origin = {"model": None, "train": shipped}, f"the recipe {shipped.name}"
+    elif parts[0] == "models" and parts[-1] in presets():
+        change, origin = {"model": parts[-1]}, f"the preset {parts[-1]}"
+    else:
+        return recipe, ""
+    base = recipe.base.model_copy(update=change)
+    return recipe.model_copy(update={"base": base}), f"{model} is not here: read from {origin}"
+
+
 def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
     """Return the shapes of the model that a recipe would train, without a weight.
 
@@ -209,12 +230,7 @@ def planned_shapes(recipe: BaseRecipe) -> BaseShapes:
 
 
 def new_transformer(recipe: BaseRecipe, channels: int, side: int) -> Any:
-    """Return the recipe's transformer with random weights, whatever the recipe starts from.
-
-    Args:
-        recipe: the base model's.
-        channels, side: of its latents, (channels, side, side).
-    """
+    """Return the recipe's transformer with random weights, of latents (channels, side, side)."""
     if isinstance(recipe.architecture, ClassArchitecture):
         return build_class_transformer(recipe.model_copy(update={"init": None}), channels, side)
     return build_transformer(recipe.architecture, channels, side)
