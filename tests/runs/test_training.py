@@ -299,10 +299,9 @@ def test_another_stage_2_on_the_same_detail_vae(
     first, second = (read_metrics(folder / "metrics.jsonl") for folder in (finished, tmp_path / "other"))
     assert {record["stage"] for record in second} == {"stage2"}
     assert [r["loss"] for r in second] != [r["loss"] for r in first if r["stage"] == "stage2"]
-    line = fails(
-        capsys, "train-dit", str(recipe_file), *other[:2], "--set", "stage1.lr=0.5", "--out", str(tmp_path / "x")
-    )
-    assert "was made from another autoencoder or data" in line
+    wrong = ("train-dit", str(recipe_file), *other[:2], "--set", "stage1.lr=0.5", "--out", str(tmp_path / "x"))
+    for dry in ((), ("--dry-run",)):
+        assert "was made from another autoencoder or data: stage1.lr" in fails(capsys, *wrong, *dry)
 
 
 def test_another_cache_on_the_same_detail_vae(recipe_values: dict, finished: Path, tmp_path: Path, caplog: Any):
