@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import socket
+from functools import lru_cache
 from textwrap import shorten
+from time import monotonic
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 LONGEST = 200  # characters of a library's own message
 REACH_SECONDS = 5.0  # the client's own retries take half a minute
+KEPT_SECONDS = 60  # longest that an answer counts: who began without a network gets the hub back
 
 
 def brief(error: BaseException | str, longest: int = LONGEST) -> str:
@@ -48,8 +51,13 @@ def hub_answers() -> bool:
     if constants.HF_HUB_OFFLINE or getproxies():
         return not constants.HF_HUB_OFFLINE
     parts = urlsplit(constants.ENDPOINT)
+    return _listens(parts.hostname, parts.port or 443, monotonic() // KEPT_SECONDS)
+
+
+@lru_cache(1)
+def _listens(host: str | None, port: int, period: float) -> bool:
     try:
-        socket.create_connection((parts.hostname, parts.port or 443), REACH_SECONDS).close()
+        socket.create_connection((host, port), REACH_SECONDS).close()
     except OSError:
         return False
     return True
