@@ -65,6 +65,8 @@ def answer(status: int) -> httpx.Response:
          ("gated", "https://huggingface.co/a/b", "hf auth login", "HF_TOKEN")),
         (errors.RepositoryNotFoundError("401 Client Error", response=answer(401)),
          ("no such model", "private", "hf auth login")),
+        (errors.RevisionNotFoundError("404 Client Error", response=answer(404)),
+         ("has no revision v9", "https://huggingface.co/a/b/commits")),
         (errors.LocalEntryNotFoundError("no network"), ("cannot be reached", "folder")),
     ],
 )  # fmt: skip
@@ -75,14 +77,14 @@ def test_the_hub_s_answer_says_what_to_type(
     wrapped.__cause__ = error
     for raised in (error, wrapped):
         for word in words:
-            assert word in hub_reason(raised, "a/b")
+            assert word in hub_reason(raised, "a/b@v9")
 
     def download(*args: object, **options: object) -> str:
         raise error
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(ModelError) as caught:
-        pipeline.fetch_file("a/b", "", "model_index.json")
+        pipeline.fetch_file("a/b@v9", "", "model_index.json")
     assert all(word in str(caught.value) for word in ("the hub did not give it", *words))
 
 

@@ -406,7 +406,8 @@ def test_push(exports: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
     (tmp_path / "upgrade.safetensors").touch()
     (tmp_path / "recipe.yaml").touch()
     assert "is a run, with its data" in fails(capsys, "push", str(tmp_path), "me/tiny")
-    assert "is not a hub id" in fails(capsys, "push", str(folder), "a/b/c")
+    for name in ("a/b/c", "a/b@main"):
+        assert "is not a hub id" in fails(capsys, "push", str(folder), name)
     # the real one, where nothing listens
     monkeypatch.setattr("davae.publish.hub.HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="none"))
     line = fails(capsys, "push", str(folder), "me/tiny")

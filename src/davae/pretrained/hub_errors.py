@@ -9,6 +9,8 @@ from time import monotonic
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from davae.zoo import split_revision
+
 LONGEST = 200  # characters of a library's own message
 REACH_SECONDS = 5.0  # the client's own retries take half a minute
 KEPT_SECONDS = 60  # longest that an answer counts: who began without a network gets the hub back
@@ -28,12 +30,15 @@ def hub_reason(error: BaseException, model: str) -> str:
     """
     from huggingface_hub import errors
 
-    page = f"https://huggingface.co/{model}"
+    name, revision = split_revision(model)
+    page = f"https://huggingface.co/{name}"
     login = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, errors.GatedRepoError):
             return f"it is gated: accept its licence at {page}, then {login}"
+        if isinstance(cause, errors.RevisionNotFoundError):
+            return f"it has no revision {revision}: take a branch, tag or commit of {page}/commits"
         if isinstance(cause, errors.RepositoryNotFoundError):
             return f"there is no such model at {page}, or it is private: check the name, or {login}"
         if isinstance(cause, errors.LocalEntryNotFoundError):
