@@ -33,9 +33,10 @@ from davae.errors import DataError, ModelError
 from davae.evaluate.generation import real_pictures
 from davae.evaluate.reconstruction import evaluate_reconstruction
 from davae.latent import LatentLayout
-from davae.pretrained.autoencoders import image_side, load_detail_vae
+from davae.pretrained.autoencoders import load_detail_vae
 from davae.recipes import validate
 from davae.runs.upgrade import Upgrade
+from davae.vae.base import image_side
 
 
 def test_white_noise_has_power_one_and_a_wave_lies_at_its_frequency():

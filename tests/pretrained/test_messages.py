@@ -20,6 +20,7 @@ from davae.data.latent_cache.import_shards import read_statistics
 from davae.errors import DataError, ModelError, RecipeError, RunError
 from davae.lab.commands.bench import upgrade_recipe
 from davae.plan.dry_run import step_notes
+from davae.pretrained import hub_errors
 from davae.pretrained import open as pipeline
 from davae.pretrained.hub_errors import brief, hub_reason
 from davae.pretrained.open import HUB_ID
@@ -64,6 +65,8 @@ def answer(status: int) -> httpx.Response:
          ("gated", "https://huggingface.co/a/b", "hf auth login", "HF_TOKEN")),
         (errors.RepositoryNotFoundError("401 Client Error", response=answer(401)),
          ("no such model", "private", "hf auth login")),
+        (errors.RevisionNotFoundError("404 Client Error", response=answer(404)),
+         ("has no revision v9", "https://huggingface.co/a/b/commits")),
         (errors.LocalEntryNotFoundError("no network"), ("cannot be reached", "folder")),
     ],
 )  # fmt: skip
@@ -74,14 +77,14 @@ def test_the_hub_s_answer_says_what_to_type(
     wrapped.__cause__ = error
     for raised in (error, wrapped):
         for word in words:
-            assert word in hub_reason(raised, "a/b")
+            assert word in hub_reason(raised, "a/b@v9")
 
     def download(*args: object, **options: object) -> str:
         raise error
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(ModelError) as caught:
-        pipeline.fetch_file("a/b", "", "model_index.json")
+        pipeline.fetch_file("a/b@v9", "", "model_index.json")
     assert all(word in str(caught.value) for word in ("the hub did not give it", *words))
 
 
@@ -104,6 +107,25 @@ def test_without_the_hub_the_cache_alone_is_read(answers: bool, tmp_path: Path, 
     monkeypatch.setattr(pipeline, "hub_answers", lambda: answers)
     assert pipeline.fetch_file("a/b", "", "model_index.json") == tmp_path
     assert found["local_files_only"] is not answers
+
+
+def test_the_hub_is_tried_once_a_minute(monkeypatch: pytest.MonkeyPatch):
+    tried, clock = [], iter([600.0, 601.0, 659.0, 661.0, 662.0])
+
+    def connect(*place: object) -> socket.socket:
+        tried.append(place)
+        if len(tried) == 1:
+            raise OSError("no network")
+        return socket.socket()
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_errors, "getproxies", dict)
+    monkeypatch.setattr(hub_errors, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(hub_errors.socket, "create_connection", connect)
+    hub_errors._listens.cache_clear()
+    assert [hub_errors.hub_answers() for _ in range(5)] == [False, False, False, True, True]
+    assert len(tried) == 2
+    hub_errors._listens.cache_clear()
 
 
 def test_long_messages_are_cut_between_words():

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_autoencoder
 from diffusers import DiffusionPipeline
+from transformers import CLIPTokenizer
 
 from davae.backbones.classes_by_name import model_class
 from davae.backbones.families import supported
 from davae.errors import ModelError
 from davae.pretrained.autoencoders import load_autoencoder
-from davae.pretrained.open import load_pipeline, read_config
+from davae.pretrained.open import load_part, load_pipeline, read_config
+from davae.pretrained.processors import load_processor
 from davae.pretrained.shapes import read_shapes
+from davae.pretrained.stored import stored_variant
 from davae.pretrained.text_encoders import load_text_encoders, reads_silent_t5
+from davae.sample.fingerprint import model_fingerprint
 
 
 @pytest.fixture
@@ -50,6 +55,74 @@ def test_weights_in_half_precision_alone(model: Path, shards: str, files: int):
         first, second = (getattr(pipeline, part).float().state_dict() for pipeline in (found, expected))
         assert all(torch.equal(first[name], second[name]) for name in second)
     assert load_autoencoder(str(model)).dtype == torch.float32
+
+
+def cached(home: Path, commit: str, *refs: str) -> Path:
+    """Return the folder of a commit in the hub's cache, which branches or tags name."""
+    (home / "refs").mkdir(parents=True, exist_ok=True)
+    for ref in refs:
+        (home / "refs" / ref).write_text(commit * 40)
+    return home / "snapshots" / (commit * 40)
+
+
+def test_a_hub_model_of_a_revision_in_half_precision_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The newest commit in the cache is another model; the branch v1 has fp16 files alone."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    home = tmp_path / "hub" / "models--a--b"
+    expected = load_pipeline(str(model)).to(torch.float16)
+    expected.save_pretrained(cached(home, "5", "v1"), variant="fp16")
+    tiny_autoencoder().save_pretrained(cached(home, "6", "main") / "vae")
+    index = read_config("a/b@v1", "", "model_index.json")
+    assert index["_class_name"] == "StableDiffusion3Pipeline"
+    with pytest.raises(ModelError):
+        read_config("a/b", "", "model_index.json")
+    found = load_pipeline("a/b@v1")
+    parts = {"text_encoder_3": found.text_encoder_3, "vae": load_autoencoder("a/b@v1")}
+    parts["transformer"] = load_part("a/b@" + "5" * 40, "transformer", index["transformer"][1])
+    for name, part in parts.items():
+        second = getattr(expected, name).float().state_dict()
+        assert all(torch.equal(tensor.float(), second[key]) for key, tensor in part.state_dict().items()), name
+    assert load_processor("a/b@v1", CLIPTokenizer, "tokenizer", "tokenizer")("a red square")["input_ids"]
+    assert reads_silent_t5("a/b@v1") is reads_silent_t5(str(model))
+    assert model_fingerprint(["a/b@v1"]) == model_fingerprint(["a/b@v1"]) != model_fingerprint([str(model)])
+    with pytest.raises(ModelError, match="the hub cannot be reached"):
+        read_config("a/b@v2", "", "model_index.json")
+
+
+def test_the_hub_is_asked_for_a_revision_and_for_half_precision_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[tuple[Any, ...]] = []
+    plain = load_pipeline(str(model))
+    plain.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    names = [file.relative_to(tmp_path / "half").as_posix() for file in (tmp_path / "half").rglob("*.*")]
+    # a part that is left out has both
+    names += ["transformer/diffusion_pytorch_model.safetensors"]
+
+    def listed(name: str, revision: str | None = None) -> list[str]:
+        asked.append((name, revision))
+        return names
+
+    def download(name: str, revision: str | None = None, variant: str | None = None, **options: Any) -> str:
+        asked.append((name, revision, variant))
+        return str(tmp_path / "half")
+
+    def fetched(name: str, filename: str, subfolder: str | None = None, **options: Any) -> str:
+        assert (name, options["revision"]) == ("a/b", "refs/pr/1")
+        return str(tmp_path / "half" / (subfolder or "") / filename)
+
+    for module in ("davae.pretrained.stored", "davae.pretrained.open"):
+        monkeypatch.setattr(f"{module}.hub_answers", lambda: True)
+    monkeypatch.setattr("davae.pretrained.stored.list_repo_files", listed)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    monkeypatch.setattr(type(plain), "download", download)
+    assert load_pipeline("a/b@refs/pr/1", without=("transformer",)).transformer is None
+    assert asked == [("a/b", "refs/pr/1"), ("a/b", "refs/pr/1", "fp16")]
+    assert stored_variant("a/b", "transformer") is None
+    assert stored_variant("a/b", "vae") == "fp16"
 
 
 def test_an_autoencoder_of_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

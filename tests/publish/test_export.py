@@ -31,6 +31,7 @@ from davae import DetailVAE
 from davae.errors import ModelError
 from davae.files.ownership import MARK
 from davae.pretrained.open import load_pipeline
+from davae.publish import assemble
 from davae.publish.hub import push
 from davae.publish.upgrade_file import vae_id
 from davae.recipes import validate
@@ -199,6 +200,15 @@ def test_apply_refuses_another_base_in_one_line(
     torch.nn.init.normal_(vae.encoder.conv_out.weight)
     vae.save_pretrained(other / "vae")
     assert "has another autoencoder than the upgrade's DetailVAE was made from" in refused(other)
+
+
+def test_apply_compares_upgrade_and_base_once(
+    exports: dict, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[Path] = []
+    monkeypatch.setattr(assemble, "file_shapes", lambda path, of=assemble.file_shapes: read.append(path) or of(path))
+    run_cli("apply", str(exports["sd3"]["upgrade"]), "--base", str(bases["sd3"]), "--out", str(tmp_path / "out"))
+    assert len(read) == 1
 
 
 def test_an_upgrade_knows_its_detail_vae(
@@ -396,7 +406,8 @@ def test_push(exports: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
     (tmp_path / "upgrade.safetensors").touch()
     (tmp_path / "recipe.yaml").touch()
     assert "is a run, with its data" in fails(capsys, "push", str(tmp_path), "me/tiny")
-    assert "is not a hub id" in fails(capsys, "push", str(folder), "a/b/c")
+    for name in ("a/b/c", "a/b@main"):
+        assert "is not a hub id" in fails(capsys, "push", str(folder), name)
     # the real one, where nothing listens
     monkeypatch.setattr("davae.publish.hub.HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="none"))
     line = fails(capsys, "push", str(folder), "me/tiny")

@@ -6,6 +6,7 @@ import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from davae.backbones.lightning_dit import LightningDiT
 from davae.cli import app
 from davae.data.decoding import read_image
 from davae.errors import DataError, DavaeError, ModelError, RunError
+from davae.sample import upscale_files as upscaling
 from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.open import SamplingOptions
+from davae.sample.upscale import upscale
 from davae.sample.upscale_files import find_images, read_source, save_result, upscale_files
 from davae.vae.detail_vae import DetailVAE
 
@@ -127,10 +130,65 @@ def test_files_of_a_folder_become_files_of_the_same_names(pipeline, tmp_path: Pa
     assert steps[-1] == 1.0
     assert steps == sorted(steps)
     assert Image.open(sheet).size == (2 * 36 + 4, 3 * 36 + 2 * 4)  # cells as large as the largest result
-    upscale_files(pipeline, find_images([folder], out, "x"), out, OPTIONS)  # its own files may be written again
-    before = [image.read_bytes() for image in sorted(out.iterdir())]
-    upscale_files(pipeline, find_images([folder / "two.png"], tmp_path / "alone", "x"), tmp_path / "alone", OPTIONS)
-    assert (tmp_path / "alone" / "two.png").read_bytes() == before[3]  # whatever lies around it
+    before = (out / "two.png").read_bytes()
+    upscale_files(pipeline, find_images([folder / "two.png"], tmp_path / "alone"), tmp_path / "alone", OPTIONS)
+    assert (tmp_path / "alone" / "two.png").read_bytes() == before  # whatever lies around it
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_an_interrupted_command_goes_on(pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Four of five images are there, the last of them cut by a crash."""
+    images, out = [tmp_path / f"{number}.png" for number in range(5)], tmp_path / "out"
+    for number, image in enumerate(images):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture(number, 16, 14 + number).save(image, icc_profile=PROFILE, exif=exif)
+    drawn: list[int] = []
+
+    def counted(pipe: Any, sources: list[Image.Image], *args: Any, **options: Any) -> list[Image.Image]:
+        drawn.append(len(sources))
+        return upscale(pipe, sources, *args, **options)
+
+    monkeypatch.setattr(upscaling, "upscale", counted)
+
+    def stop(done: int, total: int) -> None:
+        if 5 * done > 4 * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upscale_files(pipeline, find_images(images, out), out, OPTIONS, weights="a", on_step=stop)
+    assert sorted(file.name for file in out.iterdir()) == ["0.png", "1.png", "2.png", "3.png"]
+    (out / "3.png").write_bytes((out / "3.png").read_bytes()[:-9])
+    drawn.clear()
+    upscale_files(pipeline, find_images(images, out), out, OPTIONS, weights="a")
+    assert drawn == [2, 1]
+    whole = tmp_path / "whole"
+    upscale_files(pipeline, find_images(images, whole), whole, OPTIONS, weights="a")
+    assert written(out) == written(whole)
+
+    drawn.clear()
+    one = images[:1]
+    for options in ({"weights": "b"}, {"weights": "a", "strength": 0.5}, {"weights": "a", "faithful": False}):
+        with pytest.raises(
+            RunError, match=r"0\.png: it has another input, prompt, model or options; use another --out"
+        ):
+            upscale_files(pipeline, find_images(one, out), out, OPTIONS, **options)
+    with pytest.raises(RunError, match="another input"):
+        upscale_files(pipeline, find_images(one, out, "a red square"), out, OPTIONS, weights="a")
+    with pytest.raises(RunError, match="another input"):
+        upscale_files(pipeline, find_images(one, out), out, replace(OPTIONS, steps=3), weights="a")
+    picture(7, 16, 14).save(images[0])
+    with pytest.raises(RunError, match="another input"):
+        upscale_files(pipeline, find_images(images, out), out, OPTIONS, weights="a")
+    assert not drawn
+    assert written(out) == written(whole)
+    picture(8, 16, 16).save(tmp_path / "new.png")
+    more = find_images([images[1], tmp_path / "new.png"], out)
+    upscale_files(pipeline, more, out, replace(OPTIONS, batch_size=1), weights="a")
+    assert drawn == [1], "an image more in the same folder"
 
 
 def refused(kind: type[DavaeError], line: str, *arguments) -> None:
@@ -201,6 +259,8 @@ def test_both_commands_run(model: Path, tmp_path: Path):
     )
     assert result.exit_code == 0, result.output
     assert Image.open(tmp_path / "out" / "image.png").size == (40, 56)
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, RunError), "the prompt of the first command"
     words = [
         "sample",
         str(model),

@@ -28,13 +28,14 @@ from davae.data.images import ImageDataset
 from davae.data.sources import open_source
 from davae.errors import ModelError
 from davae.evaluate.reconstruction import score_reconstructions
-from davae.pretrained.autoencoders import image_side, load_autoencoder
+from davae.pretrained.autoencoders import load_autoencoder
 from davae.vae.base import (
     AUTOENCODERS,
     autoencoder_family,
     base_channels,
     base_statistics,
     first_convolution,
+    image_side,
     spatial_factor,
 )
 from davae.vae.blocks import downsample

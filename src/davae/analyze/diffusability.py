@@ -16,9 +16,9 @@ from davae.backbones.linear_gaussian import expected_velocity_error
 from davae.dataset.look import as_data, real_pictures
 from davae.latent import LatentLayout
 from davae.losses.flow_matching import interpolate, velocity_target
-from davae.pretrained.autoencoders import image_side
 from davae.recipes.sections import Data
 from davae.sample.open import open_detail_vae
+from davae.vae.base import image_side
 from davae.vae.base_decoder import neighbourhoods, solve_ridge
 
 WIDTH, BATCH, RATE = 64, 32, 2e-3  # of the probe

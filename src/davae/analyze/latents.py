@@ -25,9 +25,9 @@ from davae.errors import DataError
 from davae.evaluate.plot import to_png
 from davae.evaluate.reconstruction import coding_parts
 from davae.losses.alignment import group_mean
-from davae.pretrained.autoencoders import image_side
 from davae.recipes.sections import Data
 from davae.sample.open import open_detail_vae
+from davae.vae.base import image_side
 from davae.vae.detail_vae import DetailVAE
 
 

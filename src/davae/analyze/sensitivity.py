@@ -18,9 +18,9 @@ from davae.dataset.look import as_data, batches, real_pictures
 from davae.evaluate.features import make_extractor
 from davae.evaluate.reconstruction import coding_parts, perceptual_distances, score_reconstructions
 from davae.latent import LatentStatistics
-from davae.pretrained.autoencoders import image_side
 from davae.recipes.sections import Data
 from davae.sample.open import open_autoencoder, open_detail_vae
+from davae.vae.base import image_side
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.overflow import decode_in_range, encode_in_range

@@ -16,9 +16,9 @@ from davae.analyze.latents import raw_latents
 from davae.dataset.look import as_data, real_pictures
 from davae.evaluate.plot import to_png
 from davae.losses.alignment import group_mean
-from davae.pretrained.autoencoders import image_side
 from davae.recipes.sections import Data
 from davae.sample.open import open_detail_vae
+from davae.vae.base import image_side
 from davae.vae.detail_vae import DetailVAE
 
 

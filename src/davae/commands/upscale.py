@@ -24,7 +24,9 @@ from davae.commands.progress import counted_progress, show_place
 def upscale_verb(
     model: Annotated[str, typer.Argument(help="An upgrade: a run or pipeline folder, `NAME-upgraded`, or a hub id.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results, PNG files of the same names.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results, PNG files of the same names; finished ones are kept.")
+    ],
     prompt: Annotated[
         str | None, typer.Option(help="What the images show; without it, the `.txt` next to each image.")
     ] = None,
@@ -53,11 +55,12 @@ def upscale_verb(
 
     `davae upscale runs/mine photo.jpg --out large --times 2 --strength 0.2`
     """
-    from davae.sample.open import open_model
+    from davae.sample.fingerprint import model_fingerprint
+    from davae.sample.open import model_places, open_model
     from davae.sample.upscale_files import find_images, upscale_files
 
     options = sampling_options(locals())
-    jobs = find_images(images, out, prompt)
+    jobs, weights = find_images(images, out, prompt), model_fingerprint(model_places(model))
     pipeline, _ = open_model(model, options.placement)
     with counted_progress("enlarging") as on_step:
         done = upscale_files(
@@ -65,6 +68,7 @@ def upscale_verb(
             jobs,
             out,
             options,
+            weights=weights,
             strength=strength,
             times=times,
             window=window,

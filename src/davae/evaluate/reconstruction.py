@@ -19,12 +19,12 @@ from davae.errors import ModelError
 from davae.evaluate.distribution import frechet_distance
 from davae.evaluate.features import Extractor, make_extractor
 from davae.losses.perceptual import Lite0Distance, Lpips
-from davae.pretrained.autoencoders import image_side
 from davae.pretrained.memory_budget import TILE, Halving
 from davae.pretrained.placement import Precision
 from davae.recipes.sections import Data
 from davae.sample.finite import check_reconstruction
 from davae.sample.open import open_autoencoder
+from davae.vae.base import image_side
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.overflow import decode_in_range, encode_in_range
 

@@ -130,10 +130,11 @@ def check_image(path: Path) -> None:
     check_figures(numbers)
 
 
-def save_image(image: Any, path: Path, **options: Any) -> None:
+def save_image(image: Any, path: Path, made_from: str = "", **options: Any) -> None:
     """Write a PIL image as a PNG that names davae, over one of davae's or where nothing is.
 
     Args:
+        made_from: fingerprint of all that the image depends on, kept as its text `davae`.
         options: what Pillow writes into the PNG too, such as `icc_profile` and `exif`.
 
     Raises:
@@ -144,6 +145,8 @@ def save_image(image: Any, path: Path, **options: Any) -> None:
     check_image(path)
     about = PngInfo()
     about.add_text("Software", SOFTWARE)
+    if made_from:
+        about.add_text(SOFTWARE, made_from)
     with atomic_file(path) as partial:
         image.save(partial, format="PNG", pnginfo=about, **options)
 

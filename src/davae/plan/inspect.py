@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from davae.plan.dry_run import Plan
 from davae.plan.figures import MetaUpgrade, check_resolution, token_counts
 from davae.plan.phase_sizes import ASSUMED_IMAGES, ImageFacts, PhaseSizes, text_facts
 from davae.plan.phases import drawing_request, plan_phases, remember
-from davae.pretrained.offline import preset_of, readable
+from davae.pretrained.offline import readable
 from davae.pretrained.shapes import BaseShapes
 from davae.pretrained.text_encoders import TextEncoder
 from davae.recipes.sections import Lora, Run, Stage1, Stage2
@@ -33,6 +34,7 @@ from davae.recipes.upgrade import Base, Recipe
 from davae.tasks.base_model import BaseModel
 from davae.train.shares import Share
 from davae.zoo import resolve
+from davae.zoo.presets import find_preset
 
 LORA_RANK = 256  # Tab. S1
 STEPS, IMAGES = 10_000, (16, 128)  # Tab. S1, text-to-image
@@ -134,7 +136,7 @@ def native_resolution(model: str, shapes: BaseShapes) -> int:
     Raises:
         ModelError: no config contains the size.
     """
-    preset = preset_of(model)
+    preset = None if Path(model).is_dir() else find_preset(model)
     if preset is not None:
         return preset.resolution
     side = shapes.transformer_config.get("sample_size")

@@ -14,9 +14,10 @@ from davae.errors import ModelError
 from davae.files.checksums import check_folder
 from davae.pretrained.open import MissingPart, read_config
 from davae.pretrained.stored import load_component
-from davae.vae.base import autoencoder_family, spatial_factor
+from davae.vae.base import autoencoder_family
 from davae.vae.codec import DETAIL
 from davae.vae.detail_vae import DetailVAE
+from davae.zoo import split_revision
 
 
 def autoencoder_config(name: str) -> tuple[str, dict[str, Any]]:
@@ -28,8 +29,10 @@ def autoencoder_config(name: str) -> tuple[str, dict[str, Any]]:
     try:
         return "", read_config(name, "")
     except ModelError as error:
+        place, revision = split_revision(name)
         unreached = isinstance(error.__cause__, LocalEntryNotFoundError)  # a pipeline may be in the hub's cache
-        if not isinstance(error, MissingPart) and not (unreached and try_to_load_from_cache(name, "vae/config.json")):
+        cached = unreached and try_to_load_from_cache(place, "vae/config.json", revision=revision)
+        if not isinstance(error, MissingPart) and not cached:
             raise
     return "vae", read_config(name, "vae")
 
@@ -52,32 +55,6 @@ def load_autoencoder(name: str) -> Any:
             raise ModelError(f"{name}: {error}") from error
     check_folder(Path(name), part)
     return load_component(name, part, model_class(kind), torch.float32, f"autoencoder {name}")
-
-
-def image_side(model: Any, chosen: int | None = None, least: int = 1) -> int:
-    """Return the side of the images that an autoencoder takes, in pixels: the chosen or its own.
-
-    A DetailVAE knows the size that it was trained on; the `sample_size` of its config is s times its base's own.
-
-    Args:
-        model: the autoencoder.
-        chosen: the side that a person named.
-        least: smallest side.
-
-    Raises:
-        ModelError: a class whose config has no size, or a side that does not divide into latent positions or is too small.
-    """
-    side = chosen or model.config.get("resolution") or model.config.get("sample_size")
-    if side is None:
-        raise ModelError(f"an {type(model).__name__} has no size of its own; give --resolution")
-    factor = spatial_factor(model.config, type(model).__name__)
-    if side % factor or side < least:
-        smallest = -(-least // factor) * factor
-        raise ModelError(
-            f"{side} pixels: this {type(model).__name__} takes sides that are divisible by {factor}, at least {smallest}; "
-            f"use {max(smallest, round(side / factor) * factor)}"
-        )
-    return int(side)
 
 
 def load_detail_vae(folder: Path, dtype: torch.dtype = torch.float32) -> DetailVAE:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from davae.errors import ModelError
 from davae.pretrained.open import read_config
-from davae.zoo.presets import Preset, find_preset
+from davae.zoo.presets import find_preset
 
 
 def readable(model: str) -> tuple[str, str]:
@@ -15,20 +15,10 @@ def readable(model: str) -> tuple[str, str]:
     A preset is read where the hub does not give the model. Weights are never replaced: training needs an id or a folder.
     """
     preset = find_preset(model)
-    if preset is None or model == preset.name or Path(model).is_dir() or _hub_gives(model):
+    if preset is None or model == preset.name or Path(model).is_dir():
         return model, ""
-    return preset.name, f"the hub did not give {model}: these are the configs of the preset {preset.name}"
-
-
-def _hub_gives(model: str) -> bool:
-    """Return whether the model's index is in the local cache or on the hub."""
     try:
-        read_config(model, "", "model_index.json")
+        read_config(model, "", "model_index.json")  # of the local cache or the hub
     except ModelError:
-        return False
-    return True
-
-
-def preset_of(model: str) -> Preset | None:
-    """Return the preset of a model's name, None for a folder."""
-    return None if Path(model).is_dir() else find_preset(model)
+        return preset.name, f"the hub did not give {model}: these are the configs of the preset {preset.name}"
+    return model, ""

@@ -24,11 +24,11 @@ from davae.homes import HOMES
 from davae.pretrained.hub_errors import hub_answers, hub_reason
 from davae.pretrained.processors import check_tokenizers
 from davae.pretrained.stored import check_config, load_component, load_components, loading, stored_variant
-from davae.zoo import SHIPPED
+from davae.zoo import SHIPPED, split_revision
 from davae.zoo.presets import nearest_presets, presets
 
 LIBRARIES = ("diffusers", "transformers", "davae")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./+-]+)?")  # with a revision or without
 
 
 class MissingPart(ModelError):
@@ -39,7 +39,7 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
     """Return the path of one file of a diffusers folder or hub id, downloaded if needed.
 
     Args:
-        model: folder or hub id.
+        model: folder or hub id, ORGANISATION/NAME or ORGANISATION/NAME@REVISION.
         part: folder of the file in it; "" for the top.
         filename: name of the file.
 
@@ -70,8 +70,11 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
         )
     from huggingface_hub import errors, hf_hub_download
 
+    (name, revision), offline = split_revision(model), not hub_answers()
     try:
-        return Path(hf_hub_download(model, filename, subfolder=part or None, local_files_only=not hub_answers()))
+        return Path(
+            hf_hub_download(name, filename, subfolder=part or None, revision=revision, local_files_only=offline)
+        )
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.EntryNotFoundError, OSError) as error:
         absent = isinstance(error, errors.EntryNotFoundError) and not isinstance(
             error, errors.LocalEntryNotFoundError
@@ -225,10 +228,11 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         kind = model_class(name)
         if not Path(folder).is_dir():
-            folder = str(kind.download(model, use_safetensors=True, **dict.fromkeys(without)))
+            options: dict[str, Any] = {"variant": stored_variant(model, *(p for p in index if p not in without))}
+            place, options["revision"] = split_revision(model)
+            folder = str(kind.download(place, use_safetensors=True, **options, **dict.fromkeys(without)))
         parts = dict.fromkeys(without) | load_components(Path(folder), model, dtype, without)
-        others = (stored_variant(Path(folder) / part) for part in index if part not in parts)
-        variant = next(filter(None, others), None)  # of a safety checker, say, which diffusers loads
+        variant = stored_variant(folder, *(p for p in index if p not in parts))  # a safety checker's, say
         pipeline = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, variant=variant, **parts)
     check_tokenizers(pipeline, what)
     pipeline.set_progress_bar_config(disable=True)

@@ -11,6 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 from davae.errors import ModelError
 from davae.files.reading import read_object
 from davae.pretrained.stored import check_config, loading
+from davae.zoo import split_revision
 
 CONFIGS = ("preprocessor_config.json", "processor_config.json")
 CLIP_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")  # their prompts are padded to the tokenizer's length
@@ -32,10 +33,10 @@ def load_processor(model: str, kind: Any, what: str, part: str = "") -> Any:
         file = Path(model) / part / name
         if file.is_file():
             check_config(read_object(file), f"{what}: {name}")
-    options = {"subfolder": part} if part else {}
+    name, revision = split_revision(model)
+    options = {"revision": revision or "main"} | ({"subfolder": part} if part else {})
     with loading(what):
-        loaded = kind.from_pretrained(model, trust_remote_code=False, **options)
-    return loaded
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
 
 
 def check_tokenizers(pipeline: Any, what: str) -> None:

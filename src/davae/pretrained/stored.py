@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import diffusers
 import torch
 import transformers
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules import module as hooks
@@ -24,7 +26,8 @@ from torch.nn.modules import module as hooks
 from davae.backbones.classes_by_name import model_class
 from davae.errors import DavaeError, ModelError
 from davae.files.reading import read_object
-from davae.pretrained.hub_errors import brief
+from davae.pretrained.hub_errors import brief, hub_answers
+from davae.zoo import split_revision
 
 MOST_PARAMETERS = 200 * 10**9  # of a model that is only planned; the largest known has 20e9
 MOST_MODULES = 200_000
@@ -222,10 +225,25 @@ def weight_files(folder: Path, what: str) -> list[Path]:
     return found
 
 
-def stored_variant(folder: Path) -> str | None:
-    """Return the variant of a component, such as fp16, where its folder has no other weights."""
-    matches = [VARIANT.match(file.name) for file in folder.glob("*.safetensors")]
-    return min((match[1] for match in matches if match), default=None) if all(matches) else None
+def stored_variant(model: str, *parts: str) -> str | None:
+    """Return the variant, such as fp16, of the first part of a model without other weights."""
+    files = [PurePosixPath(file) for file in _files(model) if file.endswith(".safetensors")]
+    for part in parts:
+        matches = [VARIANT.match(file.name) for file in files if file.parent == PurePosixPath(part)]
+        if matches and all(matches):
+            return min(match[1] for match in matches if match)
+    return None
+
+
+def _files(model: str) -> Iterable[str]:
+    """Return relative names of a model's files, by the hub where it answers, else by its cache."""
+    folder, (name, revision) = Path(model), split_revision(model)
+    if not folder.is_dir():
+        with suppress(HTTPError):
+            if hub_answers():
+                return list_repo_files(name, revision=revision)
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    return [file.relative_to(folder).as_posix() for depth in ("*", "*/*") for file in folder.glob(depth)]
 
 
 def stored_bound(files: list[Path], what: str) -> Bound:
@@ -325,14 +343,16 @@ def load_component(model: str, part: str, kind: Any, dtype: torch.dtype, what: s
     what = what or f"{f'{part} of ' if part else ''}model {model}"
     folder = Path(model) / part
     bound = check_component(folder, what) if folder.is_dir() else Bound()
-    options: dict[str, Any] = {"variant": stored_variant(folder)} | ({"subfolder": part} if part else {})
+    name, revision = split_revision(model)
+    options: dict[str, Any] = {"revision": revision or "main"} | ({"subfolder": part} if part else {})
     if kind.__module__.startswith("transformers."):
         options |= {"dtype": dtype, "trust_remote_code": False}
     else:
         options["torch_dtype"] = dtype
     with loading(what), bounded(bound, what):
+        options["variant"] = stored_variant(model, part)
         loaded, info = cast(Any, kind).from_pretrained(
-            model, use_safetensors=True, output_loading_info=True, **options
+            name, use_safetensors=True, output_loading_info=True, **options
         )
     check_whole(info, what)
     check_finite(loaded, what)

@@ -22,6 +22,7 @@ from davae.pretrained.open import Configs, MissingPart, load_pipeline
 from davae.pretrained.processors import load_processor
 from davae.pretrained.prompting import silent_t5
 from davae.pretrained.stored import check_config, loading, planned
+from davae.zoo import split_revision
 
 TokenCount = Callable[[list[str]], list[int]]
 
@@ -152,10 +153,7 @@ def _counter(model: str, component: str, class_name: str) -> TokenCount:
     def tokenizer() -> Any:
         return load_processor(model, getattr(transformers, class_name), f"{component} of {model}", component)
 
-    def count(captions: list[str]) -> list[int]:
-        return count_tokens(tokenizer(), captions)
-
-    return count
+    return lambda captions: count_tokens(tokenizer(), captions)
 
 
 def load_text_encoders(model: str, component: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
@@ -195,7 +193,9 @@ def reads_silent_t5(model: str | Configs) -> bool:
     else:
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(model, allow_patterns="text_encoder_3/*.safetensors")) / "text_encoder_3"
+        place, revision = split_revision(model)
+        files = snapshot_download(place, revision=revision, allow_patterns="text_encoder_3/*.safetensors")
+        folder = Path(files) / "text_encoder_3"
     name = "encoder.final_layer_norm.weight"
     for file in sorted(folder.glob("*.safetensors")):
         with loading(f"model {model}: text_encoder_3/{file.name}"), safe_open(file, framework="pt") as stream:

@@ -280,9 +280,8 @@ def trained_transformer(transformer: nn.Module, path: Path) -> nn.Module:
     """Return an expanded copy of a pretrained transformer with an upgrade file's LoRA attached.
 
     Raises:
-        ModelError: not an upgrade file, or one for another transformer.
+        ModelError: not an upgrade file, or tensors of other shapes; `check_fit` names another class or C before.
     """
-    check_fit(path, type(transformer).__name__, transformer.config)
     details = read_details(path, read_metadata(path))
     expanded = expand_transformer(transformer, details.detail_channels, detail_offset=details.detail_offset)
     if details.clean_base:
@@ -397,4 +396,6 @@ def export_upgraded(
 def load_upgraded(pipeline: Any, folder: Path) -> Any:
     """Return the upgrade of a base pipeline by a folder with `vae/` and an upgrade file."""
     vae = load_detail_vae(folder / "vae", pipeline.vae.dtype).to(pipeline.vae.device)
-    return assemble(pipeline, vae, apply_upgrade(denoiser(pipeline), folder / UPGRADE_FILE))
+    transformer = denoiser(pipeline)
+    check_fit(folder / UPGRADE_FILE, type(transformer).__name__, transformer.config)
+    return assemble(pipeline, vae, apply_upgrade(transformer, folder / UPGRADE_FILE))

@@ -24,7 +24,7 @@ from davae.pretrained.open import HUB_ID, MissingPart, fetch_file, read_config
 from davae.publish.changes import Changes
 from davae.publish.escape import as_code, as_prose, encodable, fence, one_line
 from davae.recipes import Recipe
-from davae.zoo import MODELS
+from davae.zoo import MODELS, split_revision
 
 LICENCE = ("license", "license_name", "license_link")  # its line in a hub card
 
@@ -129,10 +129,10 @@ def write_card(folder: Path, origin: Origin, index: dict[str, Any]) -> Path:
     """Write README.md into an exported folder, given the pipeline's model_index.json."""
     name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][1]
     fields, licence = base_licence(origin.base)
-    recipe = origin.recipe
+    recipe, (hub_id, _) = origin.recipe, split_revision(origin.base)
     by_prompt = _family(index).condition == "text"
     data = ModelCardData(
-        base_model=origin.base if not Path(origin.base).is_dir() and HUB_ID.fullmatch(origin.base) else None,
+        base_model=hub_id if HUB_ID.fullmatch(hub_id) and not Path(hub_id).is_dir() else None,
         library_name="diffusers",
         pipeline_tag="text-to-image" if by_prompt else "unconditional-image-generation",
         tags=["davae", "diffusers", name, *(["lora"] if origin.kind == "lora" else [])],

@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 
 import davae
 from davae.backbones.classes_by_name import model_class
-from davae.backbones.families import denoiser, family_by_class
+from davae.backbones.families import denoiser, family_by_class, family_of
 from davae.errors import ModelError
 from davae.files.atomic import model_folder
 from davae.files.ownership import check_out
@@ -261,8 +261,10 @@ def loads_lora(pipeline: str, model: str) -> bool:
 def _with_lora(run: FinishedRun, base: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """Return the upgraded pipeline without LoRA, and LoRA as `save_lora_weights` takes it."""
     pipeline = load_pipeline(base, dtype)
-    component = family_by_class(read_metadata(run.folder / UPGRADE_FILE)["class"]).component
-    transformer: Any = trained_transformer(denoiser(pipeline), run.folder / UPGRADE_FILE)
+    file, network = run.folder / UPGRADE_FILE, denoiser(pipeline)
+    check_fit(file, type(network).__name__, network.config)
+    component = family_of(network).component
+    transformer: Any = trained_transformer(network, file)
     lora = lora_layers(transformer, component, dtype)
     vae: Any = load_detail_vae(run.pipeline / "vae", dtype)
     return assemble(pipeline, vae, without_lora(transformer)), lora

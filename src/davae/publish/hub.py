@@ -30,7 +30,7 @@ def push(folder: Path, repo_id: str, *, public: bool = False, message: str | Non
     if (folder / "recipe.yaml").is_file():  # a run: its cache and checkpoints are nobody else's
         raise ModelError(f"{folder} is a run, with its data and checkpoints; give a folder that `davae export` wrote")
     check_links(folder)
-    if not HUB_ID.fullmatch(repo_id):
+    if "@" in repo_id or not HUB_ID.fullmatch(repo_id):
         raise ModelError(f"'{repo_id}' is not a hub id; it is ORGANISATION/NAME or USER/NAME")
     api = HfApi()
     try:

@@ -16,7 +16,7 @@ class Base(Section):
     """The pretrained model, or the recipe to train one first."""
 
     model: str | None = Field(
-        default=None, description="A diffusers folder, a hub id, or `micro`, the embedded model."
+        default=None, description="A diffusers folder, a hub id or `ID@REVISION`, or `micro`, the embedded one."
     )
     train: BaseRecipe | None = Field(
         default=None, description="Recipe of a base to train first, into the run folder."

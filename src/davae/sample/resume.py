@@ -81,15 +81,9 @@ def _compare(
         return
     differing = [name for name in {**new, **old} if name not in about and old.get(name) != new.get(name)]
     if differing and (drawn or not set(new) <= set(old)):
-        raise ModelError(
-            f"{path.parent} holds images of other settings ({_words(differing[0], old, new)}); use another --out"
-        )
-
-
-def _words(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
-    if name in ("weights", "prompts"):
-        return f"the {name} changed"
-    return f"{name}: {old.get(name)}, now {new.get(name)}"
+        name, values = differing[0], f"{old.get(differing[0])}, now {new.get(differing[0])}"
+        found = f"the {name} changed" if name in ("weights", "prompts") else f"{name}: {values}"
+        raise ModelError(f"{path.parent} holds images of other settings ({found}); use another --out")
 
 
 def stretches(numbers: list[int], longest: int) -> list[tuple[int, int]]:

@@ -95,7 +95,7 @@ def upscale(
     total, before = steps * times * len(results), 0
     for done in range(times):
         for chosen in _groups([len(work.grid(image.size)) for image in results], batch_size):
-            shown = _counted(on_step, before, steps * len(chosen), total)
+            shown = counted(on_step, before, steps * len(chosen), total)
             group = [results[i] for i in chosen], [texts[i] for i in chosen], [numbers[i] + done for i in chosen]
             for i, image in zip(chosen, work.enlarge(*group, on_step=shown, on_base=on_base, **options), strict=True):
                 results[i] = image
@@ -119,8 +119,8 @@ def window_count(pipe: Any, size: tuple[int, int]) -> int:
     return len(_Work(pipe, _window(pipe, None), OVERLAP, 0, False).grid(size))
 
 
-def _counted(on_step: Callable[[int, int], None], before: int, own: int, total: int) -> Callable[[int, int], None]:
-    """Return a function of a group's steps that counts them among those of all images."""
+def counted(on_step: Callable[[int, int], None], before: int, own: int, total: int) -> Callable[[int, int], None]:
+    """Return a function of a group's steps that counts them as `own` of all images' `total`."""
     return lambda done, of: on_step(before + own * done // of, total)
 
 

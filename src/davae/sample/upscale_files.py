@@ -16,10 +16,12 @@ from davae.data.decoding import ORIENTATION, fault_of_one, header_size, loaded_i
 from davae.data.findings import Findings
 from davae.data.formats import is_image_name
 from davae.data.images import grid
+from davae.data.latent_cache.key import hash_values
 from davae.errors import DataError, ModelError, RunError, UnreadableImage
-from davae.files.outputs import check_image, save_image
+from davae.files.outputs import SOFTWARE, check_image, is_drawn, save_image
+from davae.sample.fingerprint import file_hash
 from davae.sample.open import SamplingOptions, check_class_prompts
-from davae.sample.upscale import check_enlarging, check_size, upscale
+from davae.sample.upscale import check_enlarging, check_size, counted, upscale
 
 SHEET = "before-after.png"
 CELL, MOST_ROWS = 384, 12  # pixels of the contact sheet's cells, and how many images it shows
@@ -143,13 +145,8 @@ def _is_rgb(profile: bytes | None) -> bool:
         return False
 
 
-def save_result(image: Image.Image, source: DecodedImage, target: Path) -> None:
+def save_result(image: Image.Image, source: DecodedImage, target: Path, made_from: str = "") -> None:
     """Write an upright result as its source was stored, with its orientation and profile.
-
-    Args:
-        image: the result.
-        source: the input.
-        target: the file to write.
 
     Raises:
         RunError: another file is there, or it cannot be written.
@@ -162,7 +159,17 @@ def save_result(image: Image.Image, source: DecodedImage, target: Path) -> None:
         options["exif"] = exif
     if source.profile is not None:
         options["icc_profile"] = source.profile
-    save_image(image, target, **options)
+    save_image(image, target, made_from, **options)
+
+
+def _is_kept(target: Path, made_from: str) -> bool:
+    """Return whether an earlier run of the same command wrote this result."""
+    if not is_drawn(target):
+        return False
+    with Image.open(target, formats=["PNG"]) as image:
+        if image.info.get(SOFTWARE) == made_from:
+            return True
+    raise RunError(f"{target}: it has another input, prompt, model or options; use another --out, or move it away")
 
 
 def upscale_files(
@@ -171,57 +178,59 @@ def upscale_files(
     out: Path,
     options: SamplingOptions,
     *,
+    weights: str = "",
     strength: float = 0.0,
     times: int = 1,
     window: int | None = None,
     faithful: bool = True,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Enlarge image files, and write each result as soon as its group is done.
+    """Enlarge image files in groups that are written at once, and return the contact sheet.
+
+    Results of an earlier run of the same command are kept.
 
     Args:
         pipeline: an upgraded pipeline.
         jobs: the files.
         out: folder of the results.
         options: steps, guidance, seed and batch size.
+        weights: fingerprint of the pipeline's weights.
         strength, times, window, faithful: as `davae.upscale` takes them.
         on_step: called with the steps that are done and their number, over all images.
-
-    Returns:
-        The contact sheet: each input, enlarged by Lanczos, and its result.
 
     Raises:
         ModelError: an image that is too large or without a class where the model needs one, a model that cannot enlarge, an
             argument out of its bounds; before any image is drawn.
+        RunError: an earlier result has another input, prompt, weights or options; before any image is drawn.
         DataError: an image that cannot be decoded; those before it are written.
     """
-    batch_size = options.batch_size
-    check_enlarging(pipeline, strength=strength, steps=options.steps, times=times, batch_size=batch_size)
+    size, unit = {"steps": options.steps, "times": times, "batch_size": options.batch_size}, options.steps * times
+    check_enlarging(pipeline, strength=strength, **size)
     _check_jobs(pipeline, jobs, times, window)
-    cells: list[Image.Image] = []
-    side = min(CELL, max(max(job.size) for job in jobs) * pipeline.vae.layout.scale**times)
-    for start in range(0, len(jobs), batch_size):
-        group = jobs[start : start + batch_size]
+    how: dict[str, Any] = {"strength": strength, "window": window, "faithful": faithful}
+    about = weights, options.settings, {"times": times, **how}
+    made_from = {job.target: hash_values(*about, file_hash(job.source), job.prompt) for job in jobs}
+    kept = {target for target, mark in made_from.items() if _is_kept(target, mark)}
+    for start in range(0, len(jobs), options.batch_size):
+        group = jobs[start : start + options.batch_size]
+        shown = counted(on_step, unit * start, unit * len(group), unit * len(jobs))
+        if kept.issuperset(job.target for job in group):
+            shown(1, 1)
+            continue
         sources = [read_source(job.source) for job in group]
         results = upscale(
             pipeline,
             [source.image for source in sources],
             [job.prompt for job in group],
-            strength=strength,
-            steps=options.steps,
             guidance_scale=options.guidance,
             seed=options.seed,
-            times=times,
-            batch_size=batch_size,
-            window=window,
-            faithful=faithful,
-            on_step=_share(on_step, start, len(group), len(jobs)),
+            on_step=shown,
+            **size,
+            **how,
         )
         for job, source, result in zip(group, sources, results, strict=True):
-            save_result(result, source, job.target)
-            if len(cells) < 2 * MOST_ROWS:
-                cells += _pair(source.image, result, side)
-    save_image(grid(cells, 2), out / SHEET)
+            save_result(result, source, job.target, made_from[job.target])
+    save_image(_sheet(jobs[:MOST_ROWS]), out / SHEET)
     return out / SHEET
 
 
@@ -235,19 +244,16 @@ def _check_jobs(pipeline: Any, jobs: Sequence[ImageJob], times: int, window: int
     check_class_prompts(pipeline, [job.prompt for job in jobs])
 
 
-def _share(on_step: Callable[[int, int], None], first: int, count: int, of: int) -> Callable[[int, int], None]:
-    """Return a function of a group's steps that counts them as steps of all images."""
-    return lambda done, total: on_step(first * total + done * count, of * total)
-
-
-def _pair(source: Image.Image, result: Image.Image, cell: int) -> list[Image.Image]:
-    """Return an input and its result as cells of the contact sheet, cropped to their centre."""
-    width, height = result.size
-    left, top = max(0, (width - cell) // 2), max(0, (height - cell) // 2)
-    box = (left, top, min(width, left + cell), min(height, top + cell))
+def _sheet(jobs: Sequence[ImageJob]) -> Image.Image:
+    """Return the centres of each input, enlarged by Lanczos, and of its result."""
+    pairs = [(read_source(job.source).image, read_source(job.target).image) for job in jobs]
+    cell = min(CELL, max(max(result.size) for _, result in pairs))
     cells = []
-    for image in (source.resize(result.size, Image.Resampling.LANCZOS), result):
-        shown = Image.new("RGB", (cell, cell), "white")
-        shown.paste(image.crop(box), (0, 0))
-        cells.append(shown)
-    return cells
+    for source, result in pairs:
+        width, height = result.size
+        left, top = max(0, (width - cell) // 2), max(0, (height - cell) // 2)
+        box = (left, top, min(width, left + cell), min(height, top + cell))
+        for image in (source.resize(result.size, Image.Resampling.LANCZOS), result):
+            cells.append(Image.new("RGB", (cell, cell), "white"))
+            cells[-1].paste(image.crop(box), (0, 0))
+    return grid(cells, 2)

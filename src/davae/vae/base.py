@@ -15,6 +15,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from davae.errors import ModelError
 from davae.vae.pooled_tiny import PooledAutoencoderTiny
 
 
@@ -127,6 +128,32 @@ def spatial_factor(config: Any, class_name: str) -> int:
     family = autoencoder_family(class_name)
     patch = (config.get("patch_size") or 1) if family.video else 1
     return 2 ** (len(config[family.widths]) - 1) * patch
+
+
+def image_side(model: Any, chosen: int | None = None, least: int = 1) -> int:
+    """Return the side of the images that an autoencoder takes, in pixels: the chosen or its own.
+
+    A DetailVAE knows the size that it was trained on; the `sample_size` of its config is s times its base's own.
+
+    Args:
+        model: the autoencoder.
+        chosen: the side that a person named.
+        least: smallest side.
+
+    Raises:
+        ModelError: a class whose config has no size, or a side that does not divide into latent positions or is too small.
+    """
+    side = chosen or model.config.get("resolution") or model.config.get("sample_size")
+    if side is None:
+        raise ModelError(f"an {type(model).__name__} has no size of its own; give --resolution")
+    factor = spatial_factor(model.config, type(model).__name__)
+    if side % factor or side < least:
+        smallest = -(-least // factor) * factor
+        raise ModelError(
+            f"{side} pixels: this {type(model).__name__} takes sides that are divisible by {factor}, at least {smallest}; "
+            f"use {max(smallest, round(side / factor) * factor)}"
+        )
+    return int(side)
 
 
 def base_channels(config: Any, class_name: str) -> int:

@@ -22,6 +22,15 @@ def resolve(model: str) -> str:
     return str(MODELS[model]) if model in MODELS else model
 
 
+def split_revision(model: str) -> tuple[str, str | None]:
+    """Return the id and the revision of a hub model, from ID@REVISION.
+
+    A revision is a branch, a tag or a commit; None is the newest state. A folder keeps its whole name.
+    """
+    name, _, revision = model.partition("@")
+    return (model, None) if Path(model).is_dir() else (name, revision or None)
+
+
 def resolve_upgrade(name: str) -> Path:
     """Return the embedded upgrade's folder of `micro-upgraded` or `clothing-upgraded`.
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from davae.lab.bench.clock import added_memory, gpu_rounds, machine, race, ratio
-from davae.pretrained.autoencoders import image_side, load_autoencoder
+from davae.pretrained.autoencoders import load_autoencoder
 from davae.pretrained.placement import own_device
+from davae.vae.base import image_side
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.frames import decode_latents, encode_mode
 
@@ -72,8 +73,7 @@ def bench_vae(
     """Whole against tiled.
 
     Raises:
-        ValueError: a size that the autoencoder cannot encode, or an autoencoder that is not a DetailVAE: only its tiles have
-            a side that a caller chooses.
+        ValueError: a size that the autoencoder cannot encode, or another than a DetailVAE, whose tiles alone vary.
     """
     vae = load_autoencoder(model)
     picture = synthetic_picture(image_side(vae, resolution))

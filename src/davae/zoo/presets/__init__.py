@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from davae.zoo import MODELS, SHIPPED
+from davae.zoo import MODELS, SHIPPED, split_revision
 
 SHARED = "parts.yaml"
 
@@ -78,8 +78,9 @@ def _read(name: str, text: str, shared: dict[str, Any]) -> Preset:
 
 
 def find_preset(model: str) -> Preset | None:
-    """Return the preset of that name or hub id."""
-    return next((preset for preset in presets().values() if model in (preset.name, preset.hub)), None)
+    """Return the preset of that name or hub id, at any revision."""
+    name, _ = split_revision(model)
+    return next((preset for preset in presets().values() if name in (preset.name, preset.hub)), None)
 
 
 def nearest_presets(model: str) -> list[str]:
