@@ -35,7 +35,12 @@ def test_every_method_has_the_same_figures(model: Path, picture_folder: Path, tm
     names = {tuple(row) for row in figures["rows"].values()}
     assert len(names) == 1
     assert {"psnr", "reduced_psnr", "lite0", "seconds", "fd_lite0"} <= set(*names)
-    assert figures["rows"]["upgrade"]["reduced_psnr"] > 30  # faithful: it gives the input again
+    for name in ("upgrade", "originals, decoded"):  # faithful: they give the input again
+        assert figures["rows"][name]["reduced_psnr"] > 30
+    assert run(model, picture_folder, "--num", "4", "--no-faithful", "--json", str(tmp_path / "raw.json"))[0] == 0
+    raw = json.loads((tmp_path / "raw.json").read_text())
+    for name in ("upgrade", "originals, decoded"):
+        assert raw["rows"][name]["reduced_psnr"] < figures["rows"][name]["reduced_psnr"] - 3
 
 
 def test_fewer_than_four_images_are_refused_at_once(picture_folder: Path):

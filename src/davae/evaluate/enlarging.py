@@ -24,12 +24,14 @@ from davae.evaluate.upscale import Upscaler, make_upscaler
 from davae.pretrained.shapes import default_resolution
 from davae.recipes.sections import Data
 from davae.sample.open import SamplingOptions, check_class_prompts, open_model
-from davae.sample.upscale import check_enlarging, upscale
+from davae.sample.upscale import back_projected, check_enlarging, upscale
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.overflow import decode_in_range, encode_in_range
 
-CEILING = "originals, decoded"  # encoded and decoded by the upgrade's autoencoder: what drawn detail comes near to
+CEILING = (
+    "originals, decoded"  # by the upgrade's autoencoder, and as faithful as its row: what drawn detail comes near to
+)
 
 
 def evaluate_enlarging(
@@ -77,7 +79,7 @@ def evaluate_enlarging(
     images = real_pictures(data, size, held_out, "held_out", summary=summary)
     pairs = _reduced(images, num, options.batch_size, pipeline, captions)
     ways = {name: make_upscaler(name, size) for name in methods}
-    ways["upgrade"] = _by_upgrade(pipeline, options, strength, faithful)
+    ways["upgrade"], project = _by_upgrade(pipeline, options, strength, faithful), faithful and strength == 0.0
     return {
         "model": model,
         **data_figures(data),
@@ -90,7 +92,9 @@ def evaluate_enlarging(
         **options.figures,
         "faithful": faithful,
         **options.placement.changes,
-        "rows": _measured_rows(ways, pairs, options.batch_size, distances, extractor, patch_size, pipeline.vae),
+        "rows": _measured_rows(
+            ways, pairs, options.batch_size, distances, extractor, patch_size, pipeline.vae, project
+        ),
     }
 
 
@@ -121,6 +125,7 @@ def _measured_rows(
     extractor: Extractor,
     patch_size: int,
     vae: DetailVAE,
+    faithful: bool,
 ) -> dict[str, dict[str, float]]:
     real, rows = measure_images(pairs.real.split(batch_size), extractor, patch_size), {}
 
@@ -131,7 +136,7 @@ def _measured_rows(
 
     for name, way in ways.items():
         rows[name] = row(*_enlarged(way, pairs, batch_size))
-    rows[CEILING] = row(*_decoded(vae, pairs.real, batch_size))
+    rows[CEILING] = row(*_decoded(vae, pairs, batch_size, faithful))
     return rows
 
 
@@ -155,17 +160,30 @@ def _enlarged(way: Upscaler, pairs: _Pairs, batch_size: int) -> tuple[Tensor, fl
 
 
 @torch.no_grad()
-def _decoded(vae: DetailVAE, real: Tensor, batch_size: int) -> tuple[Tensor, float]:
-    """Return the originals (N,3,sH,sW), encoded and decoded, and the seconds of one."""
+def _decoded(vae: DetailVAE, pairs: _Pairs, batch_size: int, project: bool) -> tuple[Tensor, float]:
+    """Return the originals (N,3,sH,sW), encoded and decoded, and the seconds of one.
+
+    Args:
+        project: whether they are brought back to the inputs, as the upgrade's results are.
+    """
     start = time.perf_counter()
-    found = [decode_in_range(vae, encode_in_range(vae, part)).float().clamp(-1, 1) for part in real.split(batch_size)]
-    return torch.cat(found).cpu(), (time.perf_counter() - start) / len(real)
+    parts = [
+        decode_in_range(vae, encode_in_range(vae, part)).float().clamp(-1, 1) for part in pairs.real.split(batch_size)
+    ]
+    found = torch.cat(parts).cpu()
+    if project:
+        found = back_projected(found, _pixels(pairs.inputs), pairs.scale)
+    return found, (time.perf_counter() - start) / len(found)
+
+
+def _pixels(images: Sequence[Image.Image]) -> Tensor:
+    return torch.stack([to_tensor(image) for image in images])  # (N,3,H,W) in [-1,1]
 
 
 @torch.no_grad()
 def _means(results: Tensor, pairs: _Pairs, batch_size: int, distances: dict[str, nn.Module]) -> dict[str, float]:
     """Return mean distances to the originals, and of the reduced results to the inputs."""
-    reduced = torch.stack([to_tensor(image) for image in pairs.inputs])
+    reduced = _pixels(pairs.inputs)
     again = downsample(results, pairs.scale)
     figures = {
         "psnr": float(psnr(to_uint8_range(results), to_uint8_range(pairs.real)).mean()),
