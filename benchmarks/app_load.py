@@ -126,8 +126,15 @@ def attacks(served: Page) -> dict[str, list[Callable[[httpx.Client], httpx.Respo
     )
     wraps = (lambda r: r, lambda r: [r], lambda r: {"data": [r]})
     forged = [
-        {"fn_index": number, "session_hash": "evil", "data": [w(record(f)) if n == name else v for n, v in values.items()]}
-        for number, values in served.handlers() for name in values for f in files for w in wraps
+        {
+            "fn_index": number,
+            "session_hash": "evil",
+            "data": [w(record(f)) if n == name else v for n, v in values.items()],
+        }
+        for number, values in served.handlers()
+        for name in values
+        for f in files
+        for w in wraps
     ]
     closed = (
         "run/predict",
@@ -208,7 +215,14 @@ def work(
 def draw(client: httpx.Client, index: int, values: dict[str, Any], steps: int, seed: int) -> None:
     """Draw one image with the upgraded model, as the button does, and fetch it."""
     session = f"draw{seed}"
-    chosen = {"prompt": "a red rose", "Seed": seed, "steps": steps, "Guidance": 4.0, "ways": ["upgraded"], "previews": False}
+    chosen = {
+        "prompt": "a red rose",
+        "Seed": seed,
+        "steps": steps,
+        "Guidance": 4.0,
+        "ways": ["upgraded"],
+        "previews": False,
+    }
     assert chosen.keys() <= values.keys(), f"the page has no {chosen.keys() - values.keys()}"
     call = {"data": list({**values, **chosen}.values()), "fn_index": index, "session_hash": session}
     client.post(f"{API}/queue/join", json=call).raise_for_status()

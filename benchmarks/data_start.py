@@ -35,7 +35,8 @@ if hasattr(opened, "open_images"):
 else:
     found = opened.open_pictures(data, 32)
 seconds, cpu = time.perf_counter() - began, time.process_time() - worked
-print(json.dumps({"images": len(found.train), "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "bytes": read() - before}))
+result = {"images": len(found.train), "seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2)}
+print(json.dumps({**result, "bytes": read() - before}))
 """
 
 

@@ -104,7 +104,7 @@ def shards() -> dict[str, bytes]:
 
 
 def read_source(path: Path, **options: Any) -> None:
-    from davae.data.options import (SourceOptions)
+    from davae.data.options import SourceOptions
     from davae.data.sources import open_source
 
     source = open_source(str(path), 8, SourceOptions(**options))
@@ -190,8 +190,8 @@ def configs() -> dict[str, bytes]:
 def read_configs(folder: Path) -> None:
     from davae.cost.flops import meta_detail_vae, meta_transformer
     from davae.pretrained.distilled import distilled
-    from davae.pretrained.shapes import (read_shapes)
     from davae.pretrained.open import load_scheduler
+    from davae.pretrained.shapes import read_shapes
 
     for path in list(folder.iterdir()):
         if "%" in path.name:

@@ -53,8 +53,8 @@ def picture(resolution: int, batch: int, tiny: bool) -> dict[str, Any]:
     from davae import DetailVAE, expand_transformer
     from davae.device import record_passes
     from davae.lab.bench.tokens import random_transformer
-    from davae.pretrained.shapes import (read_shapes)
     from davae.pretrained.placement import own_device
+    from davae.pretrained.shapes import read_shapes
     from davae.zoo import resolve
 
     shapes = read_shapes(resolve("micro" if tiny else "sd35-medium"))
@@ -151,7 +151,7 @@ def tokens(model: str, resolution: int, batch: int, helpers: list[str], tiny: bo
     import torch
 
     from davae.lab.bench.tokens import bench_tokens
-    from davae.pretrained.shapes import (read_shapes)
+    from davae.pretrained.shapes import read_shapes
     from davae.zoo import resolve
 
     shapes = read_shapes(resolve(model))

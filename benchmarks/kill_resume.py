@@ -66,7 +66,7 @@ def quiet() -> None:
 
 
 def tiny_base(folder: Path) -> None:
-    """A whole pipeline of a few thousand random weights."""
+    """Write a whole pipeline of a few thousand random weights."""
     torch.manual_seed(0)
     recipe = validate(SIZES, "tiny")
     architecture, tokenizer = recipe.architecture, build_tokenizer(["a red square"], 600, 8)
@@ -136,7 +136,7 @@ def finish(child: int) -> None:
 
 
 def where(out: Path) -> str:
-    """The step of the run that a kill fell into."""
+    """Return the step of the run that a kill fell into."""
     if (out / "pipeline").is_dir():
         return "after the export"
     if any((out / "checkpoints").glob("stage2-*.done")) or read_metrics(out / "metrics.jsonl")[-1:] == []:

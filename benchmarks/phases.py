@@ -36,8 +36,8 @@ def header(found: dict[str, Any]) -> str:
     machine = max(phase["machine_gib"] for phase in phases)
     disk = sum(phase["disk_gib"] for phase in phases)
     return (
-        f"# Planned for {found['gpus']} x {found['gpu']}: {device:.1f} GiB of each GPU, {machine:.0f} GiB of a machine's main "
-        f"memory, {disk:,.{1 if disk < 10 else 0}f} GiB of disk (`--dry-run`)."
+        f"# Planned for {found['gpus']} x {found['gpu']}: {device:.1f} GiB of each GPU, {machine:.0f} GiB of a machine's "
+        f"main memory, {disk:,.{1 if disk < 10 else 0}f} GiB of disk (`--dry-run`)."
     )
 
 

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from davae.data.batches import Batches, training_loader
 from davae.data.latent_cache.caption_table import CaptionTable
-from davae.data.latent_cache.meta import (read_meta, seal)
-from davae.data.latent_cache.read import (CachedLatents, collate_latents)
+from davae.data.latent_cache.meta import read_meta, seal
+from davae.data.latent_cache.read import CachedLatents, collate_latents
 from davae.data.latent_cache.text_rows import TextShard
 from davae.data.latent_cache.write import ChannelStatistics, merge_index, merged_meta, save_latents, write_text
 
@@ -50,7 +50,7 @@ class Prompts:
 
 
 def hash_of(word: str) -> int:
-    """A place in the table."""
+    """Return a place in the table."""
     return sum(map(ord, word)) * 31 % 997
 
 

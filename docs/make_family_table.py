@@ -92,8 +92,8 @@ def page(outcomes: Outcomes) -> str:
     lines = [
         "# Model families",
         "",
-        f"davae knows {len(FAMILIES)} transformer classes. `davae upgrade` trains {len(trained)} of them. `expand_transformer` "
-        "widens the others,",
+        f"davae knows {len(FAMILIES)} transformer classes. `davae upgrade` trains {len(trained)} of them. "
+        "`expand_transformer` widens the others,",
         "and `davae upgrade` refuses them by name.",
         "",
         "`docs/make_family_table.py` makes this page from `backbones/families` and the outcome of the conformance tests on",

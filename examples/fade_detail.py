@@ -1,6 +1,6 @@
 """Decode one image with 0, 1/3, 2/3 and all of its detail channels. Writes fade_detail.png.
 
-    python examples/fade_detail.py [FOLDER]
+`python examples/fade_detail.py [FOLDER]`
 """
 
 import sys
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from davae.data.openmoji import OpenMoji
-from davae.data.images import ImageDataset, grid, split, to_images
 from davae.analyze.sensitivity import decode_faded, reconstructions
-from davae.sample.open import (open_model)
+from davae.data.images import ImageDataset, grid, split, to_images
+from davae.data.openmoji import OpenMoji
+from davae.sample.open import open_model
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 base, _ = open_model("micro")

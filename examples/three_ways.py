@@ -1,6 +1,6 @@
 """Draw one seed three ways: the base enlarged, the base at the doubled size, the upgrade. Writes three_ways.png.
 
-    python examples/three_ways.py [FOLDER]
+`python examples/three_ways.py [FOLDER]`
 """
 
 import sys

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cases import BUILDERS, VARIANTS
-from conftest import tiny_upgrade_recipe
+from conftest import picture, tiny_upgrade_recipe
 from test_class_conditional import FLOW, base_recipe
 from test_family_upgrades import family_recipe, write_classes
 from test_training import run_cli
@@ -57,6 +57,8 @@ def test_an_upgrade_from_training_to_benchmarks(build: Path, tiny_base: Path, pi
     there, data = tmp_path / "there", picture_folder
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square\na blue ball\n")
+    picture(0, 16, 16).save(small := tmp_path / "small.png")
+    retention = ["analyze", "retention", tiny_base, there, "--data", data, "--num", 8, "--drawn", 1, "--steps", 1]
     run_there(
         build,
         tmp_path,
@@ -67,6 +69,11 @@ def test_an_upgrade_from_training_to_benchmarks(build: Path, tiny_base: Path, pi
             ["evaluate", "reconstruction", "--vae", there, "--data", data, "--features", "lite0"],
             ["evaluate", "prompts", "--pipeline", there, "--prompts", prompts, "--steps", 2, "--out", tmp_path / "p"],
             ["make-data", "--model", tiny_base, "--prompts", prompts, "--steps", 1, "--out", tmp_path / "data"],
+            *([*retention, "--offload", way, "--out", tmp_path / way] for way in ("model", "sequential")),
+            *(
+                ["upscale", there, small, "--steps", 1, "--offload", way, "--out", tmp_path / f"{way}-large"]
+                for way in ("model", "sequential")
+            ),
             ["analyze", "spectra", "--vae", there, "--data", data, "--num", 8, "--out", tmp_path / "a"],
             ["bench", "vae", there / "vae", "--resolution", 64, "--tile", 32, "--only", "decode", "--repeats", 1],
             ["bench", "tokens", tiny_base, "--resolution", 32, "--blocks", 1, "--repeats", 1],

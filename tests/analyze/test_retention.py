@@ -58,6 +58,17 @@ def test_the_report_compares_images_of_the_same_noise(base, tiny_base: Path, tmp
 
 
 @pytest.mark.parametrize("name", ["UNet2DConditionModel", "FluxTransformer2DModel", "Flux2Transformer2DModel"])
+def test_a_warm_start_keeps_everything_in_half_the_precision(name: str, tmp_path: Path):
+    upgraded(name, tmp_path)
+    base = load_pipeline(str(tmp_path / "base"), torch.bfloat16)
+    fresh = assemble(base, DetailVAE.from_base(base.vae, 8), expand_transformer(denoiser(base), 8))
+    assert (fresh.vae.dtype, denoiser(fresh).dtype) == (torch.bfloat16,) * 2
+    images = torch.stack([to_tensor(picture(number, 32, 32)) for number in range(2)])
+    rows = prediction_errors(base, fresh, images, ["a", "b"])
+    assert all(row["relative_error"] < 1e-3 and row["cosine"] > 0.999 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "FluxTransformer2DModel", "Flux2Transformer2DModel"])
 def test_the_base_of_a_warm_start_is_compared_at_the_end(name: str, tmp_path: Path):
     """Equal to the end, also of packed latents and of PNDM, which calls its model once more than it has steps."""
     upgraded(name, tmp_path)
@@ -176,7 +187,7 @@ def test_calls_of_other_settings_keep_each_other_s_figures(
 ):
     models = {"base": load_pipeline(str(tiny_base)), "upgrade": assembled(tiny_base)}
     seen = [size_of_batches(denoiser(model)) for model in models.values()]
-    monkeypatch.setattr(retention, "open_model", lambda name: (models[name], tmp_path))
+    monkeypatch.setattr(retention, "open_model", lambda name, placement: (models[name], tmp_path))
     monkeypatch.setattr(retention, "lora_effects", lambda *given: [])
     monkeypatch.setattr(retention, "perceptual_distances", lambda *given: {})
     file = base_lora(denoiser(load_pipeline(str(tiny_base))), tmp_path / "lora.safetensors")

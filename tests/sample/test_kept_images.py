@@ -172,6 +172,34 @@ def test_a_fingerprint_is_of_names_and_content(model: Path, tmp_path: Path, monk
     assert hashing.file_hash(large) != first
 
 
+@pytest.mark.parametrize(
+    ("config", "counts"),
+    [
+        ({"_class_name": "DDIMScheduler"}, False),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++"}, False),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": False}, False),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, False),
+        ({"_class_name": "DDPMScheduler"}, True),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, True),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, True),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True}, True),
+    ],
+)
+def test_the_rule_of_the_steps_noise_is_in_the_fingerprints_of_schedulers_that_add_it(
+    config: dict[str, Any], counts: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Images of a former rule are drawn again, and those of other schedulers stay."""
+    plain = hashing.hash_values([hashing._place(str(model))])
+    assert model_fingerprint([str(model)]) == plain, "without a scheduler"
+    (model / "scheduler").mkdir()
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    plain = hashing.hash_values([hashing._place(str(model))])  # as before there was a rule
+    found = model_fingerprint([str(model)])
+    assert (found != plain) is counts
+    monkeypatch.setattr(hashing, "STEP_NOISE", 3)
+    assert (model_fingerprint([str(model)]) != found) is counts
+
+
 def test_a_sample_file_of_other_weights_is_refused_and_its_parts_are_not_needed(tmp_path: Path):
     target, drawn = tmp_path / "s.npz", []
 

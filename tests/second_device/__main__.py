@@ -36,6 +36,9 @@ def register(build: Path) -> None:
     ctypes.CDLL(compiled).begin()
     torch.utils.generate_methods_for_privateuse1_backend()
 
+    copied = torch.Tensor.__deepcopy__  # which allocates on the CPU for a device that it does not know
+    torch.Tensor.__deepcopy__ = lambda self, memo: self.clone() if self.device.type == NAME else copied(self, memo)
+
     from accelerate.state import PartialState
 
     PartialState.default_device = property(lambda self: torch.device(NAME))

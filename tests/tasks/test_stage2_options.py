@@ -205,3 +205,12 @@ def test_pictures_of_progress_are_guided_once(distilled: bool):
         assert float(model.calls[-1][0]) == 1.0, "training goes on at its own"
     else:
         assert len(model.calls) == 6, "two passes a step"
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_pictures_of_progress_are_not_guided_at_scales_that_turn_a_pipeline_s_guidance_off(scale: float):
+    task, model, cache = flux_task(False)
+    conditioning, scale = guided(task.conditioning, scale)
+    solve(conditioning, task, torch.randn(2, 8, 4, 4), ["a", "b"], steps=3, guidance_scale=scale)
+    assert len(model.calls) == 3, "one pass a step"
+    assert "" not in cache.asked

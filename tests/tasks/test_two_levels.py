@@ -223,17 +223,20 @@ def test_a_base_without_noise_is_not_scored_and_a_clean_one_has_the_time_of_data
     assert bool((LAYOUT.split(prediction.grad)[1] != 0).flatten(1).any(1).all())
 
 
-def test_progress_is_drawn_as_the_pipeline_draws():
+@pytest.mark.parametrize(("scale", "alike"), [(2.5, 2.5), (0.5, 1.0), (0.0, 1.0)])
+def test_progress_is_drawn_as_the_pipeline_draws(scale: float, alike: float):
     task = class_task(detail_offset=0.15)
     transformer = task.transformer
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     noise = torch.randn(2, 12, 8, 8)
     with torch.no_grad():
-        ours = solve(task.conditioning, task, noise, [1, 2], 7, 2.5)
-        theirs = solve_ode(transformer, noise, torch.tensor([1, 2]), 8, cfg_scale=2.5)
+        ours = solve(task.conditioning, task, noise, [1, 2], 7, scale)
+        theirs = solve_ode(transformer, noise, torch.tensor([1, 2]), 8, cfg_scale=scale)
+        known = solve_ode(transformer, noise, torch.tensor([1, 2]), 8, cfg_scale=alike)
+    assert torch.equal(theirs, known)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(theirs, solve_ode(transformer, noise, torch.tensor([1, 2]), 8, cfg_scale=2.5,
+    assert not torch.allclose(theirs, solve_ode(transformer, noise, torch.tensor([1, 2]), 8, cfg_scale=scale,
                               times=torch.linspace(0, 1, 8)), atol=1e-3)  # fmt: skip
 
 

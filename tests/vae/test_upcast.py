@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -114,3 +115,14 @@ def test_work_is_done_again_in_float32_only_where_float16_overflows(caplog: pyte
         assert bool(caplog.text) == (len(expected) == 2)
         if value == 60_000.0:
             assert found.item() == 120_000.0
+
+
+@pytest.mark.parametrize("place", ["conv_out", ""])
+def test_an_offloaded_autoencoder_gets_its_values_where_it_computes(place: str):
+    """Between its turns its own device is the CPU, or none: `--offload model` hooks the whole, `sequential` each layer."""
+    vae: Any = tiny_autoencoder(4)
+    part = vae.encoder.get_submodule(place) if place else vae
+    part._hf_hook = SimpleNamespace(execution_device="meta")
+    assert in_range(vae, lambda values: values, torch.zeros(1)).device.type == "meta"
+    del part._hf_hook
+    assert in_range(vae, lambda values: values, torch.zeros(1)).device.type == "cpu"

@@ -209,16 +209,8 @@ def gap_plot(rows: dict[str, dict[str, float]], distances: list[str]) -> bytes:
 
 def _detail_drawn(pipe: Any, real: Tensor, prompts: list[str], options: SamplingOptions) -> Tensor:
     small = to_images(downsample(real, pipe.vae.layout.scale, pipe.vae.config["downsample"]))
-    drawn = upscale(
-        pipe,
-        small,
-        prompts,
-        steps=options.steps,
-        guidance_scale=1.0,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        faithful=False,
-    )
+    how: dict[str, Any] = {"steps": options.steps, "seed": options.seed, "batch_size": options.batch_size}
+    drawn = upscale(pipe, small, prompts, guidance_scale=1.0, faithful=False, **how)
     return torch.stack([to_tensor(image) for image in drawn])
 
 

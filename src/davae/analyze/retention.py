@@ -28,6 +28,7 @@ from davae.sample.open import SamplingOptions, add_lora, check_class_prompts, op
 from davae.sample.preview import takes_callback
 from davae.tasks.noising import Objective, choose_objective
 from davae.vae.detail_vae import DetailVAE
+from davae.vae.overflow import decode_in_range, encode_in_range
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the way to noise
 
@@ -52,7 +53,7 @@ def retention_figure(
         base, upgrade: the pretrained model and its upgrade.
         data: images at which predictions are compared.
         out: folder of the figure.
-        options: how images are drawn, at the models' own sizes.
+        options: how images are drawn, at the models' own sizes, and where both models compute.
         num: most images to compare at.
         held_out: share of the images that is held out and compared at; 0 takes all.
         drawn: images drawn by both from the same base noise.
@@ -74,7 +75,7 @@ def retention_figure(
     if lora is not None:
         check_lora_file(lora)
     measures = perceptual_distances(lpips, lpips_weights)
-    first, second = open_model(base)[0], open_model(upgrade)[0]
+    first, second = (open_model(name, options.placement)[0] for name in (base, upgrade))
     check_pair(first, second, lora)
     held = real_pictures(data, default_resolution(second), held_out, "held_out", summary=summary)
     images, captions = images_and_prompts(held, goes_by_class(second), num)
@@ -198,39 +199,44 @@ def _predictions(
     base: Any, upgraded: Any, images: Tensor, captions: list[str], name: str, seed: int, batch: int
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
     """Yield each level and both models' predictions of the base channels (N,C,h,w) on the CPU."""
-    vae: DetailVAE = upgraded.vae
-    objective = choose_objective(base.scheduler, family_of(base), name)
-    parts = [slice(start, start + batch) for start in range(0, len(images), batch)]
-    encoded = (vae.encode(images[part].to(vae.device, vae.dtype)) for part in parts)
-    latents = torch.cat([each.latent_dist.mode().cpu() for each in encoded])  # type: ignore[union-attr]
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-    for level in LEVELS:
-        known, found = [], []
-        for part in parts:
-            z, n = latents[part].to(vae.device), noise[part].to(vae.device)
-            t = _times(objective, level, len(z), z)
-            x_t = objective.noised(z, n, t)
-            known.append(_predict(base, vae.layout.split(x_t)[0], t, captions[part]).cpu())
-            found.append(vae.layout.split(_predict(upgraded, x_t, t, captions[part]))[0].cpu())
-        yield level, torch.cat(known), torch.cat(found)
+    layout, objective = upgraded.vae.layout, choose_objective(base.scheduler, family_of(base), name)
+    latents = torch.cat([encode_in_range(upgraded.vae, part).float().cpu() for part in images.split(batch)])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    times = [_times(objective, level, len(latents)) for level in LEVELS]
+    states = [objective.noised(latents, noise, t) for t in times]
+    known = _predicted(base, [layout.split(x_t)[0] for x_t in states], times, captions, batch)
+    found = _predicted(upgraded, states, times, captions, batch)
+    yield from zip(LEVELS, known, [layout.split(one)[0] for one in found], strict=True)
 
 
-def _times(objective: Objective, level: float, count: int, like: Tensor) -> Tensor:
+def _times(objective: Objective, level: float, count: int) -> Tensor:
     if objective.prediction == "flow":
-        return torch.full((count,), level, device=like.device, dtype=like.dtype)
+        return torch.full((count,), level)
     steps = len(objective.alphas_cumprod)  # type: ignore[attr-defined]
-    return torch.full((count,), int(level * (steps - 1)), device=like.device, dtype=torch.long)
+    return torch.full((count,), int(level * (steps - 1)), dtype=torch.long)
 
 
-def _predict(pipeline: Any, x_t: Tensor, t: Tensor, captions: list[str]) -> Tensor:
-    model = denoiser(pipeline)
+def _predicted(
+    pipeline: Any, states: list[Tensor], times: list[Tensor], captions: list[str], batch: int
+) -> list[Tensor]:
+    """Return a model's predictions (N,c,h,w) of states on the CPU."""
+    model, device = denoiser(pipeline), pipeline._execution_device
     family = family_of(model)
     call = family.require_call().for_pipeline(pixel_factor(pipeline), pipeline.scheduler)
+    parts = [slice(start, start + batch) for start in range(0, len(captions), batch)]
     if family.condition == "text":
-        parts = embed_captions(pipeline, captions, family.class_name)
+        given = [[e.cpu() for e in embed_captions(pipeline, captions[part], family.class_name)] for part in parts]
     else:
-        parts = (torch.tensor([int(caption) for caption in captions], device=x_t.device),)
-    return call.predict(model, model.config, x_t, t, parts).float()
+        given = [[torch.tensor([int(caption) for caption in captions[part]])] for part in parts]
+    found = []
+    for x_t, t in zip(states, times, strict=True):
+        rows = []
+        for part, prompts in zip(parts, given, strict=True):
+            x, there = x_t[part].to(device, model.dtype), tuple(one.to(device) for one in prompts)
+            rows.append(call.predict(model, model.config, x, t[part].to(device), there).float().cpu())
+        found.append(torch.cat(rows))
+    pipeline.maybe_free_model_hooks()  # with `--offload model` the next model has the GPU to itself
+    return found
 
 
 @torch.no_grad()
@@ -243,10 +249,9 @@ def _distances(rows: dict[str, list[Any]], measures: dict[str, nn.Module]) -> di
 @torch.no_grad()
 def _images_of_both(base: Any, upgraded: Any, prompts: list[str], options: SamplingOptions) -> dict[str, list[Any]]:
     """Draw images of both models from equal base noise, the upgrade's from its base channels."""
-    upgraded.vae.attach_base_decoder(base.vae)
     shown: list[Any] = []
     for latents in drawn_latents(upgraded, prompts, options):
-        pixels = upgraded.vae.decode_base(latents.to(upgraded.vae.dtype))  # (B,3,H,W)
+        pixels = decode_in_range(base.vae, upgraded.vae.base_latents(latents))  # (B,3,H,W)
         shown += to_images(pixels.float().clamp(-1, 1))
     size = default_resolution(upgraded) // upgraded.vae.layout.scale
     return {"base": generate(base, prompts, replace(options, resolution=size)), "upgrade's base": shown}

@@ -104,7 +104,7 @@ class Family:
 
         Args:
             config: of the model.
-            scale: guidance scale; 1 turns guidance off.
+            scale: guidance scale; 1 or less turns guidance off.
             prompts: number of prompts in the call.
         """
         if self.guidance == "true_cfg_scale" and config.get("guidance_embeds"):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.commands.options import Options, Seed, chosen_data
+from davae.commands.options import Offload, Options, Precision, Seed, chosen_data, sampling_options
 from davae.commands.progress import show_place
 from davae.commands.verbs import Verbs
 
@@ -145,8 +145,10 @@ def retention(
     held_out: HeldOut = 0.0,
     drawn: Annotated[int, typer.Option(min=1, max=64, help="Images that both draw from the same noise.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 turns it off.")] = 4.0,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 or less turns it off.")] = 4.0,
     seed: Seed = 0,
+    dtype: Precision = "float32",
+    offload: Offload = "off",
     lpips: LpipsNetwork = None,
     lpips_weights: LpipsWeights = None,
     lora: Annotated[
@@ -161,14 +163,13 @@ def retention(
     `davae analyze retention micro micro-upgraded --data openmoji --held-out 0.1 --lora style.safetensors`
     """
     from davae.analyze.retention import retention_figure
-    from davae.sample.open import SamplingOptions
 
     done = retention_figure(
         base,
         upgrade,
         chosen_data(data, set, {}),
         out,
-        SamplingOptions(steps, guidance, seed, batch_size=4),
+        sampling_options({**locals(), "batch_size": 4}),
         num=num,
         held_out=held_out,
         drawn=drawn,
@@ -211,7 +212,9 @@ def gap(
     out: Folder = Path("figures"),
     num: Num = 256,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale of the samples; 1 turns it off.")] = 2.5,
+    guidance: Annotated[
+        float, typer.Option(min=0.0, help="Guidance scale of the samples; 1 or less turns it off.")
+    ] = 2.5,
     seed: Seed = 0,
     features: FeatureNetwork = "lite0",
     feature_weights: FeatureWeights = None,
@@ -219,6 +222,8 @@ def gap(
         int, typer.Option(min=0, help="Side of the crops of the patch distance; 0 leaves it out.")
     ] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    dtype: Precision = "float32",
+    offload: Offload = "off",
     set: Options = None,
 ) -> None:
     """Where the distance to real images comes from: the decoder, the detail, or the base.
@@ -226,13 +231,12 @@ def gap(
     `davae analyze gap micro-upgraded --data openmoji-all --held-out 0.1`
     """
     from davae.analyze.gap import gap_figure
-    from davae.sample.open import SamplingOptions
 
     done = gap_figure(
         model,
         chosen_data(data, set, {}),
         out,
-        SamplingOptions(steps, guidance, seed, batch_size=batch_size),
+        sampling_options(locals()),
         num=num,
         held_out=held_out,
         features=features,

@@ -34,7 +34,7 @@ def enlarging(
     captions: Annotated[bool, typer.Option(help="Give the upgrade the images' captions.")] = True,
     strength: Annotated[float, typer.Option(min=0.0, max=1.0, help="As `davae upscale`.")] = 0.0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 30,
-    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 turns it off.")] = 1.0,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 or less turns it off.")] = 1.0,
     seed: Seed = 0,
     faithful: Annotated[bool, typer.Option(help="As `davae upscale`.")] = True,
     lpips: Annotated[Literal["alex", "vgg"] | None, typer.Option(help="LPIPS too, on this network.")] = None,

@@ -95,7 +95,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images drawn at a time.")]
 STEPS, GUIDANCE = 30, 2.5
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
 Guidance = Annotated[
-    float, typer.Option("--guidance", min=0.0, metavar="SCALE", help="Guidance scale; 1 turns it off.")
+    float, typer.Option("--guidance", min=0.0, metavar="SCALE", help="Guidance scale; 1 or less turns it off.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=-(2**62), max=2**62 - 1, help="Seed of the noise.")]
 

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
 
 from davae.backbones.families import denoiser, family_by_class, family_of
@@ -19,7 +20,11 @@ def silent_t5(pipeline: Any) -> bool:
     if not hasattr(pipeline, "text_encoder_3"):
         return False
     encoder = pipeline.text_encoder_3
-    return encoder is None or not bool(encoder.encoder.final_layer_norm.weight.any())
+    if encoder is None:
+        return True
+    norm = encoder.encoder.final_layer_norm
+    with align_module_device(norm):  # its weight, where sequential offloading leaves an empty one
+        return not bool(norm.weight.any())
 
 
 def text_arguments(pipeline: Any) -> dict[str, Any]:
@@ -38,7 +43,7 @@ def guidance_arguments(pipeline: Any, scale: float, prompts: int) -> dict[str, A
 
     Args:
         pipeline: the pipeline that is called.
-        scale: guidance scale; 1 turns guidance off.
+        scale: guidance scale; 1 or less turns guidance off.
         prompts: number of prompts in the call.
     """
     transformer = denoiser(pipeline)

@@ -63,7 +63,7 @@ def call_pipeline(
         latents: starting noise (B,c,h,w). DiT's pipeline takes none and draws it from `generator`.
         generator: source of the noise where `latents` is None, and of the noise that stochastic schedulers add.
         steps: sampling steps.
-        guidance_scale: 1 turns guidance off.
+        guidance_scale: 1 or less turns guidance off.
         output_type: the pipeline's own.
         callback_on_step_end: the pipeline's own, for pipelines that have one.
         clean_base: the base in `latents` is clean, for models in which the detail has a time of its own.

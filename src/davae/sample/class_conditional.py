@@ -104,7 +104,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             prompt: one or more classes, by number or name.
             height, width: pixels, equal; another size than the model's own runs the weights on an interpolated grid.
             num_inference_steps: updates of the ODE (the official `num_steps` minus one).
-            guidance_scale: 1 turns guidance off.
+            guidance_scale: 1 or less turns guidance off.
             generator: for the starting noise; a list gives one per image.
             latents: starting noise (B,c,h,w) instead.
             output_type: `pil`, `np`, `pt` (in [0,1]), or `latent`.

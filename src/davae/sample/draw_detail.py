@@ -31,11 +31,7 @@ class _Group:
     """The windows of several images, and which of them a call of the pipeline draws."""
 
     def __init__(
-        self,
-        canvases: Sequence[Canvas],
-        batch_size: int,
-        on_step: Callable[[int, int], None],
-        on_base: OnBase | None,
+        self, canvases: Sequence[Canvas], batch_size: int, on_step: Callable[[int, int], None], on_base: OnBase | None
     ):
         self.canvases, self.on_step, self.on_base = canvases, on_step, on_base
         total = sum(len(canvas.grid) for canvas in canvases)

@@ -11,16 +11,21 @@ from pathlib import Path
 
 from davae.data.latent_cache.key import hash_values
 from davae.data.shards.copies import cache_folder
-from davae.errors import RunError
+from davae.errors import ModelError, RunError
 from davae.files.atomic import atomic_text
 from davae.files.reading import load_json
-from davae.pretrained.open import HUB_ID, fetch_file
+from davae.pretrained.open import HUB_ID, Configs, fetch_file
 
 logger = logging.getLogger(__name__)
 
 LOADED = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}  # what loading a pipeline reads
 LARGE = 1 << 20  # bytes from which a file's hash is remembered
 BLOCK = 1 << 24
+STOCHASTIC = (  # schedulers that draw the noise of their steps from the generator that they get
+    "DDPM", "DDPMParallel", "EulerAncestralDiscrete", "KDPM2AncestralDiscrete", "LCM", "FlowMatchLCM", "SCM", "TCD",
+    "SASolver", "UnCLIP",
+)  # fmt: skip
+STEP_NOISE = 2  # version of the rule that seeds this noise, `step_generator`: by the first, it was the starting noise
 
 
 def model_fingerprint(places: Sequence[str]) -> str:
@@ -28,7 +33,8 @@ def model_fingerprint(places: Sequence[str]) -> str:
 
     Every byte counts, because a short training may change one tensor. Hashes of large files are remembered in davae's
     cache folder under their inode, size and times, so that a second look at 24 GB of unchanged weights takes
-    milliseconds; the first reads them once, as loading them does. A hub id counts by its commit.
+    milliseconds; the first reads them once, as loading them does. A hub id counts by its commit. Where a scheduler adds
+    noise, the rule of this noise counts too.
 
     Args:
         places: folders or hub ids, in the order in which they make up the model.
@@ -36,7 +42,17 @@ def model_fingerprint(places: Sequence[str]) -> str:
     Raises:
         ModelError: no such folder, and no hub id that the hub gives.
     """
-    return hash_values([_place(place) for place in places])
+    rule = [("step noise", STEP_NOISE)] if any(map(_adds_noise, places)) else []
+    return hash_values([*(_place(place) for place in places), *rule])
+
+
+def _adds_noise(place: str) -> bool:
+    try:
+        config = Configs(place).read("scheduler", "scheduler_config.json")
+    except ModelError:  # none, or no model, which is refused where it is loaded
+        return False
+    known = str(config.get("_class_name")).removesuffix("Scheduler") in STOCHASTIC
+    return known or bool(config.get("stochastic_sampling")) or str(config.get("algorithm_type")).startswith("sde")
 
 
 def _place(place: str) -> list[tuple[str, str]]:

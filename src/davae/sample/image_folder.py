@@ -64,16 +64,11 @@ def draw_samples(
     pipeline, own = open_model(model, options.placement, prepare)
     high, wide = options.resolution if isinstance(options.resolution, tuple) else (options.resolution,) * 2
     shown = None if preview is None else Preview(pipeline, preview, height=high, width=wide)
+    texts = [*prompts, *(prompt.text for prompt in more)]
     return sample_to_folder(
-        pipeline,
-        [*prompts, *(prompt.text for prompt in more)],
-        folder or own,
-        options,
-        num=num,
-        on_batch=on_batch,
-        negative_prompt=negative_prompt,
-        preview=shown,
-    )
+        pipeline, texts, folder or own, options,
+        num=num, on_batch=on_batch, negative_prompt=negative_prompt, preview=shown,
+    )  # fmt: skip
 
 
 def sample_to_folder(

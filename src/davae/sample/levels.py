@@ -11,15 +11,9 @@ from torch import Tensor
 from davae.errors import ModelError
 
 SOLVERS = (  # first-order steps and their multistep refinements: no noise is added
-    "FlowMatchEulerDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-    "LMSDiscreteScheduler",
-)
+    "FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "DDIMScheduler", "PNDMScheduler",
+    "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "LMSDiscreteScheduler",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

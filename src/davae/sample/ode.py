@@ -94,7 +94,7 @@ class GuidedModel:
             detail_t: the time of its detail where that is another one.
         """
         moving = t if detail_t is None or t < CLEAN else detail_t  # a clean base has arrived, and the detail goes on
-        if self.scale == 1.0 or moving < self.start:
+        if self.scale <= 1.0 or moving < self.start:
             return self._output(x, t, detail_t, self.labels)
         null = torch.full_like(self.labels, self.num_classes)
         both = self._output(torch.cat([x, x]), t, detail_t, torch.cat([self.labels, null]))  # (2B,c,h,w)
@@ -230,7 +230,7 @@ def euler_ode(
         noise: standard normal (B,c,h,w).
         class_labels: (B,) in 0..num_classes-1.
         num_steps: grid points, so num_steps - 1 updates.
-        cfg_scale: 1 turns guidance off.
+        cfg_scale: 1 or less turns guidance off.
         cfg_interval_start: guidance is on where t >= this; t runs 0 (noise) -> 1 (data).
         timestep_shift: s of s*t / (1 + (s-1)*t).
         cfg_channels: guide the first k channels only; None guides all.

@@ -32,7 +32,7 @@ class SamplingOptions:
 
     Attributes:
         steps: sampling steps.
-        guidance: guidance scale; 1 turns guidance off.
+        guidance: guidance scale; 1 or less turns guidance off.
         seed: seed of the noise.
         resolution: pixels of a square's side, or (height, width); None is the pipeline's own size.
         batch_size: images that are drawn at a time.

@@ -37,7 +37,7 @@ def solve(
         two = isinstance(time, list)
         t = torch.tensor([time] * len(x), device=x.device) if two else torch.full((len(x),), time, device=x.device)
         prediction = conditioning.predict(task.modules["transformer"], x, t, conditions)
-        if guidance_scale == 1:
+        if guidance_scale <= 1:  # as in the stock pipelines
             return prediction
         free = conditioning.predict(task.modules["transformer"], x, t, [conditioning.null] * len(x))
         return free + guidance_scale * (prediction - free)

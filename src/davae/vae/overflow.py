@@ -15,6 +15,13 @@ from davae.vae.frames import decode_latents, encode_mode
 logger = logging.getLogger(__name__)
 
 
+def computing_device(module: Any) -> torch.device:
+    """Return the device on which a module computes, offloaded to main memory or not."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    found = (device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None)
+    return torch.device(next(found, module.device))
+
+
 def in_range(vae: Any, work: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     """Return `work` of values in the autoencoder's precision, in float32 where it overflows.
 
@@ -25,14 +32,15 @@ def in_range(vae: Any, work: Callable[[Tensor], Tensor], values: Tensor) -> Tens
         work: images or latents on its device, in its precision -> (B,...).
         values: on any device, in any precision.
     """
-    found = work(values.to(vae.device, vae.dtype))
+    device = computing_device(vae)
+    found = work(values.to(device, vae.dtype))
     if vae.dtype != torch.float16 or bool(torch.isfinite(found).all()) or not bool(torch.isfinite(values).all()):
         return found
     logger.warning("%s: it overflows in float16; computed again in float32", type(vae).__name__)
     del found
     vae.to(torch.float32)
     try:
-        return work(values.to(vae.device, torch.float32))
+        return work(values.to(device, torch.float32))
     finally:
         vae.to(torch.float16)
 
