@@ -212,9 +212,7 @@ def gap(
     out: Folder = Path("figures"),
     num: Num = 256,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
-    guidance: Annotated[
-        float, typer.Option(min=0.0, help="Guidance scale of the samples; 1 or less turns it off.")
-    ] = 2.5,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 or less turns it off.")] = 2.5,
     seed: Seed = 0,
     features: FeatureNetwork = "lite0",
     feature_weights: FeatureWeights = None,

@@ -215,8 +215,7 @@ def train_dit(
     dry_run: DryRun = False,
     allow_commands: AllowCommands = False,
     stage1: Annotated[
-        Path | None,
-        typer.Option(help="Another run's folder, whose detail VAE, and cache where that is equal, serve here."),
+        Path | None, typer.Option(help="Another run's folder: its detail VAE, and its cache if it fits, serve here.")
     ] = None,
 ) -> None:
     """Up to the exported pipeline, without the report.

@@ -24,9 +24,7 @@ from davae.commands.progress import counted_progress, show_place
 def upscale_verb(
     model: Annotated[str, typer.Argument(help="An upgrade: a run or pipeline folder, `NAME-upgraded`, or a hub id.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
-    out: Annotated[
-        Path, typer.Option(help="Folder for the results, PNG files of the same names; finished ones are kept.")
-    ],
+    out: Annotated[Path, typer.Option(help="Folder for PNG files of the same names; finished ones are kept.")],
     prompt: Annotated[
         str | None, typer.Option(help="What the images show; without it, the `.txt` next to each image.")
     ] = None,

@@ -24,14 +24,12 @@ from davae.evaluate.upscale import Upscaler, make_upscaler
 from davae.pretrained.shapes import default_resolution
 from davae.recipes.sections import Data
 from davae.sample.open import SamplingOptions, check_class_prompts, open_model
-from davae.sample.upscale import back_projected, check_enlarging, upscale
+from davae.sample.upscale import PASSES, back_projected, check_enlarging, upscale
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.overflow import decode_in_range, encode_in_range
 
-CEILING = (
-    "originals, decoded"  # by the upgrade's autoencoder, and as faithful as its row: what drawn detail comes near to
-)
+CEILING = "originals, decoded"  # by the upgrade's autoencoder, as faithful as its row: what drawing comes near to
 
 
 def evaluate_enlarging(
@@ -77,9 +75,9 @@ def evaluate_enlarging(
     check_enlarging(pipeline, strength=strength, steps=options.steps, times=1, batch_size=options.batch_size)
     size = default_resolution(pipeline)
     images = real_pictures(data, size, held_out, "held_out", summary=summary)
-    pairs = _reduced(images, num, options.batch_size, pipeline, captions)
+    pairs = _reduced(images, num, options.batch_size, pipeline, captions, PASSES * (faithful and strength == 0.0))
     ways = {name: make_upscaler(name, size) for name in methods}
-    ways["upgrade"], project = _by_upgrade(pipeline, options, strength, faithful), faithful and strength == 0.0
+    ways["upgrade"] = _by_upgrade(pipeline, options, strength, faithful)
     return {
         "model": model,
         **data_figures(data),
@@ -92,29 +90,28 @@ def evaluate_enlarging(
         **options.figures,
         "faithful": faithful,
         **options.placement.changes,
-        "rows": _measured_rows(
-            ways, pairs, options.batch_size, distances, extractor, patch_size, pipeline.vae, project
-        ),
+        "rows": _measured_rows(ways, pairs, options.batch_size, distances, extractor, patch_size, pipeline.vae),
     }
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Originals (N,3,sH,sW) in [-1,1], their reductions by `scale`, and their prompts."""
+    """Originals (N,3,sH,sW) in [-1,1], reduced by `scale`, prompts, back-projections."""
 
     real: Tensor
     inputs: list[Image.Image]
     prompts: list[str] | None
     scale: int
+    passes: int
 
 
-def _reduced(images: ImageDataset, num: int, batch_size: int, pipeline: Any, captions: bool) -> _Pairs:
+def _reduced(images: ImageDataset, num: int, batch_size: int, pipeline: Any, captions: bool, passes: int) -> _Pairs:
     by_class, scale = goes_by_class(pipeline), pipeline.vae.layout.scale
     if by_class and not captions:
         raise ModelError("captions: a class-conditional model needs the classes of the images")
     real, prompts = images_and_prompts(images, by_class, num, batch_size)
     check_class_prompts(pipeline, prompts)
-    return _Pairs(real, to_images(downsample(real, scale)), prompts if captions else None, scale)
+    return _Pairs(real, to_images(downsample(real, scale)), prompts if captions else None, scale, passes)
 
 
 def _measured_rows(
@@ -125,7 +122,6 @@ def _measured_rows(
     extractor: Extractor,
     patch_size: int,
     vae: DetailVAE,
-    faithful: bool,
 ) -> dict[str, dict[str, float]]:
     real, rows = measure_images(pairs.real.split(batch_size), extractor, patch_size), {}
 
@@ -136,7 +132,7 @@ def _measured_rows(
 
     for name, way in ways.items():
         rows[name] = row(*_enlarged(way, pairs, batch_size))
-    rows[CEILING] = row(*_decoded(vae, pairs, batch_size, faithful))
+    rows[CEILING] = row(*_decoded(vae, pairs, batch_size))
     return rows
 
 
@@ -160,30 +156,18 @@ def _enlarged(way: Upscaler, pairs: _Pairs, batch_size: int) -> tuple[Tensor, fl
 
 
 @torch.no_grad()
-def _decoded(vae: DetailVAE, pairs: _Pairs, batch_size: int, project: bool) -> tuple[Tensor, float]:
-    """Return the originals (N,3,sH,sW), encoded and decoded, and the seconds of one.
-
-    Args:
-        project: whether they are brought back to the inputs, as the upgrade's results are.
-    """
-    start = time.perf_counter()
-    parts = [
-        decode_in_range(vae, encode_in_range(vae, part)).float().clamp(-1, 1) for part in pairs.real.split(batch_size)
-    ]
-    found = torch.cat(parts).cpu()
-    if project:
-        found = back_projected(found, _pixels(pairs.inputs), pairs.scale)
-    return found, (time.perf_counter() - start) / len(found)
-
-
-def _pixels(images: Sequence[Image.Image]) -> Tensor:
-    return torch.stack([to_tensor(image) for image in images])  # (N,3,H,W) in [-1,1]
+def _decoded(vae: DetailVAE, pairs: _Pairs, batch_size: int) -> tuple[Tensor, float]:
+    """Return the originals (N,3,sH,sW), encoded and decoded, and the seconds of one."""
+    start, parts = time.perf_counter(), pairs.real.split(batch_size)
+    found = torch.cat([decode_in_range(vae, encode_in_range(vae, part)).float().cpu() for part in parts])
+    source = torch.stack([to_tensor(image) for image in pairs.inputs])
+    return back_projected(found, source, pairs.scale, pairs.passes), (time.perf_counter() - start) / len(found)
 
 
 @torch.no_grad()
 def _means(results: Tensor, pairs: _Pairs, batch_size: int, distances: dict[str, nn.Module]) -> dict[str, float]:
     """Return mean distances to the originals, and of the reduced results to the inputs."""
-    reduced = _pixels(pairs.inputs)
+    reduced = torch.stack([to_tensor(image) for image in pairs.inputs])
     again = downsample(results, pairs.scale)
     figures = {
         "psnr": float(psnr(to_uint8_range(results), to_uint8_range(pairs.real)).mean()),

@@ -72,9 +72,8 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
 
     (name, revision), offline = split_revision(model), not hub_answers()
     try:
-        return Path(
-            hf_hub_download(name, filename, subfolder=part or None, revision=revision, local_files_only=offline)
-        )
+        options = {"subfolder": part or None, "revision": revision, "local_files_only": offline}
+        return Path(hf_hub_download(name, filename, **options))
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.EntryNotFoundError, OSError) as error:
         absent = isinstance(error, errors.EntryNotFoundError) and not isinstance(
             error, errors.LocalEntryNotFoundError

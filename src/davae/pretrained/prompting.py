@@ -13,10 +13,7 @@ from davae.backbones.families import denoiser, family_by_class, family_of
 
 
 def silent_t5(pipeline: Any) -> bool:
-    """Return whether a Stable Diffusion 3 gets only zeros from its third text encoder.
-
-    There is none, or it is scaled to zero.
-    """
+    """Return whether a Stable Diffusion 3 has no third text encoder, or one scaled to zero."""
     if not hasattr(pipeline, "text_encoder_3"):
         return False
     encoder = pipeline.text_encoder_3

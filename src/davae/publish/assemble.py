@@ -199,8 +199,8 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
         raise ModelError(f"upgrade file {path}: {error}; it is damaged") from error
     if len(stored) + (rank is not None) > 1:
         raise ModelError(f"upgrade file {path}: its weights are stored in two ways; it is damaged")
-    named = vae or {"id": None, "path": None}
-    own = named.get("id"), named["path"], values["clean_base"] or 0.0, values["detail_scale"] or 1.0
+    named, shares = vae or {}, (values["clean_base"] or 0.0, values["detail_scale"] or 1.0)
+    own = named.get("id"), named.get("path"), *shares
     return Details(metadata["class"], numbers[0], numbers[1], rank, *own, offset, head, *stored)
 
 
@@ -215,9 +215,7 @@ def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     for name, tensor in tensors.items():
         whole = tensor.dtype is torch.int8 and name.endswith(ROUNDED)
         if not (whole or (tensor.is_floating_point() and bool(torch.isfinite(tensor).all()))):
-            raise ModelError(
-                f"upgrade file {path}: {name} contains values that are not finite numbers; it is damaged"
-            )
+            raise ModelError(f"upgrade file {path}: {name} has values that are not finite numbers; it is damaged")
     return metadata, tensors
 
 
