@@ -199,8 +199,8 @@ def read_details(path: Path, metadata: dict[str, str]) -> Details:
         raise ModelError(f"upgrade file {path}: {error}; it is damaged") from error
     if len(stored) + (rank is not None) > 1:
         raise ModelError(f"upgrade file {path}: its weights are stored in two ways; it is damaged")
-    shares, place = (values["clean_base"] or 0.0, values["detail_scale"] or 1.0), (vae or {}).get("path")
-    return Details(metadata["class"], *numbers, rank, (vae or {}).get("id"), place, *shares, offset, head, *stored)
+    own = (vae or {}).get("id"), (vae or {}).get("path"), values["clean_base"] or 0.0, values["detail_scale"] or 1.0
+    return Details(metadata["class"], numbers[0], numbers[1], rank, *own, offset, head, *stored)
 
 
 def read_upgrade(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
