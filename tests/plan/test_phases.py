@@ -21,7 +21,7 @@ from davae.errors import DataError, RecipeError
 from davae.latent import LatentLayout
 from davae.plan.dry_run import on_hardware, plan
 from davae.plan.phase_remedies import check_phase, disk_notes, text_notes
-from davae.plan.phase_sizes import RESERVED, ImageFacts, Phase, PhaseSizes, TextFacts, count_images
+from davae.plan.phase_sizes import RESERVED, ImageFacts, Phase, PhaseSizes, TextFacts, count_images, is_here
 from davae.plan.phases import (
     DrawingBytes,
     cache_phase,
@@ -330,6 +330,18 @@ def test_images_are_counted_where_they_are(tmp_path: Path):
     assert count_images(recipe(f"data.source={tmp_path}", "data.holdout=0").data, 64) == ImageFacts(4, True)
 
 
+def test_data_is_here_by_the_names_that_open_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Folders may have names like patterns, and hub datasets names like `openmoji`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos [2024]", "a{b,c}", "plain"):
+        Path(name).mkdir()
+    (tmp_path / "plain" / "01.tar").touch()
+    assert all(map(is_here, ("photos [2024]", "a{b,c}", "plain", "plain/*.tar", "plain/{01,02}.tar", "openmoji-all")))
+    assert not any(
+        map(is_here, ("openmoji-team/photos", "photos [2025]", "plain/x.tar", "hf://a/*.tar", "pipe:cat *"))
+    )
+
+
 class Looked(Exception):
     """Raised after the checks of a dry run."""
 
@@ -366,6 +378,15 @@ def test_data_that_is_here_is_refused_as_in_the_run(tmp_path: Path, monkeypatch:
         with pytest.raises(error, match=message):
             plan(recipe(*changes, name=name), tmp_path / "run", verb)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_shared_stage_1_is_compared_with_the_recipe_as_it_is_written(monkeypatch: pytest.MonkeyPatch):
+    def looked(compared: Any, folder: Path) -> None:
+        raise Looked(compared.base.model)
+
+    monkeypatch.setattr("davae.plan.dry_run.check_shared", looked)
+    with pytest.raises(Looked, match=r"^models/sd35-medium$"):  # not here, so its shapes are the preset's
+        plan(recipe("base.model=models/sd35-medium", name="sd35-medium-1k"), stage1=Path("run"))
 
 
 def test_a_folder_still_to_be_made_is_read_from_what_makes_it():

@@ -95,6 +95,15 @@ def test_a_missing_folder_is_not_asked_of_the_hub(name: str, monkeypatch: pytest
         pipeline.fetch_file(name, "", "model_index.json")
 
 
+def test_a_folder_has_no_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The libraries would load the folder's weights as those of any revision."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: pytest.fail("asked the hub"))
+    with pytest.raises(ModelError, match="a/b@v1: a/b is a folder here, without revisions; give a/b, or rename it"):
+        pipeline.fetch_file("a/b@v1", "", "model_index.json")
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_without_the_hub_the_cache_alone_is_read(answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found: dict[str, object] = {}

@@ -10,10 +10,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import tiny_upgrade_recipe
+from conftest import tiny_autoencoder, tiny_upgrade_recipe
 from safetensors.torch import load_file
 
 from davae.analyze.gap import decoder_before_polish
@@ -23,12 +24,15 @@ from davae.pretrained.autoencoders import load_detail_vae
 from davae.pretrained.open import load_pipeline
 from davae.publish.upgrade_file import find_upgrade
 from davae.recipes import Recipe, validate
+from davae.runs import upgrade_parts
+from davae.runs.checks import polished_alike
 from davae.runs.report import run_with_report
 from davae.runs.status import read_status
 from davae.runs.upgrade import Upgrade
 from davae.sample.open import open_autoencoder
 from davae.train.loop import Progress
 from davae.train.run_folder import read_metrics
+from davae.vae.detail_vae import DetailVAE
 
 Start = Callable[..., Upgrade]
 POLISH = {"stage1__polish": {"max_steps": 4}}
@@ -207,6 +211,30 @@ def test_a_shared_stage_1_takes_its_polish_along(
     assert not any(name.startswith("stage1") for name in seen)
     assert same(weights(folders / "variants" / "polished"), weights(first / "polished"))
     assert read_meta(folders / "variants" / "cache").items == 3 * read_meta(first / "cache").items // 2
+
+
+def test_a_polish_of_other_settings_or_images_is_another(tiny_base: Path, picture_folder: Path):
+    """With `init` runs may share stage 1 though its settings, which the polish takes, differ."""
+
+    def recipe(**changes: object) -> Any:
+        return validate(tiny_upgrade_recipe(tiny_base, picture_folder, **{**POLISH, **changes}), "tiny")
+
+    assert polished_alike(recipe(), recipe(stage2__lr=0.5))
+    for change in ({"stage1__lambda_l1": 3.0}, {"stage1__data": {"source": "other"}}, {"stage1__polish": None}):
+        assert not polished_alike(recipe(), recipe(**change))
+
+
+def test_noise_of_a_polish_is_in_units_of_one_std(monkeypatch: pytest.MonkeyPatch):
+    """An upgrade to go on from may normalise its detail to a smaller std, by `stage2.detail_scale`."""
+    vae = DetailVAE.from_base(tiny_autoencoder(), 8)
+    vae.set_detail_statistics(torch.zeros(8), torch.full((8,), 2.0))
+    monkeypatch.setattr(upgrade_parts, "read_meta", lambda folder: None)
+    monkeypatch.setattr(upgrade_parts, "check_stage_inputs", lambda *args: None)
+    monkeypatch.setattr(upgrade_parts, "PolishTask", lambda settings, vae, *args: vae)
+    run: Any = MagicMock(init=Path("other"), first=Path("run"))
+    run.measured_vae.return_value, run.recipe.stage2.detail_scale = vae, 0.5
+    run.recipe.stage1.polishing.seed = run.recipe.run.seed = 0
+    assert upgrade_parts.UpgradeParts.polish_task(run).config["detail_std"] == [1.0] * 8
 
 
 def test_an_upgrade_to_go_on_from_is_polished_and_gone_on_from(start: Start, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import weakref
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,37 @@ def test_an_interrupted_command_goes_on(pipeline, tmp_path: Path, monkeypatch: p
     more = find_images([images[1], tmp_path / "new.png"], out)
     upscale_files(pipeline, more, out, replace(OPTIONS, batch_size=1), weights="a")
     assert drawn == [1], "an image more in the same folder"
+
+
+def test_results_next_to_their_inputs_are_no_inputs(tmp_path: Path):
+    for name in ("a.jpg", "b.webp"):
+        picture(1, 16, 16).save(tmp_path / name)
+    first = find_images([tmp_path], tmp_path)
+    for job in first:
+        save_result(picture(2, 32, 32), read_source(job.source), job.target, "mark")
+    save_result(picture(3, 32, 32), read_source(tmp_path / "a.jpg"), tmp_path / upscaling.SHEET)
+    assert find_images([tmp_path], tmp_path) == first
+    (tmp_path / "b.png").unlink()
+    picture(4, 16, 16).save(tmp_path / "b.png")
+    with pytest.raises(RunError, match=r"b\.png: it exists and is not an image that davae wrote"):
+        find_images([tmp_path], tmp_path)
+
+
+def test_the_sheet_holds_one_pair_of_images_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for number in range(5):
+        picture(number, 16, 16).save(tmp_path / f"{number}.png")
+    jobs = [upscaling.ImageJob(tmp_path / f"{n}.png", tmp_path / f"{n}.png", "", (16, 16)) for n in range(5)]
+    seen: list[weakref.ref[Image.Image]] = []
+
+    def read(path: Path) -> upscaling.DecodedImage:
+        assert sum(one() is not None for one in seen) < 4
+        found = read_source(path)
+        seen.append(weakref.ref(found.image))
+        return found
+
+    monkeypatch.setattr(upscaling, "read_source", read)
+    assert upscaling._sheet(jobs).size[1] >= 5 * 16
+    assert len(seen) == 10
 
 
 def refused(kind: type[DavaeError], line: str, *arguments) -> None:

@@ -71,14 +71,14 @@ def plan(recipe: Recipe, folder: Path | None = None, verb: str = "upgrade", stag
         verb: of the run.
         stage1: folder of another run, whose DetailVAE serves.
     """
+    if stage1 is not None:
+        check_shared(recipe, stage1)
     recipe, missing = with_known_base(recipe)
     model, note = (None, "") if recipe.base.model is None else readable(resolve(recipe.base.model))
     base = BaseModel.of(recipe, configs=model)
     shapes, layout = base.shapes, check_recipe(recipe, base)
     check_init(recipe, shapes)
     objective = check_objective(recipe, base)
-    if stage1 is not None:
-        check_shared(recipe, stage1)
     check_data(recipe, base, verb != "train-vae" and not (folder and is_done(folder, recipe, "cache")))
     upgrade = MetaUpgrade(shapes, layout, recipe.stage2.detail_offset)
     tokens = upgrade.tokens(recipe.resolution)

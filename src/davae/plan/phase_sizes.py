@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,7 @@ class PhaseSizes:
 
 def is_here(source: str) -> bool:
     """Return whether images are on this machine."""
-    return source.startswith("openmoji") or any(map(glob, expand_braces(source)))
+    return source in ("openmoji", "openmoji-all") or any(map(glob, [escape(source), *expand_braces(source)]))
 
 
 def count_images(data: Data, resolution: int) -> ImageFacts:

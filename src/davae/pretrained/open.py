@@ -62,6 +62,9 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
             f"model '{model}' is an upgraded model without a folder of its own; give its base, {SHIPPED[model]}, or make a "
             f"folder with `davae apply {model} --base {SHIPPED[model]} --out FOLDER`"
         )
+    name, revision = split_revision(model)
+    if revision and Path(name).is_dir():  # its weights would be loaded as those of any revision
+        raise ModelError(f"model {model}: {name} is a folder here, without revisions; give {name}, or rename it")
     if not HUB_ID.fullmatch(model) or model.startswith(("models/", "runs/")):  # folders of the pages
         near = nearest_presets(model)
         raise ModelError(
@@ -70,14 +73,12 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
         )
     from huggingface_hub import errors, hf_hub_download
 
-    (name, revision), offline = split_revision(model), not hub_answers()
     try:
-        options = {"subfolder": part or None, "revision": revision, "local_files_only": offline}
-        return Path(hf_hub_download(name, filename, **options))
+        options = {"revision": revision, "local_files_only": not hub_answers()}
+        return Path(hf_hub_download(name, filename, subfolder=part or None, **options))
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.EntryNotFoundError, OSError) as error:
-        absent = isinstance(error, errors.EntryNotFoundError) and not isinstance(
-            error, errors.LocalEntryNotFoundError
-        )
+        unreached = isinstance(error, errors.LocalEntryNotFoundError)
+        absent = isinstance(error, errors.EntryNotFoundError) and not unreached
         raise (MissingPart if absent else ModelError)(
             f"model '{model}' is not a folder here, and the hub did not give it: {hub_reason(error, model)}"
         ) from error

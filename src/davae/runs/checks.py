@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from operator import attrgetter
 from pathlib import Path
 
 from davae.backbones.classes import find_class, named_classes
@@ -142,11 +143,7 @@ def check_named_files(recipe: Recipe, shapes: BaseShapes, first: Path) -> None:
 
 
 def check_perceptual(*trainings: Reconstruction | SuperResolution | None) -> None:
-    """Load the perceptual weights that trainings name, before anything is trained.
-
-    Raises:
-        ModelError: a file that cannot be used.
-    """
+    """Load the perceptual weights that trainings name, and refuse a file that cannot be used."""
     for settings in trainings:
         if settings is not None and settings.lambda_lpips and settings.perceptual_weights is not None:
             perceptual_distance(settings.perceptual, settings.perceptual_weights)
@@ -390,5 +387,5 @@ def check_buckets(recipe: Recipe, base: BaseModel) -> None:
 
 def polished_alike(one: Recipe, other: Recipe) -> bool:
     """Return whether two runs on one stage 1 polish it alike, on latents normalised alike."""
-    own, theirs = ((run.stage1.polish, run.stage2.detail_residual, run.stage2_data.source) for run in (one, other))
-    return own == theirs
+    read = attrgetter("stage1_data.source", "stage2.detail_residual", "stage2_data.source")
+    return read(one) == read(other) and one.trainings.get(POLISH) == other.trainings.get(POLISH)

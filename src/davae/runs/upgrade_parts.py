@@ -222,6 +222,9 @@ class UpgradeParts:
         inputs = self._inputs(vae, meta)
         if is_main():
             check_stage_inputs(self.folder, POLISH, inputs, self.first)
+        if self.init is not None:  # whose detail may have a smaller std, and noise is in units of one
+            mean, std = (torch.tensor(vae.config[f"detail_{name}"]) for name in ("mean", "std"))
+            vae.set_detail_statistics(mean, std * self.recipe.stage2.detail_scale)
         seed_initial_weights(training_seed(settings, self.recipe.run))
         return PolishTask(settings, vae, self.data.for_stage1(), self.accelerator.device)
 

@@ -84,11 +84,13 @@ def find_images(places: Sequence[Path], out: Path, prompt: str | None = None) ->
     files: list[Path] = []
     for place in places:
         found = sorted(p for p in place.iterdir() if is_image_name(p.name)) if place.is_dir() else [place]
+        if place.is_dir() and out.is_dir() and out.samefile(place):  # results of an earlier run of this command
+            results = {SHEET, *(f"{p.stem}.png" for p in found if p.suffix != ".png")}
+            found = [p for p in found if p.name not in results]
         if not found:
             raise DataError(f"{place}: no image in this folder; give image files or a folder of them")
         files += found
-    targets: dict[Path, Path] = {out / SHEET: Path(SHEET)}
-    jobs = []
+    targets, jobs = {out / SHEET: Path(SHEET)}, list[ImageJob]()
     for file in files:
         target = out / f"{file.stem}.png"
         if target in targets:
@@ -246,10 +248,10 @@ def _check_jobs(pipeline: Any, jobs: Sequence[ImageJob], times: int, window: int
 
 def _sheet(jobs: Sequence[ImageJob]) -> Image.Image:
     """Return the centres of each input, enlarged by Lanczos, and of its result."""
-    pairs = [(read_source(job.source).image, read_source(job.target).image) for job in jobs]
-    cell = min(CELL, max(max(result.size) for _, result in pairs))
+    cell = min(CELL, max(max(header_size(job.target)) for job in jobs))
     cells = []
-    for source, result in pairs:
+    for job in jobs:  # one at a time: a result may have a fifth of a GiB
+        source, result = (read_source(place).image for place in (job.source, job.target))
         width, height = result.size
         left, top = max(0, (width - cell) // 2), max(0, (height - cell) // 2)
         box = (left, top, min(width, left + cell), min(height, top + cell))
