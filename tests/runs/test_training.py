@@ -347,7 +347,7 @@ def test_another_cache_on_the_same_detail_vae(recipe_values: dict, finished: Pat
         ({"data.caption_key": "title"}, "data.caption_key: None -> title"),
         ({"stage2.data": {"source": "other"}}, "data.source: "),
         ({"data.flip": True}, None),
-        ({"run.seed": 5}, None),
+        ({"run.seed": 5}, "run.seed: 0 -> 5"),
         ({"base.dtype": "bfloat16", "run.mixed_precision": "bf16"}, None),
     ],
 )

@@ -36,7 +36,7 @@ from davae.zoo import resolve_upgrade
 
 logger = logging.getLogger(__name__)
 
-GIVEN, TRAINED = ("base", "scale", "detail_channels", "init", "downsample"), ("data", "stage1", "run.seed")
+GIVEN, TRAINED = ("base", "scale", "detail_channels", "init", "downsample"), ("data", "stage1")
 # options of `data` that stage 1 does not read
 UNREAD = {"caption_weights": {}, **dict.fromkeys(("caption_key", "caption_column", "label_key", "label_column"))}
 
