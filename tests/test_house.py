@@ -48,7 +48,7 @@ CEILINGS = {
     "backbones": Ceiling(4035),
     "benchmarks": Ceiling(2400),
     "commands": Ceiling(2650),
-    "convert": Ceiling(750),
+    "convert": Ceiling(720),
     "cost": Ceiling(700),
     "data": Ceiling(7570),
     "dataset": Ceiling(950),
@@ -62,12 +62,12 @@ CEILINGS = {
     "recipes": Ceiling(1560),
     "root": Ceiling(750),
     "runs": Ceiling(3025),
-    "sample": Ceiling(3020),
+    "sample": Ceiling(3043),
     "scripts": Ceiling(150),
     "tasks": Ceiling(1970),
     "train": Ceiling(2130),
     "vae": Ceiling(2250),
-    "zoo": Ceiling(150),
+    "zoo": Ceiling(140),
 }
 PAGE_WORDS = 0  # in README, CHANGELOG and the pages of docs/
 CORE_LINES_NOW = 3_150  # falls to CORE_LINES

@@ -31,7 +31,7 @@ from davae.sample.generate import seeded_generator, structured_noise
 from davae.sample.open import check_class_prompts
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
-from davae.vae.overflow import decode_in_range, in_range
+from davae.vae.overflow import decode_in_range, encode_in_range, in_range
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ MOST_PIXELS = 1 << 26  # of a result: 8192 x 8192
 MOST_TIMES = 4
 OVERLAP = 0.25
 PASSES = 3  # of back-projection
+LATENT_PASSES = 2  # of back-projection of the detail latent
 
 
 def upscale(
@@ -161,11 +162,14 @@ class _Work:
 
     def _encode(self, pixels: Tensor, grid: WindowGrid) -> Tensor:
         """Encode (1,3,H,W) into z (1,C,h,w), mirrored at right and below to fill the grid."""
-        height, width = grid.height * self.factor - pixels.shape[-2], grid.width * self.factor - pixels.shape[-1]
-        edge = ((0, 0), (0, 0), (0, height), (0, width))
-        padded = torch.from_numpy(np.pad(pixels.numpy(), edge, mode="symmetric"))
+        padded = self._padded(pixels, grid.height, grid.width)
         with self._tiled(padded.shape[-2:], self.vae.layout.scale):
             return in_range(self.vae, self.vae.encode_base, padded)
+
+    def _padded(self, pixels: Tensor, h: int, w: int) -> Tensor:
+        """Return (1,3,H,W), mirrored at right and below to fill h x w latent positions."""
+        height, width = h * self.factor - pixels.shape[-2], w * self.factor - pixels.shape[-1]
+        return torch.from_numpy(np.pad(pixels.numpy(), ((0, 0), (0, 0), (0, height), (0, width)), mode="symmetric"))
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, source: Tensor) -> Image.Image:
@@ -173,6 +177,8 @@ class _Work:
         scale = self.vae.layout.scale
         height, width = source.shape[-2] * scale, source.shape[-1] * scale
         with self._tiled((latents.shape[-2] * self.factor, latents.shape[-1] * self.factor), scale):
+            for _ in range(LATENT_PASSES * self.project):
+                latents = back_projected_detail(self.vae, latents, self._padded(source, *latents.shape[-2:]))
             decoded = decode_in_range(self.vae, latents)  # (1,3,H,W)
         pixels = decoded[..., :height, :width].float().cpu()
         if not all(finite_images(pixels)):
@@ -212,6 +218,25 @@ def back_projected(images: Tensor, source: Tensor, scale: int, passes: int = PAS
         raised = F.interpolate(missing, images.shape[-2:], mode="bicubic", align_corners=False)
         images = (images + raised).clamp(-1, 1)
     return images
+
+
+@torch.no_grad()
+def back_projected_detail(vae: DetailVAE, latents: Tensor, source: Tensor) -> Tensor:
+    """Return latents whose detail draws an image nearer to the source.
+
+    z_d <- z_d + E_d(x') - E_d(x), where x is the decoded image and x' is x after back-projection: edges move with what the
+    source shows of them. What encoding loses is lost in both, so it stays in z_d.
+
+    Args:
+        vae: the autoencoder.
+        latents: normalised z_hr (B,C+D,h,w).
+        source: (B,3,H,W) in [-1,1].
+    """
+    image = decode_in_range(vae, latents).float().cpu().clamp(-1, 1)  # (B,3,sH,sW)
+    projected = back_projected(image, source, vae.layout.scale)
+    before, after = (vae.denormalise(encode_in_range(vae, x).to(latents)) for x in (image, projected))
+    z, z_d = vae.layout.split(vae.denormalise(latents))
+    return vae.normalise(vae.layout.join(z, z_d + vae.layout.split(after - before)[1]))
 
 
 def check_enlarging(
