@@ -20,7 +20,7 @@ def run_of(folder: Path, first: Path, done: set[str], base: bool, polish: bool =
         stage1=SimpleNamespace(polish=object() if polish else None),
         run=SimpleNamespace(stop_signals=()),
     )
-    run.out, run.first = folder, first
+    run.out, run.first, run.origin = folder, first, first
     run.folder = SimpleNamespace(done=done.__contains__, mark_done=done.add)  # type: ignore[assignment]
     return run
 
