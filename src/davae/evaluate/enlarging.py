@@ -96,9 +96,10 @@ def evaluate_enlarging(
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Originals (N,3,sH,sW) in [-1,1], reduced by `scale`, prompts, back-projections."""
+    """Originals and inputs (N,3,sH,sW), (N,3,H,W) in [-1,1], prompts, back-projections."""
 
     real: Tensor
+    reduced: Tensor
     inputs: list[Image.Image]
     prompts: list[str] | None
     scale: int
@@ -111,7 +112,8 @@ def _reduced(images: ImageDataset, num: int, batch_size: int, pipeline: Any, cap
         raise ModelError("captions: a class-conditional model needs the classes of the images")
     real, prompts = images_and_prompts(images, by_class, num, batch_size)
     check_class_prompts(pipeline, prompts)
-    return _Pairs(real, to_images(downsample(real, scale)), prompts if captions else None, scale, passes)
+    inputs = to_images(downsample(real, scale))
+    return _Pairs(real, torch.stack([*map(to_tensor, inputs)]), inputs, prompts if captions else None, scale, passes)
 
 
 def _measured_rows(
@@ -160,18 +162,16 @@ def _decoded(vae: DetailVAE, pairs: _Pairs, batch_size: int) -> tuple[Tensor, fl
     """Return the originals (N,3,sH,sW), encoded and decoded, and the seconds of one."""
     start, parts = time.perf_counter(), pairs.real.split(batch_size)
     found = torch.cat([decode_in_range(vae, encode_in_range(vae, part)).float().cpu() for part in parts])
-    source = torch.stack([to_tensor(image) for image in pairs.inputs])
-    return back_projected(found, source, pairs.scale, pairs.passes), (time.perf_counter() - start) / len(found)
+    return back_projected(found, pairs.reduced, pairs.scale, pairs.passes), (time.perf_counter() - start) / len(found)
 
 
 @torch.no_grad()
 def _means(results: Tensor, pairs: _Pairs, batch_size: int, distances: dict[str, nn.Module]) -> dict[str, float]:
     """Return mean distances to the originals, and of the reduced results to the inputs."""
-    reduced = torch.stack([to_tensor(image) for image in pairs.inputs])
     again = downsample(results, pairs.scale)
     figures = {
         "psnr": float(psnr(to_uint8_range(results), to_uint8_range(pairs.real)).mean()),
-        "reduced_psnr": float(psnr(to_uint8_range(again), to_uint8_range(reduced)).mean()),
+        "reduced_psnr": float(psnr(to_uint8_range(again), to_uint8_range(pairs.reduced)).mean()),
     }
     for name, distance in distances.items():
         parts = zip(results.split(batch_size), pairs.real.split(batch_size), strict=True)
