@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -39,6 +40,7 @@ NAMES = {
     "report": "report",
 }
 WHOLE = "whole run"
+UNBOUNDED = 10_000  # columns
 SHOWN = ("loss_base", "loss_detail", "l1", "align", "unexplained")
 
 
@@ -109,7 +111,10 @@ def progress_display(expected: Mapping[str, float] | None = None) -> Iterator[Ob
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]], right: bool = True) -> None:
-    """Print a table, whose cells are never read as markup.
+    """Print a table, whose cells are never read as markup and never cut.
+
+    Where words and numbers need more than the width, a terminal gets the rows one below the other, and a file or a pipe
+    gets the table at its full width.
 
     Args:
         title: line above the table.
@@ -119,10 +124,26 @@ def table(title: str, columns: list[str], rows: list[list[Any]], right: bool = T
     """
     view = Table(title=escape(title), title_justify="left", show_header=any(columns))
     for number, column in enumerate(columns):
-        view.add_column(escape(column), justify="right" if number and right else "left")
+        view.add_column(escape(column), justify="right" if number and right else "left", overflow="fold")
     for row in rows:
         view.add_row(*[escape(str(cell)) for cell in row])
-    console.print(view)
+    needed = Measurement.get(console, console.options.update(width=UNBOUNDED), view)
+    if needed.minimum <= console.width or not any(columns):
+        console.print(view)
+    elif console.is_terminal:
+        _print_stacked(title, columns, rows)
+    else:
+        Console(width=needed.maximum).print(view)
+
+
+def _print_stacked(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """Print rows one below the other, a line for each cell."""
+    console.print(title, style="italic", markup=False)
+    for first, *cells in rows:
+        view = Table(title=escape(f"{columns[0]} {first}".strip()), title_justify="left", box=None, show_header=False)
+        for column, cell in zip(columns[1:], cells, strict=True):
+            view.add_row(escape(column), escape(str(cell)))
+        console.print(view)
 
 
 SILENT = 2.0  # seconds in which nothing is shown of work that may be over at once

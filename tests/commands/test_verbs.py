@@ -173,3 +173,18 @@ def test_the_list_of_presets_is_json_too(tmp_path: Path):
     values = json.loads((tmp_path / "presets.json").read_text())
     assert values["sd35-medium"]["hub"] == "stabilityai/stable-diffusion-3.5-medium"
     assert all(name in shown.output for name in values)
+
+
+@pytest.mark.parametrize("width", [None, 40, 60, 200], ids=lambda width: f"terminal of {width}" if width else "a pipe")
+def test_a_table_cuts_no_number_and_no_name(
+    width: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(console, "console", Console(width=width or 80, force_terminal=bool(width), color_system=None))
+    names = ["FD-lite0", "patch-FD-lite0", "KID-lite0", "precision", "recall", "PSNR", "SSIM", "[bold]"]
+    numbers = [f"{167.25 + n}" for n in range(len(names))]
+    console.table("Table 5", ["row", *names], [["full", *numbers], ["without", *numbers]])
+    lines = capsys.readouterr().out.splitlines()
+    shown = " ".join(lines)
+    assert "…" not in shown and all(shown.count(number) == 2 for number in numbers)
+    assert all(name in shown for name in [*names, "full", "without"])
+    assert not width or max(map(len, lines)) <= width
