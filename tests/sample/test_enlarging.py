@@ -13,23 +13,28 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import picture
-from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from conftest import picture, tiny_autoencoder
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 from upgraded_tiny import BUILDERS, VARIANTS, assembled, upgraded
 
 import davae
+from davae.backbones.detail_time import OFFSET
+from davae.backbones.expand import CLEAN_BASE
 from davae.backbones.families import family_of
+from davae.backbones.lightning_dit import LightningDiT
 from davae.data.decoding import decode_image
 from davae.data.images import to_tensor
 from davae.errors import ModelError
 from davae.evaluate.sample_file import class_schedule
 from davae.latent import LatentLayout, LatentStatistics
 from davae.pretrained.shapes import pixel_factor, token_side
-from davae.sample.canvas import WindowGrid
+from davae.sample.canvas import Canvas, WindowGrid
+from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.draw_detail import draw_detail
 from davae.sample.generate import structured_noise
+from davae.sample.levels import level_after
 from davae.sample.lockstep import Left, together
 from davae.sample.upscale import back_projected, back_projected_detail, check_size
 from davae.vae.blocks import downsample
@@ -318,11 +323,6 @@ def test_every_family_enlarges_through_its_own_pipeline(name: str, tmp_path: Pat
 
 
 def test_a_class_conditional_velocity_model_enlarges_by_its_callback(tmp_path: Path):
-    from conftest import tiny_autoencoder
-
-    from davae.backbones.lightning_dit import LightningDiT
-    from davae.sample.class_conditional import ClassConditionalPipeline
-
     vae = davae.DetailVAE.from_base(tiny_autoencoder(), 8)
     model = LightningDiT(
         input_size=8, patch_size=1, in_channels=12, hidden_size=16, depth=1, num_heads=2, num_classes=3
@@ -342,6 +342,54 @@ def test_a_class_conditional_velocity_model_enlarges_by_its_callback(tmp_path: P
     assert list(shown.images) == [1, 2]
     with pytest.raises(ModelError, match="needs a class"):
         davae.upscale(pipeline, image)
+
+
+def two_time_pipeline():
+    """Return a class-conditional pipeline whose detail has a time of its own, trained with clean bases."""
+    vae = davae.DetailVAE.from_base(tiny_autoencoder(), 8)
+    model = LightningDiT(
+        input_size=8, patch_size=1, in_channels=12, hidden_size=16, depth=1, num_heads=2, num_classes=3,
+        detail_channels=8,
+    ).eval()  # fmt: skip
+    model.register_to_config(**{OFFSET: 0.4, CLEAN_BASE: 0.1})
+    pipeline = ClassConditionalPipeline(vae, model, class_names=["a", "b", "c"])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("kind", ["flow", "noise of any size", "alphas", "two times"])
+def test_the_detail_follows_the_input_s_own_down_to_half_noise(
+    kind: str, pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if kind == "two times":
+        pipeline = two_time_pipeline()
+    elif kind != "flow":
+        pipeline = upgraded("UNet2DConditionModel", tmp_path)
+        scheduler = EulerDiscreteScheduler if kind.startswith("noise") else DDIMScheduler
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    step, followed = Canvas.step, []
+
+    def watched(self: Canvas, pipe: Any, *rest: Any) -> Tensor:
+        windows = step(self, pipe, *rest)
+        level = level_after(pipe, self.calls, detail=True)
+        _, z_d = self.layout.split(self.state)
+        _, n_d = self.layout.split(self.noise)
+        path = level.data * drafts[0] + level.noise * n_d
+        followed.append((level.noise / (level.data + level.noise), torch.allclose(z_d, path, atol=1e-5, rtol=1e-4)))
+        return windows
+
+    image = picture(5, 16, 16)
+    source = to_tensor(image)[None]
+    enlarged = back_projected(F.interpolate(source, scale_factor=2, mode="bicubic"), source, 2)
+    drafts = [pipeline.vae.layout.split(pipeline.vae.encode(enlarged).latent_dist.mode())[1]]
+    monkeypatch.setattr(Canvas, "step", watched)
+    options = {"steps": 8, "guidance_scale": 1.0, "window": 32 if kind == "two times" else None}
+    davae.upscale(pipeline, image, "a", **options)
+    assert [follows for _, follows in followed] == [share > 0.5 for share, _ in followed]
+    assert {follows for _, follows in followed} == {True, False}
+    followed.clear()
+    davae.upscale(pipeline, image, "a", **options, faithful=False)
+    assert not any(follows for _, follows in followed)
 
 
 def test_back_projection_brings_any_image_back_to_its_source():

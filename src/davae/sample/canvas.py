@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from davae.latent import LatentLayout
-from davae.sample.levels import Level, adds_noise, clean_from, level_after
+from davae.sample.levels import adds_noise, clean_from, level_after
+
+DRAFT_LEVEL = 0.5  # share of noise above which a draft of the detail is known; chosen in docs/three-jobs.md
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Enlargement:
         grid: the windows that cover it.
         prompt: text, or a class by name or number.
         generator: what a stochastic scheduler draws from.
+        draft: normalised detail (1,D,H,W) that the drawing begins with, in place of noise alone.
     """
 
     z: Tensor
@@ -94,6 +97,7 @@ class Enlargement:
     grid: WindowGrid
     prompt: str
     generator: torch.Generator
+    draft: Tensor | None = None
 
 
 class Canvas:
@@ -101,7 +105,8 @@ class Canvas:
 
     Every step blends the windows' predictions, steps the whole canvas once (so that solvers with memory and the noise of
     stochastic ones know no windows), and puts the known base in place: x_base = a z + s n at the new level
-    (`Level.state`).
+    (`Level.state`). A draft of the detail is known in the same way down to `DRAFT_LEVEL`, from where the model goes on, as
+    in SDEdit (Meng et al., 2022).
 
     Args:
         free: steps at the end in which the base is free.
@@ -112,6 +117,7 @@ class Canvas:
         self.grid, self.layout, self.free, self.clean = work.grid, layout, free, clean
         self.generator = work.generator
         self.z, self.noise = work.z.float().to(device), work.noise.float().to(device)
+        self.draft = None if work.draft is None else work.draft.float().to(device)
         self.state: Tensor | None = None
         self._before: Tensor | None = None  # the state one step earlier
         self.calls = 0
@@ -126,7 +132,7 @@ class Canvas:
         """Return the windows of the starting state, made on the first call."""
         if self.state is None:
             sigma = 1.0 if pipeline.scheduler is None else float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0))
-            self.state = self._with_base(self.noise * sigma, level_after(pipeline, 0), step_count(pipeline))
+            self.state = self._with_known(self.noise * sigma, pipeline)
         return self.grid.gather(self.state)
 
     def step(self, pipeline: Any, outputs: Tensor, timestep: Any, options: dict[str, Any]) -> Tensor:
@@ -143,7 +149,7 @@ class Canvas:
             moved = self._stepped(pipeline.scheduler, moved, timestep, options)
         self.calls += 1
         self._before = self.state
-        self.state = self._with_base(moved, level_after(pipeline, self.calls), step_count(pipeline) - self.calls)
+        self.state = self._with_known(moved, pipeline)
         return self.grid.gather(self.state)
 
     def clean_base(self, pipeline: Any) -> Tensor:
@@ -171,11 +177,14 @@ class Canvas:
         if hasattr(scheduler, "_step_index"):
             scheduler._step_index = self._scheduler._step_index
 
-    def _with_base(self, latents: Tensor, level: Level, remaining: int) -> Tensor:
-        if remaining < self.free:
+    def _with_known(self, latents: Tensor, pipeline: Any) -> Tensor:
+        if step_count(pipeline) - self.calls < self.free:
             return latents
+        level, of_detail = (level_after(pipeline, self.calls, detail=detail) for detail in (False, True))
         _, z_d = self.layout.split(latents)
-        n, _ = self.layout.split(self.noise)
+        n, n_d = self.layout.split(self.noise)
+        if self.draft is not None and of_detail.share > DRAFT_LEVEL:
+            z_d = of_detail.state(self.draft, n_d)
         return self.layout.join(level.clean(self.z) if self.clean else level.state(self.z, n), z_d)
 
 

@@ -145,10 +145,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _times(self, points: int, shift: float, detail_offset: float | None, clean_base: bool) -> Tensor:
         """Return the times of the grid points, (points,), or (points,2) of base and detail.
 
-        Callbacks read the base's noise levels from `self.times`.
+        Callbacks read the noise levels of base and detail from `self.times` and `self.detail_times`.
         """
         times = self._grid(points, shift, detail_offset, clean_base)
-        self.times = times if times.ndim == 1 else times[:, 0]
+        self.times, self.detail_times = (times, times) if times.ndim == 1 else times.unbind(1)
         return times
 
     def _grid(self, points: int, shift: float, detail_offset: float | None, clean_base: bool) -> Tensor:

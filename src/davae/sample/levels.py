@@ -32,6 +32,11 @@ class Level:
         """
         return self.data * z + self.noise * noise
 
+    @property
+    def share(self) -> float:
+        """Return the share of noise s / (a + s), sigma of flow matching, in [0,1]."""
+        return self.noise / (self.data + self.noise)
+
     def clean(self, z: Tensor) -> Tensor:
         """Return the state whose data a model sees as z itself, without noise.
 
@@ -40,19 +45,20 @@ class Level:
         return z * (1.0 + self.noise**2) ** 0.5 if self.data == 1.0 else z
 
 
-def level_after(pipeline: Any, calls: int) -> Level:
+def level_after(pipeline: Any, calls: int, *, detail: bool = False) -> Level:
     """Return the level of a pipeline's latents after `calls` steps of the drawing that runs.
 
     Args:
         pipeline: with a scheduler whose timesteps are set, or davae's ClassConditionalPipeline without one.
         calls: steps made; 0 is the start.
+        detail: the level of the detail channels, where the model gives these a time of their own.
 
     Raises:
         ModelError: a scheduler of a kind whose levels are not known.
     """
     scheduler = pipeline.scheduler
     if scheduler is None:  # t runs from 0, noise, to 1
-        t = float(pipeline.times[calls])
+        t = float((pipeline.detail_times if detail else pipeline.times)[calls])
         return Level(t, 1.0 - t)
     steps = len(scheduler.timesteps)
     if calls >= steps:

@@ -73,7 +73,8 @@ def upscale(
         batch_size: windows that the model sees at a time.
         window: side of the windows in pixels of the result; by default the size that the model draws.
         overlap: share of its side that a window has in common with the next one.
-        faithful: correct the result until it gives the input again when it is reduced; only at strength 0.
+        faithful: begin with the detail of a bicubic enlargement, and correct the result until it gives the input again
+            when it is reduced; only at strength 0.
         on_step: called with the steps that are done and their number, over all images.
         on_base: called after each step of a group of images with its number and estimates of their clean base latents
             (1,C,h,w), normalised; the image may be mirrored at its right and lower edge.
@@ -156,7 +157,8 @@ class _Work:
             grid = self.grid(image.size)
             noise = structured_noise(self.seed, number, self.vae.layout, grid.height, grid.width)
             generator = seeded_generator(number ^ self.seed)
-            work.append(Enlargement(self._encode(pixels, grid), noise, grid, prompt, generator))
+            draft = self._draft(pixels, grid) if self.project else None
+            work.append(Enlargement(self._encode(pixels, grid), noise, grid, prompt, generator, draft))
         latents = draw_detail(self.pipe, work, **options)
         return [self._decode(z_hr, source) for z_hr, source in zip(latents, inputs, strict=True)]
 
@@ -165,6 +167,14 @@ class _Work:
         padded = self._padded(pixels, grid.height, grid.width)
         with self._tiled(padded.shape[-2:], self.vae.layout.scale):
             return in_range(self.vae, self.vae.encode_base, padded)
+
+    def _draft(self, pixels: Tensor, grid: WindowGrid) -> Tensor:
+        """Return the normalised detail (1,D,h,w) of an image's bicubic enlargement, brought back to the image."""
+        padded, scale = self._padded(pixels, grid.height, grid.width), self.vae.layout.scale
+        enlarged = F.interpolate(padded, scale_factor=scale, mode="bicubic", align_corners=False)
+        with self._tiled(padded.shape[-2:], scale):
+            latents = encode_in_range(self.vae, back_projected(enlarged, padded, scale))
+        return self.vae.layout.split(latents)[1]
 
     def _padded(self, pixels: Tensor, h: int, w: int) -> Tensor:
         """Return (1,3,H,W), mirrored at right and below to fill h x w latent positions."""
