@@ -372,6 +372,19 @@ def test_full_fine_tuning_leaves_the_pretrained_model_alone(recipe_values: dict,
     assert all(torch.equal(fresh[name], value) for name, value in run.base_pipeline.transformer.state_dict().items())
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_held_base_starts_at_the_pretrained_prediction(
+    recipe_values: dict, finished: Path, tmp_path: Path, lora: dict | None
+):
+    """The frozen copy counts the silent T5's tokens as the trained model does: their predictions are equal."""
+    values = {**recipe_values["stage2"], "lora": lora, "hold_base": 1.0, "max_steps": 3}
+    run = Upgrade(validate({**recipe_values, "stage2": values}, "held"), tmp_path, quiet, stage1=finished)  # type: ignore[arg-type]
+    run.train_dit()
+    first, *others = (record["loss_base"] for record in read_metrics(tmp_path / "metrics.jsonl"))
+    assert first == pytest.approx(0.0, abs=1e-8)
+    assert max(others) > 1e-6
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------
 
 

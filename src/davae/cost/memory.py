@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from davae.backbones.expand import expand_transformer, latent_channels
 from davae.backbones.trainable import choose_trainable, in_full_precision
-from davae.cost.flops import decode_latents, meta_detail_vae, meta_transformer, predict_once
+from davae.cost.flops import decode_latents, meta_detail_vae, meta_transformer, predict_once, transformer_flops
 from davae.cost.frozen_features import meta_features
 from davae.cost.repeated_blocks import Repeats
 from davae.latent import LatentLayout
@@ -233,11 +233,13 @@ def stage2_memory(
     *,
     mixed: bool,
     frozen: torch.dtype = torch.float32,
+    held: torch.dtype = torch.float32,
 ) -> TrainingStep:
     """Return one process's step of stage 2 by the recipe's batch, accumulation, checkpointing.
 
     Args:
         frozen: precision of the pretrained weights that are not trained.
+        held: precision of the transformer of `stage2.hold_base`.
     """
     with torch.device("meta"):  # for the new weights and LoRA's
         pretrained = converted(meta_transformer(shapes), frozen)
@@ -257,7 +259,19 @@ def stage2_memory(
             velocity_loss(prediction, latents, layout, 1.0).total.backward()
 
         repeats = Repeats(transformer)
-        return _memory([transformer], step, settings.accumulation, averaged=averaged, repeats=repeats)
+        found = _memory([transformer], step, settings.accumulation, averaged=averaged, repeats=repeats)
+    return found if not settings.hold_base else _with_held_base(found, shapes, layout, side, settings, held)
+
+
+def _with_held_base(
+    step: TrainingStep, shapes: BaseShapes, layout: LatentLayout, side: int, settings: Stage2, dtype: torch.dtype
+) -> TrainingStep:
+    """Return a step with the frozen transformer of `stage2.hold_base`, whose pass ends before the trained one's begins."""
+    with torch.device("meta"):
+        frozen = expand_transformer(converted(meta_transformer(shapes), dtype), layout.detail_channels)
+    flops = transformer_flops(converted(frozen, torch.float32), side).total * settings.batch_size
+    weights = sum(parameter.numel() for parameter in frozen.parameters()) * dtype.itemsize
+    return replace(step, weights=step.weights + weights, flops=step.flops + flops)
 
 
 def stage1_memory(

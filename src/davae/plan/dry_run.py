@@ -163,7 +163,9 @@ def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: 
         shapes=shapes,
         layout=layout,
         step1=stage1_memory(*autoencoder, own1, mixed=mixed, frozen=base_dtype),
-        step2=stage2_memory(shapes, layout, side, own2, mixed=mixed, frozen=frozen),
+        step2=stage2_memory(
+            shapes, layout, side, own2, mixed=mixed, frozen=frozen, held=base_dtype if mixed else frozen
+        ),
         text=text_facts(base),
         images=count_images(recipe.stage2_data, recipe.resolution),
         transformer=upgrade.expanded.num_parameters(),

@@ -126,6 +126,8 @@ def _autoencoder_phase(name: str, sizes: PhaseSizes, read: int) -> Phase:
 def stage2_phase(sizes: PhaseSizes) -> Phase:
     recipe, step = sizes.recipe, sizes.step2
     resident, loaded = 0, sizes.base_bytes * sizes.transformer + 4 * sizes.trained
+    if recipe.stage2.hold_base:  # a copy, in float32 where all weights are trained
+        loaded += (4 if recipe.stage2.lora is None else sizes.base_bytes) * sizes.transformer
     if recipe.stage2.validate_every or recipe.run.sample_every:
         resident += 4 * sizes.detail_vae
     text = sizes.text

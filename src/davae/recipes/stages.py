@@ -239,6 +239,11 @@ class Stage2(FlowOptim):
     clean_base: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
         default=0.0, description="Share of samples with a clean base latent, for `davae upscale`."
     )
+    hold_base: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.0,
+        description="Share of the pretrained model's prediction in the target of the base, so that it forgets less; "
+        "1 takes nothing from the images. Costs a pass without gradients and a second, frozen transformer.",
+    )
     linear_skip: bool = Field(
         default=False,
         description="Add what a linear Gaussian model predicts of the detail, fitted to the cache, to the head's output. "
@@ -260,6 +265,8 @@ class Stage2(FlowOptim):
                 f"warmup_steps (N_warm) is {self.warmup_steps}, more than max_steps {self.max_steps}: the detail "
                 "loss would never reach its full weight; lower warmup_steps or raise max_steps"
             )
+        if self.hold_base and self.new_weights == "random":
+            raise ValueError("hold_base needs the pretrained base of new_weights: zero; leave one of them out")
         if self.min_snr_gamma is not None and self.x0_ratio_max is not None:
             raise ValueError("min_snr_gamma and x0_ratio_max are two weights of the same loss; leave one of them out")
         return self

@@ -1,12 +1,18 @@
-"""Frozen transformer inside which stage 1 aligns the detail."""
+"""Frozen transformers: inside one stage 1 aligns the detail, to the other stage 2 holds the base."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from davae.device import compile_blocks
+from davae.latent import LatentLayout
+from davae.tasks.conditioning import Conditioning
 from davae.tasks.dit_alignment import FrozenFeatures
+from davae.tasks.held_base import HeldBase
 from davae.train.locking import one_at_a_time
 from davae.vae.detail_vae import DetailVAE
 
@@ -27,3 +33,23 @@ def frozen_features(run: UpgradeParts, vae: DetailVAE) -> FrozenFeatures | None:
     else:
         null = (torch.tensor([int(transformer.config[base.family.classes_key])]),)
     return FrozenFeatures(transformer, call, vae.layout, run.objective, null, wanted.depth)
+
+
+def held_base(
+    run: UpgradeParts, transformer: nn.Module, conditioning: Conditioning, layout: LatentLayout
+) -> HeldBase | None:
+    """Return what a run holds its base to, None without `stage2.hold_base`.
+
+    Args:
+        transformer: expanded, at its first step.
+        conditioning: of its conditions; what it has put into the transformer serves the copy too.
+    """
+    share, mixed = run.recipe.stage2.hold_base, run.recipe.run.mixed_precision != "no"
+    if not share:
+        return None
+    shared = getattr(conditioning, "processor", None)  # draws a number of tokens at each step
+    frozen: Any = copy.deepcopy(transformer, {} if shared is None else {id(shared): shared})
+    frozen = frozen.to(run.frozen) if mixed else frozen  # without autocast the inputs are in float32
+    if run.recipe.run.compile == "blocks":
+        compile_blocks(frozen, run.accelerator.device if mixed else None)
+    return HeldBase(frozen, layout, share, run.accelerator.autocast)

@@ -33,7 +33,7 @@ from davae.recipes import Recipe, load_recipe
 from davae.recipes.stages import POLISH
 from davae.runs.cache import cache_images, cache_key, cache_shards, check_shards, show_cache
 from davae.runs.checks import check_named_files, check_objective, check_recipe, check_shared, polished_alike
-from davae.runs.frozen_features import frozen_features
+from davae.runs.frozen_features import frozen_features, held_base
 from davae.runs.statistics import fit_residual, hash_statistics, set_residual, set_statistics
 from davae.runs.validation import GRID_IMAGES
 from davae.tasks.base_model import BaseModel
@@ -326,24 +326,19 @@ class UpgradeParts:
             pretrained, self.recipe.detail_channels, stage2.new_weights, stage2.detail_offset
         )
         cache = CachedLatents(self.first / "cache", self.base.family.condition, embedded=True)
-        attach_head(transformer, HeadOptions.of(self.recipe.stage2))
-        task = Stage2Task(
-            self.recipe.stage2,
-            vae.layout,
+        conditions = conditioning(
             transformer,
             cache,
-            vae.statistics,
-            conditioning(
-                transformer,
-                cache,
-                device,
-                null_text=self.base.silent_t5,
-                pixel_factor=vae.spatial_factor,
-                scheduler=self.base.scheduler,
-                guidance=self.recipe.stage2.embedded_guidance,
-            ),
-            self.objective,
             device,
+            null_text=self.base.silent_t5,
+            pixel_factor=vae.spatial_factor,
+            scheduler=self.base.scheduler,
+            guidance=stage2.embedded_guidance,
+        )
+        held = held_base(self, transformer, conditions, vae.layout)
+        attach_head(transformer, HeadOptions.of(stage2))
+        task = Stage2Task(
+            stage2, vae.layout, transformer, cache, vae.statistics, conditions, self.objective, device, held
         )
         if self.init is not None:
             load_trained(task.transformer, self.init / UPGRADE_FILE)

@@ -19,6 +19,7 @@ from davae.losses.velocity import detail_direction_loss, detail_weight, velocity
 from davae.pretrained.placement import send
 from davae.recipes.sections import Stage2
 from davae.tasks.conditioning import Conditioning, of_batch
+from davae.tasks.held_base import HeldBase
 from davae.tasks.noising import (
     NoisedBatch,
     Objective,
@@ -49,8 +50,9 @@ class Stage2Task(Task[Stage2]):
         conditioning: Conditioning,
         objective: Objective,
         device: torch.device,
+        held: HeldBase | None = None,
     ):
-        self.settings, self.layout, self.device = settings, layout, device
+        self.settings, self.layout, self.device, self.held = settings, layout, device, held
         self.dataset, self.collate = cache, collate_latents
         self.conditioning, self.objective = conditioning, objective
         self.levels: TwoLevels | None = None  # where the base is ahead of the detail
@@ -62,6 +64,8 @@ class Stage2Task(Task[Stage2]):
         self.dropout = 0.0 if embedded else settings.caption_dropout
         self.statistics = statistics.to(device, torch.float32)
         self.transformer = transformer.to(device)
+        if held is not None:
+            held.transformer.to(device)
         parameters = in_full_precision(choose_trainable(transformer, settings.lora))
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -99,8 +103,9 @@ class Stage2Task(Task[Stage2]):
         noised = self.noise(latents, draws)
         self.conditioning.draw(draws.batch)
         noised = self.keep_clean_base(noised, latents, draws)
+        # before the pass that keeps its activations
+        target = noised.target if self.held is None else self.held.target(noised, self.conditioning, conditions)
         prediction = self.conditioning.predict(self.modules["transformer"], noised.x_t, noised.t, conditions)
-        target = noised.target
         if noised.clean is not None:
             target = without_base_error(target, prediction, layout, noised.clean)
         weights = self.error_weights(noised.t)
