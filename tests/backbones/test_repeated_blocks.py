@@ -10,9 +10,9 @@ from torch import nn
 
 from davae.backbones.expand import expand_transformer
 from davae.cost.flops import meta_transformer
+from davae.cost.frozen_features import Undrawn
 from davae.cost.memory import (
     TrainingStep,
-    Undrawn,
     fake_mode,
     stage1_memory,
     stage2_memory,

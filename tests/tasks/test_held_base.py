@@ -14,10 +14,9 @@ from test_stage2_options import flux_task
 from davae import LatentLayout, expand_transformer
 from davae.cost.flops import meta_transformer
 from davae.cost.memory import TrainingStep, stage2_memory
-from davae.losses.held_base import held_target
 from davae.pretrained.shapes import read_shapes
 from davae.recipes.sections import Lora, Stage2
-from davae.tasks.held_base import HeldBase
+from davae.tasks.held_base import HeldBase, held_target
 from davae.train.random import SampleRandom
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,8 +24,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from davae.backbones.expand import expand_transformer, latent_channels
 from davae.backbones.trainable import choose_trainable, in_full_precision
-from davae.cost.flops import decode_latents, meta_detail_vae, meta_transformer, predict_once, transformer_flops
-from davae.cost.frozen_features import meta_features
+from davae.cost.flops import decode_latents, meta_detail_vae, meta_transformer, predict_once
+from davae.cost.frozen_features import Undrawn, held_base_cost, meta_features
 from davae.cost.repeated_blocks import Repeats
 from davae.latent import LatentLayout
 from davae.losses.perceptual import perceptual_distance
@@ -35,7 +35,6 @@ from davae.recipes.sections import Stage1, Stage2
 from davae.tasks.dit_alignment import FrozenFeatures
 from davae.tasks.polish import PolishTask
 from davae.tasks.stage1 import Stage1Task
-from davae.train.random import SampleRandom
 from davae.vae.codec import Codec
 from davae.vae.detail_vae import DetailVAE
 
@@ -142,20 +141,6 @@ def fake_mode() -> Iterator[None]:
         yield
 
 
-class Undrawn(SampleRandom):
-    """Random draws of a rehearsal, inside `fake_mode`: shapes alone, in no time for any batch."""
-
-    def __init__(self, count: int):
-        super().__init__(0, "rehearsal", 0, 0, 0)
-        self.count = count
-
-    def uniform(self) -> Tensor:
-        return torch.empty(self.count)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.empty(self.count, *shape)
-
-
 def fake_parameters(module: nn.Module) -> None:
     """Replace tensors on the meta device by fake ones, and a shared tensor by one fake tensor.
 
@@ -248,8 +233,7 @@ def stage2_memory(
     transformer.train()
     if settings.gradient_checkpointing:
         cast(Any, transformer).enable_gradient_checkpointing()
-    trained = [p for p in transformer.parameters() if p.requires_grad]
-    averaged = trained if settings.ema_decay else []
+    averaged = [p for p in transformer.parameters() if p.requires_grad and settings.ema_decay]
     with fake_mode():
         model = Mixed(transformer, mixed)
         latents = torch.empty(settings.batch_size, layout.channels, side, side)
@@ -260,18 +244,8 @@ def stage2_memory(
 
         repeats = Repeats(transformer)
         found = _memory([transformer], step, settings.accumulation, averaged=averaged, repeats=repeats)
-    return found if not settings.hold_base else _with_held_base(found, shapes, layout, side, settings, held)
-
-
-def _with_held_base(
-    step: TrainingStep, shapes: BaseShapes, layout: LatentLayout, side: int, settings: Stage2, dtype: torch.dtype
-) -> TrainingStep:
-    """Return a step with the frozen transformer of `stage2.hold_base`, whose pass ends before the trained one's begins."""
-    with torch.device("meta"):
-        frozen = expand_transformer(converted(meta_transformer(shapes), dtype), layout.detail_channels)
-    flops = transformer_flops(converted(frozen, torch.float32), side).total * settings.batch_size
-    weights = sum(parameter.numel() for parameter in frozen.parameters()) * dtype.itemsize
-    return replace(step, weights=step.weights + weights, flops=step.flops + flops)
+    weights, flops = held_base_cost(shapes, layout, side, settings, held)
+    return replace(found, weights=found.weights + weights, flops=found.flops + flops)
 
 
 def stage1_memory(
@@ -292,8 +266,9 @@ def stage1_memory(
     vae = meta_detail_vae(shapes, detail_channels, scale)
     with torch.device("meta"):
         features = meta_features(shapes, vae.layout, settings, frozen)
-    make = partial(Stage1Task, features=features)
-    return _autoencoder_memory(make, vae, resolution, settings, features, mixed=mixed)
+    return _autoencoder_memory(
+        partial(Stage1Task, features=features), vae, resolution, settings, features, mixed=mixed
+    )
 
 
 def polish_memory(

@@ -1,4 +1,4 @@
-"""Frozen transformers: inside one stage 1 aligns the detail, to the other stage 2 holds the base."""
+"""Frozen transformers, for the alignment of stage 1 and the held base of stage 2."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def held_base(
         return None
     shared = getattr(conditioning, "processor", None)  # draws a number of tokens at each step
     frozen: Any = copy.deepcopy(transformer, {} if shared is None else {id(shared): shared})
-    frozen = frozen.to(run.frozen) if mixed else frozen  # without autocast the inputs are in float32
+    device = run.accelerator.device
+    frozen = frozen.to(device, run.frozen if mixed else None)  # without autocast the inputs are in float32
     if run.recipe.run.compile == "blocks":
-        compile_blocks(frozen, run.accelerator.device if mixed else None)
-    return HeldBase(frozen, layout, share, run.accelerator.autocast)
+        compile_blocks(frozen, device if mixed else None)
+    return HeldBase(frozen, layout, share, lambda: run.accelerator.autocast())

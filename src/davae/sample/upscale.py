@@ -73,8 +73,7 @@ def upscale(
         batch_size: windows that the model sees at a time.
         window: side of the windows in pixels of the result; by default the size that the model draws.
         overlap: share of its side that a window has in common with the next one.
-        faithful: begin with the detail of a bicubic enlargement, and correct the result until it gives the input again
-            when it is reduced; only at strength 0.
+        faithful: begin with a bicubic enlargement's detail, and bring the result back to the input; only at strength 0.
         on_step: called with the steps that are done and their number, over all images.
         on_base: called after each step of a group of images with its number and estimates of their clean base latents
             (1,C,h,w), normalised; the image may be mirrored at its right and lower edge.
@@ -169,7 +168,7 @@ class _Work:
             return in_range(self.vae, self.vae.encode_base, padded)
 
     def _draft(self, pixels: Tensor, grid: WindowGrid) -> Tensor:
-        """Return the normalised detail (1,D,h,w) of an image's bicubic enlargement, brought back to the image."""
+        """Return the normalised detail (1,D,h,w) of a bicubic enlargement, corrected by its input."""
         padded, scale = self._padded(pixels, grid.height, grid.width), self.vae.layout.scale
         enlarged = F.interpolate(padded, scale_factor=scale, mode="bicubic", align_corners=False)
         with self._tiled(padded.shape[-2:], scale):

@@ -64,8 +64,6 @@ class Stage2Task(Task[Stage2]):
         self.dropout = 0.0 if embedded else settings.caption_dropout
         self.statistics = statistics.to(device, torch.float32)
         self.transformer = transformer.to(device)
-        if held is not None:
-            held.transformer.to(device)
         parameters = in_full_precision(choose_trainable(transformer, settings.lora))
         if settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -83,8 +81,7 @@ class Stage2Task(Task[Stage2]):
             if not parameter.requires_grad:
                 continue
             if name in self.masks:
-                new = "O'" if name.startswith(f"{self.head}.") else "P'"
-                groups[new].append((parameter, self.masks[name]))
+                groups["O'" if name.startswith(f"{self.head}.") else "P'"].append((parameter, self.masks[name]))
                 groups["rest"].append((parameter, 1 - self.masks[name]))
             else:
                 groups["lora" if "lora_" in name else "rest"].append((parameter, None))
@@ -96,14 +93,12 @@ class Stage2Task(Task[Stage2]):
 
     def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         s, layout = self.settings, self.layout
-        raw = send(batch["latents"], self.device)  # (B,C+D,h,w)
-        latents = self.statistics.normalise(raw)
+        latents = self.statistics.normalise(send(batch["latents"], self.device))  # (B,C+D,h,w)
         prompts = of_batch(batch["conditions"], batch["text"]) if "text" in batch else batch["conditions"]
         conditions = drop_conditions(prompts, self.conditioning.null, self.dropout, draws)
         noised = self.noise(latents, draws)
         self.conditioning.draw(draws.batch)
         noised = self.keep_clean_base(noised, latents, draws)
-        # before the pass that keeps its activations
         target = noised.target if self.held is None else self.held.target(noised, self.conditioning, conditions)
         prediction = self.conditioning.predict(self.modules["transformer"], noised.x_t, noised.t, conditions)
         if noised.clean is not None:
@@ -126,9 +121,9 @@ class Stage2Task(Task[Stage2]):
 
     def noise(self, latents: Tensor, draws: SampleRandom) -> NoisedBatch:
         """Draw timesteps and noise, and noise the latents (B,C+D,h,w), by the recipe at two levels."""
-        if self.levels is not None:
-            return self.levels.noise(latents, draws)
-        return noise_batch(self.objective, latents, draws)
+        return (
+            noise_batch(self.objective, latents, draws) if self.levels is None else self.levels.noise(latents, draws)
+        )
 
     def keep_clean_base(self, noised: NoisedBatch, latents: Tensor, draws: SampleRandom) -> NoisedBatch:
         """Draw the samples that keep a clean base, by the recipe, and put it in place.
