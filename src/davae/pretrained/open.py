@@ -233,7 +233,7 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
 
 
 def _download(kind: Any, model: str, variants: dict[str, str | None], without: tuple[str, ...]) -> str:
-    """Download each part in its own variant: diffusers takes a variant wherever it finds one, and leaves the rest."""
+    """Download each part in its own variant: diffusers takes one wherever it finds it."""
     place, revision = split_revision(model)
     options, folder = {"use_safetensors": True, "revision": revision}, ""
     for variant in dict.fromkeys(variants.values()) or [None]:

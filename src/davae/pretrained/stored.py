@@ -226,7 +226,7 @@ def weight_files(folder: Path, what: str) -> list[Path]:
 
 
 def stored_variants(model: str, parts: Iterable[str]) -> dict[str, str | None]:
-    """Return the variant, such as fp16, of each part that has weights, None where it has plain ones."""
+    """Return the variant, such as fp16, of each part with weights, None for plain ones."""
     files = [PurePosixPath(file) for file in _files(model) if file.endswith(".safetensors")]
     named = {part: [VARIANT.match(f.name) for f in files if f.parent == PurePosixPath(part)] for part in parts}
     return {part: min(m[1] for m in found if m) if all(found) else None for part, found in named.items() if found}

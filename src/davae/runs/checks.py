@@ -309,7 +309,7 @@ def check_shared(recipe: Recipe, folder: Path) -> str:
 
 
 def taken_from(recipe: Recipe, run: Path) -> Path | None:
-    """Return the run of an earlier `--stage1` whose base or stage 1 a run lacks, None where it needs none.
+    """Return the run of an earlier `--stage1` whose base or stage 1 a run lacks.
 
     Raises:
         RunError: it is gone, or the run began and noted none.

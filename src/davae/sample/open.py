@@ -106,7 +106,7 @@ def open_model(
 
 
 def samples_folder(name: str, place: str) -> Path:
-    """Return the folder for a model's images: a run's own, else one below `samples` with the model's name."""
+    """Return the folder for a model's images: a run's own, else `samples/NAME`."""
     if Path(place) == Path(name) / "pipeline":
         return Path(name) / "samples"
     model, revision = split_revision(name)

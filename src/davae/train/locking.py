@@ -140,7 +140,7 @@ def changing(folder: Path) -> Iterator[None]:
 
 
 def keep_origin(run: Path, origin: Path) -> None:
-    """Note in a run folder which other run serves it (`--stage1`), unless a run noted before is still there."""
+    """Note the other run that serves a run (`--stage1`), unless one noted before is there."""
     if not ((known := kept_origin(run)) and known.is_dir()):
         atomic_text(run / ORIGIN, os.path.abspath(origin))
 
@@ -151,7 +151,7 @@ def kept_origin(run: Path) -> Path | None:
 
 
 def base_home(run: Path) -> Path:
-    """Return the run folder in which the base of a run was trained: its own, or where `--stage1` led."""
+    """Return the folder of the run that trained the base of a run, by `--stage1` another."""
     origin = None if (run / "base").is_dir() else kept_origin(run)
     return run if origin is None else base_home(origin)
 
