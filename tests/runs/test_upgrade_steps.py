@@ -82,7 +82,8 @@ def test_a_run_goes_on_with_what_an_earlier_stage1_option_gave_it(tmp_path: Path
     run, other, third = (tmp_path / name for name in ("run", "other", "third"))
     for folder in (run / "checkpoints", run / "vae", other / "base", third / "base"):
         folder.mkdir(parents=True)
-    trains, has = (SimpleNamespace(base=SimpleNamespace(train=train)) for train in (object(), None))
+    trains: Any = SimpleNamespace(base=SimpleNamespace(train=object()))
+    has: Any = SimpleNamespace(base=SimpleNamespace(train=None))
     assert taken_from(trains, run) is None, "it has not begun"
     (run / "checkpoints" / "stage1.done").write_text("1")
     assert taken_from(has, run) is None, "its autoencoder was taken along"
@@ -93,8 +94,8 @@ def test_a_run_goes_on_with_what_an_earlier_stage1_option_gave_it(tmp_path: Path
     keep_origin(run, other)
     keep_origin(run, third)
     assert (taken_from(trains, run), taken_from(has, run), base_home(run)) == (other, None, other)
-    planned = with_known_base(load_recipe("imagenette128-gpu"))[0]
-    assert BaseModel.of(planned, run).name == str(other / "base" / "pipeline")
+    recipe: Any = load_recipe("imagenette128-gpu")
+    assert BaseModel.of(with_known_base(recipe)[0], run).name == str(other / "base" / "pipeline")
     (run / "vae").rmdir()
     (run / "checkpoints" / "stage2-inputs.json").touch()
     assert taken_from(has, run) == other, "it shares the autoencoder and the cache"

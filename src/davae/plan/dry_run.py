@@ -143,7 +143,7 @@ def check_data(recipe: Recipe, base: BaseModel, reads: bool) -> int | None:
 def recipe_sizes(
     recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: BaseModel, images: int | None
 ) -> PhaseSizes:
-    """Return the sizes that phases are computed from; `images` of stage 2, None to count them."""
+    """Return the sizes that phases are computed from, with images of stage 2 given or counted."""
     shapes, layout = upgrade.shapes, upgrade.layout
     processes = 1 if recipe.hardware is None else recipe.hardware.count
     shares = {
