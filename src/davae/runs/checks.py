@@ -315,7 +315,7 @@ def taken_from(recipe: Recipe, run: Path) -> Path | None:
         RunError: it is gone, or the run began and noted none.
     """
     base = recipe.base.train is not None and not (run / "base").is_dir()
-    begun = was_done(run, "stage1") or (run / "checkpoints" / "stage2-inputs.json").is_file()
+    begun = (base and was_done(run, "stage1")) or (run / "checkpoints" / "stage2-inputs.json").is_file()
     origin, what = kept_origin(run), "base" if base else "stage 1"
     if (not base and (run / "vae").is_dir()) or (origin is None and not begun):
         return None
