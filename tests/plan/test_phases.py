@@ -328,6 +328,7 @@ def test_images_are_counted_where_they_are(tmp_path: Path):
     for number in range(4):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
     assert count_images(recipe(f"data.source={tmp_path}", "data.holdout=0").data, 64) == ImageFacts(4, True)
+    assert count_images(recipe("data.source=nowhere").data, 64, found=10) == ImageFacts(9, True), "not opened again"
 
 
 def test_data_is_here_by_the_names_that_open_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -347,8 +348,8 @@ class Looked(Exception):
 
 
 def test_data_that_is_here_is_refused_as_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def looked(*_: object) -> None:
-        raise Looked
+    def looked(*sizes: object) -> None:
+        raise Looked(f"{sizes[-1]} images")
 
     monkeypatch.setattr("davae.plan.dry_run.recipe_sizes", looked)
     square, flat, empty = (tmp_path / name for name in ("square", "flat", "empty"))
@@ -360,13 +361,13 @@ def test_data_that_is_here_is_refused_as_in_the_run(tmp_path: Path, monkeypatch:
     own, shown = f"data.source={square}", ("data.require_captions=false", "data.buckets.max_ratio=4")
     for name, changes, verb, error, message in (
         ("micro", (own,), "upgrade", DataError, "2 of 2 images have no caption"),
-        ("micro", (own,), "train-vae", Looked, None),  # which reads none
-        ("micro", (own, f"stage2.data.source={tmp_path / 'not-here'}"), "upgrade", Looked, None),
+        ("micro", (own,), "train-vae", Looked, "^2 images"),  # which reads none
+        ("micro", (own, f"stage2.data.source={tmp_path / 'not-here'}"), "upgrade", Looked, "None images"),
         ("clothing", (own,), "upgrade", DataError, "a class-conditional model needs a class for every image"),
         ("micro", (own, "base.resolution=96"), "train-vae", DataError, "smaller than the target of 192 pixels"),
         ("micro", (f"data.source={empty}",), "train-vae", DataError, "holds no images"),
         ("micro", (f"cache.shards={square}",), "upgrade", DataError, "they train class-conditional models"),
-        ("micro", (f"data.source={flat}", *shown), "upgrade", Looked, None),
+        ("micro", (f"data.source={flat}", *shown), "upgrade", Looked, "^2 images"),
         (
             "micro",
             (f"data.source={flat}", *shown, "run.sample_every=1"),

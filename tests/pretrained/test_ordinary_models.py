@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_autoencoder
 from diffusers import DiffusionPipeline
+from huggingface_hub.utils import filter_repo_objects
 from transformers import CLIPTokenizer
 
 from davae.backbones.classes_by_name import model_class
@@ -20,7 +22,7 @@ from davae.pretrained.autoencoders import load_autoencoder
 from davae.pretrained.open import load_part, load_pipeline, read_config
 from davae.pretrained.processors import load_processor
 from davae.pretrained.shapes import read_shapes
-from davae.pretrained.stored import stored_variant
+from davae.pretrained.stored import stored_variants
 from davae.pretrained.text_encoders import load_text_encoders, reads_silent_t5
 from davae.sample.fingerprint import model_fingerprint
 
@@ -121,8 +123,46 @@ def test_the_hub_is_asked_for_a_revision_and_for_half_precision_alone(
     monkeypatch.setattr(type(plain), "download", download)
     assert load_pipeline("a/b@refs/pr/1", without=("transformer",)).transformer is None
     assert asked == [("a/b", "refs/pr/1"), ("a/b", "refs/pr/1", "fp16")]
-    assert stored_variant("a/b", "transformer") is None
-    assert stored_variant("a/b", "vae") == "fp16"
+    assert stored_variants("a/b", ["transformer", "vae", "tokenizer"]) == {"transformer": None, "vae": "fp16"}
+
+
+def test_one_part_in_half_precision_alone_leaves_the_others_whole(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """diffusers downloads fp16 files of every part that has any, once it is asked for them."""
+    hub, home = tmp_path / "hub", tmp_path / "home"
+    plain = load_pipeline(str(model))
+    plain.save_pretrained(hub)
+    plain.to(torch.float16).save_pretrained(hub, variant="fp16")
+    (hub / "text_encoder_2" / "model.safetensors").unlink()  # the one that exists as fp16 alone
+    names = [file.relative_to(hub).as_posix() for file in hub.rglob("*.*")]
+
+    def snapshot(name: str, allow_patterns: list[str], ignore_patterns: list[str], **options: Any) -> str:
+        for file in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (home / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub / file, home / file)
+        return str(home)
+
+    def fetched(name: str, filename: str, subfolder: str | None = None, **options: Any) -> str:
+        return "" if subfolder else str(shutil.copy(hub / filename, home))
+
+    home.mkdir()
+    for module in ("davae.pretrained.stored", "davae.pretrained.open"):
+        monkeypatch.setattr(f"{module}.hub_answers", lambda: True)
+    monkeypatch.setattr("davae.pretrained.stored.list_repo_files", lambda name, revision: names)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    theirs = "diffusers.pipelines.pipeline_utils"
+    monkeypatch.setattr(f"{theirs}.hf_hub_download", fetched)
+    monkeypatch.setattr(f"{theirs}.snapshot_download", snapshot)
+    siblings = [SimpleNamespace(rfilename=name) for name in names]
+    monkeypatch.setattr(f"{theirs}.model_info", lambda *args, **options: SimpleNamespace(siblings=siblings))
+    found = load_pipeline("a/b")
+    loaded = {file.relative_to(home).as_posix() for file in home.rglob("*.safetensors")}
+    assert {name for name in loaded if ".fp16." in name} == {"text_encoder_2/model.fp16.safetensors"}
+    original = load_pipeline(str(model))
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_3"):
+        first, second = (getattr(pipeline, part).state_dict() for pipeline in (found, original))
+        assert all(torch.equal(first[name], second[name]) for name in second), part
 
 
 def test_an_autoencoder_of_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

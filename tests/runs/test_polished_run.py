@@ -25,10 +25,10 @@ from davae.pretrained.open import load_pipeline
 from davae.publish.upgrade_file import find_upgrade
 from davae.recipes import Recipe, validate
 from davae.runs import upgrade_parts
-from davae.runs.checks import polished_alike
 from davae.runs.report import run_with_report
 from davae.runs.status import read_status
 from davae.runs.upgrade import Upgrade
+from davae.runs.upgrade_parts import polished_alike
 from davae.sample.open import open_autoencoder
 from davae.train.loop import Progress
 from davae.train.run_folder import read_metrics

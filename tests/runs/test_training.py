@@ -31,6 +31,7 @@ from davae.cli import main
 from davae.data.latent_cache.meta import read_meta
 from davae.device import record_passes
 from davae.errors import DataError, RunError
+from davae.files.atomic import atomic_folder
 from davae.pretrained.open import load_pipeline
 from davae.publish.assemble import load_upgraded
 from davae.recipes import Recipe, set_values, validate
@@ -40,7 +41,7 @@ from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions
 from davae.train import run_folder as state
 from davae.train.loop import learning_rate
-from davae.train.run_folder import RunFolder, new_folder, read_metrics
+from davae.train.run_folder import RunFolder, read_metrics
 
 CHANGES = {"stage1__max_steps": 8, "stage2__max_steps": 8, "run__checkpoint_every": 1}
 
@@ -299,6 +300,8 @@ def test_another_stage_2_on_the_same_detail_vae(
     first, second = (read_metrics(folder / "metrics.jsonl") for folder in (finished, tmp_path / "other"))
     assert {record["stage"] for record in second} == {"stage2"}
     assert [r["loss"] for r in second] != [r["loss"] for r in first if r["stage"] == "stage2"]
+    run_cli("train-dit", str(recipe_file), *other[2:], "--set", "stage2.seed=5", "--set", "stage2.new_weights=random")
+    assert not (tmp_path / "other" / "vae").exists(), "it goes on with that of the first run"
     wrong = ("train-dit", str(recipe_file), *other[:2], "--set", "stage1.lr=0.5", "--out", str(tmp_path / "x"))
     for dry in ((), ("--dry-run",)):
         assert "was made from another autoencoder or data: stage1.lr" in fails(capsys, *wrong, *dry)
@@ -513,12 +516,12 @@ def test_a_run_folder_serves_one_process(recipe_values: dict, tmp_path: Path):
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
-    with new_folder(tmp_path / "a") as partial:
+    with atomic_folder(tmp_path / "a") as partial:
         (partial / "x").write_text("1")
         assert not (tmp_path / "a").exists()
 
     def broken() -> None:
-        with new_folder(tmp_path / "a") as partial:
+        with atomic_folder(tmp_path / "a") as partial:
             (partial / "x").write_text("2")
             raise ZeroDivisionError
 

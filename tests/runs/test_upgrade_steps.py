@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
+from davae.errors import RunError
+from davae.recipes import load_recipe
 from davae.runs import upgrade
+from davae.runs.checks import taken_from
 from davae.runs.upgrade import Step, Upgrade
+from davae.tasks.base_model import BaseModel, with_known_base
+from davae.train.locking import base_home, keep_origin
 
 
 def run_of(folder: Path, first: Path, done: set[str], base: bool, polish: bool = False) -> Any:
@@ -71,3 +76,34 @@ def test_steps_of_another_run_are_not_due(noted: list[str], tmp_path: Path):
     own = run_of(tmp_path / "own", tmp_path / "first", set(), base=True, polish=True)
     assert own.run("stage1.polish") == tmp_path / "own" / "polished", "a polish and stage 2 are each run's own"
     assert noted == ["stage2", "stage1.polish"]
+
+
+def test_a_run_goes_on_with_what_an_earlier_stage1_option_gave_it(tmp_path: Path):
+    run, other, third = (tmp_path / name for name in ("run", "other", "third"))
+    for folder in (run / "checkpoints", run / "vae", other / "base", third / "base"):
+        folder.mkdir(parents=True)
+    trains: Any = SimpleNamespace(base=SimpleNamespace(train=object()))
+    has: Any = SimpleNamespace(base=SimpleNamespace(train=None))
+    assert taken_from(trains, run) is None, "it has not begun"
+    (run / "checkpoints" / "stage1.done").write_text("1")
+    assert taken_from(has, run) is None, "its autoencoder was taken along"
+    with pytest.raises(
+        RunError, match="run: it lacks its base, which may be another run's; give that to `davae train"
+    ):
+        taken_from(trains, run)
+    keep_origin(run, other)
+    keep_origin(run, third)
+    assert (taken_from(trains, run), taken_from(has, run), base_home(run)) == (other, None, other)
+    recipe: Any = load_recipe("imagenette128-gpu")
+    assert BaseModel.of(with_known_base(recipe)[0], run).name == str(other / "base" / "pipeline")
+    (run / "vae").rmdir()
+    (run / "checkpoints" / "stage2-inputs.json").touch()
+    assert taken_from(has, run) == other, "it shares the autoencoder and the cache"
+    (other / "base").rmdir()
+    other.rmdir()
+    with pytest.raises(RunError, match=f"lacks its stage 1, which may be another run's, {other} before"):
+        taken_from(has, run)
+    keep_origin(run, third)
+    assert taken_from(has, run) == third
+    (run / "base").mkdir()
+    assert base_home(run) == run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -170,6 +171,17 @@ def test_a_fingerprint_is_of_names_and_content(model: Path, tmp_path: Path, monk
     large.write_bytes(b"y" * 1000)
     os.utime(large, ns=(about.st_atime_ns, about.st_mtime_ns))  # the same size and time: the change time differs
     assert hashing.file_hash(large) != first
+
+
+def test_a_file_of_the_hub_s_cache_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its blob is named by the SHA-256 of the content, that of a small text file by git's hash."""
+    monkeypatch.setattr(hashing, "LARGE", 10)
+    (tmp_path / "blobs").mkdir()
+    for content, name, known in ((b"w" * 1000, "0" * 64, True), (b"t" * 1000, "1" * 40, False)):
+        (tmp_path / "blobs" / name).write_bytes(content)
+        file = tmp_path / f"{name[0]}.safetensors"
+        file.symlink_to(tmp_path / "blobs" / name)
+        assert hashing.file_hash(file) == (name if known else hashlib.sha256(content).hexdigest())
 
 
 @pytest.mark.parametrize(

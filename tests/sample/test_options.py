@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from davae.commands.options import sampling_options
 from davae.pretrained.placement import Placement
-from davae.sample.open import SamplingOptions
+from davae.sample.open import SamplingOptions, samples_folder
 
 
 def test_settings_are_those_that_folders_of_earlier_versions_hold():
@@ -22,6 +24,29 @@ def test_a_side_is_one_number():
     assert (SamplingOptions().side, SamplingOptions(resolution=64).side) == (None, 64)
     with pytest.raises(AssertionError):
         _ = SamplingOptions(resolution=(32, 64)).side
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("org/name", "samples/name"),
+        ("org/name@refs/pr/5", "samples/name@refs-pr-5"),
+        ("org/name@v1", "samples/name@v1"),
+        ("micro-upgraded", "samples/micro-upgraded"),
+        ("models/sd35@v1/", "samples/sd35@v1"),
+        ("models/../sd35", "samples/sd35"),
+        (".", "samples/inside"),
+        ("..", "samples/outside"),
+        ("run/", "run/samples"),
+    ],
+)
+def test_the_folder_of_samples_has_the_model_s_name(
+    name: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for place in ("outside/inside/models/sd35@v1", "outside/inside/run/pipeline"):
+        (tmp_path / place).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "outside" / "inside")
+    assert samples_folder(name, "run/pipeline" if name == "run/" else name) == Path(folder)
 
 
 def test_a_verb_gives_the_options_that_it_has():

@@ -192,6 +192,24 @@ def test_an_interrupted_command_goes_on(pipeline, tmp_path: Path, monkeypatch: p
     assert drawn == [1], "an image more in the same folder"
 
 
+def test_a_second_command_is_refused_while_one_writes(pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both found the folder free of other results when they began."""
+    picture(1, 16, 16).save(tmp_path / "one.png")
+    out, tried = tmp_path / "out", []
+
+    def enlarged(pipeline: Any, images: list[Image.Image], *arguments: Any, seed: int, **options: Any) -> Any:
+        if not tried:
+            tried.append(seed)
+            with pytest.raises(RunError, match="out: another davae process writes here"):
+                upscale_files(pipeline, find_images([tmp_path / "one.png"], out), out, replace(OPTIONS, seed=1))
+        return [image.resize((32, 32)) for image in images]
+
+    monkeypatch.setattr(upscaling, "upscale", enlarged)
+    upscale_files(pipeline, find_images([tmp_path / "one.png"], out), out, OPTIONS)
+    upscale_files(pipeline, find_images([tmp_path / "one.png"], out), out, OPTIONS)
+    assert tried == [0]
+
+
 def test_results_next_to_their_inputs_are_no_inputs(tmp_path: Path):
     for name in ("a.jpg", "b.webp"):
         picture(1, 16, 16).save(tmp_path / name)

@@ -22,6 +22,7 @@ from warm import run, run_two
 
 import davae.recipes
 from davae.errors import Interrupted, RunError
+from davae.files.atomic import atomic_folder
 from davae.pretrained.open import load_pipeline
 from davae.pretrained.prompting import embed_captions
 from davae.pretrained.shapes import read_shapes
@@ -36,7 +37,7 @@ from davae.train.ema import Average
 from davae.train.monitor import RunWarnings, StepTimer
 from davae.train.random import SampleRandom
 from davae.train.ready import check_trainings
-from davae.train.run_folder import RunFolder, new_folder, newest_checkpoint, read_metrics
+from davae.train.run_folder import RunFolder, newest_checkpoint, read_metrics
 from davae.train.shares import Share, share_of_step
 
 CONFIGS = Path(davae.recipes.__file__).parent / "accelerate"
@@ -270,9 +271,9 @@ def test_a_broken_checkpoint_falls_back_and_says_so(tmp_path: Path, caplog: pyte
 
 
 def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path):
-    with new_folder(tmp_path / "a") as partial:
+    with atomic_folder(tmp_path / "a") as partial:
         (partial / "x").write_text("1")
-    (tmp_path / "a").rename(tmp_path / ".a.old")  # what a kill inside new_folder leaves
+    (tmp_path / "a").rename(tmp_path / ".a.old")  # what a kill inside atomic_folder leaves
     (tmp_path / ".a.partial").mkdir()
     state.put_back(tmp_path)
     assert (tmp_path / "a" / "x").read_text() == "1"

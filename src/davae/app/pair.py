@@ -18,6 +18,7 @@ from davae.pretrained.shapes import default_resolution
 from davae.publish.assemble import load_upgraded
 from davae.recipes import Recipe, load_recipe
 from davae.sample.open import open_model
+from davae.train.locking import base_home
 from davae.vae.base import base_channels
 from davae.vae.detail_vae import DetailVAE
 from davae.zoo import SHIPPED, resolve, shipped_upgrade
@@ -93,7 +94,7 @@ def _recorded_base(run: Path) -> str | None:
         return None
     recipe = load_recipe(str(run / "recipe.yaml"))
     assert isinstance(recipe, Recipe)
-    return recipe.base.model or str(run / "base" / "pipeline")
+    return recipe.base.model or str(base_home(run) / "base" / "pipeline")
 
 
 @contextmanager

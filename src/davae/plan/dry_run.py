@@ -79,10 +79,10 @@ def plan(recipe: Recipe, folder: Path | None = None, verb: str = "upgrade", stag
     shapes, layout = base.shapes, check_recipe(recipe, base)
     check_init(recipe, shapes)
     objective = check_objective(recipe, base)
-    check_data(recipe, base, verb != "train-vae" and not (folder and is_done(folder, recipe, "cache")))
+    images = check_data(recipe, base, verb != "train-vae" and not (folder and is_done(folder, recipe, "cache")))
     upgrade = MetaUpgrade(shapes, layout, recipe.stage2.detail_offset)
     tokens = upgrade.tokens(recipe.resolution)
-    sizes = recipe_sizes(recipe, upgrade, tokens, base)
+    sizes = recipe_sizes(recipe, upgrade, tokens, base, images)
     phases = plan_phases(sizes)
     side = recipe.base.resolution // shapes.vae_factor
     figures: dict[str, Any] = {
@@ -103,25 +103,23 @@ def plan(recipe: Recipe, folder: Path | None = None, verb: str = "upgrade", stag
     for name in recipe.trainings:
         device = next(phase.device for phase in phases if phase.name == name)
         figures |= training_figures(name, sizes, device)
-        if recipe.hardware is not None:
-            figures |= on_hardware(name, sizes, device)
+        figures |= {} if recipe.hardware is None else on_hardware(name, sizes, device)
     text_figures, text_note = text_notes(sizes)
     known = check_distilled(recipe, base)
-    notes = [missing or note] if missing or note else []
-    notes += [] if known is None else [known.note(recipe.base.name)]
+    notes = [line for line in (missing or note, known and known.note(recipe.base.name)) if line]
     notes += [*step_notes(recipe), *text_note, *assumption_notes(sizes)]
     notes += [] if folder is None else disk_notes(phases, folder)
     return Plan(figures | text_figures, notes, phases, sizes.hardware)
 
 
-def check_data(recipe: Recipe, base: BaseModel, reads: bool) -> None:
-    """Refuse data that is here and that the run refuses, by at most `LOOKED_AT` images.
+def check_data(recipe: Recipe, base: BaseModel, reads: bool) -> int | None:
+    """Check data that is here as the run does, and return the images of stage 2 where opened.
 
     Args:
         recipe, base: of the run.
         reads: whether the run is to read captions, classes or latent shards.
     """
-    train, scale, shows = recipe.base.train, recipe.scale, recipe.run.sample_every
+    train, scale, shows, found = recipe.base.train, recipe.scale, recipe.run.sample_every, None
     if reads and recipe.cache.shards is not None and Path(recipe.cache.shards).exists():
         side, channels = recipe.base.resolution // base.shapes.vae_factor, base.shapes.channels
         check_shards(recipe.cache, channels + recipe.detail_channels, side, base.num_classes)
@@ -134,22 +132,25 @@ def check_data(recipe: Recipe, base: BaseModel, reads: bool) -> None:
             continue
         few = data.model_copy(update={"limit": min(data.limit or LOOKED_AT, LOOKED_AT)})
         opened = open_pictures(few, recipe.base.resolution * times, base.bucket_step(times))
+        found = len(opened.source) if data == recipe.stage2_data and not data.streaming else found
         if conditions:
             check_conditions(opened.summary((), examples=0), base.num_classes, data.require_captions)
         if shown:
             plain_images(opened, 1, recipe.resolution, recipe.run.seed)
+    return found
 
 
-def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: BaseModel) -> PhaseSizes:
-    """Return the sizes that the phases of a recipe are computed from."""
+def recipe_sizes(
+    recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: BaseModel, images: int | None
+) -> PhaseSizes:
+    """Return the sizes that phases are computed from, with images of stage 2 given or counted."""
     shapes, layout = upgrade.shapes, upgrade.layout
     processes = 1 if recipe.hardware is None else recipe.hardware.count
     shares = {
         name: share_of_step(settings, name, processes, recipe.hardware) for name, settings in recipe.trainings.items()
     }
     own1, own2 = own_settings(recipe.stage1, shares["stage1"]), own_settings(recipe.stage2, shares["stage2"])
-    mixed = recipe.run.mixed_precision != "no"
-    base_dtype = getattr(torch, recipe.base.dtype)
+    mixed, base_dtype = recipe.run.mixed_precision != "no", getattr(torch, recipe.base.dtype)
     frozen = torch.float32 if recipe.stage2.lora is None else base_dtype
     side = recipe.base.resolution // shapes.vae_factor
     encode, decode = autoencoder_flops(upgrade.detail_vae, recipe.resolution)
@@ -167,7 +168,7 @@ def recipe_sizes(recipe: Recipe, upgrade: MetaUpgrade, tokens: TokenPlan, base: 
             shapes, layout, side, own2, mixed=mixed, frozen=frozen, held=base_dtype if mixed else frozen
         ),
         text=text_facts(base),
-        images=count_images(recipe.stage2_data, recipe.resolution),
+        images=count_images(recipe.stage2_data, recipe.resolution, images),
         transformer=upgrade.expanded.num_parameters(),
         trained=upgrade.trained(recipe.stage2.lora),
         base_vae=upgrade.base_vae.num_parameters(),

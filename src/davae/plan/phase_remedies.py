@@ -30,8 +30,7 @@ def train_remedy(name: str) -> Callable[[PhaseSizes], str]:
             ways.append(f"set cache.text=stored ({sizes.text_disk / GIB:,.1f} GiB of disk)")
         if held and not settings.gradient_checkpointing:
             ways.append(f"set {name}.gradient_checkpointing=true")
-        share = sizes.share1 if name == "stage1" else sizes.share2
-        if held and share.images > 1:
+        if held and (sizes.share1 if name == "stage1" else sizes.share2).images > 1:
             ways.append(f"lower {name}.batch_size and raise {name}.accumulation")
         if held and name == "stage1" and recipe.stage1.crop is None:
             ways.append(f"set stage1.crop={recipe.resolution // 2}")

@@ -220,16 +220,17 @@ def is_here(source: str) -> bool:
     return source in ("openmoji", "openmoji-all") or any(map(glob, [escape(source), *expand_braces(source)]))
 
 
-def count_images(data: Data, resolution: int) -> ImageFacts:
+def count_images(data: Data, resolution: int, found: int | None = None) -> ImageFacts:
     """Return the number of training images, counted, limited by `data.limit`, or assumed.
 
     Args:
         data: the recipe's section; its held-out share is subtracted.
         resolution: pixels at which the images are read.
+        found: images of the source, where it was opened already.
     """
     kept = 1.0 - data.holdout
-    if is_here(data.source):
-        found = len(open_source(data.source, resolution, source_options(data)))
+    if found is not None or is_here(data.source):
+        found = found or len(open_source(data.source, resolution, source_options(data)))
         return ImageFacts(max(1, round(kept * min(found, data.limit or found))), True)
     return ImageFacts(max(1, round(kept * data.limit)) if data.limit else ASSUMED_IMAGES, data.limit is not None)
 

@@ -246,8 +246,7 @@ def drawing_bytes(sizes: PhaseSizes, *, upgraded: bool) -> DrawingBytes:
     decode = rehearsed(decoding, "decode", asked)
     if upgraded and weights + decode > sizes.budget:
         decode = rehearsed(lambda: decoding(TILE), "decode in tiles", asked)
-    step = rehearsed(a_pass, "pass", sizes.passes, asked)
-    return DrawingBytes(max(decode, step), weights)
+    return DrawingBytes(max(decode, rehearsed(a_pass, "pass", sizes.passes, asked)), weights)
 
 
 def in_precision_of_report(recipe: Recipe) -> Recipe:

@@ -23,7 +23,7 @@ from davae.files.reading import read_object
 from davae.homes import HOMES
 from davae.pretrained.hub_errors import hub_answers, hub_reason
 from davae.pretrained.processors import check_tokenizers
-from davae.pretrained.stored import check_config, load_component, load_components, loading, stored_variant
+from davae.pretrained.stored import check_config, load_component, load_components, loading, stored_variants
 from davae.zoo import SHIPPED, split_revision
 from davae.zoo.presets import nearest_presets, presets
 
@@ -185,13 +185,9 @@ def load_scheduler(model: str | Configs) -> Any:
     name = (configs.index.get("scheduler") or (None, None))[1]
     if name is None:
         return None
-    try:
-        kind = model_class(name)
-    except ValueError as error:
-        raise ModelError(f"model {configs.model}: {error}") from error
-    config = configs.read("scheduler", "scheduler_config.json")
-    with loading(f"scheduler of model {configs.model}"):
-        check_config(config, f"scheduler of model {configs.model}")
+    with loading(what := f"scheduler of model {configs.model}"):
+        kind, config = model_class(name), configs.read("scheduler", "scheduler_config.json")
+        check_config(config, what)
         return kind.from_config(dict(config))
 
 
@@ -222,21 +218,28 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
     check_folder(Path(model), without=without)
     # diffusers takes a part that the index has as null for forgotten, unless it is passed as None
     without = (*without, *(part for part, entry in index.items() if entry == [None, None]))
-    what = f"model {model}"
-    with loading(what), without_own_code(model, index) as folder, warnings.catch_warnings():
+    with loading(what := f"model {model}"), without_own_code(model, index) as folder, warnings.catch_warnings():
         # `dtype`, its new name, is unknown to the oldest diffusers that davae takes
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         kind = model_class(name)
         if not Path(folder).is_dir():
-            options: dict[str, Any] = {"variant": stored_variant(model, *(p for p in index if p not in without))}
-            place, options["revision"] = split_revision(model)
-            folder = str(kind.download(place, use_safetensors=True, **options, **dict.fromkeys(without)))
+            folder = _download(kind, model, stored_variants(model, (p for p in index if p not in without)), without)
         parts = dict.fromkeys(without) | load_components(Path(folder), model, dtype, without)
-        variant = stored_variant(folder, *(p for p in index if p not in parts))  # a safety checker's, say
+        variant = next(filter(None, stored_variants(folder, (p for p in index if p not in parts)).values()), None)
         pipeline = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, variant=variant, **parts)
     check_tokenizers(pipeline, what)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _download(kind: Any, model: str, variants: dict[str, str | None], without: tuple[str, ...]) -> str:
+    """Download each part in its own variant: diffusers takes one wherever it finds it."""
+    place, revision = split_revision(model)
+    options, folder = {"use_safetensors": True, "revision": revision}, ""
+    for variant in dict.fromkeys(variants.values()) or [None]:
+        left = (*without, *(part for part, own in variants.items() if own != variant))
+        folder = str(kind.download(place, variant=variant, **options, **dict.fromkeys(left)))
+    return folder
 
 
 def class_name(entry: Any) -> str:

@@ -225,14 +225,11 @@ def weight_files(folder: Path, what: str) -> list[Path]:
     return found
 
 
-def stored_variant(model: str, *parts: str) -> str | None:
-    """Return the variant, such as fp16, of the first part of a model without other weights."""
+def stored_variants(model: str, parts: Iterable[str]) -> dict[str, str | None]:
+    """Return the variant, such as fp16, of each part with weights, None for plain ones."""
     files = [PurePosixPath(file) for file in _files(model) if file.endswith(".safetensors")]
-    for part in parts:
-        matches = [VARIANT.match(file.name) for file in files if file.parent == PurePosixPath(part)]
-        if matches and all(matches):
-            return min(match[1] for match in matches if match)
-    return None
+    named = {part: [VARIANT.match(f.name) for f in files if f.parent == PurePosixPath(part)] for part in parts}
+    return {part: min(m[1] for m in found if m) if all(found) else None for part, found in named.items() if found}
 
 
 def _files(model: str) -> Iterable[str]:
@@ -350,7 +347,7 @@ def load_component(model: str, part: str, kind: Any, dtype: torch.dtype, what: s
     else:
         options["torch_dtype"] = dtype
     with loading(what), bounded(bound, what):
-        options["variant"] = stored_variant(model, part)
+        options["variant"] = stored_variants(model, [part]).get(part)
         loaded, info = cast(Any, kind).from_pretrained(
             name, use_safetensors=True, output_loading_info=True, **options
         )

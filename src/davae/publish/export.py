@@ -40,6 +40,7 @@ from davae.publish.report_file import read_report
 from davae.publish.standalone import home_module, standalone_source
 from davae.publish.upgrade_file import UpgradeFile, check_base_autoencoder, write_upgrade
 from davae.recipes import Recipe, load_recipe
+from davae.train.locking import base_home
 from davae.train.run_folder import is_done, was_done
 from davae.zoo import resolve
 
@@ -61,9 +62,8 @@ class FinishedRun:
 
     def base(self) -> str:
         """Return the pretrained model: a folder or a hub id."""
-        if self.recipe.base.model is not None:
-            return resolve(self.recipe.base.model)
-        return str(self.folder / "base" / "pipeline")
+        model = self.recipe.base.model
+        return str(base_home(self.folder) / "base" / "pipeline") if model is None else resolve(model)
 
 
 def open_run(folder: Path) -> FinishedRun:

@@ -205,14 +205,9 @@ class BaseRun:
             cache_shards(target, recipe.cache, channels=channels, num_classes=number, **options)
             return read_meta(target, key)
         meta = cache_images(
-            target,
-            self.images,
-            vae,
-            cache=recipe.cache,
-            precision=run_precision(recipe.run),
-            num_workers=recipe.data.num_workers,
-            **options,
-        )
+            target, self.images, vae, cache=recipe.cache, precision=run_precision(recipe.run),
+            num_workers=recipe.data.num_workers, **options,
+        )  # fmt: skip
         skipped = {**self.opened.left_out, **meta.skipped}
         used = len(self.opened.train) - len(meta.skipped)
         write_skipped(self.out / "pictures.json", used, skipped, self.accelerator)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from operator import attrgetter
 from pathlib import Path
 
 from davae.backbones.classes import find_class, named_classes
@@ -14,7 +13,7 @@ from davae.backbones.family import Family, longest_side
 from davae.backbones.head_options import HeadOptions, check_family
 from davae.data.buckets import bucket_sizes
 from davae.data.latent_cache.meta import is_whole
-from davae.errors import DataError, ModelError, RecipeError
+from davae.errors import DataError, ModelError, RecipeError, RunError
 from davae.files.reading import read_object
 from davae.latent import LatentLayout
 from davae.losses.perceptual import perceptual_distance
@@ -28,6 +27,7 @@ from davae.recipes.stages import POLISH
 from davae.recipes.super_resolution import SuperResolution
 from davae.tasks.base_model import BaseModel
 from davae.tasks.noising import Objective
+from davae.train.locking import kept_origin
 from davae.train.ready import check_trainings
 from davae.train.run_folder import is_done, was_done
 from davae.vae.base import autoencoder_family
@@ -45,8 +45,7 @@ def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
     """Check a recipe against the configs of its base model and return its latent layout.
 
     Args:
-        recipe: the upgrade's.
-        base: its base model.
+        recipe, base: the upgrade's, and its base model.
 
     Raises:
         RecipeError: D not a multiple of C, a size that does not divide or that the model cannot draw, a distilled model, or
@@ -100,8 +99,7 @@ def check_distilled(recipe: Recipe, base: BaseModel) -> Distilled | None:
     """Refuse a base that was distilled to a few steps, and return any other distillation.
 
     Args:
-        recipe: the upgrade's.
-        base: its base model.
+        recipe, base: the upgrade's, and its base model.
 
     Raises:
         RecipeError: a distilled base, unless the recipe sets `base.distilled` to `train`.
@@ -186,8 +184,7 @@ def check_head(recipe: Recipe, base: BaseModel) -> None:
     """Refuse options of the detail's rows that a model lacks, and warn of a bad pair.
 
     Args:
-        recipe: the upgrade's.
-        base: its base model.
+        recipe, base: the upgrade's, and its base model.
 
     Raises:
         RecipeError: another class than davae's own, or one of its models that predicts epsilon.
@@ -212,8 +209,7 @@ def check_crops(recipe: Recipe, pixels: int) -> None:
     """Check the squares on which stage 1 and its polish train.
 
     Args:
-        recipe: of the upgrade.
-        pixels: of a latent position.
+        recipe, pixels: of the upgrade, and of a latent position.
 
     Raises:
         RecipeError: a side that is not a multiple of it, or above the resolution.
@@ -312,6 +308,26 @@ def check_shared(recipe: Recipe, folder: Path) -> str:
     return "" if whole and not changed else changed[0] if changed else "it has no whole one"
 
 
+def taken_from(recipe: Recipe, run: Path) -> Path | None:
+    """Return the run of an earlier `--stage1` whose base or stage 1 a run lacks.
+
+    Raises:
+        RunError: it is gone, or the run began and noted none.
+    """
+    base = recipe.base.train is not None and not (run / "base").is_dir()
+    begun = (base and was_done(run, "stage1")) or (run / "checkpoints" / "stage2-inputs.json").is_file()
+    origin, what = kept_origin(run), "base" if base else "stage 1"
+    if (not base and (run / "vae").is_dir()) or (origin is None and not begun):
+        return None
+    if origin is None or not origin.is_dir():
+        was = "" if origin is None else f", {origin} before"
+        raise RunError(
+            f"{run}: it lacks its {what}, which may be another run's{was}; give that to `davae train-dit --stage1`"
+        )
+    logger.info("%s goes on with the %s of %s (--stage1)", run, what, origin)
+    return origin
+
+
 def _changed(one: Recipe, other: Recipe, parts: tuple[str, ...], mine: Data, theirs: Data) -> list[str]:
     """Return the differences of two recipes in some parts, with a stage's own images as `data`."""
     own = one.model_copy(update={"data": mine}), other.model_copy(update={"data": theirs})
@@ -323,8 +339,7 @@ def check_objective(recipe: Recipe, base: BaseModel) -> Objective:
     """Return the objective of the recipe's base model, flow matching where it is trained first.
 
     Args:
-        recipe: the upgrade's.
-        base: its base model.
+        recipe, base: the upgrade's, and its base model.
 
     Raises:
         ModelError: an objective that stage 2 cannot train.
@@ -383,9 +398,3 @@ def check_buckets(recipe: Recipe, base: BaseModel) -> None:
                 f"{path}.max_ratio: {buckets.max_ratio} gives {side} tokens in a row, {recipe.base.name} knows "
                 f"positions up to {longest}; lower it"
             )
-
-
-def polished_alike(one: Recipe, other: Recipe) -> bool:
-    """Return whether two runs on one stage 1 polish it alike, on latents normalised alike."""
-    read = attrgetter("stage1_data.source", "stage2.detail_residual", "stage2_data.source")
-    return read(one) == read(other) and one.trainings.get(POLISH) == other.trainings.get(POLISH)

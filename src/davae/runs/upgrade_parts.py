@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from davae.publish.assemble import POLISHED, UPGRADE_FILE, load_trained
 from davae.recipes import Recipe, load_recipe
 from davae.recipes.stages import POLISH
 from davae.runs.cache import cache_images, cache_key, cache_shards, check_shards, show_cache
-from davae.runs.checks import check_named_files, check_objective, check_recipe, check_shared, polished_alike
+from davae.runs.checks import check_named_files, check_objective, check_recipe, check_shared, taken_from
 from davae.runs.frozen_features import frozen_features, held_base
 from davae.runs.statistics import fit_residual, hash_statistics, set_residual, set_statistics
 from davae.runs.validation import GRID_IMAGES
@@ -43,7 +44,7 @@ from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
 from davae.train.accelerator import make_accelerator, seed_initial_weights
 from davae.train.distributed import from_main, is_main
-from davae.train.locking import changing, hold_for_reading, one_at_a_time
+from davae.train.locking import changing, hold_for_reading, keep_origin, one_at_a_time
 from davae.train.loop import Observer, training_seed
 from davae.train.run_folder import RunFolder, check_stage_inputs, is_done, trained_before, was_done
 from davae.vae.detail_vae import DetailVAE
@@ -56,6 +57,12 @@ def save_model(model: Any, folder: Path) -> None:
         model.eval().save_pretrained(partial)
 
 
+def polished_alike(one: Recipe, other: Recipe) -> bool:
+    """Return whether two runs on one stage 1 polish it alike, on latents normalised alike."""
+    read = attrgetter("stage1_data.source", "stage2.detail_residual", "stage2_data.source")
+    return read(one) == read(other) and one.trainings.get(POLISH) == other.trainings.get(POLISH)
+
+
 class UpgradeParts:
     """Everything that the steps of one upgrade work with.
 
@@ -63,7 +70,8 @@ class UpgradeParts:
         recipe: of the upgrade.
         out: the run folder.
         observer: called after every step of a training.
-        stage1: the folder of another run, equal up to stage 1, whose DetailVAE to use, and its cache where that is equal.
+        stage1: the folder of another run, equal up to stage 1, whose DetailVAE to use, and its cache where that is equal; a
+            run that began with one goes on with it.
 
     Raises:
         RecipeError, DataError, ModelError, RunError: the recipe does not fit its base, images or the folder; found before a
@@ -72,6 +80,7 @@ class UpgradeParts:
 
     def __init__(self, recipe: Recipe, out: Path, observer: Observer, *, stage1: Path | None = None):
         check_run(out, partial(was_done, out))  # before any work
+        stage1 = stage1 or taken_from(recipe, out)
         self.origin = out if stage1 is None else stage1  # where the base and stage 1 are trained
         self.accelerator = make_accelerator(recipe.run, out)
         self.base = BaseModel.of(recipe, self.origin)
@@ -89,6 +98,8 @@ class UpgradeParts:
         self.first = out if from_main(self.why_anew or was_done(out, "stage1")) else self.origin
         self.shared = hold_for_reading(stage1) if stage1 is not None and is_main() else None
         self.folder = RunFolder(out, recipe)
+        if stage1 is not None and is_main():
+            keep_origin(out, stage1)
         if recipe.stage2.data is None:
             self.data.summary  # noqa: B018
 
@@ -267,15 +278,9 @@ class UpgradeParts:
             return
         embeds = self.base.family.condition == "text" and recipe.cache.text == "stored"
         cache_images(
-            folder,
-            self.data.for_cache(),
-            vae,
-            cache=recipe.cache,
-            precision=run_precision(recipe.run),
-            num_workers=recipe.stage2_data.num_workers,
-            embed=self.embedder() if embeds else None,
-            **options,
-        )
+            folder, self.data.for_cache(), vae, cache=recipe.cache, precision=run_precision(recipe.run),
+            num_workers=recipe.stage2_data.num_workers, embed=self.embedder() if embeds else None, **options,
+        )  # fmt: skip
 
     def text_encoders(self) -> Any:
         """Return the pretrained pipeline without its transformer."""
@@ -326,20 +331,13 @@ class UpgradeParts:
             pretrained, self.recipe.detail_channels, stage2.new_weights, stage2.detail_offset
         )
         cache = CachedLatents(self.first / "cache", self.base.family.condition, embedded=True)
-        conditions = conditioning(
-            transformer,
-            cache,
-            device,
-            null_text=self.base.silent_t5,
-            pixel_factor=vae.spatial_factor,
-            scheduler=self.base.scheduler,
-            guidance=stage2.embedded_guidance,
-        )
-        held = held_base(self, transformer, conditions, vae.layout)
+        given = conditioning(
+            transformer, cache, device, null_text=self.base.silent_t5, pixel_factor=vae.spatial_factor,
+            scheduler=self.base.scheduler, guidance=stage2.embedded_guidance,
+        )  # fmt: skip
+        held = held_base(self, transformer, given, vae.layout)
         attach_head(transformer, HeadOptions.of(stage2))
-        task = Stage2Task(
-            stage2, vae.layout, transformer, cache, vae.statistics, conditions, self.objective, device, held
-        )
+        task = Stage2Task(stage2, vae.layout, transformer, cache, vae.statistics, given, self.objective, device, held)
         if self.init is not None:
             load_trained(task.transformer, self.init / UPGRADE_FILE)
         return task

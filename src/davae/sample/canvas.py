@@ -64,8 +64,7 @@ class WindowGrid:
         weight = ramp[:, None] * ramp
         total = parts.new_zeros(1, parts.shape[1], self.height, self.width)
         weights = parts.new_zeros(self.height, self.width)
-        corners = [(y, x) for y in self.tops for x in self.lefts]
-        for part, (y, x) in zip(parts, corners, strict=True):
+        for part, (y, x) in zip(parts, ((y, x) for y in self.tops for x in self.lefts), strict=True):
             total[0, :, y : y + side, x : x + side] += part * weight
             weights[y : y + side, x : x + side] += weight
         return total / weights

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 LOADED = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}  # what loading a pipeline reads
 LARGE = 1 << 20  # bytes from which a file's hash is remembered
-BLOCK = 1 << 24
 STOCHASTIC = (  # schedulers that draw the noise of their steps from the generator that they get
     "DDPM", "DDPMParallel", "EulerAncestralDiscrete", "KDPM2AncestralDiscrete", "LCM", "FlowMatchLCM", "SCM", "TCD",
     "SASolver", "UnCLIP",
@@ -33,8 +33,8 @@ def model_fingerprint(places: Sequence[str]) -> str:
 
     Every byte counts, because a short training may change one tensor. Hashes of large files are remembered in davae's
     cache folder under their inode, size and times, so that a second look at 24 GB of unchanged weights takes
-    milliseconds; the first reads them once, as loading them does. A hub id counts by its commit. Where a scheduler adds
-    noise, the rule of this noise counts too.
+    milliseconds; the first reads them once, as loading them does. Files of the hub's cache are named by their hash, and a
+    hub id counts by its commit. Where a scheduler adds noise, the rule of this noise counts too.
 
     Args:
         places: folders or hub ids, in the order in which they make up the model.
@@ -75,20 +75,21 @@ def file_hash(path: Path) -> str:
     about = path.stat()
     if about.st_size < LARGE:
         return hashlib.sha256(path.read_bytes()).hexdigest()
+    real = Path(os.path.realpath(path))
+    if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name):  # the hub's cache: its own SHA-256
+        return real.name
     state = [about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
-    known = cache_folder() / "hashes" / f"{hash_values(str(Path(os.path.realpath(path))))}.json"
+    known = cache_folder() / "hashes" / f"{hash_values(str(real))}.json"
     try:
         remembered = load_json(known.read_text(encoding="utf-8"))
         if remembered["state"] == state:
             return str(remembered["sha256"])
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
         pass
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
     try:
-        atomic_text(known, json.dumps({"state": state, "sha256": digest.hexdigest()}) + "\n")
+        atomic_text(known, json.dumps({"state": state, "sha256": found}) + "\n")
     except (RunError, OSError) as error:
         logger.debug("hash of %s is not remembered: %s", path, error)
-    return digest.hexdigest()
+    return found

@@ -71,20 +71,13 @@ def draw_training_set(
     total = num or len(texts)
     state = PartialState()
     settings = {
-        "num": total,
-        "resolution": options.resolution,
-        "steps": options.steps,
-        "guidance": options.guidance,
-        "seed": options.seed,
-        "shard_size": shard_size,
-        "format": image_format,
-        "dtype": options.placement.precision,
-    }
-    weights = model_fingerprint(model_places(model))
+        "num": total, "resolution": options.resolution, "steps": options.steps, "guidance": options.guidance,
+        "seed": options.seed, "shard_size": shard_size, "format": image_format, "dtype": options.placement.precision,
+    }  # fmt: skip
     shards = plan_shards(out, texts, total, shard_size, image_format)
     keep = kept_images(
         out,
-        {**settings, "prompts": hash_values(texts), "weights": weights},
+        {**settings, "prompts": hash_values(texts), "weights": model_fingerprint(model_places(model))},
         {"model": model, "prompt_file": str(prompts)},
         former={"model": model, "prompts": str(prompts), **settings},
         check_former=lambda: check_former(shards),

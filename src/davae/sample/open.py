@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from davae.pretrained.open import load_pipeline
 from davae.pretrained.placement import FULL, Placement, own_device
 from davae.publish.assemble import POLISHED, load_upgraded
 from davae.vae.detail_vae import DetailVAE
-from davae.zoo import SHIPPED, UPGRADES, resolve
+from davae.zoo import SHIPPED, UPGRADES, resolve, split_revision
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,17 @@ def open_model(
     pipeline = load_pipeline(place, placement.dtype)
     for upgrade in upgrades:
         pipeline = load_upgraded(pipeline, Path(upgrade))
-    own = Path(place) == Path(name) / "pipeline"
     prepare(pipeline)
-    return placement.place(pipeline), Path(name) / "samples" if own else Path("samples") / Path(name).name
+    return placement.place(pipeline), samples_folder(name, place)
+
+
+def samples_folder(name: str, place: str) -> Path:
+    """Return the folder for a model's images: a run's own, else `samples/NAME`."""
+    if Path(place) == Path(name) / "pipeline":
+        return Path(name) / "samples"
+    model, revision = split_revision(name)
+    title = Path(os.path.abspath(model)).name  # of `.` and `..` too
+    return Path("samples") / (title if revision is None else f"{title}@{revision.replace('/', '-')}")
 
 
 def check_class_prompts(pipeline: Any, prompts: list[str]) -> None:

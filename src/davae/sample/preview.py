@@ -87,8 +87,7 @@ class Preview:
             self.images, self._before = {}, None
         latents, number = kwargs["latents"], step + 1
         if number % self.every == 0:
-            shown = self._show(pipeline, latents, number)
-            self.images[number] = shown
+            shown = self.images[number] = self._show(pipeline, latents, number)
             if self.on_preview is not None:
                 self.on_preview(number, shown)
         self._before = latents if (number + 1) % self.every == 0 else None

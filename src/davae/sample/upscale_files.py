@@ -19,6 +19,7 @@ from davae.data.images import grid
 from davae.data.latent_cache.key import hash_values
 from davae.errors import DataError, ModelError, RunError, UnreadableImage
 from davae.files.outputs import SOFTWARE, check_image, is_drawn, save_image
+from davae.files.ownership import only_writer
 from davae.sample.fingerprint import file_hash
 from davae.sample.open import SamplingOptions, check_class_prompts
 from davae.sample.upscale import check_enlarging, check_size, counted, upscale
@@ -201,9 +202,8 @@ def upscale_files(
         on_step: called with the steps that are done and their number, over all images.
 
     Raises:
-        ModelError: an image that is too large or without a class where the model needs one, a model that cannot enlarge, an
-            argument out of its bounds; before any image is drawn.
-        RunError: an earlier result has another input, prompt, weights or options; before any image is drawn.
+        ModelError: an image that is too large or lacks its class, a model that cannot enlarge, an argument out of bounds.
+        RunError: an earlier result has another input, prompt, weights or options, or another process writes into the folder.
         DataError: an image that cannot be decoded; those before it are written.
     """
     size, unit = {"steps": options.steps, "times": times, "batch_size": options.batch_size}, options.steps * times
@@ -212,27 +212,28 @@ def upscale_files(
     how: dict[str, Any] = {"strength": strength, "window": window, "faithful": faithful}
     about = weights, options.settings, {"times": times, **how}
     made_from = {job.target: hash_values(*about, file_hash(job.source), job.prompt) for job in jobs}
-    kept = {target for target, mark in made_from.items() if _is_kept(target, mark)}
-    for start in range(0, len(jobs), options.batch_size):
-        group = jobs[start : start + options.batch_size]
-        shown = counted(on_step, unit * start, unit * len(group), unit * len(jobs))
-        if kept.issuperset(job.target for job in group):
-            shown(1, 1)
-            continue
-        sources = [read_source(job.source) for job in group]
-        results = upscale(
-            pipeline,
-            [source.image for source in sources],
-            [job.prompt for job in group],
-            guidance_scale=options.guidance,
-            seed=options.seed,
-            on_step=shown,
-            **size,
-            **how,
-        )
-        for job, source, result in zip(group, sources, results, strict=True):
-            save_result(result, source, job.target, made_from[job.target])
-    save_image(_sheet(jobs[:MOST_ROWS]), out / SHEET)
+    with only_writer(out):  # no other command writes between the look at earlier results and the last new one
+        kept = {target for target, mark in made_from.items() if _is_kept(target, mark)}
+        for start in range(0, len(jobs), options.batch_size):
+            group = jobs[start : start + options.batch_size]
+            shown = counted(on_step, unit * start, unit * len(group), unit * len(jobs))
+            if kept.issuperset(job.target for job in group):
+                shown(1, 1)
+                continue
+            sources = [read_source(job.source) for job in group]
+            results = upscale(
+                pipeline,
+                [source.image for source in sources],
+                [job.prompt for job in group],
+                guidance_scale=options.guidance,
+                seed=options.seed,
+                on_step=shown,
+                **size,
+                **how,
+            )
+            for job, source, result in zip(group, sources, results, strict=True):
+                save_result(result, source, job.target, made_from[job.target])
+        save_image(_sheet(jobs[:MOST_ROWS]), out / SHEET)
     return out / SHEET
 
 

@@ -23,6 +23,7 @@ from davae.tasks.autoencoder import build_autoencoder
 from davae.tasks.class_conditional import build_class_transformer
 from davae.tasks.noising import Objective, choose_objective, flow_matching
 from davae.tasks.text_to_image import build_transformer
+from davae.train.locking import base_home
 from davae.vae.codec import latent_shape
 from davae.zoo import resolve
 from davae.zoo.presets import presets
@@ -57,12 +58,12 @@ class BaseModel:
 
         Args:
             recipe: the upgrade's.
-            folder: run folder in which the recipe trains its base model, where it does.
+            folder: run folder in which, or for which (`--stage1`), the recipe trains its base model.
             configs: folder, hub id or preset from which configs are read; the model itself unless given.
         """
         base = recipe.base
         if base.train is not None:
-            place = base.name if folder is None else str(folder / "base" / "pipeline")
+            place = base.name if folder is None else str(base_home(folder) / "base" / "pipeline")
             return cls(place, title=base.name, planned=base.train)
         assert base.model is not None
         return cls(resolve(base.model), title=base.model, configs=configs)

@@ -217,9 +217,7 @@ class LossScale:
             bad: whether the gradient was not finite.
             lost: whether a loss was not finite.
         """
-        if self.scaler is None or self.scaler.get_scale() <= self.FLOOR:
-            return bad
-        return bad & lost
+        return bad if self.scaler is None or self.scaler.get_scale() <= self.FLOOR else bad & lost
 
     def state(self) -> dict[str, Any]:
         """Return scale and growth counter, plain values, empty without a scaler."""

@@ -22,7 +22,7 @@ from davae.train.distributed import ranks
 logger = logging.getLogger(__name__)
 
 LOCK, PROCESS = ".lock", ".process.json"
-CHANGING, READERS = ".changing.lock", ".readers"
+CHANGING, READERS, ORIGIN = ".changing.lock", ".readers", ".stage1"
 
 
 def try_lock(path: Path) -> FileLock | None:
@@ -75,8 +75,7 @@ def running_process(run_folder: Path) -> int | None:
         return None
     if host != machine_id() or not alive(pid):
         return None
-    lock = try_lock(run_folder / LOCK)
-    if lock is None:
+    if (lock := try_lock(run_folder / LOCK)) is None:
         return pid
     lock.release()
     return None
@@ -89,8 +88,7 @@ def _readers(folder: Path) -> list[Path]:
     """Return the lock files of runs that read this folder now, and remove those of killed ones."""
     held = []
     for path in sorted((folder / READERS).glob("*.lock")):
-        lock = try_lock(path)
-        if lock is None:
+        if (lock := try_lock(path)) is None:
             held.append(path)
         else:
             path.unlink(missing_ok=True)
@@ -139,6 +137,23 @@ def changing(folder: Path) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
+
+
+def keep_origin(run: Path, origin: Path) -> None:
+    """Note the other run that serves a run (`--stage1`), unless one noted before is there."""
+    if not ((known := kept_origin(run)) and known.is_dir()):
+        atomic_text(run / ORIGIN, os.path.abspath(origin))
+
+
+def kept_origin(run: Path) -> Path | None:
+    """Return the run that `keep_origin` noted, None without one."""
+    return Path((run / ORIGIN).read_text("utf-8")) if (run / ORIGIN).is_file() else None
+
+
+def base_home(run: Path) -> Path:
+    """Return the folder of the run that trained the base of a run, by `--stage1` another."""
+    origin = None if (run / "base").is_dir() else kept_origin(run)
+    return run if origin is None else base_home(origin)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.errors import Interrupted, RecipeError, RunError
-from davae.files.atomic import atomic_folder, atomic_text, make_folder, require_space, save_tensors, saving, sweep
+from davae.errors import RecipeError, RunError
+from davae.files.atomic import atomic_folder, atomic_text, make_folder, require_space, saving, sweep
 from davae.files.checksums import file_sum
 from davae.files.ownership import check_run, unowned
 from davae.files.reading import load_json, whole_number
@@ -30,10 +30,6 @@ from davae.train.distributed import barrier, from_main, is_main
 from davae.train.locking import LOCK, RunLock
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["Interrupted", "RunError", "RunFolder", "new_folder", "replace_text", "save_tensors"]
-new_folder, replace_text = atomic_folder, atomic_text  # the older names
-
 
 CHECKPOINT_KEPT = "the last checkpoint is whole"
 
@@ -261,9 +257,7 @@ def newest_checkpoint(folder: RunFolder, stage: str) -> dict[str, Any] | None:
     if chosen is not None:
         check_same_recipe(chosen, folder.recipe)
     chosen = from_main(chosen)
-    if chosen is None or is_main():
-        return state
-    return load_checkpoint(chosen)
+    return state if chosen is None or is_main() else load_checkpoint(chosen)
 
 
 class Metrics:

@@ -20,9 +20,8 @@ from davae.train.distributed import is_main
 def snapshot(module: nn.Module, trained: list[str]) -> dict[str, Tensor]:
     """Return trained parameters and all buffers by name, whole, on the CPU. Collective."""
     parameters = dict(module.named_parameters())
-    return {name: gather(parameters[name]) for name in trained} | {
-        name: gather(buffer) for name, buffer in module.named_buffers()
-    }
+    parts = {name: parameters[name] for name in trained} | dict(module.named_buffers())
+    return {name: gather(part) for name, part in parts.items()}
 
 
 def restore(module: nn.Module, trained: list[str], state: Mapping[str, Tensor]) -> None:
