@@ -12,6 +12,7 @@ from davae.backbones.classes_by_name import model_class
 from davae.backbones.families import supported
 from davae.backbones.family import Family, longest_side
 from davae.backbones.head_options import HeadOptions, check_family
+from davae.cost.flops import check_lora
 from davae.data.buckets import bucket_sizes
 from davae.data.latent_cache.meta import is_whole
 from davae.errors import DataError, ModelError, RecipeError
@@ -55,6 +56,7 @@ def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
     check_distilled(recipe, base)
     check_detail_time(recipe.stage2, base.family)
     check_head(recipe, base)
+    check_lora(base.shapes, recipe.stage2.lora)
     check_dit_alignment(recipe, base)
     check_report_prompts(recipe, base)
     shapes = base.shapes
