@@ -21,7 +21,7 @@ from davae.errors import DataError, ModelError, RunError, UnreadableImage
 from davae.files.outputs import SOFTWARE, check_image, is_drawn, save_image
 from davae.sample.fingerprint import file_hash
 from davae.sample.open import SamplingOptions, check_class_prompts
-from davae.sample.upscale import check_enlarging, check_size, counted, upscale
+from davae.sample.upscale import LATENT_PASSES, PASSES, check_enlarging, check_size, counted, upscale
 
 SHEET = "before-after.png"
 CELL, MOST_ROWS = 384, 12  # pixels of the contact sheet's cells, and how many images it shows
@@ -171,7 +171,7 @@ def _is_kept(target: Path, made_from: str) -> bool:
     with Image.open(target, formats=["PNG"]) as image:
         if image.info.get(SOFTWARE) == made_from:
             return True
-    raise RunError(f"{target}: it has another input, prompt, model or options; use another --out, or move it away")
+    raise RunError(f"{target}: it has another input, prompt, model, options or davae; use another --out, or move it")
 
 
 def upscale_files(
@@ -193,8 +193,7 @@ def upscale_files(
 
     Args:
         pipeline: an upgraded pipeline.
-        jobs: the files.
-        out: folder of the results.
+        jobs, out: the files, and the folder of the results.
         options: steps, guidance, seed and batch size.
         weights: fingerprint of the pipeline's weights.
         strength, times, window, faithful: as `davae.upscale` takes them.
@@ -203,14 +202,15 @@ def upscale_files(
     Raises:
         ModelError: an image that is too large or without a class where the model needs one, a model that cannot enlarge, an
             argument out of its bounds; before any image is drawn.
-        RunError: an earlier result has another input, prompt, weights or options; before any image is drawn.
+        RunError: an earlier result has another input, prompt, weights, options or passes; before any image is drawn.
         DataError: an image that cannot be decoded; those before it are written.
     """
     size, unit = {"steps": options.steps, "times": times, "batch_size": options.batch_size}, options.steps * times
     check_enlarging(pipeline, strength=strength, **size)
     _check_jobs(pipeline, jobs, times, window)
     how: dict[str, Any] = {"strength": strength, "window": window, "faithful": faithful}
-    about = weights, options.settings, {"times": times, **how}
+    passes = {"faithful": [PASSES, LATENT_PASSES]} if faithful and strength == 0.0 else {}
+    about = weights, options.settings, {"times": times, **how, **passes}
     made_from = {job.target: hash_values(*about, file_hash(job.source), job.prompt) for job in jobs}
     kept = {target for target, mark in made_from.items() if _is_kept(target, mark)}
     for start in range(0, len(jobs), options.batch_size):
