@@ -49,7 +49,7 @@ CEILINGS = {
     "benchmarks": Ceiling(2400),
     "commands": Ceiling(2650),
     "convert": Ceiling(720),
-    "cost": Ceiling(708),
+    "cost": Ceiling(716),
     "data": Ceiling(7570),
     "dataset": Ceiling(950),
     "evaluate": Ceiling(2550),

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from upgraded_tiny import assembled
 
 from davae.cli import app
+from davae.errors import DavaeError
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,16 @@ def test_every_method_has_the_same_figures(model: Path, picture_folder: Path, tm
     raw = json.loads((tmp_path / "raw.json").read_text())
     for name in ("upgrade", "originals, decoded"):
         assert raw["rows"][name]["reduced_psnr"] < figures["rows"][name]["reduced_psnr"] - 3
+
+
+def test_a_held_out_share_without_images_and_an_unknown_method_are_one_line(model: Path, picture_folder: Path):
+    words = ["evaluate", "enlarging", "--model", str(model), "--data", str(picture_folder), "--held-out"]
+    for more, message in (
+        (["0.0001"], f"{picture_folder}: no held_out image at a share of 0.0001; take another share"),
+        (["0.0001", "--method", "sharpest"], "enlarger sharpest: neither bilinear"),  # before the images are read
+    ):
+        with pytest.raises(DavaeError, match=message):
+            CliRunner().invoke(app, [*words, *more], catch_exceptions=False)
 
 
 def test_fewer_than_four_images_are_refused_at_once(picture_folder: Path):

@@ -43,7 +43,7 @@ def test_any_command_can_enlarge():
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("sharpest", "neither bilinear, bicubic, lanczos"),
+        ("sharpest", "enlarger sharpest: neither bilinear, bicubic, lanczos"),
         ("false {input} {output}", "command failed"),
         ("true {input} {output}", "left no 00000.png"),
         ("no-such-program {input} {output}", "command failed.*No such file"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from cases import BUILDERS
 from conftest import picture, tiny_upgrade_recipe
 from diffusers import SD3Transformer2DModel
@@ -179,6 +180,42 @@ def test_prompts_of_the_report_are_classes(few: Path, tmp_path: Path, prompt: st
     ):
         upgrade("clothing", few, tmp_path / "run", f"sampling.prompts=['{prompt}']")
     upgrade("clothing", few, tmp_path / "run", "sampling.prompts=[Dress, '16', shoe]").folder.close()
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (
+            {"rank": 2, "extra_targets": ["no.such"]},
+            r"stage2\.lora\.extra_targets: no layer of SD3Transformer2DModel",
+        ),
+        ({"rank": 2, "extra_targets": ["norm1.linear"], "train_norms": True}, "which train_norms trains in full"),
+    ],
+)
+def test_layers_that_a_lora_cannot_adapt_are_found_before_stage_1(
+    tiny_base: Path, picture_folder: Path, tmp_path: Path, lora: dict[str, Any], message: str
+) -> None:
+    recipe = validate(
+        {"kind": "upgrade", **tiny_upgrade_recipe(tiny_base, picture_folder, stage2__lora=lora)}, "tiny"
+    )
+    assert isinstance(recipe, Recipe)
+    with pytest.raises(RecipeError, match=message):
+        Upgrade(recipe, tmp_path / "run", quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_precision_weights_in_pieces_are_refused_before_stage_1(
+    tiny_base: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "is_fsdp2", property(lambda self: True))
+    half = {"base__dtype": "bfloat16", "run__mixed_precision": "bf16"}
+    recipe = validate({"kind": "upgrade", **tiny_upgrade_recipe(tiny_base, picture_folder, **half)}, "tiny")
+    assert isinstance(recipe, Recipe)
+    run = Upgrade(recipe, tmp_path / "run", quiet)
+    with pytest.raises(RecipeError, match="bfloat16 weights cannot be cut into pieces"):
+        run.train_dit()
+    assert not begun(tmp_path / "run")
+    run.folder.close()
 
 
 def test_a_lora_that_is_not_there_is_found_before_the_model_is_loaded(

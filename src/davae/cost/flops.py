@@ -15,6 +15,7 @@ from davae.backbones.classes_by_name import model_class
 from davae.backbones.expand import latent_channels
 from davae.backbones.families import family_of
 from davae.backbones.lightning_dit import LightningDiT
+from davae.backbones.trainable import LoraSettings, choose_trainable
 from davae.pretrained.shapes import BaseShapes
 from davae.pretrained.stored import planned
 from davae.vae.detail_vae import DetailVAE
@@ -71,6 +72,17 @@ def meta_transformer(shapes: BaseShapes) -> nn.Module:
     """Return the transformer's modules without weights."""
     with planned(f"the {shapes.transformer_class}"):
         return model_class(shapes.transformer_class).from_config(shapes.transformer_config)
+
+
+def check_lora(shapes: BaseShapes, lora: LoraSettings | None) -> None:
+    """Refuse further targets of a LoRA that stage 2 cannot adapt, without loading weights.
+
+    Raises:
+        RecipeError: no layer has such a name, or it is trained in full.
+    """
+    if lora is not None and lora.extra_targets:
+        with torch.device("meta"):
+            choose_trainable(meta_transformer(shapes), lora)
 
 
 def meta_detail_vae(shapes: BaseShapes, detail_channels: int, scale: int) -> DetailVAE:

@@ -266,13 +266,14 @@ def real_pictures(
     Args:
         data: a source, or a whole section `data`; its buckets and augmentations are not used.
         resolution: pixels.
-        held_out: share that is held out.
-        side: side of the split.
+        held_out, side: share that is held out, and side of the split.
         summary: file for the summary, which is logged too.
         limits: limits of a model's text encoders.
     """
     chosen = as_data(data).model_copy(update={"holdout": held_out, "buckets": None})
     opened = open_images(chosen, resolution, side=side if held_out else "both")
+    if not opened.survey.indices:
+        raise DataError(f"{chosen.source}: no {side} image at a share of {held_out}; take another share")
     announce(opened.summary(limits), summary)
     return opened.squares(opened.survey.indices)
 

@@ -74,9 +74,9 @@ def evaluate_enlarging(
     pipeline, _ = open_model(model, options.placement)
     check_enlarging(pipeline, strength=strength, steps=options.steps, times=1, batch_size=options.batch_size)
     size = default_resolution(pipeline)
+    ways = {name: make_upscaler(name, size) for name in methods}
     images = real_pictures(data, size, held_out, "held_out", summary=summary)
     pairs = _reduced(images, num, options.batch_size, pipeline, captions, PASSES * (faithful and strength == 0.0))
-    ways = {name: make_upscaler(name, size) for name in methods}
     ways["upgrade"] = _by_upgrade(pipeline, options, strength, faithful)
     return {
         "model": model,

@@ -66,7 +66,7 @@ def make_upscaler(method: str, size: int) -> Upscaler:
             upscale(upgraded, images, prompts, steps=STEPS, guidance_scale=1.0, batch_size=BATCH), size
         )
     raise ModelError(
-        f"--upscale {method}: neither {', '.join(FILTERS)}, nor a weights file, an upgraded model's "
+        f"enlarger {method}: neither {', '.join(FILTERS)}, nor a weights file, an upgraded model's "
         "folder or a command with {input} and {output}"
     )
 
@@ -99,9 +99,9 @@ def load_network(path: Path) -> Any:
             state = ModelLoader().load_state_dict_from_file(path)
         model = ModelLoader().load_from_state_dict(state)
     except (UnsupportedModelError, SafetensorError, UnpicklingError, ValueError, RuntimeError, OSError) as error:
-        raise ModelError(f"--upscale {path}: {' '.join(str(error).split())[:160] or type(error).__name__}") from error
+        raise ModelError(f"enlarger {path}: {' '.join(str(error).split())[:160] or type(error).__name__}") from error
     if not isinstance(model, ImageModelDescriptor) or model.input_channels != 3:
-        raise ModelError(f"--upscale {path}: not a network from colour images to colour images")
+        raise ModelError(f"enlarger {path}: not a network from colour images to colour images")
     return model.to(own_device()).eval()
 
 
@@ -126,9 +126,9 @@ def command_words(command: str) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise ModelError(f"--upscale {command}: {str(error).lower()}; check the quotes") from error
+        raise ModelError(f"enlarger {command}: {str(error).lower()}; check the quotes") from error
     if shutil.which(words[0]) is None:
-        raise ModelError(f"--upscale command failed: No such file or program {words[0]}; give its full path")
+        raise ModelError(f"enlarging command failed: No such file or program {words[0]}; give its full path")
     return words
 
 
@@ -154,8 +154,8 @@ def run_command(command: list[str], images: list[Image.Image]) -> list[Image.Ima
             subprocess.run(words, check=True, capture_output=True, text=True, errors="replace")
         except (OSError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", None) or str(error)
-            raise ModelError(f"--upscale command failed: {' '.join(reason.split())[-200:]}") from error
+            raise ModelError(f"enlarging command failed: {' '.join(reason.split())[-200:]}") from error
         missing = [name for name in names if not (target / name).is_file()]
         if missing:
-            raise ModelError(f"--upscale command left no {missing[0]} in its output folder ({len(missing)} missing)")
+            raise ModelError(f"enlarging command left no {missing[0]} in its output folder ({len(missing)} missing)")
         return [read_image(target / name) for name in names]

@@ -11,6 +11,7 @@ from davae.backbones.classes_by_name import model_class
 from davae.backbones.families import supported
 from davae.backbones.family import Family, longest_side
 from davae.backbones.head_options import HeadOptions, check_family
+from davae.cost.flops import check_lora
 from davae.data.buckets import bucket_sizes
 from davae.data.latent_cache.meta import is_whole
 from davae.errors import DataError, ModelError, RecipeError, RunError
@@ -54,6 +55,7 @@ def check_recipe(recipe: Recipe, base: BaseModel) -> LatentLayout:
     check_distilled(recipe, base)
     check_detail_time(recipe.stage2, base.family)
     check_head(recipe, base)
+    check_lora(base.shapes, recipe.stage2.lora)
     check_dit_alignment(recipe, base)
     check_report_prompts(recipe, base)
     shapes = base.shapes
@@ -233,8 +235,7 @@ def check_init(recipe: Recipe, shapes: BaseShapes) -> None:
     """
     if recipe.init is None:
         return
-    folder = resolve_upgrade(recipe.init)
-    file = folder / UPGRADE_FILE
+    file = (folder := resolve_upgrade(recipe.init)) / UPGRADE_FILE
     details = read_details(file, read_metadata(file))
     if (details.class_name, details.base_channels) != (shapes.transformer_class, shapes.channels):
         raise RecipeError(
@@ -320,10 +321,8 @@ def taken_from(recipe: Recipe, run: Path) -> Path | None:
     if (not base and (run / "vae").is_dir()) or (origin is None and not begun):
         return None
     if origin is None or not origin.is_dir():
-        was = "" if origin is None else f", {origin} before"
-        raise RunError(
-            f"{run}: it lacks its {what}, which may be another run's{was}; give that to `davae train-dit --stage1`"
-        )
+        may = f"{what}, which may be another run's" + ("" if origin is None else f", {origin} before")
+        raise RunError(f"{run}: it lacks its {may}; give that to `davae train-dit --stage1`")
     logger.info("%s goes on with the %s of %s (--stage1)", run, what, origin)
     return origin
 

@@ -201,6 +201,8 @@ class Upgrade(UpgradeParts):
         Raises:
             Interrupted: after a signal; what is finished is saved.
         """
+        if last == "stage2" and self.due("stage2"):
+            self.check_precision()
         with stop_on_signal(self.recipe.run.stop_signals):
             for step in UPGRADE_STEPS:
                 if self.due(step.name):

@@ -299,21 +299,18 @@ class UpgradeParts:
 
     # -- stage 2 -----------------------------------------------------------------------------------------------
 
-    def stage2_task(self) -> Stage2Task:
-        """Return stage 2 at its first step.
+    def check_precision(self) -> None:
+        """Refuse half-precision base weights under FSDP2, which stage 2 cannot train there."""
+        if self.recipe.stage2.lora is not None and self.frozen != torch.float32 and self.accelerator.is_fsdp2:
+            fault = f"{self.recipe.base.dtype} weights cannot be cut into pieces with float32 ones"
+            raise RecipeError(f"base.dtype: {fault}; set it to float32 under FSDP2, or use DDP")
 
-        Raises:
-            RecipeError: half-precision base weights under FSDP2.
-        """
+    def stage2_task(self) -> Stage2Task:
+        """Return stage 2 at its first step."""
         vae = self.stage2_vae()
         self.check_inputs(vae)
         seed_initial_weights(training_seed(self.recipe.stage2, self.recipe.run))
         frozen = torch.float32 if self.recipe.stage2.lora is None else self.frozen
-        if frozen != torch.float32 and self.accelerator.is_fsdp2:
-            raise RecipeError(
-                f"base.dtype: {self.recipe.base.dtype} weights cannot be cut into pieces with float32 ones; set it to "
-                "float32 under FSDP2, or use DDP"
-            )
         with one_at_a_time(self.out):
             task = self._stage2_task(vae, frozen, self.accelerator.device)
         if self.recipe.stage2.linear_skip and self.init is None:  # init brings the moments that it was trained with
@@ -325,11 +322,9 @@ class UpgradeParts:
 
     def _stage2_task(self, vae: DetailVAE, frozen: torch.dtype, device: torch.device) -> Stage2Task:
         """Expand the transformer (Eq. 7-11) and put it on the device."""
-        pretrained = self.base.load_transformer(frozen)
-        stage2 = self.recipe.stage2
-        transformer = expand_transformer(
-            pretrained, self.recipe.detail_channels, stage2.new_weights, stage2.detail_offset
-        )
+        pretrained, stage2 = self.base.load_transformer(frozen), self.recipe.stage2
+        detail = self.recipe.detail_channels
+        transformer = expand_transformer(pretrained, detail, stage2.new_weights, stage2.detail_offset)
         cache = CachedLatents(self.first / "cache", self.base.family.condition, embedded=True)
         given = conditioning(
             transformer, cache, device, null_text=self.base.silent_t5, pixel_factor=vae.spatial_factor,

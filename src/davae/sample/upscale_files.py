@@ -20,9 +20,10 @@ from davae.data.latent_cache.key import hash_values
 from davae.errors import DataError, ModelError, RunError, UnreadableImage
 from davae.files.outputs import SOFTWARE, check_image, is_drawn, save_image
 from davae.files.ownership import only_writer
+from davae.sample.canvas import DRAFT_LEVEL
 from davae.sample.fingerprint import file_hash
 from davae.sample.open import SamplingOptions, check_class_prompts
-from davae.sample.upscale import check_enlarging, check_size, counted, upscale
+from davae.sample.upscale import LATENT_PASSES, PASSES, check_enlarging, check_size, counted, upscale
 
 SHEET = "before-after.png"
 CELL, MOST_ROWS = 384, 12  # pixels of the contact sheet's cells, and how many images it shows
@@ -172,7 +173,7 @@ def _is_kept(target: Path, made_from: str) -> bool:
     with Image.open(target, formats=["PNG"]) as image:
         if image.info.get(SOFTWARE) == made_from:
             return True
-    raise RunError(f"{target}: it has another input, prompt, model or options; use another --out, or move it away")
+    raise RunError(f"{target}: it has another input, prompt, model, options or davae; use another --out, or move it")
 
 
 def upscale_files(
@@ -194,8 +195,7 @@ def upscale_files(
 
     Args:
         pipeline: an upgraded pipeline.
-        jobs: the files.
-        out: folder of the results.
+        jobs, out: the files, and the folder of the results.
         options: steps, guidance, seed and batch size.
         weights: fingerprint of the pipeline's weights.
         strength, times, window, faithful: as `davae.upscale` takes them.
@@ -203,14 +203,15 @@ def upscale_files(
 
     Raises:
         ModelError: an image that is too large or lacks its class, a model that cannot enlarge, an argument out of bounds.
-        RunError: an earlier result has another input, prompt, weights or options, or another process writes into the folder.
+        RunError: an earlier result has another input, prompt, weights, options or passes, or another process is writing.
         DataError: an image that cannot be decoded; those before it are written.
     """
     size, unit = {"steps": options.steps, "times": times, "batch_size": options.batch_size}, options.steps * times
     check_enlarging(pipeline, strength=strength, **size)
     _check_jobs(pipeline, jobs, times, window)
     how: dict[str, Any] = {"strength": strength, "window": window, "faithful": faithful}
-    about = weights, options.settings, {"times": times, **how}
+    passes = {"faithful": [PASSES, LATENT_PASSES, DRAFT_LEVEL]} if faithful and strength == 0.0 else {}
+    about = weights, options.settings, {"times": times, **how, **passes}
     made_from = {job.target: hash_values(*about, file_hash(job.source), job.prompt) for job in jobs}
     with only_writer(out):  # no other command writes between the look at earlier results and the last new one
         kept = {target for target, mark in made_from.items() if _is_kept(target, mark)}
@@ -222,15 +223,9 @@ def upscale_files(
                 continue
             sources = [read_source(job.source) for job in group]
             results = upscale(
-                pipeline,
-                [source.image for source in sources],
-                [job.prompt for job in group],
-                guidance_scale=options.guidance,
-                seed=options.seed,
-                on_step=shown,
-                **size,
-                **how,
-            )
+                pipeline, [source.image for source in sources], [job.prompt for job in group],
+                guidance_scale=options.guidance, seed=options.seed, on_step=shown, **size, **how,
+            )  # fmt: skip
             for job, source, result in zip(group, sources, results, strict=True):
                 save_result(result, source, job.target, made_from[job.target])
         save_image(_sheet(jobs[:MOST_ROWS]), out / SHEET)
