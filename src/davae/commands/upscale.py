@@ -41,7 +41,7 @@ def upscale_verb(
         typer.Option(min=1, help="Side of a window in pixels of the result; the model's own size by default."),
     ] = None,
     faithful: Annotated[
-        bool, typer.Option(help="Correct the result until it gives the input again when it is reduced.")
+        bool, typer.Option(help="Begin with the input's own detail, and correct the result by the input.")
     ] = True,
     batch_size: BatchSize = 4,
     dtype: Precision = "float32",
