@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,14 @@ def test_the_gradient_is_that_of_both_errors_weighed(share: float):
     torch.testing.assert_close(found, expected)
 
 
-def held_losses(share: float, **settings: Any) -> tuple[dict[str, float], Any]:
+def held_losses(share: float, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[dict[str, float], Any]:
     """Return the losses of a first step of a tiny FLUX that is held to a copy of its start, and its task."""
     torch.manual_seed(0)
     task, _, _ = flux_task(False, **settings)
     task.modules["transformer"] = task.transformer
     if share:
-        task.held = HeldBase(copy.deepcopy(task.transformer), task.layout, share, nullcontext)
+        mixed = partial(torch.autocast, "cpu", torch.bfloat16, enabled=dtype != torch.float32)
+        task.held = HeldBase(copy.deepcopy(task.transformer).to(dtype), task.layout, share, mixed)
     torch.manual_seed(3)
     batch = {"latents": torch.randn(8, 8, 4, 4), "conditions": ["a"] * 8}
     total, values = task.loss("transformer", batch, 0, SampleRandom(0, "stage2", 0, 0, 8))
@@ -59,6 +60,12 @@ def test_the_base_loss_of_a_warm_start_falls_with_the_square_of_what_is_held():
         assert held["loss_detail"] == plain["loss_detail"]
         assert all(parameter.grad is None for parameter in task.held.transformer.parameters())
         assert not any("held" in name for name in task.trainables)
+
+
+def test_a_frozen_transformer_in_half_precision_predicts_nearly_the_same():
+    plain, _ = held_losses(0.0)
+    held, _ = held_losses(1.0, torch.bfloat16)
+    assert 0 < held["loss_base"] < 0.05 * plain["loss_base"]
 
 
 def test_a_clean_base_has_no_error_though_it_is_held():

@@ -31,7 +31,7 @@ def held_target(target: Tensor, pretrained: Tensor, layout: LatentLayout, share:
     return layout.join(torch.lerp(base, layout.split(pretrained)[0].to(base), share), detail)
 
 
-class HeldBase:
+class HeldBase(nn.Module):
     """The target of stage 2 whose base is held to the pretrained prediction.
 
     Args:
@@ -48,12 +48,17 @@ class HeldBase:
         share: float,
         precision: Callable[[], AbstractContextManager[Any]],
     ):
+        super().__init__()
         self.transformer = transformer.requires_grad_(False).eval()  # of no optimizer, engine or checkpoint
         self.layout, self.share, self.precision = layout, share, precision
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the frozen transformer. Mixed precision surrounds it alone, as it does the trained one."""
+        with self.precision():
+            return self.transformer(*args, **kwargs)
 
     @torch.no_grad()
     def target(self, noised: NoisedBatch, conditioning: Conditioning, conditions: list[Any]) -> Tensor:
         """Return the target (B,C+D,h,w) of a noised batch under its conditions."""
-        with self.precision():
-            held = conditioning.predict(self.transformer, noised.x_t, noised.t, conditions)
+        held = conditioning.predict(self, noised.x_t, noised.t, conditions)
         return held_target(noised.target, held, self.layout, self.share)
