@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -122,18 +122,22 @@ def table(title: str, columns: list[str], rows: list[list[Any]], right: bool = T
         rows: cells.
         right: whether all but the first column are aligned as numbers are.
     """
+    texts = list(zip(columns, *([str(cell) for cell in row] for row in rows), strict=True))  # of a column
+    widths = [max(1, *(cell_len(word) for text in cells for word in text.split())) for cells in texts]
+    whole = [max(map(cell_len, cells)) for cells in texts]
+    room = console.width - sum(widths) - 3 * len(widths) - 1
+    if room < 0 and console.is_terminal:
+        _print_stacked(title, columns, rows)
+        return
+    for _ in range(room if room >= 0 else sum(whole)):
+        number = max(range(len(widths)), key=lambda n: whole[n] - widths[n])
+        widths[number] += whole[number] > widths[number]
     view = Table(title=escape(title), title_justify="left", show_header=any(columns))
-    for number, column in enumerate(columns):
-        view.add_column(escape(column), justify="right" if number and right else "left", overflow="fold")
+    for number, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        view.add_column(escape(column), justify="right" if number and right else "left", width=width)
     for row in rows:
         view.add_row(*[escape(str(cell)) for cell in row])
-    needed = Measurement.get(console, console.options.update(width=UNBOUNDED), view)
-    if needed.minimum <= console.width or not any(columns):
-        console.print(view)
-    elif console.is_terminal:
-        _print_stacked(title, columns, rows)
-    else:
-        Console(width=needed.maximum).print(view)
+    (console if room >= 0 else Console(width=UNBOUNDED, file=console.file)).print(view)
 
 
 def _print_stacked(title: str, columns: list[str], rows: list[list[Any]]) -> None:

@@ -185,9 +185,11 @@ def test_a_table_cuts_no_number_and_no_name(
     names = ["FD-lite0", "patch-FD-lite0", "KID-lite0", "precision", "recall", "PSNR", "SSIM", "[bold]"]
     numbers = [f"{167.25 + n}" for n in range(len(names))]
     console.table("Table 5", ["row", *names], [["full", *numbers], ["without", *numbers]])
+    path, note = "runs/a-name-longer-than-others", "a sentence that is wrapped where there is little room for it"
+    console.table("Notes", ["run", "note"], [[path, note], ["b", ""]])
     lines = capsys.readouterr().out.splitlines()
     shown = " ".join(lines)
     assert "…" not in shown
     assert all(shown.count(number) == 2 for number in numbers)
-    assert all(name in shown for name in [*names, "full", "without"])
+    assert all(name in shown for name in [*names, "full", "without", path, *note.split()])
     assert not width or max(map(len, lines)) <= width

@@ -367,10 +367,11 @@ def test_the_detail_follows_the_input_s_own_down_to_half_noise(
         pipeline = upgraded("UNet2DConditionModel", tmp_path)
         scheduler = EulerDiscreteScheduler if kind.startswith("noise") else DDIMScheduler
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-    step, followed = Canvas.step, []
+    step, followed, kept = Canvas.step, [], []
 
     def watched(self: Canvas, pipe: Any, *rest: Any) -> Tensor:
         windows = step(self, pipe, *rest)
+        kept.extend([] if self.draft is None else [self.draft])
         level = level_after(pipe, self.calls, detail=True)
         _, z_d = self.layout.split(self.state)
         _, n_d = self.layout.split(self.noise)
@@ -385,6 +386,7 @@ def test_the_detail_follows_the_input_s_own_down_to_half_noise(
     monkeypatch.setattr(Canvas, "step", watched)
     options = {"steps": 8, "guidance_scale": 1.0, "window": 32 if kind == "two times" else None}
     davae.upscale(pipeline, image, "a", **options)
+    assert not any(draft.requires_grad for draft in kept)
     assert [follows for _, follows in followed] == [share > 0.5 for share, _ in followed]
     assert {follows for _, follows in followed} == {True, False}
     followed.clear()

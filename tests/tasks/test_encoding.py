@@ -121,6 +121,16 @@ def test_prompts_embedded_in_the_step_are_those_of_the_cache():
     assert asked == [["aa", "", "bbb"]]
 
 
+def test_a_second_prediction_of_a_step_embeds_nothing_again():
+    calls: list[list[str]] = []
+    embedded = EmbeddedInStep(lambda captions: calls.append(captions) or (torch.rand(len(captions), 2),))
+    first, second, other = (embedded.embed(captions)[0] for captions in (["a", "b"], ["a", "b"], ["b", "a"]))
+    assert torch.equal(first, second)
+    assert calls == [["a", "b"], ["b", "a"]]
+    assert embedded.asked == 4
+    assert other.shape == first.shape
+
+
 def overflowing(captions: list[str]) -> tuple[Tensor, ...]:
     """Two kinds of embeddings; the second is NaN for captions with 'nan', the first infinite for those with 'inf'."""
     long = (

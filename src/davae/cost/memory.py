@@ -218,13 +218,11 @@ def stage2_memory(
     *,
     mixed: bool,
     frozen: torch.dtype = torch.float32,
-    held: torch.dtype = torch.float32,
 ) -> TrainingStep:
     """Return one process's step of stage 2 by the recipe's batch, accumulation, checkpointing.
 
     Args:
-        frozen: precision of the pretrained weights that are not trained.
-        held: precision of the transformer of `stage2.hold_base`.
+        frozen: precision of the pretrained weights that are not trained, and of the transformer of `stage2.hold_base`.
     """
     with torch.device("meta"):  # for the new weights and LoRA's
         pretrained = converted(meta_transformer(shapes), frozen)
@@ -244,7 +242,7 @@ def stage2_memory(
 
         repeats = Repeats(transformer)
         found = _memory([transformer], step, settings.accumulation, averaged=averaged, repeats=repeats)
-    weights, flops = held_base_cost(shapes, layout, side, settings, held)
+    weights, flops = held_base_cost(shapes, layout, side, settings, frozen)
     return replace(found, weights=found.weights + weights, flops=found.flops + flops)
 
 

@@ -273,7 +273,7 @@ def real_pictures(
     chosen = as_data(data).model_copy(update={"holdout": held_out, "buckets": None})
     opened = open_images(chosen, resolution, side=side if held_out else "both")
     if not opened.survey.indices:
-        raise DataError(f"{chosen.source}: no {side} image at a share of {held_out}; take another share")
+        raise DataError(f"{chosen.source}: no {side.replace('_', '-')} image at share {held_out}; take another share")
     announce(opened.summary(limits), summary)
     return opened.squares(opened.survey.indices)
 

@@ -164,9 +164,7 @@ def recipe_sizes(
         shapes=shapes,
         layout=layout,
         step1=stage1_memory(*autoencoder, own1, mixed=mixed, frozen=base_dtype),
-        step2=stage2_memory(
-            shapes, layout, side, own2, mixed=mixed, frozen=frozen, held=base_dtype if mixed else frozen
-        ),
+        step2=stage2_memory(shapes, layout, side, own2, mixed=mixed, frozen=frozen),
         text=text_facts(base),
         images=count_images(recipe.stage2_data, recipe.resolution, images),
         transformer=upgrade.expanded.num_parameters(),

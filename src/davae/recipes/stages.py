@@ -241,8 +241,9 @@ class Stage2(FlowOptim):
     )
     hold_base: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.0,
-        description="Share of the pretrained model's prediction in the target of the base, so that it forgets less; "
-        "1 takes nothing from the images. Costs a pass without gradients and a second, frozen transformer.",
+        description="Share of the pretrained model's prediction in the target of the base, so that it forgets less; with 1 "
+        "the images train the detail alone. Costs a pass without gradients and a whole frozen transformer on each device. "
+        "Validation compares with the images.",
     )
     linear_skip: bool = Field(
         default=False,

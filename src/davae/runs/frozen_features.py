@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from davae.dataset.encoding import run_precision
 from davae.device import compile_blocks
 from davae.latent import LatentLayout
 from davae.tasks.conditioning import Conditioning
@@ -44,13 +47,14 @@ def held_base(
         transformer: expanded, at its first step.
         conditioning: of its conditions; what it has put into the transformer serves the copy too.
     """
-    share, mixed = run.recipe.stage2.hold_base, run.recipe.run.mixed_precision != "no"
-    if not share:
+    recipe, device, precision = run.recipe, run.accelerator.device, run_precision(run.recipe.run)
+    if not recipe.stage2.hold_base:
         return None
     shared = getattr(conditioning, "processor", None)  # draws a number of tokens at each step
-    frozen: Any = copy.deepcopy(transformer, {} if shared is None else {id(shared): shared})
-    device = run.accelerator.device
-    frozen = frozen.to(device, run.frozen if mixed else None)  # without autocast the inputs are in float32
-    if run.recipe.run.compile == "blocks":
+    frozen = copy.deepcopy(transformer, {} if shared is None else {id(shared): shared}).to(device)
+    mixed = precision != torch.float32
+    if recipe.run.compile == "blocks":
         compile_blocks(frozen, device if mixed else None)
-    return HeldBase(frozen, layout, share, lambda: run.accelerator.autocast())
+    # accelerate's own context does nothing under DeepSpeed
+    context = partial(torch.autocast, device.type, precision) if mixed else nullcontext
+    return HeldBase(frozen, layout, recipe.stage2.hold_base, context)

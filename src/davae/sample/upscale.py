@@ -167,6 +167,7 @@ class _Work:
         with self._tiled(padded.shape[-2:], self.vae.layout.scale):
             return in_range(self.vae, self.vae.encode_base, padded)
 
+    @torch.no_grad()
     def _draft(self, pixels: Tensor, grid: WindowGrid) -> Tensor:
         """Return the normalised detail (1,D,h,w) of a bicubic enlargement, corrected by its input."""
         padded, scale = self._padded(pixels, grid.height, grid.width), self.vae.layout.scale

@@ -173,7 +173,9 @@ def _is_kept(target: Path, made_from: str) -> bool:
     with Image.open(target, formats=["PNG"]) as image:
         if image.info.get(SOFTWARE) == made_from:
             return True
-    raise RunError(f"{target}: it has another input, prompt, model, options or davae; use another --out, or move it")
+    raise RunError(
+        f"{target}: made from another input, prompt, model or options, or by another davae; use another --out, or move it"
+    )
 
 
 def upscale_files(

@@ -55,6 +55,7 @@ class EmbeddedInStep:
     def __init__(self, embedder: Callable[[list[str]], tuple[Tensor, ...]]):
         self.embedder = embedder
         self.asked = 0
+        self._last: tuple[list[str], tuple[Tensor, ...]] = [], ()  # a second prediction of a step takes it again
         self.lost: dict[str, str] = {}  # captions without a finite embedding, and why
 
     @cached_property
@@ -75,6 +76,8 @@ class EmbeddedInStep:
         Raises:
             DataError: those of the empty caption are not finite, or those of many others.
         """
+        if captions == self._last[0]:
+            return self._last[1]
         distinct = list(dict.fromkeys(captions))
         rows = torch.tensor([distinct.index(caption) for caption in captions])
         parts = tuple(part.float() for part in self.embedder(distinct))
@@ -86,7 +89,8 @@ class EmbeddedInStep:
                 torch.where(good.reshape(-1, *[1] * (part.ndim - 1)), part, null)
                 for part, null in zip(parts, self.null, strict=True)
             )
-        return tuple(part[rows.to(part.device)] for part in parts)
+        self._last = list(captions), tuple(part[rows.to(part.device)] for part in parts)
+        return self._last[1]
 
     def _note(self, captions: list[str]) -> None:
         for caption in captions:
@@ -130,11 +134,9 @@ class BatchCaption(str):
 
 def of_batch(captions: list[str], text: tuple[Tensor, ...]) -> list[BatchCaption]:
     """Return a batch's captions with its embeddings, one tensor (B,...) per kind."""
-    found = []
-    for row, caption in enumerate(captions):
-        one = BatchCaption(caption)
+    found = [BatchCaption(caption) for caption in captions]
+    for row, one in enumerate(found):
         one.text, one.row = text, row
-        found.append(one)
     return found
 
 
@@ -247,14 +249,9 @@ def conditioning(
     family = family_of(transformer)
     if family.classes_key is None:
         return TextConditioning(
-            transformer,
-            cache,
-            device,
-            null_text=null_text,
-            pixel_factor=pixel_factor,
-            scheduler=scheduler,
+            transformer, cache, device, null_text=null_text, pixel_factor=pixel_factor, scheduler=scheduler,
             guidance=guidance,
-        )
+        )  # fmt: skip
     num_classes = int(transformer.config[family.classes_key])  # type: ignore[index]
     check_class_numbers(cache.conditions, num_classes, "the training set")
     return ClassConditioning(transformer, num_classes, device)

@@ -53,7 +53,7 @@ class HeldBase(nn.Module):
         self.layout, self.share, self.precision = layout, share, precision
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the frozen transformer. Mixed precision surrounds it alone, as it does the trained one."""
+        """Return the frozen transformer's output, in mixed precision as the trained one's."""
         with self.precision():
             return self.transformer(*args, **kwargs)
 
