@@ -37,6 +37,7 @@ from davae.recipes import Recipe, load_recipe
 from davae.recipes.hardware import GIB
 from davae.recipes.loading import differences
 from davae.recipes.sections import Cache
+from davae.train.locking import keep_origin
 from davae.train.shares import Share
 from davae.zoo import resolve
 
@@ -388,6 +389,20 @@ def test_a_shared_stage_1_is_compared_with_the_recipe_as_it_is_written(monkeypat
     monkeypatch.setattr("davae.plan.dry_run.check_shared", looked)
     with pytest.raises(Looked, match=r"^models/sd35-medium$"):  # not here, so its shapes are the preset's
         plan(recipe("base.model=models/sd35-medium", name="sd35-medium-1k"), stage1=Path("run"))
+
+
+def test_a_dry_run_goes_on_with_the_run_that_an_earlier_command_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def looked(compared: Any, folder: Path) -> None:
+        raise Looked(str(folder))
+
+    (tmp_path / "run" / "checkpoints" / "stage2-00000001").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    keep_origin(tmp_path / "run", tmp_path / "other")
+    monkeypatch.setattr("davae.plan.dry_run.check_shared", looked)
+    with pytest.raises(Looked, match=r"other$"):
+        plan(recipe(), tmp_path / "run")
 
 
 def test_a_folder_still_to_be_made_is_read_from_what_makes_it():

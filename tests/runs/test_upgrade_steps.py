@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from davae.errors import RunError
+from davae.errors import RecipeError, RunError
 from davae.recipes import load_recipe
 from davae.runs import upgrade
 from davae.runs.checks import taken_from
 from davae.runs.upgrade import Step, Upgrade
 from davae.tasks.base_model import BaseModel, with_known_base
-from davae.train.locking import base_home, keep_origin
+from davae.train.locking import base_home, keep_origin, kept_origin
 
 
 def run_of(folder: Path, first: Path, done: set[str], base: bool, polish: bool = False) -> Any:
@@ -23,6 +23,7 @@ def run_of(folder: Path, first: Path, done: set[str], base: bool, polish: bool =
     run.recipe = SimpleNamespace(  # type: ignore[assignment]
         base=SimpleNamespace(train=object() if base else None),
         stage1=SimpleNamespace(polish=object() if polish else None),
+        stage2=SimpleNamespace(lora=None),
         run=SimpleNamespace(stop_signals=()),
     )
     run.out, run.first, run.origin = folder, first, first
@@ -69,6 +70,8 @@ def test_a_cache_that_is_gone_is_due_again(noted: list[str], tmp_path: Path, mon
 
 
 def test_steps_of_another_run_are_not_due(noted: list[str], tmp_path: Path):
+    for name in ("mine", "own"):
+        (tmp_path / name).mkdir()
     run = run_of(tmp_path / "mine", tmp_path / "first", set(), base=True)
     assert run.train_dit() == tmp_path / "mine" / "pipeline"
     assert noted == ["stage2"]
@@ -84,26 +87,75 @@ def test_a_run_goes_on_with_what_an_earlier_stage1_option_gave_it(tmp_path: Path
         folder.mkdir(parents=True)
     trains: Any = SimpleNamespace(base=SimpleNamespace(train=object()))
     has: Any = SimpleNamespace(base=SimpleNamespace(train=None))
-    assert taken_from(trains, run) is None, "it has not begun"
+    keep_origin(run, other)
+    assert taken_from(trains, run) is taken_from(has, run) is None, "nothing has begun"
+    assert base_home(run) == run
+    (run / "checkpoints" / "stage1-00000001").mkdir()
+    assert taken_from(has, run) is None, "its stage 1 is its own"
     (run / "checkpoints" / "stage1.done").write_text("1")
     assert taken_from(has, run) is None, "its autoencoder was taken along"
-    with pytest.raises(
-        RunError, match="run: it lacks its base, which may be another run's; give that to `davae train"
-    ):
-        taken_from(trains, run)
-    keep_origin(run, other)
-    keep_origin(run, third)
-    assert (taken_from(trains, run), taken_from(has, run), base_home(run)) == (other, None, other)
+    assert (taken_from(trains, run), base_home(run)) == (other, other)
     recipe: Any = load_recipe("imagenette128-gpu")
     assert BaseModel.of(with_known_base(recipe)[0], run).name == str(other / "base" / "pipeline")
-    (run / "vae").rmdir()
+    (run / ".stage1").unlink()
+    message = "run: its base is not there; where another run has it, give that to `davae train-dit --stage1`$"
+    with pytest.raises(RunError, match=message):
+        taken_from(trains, run)
+
+
+def test_the_run_whose_stage_1_serves_changes_until_stage_2_began(tmp_path: Path):
+    run, other, third = (tmp_path / name for name in ("run", "other", "third"))
+    for folder in (
+        run / "checkpoints",
+        run / "vae",
+        other / "base",
+        third / "base",
+    ):  # vae/: with statistics of its own
+        folder.mkdir(parents=True)
+    has: Any = SimpleNamespace(base=SimpleNamespace(train=None))
+    (run / "checkpoints" / "stage1.polish-inputs.json").touch()
+    for origin in (other, third, other):
+        keep_origin(run, origin)
+        assert taken_from(has, run) == base_home(run) == origin
     (run / "checkpoints" / "stage2-inputs.json").touch()
-    assert taken_from(has, run) == other, "it shares the autoencoder and the cache"
-    (other / "base").rmdir()
-    other.rmdir()
-    with pytest.raises(RunError, match=f"lacks its stage 1, which may be another run's, {other} before"):
-        taken_from(has, run)
     keep_origin(run, third)
+    assert taken_from(has, run) == third, "no checkpoint is trained on the other's"
+    (run / "checkpoints" / "stage2-00000001").mkdir()
+    keep_origin(run, other)
     assert taken_from(has, run) == third
-    (run / "base").mkdir()
+    (third / "base").rmdir()
+    third.rmdir()
     assert base_home(run) == run
+    message = f"run: its stage 1 is not there, it was taken from {third}; give that run's place to `davae train-dit"
+    with pytest.raises(RunError, match=message):
+        taken_from(has, run)
+    keep_origin(run, other)
+    assert taken_from(has, run) == other, "it was moved there"
+
+
+def test_no_run_is_its_own_origin(tmp_path: Path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        (folder / "checkpoints" / "stage2-00000001").mkdir(parents=True)
+    keep_origin(run, run / ".." / "run")
+    assert not (run / ".stage1").exists()
+    (run / ".stage1").write_text(str(run))  # the folder took its origin's name
+    assert (kept_origin(run), base_home(run)) == (None, run)
+    keep_origin(run, other)
+    keep_origin(other, run)
+    assert base_home(run) in {run, other}
+
+
+def test_an_origin_is_noted_when_the_steps_begin(noted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(run: Upgrade) -> None:
+        raise RecipeError("base.dtype")
+
+    mine, first = tmp_path / "mine", tmp_path / "first"
+    mine.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Upgrade, "check_precision", refuse)
+        with pytest.raises(RecipeError):
+            run_of(mine, first, set(), base=False).run()
+    assert not (mine / ".stage1").exists()
+    run_of(mine, first, set(), base=False).run()
+    assert (mine / ".stage1").read_text() == str(first)

@@ -22,7 +22,7 @@ from davae.recipes.sections import Hardware, Optim
 from davae.recipes.stages import POLISH
 from davae.recipes.upgrade import Recipe
 from davae.runs.cache import check_shards
-from davae.runs.checks import check_distilled, check_init, check_objective, check_recipe, check_shared
+from davae.runs.checks import check_distilled, check_init, check_objective, check_recipe, check_shared, taken_from
 from davae.runs.validation import plain_images
 from davae.tasks.base_model import BaseModel, with_known_base
 from davae.train.run_folder import is_done
@@ -69,9 +69,9 @@ def plan(recipe: Recipe, folder: Path | None = None, verb: str = "upgrade", stag
         recipe: of the run.
         folder: of the run, whose free disk is compared with the disk that the run takes.
         verb: of the run.
-        stage1: folder of another run, whose DetailVAE serves.
+        stage1: folder of another run, whose DetailVAE serves; that of an earlier command unless given.
     """
-    if stage1 is not None:
+    if stage1 := stage1 or (folder and taken_from(recipe, folder)):
         check_shared(recipe, stage1)
     recipe, missing = with_known_base(recipe)
     model, note = (None, "") if recipe.base.model is None else readable(resolve(recipe.base.model))

@@ -315,14 +315,15 @@ def taken_from(recipe: Recipe, run: Path) -> Path | None:
     Raises:
         RunError: it is gone, or the run began and noted none.
     """
-    base = recipe.base.train is not None and not (run / "base").is_dir()
-    begun = (base and was_done(run, "stage1")) or (run / "checkpoints" / "stage2-inputs.json").is_file()
-    origin, what = kept_origin(run), "base" if base else "stage 1"
-    if (not base and (run / "vae").is_dir()) or (origin is None and not begun):
+    base, own = recipe.base.train is not None and not (run / "base").is_dir(), was_done(run, "stage1")
+    later = any(any(run.glob(f"checkpoints/{step}*")) for step in (POLISH, "stage2"))
+    if (own and not base) or not (own or later):  # vae/ alone may hold another's, with this run's statistics
         return None
+    origin, what = kept_origin(run), "base" if base else "stage 1"
     if origin is None or not origin.is_dir():
-        may = f"{what}, which may be another run's" + ("" if origin is None else f", {origin} before")
-        raise RunError(f"{run}: it lacks its {may}; give that to `davae train-dit --stage1`")
+        unknown = "; where another run has it, give that"
+        why = f", it was taken from {origin}; give that run's place" if origin else unknown
+        raise RunError(f"{run}: its {what} is not there{why} to `davae train-dit --stage1`")
     logger.info("%s goes on with the %s of %s (--stage1)", run, what, origin)
     return origin
 

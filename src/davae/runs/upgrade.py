@@ -40,6 +40,7 @@ from davae.tasks.polish import PolishTask
 from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
 from davae.train.distributed import from_main, on_main
+from davae.train.locking import keep_origin
 from davae.train.loop import Periodic, Trainer
 from davae.train.signals import check_stop, stop_on_signal
 from davae.train.times import timed
@@ -203,6 +204,7 @@ class Upgrade(UpgradeParts):
         """
         if last == "stage2" and self.due("stage2"):
             self.check_precision()
+        on_main(partial(keep_origin, self.out, self.origin))  # not before: a check may refuse the run
         with stop_on_signal(self.recipe.run.stop_signals):
             for step in UPGRADE_STEPS:
                 if self.due(step.name):

@@ -44,7 +44,7 @@ from davae.tasks.stage1 import Stage1Task
 from davae.tasks.stage2 import Stage2Task
 from davae.train.accelerator import make_accelerator, seed_initial_weights
 from davae.train.distributed import from_main, is_main
-from davae.train.locking import changing, hold_for_reading, keep_origin, one_at_a_time
+from davae.train.locking import changing, hold_for_reading, one_at_a_time
 from davae.train.loop import Observer, training_seed
 from davae.train.run_folder import RunFolder, check_stage_inputs, is_done, trained_before, was_done
 from davae.vae.detail_vae import DetailVAE
@@ -98,8 +98,6 @@ class UpgradeParts:
         self.first = out if from_main(self.why_anew or was_done(out, "stage1")) else self.origin
         self.shared = hold_for_reading(stage1) if stage1 is not None and is_main() else None
         self.folder = RunFolder(out, recipe)
-        if stage1 is not None and is_main():
-            keep_origin(out, stage1)
         if recipe.stage2.data is None:
             self.data.summary  # noqa: B018
 

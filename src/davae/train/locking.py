@@ -99,8 +99,7 @@ def _readers(folder: Path) -> list[Path]:
 def hold_for_reading(folder: Path) -> FileLock | None:
     """Keep another run's autoencoder and cache from being changed while the lock is held.
 
-    Returns:
-        The lock; None where the folder cannot be written.
+    Returns None where the folder cannot be written.
 
     Raises:
         RunError: they are being changed now.
@@ -129,10 +128,8 @@ def changing(folder: Path) -> Iterator[None]:
     lock = try_lock(folder / CHANGING)
     try:
         if readers := _readers(folder):
-            raise RunError(
-                f"{folder}: {len(readers)} other run(s) use its autoencoder and cache (--stage1); wait for them, or use "
-                "another --out"
-            )
+            used = f"{len(readers)} other run(s) use its autoencoder and cache (--stage1)"
+            raise RunError(f"{folder}: {used}; wait for them, or use another --out")
         yield
     finally:
         if lock is not None:
@@ -140,20 +137,24 @@ def changing(folder: Path) -> Iterator[None]:
 
 
 def keep_origin(run: Path, origin: Path) -> None:
-    """Note the other run that serves a run (`--stage1`), unless one noted before is there."""
-    if not ((known := kept_origin(run)) and known.is_dir()):
+    """Note the other run that serves a run (`--stage1`), unless stage 2 began with another."""
+    begun = any(run.glob("checkpoints/stage2[-.][0-9d]*"))  # a checkpoint, or the mark of its end
+    known = kept_origin(run) if begun else None
+    if (known is None or not known.is_dir()) and os.path.realpath(run) != os.path.realpath(origin):
         atomic_text(run / ORIGIN, os.path.abspath(origin))
 
 
 def kept_origin(run: Path) -> Path | None:
-    """Return the run that `keep_origin` noted, None without one."""
-    return Path((run / ORIGIN).read_text("utf-8")) if (run / ORIGIN).is_file() else None
+    """Return the run that `keep_origin` noted, None without one or before anything began."""
+    noted = any(run.glob("checkpoints/*")) and (run / ORIGIN).is_file()
+    origin = Path((run / ORIGIN).read_text("utf-8")) if noted else run
+    return None if os.path.realpath(origin) == os.path.realpath(run) else origin
 
 
-def base_home(run: Path) -> Path:
+def base_home(run: Path, seen: tuple[Path, ...] = ()) -> Path:
     """Return the folder of the run that trained the base of a run, by `--stage1` another."""
-    origin = None if (run / "base").is_dir() else kept_origin(run)
-    return run if origin is None else base_home(origin)
+    origin = None if (run / "base").is_dir() or run in seen else kept_origin(run)
+    return run if origin is None or not origin.is_dir() else base_home(origin, (*seen, run))
 
 
 @contextmanager
