@@ -61,7 +61,7 @@ CEILINGS = {
     "publish": Ceiling(1620),
     "recipes": Ceiling(1568),
     "root": Ceiling(772),
-    "runs": Ceiling(3049),
+    "runs": Ceiling(3050),
     "sample": Ceiling(3070),
     "scripts": Ceiling(150),
     "tasks": Ceiling(2034),

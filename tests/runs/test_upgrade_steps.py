@@ -85,22 +85,20 @@ def test_a_run_goes_on_with_what_an_earlier_stage1_option_gave_it(tmp_path: Path
     run, other, third = (tmp_path / name for name in ("run", "other", "third"))
     for folder in (run / "checkpoints", run / "vae", other / "base", third / "base"):
         folder.mkdir(parents=True)
-    trains: Any = SimpleNamespace(base=SimpleNamespace(train=object()))
-    has: Any = SimpleNamespace(base=SimpleNamespace(train=None))
     keep_origin(run, other)
-    assert taken_from(trains, run) is taken_from(has, run) is None, "nothing has begun"
+    assert taken_from(run, True) is taken_from(run, False) is None, "nothing has begun"
     assert base_home(run) == run
     (run / "checkpoints" / "stage1-00000001").mkdir()
-    assert taken_from(has, run) is None, "its stage 1 is its own"
+    assert taken_from(run, False) is None, "its stage 1 is its own"
     (run / "checkpoints" / "stage1.done").write_text("1")
-    assert taken_from(has, run) is None, "its autoencoder was taken along"
-    assert (taken_from(trains, run), base_home(run)) == (other, other)
+    assert taken_from(run, False) is None, "its autoencoder was taken along"
+    assert (taken_from(run, True), base_home(run)) == (other, other)
     recipe: Any = load_recipe("imagenette128-gpu")
     assert BaseModel.of(with_known_base(recipe)[0], run).name == str(other / "base" / "pipeline")
     (run / ".stage1").unlink()
     message = "run: its base is not there; where another run has it, give that to `davae train-dit --stage1`$"
     with pytest.raises(RunError, match=message):
-        taken_from(trains, run)
+        taken_from(run, True)
 
 
 def test_the_run_whose_stage_1_serves_changes_until_stage_2_began(tmp_path: Path):
@@ -112,25 +110,24 @@ def test_the_run_whose_stage_1_serves_changes_until_stage_2_began(tmp_path: Path
         third / "base",
     ):  # vae/: with statistics of its own
         folder.mkdir(parents=True)
-    has: Any = SimpleNamespace(base=SimpleNamespace(train=None))
     (run / "checkpoints" / "stage1.polish-inputs.json").touch()
     for origin in (other, third, other):
         keep_origin(run, origin)
-        assert taken_from(has, run) == base_home(run) == origin
+        assert taken_from(run, False) == base_home(run) == origin
     (run / "checkpoints" / "stage2-inputs.json").touch()
     keep_origin(run, third)
-    assert taken_from(has, run) == third, "no checkpoint is trained on the other's"
+    assert taken_from(run, False) == third, "no checkpoint is trained on the other's"
     (run / "checkpoints" / "stage2-00000001").mkdir()
     keep_origin(run, other)
-    assert taken_from(has, run) == third
+    assert taken_from(run, False) == third
     (third / "base").rmdir()
     third.rmdir()
     assert base_home(run) == run
     message = f"run: its stage 1 is not there, it was taken from {third}; give that run's place to `davae train-dit"
     with pytest.raises(RunError, match=message):
-        taken_from(has, run)
+        taken_from(run, False)
     keep_origin(run, other)
-    assert taken_from(has, run) == other, "it was moved there"
+    assert taken_from(run, False) == other, "it was moved there"
 
 
 def test_no_run_is_its_own_origin(tmp_path: Path):

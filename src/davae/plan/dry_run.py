@@ -71,7 +71,7 @@ def plan(recipe: Recipe, folder: Path | None = None, verb: str = "upgrade", stag
         verb: of the run.
         stage1: folder of another run, whose DetailVAE serves; that of an earlier command unless given.
     """
-    if stage1 := stage1 or (folder and taken_from(recipe, folder)):
+    if stage1 := stage1 or (folder and taken_from(folder, recipe.base.train is not None)):
         check_shared(recipe, stage1)
     recipe, missing = with_known_base(recipe)
     model, note = (None, "") if recipe.base.model is None else readable(resolve(recipe.base.model))

@@ -309,13 +309,13 @@ def check_shared(recipe: Recipe, folder: Path) -> str:
     return "" if whole and not changed else changed[0] if changed else "it has no whole one"
 
 
-def taken_from(recipe: Recipe, run: Path) -> Path | None:
+def taken_from(run: Path, trains_base: bool) -> Path | None:
     """Return the run of an earlier `--stage1` whose base or stage 1 a run lacks.
 
     Raises:
         RunError: it is gone, or the run began and noted none.
     """
-    base, own = recipe.base.train is not None and not (run / "base").is_dir(), was_done(run, "stage1")
+    base, own = trains_base and not (run / "base").is_dir(), was_done(run, "stage1")
     later = any(any(run.glob(f"checkpoints/{step}*")) for step in (POLISH, "stage2"))
     if (own and not base) or not (own or later):  # vae/ alone may hold another's, with this run's statistics
         return None

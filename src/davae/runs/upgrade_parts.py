@@ -80,7 +80,7 @@ class UpgradeParts:
 
     def __init__(self, recipe: Recipe, out: Path, observer: Observer, *, stage1: Path | None = None):
         check_run(out, partial(was_done, out))  # before any work
-        stage1 = stage1 or taken_from(recipe, out)
+        stage1 = stage1 or taken_from(out, recipe.base.train is not None)
         self.origin = out if stage1 is None else stage1  # where the base and stage 1 are trained
         self.accelerator = make_accelerator(recipe.run, out)
         self.base = BaseModel.of(recipe, self.origin)
