@@ -47,7 +47,7 @@ def test_every_method_has_the_same_figures(model: Path, picture_folder: Path, tm
 def test_a_held_out_share_without_images_and_an_unknown_method_are_one_line(model: Path, picture_folder: Path):
     words = ["evaluate", "enlarging", "--model", str(model), "--data", str(picture_folder), "--held-out"]
     for more, message in (
-        (["0.0001"], f"{picture_folder}: no held_out image at a share of 0.0001; take another share"),
+        (["0.0001"], f"{picture_folder}: no held-out image at share 0.0001; take another share"),
         (["0.0001", "--method", "sharpest"], "enlarger sharpest: neither bilinear"),  # before the images are read
     ):
         with pytest.raises(DavaeError, match=message):

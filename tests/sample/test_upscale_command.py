@@ -174,12 +174,13 @@ def test_an_interrupted_command_goes_on(pipeline, tmp_path: Path, monkeypatch: p
     one = images[:1]
     for options in ({"weights": "b"}, {"weights": "a", "strength": 0.5}, {"weights": "a", "faithful": False}):
         with pytest.raises(
-            RunError, match=r"0\.png: it has another input, prompt, model, options or davae; use another --out"
+            RunError,
+            match=r"0\.png: made from another input, prompt, model or options, or by another davae; use another --out",
         ):
             upscale_files(pipeline, find_images(one, out), out, OPTIONS, **options)
     with monkeypatch.context() as former:
         former.setattr(upscaling, "LATENT_PASSES", 0)
-        with pytest.raises(RunError, match="options or davae"):
+        with pytest.raises(RunError, match="or by another davae"):
             upscale_files(pipeline, find_images(one, out), out, OPTIONS, weights="a")
     with pytest.raises(RunError, match="another input"):
         upscale_files(pipeline, find_images(one, out, "a red square"), out, OPTIONS, weights="a")
