@@ -40,7 +40,6 @@ NAMES = {
     "report": "report",
 }
 WHOLE = "whole run"
-UNBOUNDED = 10_000  # columns
 SHOWN = ("loss_base", "loss_detail", "l1", "align", "unexplained")
 
 
@@ -129,7 +128,8 @@ def table(title: str, columns: list[str], rows: list[list[Any]], right: bool = T
     if room < 0 and console.is_terminal:
         _print_stacked(title, columns, rows)
         return
-    for _ in range(room if room >= 0 else sum(whole)):
+    widths = widths if room >= 0 else whole
+    for _ in range(room):
         number = max(range(len(widths)), key=lambda n: whole[n] - widths[n])
         widths[number] += whole[number] > widths[number]
     view = Table(title=escape(title), title_justify="left", show_header=any(columns))
@@ -137,7 +137,7 @@ def table(title: str, columns: list[str], rows: list[list[Any]], right: bool = T
         view.add_column(escape(column), justify="right" if number and right else "left", width=width)
     for row in rows:
         view.add_row(*[escape(str(cell)) for cell in row])
-    (console if room >= 0 else Console(width=UNBOUNDED, file=console.file)).print(view)
+    (console if room >= 0 else Console(width=sum(widths) + 3 * len(widths) + 1, file=console.file)).print(view)
 
 
 def _print_stacked(title: str, columns: list[str], rows: list[list[Any]]) -> None:

@@ -64,7 +64,8 @@ class WindowGrid:
         weight = ramp[:, None] * ramp
         total = parts.new_zeros(1, parts.shape[1], self.height, self.width)
         weights = parts.new_zeros(self.height, self.width)
-        for part, (y, x) in zip(parts, ((y, x) for y in self.tops for x in self.lefts), strict=True):
+        corners = [(y, x) for y in self.tops for x in self.lefts]
+        for part, (y, x) in zip(parts, corners, strict=True):
             total[0, :, y : y + side, x : x + side] += part * weight
             weights[y : y + side, x : x + side] += weight
         return total / weights

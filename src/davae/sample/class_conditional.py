@@ -172,7 +172,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         bar.update()
         if callback is None:
             return x
-        return (callback(self, step, (step + 1) / steps, {"latents": x}) or {}).get("latents", x)
+        changed = callback(self, step, (step + 1) / steps, {"latents": x})
+        return (changed or {}).get("latents", x)
 
     def _noise(self, latents: Tensor | None, count: int, side: int, generator: Any) -> Tensor:
         """Return starting noise (B,c,h,w) on the pipeline's device, given or drawn."""

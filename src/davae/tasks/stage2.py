@@ -121,9 +121,9 @@ class Stage2Task(Task[Stage2]):
 
     def noise(self, latents: Tensor, draws: SampleRandom) -> NoisedBatch:
         """Draw timesteps and noise, and noise the latents (B,C+D,h,w), by the recipe at two levels."""
-        return (
-            noise_batch(self.objective, latents, draws) if self.levels is None else self.levels.noise(latents, draws)
-        )
+        if self.levels is not None:
+            return self.levels.noise(latents, draws)
+        return noise_batch(self.objective, latents, draws)
 
     def keep_clean_base(self, noised: NoisedBatch, latents: Tensor, draws: SampleRandom) -> NoisedBatch:
         """Draw the samples that keep a clean base, by the recipe, and put it in place.
