@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from davae.backbones.families import denoiser
 from davae.latent import LatentLayout
 from davae.sample.levels import adds_noise, clean_from, level_after
+from davae.sample.skip_calls import REACH, skipped_calls
 
 DRAFT_LEVEL = 0.5  # share of noise above which a draft of the detail is known; chosen in docs/three-jobs.md
 
@@ -106,7 +109,7 @@ class Canvas:
     Every step blends the windows' predictions, steps the whole canvas once (so that solvers with memory and the noise of
     stochastic ones know no windows), and puts the known base in place: x_base = a z + s n at the new level
     (`Level.state`). A draft of the detail is known in the same way down to `DRAFT_LEVEL`, from where the model goes on, as
-    in SDEdit (Meng et al., 2022).
+    in SDEdit (Meng et al., 2022); steps whose predictions no state uses call no model.
 
     Args:
         free: steps at the end in which the base is free.
@@ -172,6 +175,21 @@ class Canvas:
             options = {**options, "generator": self.generator}
         return self._scheduler.step(prediction, timestep, self.state, **{**options, "return_dict": False})[0]
 
+    def skips(self, pipeline: Any) -> AbstractContextManager[None]:
+        """Return a context without the model's calls whose predictions no state uses."""
+        return skipped_calls(denoiser(pipeline), lambda: self.ignores(pipeline))
+
+    def ignores(self, pipeline: Any) -> bool:
+        """Return whether all states that the next prediction reaches are known."""
+        scheduler = pipeline.scheduler
+        reach = REACH.get(None if scheduler is None else type(scheduler).__name__, step_count(pipeline))
+        reached = self.calls + 1 + reach
+        left = step_count(pipeline) - reached
+        return left >= max(self.free, 1) and self._follows_draft(pipeline, reached)
+
+    def _follows_draft(self, pipeline: Any, calls: int) -> bool:
+        return self.draft is not None and level_after(pipeline, calls, detail=True).share > DRAFT_LEVEL
+
     def share_index(self, scheduler: Any) -> None:
         """Set the step of a pipeline's scheduler to this canvas's, for `scale_model_input`."""
         if hasattr(scheduler, "_step_index"):
@@ -183,7 +201,7 @@ class Canvas:
         level, of_detail = (level_after(pipeline, self.calls, detail=detail) for detail in (False, True))
         _, z_d = self.layout.split(latents)
         n, n_d = self.layout.split(self.noise)
-        if self.draft is not None and of_detail.share > DRAFT_LEVEL:
+        if self.draft is not None and self._follows_draft(pipeline, self.calls):
             z_d = of_detail.state(self.draft, n_d)
         return self.layout.join(level.clean(self.z) if self.clean else level.state(self.z, n), z_d)
 

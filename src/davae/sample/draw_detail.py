@@ -92,15 +92,15 @@ def draw_detail(
         raise ModelError(f"scheduler {kind}: it cannot enlarge; use DDIMScheduler in its place")
     free = int(steps * strength + 1e-9)  # as image-to-image pipelines count them
     clean, knows = _clean_base(denoiser(pipeline).config, free)
-    canvases = [Canvas(one, pipeline.vae.layout, pipeline._execution_device, free, clean) for one in work]
+    device, side = pipeline._execution_device, work[0].grid.window
+    canvases = [Canvas(one, pipeline.vae.layout, device, free, clean) for one in work]
     group = _Group(canvases, prompts_at_a_time(pipeline, batch_size, guidance_scale), on_step, on_base)
     prompts = [one.prompt for one in work for _ in range(len(one.grid))]
     noise = torch.cat([canvas.first() for canvas in canvases])
-    side = work[0].grid.window
 
     def draw(part: range, exchange: Exchange[Handed, Tensor]) -> None:
         start = functools.partial(group.start, part=part)
-        with _hooked(pipeline, start, exchange, len(part), side) as (own, options):
+        with _hooked(pipeline, start, exchange, len(part), side) as (own, options), canvases[0].skips(own):
             call_pipeline(
                 own,
                 prompts[part.start : part.stop],
