@@ -119,3 +119,27 @@ def test_a_section_that_is_null_takes_values(tmp_path: Path):
     set_values(values, {"stage2__lora__rank": 4, "stage1": {"polish": {"max_steps": 6}}})
     assert values["stage2"]["lora"] == {"rank": 4}
     assert values["stage1"]["polish"] == {"max_steps": 6}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (
+            "clothing",
+            ["stage1.lambda_adv=0.1", "stage1.gan_layers=5", "stage1.crop=64"],
+            "stage1.gan_layers: 5 .* use 4",
+        ),
+        (
+            "clothing",
+            ["stage1.lambda_adv=0.1", "stage1.polish.crop=16", "stage1.crop=64"],
+            "stage1.polish.gan_layers: 3 layers need 24 pixels, .* sees 16; use 2",
+        ),
+        ("imagenette128-scratch", ["vae.lambda_adv=0.1", "vae.gan_layers=6"], "vae.gan_layers: .*128; use 5"),
+    ],
+)
+def test_a_discriminator_with_too_many_layers_is_named_before_anything_runs(
+    recipe, overrides: list[str], message: str
+):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe, overrides)
+    assert load_recipe(recipe, [one.replace("adv=0.1", "adv=0") for one in overrides])

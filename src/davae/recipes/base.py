@@ -160,6 +160,7 @@ class BaseRecipe(Section):
             return self
         if self.vae is None:
             raise ValueError("the section vae, which trains the autoencoder, is missing")
+        self.vae.check_discriminator("vae", self.resolution)
         if self.autoencoder.family == "dc" and self.vae.lambda_kl:
             raise ValueError(
                 f"vae.lambda_kl is {self.vae.lambda_kl:g}, and a dc autoencoder is deterministic, without a KL term; "

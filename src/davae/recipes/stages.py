@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
@@ -68,6 +69,20 @@ class Reconstruction(Optim):
     gan_lr: PositiveFloat = Field(default=1e-4, description="Learning rate of the discriminator.")
     gan_channels: Width = Field(default=64, description="Channels of the discriminator's first layer.")
     gan_layers: Annotated[int, Field(gt=0, le=16)] = Field(default=3, description="Layers of the discriminator.")
+
+    def check_discriminator(self, name: str, side: int) -> None:
+        """Refuse more layers of the discriminator than squares of a side in pixels can pass.
+
+        Raises:
+            ValueError: in one line that begins with the section's name.
+        """
+        least = 3 * 2**self.gan_layers  # layers that halve, and two that take a pixel each
+        if self.lambda_adv and side < least:
+            most = max(int(math.log2(max(side, 3) / 3)), 1)
+            raise ValueError(
+                f"{name}.gan_layers: {self.gan_layers} layers need {least} pixels, and this training sees {side}; use "
+                f"{most}, or larger squares"
+            )
 
 
 class Polish(Section):

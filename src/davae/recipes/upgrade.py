@@ -88,6 +88,13 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _discriminators_fit(self) -> Recipe:
+        for name, settings in self.trainings.items():
+            if isinstance(settings, Stage1):
+                settings.check_discriminator(name, self.seen_pixels(name))
+        return self
+
     @property
     def resolution(self) -> int:
         """Pixels of I_hr."""

@@ -26,7 +26,7 @@ class PatchDiscriminator(nn.Module):
             stride = 1 if number == layers else 2
             blocks += [
                 nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(min(32, after // 4), after),
+                nn.GroupNorm(_groups(after), after),
                 nn.LeakyReLU(0.2),
             ]
         self.layers = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, 4, padding=1))
@@ -37,3 +37,8 @@ class PatchDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B,3,H,W) -> patch scores (B,1,h,w)."""
         return self.layers(images)
+
+
+def _groups(channels: int) -> int:
+    """Return the largest divisor of the channels that leaves four a group, at most 32."""
+    return max(n for n in range(1, min(32, max(1, channels // 4)) + 1) if channels % n == 0)
