@@ -126,7 +126,7 @@ def test_a_section_that_is_null_takes_values(tmp_path: Path):
     [
         (
             "clothing",
-            ["stage1.lambda_adv=0.1", "stage1.gan_layers=5", "stage1.crop=64"],
+            ["stage1.lambda_adv=0.1", "stage1.gan_layers=5", "stage1.crop=64", "stage1.gan_start=1"],
             "stage1.gan_layers: 5 .* use 4",
         ),
         (
@@ -134,7 +134,11 @@ def test_a_section_that_is_null_takes_values(tmp_path: Path):
             ["stage1.lambda_adv=0.1", "stage1.polish.crop=16", "stage1.crop=64"],
             "stage1.polish.gan_layers: 3 layers need 24 pixels, .* sees 16; use 2",
         ),
-        ("imagenette128-scratch", ["vae.lambda_adv=0.1", "vae.gan_layers=6"], "vae.gan_layers: .*128; use 5"),
+        (
+            "imagenette128-scratch",
+            ["vae.lambda_adv=0.1", "vae.gan_layers=6", "vae.gan_start=1"],
+            "vae.gan_layers: .*128; use 5",
+        ),
     ],
 )
 def test_a_discriminator_with_too_many_layers_is_named_before_anything_runs(

@@ -12,13 +12,14 @@ from davae.vae.discriminator import PatchDiscriminator
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
 def test_a_recipe_knows_the_smallest_square_that_passes(layers: int):
     network, least = PatchDiscriminator(4, layers), 3 * 2**layers
-    settings = Reconstruction(max_steps=1, batch_size=1, lr=1e-4, gan_layers=layers)
+    settings = Reconstruction(max_steps=1, batch_size=1, lr=1e-4, gan_layers=layers, gan_start=0)
     settings.check_discriminator("vae", least)
     assert network(torch.zeros(1, 3, least, least)).shape == (1, 1, 1, 1)
     with pytest.raises(RuntimeError):
         network(torch.zeros(1, 3, least - 1, least - 1))
     with pytest.raises(ValueError, match=rf"vae.gan_layers: {layers} layers need {least} pixels"):
         settings.check_discriminator("vae", least - 1)
+    settings.model_copy(update={"gan_start": 2}).check_discriminator("vae", least - 1)  # it never takes part
 
 
 @pytest.mark.parametrize("channels", [1, 3, 7, 25, 44, 64, 128])

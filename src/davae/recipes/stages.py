@@ -77,7 +77,7 @@ class Reconstruction(Optim):
             ValueError: in one line that begins with the section's name.
         """
         least = 3 * 2**self.gan_layers  # layers that halve, and two that take a pixel each
-        if self.lambda_adv and side < least:
+        if self.lambda_adv and self.max_steps >= self.gan_start and side < least:
             most = max(int(math.log2(max(side, 3) / 3)), 1)
             raise ValueError(
                 f"{name}.gan_layers: {self.gan_layers} layers need {least} pixels, and this training sees {side}; use "

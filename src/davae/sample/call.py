@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -86,9 +86,10 @@ def call_pipeline(
         _check_negative(pipeline, guidance_scale > 1, {"guidance_scale", "true_cfg_scale"} <= options.keys())
         options["negative_prompt"] = [negative_prompt] * len(prompts)
     height, width = (size, size) if isinstance(size, int) else size
+    checked = nullcontext() if output_type == "latent" else checked_decoding(pipeline, prompts)
     if "class_labels" in parameters:
         _check_dit(pipeline, guidance_scale)
-        with _at_size(pipeline, height), checked_decoding(pipeline, prompts):
+        with _at_size(pipeline, height), checked:
             return pipeline([class_number(pipeline, prompt) for prompt in prompts], **options)
     if "use_resolution_binning" in parameters:  # the size asked for, not the nearest one in a table
         options["use_resolution_binning"] = False
@@ -96,7 +97,7 @@ def call_pipeline(
         model = denoiser(pipeline)
         options["latents"] = family_of(model).require_call().pack(latents.to(pipeline._execution_device, model.dtype))
     options |= text_arguments(pipeline) | literal_prompts(pipeline)
-    with checked_decoding(pipeline, prompts):
+    with checked:
         return pipeline(prompt=prompts, height=height, width=width, **options)
 
 
@@ -122,8 +123,11 @@ def _check_dit(pipeline: Any, guidance_scale: float) -> None:
 def _at_size(pipeline: Any, size: int) -> Iterator[None]:
     """Set the size at which DiT's pipeline draws, which it reads from its transformer's config."""
     transformer = pipeline.transformer
-    own = transformer.config["sample_size"]
-    transformer.register_to_config(sample_size=size // pixel_factor(pipeline))
+    own, wanted = transformer.config["sample_size"], size // pixel_factor(pipeline)
+    if own == wanted:  # by a call around this one too, which then restores it, in whatever order they end
+        yield
+        return
+    transformer.register_to_config(sample_size=wanted)
     try:
         yield
     finally:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from davae.backbones.families import denoiser
 from davae.latent import LatentLayout
 from davae.sample.levels import adds_noise, clean_from, level_after
-from davae.sample.skip_calls import REACH, skipped_calls
+from davae.sample.skip_calls import REACH
 
 DRAFT_LEVEL = 0.5  # share of noise above which a draft of the detail is known; chosen in docs/three-jobs.md
 
@@ -174,10 +172,6 @@ class Canvas:
         if "generator" in options:
             options = {**options, "generator": self.generator}
         return self._scheduler.step(prediction, timestep, self.state, **{**options, "return_dict": False})[0]
-
-    def skips(self, pipeline: Any) -> AbstractContextManager[None]:
-        """Return a context without the model's calls whose predictions no state uses."""
-        return skipped_calls(denoiser(pipeline), lambda: self.ignores(pipeline))
 
     def ignores(self, pipeline: Any) -> bool:
         """Return whether all states that the next prediction reaches are known."""

@@ -13,12 +13,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from davae.backbones.expand import CLEAN_BASE
-from davae.backbones.families import denoiser
+from davae.backbones.families import component_in, denoiser
 from davae.backbones.packed_latents import pack_like, unpack_latents
 from davae.errors import ModelError
 from davae.sample.call import call_pipeline, prompts_at_a_time
 from davae.sample.canvas import Canvas, Enlargement, step_count
 from davae.sample.lockstep import Exchange, Left, together
+from davae.sample.skip_calls import skipping
 
 TWO_OUTPUTS = ("CogVideoXDPMScheduler",)  # steps that take and give a second tensor
 
@@ -99,8 +100,8 @@ def draw_detail(
     noise = torch.cat([canvas.first() for canvas in canvases])
 
     def draw(part: range, exchange: Exchange[Handed, Tensor]) -> None:
-        start = functools.partial(group.start, part=part)
-        with _hooked(pipeline, start, exchange, len(part), side) as (own, options), canvases[0].skips(own):
+        with _hooked(pipeline, functools.partial(group.start, part=part), exchange, len(part), side) as (own, options):
+            _skip_calls(own, canvases[0])
             call_pipeline(
                 own,
                 prompts[part.start : part.stop],
@@ -119,6 +120,11 @@ def draw_detail(
     finally:
         pipeline.maybe_free_model_hooks()
     return [_finished(canvas) for canvas in canvases]
+
+
+def _skip_calls(own: Any, canvas: Canvas) -> None:
+    """Replace the model of a pipeline's copy by one that skips the calls that a canvas ignores."""
+    vars(own)[component_in(own.components)] = skipping(denoiser(own), functools.partial(canvas.ignores, own))
 
 
 def _clean_base(config: Any, free: int) -> tuple[bool, bool]:

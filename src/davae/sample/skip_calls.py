@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 REACH = {  # later steps that a prediction reaches at most: the orders of solvers; not listed are UniPC, whose corrected
     None: 0,  # samples go on for ever, and all others that davae does not know; None are davae's own solvers
@@ -20,33 +18,32 @@ REACH = {  # later steps that a prediction reaches at most: the orders of solver
     "HeunDiscreteScheduler": 1,
     "DPMSolverMultistepScheduler": 3,
     "DEISMultistepScheduler": 3,
-    "PNDMScheduler": 4,
+    "PNDMScheduler": 12,  # 4 without its Runge-Kutta steps
     "LMSDiscreteScheduler": 4,
 }
 
 
-@contextmanager
-def skipped_calls(model: Any, unused: Callable[[], bool]) -> Iterator[None]:
-    """Repeat a model's last output inside the block where nothing uses the next one.
+def skipping(model: nn.Module, unused: Callable[[], bool]) -> nn.Module:
+    """Return a model that repeats its last output where nothing uses the next one.
+
+    It shares the attributes of `model`, later changes too, and nothing of `model` is replaced: other threads and callbacks
+    may use that in the meantime. Compiled models and hooks for offloading work as before.
 
     Args:
-        model: a transformer or U-Net, which may be compiled or have hooks for offloading.
+        model: a transformer or U-Net.
         unused: whether the output of the call that begins is not used; the first call for each set of shapes is made all
             the same, because only the model knows what its outputs look like.
     """
-    name = "forward" if getattr(model, "_compiled_call_impl", None) is None else "_compiled_call_impl"
-    forward, own = getattr(model, name), name in vars(model)
+    kind: Any = type(model)
     kept: dict[tuple[torch.Size, ...], Any] = {}
 
-    @functools.wraps(forward)  # pipelines may look at its signature
-    def call(*args: Any, **options: Any) -> Any:
+    def call(self: Any, *args: Any, **options: Any) -> Any:
         shapes = tuple(one.shape for one in (*args, *options.values()) if isinstance(one, Tensor))
         if not (unused() and shapes in kept):
-            kept[shapes] = forward(*args, **options)
+            kept[shapes] = kind.__call__(self, *args, **options)
         return kept[shapes]
 
-    setattr(model, name, call)
-    try:
-        yield
-    finally:
-        setattr(model, name, forward) if own else delattr(model, name)
+    own = {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    shared = object.__new__(type(kind.__name__, (kind,), own))
+    object.__setattr__(shared, "__dict__", vars(model))
+    return cast(nn.Module, shared)

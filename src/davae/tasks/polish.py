@@ -39,7 +39,7 @@ class NoisedDecoding(nn.Module):
     def forward(
         self, images: Tensor, noise: Tensor, strength: Tensor, replacing: Tensor, share: Tensor, chance: Tensor
     ) -> Tensor:
-        """Return the reconstruction (B,3,sH,sW) from noised latents, or from those that enlarging begins with.
+        """Return the reconstruction (B,3,sH,sW) from latents that are noised, or begin an enlargement.
 
         The latents are those that stage 2 learns: z, and the mean of z_d. They are noised as the transformer takes them,
         normalised: tau is then in units of a channel's standard deviation, as a generator's errors are.
