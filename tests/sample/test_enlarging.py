@@ -36,8 +36,7 @@ from davae.sample.draw_detail import draw_detail
 from davae.sample.generate import structured_noise
 from davae.sample.levels import level_after
 from davae.sample.lockstep import Left, together
-from davae.sample.upscale import back_projected_detail, check_size
-from davae.vae.back_projection import back_projected
+from davae.sample.upscale import back_projected, back_projected_detail, check_size
 from davae.vae.blocks import downsample
 
 FAST = ("Flux2Transformer2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SDXL")

@@ -24,8 +24,7 @@ from davae.evaluate.upscale import Upscaler, make_upscaler
 from davae.pretrained.shapes import default_resolution
 from davae.recipes.sections import Data
 from davae.sample.open import SamplingOptions, check_class_prompts, open_model
-from davae.sample.upscale import check_enlarging, upscale
-from davae.vae.back_projection import PASSES, back_projected
+from davae.sample.upscale import PASSES, back_projected, check_enlarging, upscale
 from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.overflow import decode_in_range, encode_in_range

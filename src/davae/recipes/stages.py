@@ -102,11 +102,6 @@ class Polish(Section):
         description="Largest share of z_d that noise takes the place of, at the same variance; uniform below that. The "
         "decoder then draws what z holds even where z_d is wrong.",
     )
-    enlarging: Fraction = Field(
-        default=0.0,
-        description="Share of samples with the detail of their own bicubic enlargement, with which `davae upscale` begins: "
-        "the decoder learns to enlarge.",
-    )
     batch_size: Batch | None = Field(default=None, description="Images of one batch. Without it: as in stage 1.")
     crop: Pixels | None = Field(
         default=None, description="Side of the squares. Without it: as in stage 1; the resolution is all of an image."
@@ -175,7 +170,7 @@ class Stage1(Reconstruction):
     def polishing(self) -> Stage1:
         """Settings of the polish: stage 1's, with the values that `polish` sets."""
         assert self.polish is not None
-        own = self.polish.model_dump(exclude={"noise", "detail_noise", "enlarging"}, exclude_none=True)
+        own = self.polish.model_dump(exclude={"noise", "detail_noise"}, exclude_none=True)
         return self.model_copy(update=own)
 
     @model_validator(mode="after")

@@ -89,8 +89,7 @@ def draw_detail(
     Raises:
         ModelError: a scheduler whose levels are not known.
     """
-    if (kind := type(pipeline.scheduler).__name__) in TWO_OUTPUTS:
-        raise ModelError(f"scheduler {kind}: it cannot enlarge; use DDIMScheduler in its place")
+    _check_steps(pipeline.scheduler)
     free = int(steps * strength + 1e-9)  # as image-to-image pipelines count them
     clean, knows = _clean_base(denoiser(pipeline).config, free)
     device, side = pipeline._execution_device, work[0].grid.window
@@ -100,7 +99,8 @@ def draw_detail(
     noise = torch.cat([canvas.first() for canvas in canvases])
 
     def draw(part: range, exchange: Exchange[Handed, Tensor]) -> None:
-        with _hooked(pipeline, functools.partial(group.start, part=part), exchange, len(part), side) as (own, options):
+        hooked = _hooked(pipeline, functools.partial(group.start, part=part), exchange, len(part), side)
+        with hooked as (own, options):
             _skip_calls(own, canvases[0])
             call_pipeline(
                 own,
@@ -120,6 +120,11 @@ def draw_detail(
     finally:
         pipeline.maybe_free_model_hooks()
     return [_finished(canvas) for canvas in canvases]
+
+
+def _check_steps(scheduler: Any) -> None:
+    if (kind := type(scheduler).__name__) in TWO_OUTPUTS:
+        raise ModelError(f"scheduler {kind}: it cannot enlarge; use DDIMScheduler in its place")
 
 
 def _skip_calls(own: Any, canvas: Canvas) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from davae.sample.draw_detail import OnBase, draw_detail
 from davae.sample.finite import finite_images, remedy
 from davae.sample.generate import seeded_generator, structured_noise
 from davae.sample.open import check_class_prompts
-from davae.vae.back_projection import back_projected, enlarged_by_bicubic
+from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 from davae.vae.overflow import decode_in_range, encode_in_range, in_range
 
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 MOST_PIXELS = 1 << 26  # of a result: 8192 x 8192
 MOST_TIMES = 4
 OVERLAP = 0.25
+PASSES = 3  # of back-projection
 LATENT_PASSES = 2  # of back-projection of the detail latent
 
 
@@ -169,8 +171,9 @@ class _Work:
     def _draft(self, pixels: Tensor, grid: WindowGrid) -> Tensor:
         """Return the normalised detail (1,D,h,w) of a bicubic enlargement, corrected by its input."""
         padded, scale = self._padded(pixels, grid.height, grid.width), self.vae.layout.scale
+        enlarged = F.interpolate(padded, scale_factor=scale, mode="bicubic", align_corners=False)
         with self._tiled(padded.shape[-2:], scale):
-            latents = encode_in_range(self.vae, enlarged_by_bicubic(padded, scale))
+            latents = encode_in_range(self.vae, back_projected(enlarged, padded, scale))
         return self.vae.layout.split(latents)[1]
 
     def _padded(self, pixels: Tensor, h: int, w: int) -> Tensor:
@@ -205,6 +208,26 @@ class _Work:
             yield
         finally:
             vae.use_tiling, vae.tiling = before
+
+
+def back_projected(images: Tensor, source: Tensor, scale: int, passes: int = PASSES) -> Tensor:
+    """Bring images back to the source that they were enlarged from.
+
+    x <- clamp(x + up(source - down(x))), as iterative back-projection (Irani and Peleg, 1991); `down` is bicubic with
+    antialiasing, `up` bicubic: only what the source shows is changed.
+
+    Args:
+        images: (B,3,sH,sW) in [-1,1].
+        source: (B,3,H,W).
+        scale: s.
+        passes: corrections.
+    """
+    images = images.clamp(-1, 1)
+    for _ in range(passes):
+        missing = source - downsample(images, scale)
+        raised = F.interpolate(missing, images.shape[-2:], mode="bicubic", align_corners=False)
+        images = (images + raised).clamp(-1, 1)
+    return images
 
 
 @torch.no_grad()

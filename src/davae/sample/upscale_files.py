@@ -23,8 +23,7 @@ from davae.files.ownership import only_writer
 from davae.sample.canvas import DRAFT_LEVEL
 from davae.sample.fingerprint import file_hash
 from davae.sample.open import SamplingOptions, check_class_prompts
-from davae.sample.upscale import LATENT_PASSES, check_enlarging, check_size, counted, upscale
-from davae.vae.back_projection import PASSES
+from davae.sample.upscale import LATENT_PASSES, PASSES, check_enlarging, check_size, counted, upscale
 
 SHEET = "before-after.png"
 CELL, MOST_ROWS = 384, 12  # pixels of the contact sheet's cells, and how many images it shows

@@ -15,8 +15,6 @@ from davae.tasks.reconstruction import ReconstructionTask
 from davae.tasks.stage1 import random_squares
 from davae.train.random import SampleRandom
 from davae.train.task import Trainable
-from davae.vae.back_projection import enlarged_by_bicubic
-from davae.vae.blocks import downsample
 from davae.vae.detail_vae import DetailVAE
 
 
@@ -24,22 +22,14 @@ class NoisedDecoding(nn.Module):
     """One pass through frozen encoders and the decoder.
 
     It is a module so that data-parallel wrappers see it.
-
-    Args:
-        vae: the autoencoder.
-        tau: of `noise_latents`.
-        detail: most of `replace_detail`.
-        enlarging: probability of a sample with the detail of its bicubic enlargement.
     """
 
-    def __init__(self, vae: DetailVAE, tau: float = 0.0, detail: float = 0.0, enlarging: float = 0.0):
+    def __init__(self, vae: DetailVAE, tau: float, detail: float):
         super().__init__()
-        self.vae, self.tau, self.detail, self.enlarging = vae, tau, detail, enlarging
+        self.vae, self.tau, self.detail = vae, tau, detail
 
-    def forward(
-        self, images: Tensor, noise: Tensor, strength: Tensor, replacing: Tensor, share: Tensor, chance: Tensor
-    ) -> Tensor:
-        """Return the reconstruction (B,3,sH,sW) from latents that are noised, or begin an enlargement.
+    def forward(self, images: Tensor, noise: Tensor, strength: Tensor, replacing: Tensor, share: Tensor) -> Tensor:
+        """Return the reconstruction (B,3,sH,sW) from noised latents.
 
         The latents are those that stage 2 learns: z, and the mean of z_d. They are noised as the transformer takes them,
         normalised: tau is then in units of a channel's standard deviation, as a generator's errors are.
@@ -50,24 +40,14 @@ class NoisedDecoding(nn.Module):
             strength: uniform (B,).
             replacing: standard normal, in place of z_d, (B,D,h,w).
             share: uniform (B,).
-            chance: uniform (B,); below `enlarging` the latents are [z, E_d(up(I))] without noise.
         """
-        layout = self.vae.layout
         with torch.no_grad():
-            latents = self._latents(images)
-            z, z_d = layout.split(latents)
-            latents = layout.join(z, replace_detail(z_d, replacing, share, self.detail))
-            noised = noise_latents(latents, noise, strength, self.tau)
-            if self.enlarging:
-                scale = layout.scale
-                enlarged = enlarged_by_bicubic(downsample(images, scale, self.vae.config["downsample"]), scale)
-                drafts = layout.join(z, layout.split(self._latents(enlarged))[1])
-                noised = torch.where((chance < self.enlarging).view(-1, 1, 1, 1), drafts, noised)
-        return self.vae.decode_raw(self.vae.denormalise(noised))
-
-    def _latents(self, images: Tensor) -> Tensor:
-        raw = self.vae.encode_raw(images)
-        return self.vae.normalise(self.vae.layout.join(raw.z, raw.mean))
+            raw = self.vae.encode_raw(images)
+            latents = self.vae.normalise(self.vae.layout.join(raw.z, raw.mean))
+            z, z_d = self.vae.layout.split(latents)
+            latents = self.vae.layout.join(z, replace_detail(z_d, replacing, share, self.detail))
+            noised = self.vae.denormalise(noise_latents(latents, noise, strength, self.tau))
+        return self.vae.decode_raw(noised)
 
 
 class PolishTask(ReconstructionTask):
@@ -92,8 +72,7 @@ class PolishTask(ReconstructionTask):
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         trainable = Trainable(vae, [{"params": list(vae.decoder.parameters())}], lr=settings.lr)
-        polish = settings.polish
-        decoding = NoisedDecoding(vae, polish.noise, polish.detail_noise, polish.enlarging)
+        decoding = NoisedDecoding(vae, settings.polish.noise, settings.polish.detail_noise)
         super().__init__(settings, images, trainable, decoding, device)
 
     def score_reconstruction(self, images: Tensor, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
@@ -102,7 +81,7 @@ class PolishTask(ReconstructionTask):
         height, width = (side // self.vae.spatial_factor for side in images.shape[-2:])
         layout = self.vae.layout
         drawn = draws.normal(layout.channels, height, width), draws.uniform()
-        drawn = *drawn, draws.normal(layout.detail_channels, height, width), draws.uniform(), draws.uniform()
+        drawn = *drawn, draws.normal(layout.detail_channels, height, width), draws.uniform()
         reconstruction = self.modules["vae"](images, *(send(values, images.device) for values in drawn))
         last = self.vae.last_decoder_weight  # before any gradient is taken: FSDP2 puts the pieces back after that
         total, _, logged = self.trainer.autoencoder_loss(images, reconstruction, None, None, last, step)
@@ -113,5 +92,4 @@ class PolishTask(ReconstructionTask):
         height, width = (side // self.vae.spatial_factor for side in images.shape[-2:])
         noise = images.new_zeros(len(images), self.vae.layout.channels, height, width)
         strength = images.new_zeros(len(images))
-        replacing = self.vae.layout.split(noise)[1]
-        return self.modules["vae"](images, noise, strength, replacing, strength, torch.ones_like(strength))
+        return self.modules["vae"](images, noise, strength, self.vae.layout.split(noise)[1], strength)
