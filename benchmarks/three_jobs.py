@@ -23,7 +23,7 @@ import davae
 from davae.data.images import to_images
 from davae.dataset.look import real_pictures
 from davae.pretrained.shapes import token_side
-from davae.sample.canvas import WindowGrid
+from davae.sample.canvas import Canvas, WindowGrid
 from davae.sample.open import open_model
 from davae.vae.blocks import downsample
 
@@ -72,7 +72,24 @@ def checks(steps: int) -> dict[str, Any]:
     figures["preview"]["share"] = (
         figures["preview"]["median_preview_seconds"] / figures["preview"]["median_step_seconds"]
     )
-    return figures
+    return {**figures, "skipped_calls": skipped(small)}
+
+
+def skipped(image: Image.Image, steps: int = 30, repeats: int = 3) -> dict[str, Any]:
+    """Return the seconds of an enlargement with skipped calls and with all, by model."""
+    ignores, found = Canvas.ignores, {}
+    for model, prompt in (("micro-upgraded", "a red rose"), ("clothing-upgraded", "dress")):
+        pipeline, _ = open_model(model)
+        seconds: dict[str, list[float]] = {"skipped": [], "all calls": []}
+        for _ in range(repeats):
+            for name, method in (("skipped", ignores), ("all calls", lambda *_: False)):
+                Canvas.ignores = method
+                began = time.perf_counter()
+                davae.upscale(pipeline, image, prompt, steps=steps)
+                seconds[name].append(time.perf_counter() - began)
+        found[model] = {**seconds, "ratio": min(seconds["all calls"]) / min(seconds["skipped"])}
+    Canvas.ignores = ignores
+    return {"steps": steps, **found}
 
 
 def steps_at_windows(image: Image.Image, lefts: Sequence[int], side: int) -> float:
