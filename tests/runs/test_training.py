@@ -30,7 +30,7 @@ from davae import DetailVAE
 from davae.cli import main
 from davae.data.latent_cache.meta import read_meta
 from davae.device import record_passes
-from davae.errors import DataError, RunError
+from davae.errors import DataError, Interrupted, RunError
 from davae.files.atomic import atomic_folder
 from davae.pretrained.open import load_pipeline
 from davae.publish.assemble import load_upgraded
@@ -40,7 +40,7 @@ from davae.runs.upgrade import Upgrade
 from davae.sample.generate import generate
 from davae.sample.open import SamplingOptions
 from davae.train import run_folder as state
-from davae.train.loop import learning_rate
+from davae.train.loop import Progress, learning_rate
 from davae.train.run_folder import RunFolder, read_metrics
 
 CHANGES = {"stage1__max_steps": 8, "stage2__max_steps": 8, "run__checkpoint_every": 1}
@@ -392,6 +392,30 @@ def test_a_held_base_starts_at_the_pretrained_prediction(
     first, *others = (record["loss_base"] for record in records)
     assert first == pytest.approx(0.0, abs=1e-8 if precision == "no" else 1e-4)
     assert max(others) > 1e-9  # once the detail is trained
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_stopped_run_with_a_held_base_goes_on_to_the_bit(
+    recipe_values: dict, finished: Path, tmp_path: Path, lora: dict | None
+):
+    """The frozen copy is the model of the first step again, whatever the checkpoint holds."""
+    values = copy.deepcopy(recipe_values)
+    set_values(values, {"stage2.lora": lora, "stage2.hold_base": 0.5, "stage2.max_steps": 5})
+    recipe = validate(values, "held")
+
+    def stop(progress: Progress) -> None:
+        if (progress.task, progress.step) == ("stage2", 3):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    Upgrade(recipe, tmp_path / "whole", quiet, stage1=finished).train_dit()  # type: ignore[arg-type]
+    with pytest.raises(Interrupted):
+        Upgrade(recipe, tmp_path / "stopped", stop, stage1=finished).train_dit()  # type: ignore[arg-type]
+    Upgrade(recipe, tmp_path / "stopped", quiet, stage1=finished).train_dit()  # type: ignore[arg-type]
+    whole, stopped = (training_records(tmp_path / name) for name in ("whole", "stopped"))
+    assert [record["step"] for record in whole] == [1, 2, 3, 4, 5]
+    assert stopped == whole
+    mine, theirs = (load_file(tmp_path / name / "upgrade.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
