@@ -96,9 +96,8 @@ def draw_shards(
     """Draw the images that shards lack, and pack each shard once it has all of them.
 
     Args:
-        shards: the shards of this process.
+        shards, options: the shards of this process, and how the images are drawn.
         model: the base, by the names that `open_model` takes.
-        options: how the images are drawn.
         about: values of each image's record besides its prompt, its number and the size.
         on_image: called with the images that are done and their number.
     """

@@ -127,7 +127,16 @@ class Preview:
 
 
 def preview(pipeline: Any, every: int = 5, **options: Any) -> Preview:
-    """Return a `callback_on_step_end` that keeps previews of the base, as `Preview` describes."""
+    """Return a `callback_on_step_end` that keeps previews of the base in `.images`.
+
+    Args:
+        pipeline: a pipeline with a DetailVAE, loaded by plain diffusers or by davae.
+        every: steps between two previews.
+        options: `Preview`'s other arguments.
+
+    Raises:
+        ModelError: the pipeline has no DetailVAE.
+    """
     return Preview(pipeline, every, **options)
 
 
@@ -138,12 +147,7 @@ def takes_callback(pipeline: Any) -> bool:
 
 @contextmanager
 def watching(pipeline: Any, preview: Preview | None) -> Iterator[Preview | None]:
-    """Yield the callback for a pipeline's call, None where its scheduler is watched instead.
-
-    Args:
-        pipeline: the pipeline that draws.
-        preview: the preview; None watches nothing.
-    """
+    """Yield the callback for a call, None where the scheduler is watched or nothing is shown."""
     if preview is None or takes_callback(pipeline):
         yield preview
         return
