@@ -118,8 +118,8 @@ class Preview:
             return result
 
         scheduler.step = watched
-        restore = (delattr, scheduler, "step") if outer is None else (setattr, scheduler, "step", outer)
-        self._leave = functools.partial(*restore)
+        drop = functools.partial(delattr, scheduler, "step")
+        self._leave = drop if outer is None else functools.partial(setattr, scheduler, "step", outer)
         return self
 
     def __exit__(self, *error: object) -> None:
