@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
 from safetensors import safe_open
 from torch import Tensor
 
-from davae import ClassConditionalPipeline, LatentLayout, LightningDiT, expand_transformer
+from davae import ClassConditionalPipeline, DetailVAE, LatentLayout, LightningDiT, expand_transformer
 from davae.backbones.lightning_layers import RotaryEmbedding, grid_positions, rotary_angles
 from davae.backbones.repatch import change_patch
 from davae.backbones.trainable import choose_trainable
@@ -25,6 +26,7 @@ from davae.publish.assemble import apply_upgrade, save_upgrade
 from davae.recipes.sections import Lora
 from davae.sample import euler_ode
 from davae.sample.ode import SOLVERS, solve_ode, time_grid
+from davae.vae.base import AUTOENCODERS, autoencoder_class
 
 FIXTURE = "fixtures/lightningdit_a.safetensors"
 CONFIGS = {
@@ -410,6 +412,9 @@ def test_pipeline_saves_loads_and_draws(tmp_path: Path) -> None:
     assert torch.equal(first, draw(again, ["2", "bird"]))
     assert not torch.equal(first, draw(again, ["cat", "fish"]))
     assert draw(again, "bird", height=32, num_images_per_prompt=2).shape == (2, 3, 32, 32)
+    for numbers in ((2, 3), [np.int64(2), "bird"], np.array([2, 3]), torch.tensor([2, 3]), range(2, 4)):
+        assert torch.equal(draw(again, numbers), first)
+    assert torch.equal(draw(again, torch.tensor(2)), draw(again, "dog"))
     # what it draws is the ODE's end, denormalised by the autoencoder's statistics
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     x = euler_ode(pipeline.transformer, noise, torch.tensor([0]), 5, cfg_scale=4.0)
@@ -427,6 +432,18 @@ def test_pipeline_saves_loads_and_draws(tmp_path: Path) -> None:
             draw(pipeline, prompt)
     with pytest.raises(ValueError, match="squares whose side is divisible by 2"):
         draw(pipeline, "cat", height=33)
+
+
+@pytest.mark.parametrize("upgraded", [False, True])
+def test_from_pipe_takes_every_autoencoder_over(upgraded: bool) -> None:
+    """diffusers compares the class of each part with the annotations of `__init__`, exactly."""
+    taken = ClassConditionalPipeline._get_signature_types()["vae"]
+    assert set(taken) == {DetailVAE, *map(autoencoder_class, AUTOENCODERS)}
+    vae = DetailVAE.from_base(small_autoencoder(), 4) if upgraded else small_autoencoder()
+    pipeline = ClassConditionalPipeline(vae, random_model(torch.float32), class_names=["cat"], timestep_shift=0.5)
+    again = ClassConditionalPipeline.from_pipe(pipeline)
+    assert (again.vae, again.transformer) == (vae, pipeline.transformer)
+    assert (again.class_names, again.config["timestep_shift"]) == (["cat"], 0.5)
 
 
 def test_epsilon_model_runs_under_its_scheduler() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import tiny_upgrade_recipe
 
 import davae
@@ -32,6 +33,7 @@ def test_a_run_from_start_to_picture(tiny_base: Path, picture_folder: Path, tmp_
     assert {"stage1", "cache", "stage2", "report"} <= run.times.keys()
     image = run.pipeline()("a red square", num_inference_steps=1).images[0]
     assert image.size == (32, 32)
+    assert run.pipeline(dtype=torch.bfloat16).dtype == torch.bfloat16
 
     again = davae.load(run.folder, progress=seen.append)
     assert again.recipe == run.recipe

@@ -33,9 +33,10 @@ from davae.pretrained.shapes import pixel_factor, token_side
 from davae.sample.canvas import Canvas, WindowGrid
 from davae.sample.class_conditional import ClassConditionalPipeline
 from davae.sample.draw_detail import draw_detail
-from davae.sample.generate import structured_noise
+from davae.sample.generate import generate, structured_noise
 from davae.sample.levels import level_after
 from davae.sample.lockstep import Left, together
+from davae.sample.open import SamplingOptions
 from davae.sample.upscale import back_projected, back_projected_detail, check_size
 from davae.vae.blocks import downsample
 
@@ -254,6 +255,9 @@ def test_any_seed_draws(seed: int, pipeline):
     assert differ(one, other) > 0
     assert structured_noise(seed, 0, pipeline.vae.layout, 2, 2).isfinite().all()
     assert len(class_schedule(4, 3, "random", seed)) == 4
+    if seed < 2**63:
+        (again,) = davae.upscale(pipeline, image, steps=1, seed=np.int64(seed))
+        assert differ(one, again) == 0
 
 
 def test_a_long_strip_is_refused_by_the_pixels_that_it_is_drawn_on(pipeline):
@@ -283,6 +287,23 @@ def test_the_pipeline_is_left_as_it_was(pipeline):
     assert not {"step", "scale_model_input"} & set(vars(scheduler))
     assert pipeline.vae.use_tiling == tiling
     assert "decode" not in vars(pipeline.vae)
+
+
+def test_a_compiled_transformer_draws_enlarges_and_shows_its_base(pipeline):
+    model, options = pipeline.transformer, SamplingOptions(steps=2, guidance=1.0)
+    plain = (
+        generate(pipeline, ["a"], options)[0],
+        davae.upscale(pipeline, picture(1, 16, 16), steps=2, guidance_scale=1.0)[0],
+    )
+    pipeline.transformer = torch.compile(model, backend="eager")
+    try:
+        shown = davae.preview(pipeline, every=1)
+        drawn = generate(pipeline, ["a"], options, preview=shown)[0]
+        enlarged = davae.upscale(pipeline, picture(1, 16, 16), steps=2, guidance_scale=1.0)[0]
+    finally:
+        pipeline.transformer = model
+    assert [differ(a, b) for a, b in zip(plain, (drawn, enlarged), strict=True)] == [0, 0]
+    assert list(shown.images) == [1, 2]
 
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])

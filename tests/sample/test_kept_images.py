@@ -208,7 +208,7 @@ def test_the_rule_of_the_steps_noise_is_in_the_fingerprints_of_schedulers_that_a
     plain = hashing.hash_values([hashing._place(str(model))])  # as before there was a rule
     found = model_fingerprint([str(model)])
     assert (found != plain) is counts
-    monkeypatch.setattr(hashing, "STEP_NOISE", 3)
+    monkeypatch.setattr(hashing, "STEP_NOISE", hashing.STEP_NOISE + 1)
     assert (model_fingerprint([str(model)]) != found) is counts
 
 

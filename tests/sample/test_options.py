@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from davae.commands.options import sampling_options
+from davae.errors import ModelError
 from davae.pretrained.placement import Placement
 from davae.sample.open import SamplingOptions, samples_folder
 
@@ -18,6 +20,15 @@ def test_settings_are_those_that_folders_of_earlier_versions_hold():
     half = SamplingOptions(placement=Placement("float16", "model", "blocks"), resolution=32).settings
     assert list(half.items())[3:] == [("dtype", "float16"), ("resolution", 32)]
     assert options.figures == {"steps": 7, "guidance_scale": 1.5, "seed": 3}
+
+
+def test_a_precision_is_a_name_or_a_dtype_of_torch():
+    assert Placement(torch.bfloat16) == Placement("bfloat16")
+    assert Placement(torch.float32).changes == {}
+    assert (Placement(torch.half).changes, Placement("float16").dtype) == ({"dtype": "float16"}, torch.float16)
+    for wrong in ("bf16", torch.float64, None):
+        with pytest.raises(ModelError, match=r"^dtype: found \S+; use float32, bfloat16, float16$"):
+            Placement(wrong)
 
 
 def test_a_side_is_one_number():

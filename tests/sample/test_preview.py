@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from PIL import Image
 from upgraded_tiny import assembled
 
 import davae
@@ -193,3 +195,58 @@ def test_the_base_decoder_is_an_option_of_whole_pipelines(tmp_path: Path):
         if has:
             base, z = open_autoencoder("micro"), torch.randn(1, 8, 4, 4)
             torch.testing.assert_close(vae.decode_base(z), base.decode(vae.base_latents(z)).sample)
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, DDIMScheduler])
+def test_a_drawing_that_begins_later_shows_the_levels_of_its_own_steps(
+    kind, around: bool, pipeline, monkeypatch: pytest.MonkeyPatch
+):
+    """Image-to-image leaves out the first steps of its scheduler; DDIM's has no `step_index`."""
+    from diffusers import StableDiffusion3Img2ImgPipeline
+
+    own, places = pipeline.scheduler, []
+    drawer = StableDiffusion3Img2ImgPipeline.from_pipe(pipeline, vae=pipeline.vae)
+    monkeypatch.setattr(
+        "davae.sample.preview.clean_of",
+        lambda p, x, calls, before: places.append(calls) or clean_of(p, x, calls, before),
+    )
+    if kind is DDIMScheduler:
+        scheduler = DDIMScheduler(clip_sample=False)
+        drawer = SimpleNamespace(vae=pipeline.vae, scheduler=scheduler, transformer=pipeline.transformer)
+        shown, x = davae.preview(drawer, every=1, decoder=lambda z: z[:, :3]), torch.zeros(1, 12, 4, 4)
+        for _ in range(2):
+            scheduler.set_timesteps(8)
+            with shown if around else contextlib.nullcontext():
+                for step, t in enumerate(scheduler.timesteps[4:]):
+                    x = scheduler.step(x, t, x).prev_sample
+                    if not around:
+                        shown(drawer, step, t, {"latents": x})
+    else:
+        shown = davae.preview(drawer, every=1, decoder=lambda z: z[:, :3])
+        options = {
+            "image": Image.new("RGB", (32, 32)),
+            "strength": 0.5,
+            "num_inference_steps": 8,
+            "height": 32,
+            "width": 32,
+        }
+        with shown if around else contextlib.nullcontext():
+            for prompt in "ab":
+                drawer(prompt, callback_on_step_end=None if around else shown, **options)
+    assert places == 2 * [5, 6, 7, 8]
+    assert list(shown.images) == [1, 2, 3, 4]
+    assert pipeline.scheduler is own
+
+
+def test_a_block_ends_as_it_began(pipeline):
+    own, options = pipeline.scheduler, {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"}
+    with davae.preview(pipeline, every=1) as outer:
+        with davae.preview(pipeline, every=2) as inner:
+            pipeline("a", **options)
+        pipeline("b", **options)
+        pipeline.scheduler = type(own).from_config(own.config)
+    assert list(outer.images) == [1, 2, 3]
+    assert list(inner.images) == [2]
+    assert not {"step"} & (set(vars(own)) | set(vars(pipeline.scheduler)))
+    pipeline.scheduler = own

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import accelerate
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import text_inputs, tiny_autoencoder, tiny_transformer
 from diffusers import AutoencoderOobleck, AutoencoderTiny, SD3Transformer2DModel
+from peft import LoraConfig
 from test_autoencoders import TINY
+from torch import nn
 
 from davae import DetailVAE, expand_transformer
 from davae.backbones.expand import by_channel, new_weight_masks
@@ -233,6 +237,43 @@ def test_expanding_shares_storage_and_leaves_the_original_alone():
     wide.requires_grad_(False)
     assert all(p.requires_grad for p in base.parameters())
     assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path: Path):
+    vae = DetailVAE.from_base(tiny_autoencoder(), np.int64(8), scale=np.int64(2))
+    vae.save_pretrained(tmp_path / "vae")
+    assert DetailVAE.from_pretrained(tmp_path / "vae").layout == vae.layout
+    expand_transformer(tiny_transformer(), np.int64(8)).save_pretrained(tmp_path / "transformer")
+    assert SD3Transformer2DModel.from_pretrained(tmp_path / "transformer").config.in_channels == 12
+
+
+def test_compiled_models_are_upgraded_as_plain_ones():
+    base, vae = tiny_transformer(), tiny_autoencoder()
+    wide = expand_transformer(torch.compile(base, backend="eager"), 8)
+    assert type(wide) is SD3Transformer2DModel
+    assert set(wide.state_dict()) == set(base.state_dict())
+    assert DetailVAE.from_base(torch.compile(vae, backend="eager"), 8).config["base_class"] == "AutoencoderKL"
+
+
+@pytest.mark.parametrize("layer", ["proj_out", "pos_embed.proj"])
+def test_a_lora_on_a_layer_that_is_widened_is_one_line(layer: str):
+    base = tiny_transformer()
+    base.add_adapter(LoraConfig(r=2, target_modules=["to_q", layer]))
+    with pytest.raises(ValueError, match=rf"^layer {layer} is a peft\S+; unload its LoRA first, after fusing"):
+        expand_transformer(base, 8)
+    base.unload_lora()
+    base.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    assert expand_transformer(base, 8).config.in_channels == 12
+
+
+def test_hooks_for_offloading_are_shared_not_copied_with_the_models_that_they_hold():
+    other = nn.Linear(2, 2)
+    _, before = accelerate.cpu_offload_with_hook(other, "cpu")
+    base, _ = accelerate.cpu_offload_with_hook(tiny_transformer(), "cpu", prev_module_hook=before)
+    wide = expand_transformer(base, 8)
+    assert wide._hf_hook.prev_module_hook.model is other
+    assert wide(hidden_states=torch.randn(1, 12, 8, 8), **text_inputs(1, torch.float32)).sample.shape[1] == 12
+    assert base(hidden_states=torch.randn(1, 4, 8, 8), **text_inputs(1, torch.float32)).sample.shape[1] == 4
 
 
 def test_by_channel_reads_both_token_orders():

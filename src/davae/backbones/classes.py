@@ -5,8 +5,9 @@ These are LightningDiT's pipeline and that of DiT in diffusers.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 from davae.backbones.families import denoiser, family_of
 
@@ -53,7 +54,7 @@ def example_classes(pipeline: Any, most: int) -> list[str]:
     return [names.get(number, str(number)) for number in range(min(most, class_count(pipeline)))]
 
 
-def class_number(pipeline: Any, label: int | str) -> int:
+def class_number(pipeline: Any, label: SupportsIndex | str) -> int:
     """Return the number of a class given by number, or by name or a part of it.
 
     Raises:
@@ -62,7 +63,7 @@ def class_number(pipeline: Any, label: int | str) -> int:
     return find_class(label, class_names(pipeline), class_count(pipeline))
 
 
-def find_class(label: int | str, names: dict[str, int], count: int) -> int:
+def find_class(label: SupportsIndex | str, names: dict[str, int], count: int) -> int:
     """Return the number of a class given by number, or by name or a part of it.
 
     Args:
@@ -73,8 +74,13 @@ def find_class(label: int | str, names: dict[str, int], count: int) -> int:
     Raises:
         ValueError: no such class, or several.
     """
-    if isinstance(label, int) or label.isdecimal():
-        number = int(label)
+    if not isinstance(label, str) or label.isdecimal():
+        try:
+            number = int(label) if isinstance(label, str) else operator.index(label)
+        except TypeError as error:
+            raise ValueError(
+                f"class {label!r} is neither a number nor a name; use a number to {count - 1}"
+            ) from error
         if not 0 <= number < count:
             raise ValueError(f"class label {number} is out of range: the model has classes 0 to {count - 1}")
         return number

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from davae.backbones.detail_time import OFFSET
-from davae.backbones.families import family_of
+from davae.backbones.families import family_of, uncompiled
 from davae.backbones.family import Family
 from davae.latent import LatentLayout
 
@@ -28,7 +29,7 @@ def expand_transformer(
     (Eq. 11). Everything else is shared with `transformer` (same storage); its own embedder and head stay as they were.
 
     Args:
-        transformer: a supported diffusers transformer with C input and C output channels.
+        transformer: a supported diffusers transformer with C input and C output channels, compiled or not.
         detail_channels: D, a multiple of C.
         new_weights: `random` gives P' and O' the initial values of a fresh layer instead: the ablation of Fig. 4.
         detail_offset: above 0 the detail gets a time of its own, and this is how far the base is ahead in sampling.
@@ -37,10 +38,10 @@ def expand_transformer(
         A module of the same class, `in_channels` and `out_channels` of its config raised by D.
 
     Raises:
-        ValueError: unsupported class, D not a multiple of C, a transformer that was expanded already, or a class whose
-            channels share one time and a `detail_offset`.
+        ValueError: unsupported class, D not a multiple of C, a transformer that was expanded already, an embedder or head
+            with a LoRA, or a class whose channels share one time and a `detail_offset`.
     """
-    family = family_of(transformer)
+    family, transformer = family_of(transformer), uncompiled(transformer)
     config: Any = transformer.config
     if MARK in config:
         raise ValueError(
@@ -48,9 +49,12 @@ def expand_transformer(
             f"{latent_channels(transformer)}); start from the pretrained transformer"
         )
     base_channels = latent_channels(transformer)
-    layout = LatentLayout(base_channels, detail_channels)
+    layout = LatentLayout(base_channels, operator.index(detail_channels))
     expanded = _shared_copy(transformer)
     for path, widen in ((family.embedder, widen_embedder), (family.head, widen_head)):
+        if not isinstance(layer := expanded.get_submodule(path), nn.Linear | nn.Conv2d):
+            kind = f"{type(layer).__module__}.{type(layer).__name__}"
+            raise ValueError(f"layer {path} is a {kind}; unload its LoRA first, after fusing it where it shall stay")
         _replace(expanded, path, widen(expanded.get_submodule(path), layout, family, new_weights))
 
     def widened(values: int) -> int:
@@ -68,8 +72,8 @@ def expand_transformer(
     if detail_offset:
         if family.detail_time is None:
             raise ValueError(f"all channels of a {family.class_name} share one time; leave detail_offset at 0")
-        expanded.add_detail_time(detail_channels)  # type: ignore[operator]
-        expanded.register_to_config(**{OFFSET: detail_offset})  # type: ignore[operator]
+        expanded.add_detail_time(layout.detail_channels)  # type: ignore[operator]
+        expanded.register_to_config(**{OFFSET: float(detail_offset)})  # type: ignore[operator]
     return expanded
 
 
@@ -174,6 +178,8 @@ def _shared_copy(module: Model) -> Model:
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = buffer.detach()
+    for part in module.modules():  # accelerate's hooks for offloading hold other models
+        memo[id(getattr(part, "_hf_hook", None))] = getattr(part, "_hf_hook", None)
     return copy.deepcopy(module, memo)
 
 

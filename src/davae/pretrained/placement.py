@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from accelerate import PartialState
@@ -13,6 +13,7 @@ from davae.device import block_names, compile_blocks, record_passes
 from davae.errors import ModelError
 
 Precision = Literal["float32", "bfloat16", "float16"]
+AnyPrecision = Precision | torch.dtype  # kept by its name
 Offload = Literal["off", "model", "sequential"]
 Compile = Literal["off", "blocks", "graphs"]
 
@@ -27,8 +28,7 @@ def send(
 ) -> torch.Tensor:
     """Return a tensor on a device.
 
-    It goes from the CPU to a GPU through pinned memory: otherwise the CPU would wait at every step until the GPU is done
-    with all earlier work."""
+    It goes from the CPU to a GPU through pinned memory: otherwise the CPU would wait at each step for all earlier work."""
     if memory_format is not None:
         tensor = tensor.contiguous(memory_format=memory_format)
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -45,18 +45,24 @@ class Placement:
         compile: `blocks` compiles each repeated block, `graphs` records whole passes (`record_passes`).
     """
 
-    precision: Precision = "float32"
+    precision: AnyPrecision = "float32"
     offload: Offload = "off"
     compile: Compile = "off"
 
+    def __post_init__(self) -> None:
+        name = str(self.precision).removeprefix("torch.")
+        if name not in get_args(Precision):
+            raise ModelError(f"dtype: found {name}; use {', '.join(get_args(Precision))}")
+        object.__setattr__(self, "precision", name)
+
     @property
     def dtype(self) -> torch.dtype:
-        return getattr(torch, self.precision)
+        return getattr(torch, str(self.precision))
 
     @property
     def changes(self) -> dict[str, str]:
         """Return the settings that change images and differ from the default."""
-        return {} if self.precision == FULL.precision else {"dtype": self.precision}
+        return {} if self.precision == FULL.precision else {"dtype": str(self.precision)}
 
     def place(self, pipeline: Any) -> Any:
         """Place a loaded pipeline on this process's device, ready to draw, and return it.
@@ -70,9 +76,7 @@ class Placement:
         if self.offload == "off":
             return pipeline.to(device)
         if device.type == "cpu":
-            raise ModelError(
-                f"--offload {self.offload} keeps weights away from a GPU, and there is none here; leave it out"
-            )
+            raise ModelError(f"--offload {self.offload} needs a GPU, and there is none here; leave it out")
         if self.offload == "model":
             pipeline.enable_model_cpu_offload(device=device)
         else:
@@ -84,16 +88,12 @@ class Placement:
             raise ModelError(f"--compile {self.compile} and --offload {self.offload} exclude one another; choose one")
         if self.compile == "graphs":
             if device.type != "cuda":
-                raise ModelError(
-                    "--compile graphs records CUDA graphs, and there is no GPU here; take --compile blocks"
-                )
+                raise ModelError("--compile graphs needs a GPU, and there is none here; take --compile blocks")
             record_passes(network)
         elif block_names(network):
             compile_blocks(network)
         else:
-            raise ModelError(
-                f"a {type(network).__name__} does not name its repeated blocks; leave --compile blocks out"
-            )
+            raise ModelError(f"a {type(network).__name__} names no repeated blocks; leave --compile blocks out")
 
 
 FULL = Placement()

@@ -16,7 +16,7 @@ from typing import Any
 from davae.errors import RecipeError, RunError
 from davae.files.reading import load_json, recipe_file
 from davae.pretrained.open import load_pipeline
-from davae.pretrained.placement import Compile, Offload, Placement, Precision
+from davae.pretrained.placement import AnyPrecision, Compile, Offload, Placement
 from davae.recipes import Recipe, check_commands, load_recipe, permit_commands, read_recipe, set_values, validate
 from davae.recipes.commands import commands_in
 from davae.recipes.places import check_places
@@ -170,11 +170,11 @@ class UpgradeRun:
         """Seconds that each phase took, over all starts."""
         return read_times(self.folder)
 
-    def pipeline(self, *, dtype: Precision = "float32", offload: Offload = "off", compile: Compile = "off") -> Any:
+    def pipeline(self, *, dtype: AnyPrecision = "float32", offload: Offload = "off", compile: Compile = "off") -> Any:
         """Return the upgraded diffusers pipeline on this process's device, ready to draw.
 
         Args:
-            dtype: precision of the weights.
+            dtype: precision of the weights, also as a `torch.dtype`.
             offload: `model` or `sequential` keep weights in main memory until the GPU needs them.
             compile: `blocks` or `graphs`, with torch.compile.
 

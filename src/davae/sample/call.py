@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +18,7 @@ from davae.errors import ModelError
 from davae.pretrained.prompting import guidance_arguments, literal_prompts, text_arguments
 from davae.pretrained.shapes import pixel_factor
 from davae.sample.finite import checked_decoding
+from davae.sample.levels import adds_noise, takes_generator
 
 DIT_NULL = 1000  # the null class that DiTPipeline has in its code
 
@@ -37,6 +40,30 @@ def prompts_at_a_time(pipeline: Any, batch_size: int, guidance_scale: float) -> 
         guidance_scale: guided pipelines in `GUIDES_ONE` take one.
     """
     return 1 if type(pipeline).__name__ in GUIDES_ONE and guidance_scale > 1 else batch_size
+
+
+def seeded_steps(pipeline: Any, generators: list[torch.Generator]) -> Any:
+    """Return a pipeline whose scheduler draws the noise of its steps from a generator an image.
+
+    It is a copy where the scheduler adds noise; many pipelines pass it no generator.
+    """
+    scheduler = pipeline.scheduler
+    if scheduler is None or not (adds_noise(scheduler) and takes_generator(scheduler)):
+        return pipeline
+    own = copy.copy(pipeline)
+    own.scheduler = copy.deepcopy(scheduler)
+    vars(own.scheduler).pop("step", None)  # a preview of the other one
+    plain = own.scheduler.step
+
+    @functools.wraps(plain)  # pipelines look at its signature for `generator` and `eta`
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any:
+        if options.get("generator") is None:  # DiT's pipeline carries both halves of guidance, which stay equal
+            first = [one.clone_state() for one in generators * (len(sample) // len(generators) - 1)]
+            options["generator"] = [*first, *generators]
+        return plain(model_output, timestep, sample, **options)
+
+    own.scheduler.step = step
+    return own
 
 
 def call_pipeline(

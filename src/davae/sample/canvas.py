@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from davae.latent import LatentLayout
-from davae.sample.levels import adds_noise, clean_from, level_after
+from davae.sample.levels import adds_noise, clean_from, level_after, takes_generator
 from davae.sample.skip_calls import REACH
 
 DRAFT_LEVEL = 0.5  # share of noise above which a draft of the detail is known; chosen in docs/three-jobs.md
@@ -169,7 +169,7 @@ class Canvas:
             for name in ("step", "scale_model_input"):
                 vars(self._scheduler).pop(name, None)
             self._scheduler.is_scale_input_called = True
-        if "generator" in options:
+        if takes_generator(self._scheduler):  # few pipelines pass theirs on
             options = {**options, "generator": self.generator}
         return self._scheduler.step(prediction, timestep, self.state, **{**options, "return_dict": False})[0]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex, Union
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,14 +13,19 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from davae.backbones.classes import find_class
+from davae.backbones.classes import class_number
 from davae.backbones.detail_time import OFFSET
 from davae.backbones.lightning_dit import LightningDiT
 from davae.pretrained.shapes import pixel_factor
+from davae.sample.levels import takes_generator
 from davae.sample.ode import GuidedModel, OnStep, solve_ode, stepped, time_grid
+from davae.vae.base import AUTOENCODERS, autoencoder_class
 from davae.vae.codec import Codec
+from davae.vae.detail_vae import DetailVAE
 
 OnStepEnd = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
+Class = SupportsIndex | str
+Autoencoder = Union[DetailVAE, *map(autoencoder_class, AUTOENCODERS)]  # diffusers' `from_pipe` compares exact classes
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -43,7 +47,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: Any,
+        vae: Autoencoder,  # type: ignore[valid-type]
         transformer: LightningDiT,
         scheduler: Any = None,
         class_names: list[str] | None = None,
@@ -68,19 +72,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Return a name per class, or an empty list."""
         return list(self.config["class_names"] or [])
 
-    def class_number(self, label: int | str) -> int:
+    def class_number(self, label: Class) -> int:
         """Return the number of a class that is given by number, by name or by a part of its name.
 
         Raises:
             ValueError: no such class, or several.
         """
-        names = {name: number for number, name in enumerate(self.class_names)}
-        return find_class(label, names, int(self.transformer.config["num_classes"]))
+        return class_number(self, label)
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: int | str | list[int | str],
+        prompt: Class | Sequence[Class] | Tensor,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 250,
@@ -101,7 +104,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Draw images of classes.
 
         Args:
-            prompt: one or more classes, by number or name.
+            prompt: one or more classes, by number or name; arrays and tensors hold numbers.
             height, width: pixels, equal; another size than the model's own runs the weights on an interpolated grid.
             num_inference_steps: updates of the ODE (the official `num_steps` minus one).
             guidance_scale: 1 or less turns guidance off.
@@ -116,7 +119,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: unknown class, a size that does not divide, an unknown solver, an offset for another model.
         """
-        labels = prompt if isinstance(prompt, list) else [prompt]
+        several = getattr(prompt, "ndim", isinstance(prompt, Sequence) and not isinstance(prompt, str))
+        labels: Any = prompt if several else [prompt]
         numbers = [self.class_number(label) for label in labels for _ in range(num_images_per_prompt)]
         noise = self._noise(latents, len(numbers), self._latent_side(height, width), generator)
         shift, start, channels = self._settings(timestep_shift, cfg_interval_start, cfg_channels)
@@ -200,7 +204,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guided = GuidedModel(self.transformer, classes, **guidance)
         if self.scheduler is None:
             raise ValueError("this model predicts epsilon: the pipeline needs a scheduler, e.g. DDIMScheduler")
-        options: dict[str, Any] = {"generator": generator} if _takes(self.scheduler.step, "generator") else {}
+        options: dict[str, Any] = {"generator": generator} if takes_generator(self.scheduler) else {}
         learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")
         self.scheduler.set_timesteps(steps, device=x.device)
         for step, t in enumerate(self.scheduler.timesteps):
@@ -215,7 +219,3 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Decode normalised latents (B,c,h,w) into images."""
         pixels = Codec(self.vae).decode(x.float())  # (B,3,H,W)
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)
-
-
-def _takes(function: Callable[..., Any], parameter: str) -> bool:
-    return parameter in inspect.signature(function).parameters

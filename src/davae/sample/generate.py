@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from davae.backbones.classes import goes_by_class
 from davae.errors import ModelError
 from davae.latent import LatentLayout
 from davae.pretrained.shapes import check_drawable, default_resolution, pixel_factor, token_side
-from davae.sample.call import call_pipeline, prompts_at_a_time, takes_noise
+from davae.sample.call import call_pipeline, prompts_at_a_time, seeded_steps, takes_noise
 from davae.sample.open import DEFAULT_OPTIONS, SamplingOptions
 from davae.sample.preview import Preview, watching
 from davae.train.random import named_generator
@@ -27,8 +28,7 @@ def base_noise(seed: int, index: int, channels: int, height: int, width: int) ->
     """Return standard normal noise (1,C,h,w) of an image, equal for a base and its upgrade.
 
     Args:
-        seed: seed of all images.
-        index: number of the image.
+        seed, index: seed of all images, number of the image.
         channels, height, width: C, h and w, in latent positions.
     """
     return torch.randn(1, channels, height, width, generator=_generator(seed, index, BASE))
@@ -38,8 +38,7 @@ def structured_noise(seed: int, index: int, layout: LatentLayout, height: int, w
     """Return noise (1,C+D,h,w) whose base part is `base_noise` of this seed and index.
 
     Args:
-        seed: seed of all images.
-        index: number of the image.
+        seed, index: seed of all images, number of the image.
         layout: channels of base and detail.
         height, width: in latent positions.
     """
@@ -49,7 +48,7 @@ def structured_noise(seed: int, index: int, layout: LatentLayout, height: int, w
 
 
 def _generator(seed: int, index: int, purpose: int) -> torch.Generator:
-    return seeded_generator((seed * 1_000_003 + index) * 2 + purpose)
+    return seeded_generator((operator.index(seed) * 1_000_003 + operator.index(index)) * 2 + purpose)
 
 
 def step_generator(seed: int, index: int) -> torch.Generator:
@@ -71,8 +70,7 @@ def start_noise(pipeline: Any, seed: int, index: int, resolution: int | tuple[in
 
     Args:
         pipeline: the pipeline that draws.
-        seed: seed of all images.
-        index: number of the image.
+        seed, index: seed of all images, number of the image.
         resolution: pixels of a square's side, or (height, width).
     """
     factor = pixel_factor(pipeline)
@@ -146,16 +144,18 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         numbers = range(first + start, first + start + len(part))
-        with watching(pipeline, preview) as callback:
+        generators = [own(options.seed, number) for number in numbers]
+        drawing = seeded_steps(pipeline, generators)
+        with watching(drawing, preview) as callback:
             result = call_pipeline(
-                pipeline,
+                drawing,
                 part,
                 size,
                 steps=options.steps,
                 guidance_scale=options.guidance,
                 negative_prompt=negative_prompt,
                 latents=torch.cat([start_noise(pipeline, options.seed, number, size) for number in numbers]),
-                generator=[own(options.seed, number) for number in numbers],
+                generator=generators,
                 output_type=output_type,
                 callback_on_step_end=callback,
             )

@@ -156,8 +156,7 @@ def sample_name(prompt: str, seed: int, number: int, again: int = 1) -> str:
 
     Args:
         prompt: its prompt, of which the first 40 characters are used.
-        seed: seed of the images.
-        number: number of the image.
+        seed, number: seed of the images, number of the image.
         again: number of the set of images of this folder and seed, from 1.
     """
     words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:40] or "picture"
@@ -175,8 +174,7 @@ def free_places(folder: Path, prompts: list[str], seed: int) -> list[Path]:
 
     Args:
         folder: folder of the images, which is made.
-        prompts: the prompt of each image.
-        seed: seed of the images.
+        prompts, seed: the prompt of each image, the seed of all.
 
     Raises:
         RunError: a file that davae did not write has one of the first names.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,14 @@ def level_after(pipeline: Any, calls: int, *, detail: bool = False) -> Level:
     raise ModelError(f"scheduler {type(scheduler).__name__}: its noise levels are not known; use the family's own")
 
 
+def first_step(scheduler: Any, timestep: Any) -> int:
+    """Return the steps that a drawing left out before its first one, which has just been made."""
+    if (index := getattr(scheduler, "step_index", None)) is not None:
+        return index - 1
+    timesteps = [] if scheduler is None else scheduler.timesteps.tolist()
+    return next((place for place, one in enumerate(timesteps) if one == timestep), 0)
+
+
 def is_flow(scheduler: Any) -> bool:
     """Return whether a scheduler's states are x = (1 - sigma) z + sigma n."""
     config = scheduler.config
@@ -94,6 +103,11 @@ def adds_noise(scheduler: Any) -> bool:
     algorithm = str(config.get("algorithm_type") or "")
     stochastic = bool(config.get("stochastic_sampling")) or algorithm.startswith("sde")
     return type(scheduler).__name__ not in SOLVERS or stochastic
+
+
+def takes_generator(scheduler: Any) -> bool:
+    """Return whether a scheduler's step takes a generator of the noise that it adds."""
+    return "generator" in inspect.signature(scheduler.step).parameters
 
 
 def clean_from(before: Tensor, after: Tensor, start: Level, end: Level) -> Tensor:

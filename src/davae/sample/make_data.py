@@ -28,10 +28,7 @@ from davae.sample.open import SamplingOptions, model_places, open_text_model
 from davae.sample.resume import kept_images, stretches
 
 ImageFormat = Literal["png", "jpg"]
-SAVING: dict[str, dict[str, Any]] = {
-    "png": {"format": "PNG"},
-    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
-}
+SAVING: dict[str, Any] = {"png": {"format": "PNG"}, "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0}}
 
 
 def draw_training_set(
@@ -99,9 +96,8 @@ def draw_shards(
     """Draw the images that shards lack, and pack each shard once it has all of them.
 
     Args:
-        shards: the shards of this process.
+        shards, options: the shards of this process, and how the images are drawn.
         model: the base, by the names that `open_model` takes.
-        options: how the images are drawn.
         about: values of each image's record besides its prompt, its number and the size.
         on_image: called with the images that are done and their number.
     """
@@ -173,11 +169,8 @@ def plan_shards(out: Path, texts: list[str], total: int, size: int, image_format
     """Return the shards of a drawn set, with prompts that repeat in order.
 
     Args:
-        out: folder of the shards.
-        texts: the prompts.
-        total: images of the set.
-        size: images a shard.
-        image_format: suffix of the images.
+        out, texts, total: folder of the shards, prompts, images of the set.
+        size, image_format: images a shard, and their suffix.
     """
     parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
     return [

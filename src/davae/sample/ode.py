@@ -44,11 +44,7 @@ def time_grid(num_steps: int, timestep_shift: float, detail_offset: float = 0.0)
 
 
 def check_labels(class_labels: Tensor, num_classes: int) -> None:
-    """Refuse labels that are not classes of the model, the null class included.
-
-    Args:
-        class_labels: (B,).
-        num_classes: classes of the model.
+    """Refuse labels (B,) that are not classes of the model, the null class included.
 
     Raises:
         ValueError: a label out of range.

@@ -15,7 +15,7 @@ from torch import Tensor
 from davae.backbones.packed_latents import latent_size, unpack_latents
 from davae.data.images import to_images
 from davae.errors import ModelError
-from davae.sample.levels import clean_of
+from davae.sample.levels import clean_of, first_step
 from davae.vae.base_decoder import linear_decoder
 from davae.vae.detail_vae import DetailVAE
 
@@ -67,7 +67,7 @@ class Preview:
         factor = pipeline.vae.spatial_factor
         self._size = None if height is None or width is None else (height // factor, width // factor)
         self._before: Tensor | None = None
-        self._steps = 0
+        self._left_out = 0
         self.images: dict[int, list[Image.Image]] = {}
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class Preview:
         Args:
             pipeline: the one that draws.
             step: counted from 0.
-            timestep: the scheduler's, unused.
+            timestep: the scheduler's.
             kwargs: with `latents`.
 
         Returns:
@@ -85,6 +85,7 @@ class Preview:
         """
         if step == 0:
             self.images, self._before = {}, None
+            self._left_out = first_step(pipeline.scheduler, timestep)
         latents, number = kwargs["latents"], step + 1
         if number % self.every == 0:
             shown = self.images[number] = self._show(pipeline, latents, number)
@@ -94,30 +95,35 @@ class Preview:
         return kwargs
 
     def _show(self, pipeline: Any, latents: Tensor, number: int) -> list[Image.Image]:
-        clean = clean_of(pipeline, latents, number, self._before)
+        clean = clean_of(pipeline, latents, self._left_out + number, self._before)
         height, width = latent_size(clean, self.pipeline.vae.layout.channels, self._size)
         pixels = self.decode(unpack_latents(clean, height, width))  # (B,3,H,W)
         return to_images(pixels.float().clamp(-1, 1))
 
     def __enter__(self) -> Preview:
-        """Watch the pipeline's scheduler, whose every step is then a step of the preview."""
+        """Watch the scheduler that the pipeline has now: its steps are then those of the preview."""
         scheduler = self.pipeline.scheduler
         if scheduler is None:
             raise ModelError(f"a {type(self.pipeline).__name__} takes this preview as callback_on_step_end")
-        step, self._steps = scheduler.step, 0
+        step, outer, timesteps, done = scheduler.step, vars(scheduler).get("step"), None, 0
 
         @functools.wraps(step)  # pipelines look at its signature for `generator` and `eta`
-        def watched(*args: Any, **options: Any) -> Any:
-            result = step(*args, **options)
-            self(self.pipeline, self._steps, None, {"latents": _once(result[0])})
-            self._steps += 1
+        def watched(model_output: Tensor, timestep: Any, *args: Any, **options: Any) -> Any:
+            nonlocal timesteps, done
+            result = step(model_output, timestep, *args, **options)
+            if timesteps is not scheduler.timesteps:  # every drawing sets its own
+                timesteps, done = scheduler.timesteps, 0
+            self(self.pipeline, done, timestep, {"latents": _once(result[0])})
+            done += 1
             return result
 
         scheduler.step = watched
+        drop = functools.partial(delattr, scheduler, "step")
+        self._leave = drop if outer is None else functools.partial(setattr, scheduler, "step", outer)
         return self
 
     def __exit__(self, *error: object) -> None:
-        del self.pipeline.scheduler.step
+        self._leave()
 
 
 def preview(pipeline: Any, every: int = 5, **options: Any) -> Preview:
@@ -141,15 +147,11 @@ def takes_callback(pipeline: Any) -> bool:
 
 @contextmanager
 def watching(pipeline: Any, preview: Preview | None) -> Iterator[Preview | None]:
-    """Yield the callback for a pipeline's call, None where its scheduler is watched instead.
-
-    Args:
-        pipeline: the pipeline that draws.
-        preview: the preview; None watches nothing.
-    """
+    """Yield the callback for a call, None where the scheduler is watched or nothing is shown."""
     if preview is None or takes_callback(pipeline):
         yield preview
         return
+    preview.pipeline = pipeline  # whose scheduler may be another one
     with preview:
         yield None
 

@@ -87,12 +87,7 @@ def _compare(
 
 
 def stretches(numbers: list[int], longest: int) -> list[tuple[int, int]]:
-    """Return rising numbers as (first, one past the last) of stretches without a gap.
-
-    Args:
-        numbers: the numbers.
-        longest: most numbers of a stretch.
-    """
+    """Return (first, one past the last) of stretches of at most `longest` rising numbers."""
     found: list[tuple[int, int]] = []
     for number in numbers:
         if found and found[-1][1] == number and number - found[-1][0] < longest:

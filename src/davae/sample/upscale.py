@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ def upscale(
             large or not finite.
     """
     check_enlarging(pipe, strength=strength, steps=steps, times=times, batch_size=batch_size, overlap=overlap)
-    work = _Work(pipe, _window(pipe, window), overlap, seed, faithful and strength == 0.0)
+    work = _Work(pipe, _window(pipe, window), overlap, operator.index(seed), faithful and strength == 0.0)
     results = _sources(pipe, images, times, window)
     texts = _prompts(pipe, prompts, len(results))
     if not denoiser(pipe).config.get(CLEAN_BASE):

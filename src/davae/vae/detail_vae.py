@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import (
-    AutoencoderMixin,
-    Decoder,
-    DecoderOutput,
-    Encoder,
-)
+from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -154,21 +150,20 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart, Normalisati
             ValueError: unsupported autoencoder, D not a multiple of C, scale not a power of two; `unfolded` where D is not a
                 multiple of s^2.
         """
-        class_name = type(base_vae).__name__
+        source = cast(Any, getattr(base_vae, "_orig_mod", base_vae))  # of a compiled one
+        class_name, config = type(source).__name__, source.config
         family = autoencoder_family(class_name)
-        config = cast(Any, base_vae).config
-        base_mean, base_std = packed_statistics(base_vae) if family.cell > 1 else base_statistics(config)
+        base_mean, base_std = packed_statistics(source) if family.cell > 1 else base_statistics(config)
         model = cls(
             base_class=class_name,
             base_config={key: value for key, value in config.items() if not key.startswith("_")},
-            detail_channels=detail_channels,
-            scale=scale,
+            detail_channels=operator.index(detail_channels),
+            scale=operator.index(scale),
             downsample=downsample,
             base_mean=base_mean,
             base_std=base_std,
             learned_shortcuts=start == "unfolded",  # what averages would add is not the base's latent
         )
-        source = cast(Any, base_vae)
         model = model.to(source.device)
         if source.dtype != model.dtype:
             model = model.to(source.dtype)
@@ -226,7 +221,8 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart, Normalisati
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[StructuredPosterior]:
         """I_hr (B,3,s*H,s*W) in [-1,1] -> posterior of the normalised z_hr (B,C+D,h,w).
 
-        Pipelines for video autoencoders hand over one frame, (B,3,1,s*H,s*W), and get (B,C+D,1,h,w).
+        Pipelines for video autoencoders hand over one frame, (B,3,1,s*H,s*W), and get (B,C+D,1,h,w). The base encoder is
+        frozen: z has a zero gradient with respect to the image, z_d has its own.
 
         Raises:
             ValueError: a size that is not divisible, or several frames.
@@ -268,9 +264,7 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart, Normalisati
     ) -> DecoderOutput | tuple[Tensor]:
         """Return I_hr (B,3,s*H,s*W) in about [-1,1] of normalised z_hr (B,C+D,h,w).
 
-        One frame (B,C+D,1,h,w) gives (B,3,1,s*H,s*W).
-
-        `generator` is diffusers' signature.
+        One frame (B,C+D,1,h,w) gives (B,3,1,s*H,s*W). `generator` is diffusers' signature.
 
         Raises:
             ValueError: another number of channels, or several frames.

@@ -66,7 +66,12 @@ def family_of(model: Any) -> Family:
         ValueError: a class that is not supported.
         ModelError: a pipeline without a transformer or U-Net.
     """
-    return family_by_class(type(model if isinstance(model, nn.Module) else denoiser(model)).__name__)
+    return family_by_class(type(uncompiled(model if isinstance(model, nn.Module) else denoiser(model))).__name__)
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the module that `torch.compile` wrapped, or a plain module itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def denoiser(pipeline: Any) -> Any:
