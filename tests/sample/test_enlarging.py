@@ -361,6 +361,10 @@ def test_a_class_conditional_velocity_model_enlarges_by_its_callback(tmp_path: P
     shown = davae.preview(pipeline, every=1)
     pipeline(["a"], num_inference_steps=2, callback_on_step_end=shown)
     assert list(shown.images) == [1, 2]
+    by_name = davae.upscale(pipeline, [image] * 2, ["b", "b"], steps=2, window=32)
+    for number in (1, np.int64(1), torch.tensor(1), [1, "b"], np.array([1, 1]), (1, 1)):
+        found = davae.upscale(pipeline, [image] * 2, number, steps=2, window=32)
+        assert [differ(*pair) for pair in zip(found, by_name, strict=True)] == [0, 0]
     with pytest.raises(ModelError, match="needs a class"):
         davae.upscale(pipeline, image)
 

@@ -6,10 +6,10 @@ import logging
 import math
 import operator
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from davae.vae.overflow import decode_in_range, encode_in_range, in_range
 
 logger = logging.getLogger(__name__)
 
+Prompt = str | SupportsIndex
 MOST_PIXELS = 1 << 26  # of a result: 8192 x 8192
 MOST_TIMES = 4
 OVERLAP = 0.25
@@ -46,7 +47,7 @@ LATENT_PASSES = 2  # of back-projection of the detail latent
 def upscale(
     pipe: Any,
     images: Image.Image | Sequence[Image.Image],
-    prompts: str | Sequence[str] | None = None,
+    prompts: Prompt | Sequence[Prompt] | None = None,
     *,
     strength: float = 0.0,
     steps: int = 30,
@@ -68,7 +69,7 @@ def upscale(
         pipe: an upgraded pipeline of any family that `davae upgrade` trains, loaded by plain diffusers or by davae.
         images: of any size and shape, read by the rules for files (upright, sRGB, on white); larger ones than the model's
             own are drawn in overlapping windows.
-        prompts: one for all, or one an image; classes for a class-conditional pipeline.
+        prompts: one for all, or one an image; classes by name or number for a class-conditional pipeline.
         strength: share of the steps in which the base may change too, in [0,1]; 0 keeps it.
         times: how often the result is enlarged again; 2 gives s^2.
         batch_size: windows that the model sees at a time.
@@ -316,10 +317,12 @@ def _sources(
     return sources
 
 
-def _prompts(pipe: Any, prompts: str | Sequence[str] | None, count: int) -> list[str]:
+def _prompts(pipe: Any, prompts: Prompt | Sequence[Prompt] | None, count: int) -> list[str]:
     if prompts is None and goes_by_class(pipe):
         raise ModelError("prompts: none found; a class-conditional model needs a class for each image")
-    texts = [prompts or ""] * count if prompts is None or isinstance(prompts, str) else list(prompts)
+    one = isinstance(prompts, str) or not isinstance(prompts, Iterable) or getattr(prompts, "ndim", 1) == 0
+    given: Any = ["" if prompts is None else prompts] * count if one else prompts
+    texts = [prompt if isinstance(prompt, str) else str(operator.index(prompt)) for prompt in given]
     if len(texts) != count:
         raise ModelError(f"prompts: found {len(texts)} for {count} images; give one for all, or one an image")
     check_class_prompts(pipe, texts)
