@@ -149,6 +149,15 @@ def test_the_header_says_all_before_any_work(tmp_path: Path):
     assert "time" not in lines
 
 
+def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path):
+    folder = run_folder(tmp_path / "run", micro("stage2.max_steps=10"), ("stage1", "cache", "stage2", "report"), 11)
+    assert header.folder_state(folder, micro("stage2.max_steps=10")) == "done"
+    longer = header.folder_state(folder, micro("stage2.max_steps=12"))
+    assert longer == "goes on: stage 1 done, cache done, stage 2 at step 10 of 12"
+    assert header.folder_state(folder, micro("stage1.max_steps=30")) == "goes on: stage 1 at step 10 of 30"
+    assert read_status(folder).next is None
+
+
 def test_a_finished_run_shows_no_header(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     folder = run_folder(tmp_path / "run", micro(), ("stage1", "cache", "stage2", "report"))
     with caplog.at_level(logging.INFO, "davae"):
