@@ -57,7 +57,7 @@ CEILINGS = {
     "lab": Ceiling(3850),
     "losses": Ceiling(900),
     "plan": Ceiling(1852),
-    "pretrained": Ceiling(1810),
+    "pretrained": Ceiling(1835),
     "publish": Ceiling(1620),
     "recipes": Ceiling(1592),
     "root": Ceiling(772),
