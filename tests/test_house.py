@@ -58,7 +58,7 @@ CEILINGS = {
     "losses": Ceiling(900),
     "plan": Ceiling(1852),
     "pretrained": Ceiling(1835),
-    "publish": Ceiling(1620),
+    "publish": Ceiling(1645),
     "recipes": Ceiling(1592),
     "root": Ceiling(772),
     "runs": Ceiling(3050),
