@@ -71,6 +71,17 @@ def test_every_command_of_the_documentation_parses():
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_launches_start_davae_as_a_module(page: Path):
+    """`accelerate launch` takes a script's path, or `-m` and a module, and not the name of a command."""
+    lines = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    named = re.findall(r"`accelerate launch([^`\n]*)`\s+(?:before|in front of)", lines)
+    typed = re.findall(r"accelerate launch([^`\n]*?)(?:\bdavae [a-z]|\$RUN)", lines)
+    assert all(re.search(r" -m *$", options) for options in named)
+    assert all(re.search(r" -m *$", options) or "CONFIGS" in options for options in typed)
+    assert page.name != "cluster.md" or 'RUN="-m davae ' in lines
+
+
 def test_a_wrong_command_would_be_found():
     for words in (
         ["upgrad", "micro"],

@@ -22,7 +22,7 @@ from davae.data.openmoji import Emoji, caption, colour_word
 from davae.data.options import SourceOptions
 from davae.data.shards.names import expand_shards
 from davae.data.sources import open_source
-from davae.data.survey import usable
+from davae.data.survey import survey, usable
 from davae.errors import DataError
 
 
@@ -92,6 +92,33 @@ def test_small_pictures_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogC
         DataError, match="every image is smaller than the target of 64 pixels \\(the largest is 40x40\\)"
     ):
         usable(source, [0, 1], 64)
+
+
+def test_many_small_pictures_are_one_line_and_a_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for number in range(30):
+        picture(number, 16, 14).save(tmp_path / f"{number:02}.png")
+    (tmp_path / "cut.png").write_bytes(b"")
+    source = open_source(str(tmp_path), 32)
+    survey(source, range(31), [(32, 32)], strict=False)
+    small, cut, last = (record.getMessage() for record in caplog.records)
+    assert small.endswith("smaller than the target of 32 pixels; the same of 01.png, 02.png and 27 more")
+    assert cut == "left out cut.png: empty file"
+    assert last.startswith("0 of 31 images can be used; 31 left out: 30 too small (")
+    assert last.endswith("; most are too small: use larger images, a smaller resolution, or --set data.enlarge=true")
+
+
+def test_a_source_of_a_similar_name_is_proposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def unreached(*args: object, **options: object) -> None:
+        raise ConnectionError("Couldn't reach 'photo' on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", unreached)
+    with pytest.raises(DataError, match=r"'photo' is not a file or folder here \(did you mean photos\?\), .* Hub$"):
+        open_source("photo", 32)
+    with pytest.raises(DataError, match=r"\./photo does not exist \(did you mean \./photos\?\)$"):
+        open_source("./photo", 32)
 
 
 def test_missing_sources(tmp_path: Path):

@@ -261,7 +261,8 @@ def test_inspect_lists_presets_and_suggests_the_nearest():
     listed = runner.invoke(app, ["inspect"]).output
     assert all(name in listed for name in presets())
     with pytest.raises(
-        ModelError, match=r"'sd3.5-medium' is not a folder here, a preset or .*did you mean sd35-medium"
+        ModelError,
+        match=r"'sd3.5-medium' is not a folder here, a preset or .*did you mean sd35-medium .*\? `davae inspect`",
     ):
         inspect_model("sd3.5-medium", 1024)
     with pytest.raises(ModelError, match="did you mean micro-upgraded"):

@@ -88,11 +88,27 @@ def test_the_hub_s_answer_says_what_to_type(
     assert all(word in str(caught.value) for word in ("the hub did not give it", *words))
 
 
-@pytest.mark.parametrize("name", ["models/lightningdit-xl", "runs/none"])
+@pytest.mark.parametrize(
+    "name",
+    ["models/lightningdit-xl", "runs/none", "path/to/sd3.5-medium", "./micro", "../micro", "/no/where", "~/micro"],
+)
 def test_a_missing_folder_is_not_asked_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: pytest.fail("asked the hub"))
-    with pytest.raises(ModelError, match="is not a folder here"):
-        pipeline.fetch_file(name, "", "model_index.json")
+    for wrong in (lambda: pipeline.fetch_file(name, "", "model_index.json"), lambda: pipeline.load_pipeline(name)):
+        with pytest.raises(
+            ModelError, match=f"model '{name}': there is no such folder here; give a run's folder"
+        ) as caught:
+            wrong()
+        assert "preset" not in str(caught.value)
+
+
+def test_a_preset_is_proposed_where_configs_suffice():
+    with pytest.raises(ModelError, match=r"a preset or .*did you mean sd35-medium .*\? `davae inspect` lists"):
+        pipeline.read_config("sd3.5-medium", "", "model_index.json")
+    with pytest.raises(ModelError, match=r"embedded model or a hub id \(ORGANISATION/NAME\)$"):
+        pipeline.load_pipeline("sd3.5-medium")
+    with pytest.raises(ModelError, match=r"did you mean micro-upgraded[^?]*\?$"):
+        pipeline.load_pipeline("micro-upgrade")
 
 
 def test_a_folder_has_no_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

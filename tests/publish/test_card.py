@@ -20,7 +20,7 @@ import davae
 from davae import console as display
 from davae.analyze.curves import compared_curves
 from davae.publish.card import Origin, base_licence, write_card
-from davae.publish.escape import as_code, as_prose, fence
+from davae.publish.escape import as_code, as_prose, encodable, fence
 from davae.publish.export import _report as report_of
 from davae.recipes import validate
 from davae.recipes.sections import Sampling
@@ -74,19 +74,18 @@ def test_hostile_text_stays_inside_the_card_s_blocks(text: str, tmp_path: Path):
     rows = [speed, {**speed, "speedup_over_native": None}]  # of a base that cannot draw the upgrade's size
     report = {"reconstruction": [row], "speed": rows, "facts": {"machine": text}}
     base = text.replace("\udcff", "?")
-    for kind, languages in (("fused", ["python", "yaml"]), ("upgrade", ["sh", "yaml"])):
+    for kind, languages in (("fused", ["python", "yaml"]), ("upgrade", ["sh", "python", "yaml"])):
         write_card(tmp_path, Origin(base, kind, False, recipe_with(text), report), INDEX)
         card = (tmp_path / "README.md").read_text(encoding="utf-8")
         found, shown = read_markdown(card)
         assert list(found) == languages
         assert "photos/" in yaml.safe_load(found["yaml"])["data"]["source"]
-        if kind == "fused":
-            compile(found["python"], "card", "exec")
-            assert "os.system" not in re.sub(r'"(\\.|[^"\\])*"', '""', found["python"])
-        else:
+        compile(found["python"], "card", "exec")
+        assert "os.system" not in re.sub(r'"(\\.|[^"\\])*"', '""', found["python"])
+        if kind == "upgrade":
             words = shlex.split(found["sh"], comments=True)
             assert words[:4] == ["davae", "apply", ".", "--base"]
-            assert len(words) == 7
+            assert words[7:] == ["davae", "sample", "upgraded", encodable(text)]
         assert ModelCard(card).data.to_dict()["license"] == "unknown"
         assert not re.search(r"<(script|img|/pre>\s*<img)", shown)
         assert "<h1>Owned" not in shown
@@ -120,6 +119,21 @@ def test_a_card_is_about_its_own_model(tmp_path: Path):
         assert "23.46" in card
         assert "29.03" not in card
         assert "31.50" not in card
+
+
+def test_the_card_of_an_upgrade_leads_to_an_image(tmp_path: Path):
+    write_configs(tmp_path)
+    row = {"name": "full", "psnr": 19.21, "ssim": 0.5, "lite0": 0.5, "pictures": 2}
+    report = {"reconstruction": [row], "speed": [], "facts": {"machine": "m"}}
+    write_card(tmp_path, Origin("micro", "upgrade", False, recipe_with("a tall house"), report), INDEX)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    found, _ = read_markdown(card)
+    assert found["sh"].splitlines()[1] == "davae sample upgraded 'a tall house'"
+    assert found["python"].startswith("import davae")
+    assert 'StableDiffusion3Pipeline.from_pretrained("upgraded")' in found["python"]
+    assert 'pipe("a tall house", ' in found["python"]
+    assert "guidance_scale=2.5)" in found["python"]
+    assert "2 held-out images, encoded and decoded. full: the upgrade." in card
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_an_upgrade_knows_its_detail_vae(
     run_cli("apply", str(alone), *out, "--vae", str(upgrade / "vae"))
     assert (tmp_path / "out/model_index.json").is_file()
     line = fails(capsys, "apply", str(upgrade), "--base", "x/y/z", "--out", str(tmp_path / "o"))
-    assert "is not a folder here, a preset or a hub id" in line
+    assert "model 'x/y/z': there is no such folder here" in line
     assert "upgrade.safetensors does not exist" in fails(capsys, "apply", str(tmp_path), *out)
 
 

@@ -69,8 +69,19 @@ def test_mistakes_about_an_autoencoder_are_named(overrides: list[str], message: 
 def test_unknown_recipe_suggests_the_nearest():
     with pytest.raises(RecipeError, match=r"unknown recipe 'mikro'; did you mean 'micro'\?"):
         load_recipe("mikro")
-    with pytest.raises(RecipeError, match=r"unknown recipe 'sd35'; did you mean 'sd35-"):
+    with pytest.raises(
+        RecipeError, match=r"unknown recipe 'sd35'; did you mean 'sd35-.*\? `davae recipes` lists them"
+    ):
         load_recipe("sd35")
+    with pytest.raises(RecipeError, match=r"unknown recipe 'qzx'; `davae recipes` lists them"):
+        load_recipe("qzx")
+
+
+def test_several_mistakes_are_named_by_their_paths():
+    with pytest.raises(
+        RecipeError, match=r"stage1\.lr: .* \(found 'fast'\) \(also wrong: stage2\.lr, stage2\.max_step\)"
+    ):
+        load_recipe("micro", ["stage1.lr=fast", "stage2.lr=slow", "stage2.max_step=5"])
 
 
 def test_a_number_for_a_section_names_its_first_value():

@@ -73,6 +73,10 @@ def test_the_verb_shows_it(tmp_path: Path):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}, "nothing is changed"
     with pytest.raises(ModelError, match="not a run folder"):
         read_status(tmp_path)
+    assert "Draw with it" not in result.output
+    done = run_folder(tmp_path / "done", micro(), ("stage1", "cache", "stage2", "report"))
+    shown = CliRunner().invoke(app, ["status", str(done)]).output
+    assert f"Draw with it: davae sample {done} PROMPT. Publish: davae export {done} --out FOLDER" in shown
 
 
 @pytest.mark.parametrize("name", ["micro-base", "imagenette128-sr", "imagenette128-dcgen", "imagenette128-micro"])
@@ -147,6 +151,15 @@ def test_the_header_says_all_before_any_work(tmp_path: Path):
     assert "goes on: stage 1 done, cache done, stage 2 at step 100 of 400" in lines["folder"]
     assert "stage 2" not in lines["steps"]
     assert "time" not in lines
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path):
+    folder = run_folder(tmp_path / "run", micro("stage2.max_steps=10"), ("stage1", "cache", "stage2", "report"), 11)
+    assert header.folder_state(folder, micro("stage2.max_steps=10")) == "done"
+    longer = header.folder_state(folder, micro("stage2.max_steps=12"))
+    assert longer == "goes on: stage 1 done, cache done, stage 2 at step 10 of 12"
+    assert header.folder_state(folder, micro("stage1.max_steps=30")) == "goes on: stage 1 at step 10 of 30"
+    assert read_status(folder).next is None
 
 
 def test_a_finished_run_shows_no_header(tmp_path: Path, caplog: pytest.LogCaptureFixture):

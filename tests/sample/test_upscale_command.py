@@ -94,6 +94,11 @@ def test_transparency_of_few_bits_is_read_as_everywhere_else(tmp_path: Path):
     assert np.array_equal(found[..., 0], np.where(pixels == 5, 255, pixels * 17))
 
 
+def test_a_missing_place_is_named_with_what_to_give(tmp_path: Path):
+    with pytest.raises(DataError, match=r"nope: there is no such file or folder; give images, or folders of them$"):
+        find_images([tmp_path / "nope"], tmp_path / "out")
+
+
 def test_a_missing_class_is_one_line_before_any_image_is_drawn(tmp_path: Path):
     model = LightningDiT(
         input_size=8, patch_size=1, in_channels=12, hidden_size=16, depth=1, num_heads=2, num_classes=3
@@ -260,7 +265,7 @@ def test_what_cannot_be_enlarged_is_one_line_before_the_model_is_loaded(tmp_path
     out = tmp_path / "out"
     refused(DataError, "bad.png: ", [tmp_path / "bad.png"], out)
     refused(DataError, "text.jpg: not an image", [tmp_path / "text.jpg"], out)
-    refused(DataError, "missing file", [tmp_path / "none.png"], out)
+    refused(DataError, "no such file or folder", [tmp_path / "none.png"], out)
     Image.new("F", (8, 8)).save(tmp_path / "float.tiff")
     refused(
         DataError, "float.tiff: float pixels; save it with 8 or 16 bits a channel", [tmp_path / "float.tiff"], out

@@ -75,7 +75,7 @@ def start_lines(
         ("base", f"{recipe.base.name}, {recipe.base.resolution} to {recipe.resolution} pixels"),
         ("device", device),
         ("data", ", ".join(sources)),
-        ("folder", f"{folder} ({folder_state(folder)})"),
+        ("folder", f"{folder} ({folder_state(folder, recipe)})"),
         ("steps", "; ".join(steps)),
     ]
     if expected is not None:
@@ -99,18 +99,16 @@ def start_lines(
     return lines
 
 
-def folder_state(folder: Path) -> str:
-    """Return in words whether a run folder is new, and where its run is otherwise."""
+def folder_state(folder: Path, recipe: Recipe) -> str:
+    """Return in words whether a run folder is new, and where its run is with this recipe's steps otherwise."""
     if not (folder / "recipe.yaml").is_file():
         return "new"
-    status = read_status(folder)
+    status = read_status(folder, recipe)
     if status.next is None:
         return "done"
-    return (
-        f"goes on: {', '.join(phase_state(phase) for phase in status.phases if phase.done or phase.step)}"
-        if any(phase.done or phase.step for phase in status.phases)
-        else "begun"
-    )
+    following = next(place for place, phase in enumerate(status.phases) if not phase.done)
+    known = [phase for phase in status.phases[: following + 1] if phase.done or phase.step]
+    return f"goes on: {', '.join(map(phase_state, known))}" if known else "begun"
 
 
 def phase_state(phase: PhaseStatus) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from davae.commands.options import write_json
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -26,6 +30,17 @@ def show_figures(path: Path | None, figures: dict[str, Any]) -> None:
 
     write_json(path, figures)
     console.print_json(data=figures)
+
+
+def next_step(folder: Path) -> str:
+    """Return in words what to do with a finished upgrade."""
+    place = shlex.quote(str(folder))
+    return f"Draw with it: davae sample {place} PROMPT. Publish: davae export {place} --out FOLDER"
+
+
+def show_hint(text: str) -> None:
+    """Show a sentence on standard error, except with `-q`."""
+    logger.info("%s", text)
 
 
 def show_place(place: object) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.commands.progress import show_place
+from davae.commands.progress import show_hint, show_place
 
 Precision = Annotated[
     Literal["float16", "bfloat16", "float32"],
@@ -68,6 +68,7 @@ def export_verb(
     precision = getattr(torch, dtype)
     whole = {"self_contained": self_contained, "base_decoder": base_decoder}
     done = export(run, out, chosen, precision, base=base, rank=rank, bits=bits, **whole)
+    show_hint("Its README.md has how to load it.")
     show_place(done)
 
 

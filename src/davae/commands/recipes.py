@@ -32,7 +32,7 @@ def recipes(
     shipped = shipped_recipes()
     if name is not None:
         if name not in shipped:
-            raise RecipeError(f"unknown recipe '{name}'{suggestion(name, shipped)}; `davae recipes` lists them")
+            raise RecipeError(f"unknown recipe '{name}'{suggestion(name, shipped, '`davae recipes` lists them')}")
         write_json(json, read_recipe(name))
         sys.stdout.write(shipped[name])
         return

@@ -18,6 +18,7 @@ def status(
     `davae status runs/micro`
     """
     from davae.commands.header import STAGES, phase_state
+    from davae.commands.progress import next_step
     from davae.console import console, table
     from davae.durations import duration
     from davae.runs.status import read_status, sparkline
@@ -40,3 +41,5 @@ def status(
     running = f"process {found.process} works in it" if found.process is not None else "no process works in it here"
     following = f"next: {STAGES.get(found.next, found.next)}" if found.next is not None else "done"
     console.print(f"{following}; {running}", markup=False, highlight=False)
+    if found.next is None and found.phases[-1].name == "report":  # of an upgrade
+        console.print(next_step(run), markup=False, highlight=False, soft_wrap=True)

@@ -274,6 +274,8 @@ def read_image(path: Path) -> Image.Image:
 
 def fault_of_one(error: UnreadableImage) -> str:
     """Return the fault of a single image, with a remedy that needs no setting of a data set."""
+    if error.kind == "missing file":
+        return "there is no such file or folder; give images, or folders of them"
     remedy = OF_ONE.get(error.kind)
     return f"{error.kind}; {remedy}" if remedy else str(error)
 

@@ -22,7 +22,7 @@ from davae.data.shards.names import expand_braces, expand_shards, is_shard, shar
 from davae.data.shards.remote import fetch_shard, glob_url, is_remote, open_stream
 from davae.data.shards.tar_source import TarSource
 from davae.data.splits import files_of_split, split_note
-from davae.data.tables import TableSource, holds_images, is_saved_table
+from davae.data.tables import TableSource, holds_images, is_saved_table, nearest_file
 from davae.errors import DataError
 
 
@@ -63,7 +63,7 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
             f"images: {Path(found[0]).parent}"
         )
     if name.startswith((".", "/", "~")) or Path(name).suffix:
-        raise DataError(f"data.source: {name} does not exist")
+        raise DataError(f"data.source: {name} does not exist{nearest_file(name)}")
     return open_table(name, options)
 
 

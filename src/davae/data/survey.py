@@ -10,14 +10,15 @@ from functools import lru_cache
 import numpy as np
 
 from davae.data.buckets import nearest_bucket
-from davae.data.images import ImageSource, summarise_skipped, target_name
+from davae.data.images import ImageSource, by_kind, summarise_skipped, target_name
 from davae.data.sizes import ImageSizes, measure_sizes
 from davae.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 
-LOGGED = 20  # left-out images named one by one; all are counted
+NAMED = 3  # left-out images of a kind that are named; all are counted
+LARGER = "most are too small: use larger images, a smaller resolution, or --set data.enlarge=true"
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,8 @@ def survey(
             continue
         kept.append(place)
         groups.append(group)
-    for name, reason in list(left_out.items())[:LOGGED]:
-        logger.warning("left out %s: %s", name, reason)
-    if left_out:
-        logger.warning("%d of %d images can be used; %s", len(kept), len(indices), summarise_skipped(left_out))
+    refused = strict and not kept
+    log_left_out(left_out, len(indices), "" if refused or 2 * small <= len(indices) else f"; {LARGER}")
     if strict and left_out and small == len(indices):
         raise DataError(
             f"every image is smaller than the target of {target} (the largest is {largest[0]}x{largest[1]}): davae "
@@ -89,6 +88,17 @@ def survey(
     if strict and left_out and not kept:
         raise DataError(f"none of the {len(indices)} images can be used; {summarise_skipped(left_out)}")
     return Survey([indices[place] for place in kept], np.asarray(groups, np.int16), left_out, measured.pixels[kept])
+
+
+def log_left_out(left_out: dict[str, str], found: int, remedy: str) -> None:
+    """Log a line for each kind of fault, with the reason of its first image, and one for all."""
+    for first, *others in by_kind(left_out).values():
+        more = f" and {len(others) - NAMED + 1:,} more" if len(others) >= NAMED else ""
+        alike = f"; the same of {', '.join(others[: NAMED - 1])}{more}" if others else ""
+        logger.warning("left out %s: %s%s", first, left_out[first], alike)
+    if left_out:
+        used = found - len(left_out)
+        logger.warning("%d of %d images can be used; %s%s", used, found, summarise_skipped(left_out), remedy)
 
 
 def usable(source: ImageSource, indices: Sequence[int], resolution: int, enlarge: bool = False) -> list[int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import hashlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -116,8 +118,19 @@ def _open_rows(name: str, options: SourceOptions, streaming: bool, files: str | 
         if name.endswith(".parquet") or is_saved_table(name):
             raise DataError(f"data.source: {name} cannot be read as a table: {reason}") from error
         raise DataError(
-            f"data.source '{name}' is not a file or folder here, and the hub gave no dataset: {reason}"
+            f"data.source '{name}' is not a file or folder here{nearest_file(name)}, and the hub gave no dataset: "
+            + re.sub(r"( on the Hub) \(\w+\)$", r"\1", reason)
         ) from error
+
+
+def nearest_file(name: str) -> str:
+    """Return the question after a file or folder of a similar name, '' without one."""
+    folder, last = os.path.split(name.rstrip("/"))
+    try:
+        close = difflib.get_close_matches(last, os.listdir(folder or "."), n=1, cutoff=0.75)
+    except OSError:
+        return ""
+    return f" (did you mean {os.path.join(folder, close[0])}?)" if close else ""
 
 
 def column_weights(columns: list[str], options: SourceOptions) -> dict[str, float]:

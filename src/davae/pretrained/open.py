@@ -25,10 +25,11 @@ from davae.pretrained.hub_errors import hub_answers, hub_reason
 from davae.pretrained.processors import check_tokenizers
 from davae.pretrained.stored import check_config, load_component, load_components, loading, stored_variants
 from davae.zoo import SHIPPED, split_revision
-from davae.zoo.presets import nearest_presets, presets
+from davae.zoo.presets import nearest_models, presets
 
 LIBRARIES = ("diffusers", "transformers", "davae")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./+-]+)?")  # with a revision or without
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./+-]+)?")  # with a revision or without
+OURS = ("models/", "runs/")  # folders of the pages
 
 
 class MissingPart(ModelError):
@@ -65,12 +66,7 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
     name, revision = split_revision(model)
     if revision and Path(name).is_dir():  # its weights would be loaded as those of any revision
         raise ModelError(f"model {model}: {name} is a folder here, without revisions; give {name}, or rename it")
-    if not HUB_ID.fullmatch(model) or model.startswith(("models/", "runs/")):  # folders of the pages
-        near = nearest_presets(model)
-        raise ModelError(
-            f"model '{model}' is not a folder here, a preset or a hub id (ORGANISATION/NAME)"
-            f"{'; did you mean ' + ' or '.join(near) + '?' if near else ''}; `davae inspect` lists the presets"
-        )
+    check_model_name(model)
     from huggingface_hub import errors, hf_hub_download
 
     try:
@@ -82,6 +78,32 @@ def fetch_file(model: str, part: str, filename: str) -> Path:
         raise (MissingPart if absent else ModelError)(
             f"model '{model}' is not a folder here, and the hub did not give it: {hub_reason(error, model)}"
         ) from error
+
+
+def check_model_name(model: str, weights: bool = False) -> None:
+    """Refuse the name of no folder here that cannot be on the hub either.
+
+    Args:
+        model: as a user gave it.
+        weights: whether they are to be loaded, so that a preset would not do.
+
+    Raises:
+        ModelError: names what was looked for, and the nearest known models.
+    """
+    if HUB_ID.fullmatch(model) and not model.startswith(OURS):
+        return
+    if "/" in model:
+        raise ModelError(
+            f"model '{model}': there is no such folder here; give a run's folder, a diffusers folder or a hub id "
+            "(ORGANISATION/NAME)"
+        )
+    near = nearest_models(model, with_presets=not weights)
+    question = f"; did you mean {' or '.join(near)}?" if near else "" if weights else ";"
+    listed = "" if weights else " `davae inspect` lists the presets"
+    known = "an embedded model" if weights else "a preset"
+    raise ModelError(
+        f"model '{model}' is not a folder here, {known} or a hub id (ORGANISATION/NAME){question}{listed}"
+    )
 
 
 def read_config(model: str, part: str, filename: str = "config.json") -> dict[str, Any]:
@@ -213,6 +235,8 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, without: tuple
     if model in presets() and not Path(model).is_dir():
         weights = presets()[model].hub or "its official weights, made a folder by `davae convert`"
         raise ModelError(f"model {model} is a preset, configs without weights; give {weights}")
+    if model not in SHIPPED and not Path(model).exists():
+        check_model_name(model, weights=True)
     index = read_config(model, "", "model_index.json")
     name = class_name(index.get("_class_name", "DiffusionPipeline"))
     check_folder(Path(model), without=without)

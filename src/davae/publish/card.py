@@ -24,7 +24,7 @@ from davae.pretrained.open import HUB_ID, MissingPart, fetch_file, read_config
 from davae.publish.changes import Changes
 from davae.publish.escape import as_code, as_prose, encodable, fence, one_line
 from davae.recipes import Recipe
-from davae.zoo import MODELS, split_revision
+from davae.zoo import MODELS, resolve, split_revision
 
 LICENCE = ("license", "license_name", "license_link")  # its line in a hub card
 
@@ -70,18 +70,23 @@ class Origin:
     @property
     def own_reconstructions(self) -> list[dict[str, Any]]:
         """Return the report's rows of this model and its base, without the shipped upgrade's."""
-        rows = self.report["reconstruction"] if self.report is not None else []
+        rows = self.report["reconstruction"] if self.report else []
         return [row for row in rows if row.get("model") != "shipped" and row["name"] != "full, shipped"]
 
     @property
     def reconstruction_images(self) -> str:
-        """Return the kind of the reconstructed images, which earlier reports do not contain."""
+        """Return number and kind of the reconstructed images, which earlier reports do not contain."""
         known = (self.report or {}).get("reconstruction_images")
+        count = next(
+            (f"{row['pictures']} " for row in self.own_reconstructions if type(row.get("pictures")) is int), ""
+        )
         if known is None and self.recipe is not None and self.recipe.stage1_data.holdout == 0:
             known = "training"
         if known == "training":
-            return "Training images (the run held none out, so these figures do not measure new images)"
-        return "Held-out images"
+            words = "training images (the run held none out, so these figures do not measure new images)"
+        else:
+            words = f"held-out image{'' if count == '1 ' else 's'}"
+        return f"{count}{words}" if count else words.capitalize()
 
     @property
     def openmoji(self) -> bool:
@@ -145,11 +150,9 @@ def write_card(folder: Path, origin: Origin, index: dict[str, Any]) -> Path:
     template = environment.from_string(files("davae.publish").joinpath("card.md").read_text(encoding="utf-8"))
     sizes = None if recipe is None else (recipe.base.resolution, recipe.resolution)
     asked, base = _asked(name, recipe), shlex.quote(encodable(origin.base_argument))
+    prompts = recipe.sampling.prompts if recipe is not None else ()
+    typed = shlex.quote(encodable(prompts[0] if prompts else "a red rose" if by_prompt else "0"))
     shown = None if recipe is None else public_recipe(recipe)
-    guidance: dict[str, Any] = {}
-    if recipe is not None and origin.kind != "upgrade":  # which has no transformer, and no call on its card
-        config = read_config(str(folder), str(component_in(index)))
-        guidance = _family(index).guide(config, recipe.sampling.guidance_scale, 1)
     body = template.render(
         o=origin,
         pipeline=name,
@@ -158,10 +161,11 @@ def write_card(folder: Path, origin: Origin, index: dict[str, Any]) -> Path:
         sizes=sizes,
         asked=asked,
         base=base,
-        fence=fence(asked, base, shown),
+        typed=typed,
+        fence=fence(asked, base, typed, shown),
         pixels=_pixels(name, recipe),
         guided=recipe.sampling if recipe is not None else None,
-        guidance=guidance,
+        guidance=_guidance(folder, origin, index),
         vae=read_config(str(folder), "vae"),
         licence=licence,
         credit=CREDIT if origin.openmoji else None,
@@ -182,6 +186,20 @@ def _asked(pipeline: str, recipe: Recipe | None) -> str:
         return "prompt=0"
     prompts = recipe.sampling.prompts if recipe is not None else ()
     return encodable(json.dumps(prompts[0] if prompts else "a red rose", ensure_ascii=False))
+
+
+def _guidance(folder: Path, origin: Origin, index: dict[str, Any]) -> dict[str, Any]:
+    """Return the guidance arguments of a call, none of a base that cannot be read from here."""
+    if origin.recipe is None:
+        return {}
+    alone, part = origin.kind == "upgrade", str(component_in(index))  # an upgrade is without its transformer
+    try:
+        config = read_config(resolve(origin.base) if alone else str(folder), part)
+    except ModelError:
+        if alone:
+            return {}
+        raise
+    return _family(index).guide(config, origin.recipe.sampling.guidance_scale, 1)
 
 
 def _pixels(pipeline: str, recipe: Recipe | None) -> int | None:

@@ -60,7 +60,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
         values = read_yaml_file(path, f"recipe file {path}")
     else:
         raise RecipeError(
-            f"unknown recipe '{name_or_path}'{suggestion(name_or_path, shipped)}; `davae recipes` lists them"
+            f"unknown recipe '{name_or_path}'{suggestion(name_or_path, shipped, '`davae recipes` lists them')}"
         )
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {name_or_path} must be a mapping of keys to values")
@@ -133,17 +133,17 @@ def load_data(source: str, overrides: Iterable[str] = (), start: Data | None = N
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return a validation's first error, `a.b.c: what is wrong (and the nearest valid key)`."""
-    first = error.errors()[0]
-    parts = [str(part) for part in first["loc"]]
-    path = ".".join(part for part in parts if part not in TAGS) or "recipe"
+    """Return a validation's first error, `a.b.c: what is wrong`, and the paths of the others."""
+    first, parts = error.errors()[0], [str(part) for part in error.errors()[0]["loc"]]
+    paths = [".".join(str(p) for p in one["loc"] if p not in TAGS) or "recipe" for one in error.errors()]
+    path, *others = dict.fromkeys(paths)
+    more = f" (also wrong: {', '.join(others)})" if others else ""
     if first["type"] == "extra_forbidden":
-        return f"{path}: unknown key{suggestion(parts[-1], _fields_at(model, parts[:-1]))}"
+        return f"{path}: unknown key{suggestion(parts[-1], _fields_at(model, parts[:-1]))}{more}"
     message, found = first["msg"].removeprefix("Value error, "), first.get("input")
     if first["type"] == "model_type" and type(found) in (int, float) and (keys := _fields_at(model, parts)):
         message = f"a section, whose values are set one by one, such as {path}.{keys[0]}={found}"
     shown = "" if isinstance(found, (dict, list, BaseModel)) else f" (found {found!r})"
-    more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
     return f"{path}: {message}{shown}{more}"
 
 
@@ -170,11 +170,12 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [section for part in get_args(annotation) for section in _sections_in(part)]
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return the question after known words that are near or begin alike, '' without one."""
+def suggestion(word: str, known: Iterable[str], then: str = "") -> str:
+    """Return the question after known words that are near or begin alike, and then `then`."""
     names = list(known)
     close = difflib.get_close_matches(word, names, n=1) or [n for n in names if word and n.startswith(word)][:3]
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    question = f"; did you mean {' or '.join(map(repr, close))}?" if close else ";" if then else ""
+    return f"{question} {then}".rstrip()
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

@@ -72,23 +72,23 @@ class RunStatus:
         return {**asdict(self), "seconds_left": self.seconds_left}
 
 
-def read_status(folder: Path) -> RunStatus:
+def read_status(folder: Path, recipe: AnyRecipe | None = None) -> RunStatus:
     """Return the state of a run folder without changing it.
+
+    Args:
+        recipe: the one that the run goes on with, such as one of more steps; the folder's own unless given.
 
     Raises:
         ModelError: it is not a run folder.
         RecipeError: its recipe cannot be read.
     """
-    recipe = load_recipe(str(recipe_file(folder, "give the --out of a training")))
+    recipe = recipe or load_recipe(str(recipe_file(folder, "give the --out of a training")))
     metrics, timing = read_metrics(folder / "metrics.jsonl"), read_metrics(folder / "timing.jsonl")
     times = read_times(folder)
     phases = []
     for name, stage in phase_names(recipe).items():
-        done = is_done(folder, recipe, name)
-        found = PhaseStatus(name, done, seconds=times.get(name))
-        if stage is not None:
-            found = _training(found, recipe, stage, folder, metrics, timing)
-        phases.append(found)
+        found = PhaseStatus(name, is_done(folder, recipe, name), seconds=times.get(name))
+        phases.append(found if stage is None else _training(found, recipe, stage, folder, metrics, timing))
     following = next((phase.name for phase in phases if not phase.done), None)
     return RunStatus(recipe.name, str(folder), phases, following, running_process(folder))
 

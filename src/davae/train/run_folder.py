@@ -97,9 +97,9 @@ class RunFolder:
             if kept and type(previous) is not type(recipe):
                 raise RunError(f"{self.path} holds a run of recipe '{previous.name}'; use another --out")
             if kept and (changed := differences(previous, recipe)):
-                more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+                shown = "; ".join(changed[:3]) + (f" (and {len(changed) - 3} more)" if len(changed) > 3 else "")
                 raise RunError(
-                    f"{self.path} holds a run of another recipe: {changed[0]}{more}; use another --out, or the same values"
+                    f"{self.path} holds a run of another recipe: {shown}; use another --out, or the same values"
                 )
         check_run(self.path, self.done)
         with saving(self.path):

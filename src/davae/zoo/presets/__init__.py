@@ -83,7 +83,7 @@ def find_preset(model: str) -> Preset | None:
     return next((preset for preset in presets().values() if name in (preset.name, preset.hub)), None)
 
 
-def nearest_presets(model: str) -> list[str]:
-    """Up to three names of presets and embedded models that look like `model`."""
-    known = [*presets(), *MODELS, *SHIPPED]
-    return difflib.get_close_matches(model.rpartition("/")[2].lower(), known, n=3, cutoff=0.4)
+def nearest_models(model: str, with_presets: bool) -> list[str]:
+    """Up to three names of embedded models that look like `model`, and of presets."""
+    known = [*(presets() if with_presets else ()), *MODELS, *SHIPPED]
+    return difflib.get_close_matches(model.lower(), known, n=3, cutoff=0.4)

@@ -142,7 +142,7 @@ def load_table(name: str) -> Table:
     """
     known = table_names()
     if name not in known:
-        raise RecipeError(f"unknown table '{name}'{suggestion(name, known)}; there are {', '.join(known)}")
+        raise RecipeError(f"unknown table '{name}'{suggestion(name, known, 'there are ' + ', '.join(known))}")
     return Table.model_validate(_read(name))
 
 
