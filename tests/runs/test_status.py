@@ -15,6 +15,7 @@ from davae.commands.verbosity import LOG, run_log
 from davae.durations import TimeLeft
 from davae.errors import ModelError, RunError
 from davae.plan.expected import Expected, checkpoint_bytes, expect, is_short
+from davae.plan.phase_sizes import short_prompt
 from davae.recipes import Recipe, dump_recipe, load_recipe
 from davae.runs.status import BARS, read_status, sparkline
 from davae.tasks.base_model import BaseModel
@@ -177,6 +178,9 @@ def test_estimates_follow_steps_and_speed():
     slow, fast = expect(recipe, shapes, 1e9), expect(micro("stage1.max_steps=30"), shapes, 2e9)
     assert slow.seconds["stage1"] == pytest.approx(fast.seconds["stage1"] * 2 / 3)
     assert slow.seconds["stage2"] == pytest.approx(fast.seconds["stage2"] * 2)
+    short = expect(recipe, shapes, 1e9, short_prompt(BaseModel.of(recipe)))
+    assert short.seconds["stage2"] < slow.seconds["stage2"] / 3, "micro's T5 is silent: 21 tokens in the place of 333"
+    assert short_prompt(BaseModel.of(load_recipe("clothing"))) is None
     run = recipe.run.model_copy(update={"keep_checkpoints": 1, "keep_every": 0})
     assert checkpoint_bytes(recipe.stage2.model_copy(update={"ema_decay": 0.999}), run, 10) == 3 * 4 * 10 * 4
     assert slow.disk > checkpoint_bytes(recipe.stage2, recipe.run, 1000)

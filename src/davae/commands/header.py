@@ -12,6 +12,7 @@ from davae.dataset.encoding import run_precision
 from davae.durations import duration
 from davae.files.atomic import free_space
 from davae.plan.expected import Expected, expect, is_short, measured_speed
+from davae.plan.phase_sizes import short_prompt
 from davae.pretrained.placement import own_device
 from davae.recipes import Recipe
 from davae.recipes.hardware import GIB
@@ -46,10 +47,9 @@ def show_start(recipe: Recipe, folder: Path, verb: str) -> dict[str, float]:
         return {}
     expected = None
     if not is_short(recipe):
-        precision = run_precision(recipe.run)
-        expected = expect(
-            recipe, BaseModel.of(recipe).shapes, measured_speed(start_device(), precision, launched()[1])
-        )
+        base = BaseModel.of(recipe)
+        speed = measured_speed(start_device(), run_precision(recipe.run), launched()[1])
+        expected = expect(recipe, base.shapes, speed, short_prompt(base))
     show_lines(
         f"davae {verb} {recipe.name}", start_lines(recipe, folder, verb, expected, device_name(), free_space(folder))
     )

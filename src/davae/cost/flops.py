@@ -97,32 +97,35 @@ def meta_autoencoder(shapes: BaseShapes) -> Any:
         return model_class(shapes.vae_class).from_config(shapes.vae_config)
 
 
-def predict_once(model: nn.Module, transformer: nn.Module, latents: Tensor) -> Tensor:
+def predict_once(model: nn.Module, transformer: nn.Module, latents: Tensor, tokens: int | None = None) -> Tensor:
     """One pass with prompts of the usual length, or with classes: (B,c,h,w) -> the same shape.
 
     Args:
         model: `transformer`, or a wrapper around it.
         latents: on the device that new tensors get just now.
+        tokens: of the prompts where they are shorter than usual.
     """
     batch = len(latents)
     t = torch.empty(batch)
     grid = transformer.at_grid(latents.shape[-1]) if isinstance(transformer, LightningDiT) else nullcontext()
     with grid:
         call, config = family_of(transformer).require_call(), transformer.config
-        parts = tuple(part.expand(batch, *part.shape[1:]).contiguous() for part in call.blank(config))
+        blank = (part[:, :tokens] if part.ndim == 3 else part for part in call.blank(config))
+        parts = tuple(part.expand(batch, *part.shape[1:]).contiguous() for part in blank)
         return call.predict(model, config, latents, t, parts)
 
 
-def transformer_flops(transformer: nn.Module, side: int) -> Flops:
+def transformer_flops(transformer: nn.Module, side: int, tokens: int | None = None) -> Flops:
     """Return the FLOPs of one pass on side x side latents and one prompt.
 
     Args:
         transformer: on the meta device.
         side: of the latents.
+        tokens: of the prompt where it is shorter than usual.
     """
     with torch.device("meta"):
         latents = torch.empty(1, latent_channels(transformer), side, side)
-        return count_flops(lambda: predict_once(transformer, transformer, latents))
+        return count_flops(lambda: predict_once(transformer, transformer, latents, tokens))
 
 
 def text_tokens(transformer: nn.Module) -> int:

@@ -260,6 +260,12 @@ def _heads(config: dict[str, Any]) -> int:
     return 32
 
 
+def short_prompt(base: BaseModel) -> int | None:
+    """Return the tokens of a prompt where T5 is silent and gives one zero token, else None."""
+    silent = base.text_encoders and Path(base.configs.model).is_dir() and base.silent_t5
+    return base.text_encoders[0].tokens + 1 if silent else None
+
+
 def text_facts(base: BaseModel) -> TextFacts:
     """Return facts on a model's prompts, zeros for classes and for a model that a recipe trains."""
     encoders, family = base.text_encoders, base.family
@@ -269,12 +275,12 @@ def text_facts(base: BaseModel) -> TextFacts:
     with torch.device("meta"):
         parts = [part.shape[1:] for part in family.call.blank(_Config(base.shapes.transformer_config))]
     masks = {shape[0] for shape in parts if len(shape) == 1}
-    short = Path(base.configs.model).is_dir() and base.silent_t5
+    short = short_prompt(base)
     padded = stored = 0
     for shape in parts:
         length, width = (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape[0])
-        if short and len(shape) > 1:
-            length = encoders[0].tokens + 1  # one zero token instead of T5's
+        if short is not None and len(shape) > 1:
+            length = short
         padded += length * width
         stored += width * (min(length, TYPICAL_TOKENS) if shape[0] in masks and len(shape) > 1 else length)
     return TextFacts(
