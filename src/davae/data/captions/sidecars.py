@@ -191,7 +191,7 @@ class Sidecars:
         return b"\0".join(self._bytes(index, kind) or b"" for kind in (*kinds, "cls"))
 
     def changed_caption(self, index: int, before: str, caption: str) -> bytes:
-        """Return what `identity` lacks: a caption that earlier versions misread, texts that are drawn.
+        """Return what `identity` lacks: a caption once misread, and texts that are drawn.
 
         Args:
             index: the image.
