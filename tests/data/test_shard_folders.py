@@ -16,7 +16,7 @@ from test_layouts import captions, counts, image_bytes, lay, tar
 from davae.data.options import SourceOptions
 from davae.data.sources import open_source
 from davae.dataset.look import look_at
-from davae.errors import DataError
+from davae.errors import DataError, UnreadableImage
 from davae.recipes.sections import Data
 
 
@@ -141,6 +141,33 @@ def test_captions_of_columns_that_hold_no_text(
     table(tmp_path / "t.parquet", [{**row(""), "text": value}])
     for options in ({}, {"streaming": True, "limit": 1}):
         assert list(captions(str(tmp_path / "t.parquet"), **options).values()) == [text]
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True, "limit": 4}])
+def test_rows_without_a_file_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache"))
+    cells = [
+        None,
+        {"bytes": None, "path": None},
+        {"bytes": None, "path": str(tmp_path / "gone.png")},
+        row("")["image"],
+    ]
+    table(tmp_path / "t.parquet", [{"image": cell, "text": str(n)} for n, cell in enumerate(cells)])
+    source = open_source(str(tmp_path / "t.parquet"), 8, SourceOptions(**options))
+    for index in range(3):
+        with pytest.raises(UnreadableImage, match="empty file|missing file"):
+            source.load(index)
+    assert source.load(3)[0].size == (9, 8)
+
+
+@pytest.mark.parametrize("cell", [3, [row("")["image"]], {"url": "x"}, {"bytes": 3, "path": None}])
+def test_a_column_of_another_type_is_named(tmp_path: Path, cell: Any) -> None:
+    table(tmp_path / "t.parquet", [{"image": cell, "text": "x"}])
+    for options in ({}, {"streaming": True, "limit": 1}):
+        with pytest.raises(DataError, match=r"data\.image_column 'image' of .* holds .*; images are binary"):
+            open_source(str(tmp_path / "t.parquet"), 8, SourceOptions(**options))
 
 
 def test_files_that_are_no_source(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from davae.data.captions.texts import as_label, choose, clean, usual_keys
-from davae.data.decoding import decode_image, header_size
+from davae.data.decoding import OF_THE_FILE, decode_image, header_size
 from davae.data.findings import Findings
 from davae.data.options import SourceOptions
 from davae.data.splits import split_note, table_of_split
@@ -99,7 +99,34 @@ def load_rows(
     unread = [column for column in columns if column not in kept]
     if unread and notes is not None:
         notes.append(unread_note(unread))
+    if rows.features is not None:
+        _check_images(rows.features.arrow_schema.field(options.image_column).type, options.image_column, name)
     return rows.cast_column(options.image_column, datasets.Image(decode=False))
+
+
+def _check_images(kind: Any, column: str, name: str) -> None:
+    """Refuse a column whose Arrow type `datasets` cannot read as images."""
+    from pyarrow import types
+
+    def texts(kind: Any) -> bool:
+        return types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
+
+    def raw(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind)
+
+    fields = {field.name: field.type for field in kind} if types.is_struct(kind) else {}
+    pixel = kind
+    while types.is_list(pixel):
+        pixel = pixel.value_type
+    known = [raw(fields["bytes"])] if "bytes" in fields else []
+    known += [texts(fields["path"])] if "path" in fields else []
+    pixels = types.is_list(kind) and (types.is_integer(pixel) or types.is_floating(pixel))
+    extension = hasattr(kind, "storage_type")  # the arrays of `datasets`
+    if not (raw(kind) or texts(kind) or (known and all(known)) or pixels or extension):
+        raise DataError(
+            f"data.image_column '{column}' of {name} holds {kind}; images are binary (the file), string (its path), "
+            "struct<bytes: binary, path: string>, or lists of pixels"
+        )
 
 
 def _open_rows(name: str, options: SourceOptions, streaming: bool, files: str | list[str]) -> Any:
@@ -142,14 +169,24 @@ def column_weights(columns: list[str], options: SourceOptions) -> dict[str, floa
     return dict.fromkeys(usual_keys(columns)[:1], 1.0)
 
 
-def cell_bytes(cell: dict[str, Any]) -> bytes:
-    """Return the bytes of an undecoded image cell, fetched where the row holds an address."""
-    if cell["bytes"] is not None:
-        return cell["bytes"]
+def cell_bytes(cell: dict[str, Any] | None) -> bytes:
+    """Return the bytes of an undecoded image cell, fetched where the row holds an address; b'' for no file.
+
+    Raises:
+        DataError: a file or address that may be read later.
+    """
+    if cell is None or cell["bytes"] is not None or cell["path"] is None:
+        return b"" if cell is None else cell["bytes"] or b""
     import fsspec
 
-    with fsspec.open(cell["path"], "rb") as stream:
-        return stream.read()  # type: ignore[union-attr]
+    try:
+        with fsspec.open(cell["path"], "rb") as stream:
+            return stream.read()  # type: ignore[union-attr]
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno in OF_THE_FILE):
+            return b""
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"data.source: the image {cell['path']} cannot be read: {reason}") from error
 
 
 def table_content(name: str, files: Sequence[Path] | None = None) -> bytes | None:
@@ -206,9 +243,9 @@ class TableSource:
 
     def _stream(self, index: int) -> io.BytesIO | Path:
         cell = self.rows[index][self.options.image_column]
-        if cell is None:
-            return io.BytesIO()
-        return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else Path(cell["path"])
+        if cell is not None and cell["bytes"] is None and cell["path"] is not None:
+            return Path(cell["path"])
+        return io.BytesIO(b"" if cell is None else cell["bytes"])
 
     def size(self, index: int) -> tuple[int, int]:
         return header_size(self._stream(index), self.options.max_pixels, self.options.float_pixels)

@@ -182,8 +182,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], first: int, options: Sour
     """
     with tarfile.open(path, "w") as archive:
         for number, row in enumerate(rows, first):
-            cell = row.pop(options.image_column)
-            data = b"" if cell is None else cell_bytes(cell)
+            data = cell_bytes(row.pop(options.image_column))
             add_member(archive, f"{number:09d}.{image_suffix(data)}", data)
             add_member(archive, f"{number:09d}.json", json.dumps(row, default=as_json).encode())
 
