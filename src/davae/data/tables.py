@@ -19,11 +19,15 @@ from davae.data.captions.texts import as_label, choose, clean, usual_keys
 from davae.data.decoding import OF_THE_FILE, decode_image, header_size
 from davae.data.findings import Findings
 from davae.data.options import SourceOptions
-from davae.data.splits import split_note, table_of_split
+from davae.data.splits import refuse_split, split_note, table_of_split
 from davae.errors import DataError
 
 SHOWN = 12  # columns in a note
 ENDS = 1 << 16  # bytes of a parquet file's beginning and end that are hashed
+IMAGE_TYPES = re.compile(  # of Arrow, that `datasets` reads as images
+    r"null|(large_)?(binary|string)|struct<(.*, )?(bytes: (large_)?binary|path: (large_)?string)\b.*>"
+    r"|(list<\w+: )+(u?int\d+|halffloat|float|double)>+|extension<.*>"
+)
 
 
 def holds_images(path: Path, column: str) -> bool:
@@ -78,11 +82,13 @@ def load_rows(
         import datasets
     except ImportError as error:
         raise DataError(f"data.source '{name}': Hugging Face datasets need `pip install 'davae[hub]'`") from error
-    rows = _open_rows(name, options, streaming, name if files is None else [str(path) for path in files])
+    rows = _open_rows(name, options, streaming, name if files is None else [glob.escape(str(path)) for path in files])
     if isinstance(rows, dict):  # of `save_to_disk`
         notes = [] if notes is None else notes
         notes += [split_note(options.split)] if len(rows) > 1 else []
         rows = table_of_split(rows, options.split, name)
+    elif is_saved_table(name):
+        refuse_split(options.split, name, rows.split or "")
     columns = rows.column_names
     if columns is None:  # a stream without a schema: the first row has its columns
         columns = list(next(iter(rows)))
@@ -99,34 +105,13 @@ def load_rows(
     unread = [column for column in columns if column not in kept]
     if unread and notes is not None:
         notes.append(unread_note(unread))
-    if rows.features is not None:
-        _check_images(rows.features.arrow_schema.field(options.image_column).type, options.image_column, name)
-    return rows.cast_column(options.image_column, datasets.Image(decode=False))
-
-
-def _check_images(kind: Any, column: str, name: str) -> None:
-    """Refuse a column whose Arrow type `datasets` cannot read as images."""
-    from pyarrow import types
-
-    def texts(kind: Any) -> bool:
-        return types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
-
-    def raw(kind: Any) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind)
-
-    fields = {field.name: field.type for field in kind} if types.is_struct(kind) else {}
-    pixel = kind
-    while types.is_list(pixel):
-        pixel = pixel.value_type
-    known = [raw(fields["bytes"])] if "bytes" in fields else []
-    known += [texts(fields["path"])] if "path" in fields else []
-    pixels = types.is_list(kind) and (types.is_integer(pixel) or types.is_floating(pixel))
-    extension = hasattr(kind, "storage_type")  # the arrays of `datasets`
-    if not (raw(kind) or texts(kind) or (known and all(known)) or pixels or extension):
+    kind = str(rows.features.arrow_schema.field(options.image_column).type) if rows.features else "null"
+    if not IMAGE_TYPES.fullmatch(kind):
         raise DataError(
-            f"data.image_column '{column}' of {name} holds {kind}; images are binary (the file), string (its path), "
-            "struct<bytes: binary, path: string>, or lists of pixels"
+            f"data.image_column '{options.image_column}' of {name} holds {kind}; images are binary (the file), string (its "
+            "path), struct<bytes: binary, path: string>, or lists of pixels"
         )
+    return rows.cast_column(options.image_column, datasets.Image(decode=False))
 
 
 def _open_rows(name: str, options: SourceOptions, streaming: bool, files: str | list[str]) -> Any:
@@ -170,7 +155,7 @@ def column_weights(columns: list[str], options: SourceOptions) -> dict[str, floa
 
 
 def cell_bytes(cell: dict[str, Any] | None) -> bytes:
-    """Return the bytes of an undecoded image cell, fetched where the row holds an address; b'' for no file.
+    """Return the bytes of an undecoded image cell, of a path or address too, or b'' for no file.
 
     Raises:
         DataError: a file or address that may be read later.
@@ -185,8 +170,7 @@ def cell_bytes(cell: dict[str, Any] | None) -> bytes:
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno in OF_THE_FILE):
             return b""
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"data.source: the image {cell['path']} cannot be read: {reason}") from error
+        raise DataError(f"data.source: the image {cell['path']} cannot be read: {error}") from error
 
 
 def table_content(name: str, files: Sequence[Path] | None = None) -> bytes | None:
