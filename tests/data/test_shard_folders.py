@@ -162,7 +162,7 @@ def test_rows_without_a_file_are_left_out(
     assert source.load(3)[0].size == (9, 8)
 
 
-@pytest.mark.parametrize("cell", [3, [row("")["image"]], {"url": "x"}, {"bytes": 3, "path": None}])
+@pytest.mark.parametrize("cell", [3, [row("")["image"]], {"url": "x"}, {"bytes": 3, "path": "x"}])
 def test_a_column_of_another_type_is_named(tmp_path: Path, cell: Any) -> None:
     table(tmp_path / "t.parquet", [{"image": cell, "text": "x"}])
     for options in ({}, {"streaming": True, "limit": 1}):

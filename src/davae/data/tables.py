@@ -25,7 +25,7 @@ from davae.errors import DataError
 SHOWN = 12  # columns in a note
 ENDS = 1 << 16  # bytes of a parquet file's beginning and end that are hashed
 IMAGE_TYPES = re.compile(  # of Arrow, that `datasets` reads as images
-    r"null|(large_)?(binary|string)|struct<(.*, )?(bytes: (large_)?binary|path: (large_)?string)\b.*>"
+    r"null|(large_)?(binary|string)|struct<(?!.*\b(bytes|path): (?!(large_)?(binary|string)|null))(.*, )?(bytes|path): .*>"
     r"|(list<\w+: )+(u?int\d+|halffloat|float|double)>+|extension<.*>"
 )
 
