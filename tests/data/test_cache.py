@@ -193,8 +193,9 @@ def test_a_run_in_buckets(tiny_base: Path, bucket_folder: Path, tmp_path: Path) 
         read_meta(run.out / "cache", changed)
     caption = bucket_folder / f"{run.opened.source.key(run.train[0]).removesuffix('.png')}.txt"
     caption.write_text("a new square")
-    with pytest.raises(DataError, match="is stale: the images or their captions changed"):
-        Upgrade(recipe, run.out, lambda progress: None).stage2_task()  # type: ignore[arg-type]
+    for step in ("stage2_task", "cache_latents"):  # a finished run, too
+        with pytest.raises(DataError, match="is stale: the images or their captions changed; delete it"):
+            getattr(Upgrade(recipe, run.out, lambda progress: None), step)()  # type: ignore[arg-type]
 
 
 def test_class_models_take_squares(tiny_base: Path, bucket_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_layouts import captions, counts, labels, lay, tar
+from test_layouts import captions, counts, image_bytes, labels, lay, tar
 
 from davae.data.options import SourceOptions
 from davae.data.sources import open_source
@@ -71,6 +71,31 @@ def test_one_of_several_captions_is_drawn_and_part_of_the_caches_key(tmp_path: P
     lay(tmp_path, {"annotations/c.json": json.dumps(COCO).replace("a pet", "a cow")})
     after = open_source(where, 8)
     assert (after.identity(0) == before[0], after.identity(1) == before[1]) == (False, True)
+
+
+@pytest.mark.parametrize("form", ["folder", "shard"])
+def test_all_texts_of_a_json_from_which_one_is_drawn_are_part_of_the_caches_key(form: str, tmp_path: Path) -> None:
+    def identities(second: str) -> list[bytes]:
+        texts = json.dumps({"caption": ["a cat", second]})
+        files: dict[str, bytes | str] = {"a.png": "", "a.json": texts, "b.png": "", "b.json": texts, "b.txt": "mine"}
+        source = open_source(lay(tmp_path, files) if form == "folder" else tar(tmp_path / "a.tar", files), 8)
+        return [source.identity(0), source.identity(1)]
+
+    (drawn, fixed), (other, same) = identities("a pet"), identities("a cow")
+    assert (drawn != other, fixed == same) == (True, True), "the text file comes first, so that no list is drawn"
+    assert identities("")[0] == str(len(image_bytes())).encode() + b"\0\0\0caption\0a cat", "as earlier versions"
+
+
+def test_a_class_of_a_list_next_to_text_files_is_part_of_the_caches_key(tmp_path: Path) -> None:
+    def identities(label: int) -> list[bytes]:
+        labels = json.dumps({"labels": [["a.png", label], ["b.png", 1]]})
+        files: dict[str, bytes | str] = {"a.png": "", "a.txt": "x", "b.png": "", "b.txt": "y", "dataset.json": labels}
+        source = open_source(lay(tmp_path, files), 8)
+        assert source.label(0) == label
+        return [source.identity(0), source.identity(1)]
+
+    (first, same), (other, equal) = identities(0), identities(1)
+    assert (first != other, same == equal) == (True, True)
 
 
 NOT_LISTS = {

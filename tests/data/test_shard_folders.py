@@ -16,7 +16,7 @@ from test_layouts import captions, counts, image_bytes, lay, tar
 from davae.data.options import SourceOptions
 from davae.data.sources import open_source
 from davae.dataset.look import look_at
-from davae.errors import DataError
+from davae.errors import DataError, UnreadableImage
 from davae.recipes.sections import Data
 
 
@@ -141,6 +141,59 @@ def test_captions_of_columns_that_hold_no_text(
     table(tmp_path / "t.parquet", [{**row(""), "text": value}])
     for options in ({}, {"streaming": True, "limit": 1}):
         assert list(captions(str(tmp_path / "t.parquet"), **options).values()) == [text]
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True, "limit": 4}])
+def test_rows_without_a_file_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache"))
+    cells = [
+        None,
+        {"bytes": None, "path": None},
+        {"bytes": None, "path": str(tmp_path / "gone.png")},
+        row("")["image"],
+    ]
+    table(tmp_path / "t.parquet", [{"image": cell, "text": str(n)} for n, cell in enumerate(cells)])
+    source = open_source(str(tmp_path / "t.parquet"), 8, SourceOptions(**options))
+    for index in range(3):
+        with pytest.raises(UnreadableImage, match=r"empty file|missing file"):
+            source.load(index)
+    assert source.load(3)[0].size == (9, 8)
+
+
+@pytest.mark.parametrize("cell", [3, [row("")["image"]], {"url": "x"}, {"bytes": 3, "path": "x"}])
+def test_a_column_of_another_type_is_named(tmp_path: Path, cell: Any) -> None:
+    table(tmp_path / "t.parquet", [{"image": cell, "text": "x"}])
+    for options in ({}, {"streaming": True, "limit": 1}):
+        with pytest.raises(DataError, match=r"data\.image_column 'image' of .* holds .*; images are binary"):
+            open_source(str(tmp_path / "t.parquet"), 8, SourceOptions(**options))
+
+
+@pytest.mark.parametrize("folder", ["br [1]", "br {1,2}", "a*b"])
+def test_a_folder_whose_name_looks_like_a_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.setenv("DAVAE_CACHE", str(tmp_path / "cache"))
+    where = tmp_path / folder
+    table(where / "t" / "a.parquet", [row("a cat")])
+    tar(where / "s" / "a.tar", {"0.jpg": "", "0.txt": "a dog"})
+    for name in ("t/a.parquet", "t/*.parquet", "t"):
+        for options in ({}, {"streaming": True, "limit": 1}):
+            assert list(captions(str(where / name), **options).values()) == ["a cat"], name
+    for name in ("s/a.tar", "s/*.tar", "s/{a,a}.tar", "s"):
+        assert list(captions(str(where / name)).values()) == ["a dog"], name
+
+
+def test_a_split_of_one_table_is_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table(tmp_path / "a.parquet", [row("a cat")])
+    datasets.Dataset.from_parquet(str(tmp_path / "a.parquet")).save_to_disk(tmp_path / "saved")
+    for name in ("a.parquet", "*.parquet", "saved"):
+        with pytest.raises(DataError, match=r"data\.split 'val': .* is not divided into splits; leave it out"):
+            open_source(str(tmp_path / name), 8, SourceOptions(split="val"))
+    table(tmp_path / "val-0.parquet", [row("a cow")])
+    assert list(captions(str(tmp_path / "val-0.parquet"), split="val").values()) == ["a cow"]
 
 
 def test_files_that_are_no_source(tmp_path: Path) -> None:

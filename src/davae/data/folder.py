@@ -259,8 +259,11 @@ class FolderSource:
             except UnreadableCaption as error:
                 return b"\0".join([*parts, str(error).encode()])
             parts.append(self.sidecars.changed_caption(index, folder.replace("_", " "), caption))
-        if self.listed is not None and not self.sidecars.caption(index, None) and self.listed.record(index):
-            parts.append(b"\0list" + json.dumps(self.listed.record(index)).encode())
+            listed = (self.listed.record(index) if self.listed is not None else None) or {}
+            if listed and self.sidecars.caption_or_fault(index):  # only the class of the list is used
+                listed = {key: value for key, value in listed.items() if key == (self._label_column or LABEL)}
+        if listed:
+            parts.append(b"\0list" + json.dumps(listed).encode())
         if self.metadata is not None:
             parts.append(json.dumps(self.metadata.record(index)).encode())
         elif self._class(index) is not None or folder:

@@ -18,10 +18,10 @@ from davae.data.images import ImageSource
 from davae.data.npz import NpzSource
 from davae.data.options import TABLE_OPTIONS, SourceOptions
 from davae.data.shards.commands import PIPE
-from davae.data.shards.names import expand_braces, expand_shards, is_shard, shards_in
+from davae.data.shards.names import expand_braces, expand_shards, is_shard, literal_folder, matching, shards_in
 from davae.data.shards.remote import fetch_shard, glob_url, is_remote, open_stream
 from davae.data.shards.tar_source import TarSource
-from davae.data.splits import files_of_split, split_note
+from davae.data.splits import files_of_split, refuse_split, split_note
 from davae.data.tables import TableSource, holds_images, is_saved_table, nearest_file
 from davae.errors import DataError
 
@@ -43,7 +43,7 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
     if name in ("openmoji", "openmoji-all"):
         from davae.data.openmoji import OpenMoji
 
-        options.refuse("OpenMoji", ("caption_key", "caption_weights", "label_key", *TABLE_OPTIONS))
+        options.refuse("OpenMoji", ("caption_key", "caption_weights", "label_key", "split", *TABLE_OPTIONS))
         return OpenMoji(resolution, everything=name == "openmoji-all")
     if name.startswith(PIPE) or (is_remote(name) and not name.endswith(".parquet")):
         return TarSource([fetch_shard(one) for url in expand_braces(name) for one in glob_url(url)], options)
@@ -52,9 +52,12 @@ def open_source(name: str, resolution: int, options: SourceOptions | None = None
     if is_shard(name):
         return TarSource(expand_shards(name), options)
     if name.endswith(".npz") and os.path.isfile(name):
+        refuse_split(options.split, name, name)
         return NpzSource(Path(name), options)
-    if name.endswith(".parquet") and (is_remote(name) or glob.glob(name)):
-        return open_table(name, options)
+    if name.endswith(".parquet") and (is_remote(name) or (found := matching(name))):
+        refuse_split(options.split, name, name)
+        literal = not is_remote(name) and (os.path.isfile(name) or glob.has_magic(literal_folder(name)))
+        return open_table(name, options, found if literal and glob.has_magic(name) else None)
     if os.path.isfile(name):
         return open_file(Path(name), options)
     if glob.has_magic(name) and (found := glob.glob(name)):

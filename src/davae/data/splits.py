@@ -154,6 +154,13 @@ def files_of_split(files: Sequence[Path], wanted: str, folder: Path, unused: dic
     return [path for path, name in split.items() if name == goal]
 
 
+def refuse_split(wanted: str, where: str, name: object) -> None:
+    """Refuse a split of a source without splits, unless its name is that of the split."""
+    goal = split_of(wanted) or wanted
+    if goal not in ("train", *map(split_of, SPLIT_PARTS.split(str(name)))):
+        raise DataError(f"data.split '{wanted}': {where} is not divided into splits; leave it out")
+
+
 def table_of_split(rows: Mapping[str, Any], wanted: str, name: str) -> Any:
     """Return one of several tables.
 

@@ -16,14 +16,18 @@ import numpy as np
 from PIL import Image
 
 from davae.data.captions.texts import as_label, choose, clean, usual_keys
-from davae.data.decoding import decode_image, header_size
+from davae.data.decoding import OF_THE_FILE, decode_image, header_size
 from davae.data.findings import Findings
 from davae.data.options import SourceOptions
-from davae.data.splits import split_note, table_of_split
+from davae.data.splits import refuse_split, split_note, table_of_split
 from davae.errors import DataError
 
 SHOWN = 12  # columns in a note
 ENDS = 1 << 16  # bytes of a parquet file's beginning and end that are hashed
+IMAGE_TYPES = re.compile(  # of Arrow, that `datasets` reads as images
+    r"null|(large_)?(binary|string)|struct<(?!.*\b(bytes|path): (?!(large_)?(binary|string)|null))(.*, )?(bytes|path): .*>"
+    r"|(list<\w+: )+(u?int\d+|halffloat|float|double)>+|extension<.*>"
+)
 
 
 def holds_images(path: Path, column: str) -> bool:
@@ -78,11 +82,13 @@ def load_rows(
         import datasets
     except ImportError as error:
         raise DataError(f"data.source '{name}': Hugging Face datasets need `pip install 'davae[hub]'`") from error
-    rows = _open_rows(name, options, streaming, name if files is None else [str(path) for path in files])
+    rows = _open_rows(name, options, streaming, name if files is None else [glob.escape(str(path)) for path in files])
     if isinstance(rows, dict):  # of `save_to_disk`
         notes = [] if notes is None else notes
         notes += [split_note(options.split)] if len(rows) > 1 else []
         rows = table_of_split(rows, options.split, name)
+    elif is_saved_table(name):
+        refuse_split(options.split, name, rows.split or "")
     columns = rows.column_names
     if columns is None:  # a stream without a schema: the first row has its columns
         columns = list(next(iter(rows)))
@@ -99,6 +105,12 @@ def load_rows(
     unread = [column for column in columns if column not in kept]
     if unread and notes is not None:
         notes.append(unread_note(unread))
+    kind = str(rows.features.arrow_schema.field(options.image_column).type) if rows.features else "null"
+    if not IMAGE_TYPES.fullmatch(kind):
+        raise DataError(
+            f"data.image_column '{options.image_column}' of {name} holds {kind}; images are binary (the file), string (its "
+            "path), struct<bytes: binary, path: string>, or lists of pixels"
+        )
     return rows.cast_column(options.image_column, datasets.Image(decode=False))
 
 
@@ -142,14 +154,23 @@ def column_weights(columns: list[str], options: SourceOptions) -> dict[str, floa
     return dict.fromkeys(usual_keys(columns)[:1], 1.0)
 
 
-def cell_bytes(cell: dict[str, Any]) -> bytes:
-    """Return the bytes of an undecoded image cell, fetched where the row holds an address."""
-    if cell["bytes"] is not None:
-        return cell["bytes"]
+def cell_bytes(cell: dict[str, Any] | None) -> bytes:
+    """Return the bytes of an undecoded image cell, of a path or address too, or b'' for no file.
+
+    Raises:
+        DataError: a file or address that may be read later.
+    """
+    if cell is None or cell["bytes"] is not None or cell["path"] is None:
+        return b"" if cell is None else cell["bytes"] or b""
     import fsspec
 
-    with fsspec.open(cell["path"], "rb") as stream:
-        return stream.read()  # type: ignore[union-attr]
+    try:
+        with fsspec.open(cell["path"], "rb") as stream:
+            return stream.read()  # type: ignore[union-attr]
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno in OF_THE_FILE):
+            return b""
+        raise DataError(f"data.source: the image {cell['path']} cannot be read: {error}") from error
 
 
 def table_content(name: str, files: Sequence[Path] | None = None) -> bytes | None:
@@ -206,9 +227,9 @@ class TableSource:
 
     def _stream(self, index: int) -> io.BytesIO | Path:
         cell = self.rows[index][self.options.image_column]
-        if cell is None:
-            return io.BytesIO()
-        return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else Path(cell["path"])
+        if cell is not None and cell["bytes"] is None and cell["path"] is not None:
+            return Path(cell["path"])
+        return io.BytesIO(b"" if cell is None else cell["bytes"])
 
     def size(self, index: int) -> tuple[int, int]:
         return header_size(self._stream(index), self.options.max_pixels, self.options.float_pixels)

@@ -84,9 +84,8 @@ def train_autoencoder(
         start: returns the DetailVAE that the task began with.
         folder: in the run folder.
     """
-    recipe = run.recipe
-    trainer = Trainer(task, recipe.run, run.folder, run.accelerator, run.observer, stage1_progress(run, task))
-    trainer.fit(recipe.stage1_data.num_workers)
+    trainer = Trainer(task, run.recipe.run, run.folder, run.accelerator, run.observer, stage1_progress(run, task))
+    trainer.fit(run.recipe.stage1_data.num_workers)
     trainer.use_average()
     trained = trainer.whole_state("vae")
     trainer.release()
@@ -106,8 +105,7 @@ def write_latent_cache(run: UpgradeParts) -> None:
     """
     target = run.out / "cache"
     with run.changing(), timed(run.out, "cache"):
-        vae = run.vae()
-        key = run.cache_key(vae)
+        key = run.cache_key(vae := run.vae())
         run.write_cache(vae, target, key)
         meta = read_meta(target, key)
         if run.init is None:  # weights to go on from were trained on the statistics they came with
@@ -230,7 +228,9 @@ class Upgrade(UpgradeParts):
         return self.run("stage1")
 
     def cache_latents(self) -> Path:
-        """Do the steps up to the latent cache and return its folder."""
+        """Do the steps up to the latent cache, refuse a stale one, and return its folder."""
+        if not (self.due("stage1") or self.due("cache")):
+            read_meta(self.first / "cache", self.cache_key(self.vae()))
         return self.run("cache")
 
     def train_dit(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -144,15 +145,24 @@ class Sidecars:
         if self.weights:
             text = choose(self.record(index), self.weights, rng)
             return clean(text, self.files.sidecar_name(index, "json"), self.findings)
-        found: str | None = None
-        if (data := self._bytes(index, "txt")) is not None:
-            found = caption_of_file(data, self.files.sidecar_name(index, "txt"), self.findings)
-        if not found and self.json_key is not None:
-            record = self._guessed_record(index)
-            key = next((key for key in (self.json_key, *usual_keys(record)) if as_texts(record.get(key))), None)
-            if key is not None:
-                found = clean(choose(record, {key: 1.0}, rng), self.files.sidecar_name(index, "json"), self.findings)
+        found = self._of_txt(index)
+        if not found and (texts := self._of_json(index)):
+            found = clean(choose({"": texts}, {"": 1.0}, rng), self.files.sidecar_name(index, "json"), self.findings)
         return found
+
+    def _of_txt(self, index: int) -> str | None:
+        if (data := self._bytes(index, "txt")) is None:
+            return None
+        return caption_of_file(data, self.files.sidecar_name(index, "txt"), self.findings)
+
+    def _of_json(self, index: int) -> list[str]:
+        """Return the texts of a `.json` of which one is drawn, where no option names its key."""
+        if self.json_key is None:
+            return []
+        record = self._guessed_record(index)
+        return next(
+            (found for key in (self.json_key, *usual_keys(record)) if (found := as_texts(record.get(key)))), []
+        )
 
     def label(self, index: int) -> int | None:
         """Return the class number, None where there is none.
@@ -181,7 +191,7 @@ class Sidecars:
         return b"\0".join(self._bytes(index, kind) or b"" for kind in (*kinds, "cls"))
 
     def changed_caption(self, index: int, before: str, caption: str) -> bytes:
-        """Return b'' where earlier versions read the same caption, else the caption.
+        """Return what `identity` lacks: a caption once misread, and texts that are drawn.
 
         Args:
             index: the image.
@@ -192,7 +202,12 @@ class Sidecars:
             return b""
         data = self._bytes(index, "txt")
         old = before if data is None else data.decode("utf-8", "replace").strip()
-        return b"" if old == caption else b"\0caption\0" + caption.encode()
+        try:
+            drawn = [] if self._of_txt(index) else self._of_json(index)
+        except UnreadableCaption:
+            drawn = []
+        every = b"\0texts\0" + json.dumps(drawn).encode() if len(drawn) > 1 else b""
+        return (b"" if old == caption else b"\0caption\0" + caption.encode()) + every
 
     def origin(self, counts: dict[str, int]) -> str:
         """Describe where captions come from.

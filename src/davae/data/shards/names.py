@@ -58,6 +58,21 @@ def _expanded(pattern: str, commas: bool) -> Iterator[str]:
     yield pattern
 
 
+def literal_folder(name: str) -> str:
+    """Return the longest beginning of a pattern that is an existing folder, with its slash."""
+    ends = (found.end() for found in reversed(list(re.finditer("/", name))))
+    return next((name[:end] for end in ends if os.path.isdir(name[:end])), "")
+
+
+def matching(name: str) -> list[Path]:
+    """Return the file of this very name, else those of the pattern, in order, none hidden."""
+    if os.path.isfile(name):
+        return [Path(name)]
+    folder = literal_folder(name)
+    found = sorted(glob.glob(glob.escape(folder) + name[len(folder) :], recursive=True))
+    return [Path(path) for path in found if not is_hidden(Path(path).name)]
+
+
 def expand_shards(pattern: str) -> list[Path]:
     """Return the existing files of 'a-{000..003}.tar' and '*.tar', in order, none hidden.
 
@@ -65,12 +80,10 @@ def expand_shards(pattern: str) -> list[Path]:
         DataError: a name without a file.
     """
     paths: list[Path] = []
-    for name in expand_braces(pattern):
-        found = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if not is_hidden(Path(p).name)]
-        if not found and os.path.isfile(name):  # brackets in a name that glob takes for a pattern
-            found = [Path(name)]
-        if not found:
-            raise DataError(f"data.source: no shard matches {name}")
+    folder = pattern if os.path.isfile(pattern) else literal_folder(pattern)
+    for name in expand_braces(pattern[len(folder) :]):
+        if not (found := matching(folder + name)):
+            raise DataError(f"data.source: no shard matches {folder}{name}")
         paths += found
     return paths
 

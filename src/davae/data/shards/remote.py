@@ -81,9 +81,8 @@ def fetch_shard(url: str) -> Path:
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
     folder = cache_folder() / "shards"
     if stamp := local_stamp(url, [Path(LOCAL.sub("", url))] if LOCAL.match(url) else None):
-        folder /= hashlib.sha256(repr(stamp).encode()).hexdigest()[
-            :12
-        ]  # the file's name is part of the images' names
+        # not in the file's name, which is part of the images' names
+        folder /= hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]
     target = folder / f"{digest}-{name.removesuffix('.tar')}.tar"
 
     def copy(partial: Path) -> None:
@@ -160,14 +159,9 @@ def open_stream(name: str, options: SourceOptions, files: Sequence[Path] | None 
             once(targets[n], lambda path, part=part, first=starts[n]: write_rows(path, part, first, options))
     weights = options.caption_weights or read_object(weights_file, DataError)
     local = replace(
-        options,
-        caption_weights=weights,
-        label_key=options.label_column,
-        caption_column=None,
-        label_column=None,
-        config=None,
-        streaming=False,
-    )
+        options, caption_weights=weights, label_key=options.label_column, caption_column=None, label_column=None,
+        config=None, streaming=False,
+    )  # fmt: skip
     return TarSource(targets, local)
 
 
@@ -182,8 +176,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], first: int, options: Sour
     """
     with tarfile.open(path, "w") as archive:
         for number, row in enumerate(rows, first):
-            cell = row.pop(options.image_column)
-            data = b"" if cell is None else cell_bytes(cell)
+            data = cell_bytes(row.pop(options.image_column))
             add_member(archive, f"{number:09d}.{image_suffix(data)}", data)
             add_member(archive, f"{number:09d}.json", json.dumps(row, default=as_json).encode())
 
