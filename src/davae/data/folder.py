@@ -165,7 +165,10 @@ class FolderSource:
 
     def _describe(self, split: bool, of_folder: dict[str, str]) -> None:
         """Complete the findings: the origin of captions, and notes on decisions."""
-        notes = []
+        joined = self.findings.joined.items()
+        notes = [
+            f"{printable(name)}: {n:,} captions with the delimiter, read to the end of the row" for name, n in joined
+        ]
         parts = [p for p in (self.sidecars.origin(self._near.counts),) if p != "none"]
         if self.metadata is not None:
             columns = [*self._weights] or usual_keys(self.metadata.columns)
