@@ -975,6 +975,17 @@ def test_masks_do_not_train(tmp_path: Path, files: tuple[str, ...], read: list[s
     assert sum(unused.values()) == len(files) - len(read)
 
 
+@pytest.mark.parametrize("other", ["Dr. Jones.txt", "Dr. Jones.json", "Dr. Jones.cls", "DR. JONES.TXT"])
+def test_a_caption_without_an_image_goes_to_no_other_with_the_same_beginning(other: str, tmp_path: Path) -> None:
+    files = {"Dr. Smith.jpg": "", "shot 1.0.jpg": "", other: '{"text": "4"}', "shot 1.5.txt": "a view", "b.jpg": ""}
+    where = lay(tmp_path, {**files, "b.v2.txt": "a dog", "c.photo.jpg": "", "c.prompt.v3.txt": "a cow"})
+    assert captions(where) == {"Dr. Smith.jpg": "", "b.jpg": "a dog", "c.photo.jpg": "a cow", "shot 1.0.jpg": ""}
+    unused = counts(open_source(where, 8).findings.unused)
+    assert sum(unused.values()) == 2
+    assert unused["caption without an image"] == 1 + other.lower().endswith(".txt")
+    assert captions(lay(tmp_path / "x", {"a.1.jpg": "", "a.caption.txt": "a cat"})) == {"a.1.jpg": "a cat"}
+
+
 @pytest.mark.parametrize("form", ["folder", "shard"])
 def test_keys_of_captions_in_any_case_and_keys_that_are_not_read(form: str, tmp_path: Path) -> None:
     def place(key: str) -> str:
