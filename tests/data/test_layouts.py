@@ -235,6 +235,18 @@ def test_a_folders_name_is_a_caption_only_where_folders_are_classes(tmp_path: Pa
     assert set(labels(mixed).values()) == {None}
 
 
+def test_a_container_next_to_classes_is_a_class(tmp_path: Path) -> None:
+    files = dict.fromkeys(("cartoon/1.png", "photo/1.png", "sketch/1.png"), "")
+    found = {"cartoon/1.png": 0, "photo/1.png": 1, "sketch/1.png": 2}
+    assert labels(lay(tmp_path / "a", files)) == found
+    assert captions(str(tmp_path / "a"))["photo/1.png"] == "photo"
+    assert labels(lay(tmp_path / "b", {f"train/{name}": "" for name in files} | {"test/cartoon/1.png": ""})) == {
+        f"train/{name}": number for name, number in found.items()
+    }
+    inside = dict.fromkeys(("cat/images/1.png", "cat/extra/1.png", "dog/images/1.png"), "")
+    assert open_source(lay(tmp_path / "c", inside), 8).findings.class_names == ("cat", "dog", "extra")
+
+
 def test_classes_whose_folders_end_alike(tmp_path: Path) -> None:
     name = lay(tmp_path, {"a/x/1.png": "", "b/x/2.png": "", "b/y/3.png": ""})
     assert labels(name) == {"a/x/1.png": 0, "b/x/2.png": 1, "b/y/3.png": 2}
@@ -966,6 +978,12 @@ def test_every_layout_of_the_page_is_read_as_written(block: str, tmp_path: Path)
         (("a.png", "a-condlabel.png"), ["a.png"]),
         (("hats/1.jpg", "masks/2.jpg", "masks/3.jpg"), ["hats/1.jpg", "masks/2.jpg", "masks/3.jpg"]),
         (("masks/2.jpg", "masks/3.jpg"), ["masks/2.jpg", "masks/3.jpg"]),
+        (("glasses/1.jpg", "hat/1.jpg", "mask/1.jpg"), ["glasses/1.jpg", "hat/1.jpg", "mask/1.jpg"]),
+        (("s/alpha/1.jpg", "s/beta/1.jpg", "s/gamma/1.jpg"), ["s/alpha/1.jpg", "s/beta/1.jpg", "s/gamma/1.jpg"]),
+        (("cat/1.jpg", "dog/2.jpg", "mask/1.png", "mask/2.png"), ["cat/1.jpg", "dog/2.jpg"]),
+        (("cat/1.jpg", "cat_masks/1.png", "dog/1.jpg", "dog_masks/1.png"), ["cat/1.jpg", "dog/1.jpg"]),
+        (("a/1.jpg", "images/1.jpg", "mask/1.png"), ["a/1.jpg", "images/1.jpg"]),
+        (("1.jpg", "a/1.jpg", "mask/1.png"), ["1.jpg", "a/1.jpg"]),
     ],
 )
 def test_masks_do_not_train(tmp_path: Path, files: tuple[str, ...], read: list[str]) -> None:
