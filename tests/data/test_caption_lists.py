@@ -288,7 +288,7 @@ def test_captions_without_quotes_may_contain_the_delimiter(name: str, delimiter:
     found = captions(where)
     assert list(found.values()) == [f"a cat{delimiter} on a sofa", f"a dog{delimiter} in snow", "a cow"]
     assert (
-        f"{name}: 1 captions with the delimiter, read to the end of the row" in open_source(where, 8).findings.notes
+        f"{name}: captions with the delimiter, read to the end of the row: 1" in open_source(where, 8).findings.notes
     )
 
 
@@ -298,6 +298,11 @@ def test_too_many_cells_that_belong_to_no_caption_are_one_line(name: str, tmp_pa
     message = f"{name}, line 3: 4 cells in the 3 columns file_name, text, width; quote the one that contains ','"
     with pytest.raises(DataError, match=re.escape(message)):
         open_source(lay(tmp_path, {"a.png": "", name: rows}), 8)
+
+
+def test_a_row_without_a_caption_leaves_its_image_to_another_list(tmp_path: Path) -> None:
+    lists = {"a.csv": "a.png,\nb.png,a dog\n", "b.csv": "a.png,a cat\n"}
+    assert captions(lay(tmp_path, {"a.png": "", "b.png": "", **lists})) == {"a.png": "a cat", "b.png": "a dog"}
 
 
 def test_too_many_cells_of_rows_without_an_image_do_not_matter(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from davae.data.captions.delimited import read_records
-from davae.data.captions.texts import MAX_CAPTION, SURROGATE, decode_text
+from davae.data.captions.texts import MAX_CAPTION, SURROGATE, decode_text, read_records
 from davae.errors import DataError
 from davae.files.reading import load_json
 

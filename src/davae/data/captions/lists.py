@@ -13,10 +13,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from davae.data.captions.delimited import read_records
 from davae.data.captions.image_names import ImageNames
 from davae.data.captions.metadata import Metadata
-from davae.data.captions.texts import UnreadableCaption, as_texts, decode_text
+from davae.data.captions.texts import UnreadableCaption, as_texts, decode_text, read_records
 from davae.data.findings import Findings, Tally, add_to
 from davae.data.formats import is_image_name
 from davae.errors import DataError
@@ -261,7 +260,6 @@ def _of_table(
         return find(_bare(_record(record, named)[0] or "")) is not None
 
     for delimiter in "\t,;|":
-        quoting = csv.QUOTE_MINIMAL if delimiter in ",;" else csv.QUOTE_NONE
         cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
         folded = {cell.casefold() for cell in cells}
         titled = not folded.isdisjoint(NAMES) and not folded.isdisjoint((*TEXTS, *map(str.casefold, named)))
@@ -270,14 +268,13 @@ def _of_table(
     else:
         return None
     header = None if titled else ["image", CAPTION]
-    options: Any = {"header": header, "quoting": quoting, "needed": known}
+    options: Any = {"header": header, "quoted": delimiter in ",;", "needed": known}
     try:
         rows = list(read_records(text, file, delimiter, {*named, *TEXTS}, findings.joined, **options))
     except csv.Error:
         return None
-    if titled or any(_is_text(row[CAPTION] or "") for row in rows[:FEW]):
-        return _listed([{key: value and value.strip() for key, value in row.items()} for row in rows], named)
-    return None
+    rows = [{key: value and value.strip() for key, value in row.items()} for row in rows if titled or row[CAPTION]]
+    return _listed(rows, named) if titled or any(_is_text(row[CAPTION] or "") for row in rows[:FEW]) else None
 
 
 def _bare(name: str) -> str:

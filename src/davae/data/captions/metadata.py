@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from davae.data.captions.delimited import read_records
 from davae.data.captions.image_names import ImageNames
-from davae.data.captions.texts import GUESSES, MAX_CAPTION, as_json, as_texts, decode_text, usual_keys
+from davae.data.captions.texts import GUESSES, MAX_CAPTION, as_json, as_texts, decode_text, read_records, usual_keys
 from davae.data.findings import Findings, Tally, add_to
 from davae.errors import DataError
 from davae.files.reading import load_json
