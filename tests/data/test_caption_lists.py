@@ -47,6 +47,7 @@ LISTS: dict[str, str] = {
     "results.csv": "image_name| comment_number| comment\na.png| 0| a cat\nb.png| 0| a dog\n",  # Flickr30k
     "token.txt": 'a.png#0\ta cat\na.png#1\ta "pet\nb.png#0\ta dog\n',
     "plain.txt": "a.png|a cat\nb.png|a dog\n",
+    "quoted.csv": '"a.png","a cat"\n"b.png","a dog"\n',
     "bom.csv": '\ufeffFile_Name;Text\nA.PNG;a cat\n"b.png";"a dog"\n',
     "list.tsv": "path\tcaption\n./a.png\ta cat\nb\ta dog\n",
 }
@@ -301,3 +302,59 @@ def test_a_known_ending_comes_before_an_unknown_one(form: str, tmp_path: Path) -
 def test_invisible_characters_alone_are_not_a_caption(tmp_path: Path) -> None:
     where = lay(tmp_path, {"a.png": "", "a.txt": "\u200b\ufeff \u200e", "b.png": "", "b.txt": "🐱\u200d👤"})
     assert captions(where) == {"a.png": "", "b.png": "🐱\u200d👤"}
+
+
+@pytest.mark.parametrize("delimiter", [",", ";"])
+@pytest.mark.parametrize("name", ["metadata.csv", "captions.csv", "plain.csv"])
+def test_captions_without_quotes_may_contain_the_delimiter(name: str, delimiter: str, tmp_path: Path) -> None:
+    rows = 'file_name,text,\na.png,a cat, on a sofa,,\nb.png,"a dog, in snow"\nc.png,a cow,\n'.replace(",", delimiter)
+    text = rows if name != "plain.csv" else rows.partition("\n")[2]
+    where = lay(tmp_path, {"a.png": "", "b.png": "", "c.png": "", name: text})
+    found = captions(where)
+    assert list(found.values()) == [f"a cat{delimiter} on a sofa", f"a dog{delimiter} in snow", "a cow"]
+    assert (
+        f"{name}: captions with the delimiter, read to the end of the row: 1" in open_source(where, 8).findings.notes
+    )
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "captions.csv"])
+def test_too_many_cells_that_belong_to_no_caption_are_one_line(name: str, tmp_path: Path) -> None:
+    rows = "file_name,text,width\na.png,a dog,9\na.png,a cat, on a sofa,9\n"
+    message = f"{name}, line 3: 4 cells in the 3 columns file_name, text, width; quote the one that contains ','"
+    with pytest.raises(DataError, match=re.escape(message)):
+        open_source(lay(tmp_path, {"a.png": "", name: rows}), 8)
+
+
+def test_a_row_without_a_caption_leaves_its_image_to_another_list(tmp_path: Path) -> None:
+    lists = {"a.csv": "a.png,\nb.png,a dog\n", "b.csv": "a.png,a cat\n"}
+    assert captions(lay(tmp_path, {"a.png": "", "b.png": "", **lists})) == {"a.png": "a cat", "b.png": "a dog"}
+
+
+def test_too_many_cells_of_rows_without_an_image_do_not_matter(tmp_path: Path) -> None:
+    where = lay(tmp_path, {"a.png": "", "prices.csv": "image,text,price\nshop.png,a cat, a sofa,9\n"})
+    assert counts(open_source(where, 8).findings.unused) == {".csv": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a.png\ta cat, sitting, on a sofa\nb.png\ta dog\n",
+        "a.png,a cat; a sofa; a house\nb.png,a dog\n",
+        "image|text\na.png|a cat, a sofa\nb.png|a dog\n",
+        "a.png#0\ta cat | a | sofa\nb.png#0\ta dog\n",
+    ],
+)
+def test_a_first_caption_may_contain_another_delimiter(text: str, tmp_path: Path) -> None:
+    where = lay(tmp_path, {"x/a.png": "", "y/b.png": "", "captions.txt": text})
+    caption = re.split(r"\t|\||png,", text.splitlines()["image" in text], maxsplit=1)[1]
+    assert captions(where) == {"x/a.png": caption, "y/b.png": "a dog"}
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x0b", "\x85", "\x1c"])
+@pytest.mark.parametrize("name", ["captions.csv", "captions.txt"])
+def test_a_line_ends_only_where_files_end_it(name: str, separator: str, tmp_path: Path) -> None:
+    head, delimiter = ("image,text\n", ",") if name.endswith("csv") else ("", "\t")
+    rows = f"{head}a.png{delimiter}a cat{separator}on a sofa\rb.png{delimiter}a dog\r\n"
+    found = captions(lay(tmp_path, {"a.png": "", "b.png": "", name: rows}))
+    assert found["b.png"] == "a dog"
+    assert (found["a.png"][:5], found["a.png"][-9:]) == ("a cat", "on a sofa")

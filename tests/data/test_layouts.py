@@ -235,6 +235,18 @@ def test_a_folders_name_is_a_caption_only_where_folders_are_classes(tmp_path: Pa
     assert set(labels(mixed).values()) == {None}
 
 
+def test_a_container_next_to_classes_is_a_class(tmp_path: Path) -> None:
+    files = dict.fromkeys(("cartoon/1.png", "photo/1.png", "sketch/1.png"), "")
+    found = {"cartoon/1.png": 0, "photo/1.png": 1, "sketch/1.png": 2}
+    assert labels(lay(tmp_path / "a", files)) == found
+    assert captions(str(tmp_path / "a"))["photo/1.png"] == "photo"
+    assert labels(lay(tmp_path / "b", {f"train/{name}": "" for name in files} | {"test/cartoon/1.png": ""})) == {
+        f"train/{name}": number for name, number in found.items()
+    }
+    inside = dict.fromkeys(("cat/images/1.png", "cat/extra/1.png", "dog/images/1.png"), "")
+    assert open_source(lay(tmp_path / "c", inside), 8).findings.class_names == ("cat", "dog", "extra")
+
+
 def test_classes_whose_folders_end_alike(tmp_path: Path) -> None:
     name = lay(tmp_path, {"a/x/1.png": "", "b/x/2.png": "", "b/y/3.png": ""})
     assert labels(name) == {"a/x/1.png": 0, "b/x/2.png": 1, "b/y/3.png": 2}
@@ -900,6 +912,10 @@ def test_an_index_of_many_samples_is_kept_and_made_again_when_a_shard_changes(
         ("a.json", b"5", "found int where"),
         ("a.json", b"[" * 100_000, "cannot be read"),
         ("a.jsonl", b'{"prompt": ', "cannot be read"),
+        ("a.jsonl", '{"prompt": "one\u2028two"}\r\n"three"'.encode(), ["one\u2028two", "three"]),
+        ("a.txt", "one\u2028two\rthree\n".encode(), ["one\u2028two", "three"]),
+        ("a.csv", b"x,prompt\n1,one, two\n", ["one, two"]),
+        ("a.csv", b"prompt,x\none, two,1\n", "line 2: 3 cells in the 2 columns prompt, x; quote the one"),
         ("a.txt", b"w" * 20_000, "prompt 0 has 20,000 characters; at most 10,000"),
         ("a.parquet", b"PAR1", "cannot be read"),
     ],
@@ -962,6 +978,12 @@ def test_every_layout_of_the_page_is_read_as_written(block: str, tmp_path: Path)
         (("a.png", "a-condlabel.png"), ["a.png"]),
         (("hats/1.jpg", "masks/2.jpg", "masks/3.jpg"), ["hats/1.jpg", "masks/2.jpg", "masks/3.jpg"]),
         (("masks/2.jpg", "masks/3.jpg"), ["masks/2.jpg", "masks/3.jpg"]),
+        (("glasses/1.jpg", "hat/1.jpg", "mask/1.jpg"), ["glasses/1.jpg", "hat/1.jpg", "mask/1.jpg"]),
+        (("s/alpha/1.jpg", "s/beta/1.jpg", "s/gamma/1.jpg"), ["s/alpha/1.jpg", "s/beta/1.jpg", "s/gamma/1.jpg"]),
+        (("cat/1.jpg", "dog/2.jpg", "mask/1.png", "mask/2.png"), ["cat/1.jpg", "dog/2.jpg"]),
+        (("cat/1.jpg", "cat_masks/1.png", "dog/1.jpg", "dog_masks/1.png"), ["cat/1.jpg", "dog/1.jpg"]),
+        (("a/1.jpg", "images/1.jpg", "mask/1.png"), ["a/1.jpg", "images/1.jpg"]),
+        (("1.jpg", "a/1.jpg", "mask/1.png"), ["1.jpg", "a/1.jpg"]),
     ],
 )
 def test_masks_do_not_train(tmp_path: Path, files: tuple[str, ...], read: list[str]) -> None:
@@ -969,6 +991,17 @@ def test_masks_do_not_train(tmp_path: Path, files: tuple[str, ...], read: list[s
     assert [source.key(index) for index in range(len(source))] == read
     unused = counts(source.findings.unused)
     assert sum(unused.values()) == len(files) - len(read)
+
+
+@pytest.mark.parametrize("other", ["Dr. Jones.txt", "Dr. Jones.json", "Dr. Jones.cls", "DR. JONES.TXT"])
+def test_a_caption_without_an_image_goes_to_no_other_with_the_same_beginning(other: str, tmp_path: Path) -> None:
+    files = {"Dr. Smith.jpg": "", "shot 1.0.jpg": "", other: '{"text": "4"}', "shot 1.5.txt": "a view", "b.jpg": ""}
+    where = lay(tmp_path, {**files, "b.v2.txt": "a dog", "c.photo.jpg": "", "c.prompt.v3.txt": "a cow"})
+    assert captions(where) == {"Dr. Smith.jpg": "", "b.jpg": "a dog", "c.photo.jpg": "a cow", "shot 1.0.jpg": ""}
+    unused = counts(open_source(where, 8).findings.unused)
+    assert sum(unused.values()) == 2
+    assert unused["caption without an image"] == 1 + other.lower().endswith(".txt")
+    assert captions(lay(tmp_path / "x", {"a.1.jpg": "", "a.caption.txt": "a cat"})) == {"a.1.jpg": "a cat"}
 
 
 @pytest.mark.parametrize("form", ["folder", "shard"])

@@ -16,12 +16,18 @@ PREFIXED = re.compile(r"\d{1,4}[ _.-]+(\S.*)")  # `10_sks dog`, ten repeats; `00
 def classes_of_folders(read: dict[str, tuple[str, ...]]) -> dict[str, str]:
     """Return the class of each folder, nothing for a single folder or `images/` and the like.
 
-    A class is named by the last part of its path; where two end alike both are named by the whole path.
+    A class is named by the last part of its path; where two end alike both are named by the whole path. `photo/` is a class
+    next to several others (`sketch/`, `cartoon/`).
     """
+    near = Counter(parts[:-1] for parts in read.values() if parts and not CONTAINERS.fullmatch(parts[-1]))
     paths = {
         folder: kept
         for folder, parts in read.items()
-        if (kept := tuple(name for name in parts if not CONTAINERS.fullmatch(name)))
+        if (
+            kept := tuple(
+                n for n in parts if not CONTAINERS.fullmatch(n) or (n == parts[-1] and near[parts[:-1]] > 1)
+            )
+        )
     }
     distinct = set(paths.values())
     if len(distinct) < 2:

@@ -51,6 +51,7 @@ class Findings:
         duplicates: kind -> members, shards or rows that exist twice and how that was resolved.
         encodings: file -> how its text was decoded or cleaned, where that is not plain UTF-8. Grows as captions are read.
         cut: file -> characters of a caption that is longer than the limit. Grows as captions are read.
+        joined: list or metadata file -> captions that contain its delimiter without quotes.
         class_names: name of class 0, 1, ...; empty where the source has numbers alone.
         notes: decisions that the user should know, one sentence each.
     """
@@ -61,5 +62,6 @@ class Findings:
     duplicates: Mapping[str, Tally] = field(default_factory=dict)
     encodings: dict[str, str] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
+    joined: dict[str, int] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

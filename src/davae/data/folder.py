@@ -165,7 +165,8 @@ class FolderSource:
 
     def _describe(self, split: bool, of_folder: dict[str, str]) -> None:
         """Complete the findings: the origin of captions, and notes on decisions."""
-        notes = []
+        what = "captions with the delimiter, read to the end of the row"
+        notes = [f"{printable(file)}: {what}: {count:,}" for file, count in self.findings.joined.items()]
         parts = [p for p in (self.sidecars.origin(self._near.counts),) if p != "none"]
         if self.metadata is not None:
             columns = [*self._weights] or usual_keys(self.metadata.columns)

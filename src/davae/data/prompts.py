@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from davae.data.captions.texts import MAX_CAPTION, SURROGATE, decode_text
+from davae.data.captions.texts import MAX_CAPTION, SURROGATE, decode_text, read_records
 from davae.errors import DataError
 from davae.files.reading import load_json
 
@@ -47,7 +47,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         entries = readers[ending](path)
     except (ValueError, RecursionError, csv.Error, OSError) as error:
-        raise DataError(f"prompt file {path} cannot be read: {' '.join(str(error).split())[:120]}") from error
+        raise DataError(f"prompt file {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     prompts = [Prompt(_text(entry, path), name, entry if isinstance(entry, dict) else {}) for name, entry in entries]
     prompts = [prompt for prompt in prompts if prompt.text.strip()]
     long = next((prompt for prompt in prompts if len(prompt.text) > MAX_CAPTION), None)
@@ -87,18 +87,18 @@ def _decoded(path: Path) -> str:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    lines = _decoded(path).splitlines()
-    return [(str(number), {"prompt": line}) for number, line in enumerate(lines)]
+    lines = io.StringIO(_decoded(path), newline=None)  # `splitlines` would cut at U+2028, too
+    return [(str(number), {"prompt": line.rstrip("\n")}) for number, line in enumerate(lines)]
 
 
 def _table(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    stream = io.StringIO(_decoded(path), newline="")
-    rows = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    return [(str(number), dict(row)) for number, row in enumerate(rows)]
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = read_records(_decoded(path), path.name, delimiter, COLUMNS, {})
+    return [(str(number), row) for number, row in enumerate(rows)]
 
 
 def _json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    lines = _decoded(path).splitlines()
+    lines = io.StringIO(_decoded(path), newline=None)
     return [(str(number), load_json(line)) for number, line in enumerate(lines) if line.strip()]
 
 

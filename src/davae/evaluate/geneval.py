@@ -314,7 +314,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ModelError(f"GenEval results {path} do not exist")
     try:
-        records = [load_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        records = [load_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except ValueError as error:
         raise ModelError(f"GenEval results {path}: not one JSON object a line") from error
     if not records or any(not isinstance(r, dict) or "tag" not in r or "correct" not in r for r in records):

@@ -126,7 +126,9 @@ def match(names: Iterable[str], prefix: str, unused: dict[str, Tally], *, shard:
                 break
         else:
             loose.append((name, *forms[0]))
-    _assign_loose(found, taken, loose, keys, prefix, unused)
+    plain = ("", *IMAGE_PARTS)  # of `Dr. Smith.jpg` a text is `Dr.txt`, but not `Dr. Jones.txt`
+    sure = {key: name for key, name in keys.items() if shard or stem(name)[len(key) + 1 :].lower() in plain}
+    _assign_loose(found, taken, loose, keys, sure, prefix, unused)
     return found
 
 
@@ -173,6 +175,7 @@ def _assign_loose(
     taken: dict[tuple[str, Kind], int],
     loose: list[tuple[str, str, Kind, int]],
     keys: dict[str, str],
+    sure: dict[str, str],
     prefix: str,
     unused: dict[str, Tally],
 ) -> None:
@@ -182,7 +185,8 @@ def _assign_loose(
     by_fold = _unique(found.images, lambda name: folded(stem(name)))
     for name, own, kind, rank in loose:
         key = name.partition(".")[0]
-        owner = keys.get(key) or by_fold.get(folded(own)) or by_fold.get(folded(key))
+        bare = any(own == key for own, *_ in _sidecar_forms(name))
+        owner = (keys if bare else sure).get(key) or by_fold.get(folded(own)) or by_fold.get(folded(key))
         if owner is None:
             found.loose.append((name, own, kind))
         else:

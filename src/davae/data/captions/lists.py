@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import mmap
 import posixpath
 import re
@@ -13,7 +15,7 @@ from typing import Any
 
 from davae.data.captions.image_names import ImageNames
 from davae.data.captions.metadata import Metadata
-from davae.data.captions.texts import UnreadableCaption, as_texts, decode_text
+from davae.data.captions.texts import UnreadableCaption, as_texts, decode_text, read_records
 from davae.data.findings import Findings, Tally, add_to
 from davae.data.formats import is_image_name
 from davae.errors import DataError
@@ -140,7 +142,7 @@ def _rows(
     elif ending == ".jsonl":
         rows = _of_json_lines(text, path, named)
     else:
-        rows = _of_table(text, named, find)
+        rows = _of_table(text, file, named, find, findings)
     if rows and guessed is not None:
         findings.encodings[file] = guessed
     return rows
@@ -176,7 +178,7 @@ def _texts(key: str, value: Any) -> list[str]:
 def _listed(rows: Sequence[Any], named: Collection[str]) -> list[Row] | None:
     """Return the rows of a list of objects, None where none has a name and a caption."""
     pairs = [_record(row, named) for row in rows if isinstance(row, dict)]
-    found = [(COPY_NUMBER.sub("", name.strip()), record) for name, record in pairs if name]
+    found = [(_bare(name), record) for name, record in pairs if name]
     return found if any(record for _, record in found) else None
 
 
@@ -247,30 +249,37 @@ def _of_json_lines(text: str, path: Path, named: Collection[str]) -> list[Row] |
     return _listed(rows, named)
 
 
-def _of_table(text: str, named: Collection[str], find: Callable[[str], int | None]) -> list[Row] | None:
+def _of_table(
+    text: str, file: str, named: Collection[str], find: Callable[[str], int | None], findings: Findings
+) -> list[Row] | None:
     """Return the rows of a table that has a header, or names of images in the first column."""
-    lines = text.splitlines()
-    first = next((line for line in lines[:FEW] if line.strip()), "")
-    delimiter = max(",;\t|", key=first.count)
-    if delimiter not in first:
+    lines = itertools.islice(io.StringIO(text, newline=""), FEW)  # `splitlines` would cut at U+2028, too
+    first = next((line for line in lines if line.strip()), "")[:10_000]
+
+    def known(record: Mapping[str, Any]) -> bool:
+        return find(_bare(_record(record, named)[0] or "")) is not None
+
+    for delimiter in "\t,;|":
+        cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
+        folded = {cell.casefold() for cell in cells}
+        titled = not folded.isdisjoint(NAMES) and not folded.isdisjoint((*TEXTS, *map(str.casefold, named)))
+        if delimiter in first and (titled or (is_image_name(_bare(cells[0])) and known({"image": cells[0]}))):
+            break
+    else:
         return None
-    quoted = csv.QUOTE_MINIMAL if delimiter in ",;" else csv.QUOTE_NONE
-    before = csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
+    header = None if titled else ["image", CAPTION]
+    options: Any = {"header": header, "quoted": delimiter in ",;", "needed": known}
     try:
-        rows = list(csv.reader(text.splitlines(keepends=True), delimiter=delimiter, quoting=quoted))
+        rows = list(read_records(text, file, delimiter, {*named, *TEXTS}, findings.joined, **options))
     except csv.Error:
         return None
-    finally:
-        csv.field_size_limit(before)
-    rows = [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
-    header = [cell.casefold() for cell in rows[0]]
-    if any(name in header for name in NAMES) and any(key in header for key in (*TEXTS, *map(str.casefold, named))):
-        return _listed([dict(zip(rows[0], row, strict=False)) for row in rows[1:]], named)
-    pairs = [(COPY_NUMBER.sub("", row[0]), delimiter.join(row[1:]).strip()) for row in rows]
-    name, _ = pairs[0]
-    if not is_image_name(name) or find(name) is None or not any(_is_text(caption) for _, caption in pairs[:FEW]):
-        return None
-    return [(name, {CAPTION: [caption]}) for name, caption in pairs if caption]
+    rows = [{key: value and value.strip() for key, value in row.items()} for row in rows if titled or row[CAPTION]]
+    return _listed(rows, named) if titled or any(_is_text(row[CAPTION] or "") for row in rows[:FEW]) else None
+
+
+def _bare(name: str) -> str:
+    """Return a name of an image without the number of its caption."""
+    return COPY_NUMBER.sub("", name.strip())
 
 
 def _is_text(caption: str) -> bool:

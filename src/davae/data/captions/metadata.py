@@ -6,7 +6,6 @@ davae reads them itself: `datasets` would copy every image into Arrow files, and
 from __future__ import annotations
 
 import csv
-import io
 import json
 import posixpath
 from collections.abc import Collection, Iterator, Mapping
@@ -16,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from davae.data.captions.image_names import ImageNames
-from davae.data.captions.texts import MAX_CAPTION, as_json, as_texts, decode_text, usual_keys
+from davae.data.captions.texts import GUESSES, MAX_CAPTION, as_json, as_texts, decode_text, read_records, usual_keys
 from davae.data.findings import Findings, Tally, add_to
 from davae.errors import DataError
 from davae.files.reading import load_json
 
 NAME_COLUMNS = ("file_name", "image_file_name")
+Rows = Iterator[tuple[int, dict[str, Any]]]  # with their numbers
 
 
 class Metadata:
@@ -67,12 +67,13 @@ def read_metadata_files(
         duplicates: counts equal rows.
 
     Raises:
-        DataError: a damaged file, no column `file_name`, or two rows of one image with different values that are not texts.
+        DataError: a damaged file, no column `file_name`, too many cells, or two rows of one image with different values
+            that are not texts.
     """
     rows: dict[int, dict[str, Any]] = {}
     seen: dict[str, None] = {}
     for file in files:
-        for number, row in _rows(folder / file, findings, file):
+        for number, row in _rows(folder / file, findings, file, columns):
             seen |= dict.fromkeys(row)
             name = _file_name(row, file)
             index = names.find(posixpath.dirname(file), name)
@@ -118,9 +119,10 @@ def _merge(first: dict[str, Any], second: dict[str, Any], where: str) -> dict[st
     return merged
 
 
-def _rows(path: Path, findings: Findings, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix.lower()]
-    return reader(path, findings, name)
+def _rows(path: Path, findings: Findings, name: str, columns: Collection[str]) -> Rows:
+    if path.suffix.lower() == ".csv":
+        return _csv_rows(path, findings, name, columns)
+    return (_json_rows if path.suffix.lower() == ".jsonl" else _parquet_rows)(path, findings, name)
 
 
 def _text(path: Path, findings: Findings, name: str) -> str:
@@ -133,7 +135,7 @@ def _text(path: Path, findings: Findings, name: str) -> str:
     return text
 
 
-def _json_rows(path: Path, findings: Findings, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, findings: Findings, name: str) -> Rows:
     for number, line in enumerate(_text(path, findings, name).split("\n"), 1):
         if not line.strip().strip("\0"):
             continue
@@ -146,24 +148,20 @@ def _json_rows(path: Path, findings: Findings, name: str) -> Iterator[tuple[int,
         yield number, row
 
 
-def _csv_rows(path: Path, findings: Findings, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, findings: Findings, name: str, columns: Collection[str]) -> Rows:
     text = _text(path, findings, name)
     head = text.partition("\n")[0]
     delimiter = max(",;\t", key=head.count)  # spreadsheets write ; where the comma is the decimal sign
-    before = csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     try:
-        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter), 2):
-            named = {key.strip(): value for key, value in row.items() if key is not None}
+        rows = read_records(text, name, delimiter, {*columns, *GUESSES}, findings.joined)
+        for number, row in enumerate(rows, 2):
             # long enough to be noticed as cut, without megabytes that nobody reads
-            cut = {key: value[: 2 * MAX_CAPTION] for key, value in named.items() if isinstance(value, str)}
-            yield number, {**named, **cut}
+            yield number, {key: value and value[: 2 * MAX_CAPTION] for key, value in row.items()}
     except csv.Error as error:
         raise DataError(f"{path} is not a table of comma-separated values: {error}") from error
-    finally:
-        csv.field_size_limit(before)
 
 
-def _parquet_rows(path: Path, findings: Findings, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(path: Path, findings: Findings, name: str) -> Rows:
     try:
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
-from davae.data.captions.file_names import JOINED, Kind, Matched, folded, stem
+from davae.data.captions.file_names import IMAGE_PARTS, JOINED, Kind, Matched, folded, stem
+from davae.data.class_folders import CONTAINERS
+from davae.data.splits import split_of
 
 CAPTIONS = re.compile(
     r"(?:(.*)[ _-])?(captions?|labels?|txts?|texts?|prompts?|jsons?|annotations?|descriptions?|tags|cls)(?:[ _-](.*))?",
     re.IGNORECASE,
 )
+THINGS = re.compile("masks?|alphas?", re.IGNORECASE)  # words for parts that are classes, too
 Owner = tuple[str, str]  # folder and name of an image
 
 
@@ -112,7 +115,17 @@ def part_folders(images: Mapping[str, Iterable[str]]) -> list[str]:
         own = {stem(name) for name in images[folder]}
         own = {joined[1] if (joined := JOINED.fullmatch(name)) and joined[1] else name for name in own}
         others = near.get((paths[folder][:at], paths[folder][at + 1 :])) or near.get((paths[folder][:at], ()), ())
-        known = {stem(name) for other in others for name in images[other]}
-        if own and 2 * len(own & known) >= len(own):
-            found.append(folder)
+        known = Counter(one for other in dict.fromkeys(others) for one in {stem(name) for name in images[other]})
+        if own and 2 * len(own & known.keys()) >= len(own):
+            # `mask/1.png` next to `hat/1.png` and `glasses/1.png` is a mask of neither, so `mask/` is a class like them
+            several = sum(known[name] > 1 for name in own)
+            alike = all(_may_be_class(_parts(other), at, len(paths[folder])) for other in others)
+            if not (alike and THINGS.fullmatch(paths[folder][at]) and 2 * several >= len(own & known.keys())):
+                found.append(folder)
     return found
+
+
+def _may_be_class(parts: tuple[str, ...], at: int, depth: int) -> bool:
+    """Return whether the part of a path next to `masks/` is neither an image folder nor a split."""
+    name = parts[at] if len(parts) == depth else "images"
+    return name.casefold() not in IMAGE_PARTS and not CONTAINERS.fullmatch(name) and split_of(name) is None

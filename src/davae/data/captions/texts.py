@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -232,3 +234,42 @@ def choose(candidates: Mapping[str, Any], weights: Mapping[str, float], rng: np.
         key = keys[int(rng.choice(len(keys), p=shares / shares.sum()))]
     texts = found[key]
     return texts[0] if rng is None or len(texts) == 1 else texts[int(rng.integers(len(texts)))]
+
+
+def read_records(
+    text: str,
+    file: str,
+    delimiter: str,
+    captions: Collection[str],
+    joined: dict[str, int],
+    *,
+    header: list[str] | None = None,
+    quoted: bool = True,
+    needed: Callable[[dict[str, Any]], bool] = bool,
+) -> Iterator[dict[str, str | None]]:
+    """Yield the rows by column, without loss where a caption contains the delimiter.
+
+    Too many cells of a row that is `needed` belong to the last column, where that is one of `captions` (counted in
+    `joined`); else they are a DataError.
+    """
+    before = csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
+    try:
+        lines, quoting = io.StringIO(text, newline=""), csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+        rows = (cells for cells in reader if any(map(str.strip, cells)))
+        header = header or [cell.strip() for cell in next(rows, ())]
+        while header and not header[-1]:
+            header.pop()
+        for cells in rows:
+            record: dict[str, str | None] = {**dict.fromkeys(header), **dict(zip(header, cells, strict=False))}
+            if any(map(str.strip, cells[len(header) :])) and needed(record):
+                if header[-1].casefold() not in map(str.casefold, captions):
+                    raise DataError(
+                        f"{file}, line {reader.line_num}: {len(cells)} cells in the {len(header)} columns "
+                        f"{', '.join(header)}; quote the one that contains {delimiter!r}"
+                    )
+                record[header[-1]] = delimiter.join(cells[len(header) - 1 :]).rstrip(delimiter)
+                joined[file] = joined.get(file, 0) + 1
+            yield record
+    finally:
+        csv.field_size_limit(before)
