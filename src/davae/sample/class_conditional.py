@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar, SupportsIndex, Union
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,19 +13,16 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from davae.backbones.classes import class_number
+from davae.backbones.classes import find_class
 from davae.backbones.detail_time import OFFSET
 from davae.backbones.lightning_dit import LightningDiT
 from davae.pretrained.shapes import pixel_factor
 from davae.sample.levels import takes_generator
 from davae.sample.ode import GuidedModel, OnStep, solve_ode, stepped, time_grid
-from davae.vae.base import AUTOENCODERS, autoencoder_class
 from davae.vae.codec import Codec
-from davae.vae.detail_vae import DetailVAE
 
 OnStepEnd = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
 Class = SupportsIndex | str
-Autoencoder = Union[DetailVAE, *map(autoencoder_class, AUTOENCODERS)]  # diffusers' `from_pipe` compares exact classes
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -47,7 +44,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: Autoencoder,  # type: ignore[valid-type]
+        vae: Any,
         transformer: LightningDiT,
         scheduler: Any = None,
         class_names: list[str] | None = None,
@@ -67,6 +64,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.patch_size = transformer.config["patch_size"]
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> ClassConditionalPipeline:
+        """Return a pipeline of another one's components, the autoencoder of any class included."""
+        return super().from_pipe(pipeline, **{"vae": pipeline.vae, **kwargs})  # diffusers compares exact classes
+
     @property
     def class_names(self) -> list[str]:
         """Return a name per class, or an empty list."""
@@ -78,7 +80,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: no such class, or several.
         """
-        return class_number(self, label)
+        names = {name: number for number, name in enumerate(self.class_names)}
+        return find_class(label, names, int(self.transformer.config["num_classes"]))
 
     @torch.no_grad()
     def __call__(

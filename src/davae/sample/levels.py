@@ -11,7 +11,7 @@ from torch import Tensor
 
 from davae.errors import ModelError
 
-SOLVERS = (  # first-order steps and their multistep refinements: no noise is added
+NOISELESS = (  # first-order steps and their multistep refinements: no noise is added
     "FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "DDIMScheduler", "PNDMScheduler",
     "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "LMSDiscreteScheduler",
 )  # fmt: skip
@@ -102,7 +102,7 @@ def adds_noise(scheduler: Any) -> bool:
     config = scheduler.config
     algorithm = str(config.get("algorithm_type") or "")
     stochastic = bool(config.get("stochastic_sampling")) or algorithm.startswith("sde")
-    return type(scheduler).__name__ not in SOLVERS or stochastic
+    return type(scheduler).__name__ not in NOISELESS or stochastic
 
 
 def takes_generator(scheduler: Any) -> bool:
