@@ -19,7 +19,7 @@ from davae import console
 from davae.cli import app
 from davae.commands import verbosity
 from davae.commands.inspect import PHASES
-from davae.commands.progress import next_step, show_hint, show_place
+from davae.commands.progress import next_steps, show_hint, show_place
 from davae.commands.verbs import ALIASES, HINTS, hint, with_own_names
 from davae.errors import RecipeError
 from davae.plan.phase_sizes import ASSUMED_IMAGES
@@ -198,7 +198,7 @@ def test_a_table_cuts_no_number_and_no_name(
 
 def test_a_hint_stays_out_of_the_output(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]):
     with caplog.at_level("INFO", "davae"):
-        show_hint(next_step(Path("runs/mine")))
+        show_hint(*next_steps(Path("runs/mine")))
         show_place("runs/mine/report.html")
     assert "davae sample runs/mine PROMPT" in caplog.text
     assert capsys.readouterr().out.strip() == "runs/mine/report.html"

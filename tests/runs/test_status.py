@@ -77,7 +77,7 @@ def test_the_verb_shows_it(tmp_path: Path):
     assert "Draw with it" not in result.output
     done = run_folder(tmp_path / "done", micro(), ("stage1", "cache", "stage2", "report"))
     shown = CliRunner().invoke(app, ["status", str(done)]).output
-    assert f"Draw with it: davae sample {done} PROMPT. Publish: davae export {done} --out FOLDER" in shown
+    assert f"Draw with it: davae sample {done} PROMPT\nPublish it: davae export {done} --out FOLDER" in shown
 
 
 @pytest.mark.parametrize("name", ["micro-base", "imagenette128-sr", "imagenette128-dcgen", "imagenette128-micro"])

@@ -32,15 +32,16 @@ def show_figures(path: Path | None, figures: dict[str, Any]) -> None:
     console.print_json(data=figures)
 
 
-def next_step(folder: Path) -> str:
-    """Return in words what to do with a finished upgrade."""
+def next_steps(folder: Path) -> tuple[str, str]:
+    """Return in two sentences what to do with a finished upgrade."""
     place = shlex.quote(str(folder))
-    return f"Draw with it: davae sample {place} PROMPT. Publish: davae export {place} --out FOLDER"
+    return f"Draw with it: davae sample {place} PROMPT", f"Publish it: davae export {place} --out FOLDER"
 
 
-def show_hint(text: str) -> None:
-    """Show a sentence on standard error, except with `-q`."""
-    logger.info("%s", text)
+def show_hint(*sentences: str) -> None:
+    """Show sentences on standard error, a line each, except with `-q`."""
+    for sentence in sentences:
+        logger.info("%s", sentence)
 
 
 def show_place(place: object) -> None:

@@ -18,7 +18,7 @@ def status(
     `davae status runs/micro`
     """
     from davae.commands.header import STAGES, phase_state
-    from davae.commands.progress import next_step
+    from davae.commands.progress import next_steps
     from davae.console import console, table
     from davae.durations import duration
     from davae.runs.status import read_status, sparkline
@@ -42,4 +42,4 @@ def status(
     following = f"next: {STAGES.get(found.next, found.next)}" if found.next is not None else "done"
     console.print(f"{following}; {running}", markup=False, highlight=False)
     if found.next is None and found.phases[-1].name == "report":  # of an upgrade
-        console.print(next_step(run), markup=False, highlight=False, soft_wrap=True)
+        console.print("\n".join(next_steps(run)), markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from davae.commands.options import AllowCommands, DryRun, Json, Name, Out, Overrides, Source, write_json
-from davae.commands.progress import next_step, show_hint, show_place
+from davae.commands.progress import next_steps, show_hint, show_place
 from davae.commands.verbosity import run_log
 from davae.errors import RecipeError
 from davae.train.signals import check_stop, stop_on_signal
@@ -105,7 +105,7 @@ def _run_upgrade(
         return
     if verb == "upgrade":
         _show_report(folder)
-        show_hint(next_step(folder))
+        show_hint(*next_steps(folder))
     show_place(done)
 
 
