@@ -97,10 +97,8 @@ def measured_speed(device: torch.device, precision: torch.dtype, processes: int 
         begun = time.perf_counter()
         left @ right
         _wait(device)
-        fastest, times = (
-            min(fastest, time.perf_counter() - begun),
-            times + 1,
-        )  # the first ones start libraries and clocks
+        fastest = min(fastest, time.perf_counter() - begun)  # the first ones start libraries and clocks
+        times += 1
     return UTILISATION * processes * 2 * side**3 / fastest
 
 

@@ -88,7 +88,7 @@ class Placement:
             raise ModelError(f"--compile {self.compile} and --offload {self.offload} exclude one another; choose one")
         if self.compile == "graphs":
             if device.type != "cuda":
-                raise ModelError("--compile graphs needs a GPU, and there is no GPU here; use --compile blocks")
+                raise ModelError("--compile graphs needs a GPU: no GPU here; use --compile blocks")
             record_passes(network)
         elif block_names(network):
             compile_blocks(network)

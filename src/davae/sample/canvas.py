@@ -179,10 +179,9 @@ class Canvas:
         reach = REACH.get(None if scheduler is None else type(scheduler).__name__, step_count(pipeline))
         reached = self.calls + 1 + reach
         left = step_count(pipeline) - reached
-        return left >= max(self.free, 1) and self._follows_draft(pipeline, reached)
-
-    def _follows_draft(self, pipeline: Any, calls: int) -> bool:
-        return self.draft is not None and level_after(pipeline, calls, detail=True).share > DRAFT_LEVEL
+        if self.draft is None or left < max(self.free, 1):
+            return False
+        return level_after(pipeline, reached, detail=True).share > DRAFT_LEVEL
 
     def share_index(self, scheduler: Any) -> None:
         """Set the step of a pipeline's scheduler to this canvas's, for `scale_model_input`."""
@@ -195,7 +194,7 @@ class Canvas:
         level, of_detail = (level_after(pipeline, self.calls, detail=detail) for detail in (False, True))
         _, z_d = self.layout.split(latents)
         n, n_d = self.layout.split(self.noise)
-        if self.draft is not None and self._follows_draft(pipeline, self.calls):
+        if self.draft is not None and of_detail.share > DRAFT_LEVEL:
             z_d = of_detail.state(self.draft, n_d)
         return self.layout.join(level.clean(self.z) if self.clean else level.state(self.z, n), z_d)
 

@@ -25,9 +25,7 @@ STOCHASTIC = (  # schedulers that draw the noise of their steps from the generat
     "DDPM", "DDPMParallel", "EulerAncestralDiscrete", "KDPM2AncestralDiscrete", "LCM", "FlowMatchLCM", "SCM", "TCD",
     "SASolver", "UnCLIP",
 )  # fmt: skip
-STEP_NOISE = (
-    3  # version of the rule that seeds this noise: 1 gave the starting noise, 2 none in Stable Diffusion 3, FLUX, ...
-)
+STEP_NOISE = 3  # version of the rule that seeds this noise: 1 gave the starting noise, 2 none in SD3, FLUX, ...
 
 
 def model_fingerprint(places: Sequence[str]) -> str:

@@ -8,8 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-REACH = {  # later steps that a prediction reaches at most: the orders of solvers; not listed are UniPC, whose corrected
-    None: 0,  # samples go on for ever, and all others that davae does not know; None are davae's own solvers
+# Later steps that a prediction reaches at most, by the orders of solvers. Not listed are UniPC, whose corrected samples reach
+# all later ones, and schedulers that davae does not know.
+REACH = {
+    None: 0,  # davae's own solvers
     "FlowMatchEulerDiscreteScheduler": 0,
     "EulerDiscreteScheduler": 0,
     "EulerAncestralDiscreteScheduler": 0,
