@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -25,6 +26,8 @@ DIFFUSION = (
     "PNDMScheduler", "LMSDiscreteScheduler", "DPMSolverMultistepScheduler", "DEISMultistepScheduler",
     "UniPCMultistepScheduler",
 )  # fmt: skip
+
+SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # of Stable Diffusion
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,29 @@ def test_flow_matching_saves_calls_whatever_the_batch(
 def test_a_model_of_two_times_skips_too(monkeypatch: pytest.MonkeyPatch):
     few, all_ = enlarged_both_ways(two_time_pipeline(), monkeypatch, window=32)
     assert few <= 0.7 * all_
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "options", "calls"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}, {}, 17),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {}, 10),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, {"mu": 1.15}, 9),
+        ("DDIMScheduler", SCALED, {}, 13),
+        ("DPMSolverMultistepScheduler", SCALED, {}, 15),
+        ("UniPCMultistepScheduler", SCALED, {}, 30),
+    ],
+)
+def test_the_page_s_numbers_of_calls(name: str, config: dict[str, Any], options: dict[str, Any], calls: int):
+    """docs/three-jobs.md: calls of 30 steps in flow matching, with the shifts of SD3 and of FLUX at 1K, and in diffusion."""
+    scheduler = getattr(diffusers, name)(**config)
+    scheduler.set_timesteps(30, **options)
+    canvas = Canvas.__new__(Canvas)
+    canvas.draft, canvas.free = torch.zeros(1), 0
+    made = 0
+    for canvas.calls in range(30):
+        made += not canvas.ignores(SimpleNamespace(scheduler=scheduler))
+    assert made + (made < 30) == calls, "the first call is made all the same"
 
 
 def test_without_a_draft_every_call_is_made(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
