@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ import torch
 from conftest import picture
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from davae.data.images import to_tensor
+from davae.data.images import ImageDataset, to_tensor
 from davae.errors import ModelError
 from davae.evaluate.upscale import make_upscaler
-from davae.lab.super_resolution import build_network, train_super_resolution
+from davae.lab.super_resolution import SuperResolutionTask, build_network, train_super_resolution
 from davae.recipes import SuperResolutionRecipe, validate
+from davae.train.random import SampleRandom
+from davae.vae.blocks import downsample
 
 COPY = (
     f'{sys.executable} -c "import pathlib, sys; from PIL import Image; '
@@ -89,6 +93,35 @@ def test_a_trained_network_enlarges(picture_folder: Path, tmp_path: Path):
     broken.write_bytes(b"no weights")
     with pytest.raises(ModelError, match=r"broken\.safetensors"):
         make_upscaler(str(broken), 32)
+
+
+def test_a_network_trains_on_what_files_hold(picture_folder: Path):
+    """Bicubic reduction overshoots at edges: beyond [0,1] is information that no file has."""
+    network = {"channels": 8, "layers": 1, "max_steps": 1, "batch_size": 1, "lambda_lpips": 0.0}
+    data = {"source": str(picture_folder), "holdout": 0.0}
+    sections = {"kind": "super-resolution", "name": "tiny", "resolution": 32, "data": data, "network": network}
+    recipe = validate(sections, "tiny")
+    assert isinstance(recipe, SuperResolutionRecipe)
+    seen: list[Tensor] = []
+
+    class Recorder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, small: Tensor) -> Tensor:
+            seen.append(small)
+            return self.scale * nn.functional.interpolate(small, scale_factor=2)
+
+    task = SuperResolutionTask(recipe, Recorder(), cast(ImageDataset, None), torch.device("cpu"))
+    square = -torch.ones(1, 3, 32, 32)
+    square[..., 9:21, 7:23] = 1.0
+    assert downsample(square, 2).amax() > 1.01
+    task.loss("network", {"images": square}, 0, SampleRandom(0, "network", 0, 0, 1))
+    pixels = seen[0] * 255
+    assert pixels.min() == 0
+    assert pixels.max() == 255
+    assert (pixels - pixels.round()).abs().max() < 1e-4
 
 
 def test_a_network_s_file_runs_no_torchscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from davae.data.images import ImageDataset, collate
 from davae.dataset.opened import SUMMARY, announce, open_pictures
 from davae.errors import ModelError
+from davae.evaluate.reconstruction import to_uint8_range
 from davae.files.atomic import save_tensors
 from davae.losses.perceptual import perceptual_distance
 from davae.recipes.super_resolution import SuperResolution, SuperResolutionRecipe
@@ -61,7 +62,7 @@ class SuperResolutionTask(Task[SuperResolution]):
 
     def loss(self, name: str, batch: Any, step: int, draws: SampleRandom) -> tuple[Tensor, dict[str, Any]]:
         images = batch["images"].to(self.device)  # (B,3,sH,sW) in [-1,1]
-        small = downsample(images, self.scale, "antialias") / 2 + 0.5  # the network takes [0,1]
+        small = to_uint8_range(downsample(images, self.scale, "antialias"))  # (B,3,H,W) in [0,1], as from a file
         enlarged = self.modules["network"](small) * 2 - 1
         total = l1 = F.l1_loss(enlarged, images)
         logged = {"l1": l1.detach()}

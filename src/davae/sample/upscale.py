@@ -215,8 +215,9 @@ class _Work:
 def back_projected(images: Tensor, source: Tensor, scale: int, passes: int = PASSES) -> Tensor:
     """Bring images back to the source that they were enlarged from.
 
-    x <- clamp(x + up(source - down(x))), as iterative back-projection (Irani and Peleg, 1991); `down` is bicubic with
-    antialiasing, `up` bicubic: only what the source shows is changed.
+    x <- clamp(x + up(source - clamp(down(x)))), as iterative back-projection (Irani and Peleg, 1991); `down` is bicubic
+    with antialiasing, `up` bicubic: only what the source shows is changed. Next to edges down(x) leaves [-1,1], which a
+    source of pixels cannot; without the inner clamp a perfect enlargement would be changed there.
 
     Args:
         images: (B,3,sH,sW) in [-1,1].
@@ -226,7 +227,7 @@ def back_projected(images: Tensor, source: Tensor, scale: int, passes: int = PAS
     """
     images = images.clamp(-1, 1)
     for _ in range(passes):
-        missing = source - downsample(images, scale)
+        missing = source - downsample(images, scale).clamp(-1, 1)  # (B,3,H,W)
         raised = F.interpolate(missing, images.shape[-2:], mode="bicubic", align_corners=False)
         images = (images + raised).clamp(-1, 1)
     return images
