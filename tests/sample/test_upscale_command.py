@@ -183,10 +183,11 @@ def test_an_interrupted_command_goes_on(pipeline, tmp_path: Path, monkeypatch: p
             match=r"0\.png: made from another input, prompt, model or options, or by another davae; use another --out",
         ):
             upscale_files(pipeline, find_images(one, out), out, OPTIONS, **options)
-    with monkeypatch.context() as former:
-        former.setattr(upscaling, "LATENT_PASSES", 0)
-        with pytest.raises(RunError, match="or by another davae"):
-            upscale_files(pipeline, find_images(one, out), out, OPTIONS, weights="a")
+    for rule, value in (("LATENT_PASSES", 0), ("PROJECTION", 1)):
+        with monkeypatch.context() as former:
+            former.setattr(upscaling, rule, value)
+            with pytest.raises(RunError, match="or by another davae"):
+                upscale_files(pipeline, find_images(one, out), out, OPTIONS, weights="a")
     with pytest.raises(RunError, match="another input"):
         upscale_files(pipeline, find_images(one, out, "a red square"), out, OPTIONS, weights="a")
     with pytest.raises(RunError, match="another input"):

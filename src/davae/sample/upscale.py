@@ -42,6 +42,7 @@ MOST_TIMES = 4
 OVERLAP = 0.25
 PASSES = 3  # of back-projection
 LATENT_PASSES = 2  # of back-projection of the detail latent
+PROJECTION = 2  # version of back-projection: 1 compared reductions beyond [-1,1]
 
 
 def upscale(

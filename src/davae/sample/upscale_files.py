@@ -23,7 +23,7 @@ from davae.files.ownership import only_writer
 from davae.sample.canvas import DRAFT_LEVEL
 from davae.sample.fingerprint import file_hash
 from davae.sample.open import SamplingOptions, check_class_prompts
-from davae.sample.upscale import LATENT_PASSES, PASSES, check_enlarging, check_size, counted, upscale
+from davae.sample.upscale import LATENT_PASSES, PASSES, PROJECTION, check_enlarging, check_size, counted, upscale
 
 SHEET = "before-after.png"
 CELL, MOST_ROWS = 384, 12  # pixels of the contact sheet's cells, and how many images it shows
@@ -212,7 +212,7 @@ def upscale_files(
     check_enlarging(pipeline, strength=strength, **size)
     _check_jobs(pipeline, jobs, times, window)
     how: dict[str, Any] = {"strength": strength, "window": window, "faithful": faithful}
-    passes = {"faithful": [PASSES, LATENT_PASSES, DRAFT_LEVEL]} if faithful and strength == 0.0 else {}
+    passes = {"faithful": [PROJECTION, PASSES, LATENT_PASSES, DRAFT_LEVEL]} if faithful and strength == 0.0 else {}
     about = weights, options.settings, {"times": times, **how, **passes}
     made_from = {job.target: hash_values(*about, file_hash(job.source), job.prompt) for job in jobs}
     with only_writer(out):  # no other command writes between the look at earlier results and the last new one
