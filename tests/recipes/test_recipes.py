@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 from davae.errors import RecipeError
 from davae.recipes import Recipe, differences, dump_recipe, load_recipe, set_values, shipped_recipes, validate
+from davae.recipes.loading import describe
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
@@ -82,6 +84,13 @@ def test_several_mistakes_are_named_by_their_paths():
         RecipeError, match=r"stage1\.lr: .* \(found 'fast'\) \(also wrong: stage2\.lr, stage2\.max_step\)"
     ):
         load_recipe("micro", ["stage1.lr=fast", "stage2.lr=slow", "stage2.max_step=5"])
+
+
+def test_errors_of_a_validation_are_collected_once():
+    found = [{"type": "t", "loc": (key,), "msg": "is wrong", "input": 1} for key in ("a", "b")]
+    errors = Mock(**{"errors.return_value": found})
+    assert describe(errors, Recipe) == "a: is wrong (found 1) (also wrong: b)"
+    assert errors.errors.call_count == 1
 
 
 def test_a_number_for_a_section_names_its_first_value():

@@ -276,6 +276,18 @@ def test_hooks_for_offloading_are_shared_not_copied_with_the_models_that_they_ho
     assert base(hidden_states=torch.randn(1, 4, 8, 8), **text_inputs(1, torch.float32)).sample.shape[1] == 4
 
 
+def test_models_offloaded_layer_by_layer_are_refused_and_plans_without_weights_are_not():
+    """`enable_sequential_cpu_offload`: between calls no layer has weights to start from."""
+    cpu = torch.device("cpu")
+    with pytest.raises(
+        ValueError, match=r"^layer pos_embed\.proj is offloaded, .* on the meta device; expand before"
+    ):
+        expand_transformer(accelerate.cpu_offload(tiny_transformer(), cpu, offload_buffers=True), 8)
+    with pytest.raises(ValueError, match=r"^this AutoencoderKL is offloaded, .* on the meta device; call from_base"):
+        DetailVAE.from_base(accelerate.cpu_offload(tiny_autoencoder(), cpu), 8)
+    assert expand_transformer(tiny_transformer().to("meta"), 8).config.out_channels == 12
+
+
 def test_by_channel_reads_both_token_orders():
     rows = torch.arange(4 * 3)  # p*p = 4 positions, 3 channels
     assert by_channel(rows, 4, 3, "patch_channel")[2, 1] == 2 * 3 + 1

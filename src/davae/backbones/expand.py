@@ -39,7 +39,7 @@ def expand_transformer(
 
     Raises:
         ValueError: unsupported class, D not a multiple of C, a transformer that was expanded already, an embedder or head
-            with a LoRA, or a class whose channels share one time and a `detail_offset`.
+            with a LoRA or offloaded, or a class whose channels share one time and a `detail_offset`.
     """
     family, transformer = family_of(transformer), uncompiled(transformer)
     config: Any = transformer.config
@@ -55,15 +55,15 @@ def expand_transformer(
         if not isinstance(layer := expanded.get_submodule(path), nn.Linear | nn.Conv2d):
             kind = f"{type(layer).__module__}.{type(layer).__name__}"
             raise ValueError(f"layer {path} is a {kind}; unload its LoRA first, after fusing it where it shall stay")
-        _replace(expanded, path, widen(expanded.get_submodule(path), layout, family, new_weights))
+        if layer.weight.is_meta and hasattr(layer, "_hf_hook"):  # a model on the meta device alone is a plan
+            raise ValueError(f"layer {path} is offloaded, its weights on the meta device; expand before you offload")
+        _replace(expanded, path, widen(layer, layout, family, new_weights))
 
     def widened(values: int) -> int:
         """Return values for all channels, with as many per channel as before (4 for 2x2 packing)."""
         return values // base_channels * layout.channels
 
-    changes = {family.in_key: widened(config[family.in_key])}
-    if config.get(family.out_key) is not None:
-        changes[family.out_key] = widened(config[family.out_key])
+    changes = {key: widened(config[key]) for key in (family.in_key, family.out_key) if config.get(key) is not None}
     expanded.register_to_config(**changes, **{MARK: base_channels})  # type: ignore[operator]
     for path in family.attributes:
         parent, _, attribute = path.rpartition(".")

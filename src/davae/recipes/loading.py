@@ -134,8 +134,8 @@ def load_data(source: str, overrides: Iterable[str] = (), start: Data | None = N
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """Return a validation's first error, `a.b.c: what is wrong`, and the paths of the others."""
-    first, parts = error.errors()[0], [str(part) for part in error.errors()[0]["loc"]]
-    paths = [".".join(str(p) for p in one["loc"] if p not in TAGS) or "recipe" for one in error.errors()]
+    first, parts = (errors := error.errors())[0], [str(part) for part in errors[0]["loc"]]
+    paths = [".".join(str(p) for p in one["loc"] if p not in TAGS) or "recipe" for one in errors]
     path, *others = dict.fromkeys(paths)
     more = f" (also wrong: {', '.join(others)})" if others else ""
     if first["type"] == "extra_forbidden":

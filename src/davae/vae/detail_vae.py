@@ -147,8 +147,8 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart, Normalisati
                 channels hold, aligned with z from the start, and the decoder as the base decoder on that.
 
         Raises:
-            ValueError: unsupported autoencoder, D not a multiple of C, scale not a power of two; `unfolded` where D is not a
-                multiple of s^2.
+            ValueError: unsupported or offloaded autoencoder, D not a multiple of C, scale not a power of two; `unfolded`
+                where D is not a multiple of s^2.
         """
         source = cast(Any, getattr(base_vae, "_orig_mod", base_vae))  # of a compiled one
         class_name, config = type(source).__name__, source.config
@@ -164,6 +164,8 @@ class DetailVAE(ModelMixin, AutoencoderMixin, ConfigMixin, BasePart, Normalisati
             base_std=base_std,
             learned_shortcuts=start == "unfolded",  # what averages would add is not the base's latent
         )
+        if source.device.type == "meta" and any(hasattr(part, "_hf_hook") for part in source.modules()):
+            raise ValueError(f"this {class_name} is offloaded, its weights on the meta device; call from_base before")
         model = model.to(source.device)
         if source.dtype != model.dtype:
             model = model.to(source.dtype)
