@@ -170,6 +170,28 @@ def test_strength_frees_the_last_steps_only(pipeline):
     ]
     assert differ(results[0], results[1]) == 0  # not one step of four is a fifth
     assert differ(results[0], results[2]) > 0
+    faithful, tiny = (davae.upscale(pipeline, picture(3, 16, 16), steps=4, strength=s)[0] for s in (0, 0.2))
+    assert differ(faithful, tiny) == 0, "no step is free, so the result is brought back to its input"
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize(("strength", "kept"), [(1.0, 0), (0.5, 3), (0.0, 6)])
+def test_strength_is_a_share_of_the_steps_of_schedulers_that_count_two(
+    tmp_path_factory, kind, strength: float, kept: int
+):
+    pipeline = upgraded("UNet2DConditionModel", tmp_path_factory.mktemp("unet"))
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    clean = []
+    image = picture(2, 16, 16)
+    z = pipeline.vae.encode_base(to_tensor(image)[None])
+    options = {"steps": 6, "guidance_scale": 1.0, "strength": strength, "faithful": False}
+    davae.upscale(pipeline, image, **options, on_base=lambda step, bases: clean.append(torch.allclose(bases[0], z)))
+    calls = len(clean)
+    assert calls == (11 if kind is HeunDiscreteScheduler else 6)
+    # at strength 1 the first estimate comes from the start, whose base is the input's noise alone
+    known = sum(clean) * 6 / calls
+    assert abs(known - kept) <= 1, clean
+    assert clean == sorted(clean, reverse=True)
 
 
 def test_results_do_not_depend_on_the_batch_its_order_or_the_chunks(pipeline):
@@ -246,6 +268,13 @@ def test_the_noise_of_a_second_time_depends_on_the_input_alone(pipeline, monkeyp
     davae.upscale(pipeline, image, "a red square", steps=2, times=2)  # another first result
     number = zlib.crc32(image.tobytes())
     assert numbers == [number, number + 1] * 2
+
+
+def test_large_seeds_are_not_small_ones():
+    layout = LatentLayout(2, 4)
+    numbers = (0, 1, -1, 2**31, 2**32, 2**70, -(2**70), 2**31 - 1)
+    found = [structured_noise(seed, 0, layout, 2, 2) for seed in numbers]
+    assert not any(torch.equal(a, b) for n, a in enumerate(found) for b in found[:n])
 
 
 @pytest.mark.parametrize("seed", [-3, 2**62 - 1, 10**30])

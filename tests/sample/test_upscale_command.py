@@ -56,6 +56,7 @@ def test_orientation_and_profile_are_kept_and_the_image_stays_upright(turn: int,
     stored, exif = picture(turn, 12, 8), Image.Exif()
     exif[0x0112] = turn
     stored.save(tmp_path / "in.png", exif=exif, icc_profile=PROFILE)
+    picture(1, 16, 16).save(tmp_path / "source.png")
     source = read_source(tmp_path / "in.png")
     assert np.array_equal(np.asarray(source.image), np.asarray(upright(tmp_path / "in.png")))
     save_result(source.image, source, tmp_path / "out.png")
@@ -70,6 +71,7 @@ def test_orientation_and_profile_are_kept_and_the_image_stays_upright(turn: int,
 def test_every_mode_becomes_rgb_without_a_profile_that_is_not_its_own(mode: str, tmp_path: Path):
     file = tmp_path / ("in.jpg" if mode == "CMYK" else "in.png")
     picture(1, 12, 8).convert(mode).save(file, icc_profile=PROFILE)
+    picture(1, 16, 16).save(tmp_path / "source.png")
     source = read_source(file)
     assert (source.image.mode, source.profile) == ("RGB", None)
 
@@ -169,8 +171,10 @@ def test_an_interrupted_command_goes_on(pipeline, tmp_path: Path, monkeypatch: p
     assert sorted(file.name for file in out.iterdir()) == ["0.png", "1.png", "2.png", "3.png"]
     (out / "3.png").write_bytes((out / "3.png").read_bytes()[:-9])
     drawn.clear()
+    before = {number: (out / f"{number}.png").stat().st_mtime_ns for number in range(3)}
     upscale_files(pipeline, find_images(images, out), out, OPTIONS, weights="a")
     assert drawn == [2, 1]
+    assert before == {number: (out / f"{number}.png").stat().st_mtime_ns for number in range(3)}
     whole = tmp_path / "whole"
     upscale_files(pipeline, find_images(images, whole), whole, OPTIONS, weights="a")
     assert written(out) == written(whole)
@@ -235,6 +239,20 @@ def test_results_next_to_their_inputs_are_no_inputs(tmp_path: Path):
         find_images([tmp_path], tmp_path)
 
 
+def test_a_folder_of_results_is_enlarged_without_its_sheet_and_hidden_files(tmp_path: Path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    picture(1, 16, 16).save(tmp_path / "source.png")
+    source = read_source(tmp_path / "source.png")
+    for name in ("a.png", upscaling.SHEET):
+        save_result(picture(2, 32, 32), source, folder / name, "mark")
+    (folder / "._a.png").write_bytes(b"\x00\x05\x16\x07")  # as macOS leaves them on other disks
+    (folder / "folder.png").mkdir()
+    assert [job.source.name for job in find_images([folder], tmp_path / "out")] == ["a.png"]
+    picture(1, 16, 16).save(folder / upscaling.SHEET)  # somebody's own
+    refused(DataError, "would become", [folder], tmp_path / "out")
+
+
 def test_the_sheet_holds_one_pair_of_images_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for number in range(5):
         picture(number, 16, 16).save(tmp_path / f"{number}.png")
@@ -274,7 +292,10 @@ def test_what_cannot_be_enlarged_is_one_line_before_the_model_is_loaded(tmp_path
     (tmp_path / "huge.png").write_bytes(grey_png(np.zeros((1, 2), int), 4, 0, size=(20_000, 20_000)))
     refused(DataError, "huge.png: too many pixels; reduce or cut it first", [tmp_path / "huge.png"], out)
     refused(DataError, "empty: no image", [tmp_path / "empty"], out)
-    refused(DataError, "would become", [good, good], out)
+    (tmp_path / "more").mkdir()
+    picture(1, 16, 16).save(tmp_path / "more" / "good.png")
+    refused(DataError, "would become", [good, tmp_path / "more"], out)
+    assert len(find_images([good, good], out)) == 1
     refused(RunError, "this command reads it", [good], tmp_path)
     picture(1, 16, 16).save(tmp_path / "before-after.jpg")
     refused(DataError, "before-after.png", [tmp_path / "before-after.jpg"], out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,11 +111,11 @@ class Canvas:
     in SDEdit (Meng et al., 2022); steps whose predictions no state uses call no model.
 
     Args:
-        free: steps at the end in which the base is free.
+        free: share of the scheduler's steps, at the end, in which the base is free.
         clean: the base stays at z, without noise, at every level: for models that were trained for it.
     """
 
-    def __init__(self, work: Enlargement, layout: LatentLayout, device: torch.device, free: int, clean: bool):
+    def __init__(self, work: Enlargement, layout: LatentLayout, device: torch.device, free: float, clean: bool):
         self.grid, self.layout, self.free, self.clean = work.grid, layout, free, clean
         self.generator = work.generator
         self.z, self.noise = work.z.float().to(device), work.noise.float().to(device)
@@ -155,7 +156,11 @@ class Canvas:
 
     def clean_base(self, pipeline: Any) -> Tensor:
         """Return an estimate of the clean base latent (1,C,H,W), z itself while it is known."""
-        if self._before is None or self.state is None or step_count(pipeline) - self.calls >= self.free:
+        if (
+            self._before is None
+            or self.state is None
+            or step_count(pipeline) - self.calls >= self._free_calls(pipeline)
+        ):
             return self.z
         before, after = (self.layout.split(state)[0] for state in (self._before, self.state))
         start, end = level_after(pipeline, self.calls - 1), level_after(pipeline, self.calls)
@@ -179,7 +184,7 @@ class Canvas:
         reach = REACH.get(None if scheduler is None else type(scheduler).__name__, step_count(pipeline))
         reached = self.calls + 1 + reach
         left = step_count(pipeline) - reached
-        if self.draft is None or left < max(self.free, 1):
+        if self.draft is None or left < max(self._free_calls(pipeline), 1):
             return False
         return level_after(pipeline, reached, detail=True).share > DRAFT_LEVEL
 
@@ -188,8 +193,11 @@ class Canvas:
         if hasattr(scheduler, "_step_index"):
             scheduler._step_index = self._scheduler._step_index
 
+    def _free_calls(self, pipeline: Any) -> int:
+        return math.ceil(self.free * step_count(pipeline) - 1e-9)  # Heun's scheduler counts two for most of its steps
+
     def _with_known(self, latents: Tensor, pipeline: Any) -> Tensor:
-        if step_count(pipeline) - self.calls < self.free:
+        if step_count(pipeline) - self.calls < self._free_calls(pipeline):
             return latents
         level, of_detail = (level_after(pipeline, self.calls, detail=detail) for detail in (False, True))
         _, z_d = self.layout.split(latents)

@@ -90,10 +90,10 @@ def draw_detail(
         ModelError: a scheduler whose levels are not known.
     """
     _check_steps(pipeline.scheduler)
-    free = int(steps * strength + 1e-9)  # as image-to-image pipelines count them
+    free = free_steps(steps, strength)
     clean, knows = _clean_base(denoiser(pipeline).config, free)
     device, side = pipeline._execution_device, work[0].grid.window
-    canvases = [Canvas(one, pipeline.vae.layout, device, free, clean) for one in work]
+    canvases = [Canvas(one, pipeline.vae.layout, device, free / steps, clean) for one in work]
     group = _Group(canvases, prompts_at_a_time(pipeline, batch_size, guidance_scale), on_step, on_base)
     prompts = [one.prompt for one in work for _ in range(len(one.grid))]
     noise = torch.cat([canvas.first() for canvas in canvases])
@@ -120,6 +120,11 @@ def draw_detail(
     finally:
         pipeline.maybe_free_model_hooks()
     return [_finished(canvas) for canvas in canvases]
+
+
+def free_steps(steps: int, strength: float) -> int:
+    """Return the number of last steps with a free base, as image-to-image pipelines count."""
+    return int(steps * strength + 1e-9)
 
 
 def _check_steps(scheduler: Any) -> None:

@@ -48,7 +48,10 @@ def structured_noise(seed: int, index: int, layout: LatentLayout, height: int, w
 
 
 def _generator(seed: int, index: int, purpose: int) -> torch.Generator:
-    return seeded_generator((operator.index(seed) * 1_000_003 + operator.index(index)) * 2 + purpose)
+    seed, index = operator.index(seed), operator.index(index)
+    if not 0 <= seed < 2**31:  # the CPU's generator keeps 32 bits of a seed, and larger ones would repeat small ones
+        return named_generator("noise", seed, index, purpose)
+    return seeded_generator((seed * 1_000_003 + index) * 2 + purpose)
 
 
 def step_generator(seed: int, index: int) -> torch.Generator:

@@ -26,7 +26,7 @@ from davae.errors import ModelError, UnreadableImage
 from davae.pretrained.memory_budget import TILE
 from davae.pretrained.shapes import check_drawable, default_resolution, pixel_factor, token_side
 from davae.sample.canvas import Enlargement, WindowGrid
-from davae.sample.draw_detail import OnBase, draw_detail
+from davae.sample.draw_detail import OnBase, draw_detail, free_steps
 from davae.sample.finite import finite_images, remedy
 from davae.sample.generate import seeded_generator, structured_noise
 from davae.sample.open import check_class_prompts
@@ -71,12 +71,12 @@ def upscale(
         images: of any size and shape, read by the rules for files (upright, sRGB, on white); larger ones than the model's
             own are drawn in overlapping windows.
         prompts: one for all, or one an image; classes by name or number for a class-conditional pipeline.
-        strength: share of the steps in which the base may change too, in [0,1]; 0 keeps it.
+        strength: share of the steps, rounded down, in which the base may change too, in [0,1]; 0 keeps it.
         times: how often the result is enlarged again; 2 gives s^2.
         batch_size: windows that the model sees at a time.
         window: side of the windows in pixels of the result; by default the size that the model draws.
         overlap: share of its side that a window has in common with the next one.
-        faithful: begin with a bicubic enlargement's detail, and bring the result back to the input; only at strength 0.
+        faithful: begin with a bicubic enlargement's detail, and bring the result back to its input; only if no step is free.
         on_step: called with the steps that are done and their number, over all images.
         on_base: called after each step of a group of images with its number and estimates of their clean base latents
             (1,C,h,w), normalised; the image may be mirrored at its right and lower edge.
@@ -85,11 +85,11 @@ def upscale(
         One image for each of `images`, upright, RGB.
 
     Raises:
-        ModelError: no upgraded pipeline, an argument out of its bounds, an image that cannot be read, a result that is too
-            large or not finite.
+        ModelError: no upgraded pipeline, an argument out of bounds, an unreadable image, a result too large or not finite.
     """
     check_enlarging(pipe, strength=strength, steps=steps, times=times, batch_size=batch_size, overlap=overlap)
-    work = _Work(pipe, _window(pipe, window), overlap, operator.index(seed), faithful and strength == 0.0)
+    faithful = faithful and not free_steps(steps, strength)
+    work = _Work(pipe, _window(pipe, window), overlap, operator.index(seed), faithful)
     results = _sources(pipe, images, times, window)
     texts = _prompts(pipe, prompts, len(results))
     if not denoiser(pipe).config.get(CLEAN_BASE):

@@ -21,6 +21,7 @@ from davae.errors import DataError, ModelError, RunError, UnreadableImage
 from davae.files.outputs import SOFTWARE, check_image, is_drawn, save_image
 from davae.files.ownership import only_writer
 from davae.sample.canvas import DRAFT_LEVEL
+from davae.sample.draw_detail import free_steps
 from davae.sample.fingerprint import file_hash
 from davae.sample.open import SamplingOptions, check_class_prompts
 from davae.sample.upscale import LATENT_PASSES, PASSES, PROJECTION, check_enlarging, check_size, counted, upscale
@@ -85,13 +86,10 @@ def find_images(places: Sequence[Path], out: Path, prompt: str | None = None) ->
     """
     files: list[Path] = []
     for place in places:
-        found = sorted(p for p in place.iterdir() if is_image_name(p.name)) if place.is_dir() else [place]
-        if place.is_dir() and out.is_dir() and out.samefile(place):  # results of an earlier run of this command
-            results = {SHEET, *(f"{p.stem}.png" for p in found if p.suffix != ".png")}
-            found = [p for p in found if p.name not in results]
+        found = _listed(place, out) if place.is_dir() else [place]
         if not found:
             raise DataError(f"{place}: no image in this folder; give image files or a folder of them")
-        files += found
+        files += [file for file in found if file not in files]
     targets, jobs = {out / SHEET: Path(SHEET)}, list[ImageJob]()
     for file in files:
         target = out / f"{file.stem}.png"
@@ -108,6 +106,25 @@ def find_images(places: Sequence[Path], out: Path, prompt: str | None = None) ->
             raise RunError(f"{target}: this command reads it; use another --out")
         check_image(target)
     return jobs
+
+
+def _listed(folder: Path, out: Path) -> list[Path]:
+    """Return the images of a folder, without hidden files and without contact sheets of davae."""
+    found = sorted(p for p in folder.iterdir() if is_image_name(p.name) and p.name[0] != "." and not p.is_dir())
+    results: set[str] = set()
+    if out.is_dir() and out.samefile(folder):  # of an earlier run of this command
+        results = {SHEET, *(f"{p.stem}.png" for p in found if p.suffix != ".png")}
+    return [p for p in found if p.name not in results and not _is_own_sheet(p)]
+
+
+def _is_own_sheet(path: Path) -> bool:
+    if path.name != SHEET:
+        return False
+    try:
+        check_image(path)
+    except RunError:
+        return False
+    return True
 
 
 def _prompt(file: Path) -> str:
@@ -212,13 +229,16 @@ def upscale_files(
     check_enlarging(pipeline, strength=strength, **size)
     _check_jobs(pipeline, jobs, times, window)
     how: dict[str, Any] = {"strength": strength, "window": window, "faithful": faithful}
-    passes = {"faithful": [PROJECTION, PASSES, LATENT_PASSES, DRAFT_LEVEL]} if faithful and strength == 0.0 else {}
+    projected = faithful and not free_steps(options.steps, strength)
+    passes = {"faithful": [PROJECTION, PASSES, LATENT_PASSES, DRAFT_LEVEL]} if projected else {}
     about = weights, options.settings, {"times": times, **how, **passes}
     made_from = {job.target: hash_values(*about, file_hash(job.source), job.prompt) for job in jobs}
     with only_writer(out):  # no other command writes between the look at earlier results and the last new one
         kept = {target for target, mark in made_from.items() if _is_kept(target, mark)}
         for start in range(0, len(jobs), options.batch_size):
-            group = jobs[start : start + options.batch_size]
+            group = jobs[
+                start : start + options.batch_size
+            ]  # as without an interruption: to the bit the same results
             shown = counted(on_step, unit * start, unit * len(group), unit * len(jobs))
             if kept.issuperset(job.target for job in group):
                 shown(1, 1)
@@ -229,7 +249,8 @@ def upscale_files(
                 guidance_scale=options.guidance, seed=options.seed, on_step=shown, **size, **how,
             )  # fmt: skip
             for job, source, result in zip(group, sources, results, strict=True):
-                save_result(result, source, job.target, made_from[job.target])
+                if job.target not in kept:
+                    save_result(result, source, job.target, made_from[job.target])
         save_image(_sheet(jobs[:MOST_ROWS]), out / SHEET)
     return out / SHEET
 
