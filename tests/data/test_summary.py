@@ -345,6 +345,20 @@ def test_davae_data_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(Path(entry["file"]).is_file() for entry in values["examples"])
 
 
+@pytest.mark.parametrize("fault", ["damaged", "too small"])
+def test_davae_data_of_no_usable_image_fails_after_its_summary(
+    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = folder_of(tmp_path / "set", {"0": "one", "1": "two"}), tmp_path / "data.json"
+    if fault == "damaged":
+        for image in folder.glob("*.png"):
+            image.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of 2 images can be used; mend what is left out above$"):
+        run_cli("data", str(folder), "--resolution", "64", "--json", str(file))
+    assert "left out" in capsys.readouterr().out
+    assert json.loads(file.read_text())["images"] == 0
+
+
 def test_davae_data_of_a_recipe_does_without_its_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

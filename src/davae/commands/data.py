@@ -20,7 +20,7 @@ from davae.commands.options import (
     typed_source,
     write_json,
 )
-from davae.errors import RecipeError
+from davae.errors import DataError, RecipeError
 
 
 def data(
@@ -83,3 +83,5 @@ def data(
     table("Data", ["", "found"], [list(row) for row in summary.rows()], right=False)
     if out is not None:
         console.print(f"{out}", markup=False)
+    if not summary.images and not summary.partial:
+        raise DataError(f"{source}: none of {summary.found} images can be used; mend what is left out above")
