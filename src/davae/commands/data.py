@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from davae.commands.options import (
     write_json,
 )
 from davae.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from davae.data.summary import Summary
 
 
 def data(
@@ -63,7 +66,7 @@ def data(
 
     Of a remote set the first shard or the first rows are read. Headers are read, and captions; pixels only with --show.
     """
-    from davae.console import console, table
+    from davae.console import table
     from davae.dataset.look import check_show, look_at, model_of, recipe_step
     from davae.recipes import BaseRecipe, Recipe, load_recipe
 
@@ -81,6 +84,12 @@ def data(
     summary = look_at(options, **known, limits=model_of(model, resolved), show=show, out=out)
     write_json(json, summary.as_dict())
     table("Data", ["", "found"], [list(row) for row in summary.rows()], right=False)
+    _finish(source, summary, out)
+
+
+def _finish(source: str, summary: Summary, out: Path | None) -> None:
+    from davae.console import console
+
     if out is not None:
         console.print(f"{out}", markup=False)
     if not summary.images and not summary.partial:
