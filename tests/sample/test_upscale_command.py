@@ -56,7 +56,6 @@ def test_orientation_and_profile_are_kept_and_the_image_stays_upright(turn: int,
     stored, exif = picture(turn, 12, 8), Image.Exif()
     exif[0x0112] = turn
     stored.save(tmp_path / "in.png", exif=exif, icc_profile=PROFILE)
-    picture(1, 16, 16).save(tmp_path / "source.png")
     source = read_source(tmp_path / "in.png")
     assert np.array_equal(np.asarray(source.image), np.asarray(upright(tmp_path / "in.png")))
     save_result(source.image, source, tmp_path / "out.png")
@@ -71,7 +70,6 @@ def test_orientation_and_profile_are_kept_and_the_image_stays_upright(turn: int,
 def test_every_mode_becomes_rgb_without_a_profile_that_is_not_its_own(mode: str, tmp_path: Path):
     file = tmp_path / ("in.jpg" if mode == "CMYK" else "in.png")
     picture(1, 12, 8).convert(mode).save(file, icc_profile=PROFILE)
-    picture(1, 16, 16).save(tmp_path / "source.png")
     source = read_source(file)
     assert (source.image.mode, source.profile) == ("RGB", None)
 

@@ -88,8 +88,8 @@ def upscale(
         ModelError: no upgraded pipeline, an argument out of bounds, an unreadable image, a result too large or not finite.
     """
     check_enlarging(pipe, strength=strength, steps=steps, times=times, batch_size=batch_size, overlap=overlap)
-    faithful = faithful and not free_steps(steps, strength)
-    work = _Work(pipe, _window(pipe, window), overlap, operator.index(seed), faithful)
+    project = is_projected(steps, strength, faithful)
+    work = _Work(pipe, _window(pipe, window), overlap, operator.index(seed), project)
     results = _sources(pipe, images, times, window)
     texts = _prompts(pipe, prompts, len(results))
     if not denoiser(pipe).config.get(CLEAN_BASE):
@@ -105,6 +105,11 @@ def upscale(
                 results[i] = image
             before += steps * len(chosen)
     return results
+
+
+def is_projected(steps: int, strength: float, faithful: bool) -> bool:
+    """Return whether results are brought back to their inputs: where no step is free."""
+    return faithful and not free_steps(steps, strength)
 
 
 @lru_cache(1)

@@ -21,10 +21,18 @@ from davae.errors import DataError, ModelError, RunError, UnreadableImage
 from davae.files.outputs import SOFTWARE, check_image, is_drawn, save_image
 from davae.files.ownership import only_writer
 from davae.sample.canvas import DRAFT_LEVEL
-from davae.sample.draw_detail import free_steps
 from davae.sample.fingerprint import file_hash
 from davae.sample.open import SamplingOptions, check_class_prompts
-from davae.sample.upscale import LATENT_PASSES, PASSES, PROJECTION, check_enlarging, check_size, counted, upscale
+from davae.sample.upscale import (
+    LATENT_PASSES,
+    PASSES,
+    PROJECTION,
+    check_enlarging,
+    check_size,
+    counted,
+    is_projected,
+    upscale,
+)
 
 SHEET = "before-after.png"
 CELL, MOST_ROWS = 384, 12  # pixels of the contact sheet's cells, and how many images it shows
@@ -229,16 +237,14 @@ def upscale_files(
     check_enlarging(pipeline, strength=strength, **size)
     _check_jobs(pipeline, jobs, times, window)
     how: dict[str, Any] = {"strength": strength, "window": window, "faithful": faithful}
-    projected = faithful and not free_steps(options.steps, strength)
+    projected = is_projected(options.steps, strength, faithful)
     passes = {"faithful": [PROJECTION, PASSES, LATENT_PASSES, DRAFT_LEVEL]} if projected else {}
     about = weights, options.settings, {"times": times, **how, **passes}
     made_from = {job.target: hash_values(*about, file_hash(job.source), job.prompt) for job in jobs}
     with only_writer(out):  # no other command writes between the look at earlier results and the last new one
         kept = {target for target, mark in made_from.items() if _is_kept(target, mark)}
         for start in range(0, len(jobs), options.batch_size):
-            group = jobs[
-                start : start + options.batch_size
-            ]  # as without an interruption: to the bit the same results
+            group = jobs[start : start + options.batch_size]  # as if never interrupted: the same results to the bit
             shown = counted(on_step, unit * start, unit * len(group), unit * len(jobs))
             if kept.issuperset(job.target for job in group):
                 shown(1, 1)
